@@ -1,0 +1,36 @@
+# make quickstart   train a tiny model on this interpreter's standard library
+# make test         run the tests
+# make check        linter, format and types
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test check format clean
+
+quickstart: .venv/installed
+	$(BIN)/p828 train quickstart
+
+test: .venv/installed-dev
+	$(BIN)/pytest -n 2
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ .venv/installed
+
+clean:
+	rm -rf .venv build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,1 @@
+"""p828 trains Mixture-of-Experts language models from scratch."""

@@ -1,0 +1,3 @@
+from p828.cli.main import main
+
+main()

@@ -1,0 +1,51 @@
+"""The command `p828`: picks the subcommand and turns errors into exit codes."""
+
+import importlib
+import os
+import sys
+
+from p828.config import nearest
+from p828.errors import RunStopped, UserError
+
+COMMANDS = {
+    "train": "train a model; a run that has checkpoints goes on from the newest",
+    "generate": "continue prompts with a trained model",
+    "evaluate": "loss, perplexity and bits per byte of a trained model",
+}
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main() -> None:
+    """Exit code 0: done; 1: the run's own guard ended it; 2: wrong input; 130: Ctrl-C."""
+    sys.exit(dispatch(sys.argv[1:]))
+
+
+def dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"no command {command!r}{nearest(command, COMMANDS)} Commands: {', '.join(COMMANDS)}")
+        # Imported here, since most commands import torch, which takes seconds.
+        importlib.import_module(f"p828.cli.{command}").run(rest)
+    except UserError as error:
+        print(f"p828: {error}", file=sys.stderr)
+        return 2
+    except RunStopped as stopped:
+        print(f"p828: {stopped}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("p828: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone; point stdout elsewhere so that its flush at exit does not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  p828 {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["Trains Mixture-of-Experts language models.", "", *lines, "", "p828 COMMAND --help says more."])

@@ -1,0 +1,486 @@
+"""Every setting of a run: frozen dataclasses, read from TOML, overridden by flags, checked once.
+
+The attribute docstrings are the command line's help. A TOML may name another with `base = "60m"` and
+changes only what it lists. Nothing here imports torch.
+"""
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from p828.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).parent / "configs"
+MAX_BASES = 8  # how deep `base` may nest; a cycle ends here
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    factor: float = 1.0
+    """YaRN's context extension s; 1 is plain RoPE."""
+    original_max_position_embeddings: int = 2048
+    """Context, in tokens, that the unscaled frequencies were trained for."""
+    beta_fast: float = 32.0
+    """Dimensions that turn at least this often over the original context keep their frequency."""
+    beta_slow: float = 1.0
+    """Dimensions that turn at most this often over the original context are interpolated fully."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = 49152
+    """Rows of the embedding and of the output head; at least the tokenizer's vocabulary."""
+    hidden_size: int = 512
+    """Width of the residual stream."""
+    moe_intermediate_size: int = 768
+    """Inner width of one expert."""
+    num_hidden_layers: int = 1
+    """Transformer layers."""
+    num_attention_heads: int = 8
+    """Query heads."""
+    num_key_value_heads: int = 2
+    """Key and value heads; each serves an equal share of the query heads."""
+    head_dim: int = 64
+    """Width of one head; even, for RoPE."""
+    use_qk_norm: bool = False
+    """RMSNorm on each head's queries and keys before RoPE."""
+    attention_sinks: bool = True
+    """One learned logit a head in the softmax's denominator."""
+    attention_backend: Literal["auto", "reference", "flash"] = "auto"
+    """`reference` is plain math, `flash` is fused; `auto` takes the fused one where the device has it."""
+    mask_documents: bool = True
+    """Documents packed into one row do not see each other."""
+    max_position_embeddings: int = 4096
+    """Longest context in tokens, in training and in generation."""
+    rope_theta: float = 10000.0
+    """RoPE's base."""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    n_routed_experts: int = 4
+    """Experts the router chooses from, in every layer."""
+    n_shared_experts: int = 1
+    """Experts applied to every token, computed as one of this many times the width."""
+    num_experts_per_tok: int = 2
+    """Routed experts chosen for a token."""
+    n_group: int = 1
+    """Groups the routed experts are split into."""
+    topk_group: int = 1
+    """Groups a token may choose from."""
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    """How router logits become scores."""
+    norm_topk_prob: bool = True
+    """Normalise the chosen experts' weights to sum to one."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the routed experts' weights."""
+    hidden_act: Literal["swiglu", "swiglu_of_product"] = "swiglu"
+    """`swiglu`: silu(W1 x) * W3 x. `swiglu_of_product`: SwiGLU over the halves of W1 x * W3 x, both twice as wide."""
+    dropout: float = 0.0
+    """Share of an expert's inner activations dropped in training."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square in every RMSNorm."""
+    tie_word_embeddings: bool = False
+    """Use the embedding as the output head."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    kind: Literal["held_out", "split", "files"] = "held_out"
+    """`held_out`: a share of the training documents, by hash; `split`: a split on the hub; `files`: other files."""
+    share: float = 0.01
+    """Share of documents held out."""
+    files: tuple[str, ...] = ()
+    """Globs of the validation files."""
+    hub_name: str = ""
+    """Hub data set of the validation split; empty means the training one."""
+    split: str = "validation"
+    """Name of the validation split."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: Literal["python", "files", "hf"] = "python"
+    """`python`: this interpreter's standard library; `files`: local files; `hf`: a data set on the Hugging Face hub."""
+    files: tuple[str, ...] = ()
+    """Globs of .txt, .py, .md and .jsonl files, also as .gz, .xz or .zst."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl lines and in hub rows."""
+    hub_name: str = ""
+    """Hub data set (codeparrot/codeparrot-clean), or a local directory in the hub's layout."""
+    hub_subset: str = ""
+    """Subset of the hub data set (`en` of allenai/c4)."""
+    hub_split: str = "train"
+    """Split of the hub data set that is trained on."""
+    sequence_length: int = 2048
+    """Tokens of a row that the model predicts; a row holds one more."""
+    block_documents: int = 1024
+    """Documents that are read, shuffled and tokenized together."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    name: str = "train"
+    """`train` (byte-level BPE from the run's own source), the path of a tokenizer.json, or a name on the hub."""
+    vocab_size: int = 4096
+    """Vocabulary of a trained tokenizer."""
+    training_megabytes: int = 64
+    """Text that a tokenizer is trained on, at most."""
+    eos_token: str = "<|endoftext|>"
+    """Token that ends a document."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices; norms, biases and sinks have none."""
+    decay_embeddings: bool = False
+    """Decay the embedding too."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    kind: Literal["cosine", "constant", "wsd"] = "cosine"
+    """Shape after the linear warm-up; `wsd` is warm-up, stable, linear decay."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up."""
+    decay_steps: int = 0
+    """Last steps over which `wsd` decays."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    update_rate: float = 1e-3
+    """Change of an expert's selection bias after a step."""
+    sequence_loss_weight: float = 0.0
+    """Weight of the sequence-wise auxiliary loss, for comparison."""
+    z_loss_weight: float = 0.0
+    """Weight of the router's z-loss, for comparison."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 100_000
+    """Optimizer updates in the whole run."""
+    micro_batch_size: int = 8
+    """Rows put through the model at once."""
+    gradient_accumulation: int = 16
+    """Micro-batches of a step."""
+    seed: int = 0
+    """Seed of the weights, the data order and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the layers; master weights and router are float32. `auto`: bfloat16 on CUDA, float32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; `auto` compiles on CUDA."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    deterministic: bool = False
+    """Only algorithms that give bit-equal results when repeated."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = 500
+    """Steps between evaluations; 0 evaluates at the end only."""
+    rows: int = 64
+    """Validation rows, the same at every evaluation."""
+    prompts: tuple[str, ...] = ()
+    """Prompts continued at every evaluation."""
+    max_new_tokens: int = 64
+    """Tokens sampled for each prompt."""
+    temperature: float = 0.8
+    """Temperature of those samples; 0 is greedy."""
+    patience: int = 0
+    """Stop after this many evaluations without a better validation loss; 0 never stops early."""
+    bigram_baseline: bool = False
+    """Also compute what a bigram model of the training tokens gets on the validation rows."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000
+    """Steps between checkpoints; the last step always makes one."""
+    keep_last: int = 3
+    """Newest checkpoints kept; the best one is kept besides."""
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: Literal["off", "online", "offline"] = "off"
+    """Weights & Biases: `online` needs an account, `offline` writes into the run's directory."""
+    project: str = "p828"
+    """Weights & Biases project."""
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = ""
+    """The run's name; empty means the configuration's."""
+    runs_dir: str = "runs"
+    """Directory that holds the runs."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.micro_batch_size * self.train.gradient_accumulation * self.data.sequence_length
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def load(name_or_path: str) -> Config:
+    """Read a preset by name or a TOML file by path, with its bases. Raises UserError; does not `validate`."""
+    config = from_dict(_merged_toml(name_or_path), Path(name_or_path).name)
+    return config if config.name else dataclasses.replace(config, name=Path(name_or_path).stem)
+
+
+def from_dict(values: Mapping[str, Any], where: str) -> Config:
+    """Build a Config from nested plain values, as TOML gives them. Raises UserError naming the key."""
+    return _build(Config, values, where, prefix="")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested plain values of a configuration, as TOML takes them."""
+    return {
+        key: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        for key, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+    }
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value, in the order of the dataclasses."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        flat.update(
+            flatten(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
+        )
+    return flat
+
+
+def nearest(word: str, accepted: typing.Iterable[str]) -> str:
+    """`; did you mean X?`, or just a full stop when no accepted word is near."""
+    close = difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else "."
+
+
+def _merged_toml(name_or_path: str, depth: int = 0) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = PRESETS / f"{name_or_path}.toml"
+        if not path.is_file():
+            known = preset_names()
+            raise UserError(
+                f"no preset {name_or_path!r}{nearest(name_or_path, known)} Presets: {', '.join(known)}; "
+                "or give the path of a .toml file"
+            )
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as TOML: {error}") from None
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or depth == MAX_BASES:
+        raise UserError(
+            f"{path}: base = {base!r}: give a preset's name or a .toml file, nested at most {MAX_BASES} deep"
+        )
+    if base.endswith(".toml"):
+        base = str(path.parent / base)
+    return _merge(_merged_toml(base, depth + 1), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _build(cls: type[T], values: Any, where: str, prefix: str) -> T:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: {prefix.rstrip('.')} = {values!r} is not a table")
+    types = typing.get_type_hints(cls)
+    for key in values:
+        if key not in types:
+            raise UserError(f"{where}: unknown key {prefix}{key}{nearest(key, types)} Accepted: {', '.join(types)}")
+    return cls(**{key: _convert(types[key], value, where, prefix + key) for key, value in values.items()})
+
+
+def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, where, key + ".")
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise UserError(f"{where}: {key} = {value!r}: accepted are {', '.join(map(str, arguments))}")
+    if origin is tuple:
+        kinds = (
+            arguments
+            if arguments[-1] is not Ellipsis
+            else arguments[:1] * (len(value) if isinstance(value, list) else 1)
+        )
+        if isinstance(value, list) and len(value) == len(kinds):
+            return tuple(
+                _convert(k, v, where, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+            )
+        size = "a list" if arguments[-1] is Ellipsis else f"a list of {len(kinds)}"
+        raise UserError(f"{where}: {key} = {value!r}: {size} of {arguments[0].__name__} is accepted")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise UserError(f"{where}: {key} = {value!r}: {kind.__name__} is accepted, not {type(value).__name__}")
+
+
+def validate(config: Config) -> None:
+    """Check what types cannot say. Raises UserError with the first key that is wrong and what it accepts."""
+    for key, value in flatten(config).items():
+        _check_range(key, value)
+    _check_model(config.model)
+    _check_run(config)
+
+
+_AT_LEAST_ZERO = {
+    "model.n_shared_experts", "schedule.warmup_steps", "schedule.decay_steps", "train.seed",
+    "evaluation.every", "evaluation.patience",
+}  # fmt: skip
+_SHARES = {"model.dropout", "schedule.min_lr_ratio", "data.validation.share"}
+_FLOATS_AT_LEAST_ZERO = {
+    "optimizer.weight_decay", "balance.update_rate", "balance.sequence_loss_weight", "balance.z_loss_weight",
+    "evaluation.temperature",
+}  # fmt: skip
+LARGEST_INT = 2**31 - 1
+
+
+def _check_range(key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int):
+        lowest = 0 if key in _AT_LEAST_ZERO else 1
+        if not lowest <= value <= LARGEST_INT:
+            raise UserError(f"{key} = {value}: a whole number from {lowest} to {LARGEST_INT} is accepted")
+    if isinstance(value, float):
+        if key in _SHARES:
+            accepted, words = 0 <= value <= 1, "a share from 0 to 1"
+        elif key in _FLOATS_AT_LEAST_ZERO:
+            accepted, words = 0 <= value < float("inf"), "a number of at least 0"
+        else:
+            accepted, words = 0 < value < float("inf"), "a number above 0"
+        if not accepted:
+            raise UserError(f"{key} = {value}: {words} is accepted")
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.num_attention_heads % model.num_key_value_heads:
+        raise UserError(
+            f"model.num_key_value_heads = {model.num_key_value_heads}: "
+            f"it must divide model.num_attention_heads = {model.num_attention_heads}"
+        )
+    if model.head_dim % 2:
+        raise UserError(f"model.head_dim = {model.head_dim}: an even number is accepted (RoPE turns pairs)")
+    if model.num_experts_per_tok > model.n_routed_experts:
+        raise UserError(
+            f"model.num_experts_per_tok = {model.num_experts_per_tok}: "
+            f"at most model.n_routed_experts = {model.n_routed_experts} is accepted"
+        )
+    if model.n_routed_experts % model.n_group:
+        raise UserError(
+            f"model.n_group = {model.n_group}: it must divide model.n_routed_experts = {model.n_routed_experts}"
+        )
+    if model.topk_group > model.n_group:
+        raise UserError(f"model.topk_group = {model.topk_group}: at most model.n_group = {model.n_group} is accepted")
+    group_size = model.n_routed_experts // model.n_group
+    if model.n_group > 1 and group_size < 2:
+        raise UserError(
+            f"model.n_group = {model.n_group}: a group is scored by its two best experts, "
+            f"so at most {model.n_routed_experts // 2} groups of {model.n_routed_experts} experts are accepted"
+        )
+    if model.num_experts_per_tok > group_size * model.topk_group:
+        raise UserError(
+            f"model.num_experts_per_tok = {model.num_experts_per_tok}: the {model.topk_group} chosen groups "
+            f"hold {group_size * model.topk_group} experts"
+        )
+    if model.dropout == 1:
+        raise UserError("model.dropout = 1.0: a share below 1 is accepted")
+
+
+def _check_run(config: Config) -> None:
+    data, model = config.data, config.model
+    if not config.name or config.name in (".", "..") or "/" in config.name or "\0" in config.name:
+        raise UserError(f"name = {config.name!r}: one directory name is accepted")
+    if data.sequence_length > model.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length = {data.sequence_length}: "
+            f"at most model.max_position_embeddings = {model.max_position_embeddings} is accepted"
+        )
+    if data.source == "files" and not data.files:
+        raise UserError('data.files is empty: with data.source = "files", give at least one glob')
+    if data.source == "hf" and not data.hub_name:
+        raise UserError('data.hub_name is empty: with data.source = "hf", give a data set\'s name')
+    if data.validation.kind == "files" and not data.validation.files:
+        raise UserError('data.validation.files is empty: with data.validation.kind = "files", give at least one glob')
+    if data.validation.kind == "split" and data.source != "hf" and not data.validation.hub_name:
+        raise UserError('data.validation.kind = "split": accepted with data.source = "hf" or data.validation.hub_name')
+    if data.validation.kind == "held_out" and not 0 < data.validation.share < 1:
+        raise UserError(f"data.validation.share = {data.validation.share}: a share between 0 and 1 is accepted")
+    if config.tokenizer.name == "train" and config.tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: "
+            f"at most model.vocab_size = {model.vocab_size} is accepted"
+        )
+    if config.tokenizer.name == "train" and config.tokenizer.vocab_size < 257:
+        raise UserError(
+            f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: at least 257 (256 bytes and the end token) is accepted"
+        )
+    schedule = config.schedule
+    if schedule.kind == "wsd" and schedule.warmup_steps + schedule.decay_steps > config.train.steps:
+        raise UserError(
+            f"schedule.decay_steps = {schedule.decay_steps}: with schedule.warmup_steps = {schedule.warmup_steps} "
+            f"it exceeds train.steps = {config.train.steps}"
+        )
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise UserError(
+            f"optimizer.betas = {list(config.optimizer.betas)}: two numbers of at least 0 and below 1 are accepted"
+        )

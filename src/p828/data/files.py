@@ -1,0 +1,135 @@
+"""Shards that lie on this machine: text files, JSON Lines, and the standard library's own source."""
+
+import glob
+import gzip
+import io
+import json
+import lzma
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from p828.errors import UserError
+
+ENDINGS = (".txt", ".py", ".md", ".jsonl")
+COMPRESSIONS = (".gz", ".xz", ".zst")
+NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+# What a damaged, unreadable or wrongly named file raises while it is read, over all compressions.
+READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
+
+
+@dataclass(frozen=True)
+class PythonShard:
+    """One file of the standard library; a file that is not UTF-8 counts as empty."""
+
+    root: Path
+    name: str
+
+    def documents(self, start: int = 0) -> Iterator[str]:
+        if start == 0:
+            try:
+                text = (self.root / self.name).read_bytes().decode("utf-8")
+            except UnicodeDecodeError:
+                text = ""
+            yield text
+
+
+@dataclass(frozen=True)
+class FileShard:
+    """One local file: a JSON Lines file holds a document a line, any other file is one document."""
+
+    name: str
+    text_field: str
+
+    def documents(self, start: int = 0) -> Iterator[str]:
+        """Raises UserError naming the file, and the line of a JSON Lines file, that cannot be read."""
+        try:
+            with _open_text(Path(self.name)) as file:
+                if _ending(Path(self.name)) == ".jsonl":
+                    yield from self._lines(file, start)
+                elif start == 0:
+                    yield file.read()
+        except READ_ERRORS as error:
+            raise UserError(f"{self.name}: cannot be read: {error}") from None
+
+    def _lines(self, file: TextIO, start: int) -> Iterator[str]:
+        for number, line in enumerate(file):
+            if number < start:
+                continue
+            if not line.strip():
+                yield ""
+                continue
+            where = f"{self.name}:{number + 1}"
+            try:
+                fields = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{where}: not a line of JSON: {error}") from None
+            yield text_of(fields, self.text_field, where)
+
+
+def text_of(fields: object, text_field: str, where: str) -> str:
+    """The document in one JSON object or hub row. Raises UserError naming the place and the fields that exist."""
+    if not isinstance(fields, dict):
+        raise UserError(
+            f"{where}: a JSON object with the field {text_field!r} is accepted, not {type(fields).__name__}"
+        )
+    if text_field not in fields:
+        existing = ", ".join(map(str, fields)) or "none"
+        raise UserError(f"{where}: no field {text_field!r} (data.text_field); fields here: {existing}")
+    text = fields[text_field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field {text_field!r} (data.text_field) holds {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can escape and no tokenizer takes
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
+def python_shards() -> list[PythonShard]:
+    """The .py files of this interpreter's standard library, without its tests and installed packages."""
+    root = Path(sysconfig.get_path("stdlib"))
+    names = (path.relative_to(root) for path in root.rglob("*.py"))
+    return [PythonShard(root, name.as_posix()) for name in sorted(names) if not NOT_SOURCE & set(name.parts[:-1])]
+
+
+def file_shards(globs: tuple[str, ...], text_field: str, key: str) -> list[FileShard]:
+    """The files that match, each once, sorted. `key` is the setting that holds the globs.
+
+    Raises UserError naming a glob that matches no file, and a file whose ending is not supported.
+    """
+    names: set[str] = set()
+    for pattern in globs:
+        matches = [name for name in glob.glob(str(Path(pattern).expanduser()), recursive=True) if Path(name).is_file()]
+        if not matches:
+            raise UserError(f"{key}: {pattern!r} matches no file")
+        names.update(matches)
+    for name in sorted(names):
+        if _ending(Path(name)) not in ENDINGS:
+            raise UserError(
+                f"{key}: {name}: files ending in {', '.join(ENDINGS)} are accepted, also with {', '.join(COMPRESSIONS)}"
+            )
+    return [FileShard(name, text_field) for name in sorted(names)]
+
+
+def _ending(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def _open_text(path: Path) -> TextIO:
+    # JSON Lines end at \n alone; in prose \r\n becomes \n.
+    newline = "\n" if _ending(path) == ".jsonl" else None
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    if path.suffix == ".zst":
+        # Of the readers for .zst this one alone reports a truncated file; pyarrow comes with `datasets`.
+        import pyarrow  # type: ignore[import-untyped]
+
+        stream = pyarrow.CompressedInputStream(str(path), "zstd")
+        return io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline=newline)
+    return path.open(encoding="utf-8-sig", newline=newline)

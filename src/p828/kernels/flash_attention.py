@@ -1,0 +1,87 @@
+"""Fused causal attention with trainable sinks, on PyTorch's own flash kernels.
+
+A sink is a logit s that joins the softmax's denominator and carries no value. With O and lse the kernel's output and
+log-sum-exp without it,
+
+    lse' = logaddexp(lse, s),    O' = O · exp(lse − lse').
+
+The backward of flash attention rebuilds the probabilities as exp(scores − lse) and takes rowsum(dO ∘ O) for the
+softmax's Jacobian, so calling it with (O', lse') gives the exact dq, dk and dv; and
+
+    ds = −Σ exp(s − lse') · rowsum(dO ∘ O')
+
+over all rows and queries. `p828.model.attention.reference_attention` is the plain twin.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+class FlashAttention(torch.autograd.Function):
+    """CUDA: documents of any lengths laid end to end (FlashAttention's varlen layout), bfloat16 or float16."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, sinks_N: Tensor | None, cu_seqlens: Tensor, longest: int
+    ) -> Tensor:
+        out_TND, lse_NT, rng_state, unused, _ = aten._flash_attention_forward(
+            q_TND, k_TGD, v_TGD, cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False
+        )
+        if sinks_N is not None:
+            lse_NT, shrink_NT = _join(lse_NT, sinks_N[:, None])
+            out_TND = (out_TND * shrink_NT.T[..., None]).to(out_TND.dtype)
+        ctx.save_for_backward(q_TND, k_TGD, v_TGD, sinks_N, out_TND, lse_NT, cu_seqlens, rng_state, unused)
+        ctx.longest = longest
+        return out_TND
+
+    @staticmethod
+    def backward(ctx: Any, grad_TND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q_TND, k_TGD, v_TGD, sinks_N, out_TND, lse_NT, cu_seqlens, rng_state, unused = ctx.saved_tensors
+        dq_TND, dk_TGD, dv_TGD = aten._flash_attention_backward(
+            grad_TND.contiguous(), q_TND, k_TGD, v_TGD, out_TND, lse_NT, cu_seqlens, cu_seqlens,
+            ctx.longest, ctx.longest, 0.0, True, rng_state, unused,
+        )  # fmt: skip
+        dsinks_N = None
+        if sinks_N is not None:
+            dot_NT = (grad_TND.float() * out_TND.float()).sum(-1).T
+            dsinks_N = -(torch.exp(sinks_N[:, None] - lse_NT) * dot_NT).sum(1)
+        return dq_TND, dk_TGD, dv_TGD, dsinks_N, None, None
+
+
+class FlashAttentionCPU(torch.autograd.Function):
+    """CPU: rows of equal length, heads before tokens, an additive mask (B, 1, S, S) or plain causal."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, sinks_N: Tensor | None, mask_B1SS: Tensor | None
+    ) -> Tensor:
+        out_BNSD, lse_BNS = aten._scaled_dot_product_flash_attention_for_cpu(
+            q_BNSD, k_BGSD, v_BGSD, 0.0, True, attn_mask=mask_B1SS
+        )
+        if sinks_N is not None:
+            lse_BNS, shrink_BNS = _join(lse_BNS, sinks_N[:, None])
+            out_BNSD = (out_BNSD * shrink_BNS[..., None]).to(out_BNSD.dtype)
+        ctx.save_for_backward(q_BNSD, k_BGSD, v_BGSD, sinks_N, out_BNSD, lse_BNS, mask_B1SS)
+        return out_BNSD
+
+    @staticmethod
+    def backward(ctx: Any, grad_BNSD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q_BNSD, k_BGSD, v_BGSD, sinks_N, out_BNSD, lse_BNS, mask_B1SS = ctx.saved_tensors
+        dq_BNSD, dk_BGSD, dv_BGSD = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_BNSD, q_BNSD, k_BGSD, v_BGSD, out_BNSD, lse_BNS, 0.0, True, attn_mask=mask_B1SS
+        )
+        dsinks_N = None
+        if sinks_N is not None:
+            dot_BNS = (grad_BNSD.float() * out_BNSD.float()).sum(-1)
+            dsinks_N = -(torch.exp(sinks_N[:, None] - lse_BNS) * dot_BNS).sum((0, 2))
+        return dq_BNSD, dk_BGSD, dv_BGSD, dsinks_N, None
+
+
+def _join(lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """lse' with the sinks in the denominator, and the factor exp(lse − lse') that shrinks the output."""
+    joined = torch.logaddexp(lse, sinks)
+    return joined, torch.exp(lse - joined)

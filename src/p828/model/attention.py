@@ -1,0 +1,91 @@
+"""Grouped-query attention with rotary positions and learned sinks."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from p828.config import ModelConfig
+from p828.kernels.flash_attention import FlashAttention, FlashAttentionCPU
+from p828.model.kv_cache import LayerCache
+from p828.model.linear import Linear
+from p828.model.norm import RMSNorm
+from p828.model.rope import apply_rotary
+
+
+class Visibility(NamedTuple):
+    """What a query sees: itself and what came before it, within its own document. Made once for all layers."""
+
+    backend: str
+    """`reference` or `flash`."""
+    mask_BSC: Tensor | None
+    """bool, True where query s sees key c; None where the kernel's own causal rule or cu_seqlens says it."""
+    cu_seqlens: Tensor | None
+    """int32 (documents + 1,): where each document starts in the T tokens, and T; for flash on CUDA."""
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, width)
+        self.k_proj = Linear(config.hidden_size, kv_width)
+        self.v_proj = Linear(config.hidden_size, kv_width)
+        self.o_proj = Linear(width, config.hidden_size)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
+
+    def forward(
+        self, x_BSH: Tensor, rotary: tuple[Tensor, Tensor], visibility: Visibility, cache: LayerCache | None = None
+    ) -> Tensor:
+        heads = (*x_BSH.shape[:2], -1, self.head_dim)
+        q_BSND = apply_rotary(self.q_norm(self.q_proj(x_BSH).view(heads)), *rotary)
+        k_BSGD = apply_rotary(self.k_norm(self.k_proj(x_BSH).view(heads)), *rotary)
+        v_BSGD = self.v_proj(x_BSH).view(heads)
+        if cache is not None:
+            k_BSGD, v_BSGD = cache.append(k_BSGD, v_BSGD)
+        return self.o_proj(attend(q_BSND, k_BSGD, v_BSGD, self.sinks, visibility).flatten(2))
+
+
+def attend(q_BSND: Tensor, k_BCGD: Tensor, v_BCGD: Tensor, sinks_N: Tensor | None, visibility: Visibility) -> Tensor:
+    """softmax([q kᵀ / sqrt(D), sink]) v without the sink's column: (B, S, N, D) in q's dtype.
+
+    Keys hold C tokens, as many as the queries unless they come from a cache. `sinks_N` is float32 or None.
+    """
+    if visibility.backend == "reference":
+        return reference_attention(q_BSND, k_BCGD, v_BCGD, sinks_N, visibility.mask_BSC)
+    if q_BSND.is_cuda:
+        assert visibility.cu_seqlens is not None
+        q_TND, k_TGD, v_TGD = q_BSND.flatten(0, 1), k_BCGD.flatten(0, 1), v_BCGD.flatten(0, 1)
+        longest = q_BSND.shape[1]
+        return FlashAttention.apply(q_TND, k_TGD, v_TGD, sinks_N, visibility.cu_seqlens, longest).view_as(q_BSND)
+    mask_B1SC = None
+    if visibility.mask_BSC is not None:
+        mask_B1SC = torch.zeros_like(visibility.mask_BSC, dtype=q_BSND.dtype)
+        mask_B1SC = mask_B1SC.masked_fill_(~visibility.mask_BSC, float("-inf"))[:, None]
+    q_BNSD, k_BGCD, v_BGCD = (x.transpose(1, 2) for x in (q_BSND, k_BCGD, v_BCGD))
+    return FlashAttentionCPU.apply(q_BNSD, k_BGCD, v_BGCD, sinks_N, mask_B1SC).transpose(1, 2)
+
+
+def reference_attention(
+    q_BSND: Tensor, k_BCGD: Tensor, v_BCGD: Tensor, sinks_N: Tensor | None, mask_BSC: Tensor | None
+) -> Tensor:
+    """`attend` spelled out, on any device in any dtype: scores, one more column for the sink, softmax, drop it."""
+    batch, length, heads, head_dim = q_BSND.shape
+    groups = k_BCGD.shape[2]
+    q_BSGMD = q_BSND.view(batch, length, groups, heads // groups, head_dim)  # M query heads share a key head
+    scores_BGMSC = torch.einsum("bsgmd,bcgd->bgmsc", q_BSGMD, k_BCGD).to(_softmax_dtype(q_BSND)) * head_dim**-0.5
+    if mask_BSC is None:
+        mask_BSC = torch.ones(length, k_BCGD.shape[1], dtype=torch.bool, device=q_BSND.device).tril()[None]
+    scores_BGMSC = scores_BGMSC.masked_fill(~mask_BSC[:, None, None], float("-inf"))
+    if sinks_N is not None:
+        sinks_BGMS1 = sinks_N.to(scores_BGMSC.dtype).view(1, groups, -1, 1, 1).expand(batch, -1, -1, length, 1)
+        scores_BGMSC = torch.cat((scores_BGMSC, sinks_BGMS1), dim=-1)
+    probabilities_BGMSC = scores_BGMSC.softmax(dim=-1)[..., : k_BCGD.shape[1]].to(v_BCGD.dtype)
+    return torch.einsum("bgmsc,bcgd->bsgmd", probabilities_BGMSC, v_BCGD).reshape_as(q_BSND)
+
+
+def _softmax_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

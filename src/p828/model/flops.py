@@ -1,0 +1,50 @@
+"""What a model costs: parameters and floating-point operations, from its configuration alone (no torch)."""
+
+from typing import NamedTuple
+
+from p828.config import ModelConfig
+
+
+class Parameters(NamedTuple):
+    total: int
+    """All parameters."""
+    active: int
+    """Those a token uses: all but the routed experts that it is not sent to."""
+
+
+def count_parameters(model: ModelConfig) -> Parameters:
+    """Parameters of the whole model and those active for one token, embedding and output head counted in both."""
+    heads = model.num_attention_heads + model.num_key_value_heads
+    attention = 2 * model.hidden_size * heads * model.head_dim
+    attention += model.num_attention_heads * model.attention_sinks + 2 * model.head_dim * model.use_qk_norm
+    router = model.hidden_size * model.n_routed_experts
+    norms = 2 * model.hidden_size
+    shared = model.n_shared_experts * _expert(model)
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2) + model.hidden_size
+
+    def whole(experts: int) -> int:
+        per_layer = attention + router + norms + shared + experts * _expert(model)
+        return embeddings + model.num_hidden_layers * per_layer
+
+    return Parameters(whole(model.n_routed_experts), whole(model.num_experts_per_tok))
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
+    """Floating-point operations to train on one token: forward and backward of every matrix product.
+
+    A product costs 2 operations per weight forward and 4 backward; causal attention reads half the row on average;
+    the embedding is a look-up. Norms, softmax and recomputation are not counted, as is usual for MFU (PaLM, arXiv
+    2204.02311, appendix B).
+    """
+    heads = model.num_attention_heads + model.num_key_value_heads
+    projections = 2 * model.hidden_size * heads * model.head_dim
+    experts = (model.num_experts_per_tok + model.n_shared_experts) * _expert(model)
+    router = model.hidden_size * model.n_routed_experts
+    attention = 2 * model.num_attention_heads * model.head_dim * sequence_length // 2
+    head = model.vocab_size * model.hidden_size
+    return 6 * (model.num_hidden_layers * (projections + experts + router + attention) + head)
+
+
+def _expert(model: ModelConfig) -> int:
+    projected = 2 if model.hidden_act == "swiglu_of_product" else 1
+    return (2 * projected + 1) * model.hidden_size * model.moe_intermediate_size

@@ -1,0 +1,83 @@
+"""The router: which experts a token goes to, and with which weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from p828.config import ModelConfig
+
+
+class Routing(NamedTuple):
+    experts_TK: Tensor
+    """int64: the chosen experts."""
+    weights_TK: Tensor
+    """float32: their weights; gradients reach the router through these alone."""
+    scores_TE: Tensor
+    """float32: every expert's score, before bias and choice."""
+    logits_TE: Tensor
+    """float32: what the scores were made of."""
+
+
+class Router(nn.Module):
+    """Scores every expert, chooses by score plus balance bias, weighs by the unbiased score. All in float32."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x_TH: Tensor) -> Routing:
+        config = self.config
+        logits_TE = F.linear(x_TH.to(self.weight.dtype), self.weight)
+        scores_TE = logits_TE.sigmoid() if config.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
+        choice_TE = scores_TE.detach() + self.e_score_correction_bias
+        if config.n_group > 1:
+            choice_TE = limit_groups(choice_TE, config.n_group, config.topk_group)
+        experts_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
+        weights_TK = scores_TE.gather(1, experts_TK)
+        if config.norm_topk_prob:
+            # The floor keeps a token whose chosen scores all underflow to zero from dividing by zero.
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores_TE, logits_TE)
+
+
+def limit_groups(choice_TE: Tensor, n_group: int, topk_group: int) -> Tensor:
+    """Minus infinity for experts outside the `topk_group` groups whose two best experts sum highest."""
+    grouped_TGX = choice_TE.unflatten(1, (n_group, -1))  # here G counts groups of X experts each
+    group_scores_TG = grouped_TGX.topk(2, dim=-1).values.sum(dim=-1)
+    kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
+    kept_TG = kept_TG.scatter(1, group_scores_TG.topk(topk_group, dim=-1).indices, True)
+    return grouped_TGX.masked_fill(~kept_TG[..., None], float("-inf")).flatten(1)
+
+
+def expert_loads(experts_TK: Tensor, n_routed_experts: int, counted_T: Tensor | None = None) -> Tensor:
+    """Tokens that each expert received: int64 (E,). `counted_T` (bool) leaves padding out."""
+    chosen_TKE = experts_TK[..., None] == torch.arange(n_routed_experts, device=experts_TK.device)
+    if counted_T is not None:
+        chosen_TKE = chosen_TKE & counted_T[:, None, None]
+    return chosen_TKE.sum(dim=(0, 1))
+
+
+def sequence_balance_loss(routing: Routing, rows: int) -> Tensor:
+    """DeepSeek-V3's sequence-wise auxiliary loss, equations 17–20, times the tokens of a row, summed over rows.
+
+    Σ_e f_e P_e of a row, with f_e = E / (K S) · tokens of the row that chose e and P_e the row's mean normalised score;
+    1 when even. Divided by all tokens it is the mean over rows.
+    """
+    tokens, experts = routing.scores_TE.shape
+    per_token = routing.experts_TK.shape[1]
+    share_TE = routing.scores_TE / routing.scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    mean_share_BE = share_TE.view(rows, -1, experts).mean(dim=1)
+    chosen_TE = torch.zeros_like(routing.scores_TE).scatter(1, routing.experts_TK, 1.0)
+    frequency_BE = chosen_TE.view(rows, -1, experts).mean(dim=1) * experts / per_token
+    return (frequency_BE * mean_share_BE).sum() * (tokens // rows)
+
+
+def z_loss(routing: Routing) -> Tensor:
+    """Σ_tokens logsumexp(logits)², which keeps router logits small (ST-MoE, arXiv 2202.08906, equation 5)."""
+    return routing.logits_TE.logsumexp(dim=-1).square().sum()

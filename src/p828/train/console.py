@@ -1,0 +1,183 @@
+"""What a training run shows: a progress bar at a terminal, plain lines elsewhere, and both in `run_dir/log.txt`."""
+
+import math
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+import rich.console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.style import Style
+from rich.text import Text
+
+from p828.errors import UserError
+
+LINES_PER_RUN = 20  # a plain progress line comes at least every this share of the run
+SECONDS_PER_LINE = 60.0  # and at least this often
+SPEED_SECONDS = 600.0  # the time left follows the speed over this long, evaluations included
+ESCAPED_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format, surrogates, private, unassigned
+TAB = "    "
+
+
+class Console:
+    """The run's face; a context manager that gives the terminal back whole, also on an exception or Ctrl-C.
+
+    `total_steps` is the whole run's; `first_step` is the step that a resumed run continues after. Without `output`,
+    standard output is taken. Raises UserError when `run_dir/log.txt` cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        first_step: int = 0,
+        output: rich.console.Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        # an environment's FORCE_COLOR must not draw a bar into a pipe
+        self._output = output or rich.console.Console(force_terminal=sys.stdout.isatty())
+        self._total = total_steps
+        self._clock = clock
+        self._last_line = (-math.inf, -math.inf)  # step and time
+        self._interactive = self._output.is_terminal and not self._output.is_dumb_terminal
+        self._bar = Progress(
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[shown]}"),
+            console=self._output,
+            expand=True,
+            disable=not self._interactive,
+            get_time=clock,
+            speed_estimate_period=SPEED_SECONDS,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task(
+            "", total=total_steps, completed=first_step, shown=_percent(first_step, total_steps)
+        )
+        self._log_path = run_dir / "log.txt"
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._log = _open_log(self._log_path)
+        except OSError as error:
+            raise UserError(f"{self._log_path}: cannot be written: {error.strerror}") from None
+
+    def __enter__(self) -> "Console":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the bar, restore the cursor and close the log; again is no error."""
+        self._bar.stop()
+        self._log.close()
+
+    def print(self, text: str) -> None:
+        """Show lines above the bar and write them, with the time, to the log. Control characters are escaped."""
+        self._show(text)
+
+    def event(self, text: str) -> None:
+        """Like `print`, for what a user should not miss."""
+        self._show(text, Style(color="yellow"))
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Move the bar. A plain line goes to the log, and to the output without a bar, now and then."""
+        percent = _percent(step, self._total)
+        speed = f"{_short(tokens_per_second)} tok/s"
+        self._bar.update(self._task, completed=step)
+        left = self._time_left()
+        self._bar.update(self._task, shown=f"{percent}  loss {loss:.3f}  {speed}  {left} left")
+        line_step, line_time = self._last_line
+        now = self._clock()
+        due = step - line_step >= self._total / LINES_PER_RUN or now - line_time >= SECONDS_PER_LINE
+        if due or step == self._total:
+            self._last_line = (step, now)
+            line = f"step {step}/{self._total} ({percent})  loss {loss:.3f}  {speed}  {left} left"
+            if self._interactive:
+                self._write_log(line)
+            else:
+                self._show(line)
+
+    def evaluation(self, step: int, loss: float, perplexity: float, best: bool) -> None:
+        self._show(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}{' (best)' if best else ''}")
+
+    def samples(self, samples: Sequence[tuple[str, str]]) -> None:
+        """Show (prompt, continuation) pairs: the prompt's lines after `>`, in bold, the continuation's after `|`."""
+        for prompt, continuation in samples:
+            self._show("")
+            self._show_marked("> ", prompt, Style(bold=True))
+            self._show_marked("| ", continuation, Style.null())
+        self._show("")
+
+    def _show(self, text: str, style: Style | None = None) -> None:
+        text = _escape(text)
+        # soft wrapping leaves long lines whole for a pipe and to the terminal's own wrapping
+        self._output.print(Text(self._encodable(text), style or Style.null()), soft_wrap=True)
+        self._write_log(text)
+
+    def _show_marked(self, marker: str, text: str, style: Style) -> None:
+        for line in _escape(text).split("\n"):
+            parts = Text(self._encodable(line), style, no_wrap=False).wrap(
+                self._output, self._output.width - len(marker)
+            )
+            for part in parts or [Text("")]:
+                self._output.print(Text(marker, Style(dim=True)) + part, soft_wrap=True)
+            self._write_log(marker + line)
+
+    def _write_log(self, text: str) -> None:
+        now = datetime.now().isoformat(sep=" ", timespec="seconds")
+        try:
+            self._log.writelines(f"{now} {line}".rstrip() + "\n" for line in text.split("\n"))
+        except OSError as error:
+            raise UserError(f"{self._log_path}: cannot be written: {error.strerror}") from None
+
+    def _time_left(self) -> str:
+        seconds = self._bar.tasks[0].time_remaining
+        if seconds is None:
+            return "-:--"
+        minutes, seconds = divmod(int(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        if hours >= 100:
+            return f"{hours // 24} days"
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+    def _encodable(self, text: str) -> str:
+        return text.encode(self._output.encoding, "backslashreplace").decode(self._output.encoding)
+
+
+def _open_log(path: Path) -> TextIO:
+    return open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+
+
+def _percent(step: int, total: int) -> str:
+    """Rounded down: 100% is the end."""
+    return f"{100 * step // total}%"
+
+
+def _escape(text: str) -> str:
+    """Text that cannot steer a terminal: newlines stay, tabs become spaces, what is not printed is spelt out."""
+    return "".join(
+        char if char == "\n" else TAB if char == "\t" else _spelt_out(char) for char in text.replace("\r\n", "\n")
+    )
+
+
+def _spelt_out(char: str) -> str:
+    if unicodedata.category(char) not in ESCAPED_CATEGORIES:
+        return char
+    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def _short(count: float) -> str:
+    for unit in ("", "k", "M"):
+        if abs(count) < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}G"

@@ -1,0 +1,72 @@
+"""Which device and arithmetic a run gets, and what that device can do at most."""
+
+import os
+import resource
+import sys
+
+import torch
+
+from p828.config import TrainConfig
+from p828.errors import UserError
+
+# Dense bfloat16 tensor-core peak in FLOP/s, by what torch.cuda.get_device_name() contains; from the vendor's datasheets.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
+    "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device for `auto`, `cpu` or `cuda`. Raises UserError when a GPU is asked for and there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError('train.device = "cuda": this machine shows no GPU to PyTorch; "auto" or "cpu" is accepted')
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The layers' arithmetic: on a CPU without matrix units bfloat16 is many times slower than float32."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+def compiles(train: TrainConfig, device: torch.device) -> bool:
+    return train.compile == "on" or (train.compile == "auto" and device.type == "cuda")
+
+
+def make_deterministic() -> None:
+    """Only algorithms that repeat bit for bit; operations without one raise."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS wants for repeatable sums
+    torch.use_deterministic_algorithms(True)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of the device's datasheet, None where it is not known (MFU is then left out)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by PyTorch on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of the generators that dropout draws from, uint8."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

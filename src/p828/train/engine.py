@@ -1,0 +1,107 @@
+"""What a training step does to a model, on one device.
+
+The interface that the loop uses, and that an engine for many devices has too: `forward_backward`, `step`,
+`tensors`, `load_tensors`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from p828.config import Config
+from p828.data.loader import Batch
+from p828.model.initialisation import initialise
+from p828.model.loss import chunk_loss_and_gradients, linear_cross_entropy
+from p828.model.transformer import Transformer, cumulative_lengths
+from p828.train.balance import update_biases
+from p828.train.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
+from p828.train.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+
+
+class StepResult(NamedTuple):
+    loss: float
+    """Mean nats per target over the whole step."""
+    grad_norm: float
+    """Global norm of the gradients before clipping."""
+    loads: list[list[int]]
+    """Per layer, the tokens that each expert received."""
+    applied: bool
+    """False when the loss or the gradient was not finite: nothing changed then."""
+
+
+class PlainEngine:
+    """One device: float32 master weights, layers computed in the run's dtype, AdamW."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = pick_device(config.train.device)
+        self.dtype = pick_dtype(config.train.dtype, self.device)
+        self.model = Transformer(config.model)
+        initialise(self.model, config.train.seed)
+        self.model.to(self.device)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.chunk_gradients = chunk_loss_and_gradients
+        for layer in self.model.model.layers:
+            layer.gradient_checkpointing = config.train.gradient_checkpointing
+        if compiles(config.train, self.device):
+            self.chunk_gradients = torch.compile(chunk_loss_and_gradients)
+            for layer in self.model.model.layers:
+                layer.compile()
+        self._begin_step()
+
+    def forward_backward(self, batch: Batch, num_targets: int) -> None:
+        """Add one micro-batch's gradients, for a step of `num_targets` targets in all."""
+        # Where documents start is known on the host; found on the device it would make the host wait.
+        cu_seqlens = cumulative_lengths(batch.positions_BS).to(self.device, non_blocking=True)
+        batch = batch.to(self.device)
+        output = self.model(
+            batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, cu_seqlens=cu_seqlens, dtype=self.dtype
+        )
+        hidden_TH, targets_T = output.hidden_BSH.flatten(0, 1), batch.targets_BS.flatten()
+        loss = linear_cross_entropy(hidden_TH, self.model.head_weight, targets_T, self.chunk_gradients) / num_targets
+        balance = self.config.balance
+        auxiliary = (
+            balance.sequence_loss_weight * output.router.balance_loss_L.sum()
+            + balance.z_loss_weight * output.router.z_loss_L.sum()
+        )
+        (loss + auxiliary / num_targets).backward()
+        self._loss += loss.detach()
+        self._loads_LE += output.router.loads_LE
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip, update weights and balance bias, unless something is not finite; begin the next step."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
+        loss, grad_norm = torch.stack((self._loss, norm)).tolist()  # the step's one wait for the device
+        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        if applied:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+            update_biases(self.model, self._loads_LE, self.config.balance.update_rate)
+        result = StepResult(loss, grad_norm, self._loads_LE.tolist(), applied)
+        self._begin_step()
+        return result
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a checkpoint needs from here, by file and name."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_tensors(self.model, self.optimizer),
+            "random": random_states(self.device),
+        }
+
+    def load_tensors(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+        self.model.load_state_dict(tensors["model"])
+        load_optimizer_tensors(self.model, self.optimizer, tensors["optimizer"])
+        restore_random_states(tensors["random"], self.device)
+
+    def _begin_step(self) -> None:
+        model = self.config.model
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss = torch.zeros((), device=self.device)
+        self._loads_LE = torch.zeros(
+            model.num_hidden_layers, model.n_routed_experts, dtype=torch.int64, device=self.device
+        )

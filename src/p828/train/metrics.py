@@ -1,0 +1,218 @@
+"""A run's one record, `metrics.jsonl`, and its mirror in Weights & Biases.
+
+Every line is an object with `kind` ("step", "eval", "sample", "event", ...) and `step`. JSON has no NaN and no
+infinity, so these are the strings "NaN", "Infinity" and "-Infinity", which `float()` of Python, pandas and
+JavaScript's `Number()` understand.
+"""
+
+import errno
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from p828.config import Config, to_dict
+from p828.errors import UserError
+
+FILE_NAME = "metrics.jsonl"
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+REPEATED_KINDS = ("step", "eval", "sample")  # a resumed run writes these again
+SECTIONS = {"step": "train", "eval": "validation"}  # the kinds that W&B sees, and its names for them
+
+
+class Recorder:
+    """Appends to `run_dir/metrics.jsonl`, and to Weights & Biases if the configuration asks for it.
+
+    Use as a context manager, or call `close`. Raises UserError when the file cannot be written or W&B not be reached.
+    """
+
+    def __init__(self, run_dir: Path, config: Config) -> None:
+        self.path = run_dir / FILE_NAME
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _mend_last_line(self.path)
+            self._file = _open(self.path)
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+        self._wandb = None if config.wandb.mode == "off" else _start_wandb(run_dir, config)
+
+    @property
+    def url(self) -> str | None:
+        """Page of the run in Weights & Biases; None without it and offline."""
+        return self._wandb.url if self._wandb is not None and not self._wandb.offline else None
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line. `values` are JSON values: loads and balance scores are lists with an entry a layer.
+
+        The line goes out in one call of the operating system, so a killed process leaves at most a partial last line.
+        """
+        line = json.dumps(_encode({"kind": kind, "step": step, **values}), allow_nan=False) + "\n"
+        try:
+            if self._file.write(line.encode()) < len(line.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+        if self._wandb is not None and kind in SECTIONS:
+            self._wandb.log(_flat_names(SECTIONS[kind], values), step=step)
+
+    def rewind(self, step: int) -> None:
+        """Drop what the run will write again when it continues after `step`; lines of other kinds stay."""
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            with temporary.open("wb") as file:
+                for line, record in _records(self.path):
+                    if record["kind"] not in REPEATED_KINDS or record["step"] <= step:
+                        file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+            self._file.close()
+            self._file = _open(self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise _unwritable(self.path, error) from None
+
+    def close(self, exit_code: int = 0) -> None:
+        """`exit_code` other than 0 marks the run as failed in Weights & Biases."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code)
+            self._wandb = None
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(exit_code=0 if error is None else 1)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file, in order; a partial last line, which a killed process leaves, is left out.
+
+    Raises UserError naming the line for anything else that is no record.
+    """
+    for _, record in _records(path):
+        # samples are texts, and a text may be "NaN"
+        yield record if record["kind"] == "sample" else {key: _decode(value) for key, value in record.items()}
+
+
+def balance_score(load_E: Sequence[int]) -> float:
+    """How evenly a layer's tokens went to its E experts: 1 perfectly even, 0 all on one.
+
+    The entropy of the shares p_e = load_e / sum(load) over its greatest value: -sum(p_e ln p_e) / ln E.
+    Unlike max/mean it sees every expert and not the busiest alone, and 1 and 0 mean the same for any E.
+    An empty load, as one expert has, is even.
+    """
+    total = sum(load_E)
+    if len(load_E) < 2 or total == 0:
+        return 1.0
+    entropy = -sum(load / total * math.log(load / total) for load in load_E if load)
+    return min(max(entropy / math.log(len(load_E)), 0.0), 1.0)
+
+
+def _open(path: Path) -> BinaryIO:
+    return open(path, "ab", buffering=0)
+
+
+def _mend_last_line(path: Path) -> None:
+    """Cut a partial last line off, so that the next one starts on its own."""
+    if not path.exists():
+        return
+    complete = 0
+    with path.open("rb") as file:
+        for line in file:
+            complete += len(line) if line.endswith(b"\n") else 0
+    os.truncate(path, complete)
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each complete line and what it says."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return
+                yield line, _parse(line, f"{path}: line {number}")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
+        raise UserError(f"{where} is not a record; mend or remove that line")
+    return record
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, str):
+        return NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return value
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written: {error.strerror or error}")
+
+
+def _flat_names(section: str, values: dict[str, Any]) -> dict[str, float]:
+    """`train/loss` for single numbers, `load/layer_0/expert_3` and `balance/layer_0` for lists; texts are left out."""
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, list | tuple):
+            for layer, item in enumerate(value):
+                if isinstance(item, list | tuple):
+                    flat.update({f"{key}/layer_{layer}/expert_{expert}": entry for expert, entry in enumerate(item)})
+                else:
+                    flat[f"{key}/layer_{layer}"] = item
+        else:
+            flat[f"{section}/{key}"] = value
+    return {name: value for name, value in flat.items() if isinstance(value, int | float)}
+
+
+def _start_wandb(run_dir: Path, config: Config) -> Any:
+    """Start the W&B run, or continue the one whose id the run's directory holds."""
+    import wandb
+
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+    try:
+        # silent: nothing is printed through the progress bar, and no terminal is asked for a key
+        wandb.setup(wandb.Settings(silent=True, console="off"))
+        return wandb.init(
+            project=config.wandb.project,
+            name=config.name,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            dir=run_dir,
+            mode="online" if config.wandb.mode == "online" else "offline",
+            resume="allow",
+            config=to_dict(config),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(
+            f'wandb.mode = "{config.wandb.mode}": Weights & Biases does not start: {" ".join(str(error).split())}\n'
+            'run `wandb login` or set WANDB_API_KEY, or give wandb.mode "offline" or "off"'
+        ) from None

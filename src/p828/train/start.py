@@ -1,0 +1,73 @@
+"""Builds a run's parts, in the order in which their inputs can be wrong, and sets the loop off."""
+
+from p828.config import Config
+from p828.data.loader import open_loader, validation_batches
+from p828.data.source import open_training
+from p828.data.tokenizer import Tokenizer, load_tokenizer
+from p828.errors import UserError
+from p828.model.flops import count_parameters
+from p828.train import checkpoint
+from p828.train.console import Console
+from p828.train.device import make_deterministic, pick_device
+from p828.train.engine import PlainEngine
+from p828.train.metrics import Recorder
+from p828.train.run_directory import CHECKPOINTS, TOKENIZER_FILE, open_run
+from p828.train.trainer import Trainer
+
+
+def train(config: Config) -> None:
+    """Train a run to its end, from its newest complete checkpoint if there is one.
+
+    Raises UserError for wrong input before anything is written, RunStopped when the run's own guard ends it.
+    """
+    device = pick_device(config.train.device)
+    documents = open_training(config.data, config.train.seed)
+    newest, damaged = checkpoint.find_newest(config.run_dir / CHECKPOINTS)
+    saved = None if newest is None else checkpoint.load(newest)
+    if config.train.deterministic:
+        make_deterministic()
+    with (
+        open_run(config, saved is not None) as changes,
+        Recorder(config.run_dir, config) as recorder,
+        Console(config.run_dir, config.train.steps) as console,
+    ):
+        tokenizer_file = config.run_dir / TOKENIZER_FILE
+        if not tokenizer_file.exists() and config.tokenizer.name == "train":
+            console.print(f"training a tokenizer of {config.tokenizer.vocab_size} tokens")
+        tokenizer = load_tokenizer(
+            config.tokenizer,
+            lambda: open_training(config.data, config.train.seed, 1),
+            config.model.vocab_size,
+            tokenizer_file,
+        )
+        validation = validation_batches(config, tokenizer, config.evaluation.rows, config.train.micro_batch_size)
+        with open_loader(config, tokenizer, pin_memory=device.type == "cuda") as loader:
+            engine = PlainEngine(config)
+            trainer = Trainer(config, tokenizer, loader, validation, engine, recorder, console)
+            console.print(_describe(config, engine))
+            if saved is not None:
+                _check_tokenizer(saved, tokenizer)
+                trainer.resume(saved)
+                _tell(trainer, [*damaged, *changes, f"resumed from step {saved.step}"])
+            trainer.run()
+            trainer.conclude()
+
+
+def _describe(config: Config, engine: PlainEngine) -> str:
+    parameters = count_parameters(config.model)
+    return (
+        f"{config.name}: {parameters.total / 1e6:.1f} M parameters, {parameters.active / 1e6:.1f} M active, "
+        f"on {engine.device} in {str(engine.dtype).removeprefix('torch.')}, "
+        f"{config.tokens_per_step:,} tokens a step, {config.train.steps:,} steps"
+    )
+
+
+def _tell(trainer: Trainer, lines: list[str]) -> None:
+    for line in lines:
+        trainer.recorder.write("event", trainer.progress.step, event="resume", text=line)
+        trainer.console.event(line)
+
+
+def _check_tokenizer(saved: checkpoint.Checkpoint, tokenizer: Tokenizer) -> None:
+    if saved.state["tokenizer"] != tokenizer.fingerprint():
+        raise UserError(f"{saved.path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")

@@ -1,0 +1,199 @@
+"""The training loop."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from p828.config import Config, to_dict
+from p828.data.bigram import bigram_loss
+from p828.data.loader import Batch, Loader
+from p828.data.packing import Packer
+from p828.data.source import open_training
+from p828.data.tokenizer import Tokenizer
+from p828.errors import RunStopped
+from p828.inference.evaluate import evaluate
+from p828.inference.generate import generate
+from p828.inference.sampling import SamplingConfig
+from p828.model.flops import flops_per_token
+from p828.train import checkpoint
+from p828.train.console import Console
+from p828.train.device import peak_flops, peak_memory
+from p828.train.engine import PlainEngine, StepResult
+from p828.train.metrics import Recorder, balance_score
+from p828.train.schedule import learning_rate
+
+NON_FINITE_LIMIT = 3  # steps in a row
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    loss: float | None = None
+    validation_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    non_finite_steps: int = 0  # in a row
+
+
+@dataclass
+class Trainer:
+    """The parts of a run, and the loop over them."""
+
+    config: Config
+    tokenizer: Tokenizer
+    loader: Loader
+    validation: list[Batch]
+    engine: PlainEngine
+    recorder: Recorder
+    console: Console
+    progress: Progress = dataclasses.field(default_factory=Progress)
+
+    def run(self) -> None:
+        """Train to the last step, or until patience runs out."""
+        config, progress = self.config, self.progress
+        while not self.is_done():
+            started = time.perf_counter()
+            batches = [next(self.loader) for _ in range(config.train.gradient_accumulation)]
+            num_targets = sum(batch.num_targets for batch in batches)
+            for batch in batches:
+                self.engine.forward_backward(batch, num_targets)
+            rate = learning_rate(progress.step, config.train.steps, config.optimizer.learning_rate, config.schedule)
+            result = self.engine.step(rate)
+
+            progress.step += 1
+            progress.tokens += num_targets
+            progress.loss = result.loss
+            self.record(result, rate, num_targets, time.perf_counter() - started)
+            self.stop_if_not_finite(result)
+
+            is_better = self.evaluate() if self.is_due(config.evaluation.every) else False
+            if is_better or self.is_due(config.checkpoint.every):
+                self.save()
+
+    def is_done(self) -> bool:
+        patience, progress = self.config.evaluation.patience, self.progress
+        out_of_patience = patience > 0 and progress.evaluations_since_best >= patience
+        return progress.step >= self.config.train.steps or out_of_patience
+
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many steps, and at the end, is done now."""
+        return self.is_done() or (every > 0 and self.progress.step % every == 0)
+
+    def record(self, result: StepResult, rate: float, num_targets: int, seconds: float) -> None:
+        tokens_per_second = num_targets / seconds
+        flops = flops_per_token(self.config.model, self.config.data.sequence_length)
+        peak = peak_flops(self.engine.device)
+        self.recorder.write(
+            "step",
+            self.progress.step,
+            tokens=self.progress.tokens,
+            loss=result.loss,
+            perplexity=_perplexity(result.loss),
+            lr=rate,
+            grad_norm=result.grad_norm,
+            tokens_per_second=tokens_per_second,
+            mfu=None if peak is None else flops * tokens_per_second / peak,
+            memory_bytes=peak_memory(self.engine.device),
+            seconds=seconds,
+            load=result.loads,
+            balance=[balance_score(load_E) for load_E in result.loads],
+        )
+        self.console.step(self.progress.step, loss=result.loss, tokens_per_second=tokens_per_second)
+
+    def stop_if_not_finite(self, result: StepResult) -> None:
+        """Record a step that was not applied; raise RunStopped at the third in a row."""
+        progress = self.progress
+        progress.non_finite_steps = 0 if result.applied else progress.non_finite_steps + 1
+        if result.applied:
+            return
+        text = f"step {progress.step} was not applied: loss {result.loss}, gradient norm {result.grad_norm}"
+        self.recorder.write("event", progress.step, event="non_finite", text=text)
+        self.console.event(text)
+        if progress.non_finite_steps == NON_FINITE_LIMIT:
+            raise RunStopped(
+                f"{NON_FINITE_LIMIT} steps in a row up to step {progress.step} had a non-finite loss or gradient; "
+                f"the run stops and its checkpoints stay in {self.checkpoints}.\n"
+                "Usual causes: optimizer.learning_rate too high, too short a warm-up, broken data"
+            )
+
+    def evaluate(self) -> bool:
+        """Measure the validation loss and sample the prompts; True when it is the best loss so far."""
+        progress, config = self.progress, self.config.evaluation
+        result = evaluate(self.engine.model, self.validation, self.tokenizer.token_bytes(), self.engine.dtype)
+        is_better = progress.best_loss is None or result.loss < progress.best_loss
+        progress.validation_loss = result.loss
+        progress.evaluations_since_best = 0 if is_better else progress.evaluations_since_best + 1
+        if is_better:
+            progress.best_loss, progress.best_step = result.loss, progress.step
+        self.recorder.write("eval", progress.step, **dataclasses.asdict(result), best=is_better)
+        self.console.evaluation(progress.step, loss=result.loss, perplexity=result.perplexity, best=is_better)
+        if config.prompts:
+            samples = self.sample()
+            self.recorder.write("sample", progress.step, samples=[list(sample) for sample in samples])
+        return is_better
+
+    def sample(self) -> list[tuple[str, str]]:
+        """Each prompt with its continuation."""
+        config = self.config.evaluation
+        sampling = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+        prompts = list(config.prompts)
+        completions = generate(self.engine.model, self.tokenizer, prompts, sampling, dtype=self.engine.dtype)
+        return [(prompt, completion.text) for prompt, completion in zip(prompts, completions, strict=True)]
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.run_dir / "checkpoints"
+
+    def save(self) -> None:
+        progress = self.progress
+        state = {
+            "progress": dataclasses.asdict(progress),
+            "data": self.loader.state_dict(),
+            "config": to_dict(self.config),
+            "tokenizer": self.tokenizer.fingerprint(),
+        }
+        checkpoint.save(self.checkpoints, progress.step, self.engine.tensors(), state)
+        checkpoint.prune(self.checkpoints, self.config.checkpoint.keep_last, progress.best_step)
+
+    def resume(self, saved: checkpoint.Checkpoint) -> None:
+        """Go back to where a checkpoint was made."""
+        self.engine.load_tensors(saved.tensors)
+        self.loader.load_state_dict(saved.state["data"])
+        self.progress = Progress(**saved.state["progress"])
+        self.recorder.rewind(self.progress.step)
+
+    def conclude(self) -> None:
+        """Say what came out: losses, the bigram baseline, samples, and where the run is."""
+        progress, config = self.progress, self.config
+        loss = progress.validation_loss
+        if loss is not None:
+            self.console.print(f"validation loss {loss:.3f}, perplexity {_perplexity(loss):.1f}")
+        if config.evaluation.bigram_baseline:
+            bigram = bigram_loss(_training_rows(config, self.tokenizer), self.validation, self.tokenizer.vocab_size)
+            self.recorder.write("event", progress.step, event="bigram_baseline", loss=bigram)
+            self.console.print(f"a bigram model of the same tokens gets {bigram:.3f}")
+        if config.evaluation.prompts:
+            self.console.samples(self.sample())
+        how = "is complete" if progress.step >= config.train.steps else "stopped early, out of patience,"
+        self.console.print(f"{config.run_dir} {how} at step {progress.step}")
+
+
+def _training_rows(config: Config, tokenizer: Tokenizer) -> Iterator[np.ndarray[Any, Any]]:
+    """One epoch of the training documents."""
+    documents = open_training(config.data, config.train.seed, epochs=1)
+    for row in Packer(documents, tokenizer, config.data.sequence_length):
+        yield row.tokens
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,44 @@
+"""Models small enough to test in milliseconds."""
+
+from typing import Any
+
+import torch
+
+from p828.config import ModelConfig
+from p828.model.initialisation import initialise
+from p828.model.transformer import Transformer
+
+TINY: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+}
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    return ModelConfig(**{**TINY, **changes})
+
+
+def tiny_model(**changes: Any) -> Transformer:
+    """A model whose every parameter and bias matters: initial weights, then five times as large and no zeros or ones."""
+    model = Transformer(tiny_config(**changes))
+    initialise(model, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_(generator=generator)
+            elif "norm" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.mul_(50 if name.endswith("gate.weight") else 5)
+        for layer in model.model.layers:
+            layer.mlp.gate.e_score_correction_bias.normal_(0.0, 0.1, generator=generator)
+    return model.eval()
