@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+# The products here are too small to share between threads, and pytest-xdist has a process for every core.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -267,10 +266,9 @@ def test_a_file_system_that_takes_no_more_is_named_and_nothing_stays(tmp_path: P
     assert names(tmp_path) == ["step_00000001"]
 
 
-@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 0, reason="needs a limit of open files")
 def test_a_path_that_cannot_hold_checkpoints_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Not a directory|File exists"):
+    with pytest.raises(UserError, match=r"Not a directory|File exists"):
         save(tmp_path / "file" / "checkpoints", 1)
     assert (tmp_path / "file").read_text() == ""
 
@@ -281,6 +279,7 @@ from pathlib import Path
 from p828.train import checkpoint
 
 top = Path(sys.argv[1])
+CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.listdir", "os.scandir"}
 SAVED, REPLACED, PRUNED = "saved", "replaced", "pruned"
 
 def save(directory, step, value, numel=1000):
@@ -299,7 +298,7 @@ def killed_at(moment, scenario, directory):
         calls = 0
         def count(event, arguments):
             nonlocal calls
-            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.listdir", "os.scandir"):
+            if event in CALLS:
                 calls += 1
                 if calls == moment:
                     os.kill(os.getpid(), signal.SIGKILL)

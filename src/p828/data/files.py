@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -92,8 +93,12 @@ def text_of(fields: object, text_field: str, where: str) -> str:
 def python_shards() -> list[PythonShard]:
     """The .py files of this interpreter's standard library, without its tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
-    names = (path.relative_to(root) for path in root.rglob("*.py"))
-    return [PythonShard(root, name.as_posix()) for name in sorted(names) if not NOT_SOURCE & set(name.parts[:-1])]
+    names: list[Path] = []
+    for directory, subdirectories, files in os.walk(root):
+        subdirectories[:] = set(subdirectories) - NOT_SOURCE
+        here = Path(directory).relative_to(root)
+        names += [here / file for file in files if file.endswith(".py")]
+    return [PythonShard(root, name.as_posix()) for name in sorted(names)]
 
 
 def file_shards(globs: tuple[str, ...], text_field: str, key: str) -> list[FileShard]:

@@ -43,11 +43,12 @@ class HubShard:
 
 def hub_shards(name: str, subset: str, split: str, text_field: str) -> list[HubShard]:
     """The shards of one split. Raises UserError in two lines: what failed, and what to do."""
+    if not os.path.isdir(name):
+        check_reachable(name, "dataset")
+
     import datasets
     from datasets.exceptions import DatasetsError
 
-    if not os.path.isdir(name):
-        check_reachable(name, "dataset")
     place = f"{name}/{subset}" if subset else name
     try:
         dataset = datasets.load_dataset(name, subset or None, split=split, streaming=True)
@@ -84,15 +85,15 @@ def check_reachable(name: str, kind: str) -> None:
 
     In offline mode a data set may still come from the cache, and is left to `datasets`.
     """
-    import huggingface_hub
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         if kind == "dataset":
             return
         raise UserError(f"{kind} {name}: not in the cache, and HF_HUB_OFFLINE is set\n{without_network(kind)}")
     try:
-        huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=CONNECT_SECONDS)
+        HfApi().repo_info(name, repo_type=kind, timeout=CONNECT_SECONDS)
     except RepositoryNotFoundError as error:
         raise UserError(
             f"{kind} {name}: the hub has none of this name that this account may read\n"

@@ -120,5 +120,5 @@ class Combine(torch.autograd.Function):
         y_RH, weights_TK, sorted_R, inverse_R = ctx.saved_tensors
         grad_sorted_RH = grad_TH[sorted_R // weights_TK.shape[1]]
         dy_RH = (grad_sorted_RH * weights_TK.flatten()[sorted_R][:, None]).to(y_RH.dtype)
-        dweights_R = (grad_sorted_RH.float() * y_RH.float()).sum(dim=-1).to(weights_TK.dtype)
+        dweights_R = (grad_sorted_RH.to(weights_TK.dtype) * y_RH.to(weights_TK.dtype)).sum(dim=-1)
         return dy_RH, dweights_R[inverse_R].view_as(weights_TK), None, None

@@ -158,7 +158,7 @@ def resolve(path: Path) -> Path:
     entries = sorted(entry.name for entry in directory.iterdir())
     found = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "") if entries else "nothing"
     raise UserError(
-        f"{path} is neither a run with a checkpoint nor a checkpoint (in {directory.name or directory}: {found})"
+        f"{path} is neither a run with a checkpoint nor a checkpoint; found in {directory.name or directory}: {found}"
     )
 
 

@@ -21,7 +21,7 @@ def train(config: Config) -> None:
     Raises UserError for wrong input before anything is written, RunStopped when the run's own guard ends it.
     """
     device = pick_device(config.train.device)
-    documents = open_training(config.data, config.train.seed)
+    open_training(config.data, config.train.seed)  # a missing file ends here, before anything is written
     newest, damaged = checkpoint.find_newest(config.run_dir / CHECKPOINTS)
     saved = None if newest is None else checkpoint.load(newest)
     if config.train.deterministic:
@@ -29,7 +29,7 @@ def train(config: Config) -> None:
     with (
         open_run(config, saved is not None) as changes,
         Recorder(config.run_dir, config) as recorder,
-        Console(config.run_dir, config.train.steps) as console,
+        Console(config.run_dir, config.train.steps, first_step=0 if saved is None else saved.step) as console,
     ):
         tokenizer_file = config.run_dir / TOKENIZER_FILE
         if not tokenizer_file.exists() and config.tokenizer.name == "train":

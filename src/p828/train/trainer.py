@@ -130,7 +130,7 @@ class Trainer:
         """Measure the validation loss and sample the prompts; True when it is the best loss so far."""
         progress, config = self.progress, self.config.evaluation
         result = evaluate(self.engine.model, self.validation, self.tokenizer.token_bytes(), self.engine.dtype)
-        is_better = progress.best_loss is None or result.loss < progress.best_loss
+        is_better = result.loss < (math.inf if progress.best_loss is None else progress.best_loss)
         progress.validation_loss = result.loss
         progress.evaluations_since_best = 0 if is_better else progress.evaluations_since_best + 1
         if is_better:

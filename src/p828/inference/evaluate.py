@@ -1,0 +1,68 @@
+"""Loss, perplexity and bits per byte of a model on given rows."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from p828.data.loader import Batch
+from p828.errors import UserError
+from p828.inference.mode import inference
+from p828.model.loss import IGNORE, linear_cross_entropy
+from p828.model.transformer import Transformer, cumulative_lengths
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float
+    """Mean nats per target token."""
+    perplexity: float
+    """exp(loss); infinite where a float cannot hold it."""
+    bits_per_byte: float
+    """All targets' bits over the bytes of text they stand for: comparable between tokenizers, unlike the loss."""
+    tokens: int
+    """Target tokens."""
+    bytes: int
+    """Bytes of UTF-8 text in the targets; a document's end counts for none."""
+
+
+def evaluate(
+    model: Transformer,
+    batches: Iterable[Batch],
+    token_bytes: npt.NDArray[np.int64],
+    dtype: torch.dtype = torch.float32,
+) -> Evaluation:
+    """Evaluate on all batches, computing in `dtype`. `token_bytes` holds the bytes of each token, [vocabulary].
+
+    Rows are summed on their own in float32, then in float64, so that how rows are batched changes the result by no
+    more than the rounding of the layers' matrix products. The model's training mode stays as it is.
+    Raises UserError when there is no target.
+    """
+    device = model.head_weight.device
+    bytes_V = torch.from_numpy(token_bytes).to(device)
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    tokens, text_bytes = 0, torch.zeros((), dtype=torch.int64, device=device)
+    with inference(model):
+        for batch in batches:
+            tokens += batch.num_targets
+            cu_seqlens = cumulative_lengths(batch.positions_BS).to(device, non_blocking=True)
+            batch = batch.to(device)
+            hidden_BSH = model(
+                batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, cu_seqlens=cu_seqlens, dtype=dtype
+            ).hidden_BSH
+            for hidden_SH, targets_S in zip(hidden_BSH, batch.targets_BS, strict=True):
+                nats += linear_cross_entropy(hidden_SH, model.head_weight, targets_S)
+            text_bytes += bytes_V[batch.targets_BS[batch.targets_BS != IGNORE]].sum()
+    if tokens == 0:
+        raise UserError("nothing to evaluate: the rows hold no target token")
+    return _evaluation(nats.item(), tokens, int(text_bytes.item()))
+
+
+def _evaluation(nats: float, tokens: int, text_bytes: int) -> Evaluation:
+    loss = nats / tokens
+    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
+    bits = nats / math.log(2)
+    return Evaluation(loss, perplexity, bits / text_bytes if text_bytes else math.inf, tokens, text_bytes)

@@ -1,0 +1,56 @@
+"""Tokens to text, given out as soon as it is certain."""
+
+from collections.abc import Sequence
+
+from p828.data.tokenizer import Tokenizer
+
+CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what cut-off UTF-8 is decoded to
+
+
+class TextStream:
+    """The text of one continuation: whole characters only, ended before the first stop string.
+
+    Text that may be the beginning of a stop string is held back until more tokens, or `finish`, decide.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+        self.stopped = False
+        self._tokenizer, self._stop = tokenizer, stop
+        # Tokens from `_begin` on are decoded together, since a tokenizer may treat the first one specially; those
+        # before `_decoded` have given their text.
+        self._ids = list(prompt_ids)
+        self._begin, self._decoded = 0, len(self._ids)
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Text that has become certain with this token, maybe none."""
+        self._ids.append(token)
+        text = self._undecoded()
+        if text.endswith(CUT_CHARACTER):
+            return ""
+        self._begin, self._decoded = self._decoded, len(self._ids)
+        return self._release(text, end=False)
+
+    def finish(self) -> str:
+        """The text still held back, for no token follows; a character that was cut off is left out."""
+        return "" if self.stopped else self._release(self._undecoded().rstrip(CUT_CHARACTER), end=True)
+
+    def _undecoded(self) -> str:
+        before = self._tokenizer.decode(self._ids[self._begin : self._decoded])
+        return self._tokenizer.decode(self._ids[self._begin :])[len(before) :]
+
+    def _release(self, text: str, end: bool) -> str:
+        text = self._held + text
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
+        if found:
+            # The first to be complete, as if the text came character by character and not in tokens.
+            self.stopped = True
+            return text[: min(found)[1]]
+        certain = len(text) if end else len(text) - self._possible_stop(text)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def _possible_stop(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        lengths = range(max(map(len, self._stop), default=1) - 1, 0, -1)
+        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop if n <= len(text))), 0)

@@ -1,0 +1,160 @@
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_samples import text, write_jsonl
+
+from p828.config import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
+from p828.data.loader import Batch, Loader, open_loader, validation_batches
+from p828.data.packing import Packer
+from p828.data.source import open_training, open_validation
+from p828.data.tokenizer import Tokenizer
+from p828.errors import UserError
+
+LENGTH = 31
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    write_jsonl(tmp_path / "a.jsonl", [text(i) for i in range(60)])
+    write_jsonl(tmp_path / "v.jsonl", [text(100 + i) for i in range(9)])
+    validation = ValidationConfig(kind="files", files=(str(tmp_path / "v.jsonl"),))
+    data = DataConfig(
+        source="files",
+        files=(str(tmp_path / "a.jsonl"),),
+        sequence_length=LENGTH,
+        block_documents=7,
+        validation=validation,
+    )
+    return Config(data=data, train=TrainConfig(micro_batch_size=3))
+
+
+def equal(one: Batch, other: Batch) -> bool:
+    return one.num_targets == other.num_targets and all(
+        torch.equal(getattr(one, name), getattr(other, name))
+        for name in ("tokens_BS", "targets_BS", "positions_BS", "document_ids_BS")
+    )
+
+
+def test_batches_are_the_rows(config: Config, tokenizer: Tokenizer) -> None:
+    packer = Packer(open_training(config.data, seed=0), tokenizer, LENGTH)
+    with open_loader(config, tokenizer) as loader:
+        for batch, _ in zip(loader, range(20), strict=False):
+            rows = [next(packer) for _ in range(3)]
+            assert batch.tokens_BS.tolist() == [row.tokens[:-1].tolist() for row in rows]
+            assert batch.targets_BS.tolist() == [row.tokens[1:].tolist() for row in rows]
+            assert batch.document_ids_BS.tolist() == [row.document_ids[:-1].tolist() for row in rows]
+            assert batch.num_targets == 3 * LENGTH
+            for name in ("tokens_BS", "targets_BS", "positions_BS"):
+                assert getattr(batch, name).dtype == torch.int64
+            assert batch.document_ids_BS.dtype == torch.int32
+
+
+@pytest.mark.parametrize("mask_documents", [True, False])
+def test_positions(config: Config, tokenizer: Tokenizer, mask_documents: bool) -> None:
+    packer = Packer(open_training(config.data, seed=0), tokenizer, LENGTH)
+    with Loader(packer, 4, mask_documents) as loader:
+        batches = [next(loader) for _ in range(10)]
+    several = 0
+    for batch in batches:
+        for tokens, positions in zip(batch.tokens_BS.tolist(), batch.positions_BS.tolist(), strict=True):
+            expected, position = [], 0
+            for token in tokens:
+                expected.append(position)
+                position = 0 if mask_documents and token == tokenizer.eos_id else position + 1
+            assert positions == expected
+            several += tokenizer.eos_id in tokens[:-1]
+    assert several > 5
+
+
+def test_the_state_is_that_of_the_last_batch_handed_out(config: Config, tokenizer: Tokenizer) -> None:
+    with open_loader(config, tokenizer) as loader:
+        states, batches = [loader.state_dict()], []
+        for _ in range(30):
+            batches.append(next(loader))
+            states.append(loader.state_dict())
+    for stop in (0, 1, 2, 13, 29):
+        with open_loader(config, tokenizer) as loader:
+            loader.load_state_dict(json.loads(json.dumps(states[stop])))
+            assert loader.state_dict() == states[stop]
+            for i in range(stop, 30):
+                assert equal(next(loader), batches[i])
+                assert loader.state_dict() == states[i + 1]
+
+
+def test_close_ends_the_thread_while_batches_wait(config: Config, tokenizer: Tokenizer) -> None:
+    before = threading.active_count()
+    loader = open_loader(config, tokenizer)
+    loader.close()
+    with open_loader(config, tokenizer) as loader:
+        next(loader)
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+    with pytest.raises(StopIteration):
+        next(loader)
+    loader.close()
+
+
+def test_an_exception_in_the_thread_reaches_the_consumer(config: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"no": "text"}\n')
+    with open_loader(config, tokenizer) as loader:
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"a\.jsonl:61: no field 'text'"):
+                for _ in loader:
+                    pass
+
+
+def test_moving_to_a_device_keeps_the_batch(config: Config, tokenizer: Tokenizer) -> None:
+    (batch, *_) = validation_batches(config, tokenizer, 2, 2)
+    assert equal(batch.to("cpu"), batch)
+    assert batch.to(torch.device("meta")).tokens_BS.device.type == "meta"
+
+
+def test_the_last_validation_row_is_padded(config: Config, tokenizer: Tokenizer) -> None:
+    expected = [i for words in open_validation(config.data) for i in [*tokenizer.encode(words), tokenizer.eos_id]]
+    batches = validation_batches(config, tokenizer, 1000, 4)
+    rows = -(-len(expected) // (LENGTH + 1))
+    rest = len(expected) - (rows - 1) * (LENGTH + 1)
+    assert 1 < rest < LENGTH, "the sample text must leave an unfinished row"
+    assert [len(batch.tokens_BS) for batch in batches] == [4] * (rows // 4) + [rows % 4] * (rows % 4 > 0)
+    last = batches[-1]
+    assert last.tokens_BS[-1].tolist() == expected[-rest:] + [tokenizer.eos_id] * (LENGTH - rest)
+    assert last.targets_BS[-1].tolist() == expected[-rest + 1 :] + [-100] * (LENGTH - rest + 1)
+    assert (last.document_ids_BS == -1).tolist() == (last.targets_BS == -100).tolist()
+    assert sum(batch.num_targets for batch in batches) == len(expected) - rows
+    for batch in batches:
+        assert batch.num_targets == int((batch.targets_BS != -100).sum())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_validation_rows_do_not_depend_on_the_batch(config: Config, tokenizer: Tokenizer, rows: int) -> None:
+    def columns(micro_batch_size: int) -> list[list[list[int]]]:
+        batches = validation_batches(config, tokenizer, rows, micro_batch_size)
+        names = ("tokens_BS", "targets_BS", "positions_BS", "document_ids_BS")
+        return [torch.cat([getattr(batch, name) for batch in batches]).tolist() for name in names]
+
+    assert columns(1) == columns(3) == columns(64)
+    assert rows == 1000 or len(columns(2)[0]) == rows
+
+
+def test_no_text_to_validate_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "v.txt").write_text("")
+    data = DataConfig(validation=ValidationConfig(kind="files", files=(str(tmp_path / "v.txt"),)))
+    with pytest.raises(UserError, match=r"no documents in data\.validation\.files"):
+        validation_batches(Config(data=data, model=ModelConfig()), tokenizer, 4, 2)
+
+
+def test_numpy_and_torch_share_no_memory_with_the_packer(config: Config, tokenizer: Tokenizer) -> None:
+    packer = Packer(open_training(config.data, seed=0), tokenizer, LENGTH)
+    with Loader(packer, 3, mask_documents=True) as loader:
+        first = next(loader)
+        first.tokens_BS.zero_()
+        first.targets_BS.zero_()
+        second = next(loader)
+    again = Packer(open_training(config.data, seed=0), tokenizer, LENGTH)
+    rows = [next(again) for _ in range(6)]
+    assert np.array_equal(second.tokens_BS.numpy(), np.stack([row.tokens[:-1] for row in rows[3:]]))

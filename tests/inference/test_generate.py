@@ -1,0 +1,215 @@
+import math
+
+import pytest
+import torch
+from taught_text import TAUGHT
+from tiny import tiny_model
+from torch import Tensor
+
+from p828.data.tokenizer import Tokenizer
+from p828.errors import UserError
+from p828.inference.generate import Completion, generate
+from p828.inference.sampling import SamplingConfig
+from p828.model.kv_cache import KVCache
+from p828.model.transformer import Transformer
+
+GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=12)
+PROMPTS = ["hello world", "", "a", "The longest of all prompts here", "def f(x):"]
+VARIANTS = [
+    {},
+    {"attention_sinks": False, "use_qk_norm": True, "tie_word_embeddings": True},
+    {"hidden_act": "swiglu_of_product", "n_group": 4, "topk_group": 2, "mask_documents": False},
+]
+
+
+def uncached_logits(model: Transformer, ids: list[int]) -> Tensor:
+    """(V,): after the last token, from a full forward pass."""
+    return model.logits(model(torch.tensor([ids])).hidden_BSH[0, -1])
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_greedy_is_the_argmax_of_full_forward_passes(letters: Tokenizer, changes: dict[str, object]) -> None:
+    model = tiny_model(**changes)
+    completions = generate(model, letters, PROMPTS, GREEDY)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        ids = letters.encode(prompt) or [letters.eos_id]
+        expected: list[int] = []
+        while len(expected) < 12:
+            token = int(uncached_logits(model, ids + expected)[: letters.vocab_size].argmax())
+            if token == letters.eos_id:
+                break
+            expected.append(token)
+        assert completion.text == letters.decode(expected)
+        assert completion.finish_reason == ("length" if len(expected) == 12 else "end")
+    assert len({completion.text for completion in completions}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_cached_logits_are_the_uncached(changes: dict[str, object]) -> None:
+    """In float64, where the order of sums leaves 1e-12; prompts of 7 and 3 tokens, then 5 tokens one by one."""
+    model = tiny_model(**changes).double()
+    model.frequencies = model.frequencies.double()
+    tokens_BS = torch.randint(97, (2, 12))
+    lengths_B = torch.tensor([7, 3])
+    cache = KVCache(model.config, 2, 12, torch.device("cpu"), torch.float64)
+    cache.extend(7)
+    hidden_BSH = model(tokens_BS[:, :7], cache=cache, dtype=torch.float64).hidden_BSH
+    hidden_BH = hidden_BSH[torch.arange(2), lengths_B - 1]
+    for _ in range(6):
+        for row, length in enumerate(lengths_B.tolist()):
+            expected_SH = model(tokens_BS[row : row + 1, :length], dtype=torch.float64).hidden_BSH[0]
+            torch.testing.assert_close(hidden_BH[row], expected_SH[-1], rtol=1e-6, atol=1e-6)
+        if lengths_B.max() == 12:
+            break
+        cache.extend(int(lengths_B.max()) + 1)
+        next_B1 = tokens_BS.gather(1, lengths_B[:, None])
+        hidden_BH = model(next_B1, lengths_B[:, None], cache=cache, dtype=torch.float64).hidden_BSH[:, 0]
+        lengths_B += 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(temperature=0.0, repetition_penalty=1.3, max_new_tokens=10),
+        SamplingConfig(temperature=1.5, max_new_tokens=20, seed=3),
+        SamplingConfig(temperature=1.5, top_p=0.9, repetition_penalty=1.2, max_new_tokens=20, stop=("e", "x"), seed=4),
+    ],
+)
+def test_batched_prompts_get_what_each_gets_alone(letters: Tokenizer, config: SamplingConfig) -> None:
+    model = tiny_model()
+    together = generate(model, letters, PROMPTS, config)
+    alone = [generate(model, letters, [prompt], config)[0] for prompt in PROMPTS]
+    assert together == alone
+
+
+def test_rows_that_end_early_leave_the_others_alone(letters: Tokenizer) -> None:
+    """Some rows end at a stop string while others run on: the batch shrinks on the way."""
+    config = SamplingConfig(temperature=1.5, max_new_tokens=25, stop=("a", "b", "c", "d"), seed=1)
+    completions = generate(tiny_model(), letters, PROMPTS, config)
+    assert len({len(completion.text) for completion in completions}) > 2
+    assert completions == [generate(tiny_model(), letters, [prompt], config)[0] for prompt in PROMPTS]
+
+
+def test_the_seed_decides(letters: Tokenizer) -> None:
+    model = tiny_model()
+    texts = [
+        [c.text for c in generate(model, letters, ["ab", "ab"], SamplingConfig(temperature=1.0, seed=seed))]
+        for seed in (0, 0, 1)
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+    assert texts[0][0] != texts[0][1], "equal prompts are to get different samples"
+
+
+def test_nothing_global_changes(letters: Tokenizer) -> None:
+    model = tiny_model(dropout=0.5).train()
+    before = torch.get_rng_state()
+    first = generate(model, letters, ["ab"], SamplingConfig(temperature=1.0))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert torch.is_grad_enabled()
+    assert generate(model.eval(), letters, ["ab"], SamplingConfig(temperature=1.0)) == first
+    assert not model.training
+
+
+def test_training_mode_comes_back_after_an_error(letters: Tokenizer) -> None:
+    def broken(index: int, text: str) -> None:
+        raise BrokenPipeError
+
+    model = tiny_model().train()
+    with pytest.raises(BrokenPipeError):
+        generate(model, letters, ["ab"], GREEDY, on_text=broken)
+    assert model.training
+
+
+def test_a_document_learnt_by_heart(taught: Transformer, byte_level: Tokenizer) -> None:
+    """From the empty prompt, which stands for a document's beginning, to its end."""
+    pieces: list[str] = []
+    config = SamplingConfig(temperature=0.0, max_new_tokens=60)
+    (completion,) = generate(taught, byte_level, [""], config, on_text=lambda _, text: pieces.append(text))
+    assert completion == Completion(TAUGHT, "end")
+    assert "".join(pieces) == TAUGHT
+    assert "🙂" in "".join(pieces)
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "" not in pieces
+
+
+@pytest.mark.parametrize(
+    "stop, text",
+    [(("mat, and",), "The cat 🙂 sat on the "), (("nothing", "🙂"), "The cat "), (("dog.",), TAUGHT[:-4])],
+)
+def test_a_stop_string_ends_the_text_before_it(
+    taught: Transformer, byte_level: Tokenizer, stop: tuple[str, ...], text: str
+) -> None:
+    pieces: list[str] = []
+    config = SamplingConfig(temperature=0.0, max_new_tokens=60, stop=stop)
+    (completion,) = generate(taught, byte_level, [""], config, on_text=lambda _, text: pieces.append(text))
+    assert completion == Completion(text, "stop")
+    assert "".join(pieces) == text
+
+
+def test_length_ends_the_text(taught: Transformer, byte_level: Tokenizer) -> None:
+    ids = byte_level.encode(TAUGHT)
+    for length in (1, 3, len(ids)):
+        config = SamplingConfig(temperature=0.0, max_new_tokens=length)
+        (completion,) = generate(taught, byte_level, [""], config)
+        assert completion == Completion(byte_level.decode(ids[:length]), "length")
+
+
+def test_the_context_ends_the_text(letters: Tokenizer) -> None:
+    """Prompts of 60 and 63 tokens have room for 4 and 1 in a context of 64, where a third runs on."""
+    config = SamplingConfig(temperature=0.0, max_new_tokens=20, seed=0)
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[letters.eos_id] = 0
+    completions = generate(model, letters, ["a" * 60, "b" * 63, "c" * 44], config)
+    assert [(len(c.text), c.finish_reason) for c in completions] == [(4, "context"), (1, "context"), (20, "length")]
+
+
+def test_a_prompt_that_fills_the_context_is_refused(letters: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"the prompt has 64 tokens: at most 63 are accepted.*is 64"):
+        generate(tiny_model(), letters, ["a", "b" * 64], GREEDY)
+
+
+def test_a_prompt_that_is_no_unicode_is_refused(letters: Tokenizer) -> None:
+    with pytest.raises(UserError, match="not valid Unicode"):
+        generate(tiny_model(), letters, ["a\udce9"], GREEDY)
+
+
+def test_no_token_beyond_the_tokenizer(letters: Tokenizer) -> None:
+    """The model likes its unused rows best."""
+    model = tiny_model()
+    assert letters.vocab_size < model.config.vocab_size
+    with torch.no_grad():
+        hidden_H = model(torch.tensor([letters.encode("ab")])).hidden_BSH[0, -1]
+        model.head_weight[letters.vocab_size :] = hidden_H
+        assert int(uncached_logits(model, letters.encode("ab")).argmax()) >= letters.vocab_size
+    for temperature in (0.0, 1.0):
+        config = SamplingConfig(temperature=temperature, max_new_tokens=1)
+        (completion,) = generate(model, letters, ["ab"], config)
+        assert completion.finish_reason == "end" or len(completion.text) == 1
+
+
+def test_the_penalty_counts_prompt_and_text(letters: Tokenizer) -> None:
+    """A penalty beyond all logits: every token differs from the prompt's and from those before it."""
+    model = tiny_model()
+    with torch.no_grad():  # only positive logits, which the penalty makes small
+        model.head_weight.abs_()
+        model.model.norm.weight.abs_()
+    config = SamplingConfig(temperature=0.0, repetition_penalty=1e9, max_new_tokens=30)
+    (completion,) = generate(model, letters, ["hello"], config)
+    text = completion.text
+    assert len(set(text)) == len(text) > 5
+
+
+def test_diverged_weights_are_named(letters: Tokenizer) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.head_weight[3] = math.nan
+    with pytest.raises(UserError, match="diverged"):
+        generate(model, letters, ["ab"], GREEDY)
+
+
+def test_no_prompts_no_completions(letters: Tokenizer) -> None:
+    assert generate(tiny_model(), letters, [], GREEDY) == []

@@ -1,0 +1,89 @@
+import itertools
+import random
+
+import pytest
+
+from p828.data.tokenizer import Tokenizer
+from p828.inference.text_stream import TextStream
+
+TEXT = "The cat 🙂 said naïve things: é, 漢字, 👩‍🚀!\n"
+
+
+def stream(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
+    """The pieces of text, the last one from `finish`, and whether a stop string ended it."""
+    text_stream = TextStream(tokenizer, tokenizer.encode("the "), stop)
+    pieces = []
+    for token in ids:
+        pieces.append(text_stream.push(token))
+        if text_stream.stopped:
+            break
+    return [*pieces, text_stream.finish()], text_stream.stopped
+
+
+def test_characters_split_over_tokens_come_whole(byte_level: Tokenizer) -> None:
+    ids = byte_level.encode(TEXT)
+    assert len(byte_level.encode("🙂")) == 4
+    pieces, _ = stream(byte_level, ids)
+    assert "".join(pieces) == TEXT
+    assert not any("\ufffd" in piece for piece in pieces)
+    # Text comes with the token that completes it, not later.
+    for n in range(1, len(ids) + 1):
+        assert "".join(pieces[:n]) == byte_level.decode(ids[:n]).rstrip("\ufffd")
+
+
+def test_a_character_cut_off_at_the_end_is_left_out(byte_level: Tokenizer) -> None:
+    pieces, _ = stream(byte_level, byte_level.encode("cat🙂")[:-1])
+    assert "".join(pieces) == "cat"
+
+
+def test_bytes_that_are_no_text_do_not_stop_the_stream(byte_level: Tokenizer) -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        ids = [draw.randrange(byte_level.vocab_size) for _ in range(30)] + byte_level.encode("cat")
+        pieces, _ = stream(byte_level, ids)
+        assert "".join(pieces) == byte_level.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "stop, expected",
+    [
+        (("said",), "The cat 🙂 "),
+        (("🙂 s",), "The cat "),
+        (("\n",), TEXT[:-1]),
+        (("zzz", "cat"), "The "),
+        (("hat", "things:", "at 🙂 said n"), "The c"),
+        (("The",), ""),
+        (("!\n\n", "dog"), TEXT),
+        (("at 🙂 said nothing", "said"), "The cat 🙂 "),
+        (("cat 🙂 said", "at"), "The c"),  # complete first, though the other begins first
+    ],
+)
+def test_stop_strings_span_tokens(
+    byte_level: Tokenizer, letters: Tokenizer, stop: tuple[str, ...], expected: str
+) -> None:
+    pieces, stopped = stream(byte_level, byte_level.encode(TEXT), stop)
+    assert "".join(pieces) == expected
+    assert stopped == (expected != TEXT)
+
+
+def test_what_may_become_a_stop_string_is_held_back(letters: Tokenizer) -> None:
+    pieces, _ = stream(letters, letters.encode("ababcx"), ("abc",))
+    assert pieces == ["", "", "ab", "", "", ""]
+    pieces, _ = stream(letters, letters.encode("ababdx"), ("abc",))
+    assert pieces == ["", "", "ab", "", "abd", "x", ""]
+    pieces, _ = stream(letters, letters.encode("xab"), ("abc",))
+    assert pieces == ["x", "", "", "ab"]
+
+
+def test_stop_strings_against_a_search_of_the_whole_text(letters: Tokenizer) -> None:
+    """All texts of 7 letters a and b, with overlapping stop strings."""
+    for stop in (("aab",), ("abab", "bb"), ("ba", "aaa", "abb")):
+        for letter_tuple in itertools.product("ab", repeat=7):
+            text = "".join(letter_tuple)
+            ends = [n for n in range(8) if text[:n].endswith(stop)]
+            expected = text
+            if ends:
+                longest = max(len(s) for s in stop if text[: ends[0]].endswith(s))
+                expected = text[: ends[0] - longest]
+            pieces, stopped = stream(letters, letters.encode(text), stop)
+            assert ("".join(pieces), stopped) == (expected, bool(ends)), (text, stop)

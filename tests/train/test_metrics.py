@@ -1,0 +1,257 @@
+import json
+import math
+import os
+import pty
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p828.config import Config, WandbConfig
+from p828.errors import UserError
+from p828.train import metrics
+from p828.train.metrics import Recorder, balance_score
+
+OFF = Config(name="run")
+
+
+def record(run_dir: Path, first: int, last: int) -> None:
+    with Recorder(run_dir, OFF) as recorder:
+        for step in range(first, last + 1):
+            recorder.write("step", step, loss=1 / step)
+            if step % 2 == 0:
+                recorder.write("eval", step, loss=1.0)
+                recorder.write("sample", step, samples=[["a", "b"]])
+
+
+def lines(run_dir: Path) -> list[tuple[str, int]]:
+    return [(line["kind"], line["step"]) for line in metrics.read(run_dir / "metrics.jsonl")]
+
+
+def test_values_come_back_from_strict_json(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "loss": 0.1 + 0.2,
+        "load": [[3, 0], [1, 2]],
+        "nested": [math.inf, {"low": -math.inf}],
+        "text": "ü\n\x1b\ud800",
+        "none": None,
+    }
+    with Recorder(tmp_path, OFF) as recorder:
+        recorder.write("step", 3, **values, bad=math.nan)
+        recorder.write("sample", 3, samples=[["NaN", "Infinity"]])
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    content = (tmp_path / "metrics.jsonl").read_text()
+    assert [json.loads(line, parse_constant=refuse)["step"] for line in content.splitlines()] == [3, 3]
+    step, sample = metrics.read(tmp_path / "metrics.jsonl")
+    assert math.isnan(step.pop("bad"))
+    assert step == {"kind": "step", "step": 3, **values}
+    assert sample["samples"] == [["NaN", "Infinity"]]
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    with Recorder(tmp_path, OFF) as recorder:
+        for step in range(3):
+            recorder.write("step", step)
+            assert len(lines(tmp_path)) == step + 1
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20, 30])
+def test_a_partial_last_line_is_left_out_and_the_next_line_stands_alone(tmp_path: Path, cut: int) -> None:
+    record(tmp_path, 1, 1)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:-cut])
+    assert lines(tmp_path) == [("step", 1)]
+    record(tmp_path, 3, 3)
+    assert lines(tmp_path) == [("step", 1), ("step", 3)]
+
+
+@pytest.mark.parametrize("bad", ["{", "", "[1]", '{"kind": "step"}', '{"step": 1}', "\0\0"])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, bad: str) -> None:
+    record(tmp_path, 1, 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(bad + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is not a record"):
+        lines(tmp_path)
+
+
+def test_rewinding_leaves_one_line_a_step_after_any_number_of_kills(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    record(tmp_path, 1, 5)
+    for saved, reached in [(4, 7), (4, 6), (0, 3), (2, 9)]:
+        with path.open("ab") as file:
+            file.write(b'{"kind": "step", "st')  # the kill
+        with Recorder(tmp_path, OFF) as recorder:
+            recorder.rewind(saved)
+            recorder.write("event", saved, text="resumed")
+        record(tmp_path, saved + 1, reached)
+    steps = [step for kind, step in lines(tmp_path) if kind == "step"]
+    evaluations = [step for kind, step in lines(tmp_path) if kind == "eval"]
+    assert steps == list(range(1, 10))
+    assert evaluations == [2, 4, 6, 8]
+    assert [step for kind, step in lines(tmp_path) if kind == "sample"] == evaluations
+    assert [step for kind, step in lines(tmp_path) if kind == "event"] == [4, 4, 0, 2]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from p828.config import Config
+from p828.errors import UserError
+from p828.train import metrics
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+recorder = metrics.Recorder(Path(sys.argv[1]), Config(name="run"))
+recorder.write("step", 1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40, resource.RLIM_INFINITY))
+try:
+    recorder.write("step", 2, loss=1.0)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_named_and_the_lines_before_stay(tmp_path: Path) -> None:
+    answer = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout
+    assert answer.startswith(f"{tmp_path}/metrics.jsonl: cannot be written: ")
+    assert lines(tmp_path) == [("step", 1)]
+
+
+def test_balance_score() -> None:
+    assert balance_score([7, 7, 7, 7]) == pytest.approx(1)
+    assert balance_score([0, 28, 0, 0]) == 0
+    assert balance_score([5, 5, 0, 0]) == pytest.approx(0.5)  # ln 2 / ln 4
+    assert balance_score([3, 1]) == pytest.approx(2 - 0.75 * math.log2(3))  # entropy in bits, of at most one bit
+    assert balance_score([9]) == 1
+    assert balance_score([0, 0]) == 1
+    scores = [balance_score([100 + uneven, 100 - uneven, 100]) for uneven in range(0, 101, 10)]
+    assert scores == sorted(scores, reverse=True)
+    assert all(0 <= score <= 1 for score in scores)
+
+
+def started_wandb(run_dir: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, at a terminal, so that a prompt for a key would wait for ever."""
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from p828.config import Config, WandbConfig; from p828.errors import UserError\n"
+        "from p828.train.metrics import Recorder\n"
+        "try: Recorder(Path(sys.argv[1]), Config(name='run', wandb=WandbConfig(mode=sys.argv[2]))).close()\n"
+        "except UserError as error: print(error); sys.exit(2)\n"
+    )
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    main, terminal = pty.openpty()
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", script, str(run_dir), mode],
+            stdin=terminal, stdout=subprocess.PIPE, stderr=terminal, text=True, timeout=60,
+            env={**clean, "HOME": str(run_dir), "NETRC": str(run_dir / "netrc"), **environment},
+        )  # fmt: skip
+    finally:
+        os.close(main)
+        os.close(terminal)
+
+
+def test_wandb_online_without_a_key_says_what_to_do(tmp_path: Path) -> None:
+    child = started_wandb(tmp_path, "online")
+    assert child.returncode == 2
+    first, second = child.stdout.splitlines()
+    assert first.startswith('wandb.mode = "online": Weights & Biases does not start: ')
+    assert "API key" in first
+    assert "wandb login" in second
+    assert "WANDB_API_KEY" in second
+    assert "offline" in second
+
+
+def test_wandb_that_cannot_be_reached_says_so(tmp_path: Path) -> None:
+    nobody = "http://127.0.0.1:9"  # the discard port: connections are refused
+    child = started_wandb(tmp_path, "online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=nobody, WANDB_INIT_TIMEOUT="1")
+    assert child.returncode == 2
+    assert len(child.stdout.splitlines()) == 2
+    assert "does not start" in child.stdout
+
+
+OFFLINE = """
+import sys
+from pathlib import Path
+from p828.config import Config, WandbConfig
+from p828.train.metrics import Recorder
+with Recorder(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mode="offline"))) as recorder:
+    assert recorder.url is None
+    recorder.write("step", 1, loss=2.5, perplexity=12.2, load=[[1, 2], [3, 4]], balance=[0.5, 0.25])
+    recorder.write("eval", 1, loss=2.25)
+    recorder.write("event", 1, text="hello")
+"""
+
+
+def test_wandb_offline_gets_flat_names_the_configuration_and_one_id(tmp_path: Path) -> None:
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", OFFLINE, str(tmp_path)], check=True, capture_output=True, timeout=60)
+        first = (tmp_path / "wandb_id").read_text().strip()
+    runs = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert {path.name for path in runs} == {f"run-{first}.wandb"}
+    logged, config, name = read_wandb(runs[0])
+    assert {key: value for key, value in logged.items() if not key.startswith("_")} == {
+        "train/loss": 2.5,
+        "train/perplexity": 12.2,
+        "validation/loss": 2.25,
+        "load/layer_0/expert_0": 1,
+        "load/layer_0/expert_1": 2,
+        "load/layer_1/expert_0": 3,
+        "load/layer_1/expert_1": 4,
+        "balance/layer_0": 0.5,
+        "balance/layer_1": 0.25,
+    }
+    assert logged["_step"] == 1
+    assert (name, config["name"], config["model"]["n_routed_experts"]) == ("run", "run", 4)
+    assert set(config) >= set(Config.__dataclass_fields__)
+
+
+def read_wandb(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The one row of history, the configuration and the run's name.
+
+    The file is LevelDB's log format (7 bytes of ident; then records, in blocks of 32 KiB, with CRC, length and
+    type: 1 whole, 2 first, 3 middle, 4 last) of W&B's own messages.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    content, position, data = path.read_bytes(), 7, b""
+    logged: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    name = ""
+    while position + 7 <= len(content):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        data += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (2, 3):
+            continue
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        data = b""
+        for item in record.history.item:
+            logged[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        if record.HasField("run"):
+            name = record.run.display_name
+            config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    return logged, config, name
+
+
+def test_wandb_is_not_imported_when_off(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from p828.config import Config; from p828.train.metrics import Recorder\n"
+        "Recorder(Path(sys.argv[1]), Config(name='run')).close(); assert 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    assert WandbConfig().mode == "off"
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
