@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from p828.config import ModelConfig
 from p828.model.initialisation import initialise
@@ -42,3 +43,10 @@ def tiny_model(**changes: Any) -> Transformer:
         for layer in model.model.layers:
             layer.mlp.gate.e_score_correction_bias.normal_(0.0, 0.1, generator=generator)
     return model.eval()
+
+
+def make_documents(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Document ids and positions, (rows, tokens) each, of rows packed with documents of these lengths."""
+    documents = [torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)) for lengths in rows]
+    positions = [torch.cat([torch.arange(n) for n in lengths]) for lengths in rows]
+    return torch.stack(documents), torch.stack(positions)

@@ -4,6 +4,7 @@ The attribute docstrings are the command line's help. A TOML may name another wi
 changes only what it lists. Nothing here imports torch.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from p828.config_checks import check_model, check_range, check_run
 from p828.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -125,7 +127,7 @@ class DataConfig:
     sequence_length: int = 2048
     """Tokens of a row that the model predicts; a row holds one more."""
     block_documents: int = 1024
-    """Documents that are read, shuffled and tokenized together."""
+    """Documents that are read and shuffled together."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
@@ -305,8 +307,8 @@ def _merged_toml(name_or_path: str, depth: int = 0) -> dict[str, Any]:
     path = Path(name_or_path)
     if path.suffix != ".toml":
         path = PRESETS / f"{name_or_path}.toml"
-        if not path.is_file():
-            known = preset_names()
+        known = preset_names()
+        if name_or_path not in known:
             raise UserError(
                 f"no preset {name_or_path!r}{nearest(name_or_path, known)} Presets: {', '.join(known)}; "
                 "or give the path of a .toml file"
@@ -315,7 +317,7 @@ def _merged_toml(name_or_path: str, depth: int = 0) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML, or a number too long
         raise UserError(f"{path}: cannot be read as TOML: {error}") from None
     base = values.pop("base", None)
     if base is None:
@@ -339,148 +341,58 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _build(cls: type[T], values: Any, where: str, prefix: str) -> T:
     if not isinstance(values, Mapping):
-        raise UserError(f"{where}: {prefix.rstrip('.')} = {values!r} is not a table")
+        table = prefix.rstrip(".")
+        raise UserError(f"{where}: {table} = {_shown(values)}: a table is accepted, [{table}] with its keys below")
     types = typing.get_type_hints(cls)
     for key in values:
         if key not in types:
-            raise UserError(f"{where}: unknown key {prefix}{key}{nearest(key, types)} Accepted: {', '.join(types)}")
+            near = nearest(prefix + key, (prefix + name for name in types))
+            raise UserError(f"{where}: unknown key {prefix}{key}{near} Accepted: {', '.join(types)}")
     return cls(**{key: _convert(types[key], value, where, prefix + key) for key, value in values.items()})
+
+
+_ONE = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
+_MANY = {float: "numbers", str: "texts in quotes"}
 
 
 def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(typing.cast(type, kind), value, where, key + ".")
+    given = f"{where}: {key} = {_shown(value)}"
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value in arguments:
             return value
-        raise UserError(f"{where}: {key} = {value!r}: accepted are {', '.join(map(str, arguments))}")
+        raise UserError(f"{given}{nearest(str(value), arguments)} Accepted: {', '.join(arguments)}")
     if origin is tuple:
-        kinds = (
-            arguments
-            if arguments[-1] is not Ellipsis
-            else arguments[:1] * (len(value) if isinstance(value, list) else 1)
-        )
-        if isinstance(value, list) and len(value) == len(kinds):
-            return tuple(
-                _convert(k, v, where, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
-            )
-        size = "a list" if arguments[-1] is Ellipsis else f"a list of {len(kinds)}"
-        raise UserError(f"{where}: {key} = {value!r}: {size} of {arguments[0].__name__} is accepted")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return _convert_list(arguments, value, where, key)
+    if kind is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
+            return float(value)
     if type(value) is kind:
         return value
-    raise UserError(f"{where}: {key} = {value!r}: {kind.__name__} is accepted, not {type(value).__name__}")
+    raise UserError(f"{given}: {_ONE[kind]} is accepted")
+
+
+def _convert_list(kinds: tuple[Any, ...], values: Any, where: str, key: str) -> tuple[Any, ...]:
+    """A tuple of `kinds` from a list; (str, ...) takes any number of texts."""
+    any_length = kinds[-1] is Ellipsis
+    if not isinstance(values, list) or (not any_length and len(values) != len(kinds)):
+        size = "a list of" if any_length else f"a list of {len(kinds)}"
+        raise UserError(f"{where}: {key} = {_shown(values)}: {size} {_MANY[kinds[0]]} is accepted")
+    kinds = kinds[:1] * len(values) if any_length else kinds
+    return tuple(_convert(k, v, where, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, values, strict=True)))
+
+
+def _shown(value: Any) -> str:
+    """A value as TOML spells it, more or less, and short enough for a line."""
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def validate(config: Config) -> None:
     """Check what types cannot say. Raises UserError with the first key that is wrong and what it accepts."""
     for key, value in flatten(config).items():
-        _check_range(key, value)
-    _check_model(config.model)
-    _check_run(config)
-
-
-_AT_LEAST_ZERO = {
-    "model.n_shared_experts", "schedule.warmup_steps", "schedule.decay_steps", "train.seed",
-    "evaluation.every", "evaluation.patience",
-}  # fmt: skip
-_SHARES = {"model.dropout", "schedule.min_lr_ratio", "data.validation.share"}
-_FLOATS_AT_LEAST_ZERO = {
-    "optimizer.weight_decay", "balance.update_rate", "balance.sequence_loss_weight", "balance.z_loss_weight",
-    "evaluation.temperature",
-}  # fmt: skip
-LARGEST_INT = 2**31 - 1
-
-
-def _check_range(key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        return
-    if isinstance(value, int):
-        lowest = 0 if key in _AT_LEAST_ZERO else 1
-        if not lowest <= value <= LARGEST_INT:
-            raise UserError(f"{key} = {value}: a whole number from {lowest} to {LARGEST_INT} is accepted")
-    if isinstance(value, float):
-        if key in _SHARES:
-            accepted, words = 0 <= value <= 1, "a share from 0 to 1"
-        elif key in _FLOATS_AT_LEAST_ZERO:
-            accepted, words = 0 <= value < float("inf"), "a number of at least 0"
-        else:
-            accepted, words = 0 < value < float("inf"), "a number above 0"
-        if not accepted:
-            raise UserError(f"{key} = {value}: {words} is accepted")
-
-
-def _check_model(model: ModelConfig) -> None:
-    if model.num_attention_heads % model.num_key_value_heads:
-        raise UserError(
-            f"model.num_key_value_heads = {model.num_key_value_heads}: "
-            f"it must divide model.num_attention_heads = {model.num_attention_heads}"
-        )
-    if model.head_dim % 2:
-        raise UserError(f"model.head_dim = {model.head_dim}: an even number is accepted (RoPE turns pairs)")
-    if model.num_experts_per_tok > model.n_routed_experts:
-        raise UserError(
-            f"model.num_experts_per_tok = {model.num_experts_per_tok}: "
-            f"at most model.n_routed_experts = {model.n_routed_experts} is accepted"
-        )
-    if model.n_routed_experts % model.n_group:
-        raise UserError(
-            f"model.n_group = {model.n_group}: it must divide model.n_routed_experts = {model.n_routed_experts}"
-        )
-    if model.topk_group > model.n_group:
-        raise UserError(f"model.topk_group = {model.topk_group}: at most model.n_group = {model.n_group} is accepted")
-    group_size = model.n_routed_experts // model.n_group
-    if model.n_group > 1 and group_size < 2:
-        raise UserError(
-            f"model.n_group = {model.n_group}: a group is scored by its two best experts, "
-            f"so at most {model.n_routed_experts // 2} groups of {model.n_routed_experts} experts are accepted"
-        )
-    if model.num_experts_per_tok > group_size * model.topk_group:
-        raise UserError(
-            f"model.num_experts_per_tok = {model.num_experts_per_tok}: the {model.topk_group} chosen groups "
-            f"hold {group_size * model.topk_group} experts"
-        )
-    if model.dropout == 1:
-        raise UserError("model.dropout = 1.0: a share below 1 is accepted")
-
-
-def _check_run(config: Config) -> None:
-    data, model = config.data, config.model
-    if not config.name or config.name in (".", "..") or "/" in config.name or "\0" in config.name:
-        raise UserError(f"name = {config.name!r}: one directory name is accepted")
-    if data.sequence_length > model.max_position_embeddings:
-        raise UserError(
-            f"data.sequence_length = {data.sequence_length}: "
-            f"at most model.max_position_embeddings = {model.max_position_embeddings} is accepted"
-        )
-    if data.source == "files" and not data.files:
-        raise UserError('data.files is empty: with data.source = "files", give at least one glob')
-    if data.source == "hf" and not data.hub_name:
-        raise UserError('data.hub_name is empty: with data.source = "hf", give a data set\'s name')
-    if data.validation.kind == "files" and not data.validation.files:
-        raise UserError('data.validation.files is empty: with data.validation.kind = "files", give at least one glob')
-    if data.validation.kind == "split" and data.source != "hf" and not data.validation.hub_name:
-        raise UserError('data.validation.kind = "split": accepted with data.source = "hf" or data.validation.hub_name')
-    if data.validation.kind == "held_out" and not 0 < data.validation.share < 1:
-        raise UserError(f"data.validation.share = {data.validation.share}: a share between 0 and 1 is accepted")
-    if config.tokenizer.name == "train" and config.tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: "
-            f"at most model.vocab_size = {model.vocab_size} is accepted"
-        )
-    if config.tokenizer.name == "train" and config.tokenizer.vocab_size < 257:
-        raise UserError(
-            f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: at least 257 (256 bytes and the end token) is accepted"
-        )
-    schedule = config.schedule
-    if schedule.kind == "wsd" and schedule.warmup_steps + schedule.decay_steps > config.train.steps:
-        raise UserError(
-            f"schedule.decay_steps = {schedule.decay_steps}: with schedule.warmup_steps = {schedule.warmup_steps} "
-            f"it exceeds train.steps = {config.train.steps}"
-        )
-    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise UserError(
-            f"optimizer.betas = {list(config.optimizer.betas)}: two numbers of at least 0 and below 1 are accepted"
-        )
+        check_range(key, value)
+    check_model(config.model)
+    check_run(config)

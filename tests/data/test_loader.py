@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -114,20 +115,25 @@ def test_moving_to_a_device_keeps_the_batch(config: Config, tokenizer: Tokenizer
     assert batch.to(torch.device("meta")).tokens_BS.device.type == "meta"
 
 
-def test_the_last_validation_row_is_padded(config: Config, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("rest", [0, 1, 2, 7])
+def test_the_last_validation_row_is_padded(config: Config, tokenizer: Tokenizer, rest: int) -> None:
+    """`rest` tokens are left behind the full rows; a single one has nothing to predict and makes no row."""
     expected = [i for words in open_validation(config.data) for i in [*tokenizer.encode(words), tokenizer.eos_id]]
+    size = next(size for size in range(10, len(expected)) if len(expected) % size == rest)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=size - 1))
     batches = validation_batches(config, tokenizer, 1000, 4)
-    rows = -(-len(expected) // (LENGTH + 1))
-    rest = len(expected) - (rows - 1) * (LENGTH + 1)
-    assert 1 < rest < LENGTH, "the sample text must leave an unfinished row"
-    assert [len(batch.tokens_BS) for batch in batches] == [4] * (rows // 4) + [rows % 4] * (rows % 4 > 0)
-    last = batches[-1]
-    assert last.tokens_BS[-1].tolist() == expected[-rest:] + [tokenizer.eos_id] * (LENGTH - rest)
-    assert last.targets_BS[-1].tolist() == expected[-rest + 1 :] + [-100] * (LENGTH - rest + 1)
-    assert (last.document_ids_BS == -1).tolist() == (last.targets_BS == -100).tolist()
-    assert sum(batch.num_targets for batch in batches) == len(expected) - rows
+
+    rows = len(expected) // size + (rest > 1)
+    assert sum(len(batch.tokens_BS) for batch in batches) == rows
+    assert {len(batch.tokens_BS) for batch in batches[:-1]} <= {4}
+    assert sum(batch.num_targets for batch in batches) == len(expected) - rows - (rest == 1)
     for batch in batches:
         assert batch.num_targets == int((batch.targets_BS != -100).sum())
+        assert torch.equal(batch.document_ids_BS == -1, batch.targets_BS == -100)
+    if rest > 1:
+        padding = size - rest
+        assert batches[-1].tokens_BS[-1].tolist() == expected[-rest:] + [tokenizer.eos_id] * (padding - 1)
+        assert batches[-1].targets_BS[-1].tolist() == expected[1 - rest :] + [-100] * padding
 
 
 @pytest.mark.parametrize("rows", [1, 5, 1000])

@@ -38,11 +38,14 @@ def test_each_epoch_gives_every_document_once(tmp_path: Path, block: int) -> Non
     assert list(open_training(config, seed=4, epochs=1)) != epochs[0]
 
 
-def test_documents_are_shuffled_inside_a_block(tmp_path: Path) -> None:
-    config = files_config(tmp_path, counts=(25,), block=25)
-    given = list(open_training(config, seed=0, epochs=1))
-    assert given != [text(i) for i in range(25)]
-    assert sorted(given) == sorted(text(i) for i in range(25))
+def test_documents_are_shuffled_inside_each_block(tmp_path: Path) -> None:
+    given = list(open_training(files_config(tmp_path, counts=(50,), block=25), seed=0, epochs=1))
+    number = {text(i): i for i in range(50)}
+    first, second = [[number[t] for t in block] for block in (given[:25], given[25:])]
+    assert sorted(first) == list(range(25))
+    assert sorted(second) == list(range(25, 50))
+    assert first != sorted(first)
+    assert [i - 25 for i in second] != first
 
 
 def test_resume_gives_exactly_the_next_document(tmp_path: Path) -> None:
@@ -211,5 +214,5 @@ def test_validation_files_come_in_order(tmp_path: Path) -> None:
 
 def test_permutations_stay_as_they_are() -> None:
     # A checkpoint's position means something only while these do not change.
-    assert permutation(8, (0, 0, 0)) == XX
-    assert permutation(8, (7, 1, 2)) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert permutation(8, (0, 0, 0)) == [3, 2, 1, 6, 0, 7, 4, 5]
+    assert permutation(8, (7, 1, 2)) == [5, 2, 4, 3, 1, 6, 7, 0]

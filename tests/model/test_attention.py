@@ -20,7 +20,9 @@ DOCUMENTS = {
 ARITHMETIC = [("reference", torch.float64), ("reference", torch.float32), ("flash", torch.float32)]
 
 
-def check(backend: str, dtype: torch.dtype, key_heads: int, sinks: Tensor | None, documents_BS: Tensor, mask: bool) -> None:
+def check(
+    backend: str, dtype: torch.dtype, key_heads: int, sinks: Tensor | None, documents_BS: Tensor, mask: bool
+) -> None:
     batch, length = documents_BS.shape
     q, k, v = (torch.randn(batch, length, n, HEAD_DIM) for n in (HEADS, key_heads, key_heads))
     upstream = torch.randn(batch, length, HEADS, HEAD_DIM)

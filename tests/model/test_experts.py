@@ -45,7 +45,11 @@ def make_routing(experts_TK: Tensor, weights_TK: Tensor) -> Routing:
 def test_values_and_gradients(dtype: torch.dtype, hidden_act: str, choice: str) -> None:
     experts = make_experts(dtype, hidden_act)
     experts_TK = torch.tensor(CHOICES[choice])
-    x, weights, upstream = torch.randn(len(experts_TK), 12), torch.rand(experts_TK.shape), torch.randn(len(experts_TK), 12)
+    x, weights, upstream = (
+        torch.randn(len(experts_TK), 12),
+        torch.rand(experts_TK.shape),
+        torch.randn(len(experts_TK), 12),
+    )
 
     ours = leaves(x, weights, dtype=dtype)
     actual = experts(ours[0], make_routing(experts_TK, ours[1]))
@@ -108,24 +112,34 @@ def test_shared_experts_are_one_of_their_joint_width(hidden_act: str) -> None:
     for parameter in shared.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(5, config.hidden_size)
-    gate, up, down = (p.detach().double() for p in (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight))
+    gate, up, down = (
+        p.detach().double() for p in (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
+    )
     assert down.shape == (config.hidden_size, 2 * config.moe_intermediate_size)
     expected = torch.stack([down @ naive_activation(hidden_act, gate @ row, up @ row) for row in x.double()])
     assert_near(shared(x), expected, FLOAT32)
     if hidden_act == "swiglu":
         parts = zip(gate.chunk(2), up.chunk(2), down.chunk(2, dim=1), strict=True)
-        each = sum((torch.sigmoid(x.double() @ g.T) * (x.double() @ g.T) * (x.double() @ u.T)) @ d.T for g, u, d in parts)
+        each = sum(
+            (torch.sigmoid(x.double() @ g.T) * (x.double() @ g.T) * (x.double() @ u.T)) @ d.T for g, u, d in parts
+        )
         assert_near(shared(x), each, FLOAT32)
 
 
 def dropout_probe(dropout: float) -> tuple[Experts, Tensor, Routing]:
     """Experts whose output is their inner activations: identity matrices on ones give silu(1) everywhere."""
-    config = tiny_config(n_routed_experts=1, num_experts_per_tok=1, hidden_size=64, moe_intermediate_size=64, dropout=dropout)
+    config = tiny_config(
+        n_routed_experts=1, num_experts_per_tok=1, hidden_size=64, moe_intermediate_size=64, dropout=dropout
+    )
     experts = Experts(config)
     for parameter in experts.parameters():
         parameter.data = torch.eye(64)[None]
     tokens = 500
-    return experts, torch.ones(tokens, 64), make_routing(torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1))
+    return (
+        experts,
+        torch.ones(tokens, 64),
+        make_routing(torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)),
+    )
 
 
 def test_dropout_drops_its_share_and_scales_the_rest() -> None:
@@ -136,7 +150,9 @@ def test_dropout_drops_its_share_and_scales_the_rest() -> None:
     # A count of n = 32,000 independent draws: five standard deviations are 0.012.
     assert abs(dropped - share) < 5 * (share * (1 - share) / out.numel()) ** 0.5
     kept = out[out != 0]
-    torch.testing.assert_close(kept, torch.full_like(kept, torch.nn.functional.silu(torch.ones(())).item() / (1 - share)))
+    torch.testing.assert_close(
+        kept, torch.full_like(kept, torch.nn.functional.silu(torch.ones(())).item() / (1 - share))
+    )
 
 
 def test_dropout_follows_the_seed_and_stops_in_evaluation() -> None:

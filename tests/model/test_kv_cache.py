@@ -42,7 +42,9 @@ def test_batched_prompts_of_unequal_length(variant: str) -> None:
     expected = [model.logits(model(text[None]).hidden_BSH)[0] for text in texts]
 
     longest = max(LENGTHS)
-    padded = torch.stack([torch.cat((t[:n], torch.full((longest - n,), 96))) for t, n in zip(texts, LENGTHS, strict=True)])
+    padded = torch.stack(
+        [torch.cat((t[:n], torch.full((longest - n,), 96))) for t, n in zip(texts, LENGTHS, strict=True)]
+    )
     cache = make_cache(model, len(texts))
     logits = step(model, cache, padded, torch.arange(longest).expand(len(texts), -1))
     for row, length in enumerate(LENGTHS):

@@ -12,7 +12,11 @@ VOCABULARY, HIDDEN = 50, 8
 
 def make(tokens: int, ignored: float = 0.2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     targets = torch.randint(VOCABULARY, (tokens,))
-    return torch.randn(tokens, HIDDEN), torch.randn(VOCABULARY, HIDDEN), targets.where(torch.rand(tokens) >= ignored, IGNORE)
+    return (
+        torch.randn(tokens, HIDDEN),
+        torch.randn(VOCABULARY, HIDDEN),
+        targets.where(torch.rand(tokens) >= ignored, IGNORE),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

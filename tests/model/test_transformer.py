@@ -113,7 +113,7 @@ def test_shared_experts_add_to_the_routed() -> None:
 
 
 def test_bfloat16_keeps_float32_weights_router_and_gradients() -> None:
-    # Initial-size weights: at five times them the router's choices flip under bfloat16's rounding.
+    # All experts chosen: a choice that tips over under bfloat16's rounding is no error, but would look like one.
     model = tiny_model(num_hidden_layers=1, num_experts_per_tok=8)
     tokens = torch.randint(97, (2, 8))
     full, half = model(tokens), model(tokens, dtype=torch.bfloat16)

@@ -118,8 +118,10 @@ def test_cut_grown_and_missing_files_are_found(tmp_path: Path, file: str) -> Non
     content = (path / file).read_bytes()
     for damaged in (b"", content[:1], content[: len(content) // 2], content[:-1], content + b"\0", content + b"\n"):
         (path / file).write_bytes(damaged)
-        with pytest.raises(DamagedCheckpoint, match=file):
+        with pytest.raises(DamagedCheckpoint, match=file) as caught:
             checkpoint.load(path)
+        if file != "manifest.json":
+            assert f"{file} has {len(damaged)} bytes, {len(content)} were written" in str(caught.value)
     (path / file).unlink()
     with pytest.raises(DamagedCheckpoint, match=f"{file} is missing"):
         checkpoint.load(path)

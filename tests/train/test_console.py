@@ -43,6 +43,7 @@ def test_the_bar_fits_and_shows_everything(tmp_path: Path, width: int) -> None:
             clock.now += 120.0
             view.step(step, loss=10.81234, tokens_per_second=123_456.0)
         view.evaluation(99_999, loss=3.2, perplexity=24.5325, best=True)
+    assert shown(file)[0].startswith("99000/100000 ━━")
     bar = shown(file)[-2]
     assert len(bar) == width
     assert bar.startswith("99999/100000 ━━")

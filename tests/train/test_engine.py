@@ -14,7 +14,13 @@ def batch_of(config: Config, seed: int, rows: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.model.vocab_size, (rows, config.data.sequence_length + 1), generator=generator)
     positions = torch.arange(config.data.sequence_length).expand(rows, -1).contiguous()
-    return Batch(tokens[:, :-1].clone(), tokens[:, 1:].clone(), positions, torch.zeros_like(positions, dtype=torch.int32), 32 * rows)
+    return Batch(
+        tokens[:, :-1].clone(),
+        tokens[:, 1:].clone(),
+        positions,
+        torch.zeros_like(positions, dtype=torch.int32),
+        32 * rows,
+    )
 
 
 def join(batches: list[Batch]) -> Batch:

@@ -16,9 +16,8 @@ def run(arguments: list[str]) -> None:
     default = Config() if name is None else configuration.load(name)
     dry_run = "--dry-run" in flags
     flags = [flag for flag in flags if flag != "--dry-run"]
-    config = parse(
-        Config, flags, prog=f"p828 train {name or 'CONFIG'}", default=default, description=_describe(default)
-    )
+    prog, description = f"p828 train {name or 'CONFIG'}", _describe(default)
+    config = parse(Config, flags, prog, default, description, others=("--dry-run",))
     if name is None:
         raise UserError(f"no configuration given. Usage: {USAGE}\nPresets: {', '.join(configuration.preset_names())}")
     configuration.validate(config)

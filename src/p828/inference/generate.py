@@ -5,6 +5,7 @@ B counts the rows still running, S the tokens of the longest prompt, V the model
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,7 +60,7 @@ def generate(
         for index, prompt in enumerate(prompts)
     ]
     running = list(range(len(rows)))
-    with inference(model):
+    with inference(model), _uncompiled(model):
         cache = None
         while running:
             active = [rows[index] for index in running]
@@ -128,6 +129,12 @@ class _Row:
     def completion(self) -> Completion:
         assert self.finish_reason is not None
         return Completion("".join(self._pieces), self.finish_reason)
+
+
+def _uncompiled(model: Transformer) -> AbstractContextManager[None]:
+    """Compiled layers run as they were written, since a trainer's would be compiled anew for each length."""
+    compiled = any(layer._compiled_call_impl is not None for layer in model.model.layers)
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, context: int) -> list[int]:

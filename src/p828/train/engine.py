@@ -39,6 +39,7 @@ class PlainEngine:
         self.config = config
         self.device = pick_device(config.train.device)
         self.dtype = pick_dtype(config.train.dtype, self.device)
+        torch.manual_seed(config.train.seed)  # for dropout; a resume brings the state back
         self.model = Transformer(config.model)
         initialise(self.model, config.train.seed)
         self.model.to(self.device)

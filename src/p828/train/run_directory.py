@@ -28,7 +28,7 @@ def open_run(config: Config, has_checkpoint: bool) -> Iterator[list[str]]:
     checkpoint is begun anew if these differ. What was made here is removed again if the block raises UserError.
     """
     run_dir = config.run_dir
-    is_new = not run_dir.exists()
+    is_new, is_first = not run_dir.exists(), not run_dir.parent.exists()
     changes = [] if is_new else _changes(run_dir, config)
     blocking = [line for line in changes if line.startswith(FIXED) and not line.startswith(FREE)]
     if blocking and has_checkpoint:
@@ -48,7 +48,7 @@ def open_run(config: Config, has_checkpoint: bool) -> Iterator[list[str]]:
         yield changes if has_checkpoint else []
     except UserError:
         if is_new and not (run_dir / CHECKPOINTS).exists():
-            shutil.rmtree(run_dir)
+            shutil.rmtree(run_dir.parent if is_first else run_dir)
         raise
 
 

@@ -1,0 +1,124 @@
+"""What makes a configuration wrong beyond its types: ranges, and values that do not go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from p828.errors import UserError
+
+if TYPE_CHECKING:
+    from p828.config import Config, ModelConfig
+
+_AT_LEAST_ZERO = {
+    "model.n_shared_experts", "schedule.warmup_steps", "schedule.decay_steps", "train.seed",
+    "evaluation.every", "evaluation.patience",
+}  # fmt: skip
+_SHARES = {"schedule.min_lr_ratio", "data.validation.share"}
+_FLOATS_AT_LEAST_ZERO = {
+    "optimizer.weight_decay", "balance.update_rate", "balance.sequence_loss_weight", "balance.z_loss_weight",
+    "evaluation.temperature",
+}  # fmt: skip
+LARGEST_INT = 2**31 - 1
+
+
+def check_range(key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int):
+        lowest = 0 if key in _AT_LEAST_ZERO else 1
+        if not lowest <= value <= LARGEST_INT:
+            raise UserError(f"{key} = {value}: a whole number from {lowest} to {LARGEST_INT} is accepted")
+    if isinstance(value, float):
+        if key == "model.dropout":
+            accepted, words = 0 <= value < 1, "a share from 0 to below 1"
+        elif key in _SHARES:
+            accepted, words = 0 <= value <= 1, "a share from 0 to 1"
+        elif key in _FLOATS_AT_LEAST_ZERO:
+            accepted, words = 0 <= value < float("inf"), "a number of at least 0"
+        else:
+            accepted, words = 0 < value < float("inf"), "a number above 0"
+        if not accepted:
+            raise UserError(f"{key} = {value}: {words} is accepted")
+
+
+def check_model(model: ModelConfig) -> None:
+    if model.num_attention_heads % model.num_key_value_heads:
+        raise UserError(
+            f"model.num_key_value_heads = {model.num_key_value_heads}: "
+            f"it must divide model.num_attention_heads = {model.num_attention_heads}"
+        )
+    if model.head_dim % 2:
+        raise UserError(f"model.head_dim = {model.head_dim}: an even number is accepted (RoPE turns pairs)")
+    if model.num_experts_per_tok > model.n_routed_experts:
+        raise UserError(
+            f"model.num_experts_per_tok = {model.num_experts_per_tok}: "
+            f"at most model.n_routed_experts = {model.n_routed_experts} is accepted"
+        )
+    if model.n_routed_experts % model.n_group:
+        raise UserError(
+            f"model.n_group = {model.n_group}: it must divide model.n_routed_experts = {model.n_routed_experts}"
+        )
+    if model.topk_group > model.n_group:
+        raise UserError(f"model.topk_group = {model.topk_group}: at most model.n_group = {model.n_group} is accepted")
+    group_size = model.n_routed_experts // model.n_group
+    if model.n_group > 1 and group_size < 2:
+        raise UserError(
+            f"model.n_group = {model.n_group}: a group is scored by its two best experts, "
+            f"so at most {model.n_routed_experts // 2} groups of {model.n_routed_experts} experts are accepted"
+        )
+    if model.num_experts_per_tok > group_size * model.topk_group:
+        raise UserError(
+            f"model.num_experts_per_tok = {model.num_experts_per_tok}: at most {group_size * model.topk_group} is "
+            f"accepted, the experts in the model.topk_group = {model.topk_group} groups of a token"
+        )
+    if model.rope_theta <= 1:
+        raise UserError(f"model.rope_theta = {model.rope_theta}: a number above 1 is accepted")
+    scaling = model.rope_scaling
+    if scaling.factor < 1:
+        raise UserError(f"model.rope_scaling.factor = {scaling.factor}: a number of at least 1 is accepted")
+    if scaling.beta_slow >= scaling.beta_fast:
+        raise UserError(
+            f"model.rope_scaling.beta_slow = {scaling.beta_slow}: "
+            f"a number below model.rope_scaling.beta_fast = {scaling.beta_fast} is accepted"
+        )
+
+
+def check_run(config: Config) -> None:
+    data, model = config.data, config.model
+    if not config.name or config.name in (".", "..") or "/" in config.name or "\0" in config.name:
+        raise UserError(f"name = {config.name!r}: one directory name is accepted")
+    if data.sequence_length > model.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length = {data.sequence_length}: "
+            f"at most model.max_position_embeddings = {model.max_position_embeddings} is accepted"
+        )
+    if data.source == "files" and not data.files:
+        raise UserError('data.files is empty: with data.source = "files", give at least one glob')
+    if data.source == "hf" and not data.hub_name:
+        raise UserError('data.hub_name is empty: with data.source = "hf", give a data set\'s name')
+    if data.validation.kind == "files" and not data.validation.files:
+        raise UserError('data.validation.files is empty: with data.validation.kind = "files", give at least one glob')
+    if data.validation.kind == "split" and data.source != "hf" and not data.validation.hub_name:
+        raise UserError('data.validation.kind = "split": accepted with data.source = "hf" or data.validation.hub_name')
+    if data.validation.kind == "held_out" and not 0 < data.validation.share < 1:
+        raise UserError(f"data.validation.share = {data.validation.share}: a share between 0 and 1 is accepted")
+    if config.tokenizer.name == "train" and config.tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: "
+            f"at most model.vocab_size = {model.vocab_size} is accepted"
+        )
+    if config.tokenizer.name == "train" and config.tokenizer.vocab_size < 257:
+        raise UserError(
+            f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: "
+            "at least 257 (256 bytes and the end token) is accepted"
+        )
+    schedule = config.schedule
+    if schedule.kind == "wsd" and schedule.warmup_steps + schedule.decay_steps > config.train.steps:
+        raise UserError(
+            f"schedule.decay_steps = {schedule.decay_steps}: with schedule.warmup_steps = {schedule.warmup_steps} "
+            f"it exceeds train.steps = {config.train.steps}"
+        )
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise UserError(
+            f"optimizer.betas = {list(config.optimizer.betas)}: two numbers of at least 0 and below 1 are accepted"
+        )

@@ -1,0 +1,173 @@
+"""`p828 generate` and `p828 evaluate`, in this process and as a command with a pipe."""
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from taught_text import TAUGHT
+from tiny import tiny_model
+
+from p828.cli.main import dispatch
+from p828.cli.output import printable
+from p828.config import Config, DataConfig, EvaluationConfig, TokenizerConfig, ValidationConfig, to_dict
+from p828.data.tokenizer import Tokenizer
+from p828.model.transformer import Transformer
+from p828.train import checkpoint
+
+
+def save_run(directory: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
+    """A run that validates on one document of the text that `taught` knows."""
+    directory.mkdir()
+    (directory / "text.md").write_text(TAUGHT)
+    config = Config(
+        name="run",
+        model=model.config,
+        data=DataConfig(sequence_length=16, validation=ValidationConfig(kind="files", files=(f"{directory}/text.md",))),
+        tokenizer=TokenizerConfig(name="tokenizer.json"),
+        evaluation=EvaluationConfig(rows=1),
+    )
+    checkpoint.save(directory / "checkpoints", 7, {"model": model.state_dict()}, {"config": to_dict(config)})
+    tokenizer.save(directory / "tokenizer.json")
+    return directory
+
+
+@pytest.fixture
+def run(tmp_path: Path, taught: Transformer, byte_level: Tokenizer) -> Path:
+    return save_run(tmp_path / "run", taught, byte_level)
+
+
+def generate(run: Path, *arguments: str) -> int:
+    return dispatch(["generate", str(run), "--device", "cpu", "--temperature", "0", *arguments])
+
+
+def test_one_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(run, "--prompt", "") == 0
+    assert capsys.readouterr().out == TAUGHT + "\n"
+    assert generate(run, "--prompt", "", "--stop", "nothing", "--stop", " on") == 0
+    assert capsys.readouterr().out == "The cat 🙂 sat\n"
+    assert generate(run, "--prompt", "", "--max-new-tokens", "3") == 0
+    assert 1 < len(capsys.readouterr().out) < 12
+
+
+def test_several_prompts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(run, "--prompt", "", "--prompt", "the \x1b[31mcat", "--max-new-tokens", "60") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"--- 1: \n{TAUGHT}\n--- 2: the \\x1b[31mcat\n")
+
+
+def test_interactive(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that is too long is answered, and the next line continued."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n" + "0" * 70 + "\n\n"))
+    assert generate(run, "--interactive") == 0
+    out, err = capsys.readouterr()
+    assert out == f"{TAUGHT}\n{TAUGHT}\n"
+    assert err.startswith("p828: the prompt has 70 tokens")
+
+
+def test_a_full_context_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(run, "--prompt", "0" * 63) == 0
+    assert "the model's context of 64 tokens is full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([], "nothing to continue: give --prompt TEXT or --interactive"),
+        (["--prompt", "a", "--temprature", "1"], "unknown flag --temprature; did you mean --temperature?"),
+        (["--prompt", "a", "--temperature", "hot"], "--temperature"),
+        (["--prompt", "a", "--top-p", "2"], "top_p = 2.0: a share above 0 and up to 1 is accepted"),
+        (["--prompt", "a", "--device", "tpu"], "tpu"),
+        (["--prompt", "a\udcff"], "not valid Unicode"),
+    ],
+)
+def test_wrong_flags(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+    assert dispatch(["generate", str(run), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert expected in err
+    assert len(err.splitlines()) <= 2
+
+
+def test_a_model_cannot_steer_the_terminal() -> None:
+    text = "a\tb\nc é 🙂 漢"
+    assert printable(text) == text
+    assert printable("\x1b]0;title\x07\r\b\x7f\x9b2J") == r"\x1b]0;title\x07\x0d\x08\x7f\x9b2J"
+
+
+def test_what_the_model_writes_is_escaped(
+    tmp_path: Path, byte_level: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model whose head knows the escape character only."""
+    model = tiny_model(vocab_size=288)
+    escape = byte_level.encode("\x1b")
+    assert len(escape) == 1
+    with torch.no_grad():
+        hidden_SH = model(torch.tensor([byte_level.encode("the")])).hidden_BSH[0]
+        model.head_weight.zero_()
+        model.head_weight[escape[0]] = hidden_SH[-1]
+    run = save_run(tmp_path / "escape", model, byte_level)
+    assert generate(run, "--prompt", "the", "--max-new-tokens", "1") == 0
+    assert capsys.readouterr().out == "\\x1b\n"
+
+
+def test_a_closed_pipe_ends_quietly(run: Path) -> None:
+    command = [sys.executable, "-m", "p828", "generate", str(run), "--prompt", "", "--device", "cpu"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 0
+
+
+def evaluation(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -> dict[str, str]:
+    assert dispatch(["evaluate", str(run), "--device", "cpu", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines)  # type: ignore[misc]
+
+
+def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str], byte_level: Tokenizer) -> None:
+    ids = byte_level.encode(TAUGHT)
+    values = evaluation(capsys, run)
+    assert list(values) == ["checkpoint", "loss", "perplexity", "bits per byte", "on"]
+    assert values["checkpoint"].endswith("step_00000007 (step 7)")
+    assert values["on"].startswith("16 tokens")  # one row, as the run's configuration says
+    everything = evaluation(capsys, run, "--rows", "99", "--micro-batch-size", "1")
+    # Rows of 17 tokens: the first of each has nothing before it in its row to be predicted from.
+    targets = [*ids[1:17], *ids[18:], byte_level.eos_id]
+    text = byte_level.decode(ids[1:17]) + byte_level.decode(ids[18:])
+    assert everything["on"] == f"{len(targets)} tokens, {len(text.encode())} bytes"
+    assert evaluation(capsys, run, "--rows", "99", "--micro-batch-size", "5") == everything
+
+
+def test_evaluate_on_other_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.txt").write_text("zebra zebra zebra")
+    own = evaluation(capsys, run, "--rows", "9")
+    flags = ["--data.source", "files", "--data.validation.files", str(tmp_path / "*.txt")]
+    other = evaluation(capsys, run, "--rows", "9", *flags)
+    assert float(other["loss"].split()[0]) > 2 * float(own["loss"].split()[0])
+    assert dispatch(["evaluate", str(run), "--device", "cpu", "--data.validation.files", "none/*.txt"]) == 2
+    assert "none/*.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--rows", "0"], "rows = 0"),
+        (["--micro-batch-size", "-1"], "micro_batch_size = -1"),
+        (["--data.sequence-length", "65"], "max_position_embeddings = 64"),
+        (["--data.sorce", "files"], "did you mean --data.source?"),
+    ],
+)
+def test_evaluate_wrong_flags(run: Path, capsys: pytest.CaptureFixture[str], flags: list[str], expected: str) -> None:
+    assert dispatch(["evaluate", str(run), "--device", "cpu", *flags]) == 2
+    assert expected in capsys.readouterr().err

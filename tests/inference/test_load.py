@@ -1,0 +1,117 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model
+from torch import Tensor
+
+from p828.config import Config, DataConfig, TokenizerConfig, TrainConfig, to_dict
+from p828.data.tokenizer import Tokenizer
+from p828.errors import UserError
+from p828.inference.generate import generate
+from p828.inference.load import load_model
+from p828.inference.sampling import SamplingConfig
+from p828.train import checkpoint
+
+CONFIG = Config(
+    name="run",
+    model=tiny_config(),
+    data=DataConfig(sequence_length=32),
+    tokenizer=TokenizerConfig(name="tokenizer.json"),
+)
+
+
+def save_run(directory: Path, tokenizer: Tokenizer, tensors: dict[str, Tensor], config: Config = CONFIG) -> Path:
+    for step in (10, 20):
+        state = {"config": to_dict(config)}
+        checkpoint.save(directory / "checkpoints", step, {"model": tensors, "optimizer": {}}, state)
+    tokenizer.save(directory / "tokenizer.json")
+    return directory
+
+
+def test_from_a_run_a_checkpoint_and_within(
+    tmp_path: Path, letters: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    run = save_run(tmp_path / "run", letters, model.state_dict())
+    config = SamplingConfig(temperature=0.0, max_new_tokens=8)
+    expected = generate(model, letters, ["abc"], config)
+
+    for path, step in ((run, 20), (run / "checkpoints" / "step_00000010", 10), (str(run / "checkpoints"), 20)):
+        loaded = load_model(path, "cpu")
+        assert loaded.step == step
+        assert loaded.config == CONFIG
+        assert not loaded.model.training
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.model.state_dict()[name], tensor)
+        assert generate(loaded.model, loaded.tokenizer, ["abc"], config) == expected
+
+    monkeypatch.chdir(run / "checkpoints" / "step_00000010")
+    assert load_model(".", "cpu").step == 10
+
+
+def test_stored_in_bfloat16_computes_the_same(tmp_path: Path, letters: Tokenizer) -> None:
+    """Bit for bit what float32 master weights, cast at every use, give."""
+    model = tiny_model()
+    config = dataclasses.replace(CONFIG, train=TrainConfig(dtype="bfloat16"))
+    loaded = load_model(save_run(tmp_path / "run", letters, model.state_dict(), config), "cpu")
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.model.head_weight.dtype == torch.bfloat16
+    tokens_BS = torch.randint(97, (2, 9))
+    with torch.no_grad():
+        actual, expected = (m(tokens_BS, dtype=torch.bfloat16) for m in (loaded.model, model))
+        assert torch.equal(actual.hidden_BSH, expected.hidden_BSH)
+        assert torch.equal(loaded.model.logits(actual.hidden_BSH), model.logits(expected.hidden_BSH))
+
+
+def changed(tensors: dict[str, Tensor], name: str, tensor: Tensor | None) -> dict[str, Tensor]:
+    return {key: value for key, value in {**tensors, name: tensor}.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        ("model.embed_tokens.weight", torch.zeros(96, 32), r"has the shape \[96, 32\], .* it is \[97, 32\]"),
+        ("model.layers.1.self_attn.sinks", None, r"lack model.layers.1.self_attn.sinks, .* \[4\]"),
+        ("model.layers.2.norm.weight", torch.zeros(3), "hold model.layers.2.norm.weight, which"),
+    ],
+)
+def test_the_first_tensor_that_differs_is_named(
+    tmp_path: Path, letters: Tokenizer, name: str, tensor: Tensor | None, message: str
+) -> None:
+    run = save_run(tmp_path / "run", letters, changed(tiny_model().state_dict(), name, tensor))
+    with pytest.raises(UserError, match=message) as raised:
+        load_model(run, "cpu")
+    assert "step_00000020" in str(raised.value)
+    assert name in str(raised.value)
+
+
+def test_a_checkpoint_of_another_shape(tmp_path: Path, letters: Tokenizer) -> None:
+    run = save_run(tmp_path / "run", letters, tiny_model(hidden_size=16).state_dict())
+    with pytest.raises(UserError, match=r"model.embed_tokens.weight has the shape \[97, 16\], .* \[97, 32\]"):
+        load_model(run, "cpu")
+
+
+def test_what_is_missing_is_named(tmp_path: Path, letters: Tokenizer) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        load_model(tmp_path / "nowhere", "cpu")
+    run = save_run(tmp_path / "run", letters, tiny_model().state_dict())
+    (run / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"run/tokenizer.json: no such file"):
+        load_model(run, "cpu")
+    checkpoint.save(tmp_path / "bare" / "checkpoints", 1, {"model": {}}, {})
+    with pytest.raises(UserError, match="step_00000001: holds no configuration"):
+        load_model(tmp_path / "bare", "cpu")
+
+
+def test_a_tokenizer_beyond_the_model(tmp_path: Path, byte_level: Tokenizer) -> None:
+    run = save_run(tmp_path / "run", byte_level, tiny_model().state_dict())
+    with pytest.raises(UserError, match=r"tokenizer.json: its vocabulary of 275 exceeds model.vocab_size = 97"):
+        load_model(run, "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_when_one_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match='device = "cuda".*"auto" or "cpu"'):
+        load_model(tmp_path, "cuda")

@@ -1,0 +1,255 @@
+"""Configuration: presets, TOML with bases, and one clear line for everything that is wrong."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p828 import config
+from p828.config import Config
+from p828.errors import UserError
+
+DOCUMENTED = ["60m", "800m", "fine-grained", "planned", "quickstart"]
+
+
+def test_presets_are_those_documented() -> None:
+    assert config.preset_names() == DOCUMENTED
+
+
+@pytest.mark.parametrize("preset", DOCUMENTED)
+def test_preset_loads_validates_and_round_trips(preset: str) -> None:
+    loaded = config.load(preset)
+    config.validate(loaded)
+    assert loaded.name == preset
+    assert config.from_dict(config.to_dict(loaded), "round trip") == loaded
+
+
+def test_defaults_validate() -> None:
+    config.validate(dataclasses.replace(Config(), name="defaults"))
+
+
+def test_every_setting_has_help() -> None:
+    """The attribute docstrings are the command line's help; each follows its field."""
+    lines = Path(config.__file__).read_text(encoding="utf-8").splitlines()
+    for key in config.flatten(Config()):
+        name = key.rsplit(".", 1)[-1]
+        places = [i for i, line in enumerate(lines) if line.startswith(f"    {name}: ")]
+        assert places
+        assert all(lines[i + 1].startswith('    """') for i in places), key
+
+
+def test_derived_values() -> None:
+    loaded = config.load("60m")
+    assert loaded.run_dir == Path("runs/60m")
+    assert loaded.tokens_per_step == 8 * 16 * 2048
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_base_is_changed_only_where_listed(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "mine.toml", 'base = "quickstart"\n[model]\nhidden_size = 128\n[optimizer]\nbetas = [0, 0.5]\n'
+    )
+    mine, base = config.load(path), config.load("quickstart")
+    assert mine.name == "mine"
+    assert (mine.model.hidden_size, mine.optimizer.betas) == (128, (0.0, 0.5))
+    assert dataclasses.replace(mine.model, hidden_size=base.model.hidden_size) == base.model
+    assert mine.data == base.data
+
+
+def test_base_beside_the_file_and_in_a_chain(tmp_path: Path) -> None:
+    write(tmp_path / "one.toml", "[model]\nnum_hidden_layers = 5\n[train]\nseed = 1\nsteps = 7\n")
+    write(tmp_path / "two.toml", 'base = "one.toml"\n[train]\nseed = 2\n')
+    three = config.load(
+        write(tmp_path / "three.toml", 'name = "x"\nbase = "two.toml"\n[model.rope_scaling]\nfactor = 2\n')
+    )
+    assert (three.name, three.train.seed, three.train.steps) == ("x", 2, 7)
+    assert (three.model.num_hidden_layers, three.model.rope_scaling.factor) == (5, 2.0)
+    assert isinstance(three.model.rope_scaling.factor, float)
+
+
+def test_whole_configuration_survives_toml(tmp_path: Path) -> None:
+    tomli_w = pytest.importorskip("tomli_w")
+    loaded = config.load("800m")
+    assert config.load(write(tmp_path / "again.toml", tomli_w.dumps(config.to_dict(loaded)))) == loaded
+
+
+def message_of(values: dict[str, Any]) -> str:
+    """What a user reads who changes `values` (dotted keys) in an otherwise valid configuration."""
+    nested: dict[str, Any] = {"name": "test"}
+    for key, value in values.items():
+        *tables, last = key.split(".")
+        table = nested
+        for name in tables:
+            table = table.setdefault(name, {})
+        table[last] = value
+    with pytest.raises(UserError) as error:
+        config.validate(config.from_dict(nested, "test.toml"))
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 700
+    return message
+
+
+NAN, INF = float("nan"), float("inf")
+# What is wrong, and what the message must say: the key, what was given, what is accepted.
+WRONG: list[tuple[dict[str, Any], list[str]]] = [
+    ({"model.hiden_size": 5}, ["unknown key model.hiden_size", "did you mean model.hidden_size?"]),
+    ({"modle": {}}, ["unknown key modle", "did you mean model?"]),
+    ({"model.rope_scaling.factr": 2}, ["model.rope_scaling.factr", "did you mean model.rope_scaling.factor?"]),
+    ({"data.zzz": 5}, ["unknown key data.zzz", "sequence_length"]),
+    ({"model.hidden_size": "512"}, ["model.hidden_size = '512'", "a whole number"]),
+    ({"model.hidden_size": 512.0}, ["model.hidden_size = 512.0", "a whole number"]),
+    ({"model.hidden_size": True}, ["model.hidden_size = true", "a whole number"]),
+    ({"optimizer.learning_rate": False}, ["optimizer.learning_rate = false", "a number"]),
+    ({"optimizer.learning_rate": "3e-4"}, ["optimizer.learning_rate = '3e-4'", "a number"]),
+    ({"optimizer.learning_rate": 10**400}, ["optimizer.learning_rate", "a number"]),
+    ({"model.attention_sinks": 1}, ["model.attention_sinks = 1", "true or false"]),
+    ({"tokenizer.name": 5}, ["tokenizer.name = 5", "text in quotes"]),
+    ({"data.files": "*.py"}, ["data.files = '*.py'", "a list of texts"]),
+    ({"data.files": ["*.py", 5]}, ["data.files[1] = 5", "text in quotes"]),
+    ({"optimizer.betas": [0.9]}, ["optimizer.betas = [0.9]", "a list of 2 numbers"]),
+    ({"optimizer.betas": [0.9, 1.0]}, ["optimizer.betas = [0.9, 1.0]", "below 1"]),
+    ({"optimizer.betas": [NAN, 0.9]}, ["optimizer.betas", "below 1"]),
+    ({"model": 5}, ["model = 5", "[model]"]),
+    ({"model.rope_scaling": [1]}, ["model.rope_scaling = [1]", "[model.rope_scaling]"]),
+    ({"model.scoring_func": "relu"}, ["model.scoring_func = 'relu'", "sigmoid", "softmax"]),
+    ({"model.scoring_func": "sigmoit"}, ["did you mean sigmoid?"]),
+    ({"model.scoring_func": ["sigmoid"]}, ["model.scoring_func = ['sigmoid']", "sigmoid"]),
+    ({"model.num_key_value_heads": 3}, ["model.num_key_value_heads = 3", "divide model.num_attention_heads = 8"]),
+    ({"model.num_key_value_heads": 16}, ["model.num_key_value_heads = 16", "divide model.num_attention_heads = 8"]),
+    ({"model.head_dim": 7}, ["model.head_dim = 7", "even"]),
+    ({"model.num_experts_per_tok": 5}, ["model.num_experts_per_tok = 5", "at most model.n_routed_experts = 4"]),
+    ({"model.n_group": 3}, ["model.n_group = 3", "divide model.n_routed_experts = 4"]),
+    ({"model.n_group": 4}, ["model.n_group = 4", "at most 2 groups"]),
+    ({"model.topk_group": 2}, ["model.topk_group = 2", "at most model.n_group = 1"]),
+    (
+        {"model.n_group": 2, "model.topk_group": 1, "model.num_experts_per_tok": 3},
+        ["model.num_experts_per_tok = 3", "at most 2", "model.topk_group"],
+    ),
+    ({"model.dropout": 1.0}, ["model.dropout = 1.0", "below 1"]),
+    ({"model.dropout": -0.1}, ["model.dropout = -0.1", "below 1"]),
+    ({"model.rope_theta": 1.0}, ["model.rope_theta = 1.0", "above 1"]),
+    ({"model.rope_scaling.factor": 0.5}, ["model.rope_scaling.factor = 0.5", "at least 1"]),
+    ({"model.rope_scaling.beta_slow": 40}, ["model.rope_scaling.beta_slow = 40.0", "below", "beta_fast = 32.0"]),
+    ({"model.hidden_size": 0}, ["model.hidden_size = 0", "from 1"]),
+    ({"model.hidden_size": -512}, ["model.hidden_size = -512", "from 1"]),
+    ({"model.hidden_size": 2**31}, ["model.hidden_size = 2147483648", "2147483647"]),
+    ({"train.steps": 10**30}, ["train.steps", "2147483647"]),
+    ({"train.seed": -1}, ["train.seed = -1", "from 0"]),
+    ({"optimizer.learning_rate": NAN}, ["optimizer.learning_rate = nan", "above 0"]),
+    ({"optimizer.learning_rate": INF}, ["optimizer.learning_rate = inf", "above 0"]),
+    ({"optimizer.learning_rate": -1e-3}, ["optimizer.learning_rate = -0.001", "above 0"]),
+    ({"optimizer.learning_rate": 0}, ["optimizer.learning_rate = 0.0", "above 0"]),
+    ({"optimizer.weight_decay": -0.1}, ["optimizer.weight_decay = -0.1", "at least 0"]),
+    ({"optimizer.weight_decay": INF}, ["optimizer.weight_decay = inf", "at least 0"]),
+    ({"schedule.min_lr_ratio": 1.5}, ["schedule.min_lr_ratio = 1.5", "from 0 to 1"]),
+    ({"evaluation.temperature": NAN}, ["evaluation.temperature = nan", "at least 0"]),
+    ({"data.sequence_length": 5000}, ["data.sequence_length = 5000", "at most model.max_position_embeddings = 4096"]),
+    ({"data.source": "files"}, ["data.files", "at least one glob"]),
+    ({"data.source": "hf"}, ["data.hub_name", "name"]),
+    ({"data.validation.kind": "files"}, ["data.validation.files", "at least one glob"]),
+    ({"data.validation.kind": "split"}, ["data.validation.kind", "data.validation.hub_name"]),
+    ({"data.validation.share": 0.0}, ["data.validation.share = 0.0", "between 0 and 1"]),
+    ({"tokenizer.vocab_size": 60000}, ["tokenizer.vocab_size = 60000", "at most model.vocab_size = 49152"]),
+    ({"tokenizer.vocab_size": 256}, ["tokenizer.vocab_size = 256", "at least 257"]),
+    (
+        {"schedule.kind": "wsd", "schedule.decay_steps": 9, "train.steps": 2005},
+        ["schedule.decay_steps = 9", "train.steps = 2005"],
+    ),
+    ({"name": "a/b"}, ["name = 'a/b'", "directory"]),
+    ({"name": ""}, ["name = ''", "directory"]),
+    ({"name": ".."}, ["name = '..'", "directory"]),
+]
+
+
+@pytest.mark.parametrize("values, says", WRONG, ids=[f"{'+'.join(v)}-{i}" for i, (v, _) in enumerate(WRONG)])
+def test_wrong_values(values: dict[str, Any], says: list[str]) -> None:
+    message = message_of(values)
+    for part in says:
+        assert part in message, message
+
+
+def test_every_number_has_a_range() -> None:
+    """No number of the configuration takes NaN, infinity or a negative value."""
+    for key, value in config.flatten(Config()).items():
+        bad = [-1] if type(value) is int else [NAN, INF, -INF, -1.0] if isinstance(value, float) else []
+        for number in bad:
+            assert key in message_of({key: number})
+
+
+def test_limits_themselves_are_accepted() -> None:
+    values: dict[str, Any] = {
+        "model": {"n_group": 2, "topk_group": 2, "num_experts_per_tok": 4, "num_key_value_heads": 8, "dropout": 0},
+        "data": {"sequence_length": 4096},
+        "schedule": {"warmup_steps": 0, "min_lr_ratio": 0, "kind": "wsd", "decay_steps": 5},
+        "train": {"steps": 5, "seed": 0},
+        "optimizer": {"betas": [0, 0.999], "weight_decay": 0},
+        "balance": {"update_rate": 0},
+        "tokenizer": {"vocab_size": 257},
+    }
+    config.validate(config.from_dict({"name": "limits", **values}, "test.toml"))
+
+
+FILES: dict[str, tuple[str | bytes, list[str]]] = {
+    "broken TOML": ("[model\n", ["wrong.toml", "TOML", "line 1"]),
+    "key twice": ("name = 'a'\nname = 'b'\n", ["wrong.toml", "TOML"]),
+    "not UTF-8": (b"name = '\xff'\n", ["wrong.toml", "TOML"]),
+    "a number of 5000 digits": (f"[train]\nsteps = {'1' * 5000}\n", ["wrong.toml"]),
+    "unknown base": ('base = "quikstart"\n', ["no preset 'quikstart'", "did you mean quickstart?"]),
+    "missing base": ('base = "gone.toml"\n', ["no file", "gone.toml"]),
+    "base of another type": ("base = 5\n", ["wrong.toml", "base = 5", "preset"]),
+    "base of itself": ('base = "wrong.toml"\n', ["wrong.toml", "base = 'wrong.toml'", "8 deep"]),
+    "unknown key": ("[model]\nhiden_size = 5\n", ["wrong.toml", "model.hiden_size"]),
+    "table for a value": ("[model.hidden_size]\nx = 1\n", ["wrong.toml", "model.hidden_size", "a whole number"]),
+    "value for a table": ('model = "60m"\n', ["wrong.toml", "model = '60m'", "[model]"]),
+    "date": ("[train]\nsteps = 2020-01-01\n", ["train.steps", "a whole number"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_wrong_files(case: str, tmp_path: Path) -> None:
+    content, says = FILES[case]
+    path = tmp_path / "wrong.toml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        config.load(str(path))
+    message = str(error.value)
+    assert "\n" not in message
+    for part in says:
+        assert part in message, message
+
+
+def test_a_cycle_of_bases_ends(tmp_path: Path) -> None:
+    write(tmp_path / "a.toml", 'base = "b.toml"\n')
+    write(tmp_path / "b.toml", 'base = "a.toml"\n')
+    with pytest.raises(UserError, match="8 deep"):
+        config.load(str(tmp_path / "a.toml"))
+
+
+@pytest.mark.parametrize("name", ["60mm", "x" * 300, "", "nested/60m"])
+def test_unknown_preset(name: str) -> None:
+    with pytest.raises(UserError, match=r"no preset .* Presets: 60m, 800m, .*\.toml file"):
+        config.load(name)
+
+
+def test_missing_file_and_directory(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no file .*gone\.toml"):
+        config.load(str(tmp_path / "gone.toml"))
+    (tmp_path / "dir.toml").mkdir()
+    with pytest.raises(UserError, match=r"dir\.toml"):
+        config.load(str(tmp_path / "dir.toml"))
+
+
+def test_configuration_is_read_without_torch() -> None:
+    code = "import sys, p828.config as c; c.validate(c.load('quickstart')); import p828.model.flops as f; " + (
+        "f.count_parameters(c.load('60m').model); print(sorted({'torch', 'numpy', 'datasets', 'wandb'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,127 @@
+"""Training 2N steps equals training N, dying, and going on: bit for bit on a CPU."""
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from p828.cli.main import dispatch
+from p828.train import checkpoint, metrics
+from runs import p828, start, write_toml
+
+KEPT = ("loss", "grad_norm", "lr", "tokens", "load", "balance", "perplexity")
+
+
+def final_state(run: Path, step: int) -> checkpoint.Checkpoint:
+    return checkpoint.load(run / "checkpoints" / f"step_{step:08}")
+
+
+def assert_same_run(first: Path, second: Path, step: int) -> None:
+    """The same weights, optimizer, bias, random states, data position and records."""
+    ours, theirs = final_state(first, step), final_state(second, step)
+    for part in ("model", "optimizer", "random"):
+        assert ours.tensors[part].keys() == theirs.tensors[part].keys()
+        for name, tensor in ours.tensors[part].items():
+            assert torch.equal(tensor, theirs.tensors[part][name]), f"{part}: {name}"
+    assert ours.state["progress"] == theirs.state["progress"]
+    assert ours.state["data"] == theirs.state["data"]
+    assert records(first) == records(second)
+
+
+def records(run: Path) -> list[tuple[object, ...]]:
+    """Everything recorded but times, memory and events."""
+    lines = [line for line in metrics.read(run / "metrics.jsonl") if line["kind"] in ("step", "eval", "sample")]
+    return [
+        (line["kind"], line["step"], json.dumps({k: v for k, v in line.items() if k in KEPT or line["kind"] != "step"}))
+        for line in lines
+    ]
+
+
+def test_two_resumes_equal_an_uninterrupted_run(tmp_path: Path) -> None:
+    # not a cosine: where that is depends on the number of steps, which is what changes here
+    path = str(write_toml(tmp_path, model={"dropout": 0.1}, schedule={"kind": "constant"}))
+    for name, stops in (("whole", [12]), ("pieces", [4, 8, 12])):
+        for steps in stops:
+            arguments = ["--runs-dir", str(tmp_path / "runs"), "--name", name, "--train.steps", str(steps)]
+            assert dispatch(["train", path, *arguments]) == 0
+    ours, theirs = final_state(tmp_path / "runs" / "whole", 12), final_state(tmp_path / "runs" / "pieces", 12)
+    for part in ("model", "optimizer", "random"):
+        assert all(torch.equal(tensor, theirs.tensors[part][name]) for name, tensor in ours.tensors[part].items())
+    assert ours.state["data"] == theirs.state["data"]
+
+
+def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path) -> None:
+    path = str(write_toml(tmp_path, model={"dropout": 0.1}, train={"steps": 60}, checkpoint={"every": 3}))
+    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    draw, run, kills = random.Random(828), tmp_path / "runs" / "killed", 0
+    while True:
+        process = start("train", path, "--name", "killed", cwd=tmp_path)
+        wanted = last_step(run) + draw.randint(5, 25) if kills < 3 else 1000
+        while process.poll() is None and last_step(run) < wanted:
+            time.sleep(0.002)  # watches the record to choose the moment; nothing is asserted about time
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    assert process.returncode == 0, process.communicate()[1]
+    assert kills == 3
+    assert_same_run(tmp_path / "runs" / "whole", run, step=60)
+
+
+def last_step(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    lines = metrics.read(path) if path.exists() else iter(())
+    return max((line["step"] for line in lines if line["kind"] == "step"), default=0)
+
+
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(write_toml(tmp_path))
+    assert dispatch(["train", path, "--name", "whole"]) == 0
+    assert dispatch(["train", path, "--name", "damaged"]) == 0
+    checkpoints = tmp_path / "runs" / "damaged" / "checkpoints"
+    weights = checkpoints / "step_00000012" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    capsys.readouterr()
+    assert dispatch(["train", path, "--name", "damaged"]) == 0
+    said = capsys.readouterr().out
+    assert "step_00000012" in said
+    assert "model.safetensors" in said
+    assert (checkpoints / "damaged_step_00000012").exists()
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "damaged", step=12)
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(write_toml(tmp_path))
+    assert dispatch(["train", path]) == 0
+    before = records(tmp_path / "runs" / "tiny")
+    assert dispatch(["train", path]) == 0
+    assert "runs/tiny is complete at step 12" in capsys.readouterr().out
+    assert records(tmp_path / "runs" / "tiny") == before
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    path = str(write_toml(tmp_path, train={"steps": 1000}))
+    process = start("train", path, cwd=tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    while process.poll() is None and last_step(run) < 9:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    code, out, _ = p828("train", path, "--train.steps", "24", cwd=tmp_path)
+    assert code == 0
+    assert "resumed from step" in out
