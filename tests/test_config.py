@@ -248,8 +248,13 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
 
 
 def test_configuration_is_read_without_torch() -> None:
-    code = "import sys, p828.config as c; c.validate(c.load('quickstart')); import p828.model.flops as f; " + (
-        "f.count_parameters(c.load('60m').model); print(sorted({'torch', 'numpy', 'datasets', 'wandb'} & set(sys.modules)))"
-    )
+    code = """
+import sys
+from p828 import config
+from p828.model.flops import count_parameters
+config.validate(config.load("quickstart"))
+count_parameters(config.load("60m").model)
+print(sorted({"torch", "numpy", "datasets", "wandb"} & set(sys.modules)))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

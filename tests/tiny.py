@@ -28,7 +28,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 
 def tiny_model(**changes: Any) -> Transformer:
-    """A model whose every parameter and bias matters: initial weights, then five times as large and no zeros or ones."""
+    """A model in which every parameter and bias matters: weights five times the initial ones, no zeros or ones."""
     model = Transformer(tiny_config(**changes))
     initialise(model, seed=1)
     generator = torch.Generator().manual_seed(2)

@@ -93,6 +93,8 @@ def test_close_ends_the_thread_while_batches_wait(config: Config, tokenizer: Tok
     with open_loader(config, tokenizer) as loader:
         next(loader)
         assert threading.active_count() == before + 1
+        while not loader._made.full():
+            pass  # the thread has no room, and would wait for ever to put the next batch
     assert threading.active_count() == before
     with pytest.raises(StopIteration):
         next(loader)

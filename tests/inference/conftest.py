@@ -20,7 +20,7 @@ EOS = "<|endoftext|>"
 @pytest.fixture(scope="session")
 def letters() -> Tokenizer:
     """A token a character, so that text tells exactly which tokens there were; 90 of the tiny model's 97."""
-    vocabulary = {character: i for i, character in enumerate(string.printable[:89])} | {EOS: 89}
+    vocabulary = {character: i for i, character in enumerate(" " + string.printable[:88])} | {EOS: 89}
     inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
     split: Any = pre_tokenizers.Split(Regex("."), behavior="isolated")
     inner.pre_tokenizer = split

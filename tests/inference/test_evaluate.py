@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,11 +21,11 @@ LENGTH = 24
 
 
 @pytest.fixture
-def config(tmp_path: pytest.TempPathFactory) -> Config:
+def config(tmp_path: Path) -> Config:
     """8 rows and a padded ninth of documents of unequal length."""
     draw = random.Random(0)
     for index in range(14):
-        (tmp_path / f"{index}.txt").write_text("".join(draw.choices("the cat", k=draw.randint(1, 40))))  # type: ignore[operator]
+        (tmp_path / f"{index}.txt").write_text("".join(draw.choices("the cat", k=draw.randint(1, 40))))
     validation = ValidationConfig(kind="files", files=(f"{tmp_path}/*.txt",))
     return Config(data=DataConfig(sequence_length=LENGTH, validation=validation))
 
@@ -81,9 +82,9 @@ def test_bits_per_byte_of_a_uniform_model(byte_level: Tokenizer) -> None:
     """Every token costs ln V nats, so n tokens that spell b bytes cost n log2 V / b bits a byte."""
     ids = byte_level.encode(TAUGHT)
     rows = torch.tensor([[byte_level.eos_id, *ids, byte_level.eos_id]])
-    batch = Batch(
-        rows[:, :-1], rows[:, 1:], torch.arange(len(ids) + 1)[None], torch.zeros(1, len(ids) + 1), len(ids) + 1
-    )
+    tokens_BS, targets_BS = rows[:, :-1], rows[:, 1:]
+    positions_BS, documents_BS = torch.arange(len(ids) + 1)[None], torch.zeros_like(tokens_BS)
+    batch = Batch(tokens_BS, targets_BS, positions_BS, documents_BS, num_targets=len(ids) + 1)
     result = evaluate(uniform(tiny_model(vocab_size=288)), [batch], byte_level.token_bytes())
     # ln 288 in float32.
     assert result.loss == pytest.approx(math.log(288), rel=1e-6)

@@ -113,5 +113,5 @@ def test_a_tokenizer_beyond_the_model(tmp_path: Path, byte_level: Tokenizer) -> 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_when_one_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match='device = "cuda".*"auto" or "cpu"'):
+    with pytest.raises(UserError, match=r'^device = "cuda".*"auto" or "cpu"'):
         load_model(tmp_path, "cuda")

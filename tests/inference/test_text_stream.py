@@ -1,7 +1,10 @@
 import itertools
 import random
+from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from p828.data.tokenizer import Tokenizer
 from p828.inference.text_stream import TextStream
@@ -73,6 +76,26 @@ def test_what_may_become_a_stop_string_is_held_back(letters: Tokenizer) -> None:
     assert pieces == ["", "", "ab", "", "abd", "x", ""]
     pieces, _ = stream(letters, letters.encode("xab"), ("abc",))
     assert pieces == ["x", "", "", "ab"]
+
+
+def test_stop_strings_are_found_as_if_character_by_character(byte_level: Tokenizer, letters: Tokenizer) -> None:
+    """Also when one token completes several of them."""
+    text = " the cat the"
+    assert len(byte_level.encode(text)) < len(text) / 2
+    parts = [text[i:j] for i in range(9) for j in range(i + 1, 9)]
+    for stop in itertools.permutations(parts, 2):
+        in_tokens, in_letters = (stream(t, t.encode(text), stop) for t in (byte_level, letters))
+        assert "".join(in_tokens[0]) == "".join(in_letters[0]), stop
+
+
+def test_spaces_survive_a_tokenizer_that_drops_the_first_one() -> None:
+    """A word-piece vocabulary decodes `▁cat` alone to `cat`."""
+    inner = tokenizers.Tokenizer(models.WordLevel({"▁the": 0, "▁cat": 1, "▁sat": 2, "<eos>": 3}, unk_token="<eos>"))
+    pre_tokenizer: Any = pre_tokenizers.Metaspace()
+    decoder: Any = decoders.Metaspace()
+    inner.pre_tokenizer, inner.decoder = pre_tokenizer, decoder
+    pieces, _ = stream(Tokenizer(inner, "<eos>"), [1, 2, 1])
+    assert pieces == [" cat", " sat", " cat", ""]
 
 
 def test_stop_strings_against_a_search_of_the_whole_text(letters: Tokenizer) -> None:

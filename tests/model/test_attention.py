@@ -64,7 +64,7 @@ def test_document_masking(backend: str, dtype: torch.dtype, documents: str, sink
 
 
 def test_scores_that_overflow_a_plain_exponential() -> None:
-    """Scores near 1e3, whose exponential float32 cannot hold; rounding of the scores themselves, 1e3 · 2^-24, is 6e-5."""
+    """Scores near 1e3, whose exponential float32 cannot hold; their own rounding, 1e3 · 2^-24, is 6e-5."""
     q, k, v = torch.randn(3, 1, 5, HEADS, HEAD_DIM).unbind()
     expected = naive_attention(300 * q.double(), k.double(), v.double(), SINKS.double(), torch.zeros(1, 5))
     for backend in ("reference", "flash"):

@@ -44,8 +44,8 @@ def generate(
     """The continuation of every prompt, computed in `dtype`.
 
     An empty prompt begins a document. `on_text(index of the prompt, text)` gets each piece of text as it becomes
-    certain. What a prompt gets does not depend on the others; equal prompts get different samples. Global random
-    states and the model's training mode stay as they are.
+    certain. What a prompt gets does not depend on the others, but for the rounding of matrix products of another size;
+    equal prompts get different samples. Global random states and the model's training mode stay as they are.
 
     Raises UserError for a prompt that is no valid Unicode or fills the model's context, and for a model whose weights
     diverged.
