@@ -133,7 +133,7 @@ def _open_text(path: Path) -> TextIO:
         return lzma.open(path, "rt", encoding="utf-8-sig", newline=newline)
     if path.suffix == ".zst":
         # Of the readers for .zst this one alone reports a truncated file; pyarrow comes with `datasets`.
-        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow
 
         stream = pyarrow.CompressedInputStream(str(path), "zstd")
         return io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline=newline)

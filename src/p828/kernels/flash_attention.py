@@ -39,7 +39,7 @@ class FlashAttention(torch.autograd.Function):
         return out_TND
 
     @staticmethod
-    def backward(ctx: Any, grad_TND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TND: Tensor) -> tuple[Tensor | None, ...]:
         q_TND, k_TGD, v_TGD, sinks_N, out_TND, lse_NT, cu_seqlens, rng_state, unused = ctx.saved_tensors
         dq_TND, dk_TGD, dv_TGD = aten._flash_attention_backward(
             grad_TND.contiguous(), q_TND, k_TGD, v_TGD, out_TND, lse_NT, cu_seqlens, cu_seqlens,
@@ -69,7 +69,7 @@ class FlashAttentionCPU(torch.autograd.Function):
         return out_BNSD
 
     @staticmethod
-    def backward(ctx: Any, grad_BNSD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BNSD: Tensor) -> tuple[Tensor | None, ...]:
         q_BNSD, k_BGSD, v_BGSD, sinks_N, out_BNSD, lse_BNS, mask_B1SS = ctx.saved_tensors
         dq_BNSD, dk_BGSD, dv_BGSD = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_BNSD, q_BNSD, k_BGSD, v_BGSD, out_BNSD, lse_BNS, 0.0, True, attn_mask=mask_B1SS

@@ -101,7 +101,7 @@ class Dispatch(torch.autograd.Function):
         return x_TH[sorted_R // per_token]
 
     @staticmethod
-    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor | None, ...]:
         (inverse_R,) = ctx.saved_tensors
         return grad_RH[inverse_R].unflatten(0, (-1, ctx.per_token)).sum(dim=1), None, None
 
@@ -116,7 +116,7 @@ class Combine(torch.autograd.Function):
         return (y_TKH * weights_TK[..., None]).sum(dim=1).to(y_RH.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         y_RH, weights_TK, sorted_R, inverse_R = ctx.saved_tensors
         grad_sorted_RH = grad_TH[sorted_R // weights_TK.shape[1]]
         dy_RH = (grad_sorted_RH * weights_TK.flatten()[sorted_R][:, None]).to(y_RH.dtype)

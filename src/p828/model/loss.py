@@ -70,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dhidden_TH, dweight_VH = ctx.saved_tensors
         return dhidden_TH * grad.to(dhidden_TH.dtype), dweight_VH * grad, None, None
 

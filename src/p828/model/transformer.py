@@ -1,6 +1,7 @@
 """The decoder: embedding, layers of attention and experts, final norm, output head."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +79,10 @@ class Layer(nn.Module):
     ) -> Tensor:
         return self.self_attn(self.input_layernorm(x_BSH), angles, visibility, cache)
 
-    def _recomputed(self, function, *arguments):  # type: ignore[no-untyped-def]
+    def _recomputed(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Call `function`, keeping only its inputs for the backward pass if gradient checkpointing is on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False)
+            return cast(Tensor, checkpoint(function, *arguments, use_reentrant=False))
         return function(*arguments)
 
 
@@ -107,6 +108,10 @@ class Transformer(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     @property
+    def layers(self) -> list[Layer]:
+        return [cast(Layer, layer) for layer in self.model.layers]
+
+    @property
     def head_weight(self) -> Tensor:
         """(V, H), float32: the output head, or the embedding it is tied to."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
@@ -129,12 +134,12 @@ class Transformer(nn.Module):
         """
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        visibility = self._visibility(tokens_BS, positions_BS, document_ids_BS, cu_seqlens, cache)
+        visibility = self._visibility(tokens_BS, positions_BS, document_ids_BS, cu_seqlens, cache, dtype)
         counted_T = None if document_ids_BS is None else document_ids_BS.flatten() >= 0
         angles = rotary(positions_BS, self.frequencies, self.config.rope_scaling.factor)
         x_BSH = self.model.embed_tokens(tokens_BS).to(dtype)
         statistics = []
-        for index, layer in enumerate(self.model.layers):
+        for index, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layer(index, positions_BS)
             x_BSH, *layer_statistics = layer(x_BSH, angles, visibility, counted_T, layer_cache)
             statistics.append(layer_statistics)
@@ -152,11 +157,14 @@ class Transformer(nn.Module):
         document_ids_BS: Tensor | None,
         cu_seqlens: Tensor | None,
         cache: KVCache | None,
+        dtype: torch.dtype,
     ) -> Visibility:
         if cache is not None:
             slots_C = torch.arange(cache.used, device=tokens_BS.device)
             return Visibility("reference", slots_C <= positions_BS[:, :, None], None)
-        backend = "flash" if self.config.attention_backend == "auto" else self.config.attention_backend
+        backend = self.config.attention_backend
+        if backend == "auto":  # flash attention on CUDA takes 16-bit numbers only
+            backend = "reference" if tokens_BS.is_cuda and dtype == torch.float32 else "flash"
         documents = document_ids_BS if self.config.mask_documents else None
         if backend == "flash" and tokens_BS.is_cuda:
             if documents is None:

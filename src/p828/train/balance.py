@@ -12,7 +12,7 @@ def update_biases(model: Transformer, loads_LE: Tensor, rate: float) -> None:
 
     `loads_LE` (int64) is the whole step's: all micro-batches, all ranks.
     """
-    for layer, load_E in zip(model.model.layers, loads_LE.float(), strict=True):
+    for layer, load_E in zip(model.layers, loads_LE.float(), strict=True):
         bias_E = layer.mlp.gate.e_score_correction_bias
         bias_E += rate * torch.sign(load_E.mean() - load_E)
         bias_E -= bias_E.mean()

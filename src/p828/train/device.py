@@ -9,7 +9,7 @@ import torch
 from p828.config import TrainConfig
 from p828.errors import UserError
 
-# Dense bfloat16 tensor-core peak in FLOP/s, by what torch.cuda.get_device_name() contains; from the vendor's datasheets.
+# Dense bfloat16 peak in FLOP/s from the vendor's datasheets, by what torch.cuda.get_device_name() contains.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
     "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,

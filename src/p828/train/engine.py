@@ -5,6 +5,7 @@ The interface that the loop uses, and that an engine for many devices has too: `
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from p828.config import Config
 from p828.data.loader import Batch
+from p828.errors import UserError
 from p828.model.initialisation import initialise
 from p828.model.loss import chunk_loss_and_gradients, linear_cross_entropy
 from p828.model.transformer import Transformer, cumulative_lengths
@@ -39,17 +41,23 @@ class PlainEngine:
         self.config = config
         self.device = pick_device(config.train.device)
         self.dtype = pick_dtype(config.train.dtype, self.device)
+        if config.model.attention_backend == "flash" and (self.device.type, self.dtype) == ("cuda", torch.float32):
+            raise UserError(
+                'model.attention_backend = "flash" computes in bfloat16 on a GPU, not in train.dtype = "float32"'
+            )
         torch.manual_seed(config.train.seed)  # for dropout; a resume brings the state back
         self.model = Transformer(config.model)
         initialise(self.model, config.train.seed)
         self.model.to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.chunk_gradients = chunk_loss_and_gradients
-        for layer in self.model.model.layers:
+        for layer in self.model.layers:
             layer.gradient_checkpointing = config.train.gradient_checkpointing
         if compiles(config.train, self.device):
+            # Advice to round float32 products to TF32; the router is to stay in float32.
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             self.chunk_gradients = torch.compile(chunk_loss_and_gradients)
-            for layer in self.model.model.layers:
+            for layer in self.model.layers:
                 layer.compile()
         self._begin_step()
 

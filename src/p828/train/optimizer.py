@@ -9,7 +9,8 @@ from p828.config import OptimizerConfig
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW, fused into one pass over the weights, with two groups: matrices decay; norms, sinks and, unless asked
     for, the embedding do not."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2
         is_embedding = "embed_tokens" in name

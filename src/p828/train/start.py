@@ -41,6 +41,7 @@ def train(config: Config) -> None:
             tokenizer_file,
         )
         validation = validation_batches(config, tokenizer, config.evaluation.rows, config.train.micro_batch_size)
+        _check_prompts(config, tokenizer)
         with open_loader(config, tokenizer, pin_memory=device.type == "cuda") as loader:
             engine = PlainEngine(config)
             trainer = Trainer(config, tokenizer, loader, validation, engine, recorder, console)
@@ -60,6 +61,18 @@ def _describe(config: Config, engine: PlainEngine) -> str:
         f"on {engine.device} in {str(engine.dtype).removeprefix('torch.')}, "
         f"{config.tokens_per_step:,} tokens a step, {config.train.steps:,} steps"
     )
+
+
+def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:
+    """A prompt too long for the model would otherwise end the run at its first evaluation."""
+    context = config.model.max_position_embeddings
+    for prompt in config.evaluation.prompts:
+        length = len(tokenizer.encode(prompt))
+        if length >= context:
+            raise UserError(
+                f"evaluation.prompts: {prompt[:40]!r} has {length} tokens: "
+                f"fewer than model.max_position_embeddings = {context} are accepted"
+            )
 
 
 def _tell(trainer: Trainer, lines: list[str]) -> None:
