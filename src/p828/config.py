@@ -168,7 +168,7 @@ class ScheduleConfig:
     decay_steps: int = 0
     """Last steps over which `wsd` decays."""
     min_lr_ratio: float = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Where `cosine` ends and `wsd` falls to, as a share of the peak."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class EvaluationConfig:
     patience: int = 0
     """Stop after this many evaluations without a better validation loss; 0 never stops early."""
     bigram_baseline: bool = False
-    """Also compute what a bigram model of the training tokens gets on the validation rows."""
+    """Also compute what a bigram model of one epoch of training tokens, held in memory, gets on the validation rows."""
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,8 @@ def check_run(config: Config) -> None:
             "at least 257 (256 bytes and the end token) is accepted"
         )
     schedule = config.schedule
+    if schedule.kind == "wsd" and schedule.decay_steps == 0:
+        raise UserError('schedule.decay_steps = 0: with schedule.kind = "wsd", at least 1 is accepted')
     if schedule.kind == "wsd" and schedule.warmup_steps + schedule.decay_steps > config.train.steps:
         raise UserError(
             f"schedule.decay_steps = {schedule.decay_steps}: with schedule.warmup_steps = {schedule.warmup_steps} "

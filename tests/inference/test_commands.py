@@ -30,7 +30,8 @@ def save_run(directory: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
         tokenizer=TokenizerConfig(name="tokenizer.json"),
         evaluation=EvaluationConfig(rows=1),
     )
-    checkpoint.save(directory / "checkpoints", 7, {"model": model.state_dict()}, {"config": to_dict(config)})
+    state = {"config": to_dict(config), "tokenizer": tokenizer.fingerprint()}
+    checkpoint.save(directory / "checkpoints", 7, {"model": model.state_dict()}, state)
     tokenizer.save(directory / "tokenizer.json")
     return directory
 

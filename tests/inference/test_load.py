@@ -24,7 +24,7 @@ CONFIG = Config(
 
 def save_run(directory: Path, tokenizer: Tokenizer, tensors: dict[str, Tensor], config: Config = CONFIG) -> Path:
     for step in (10, 20):
-        state = {"config": to_dict(config)}
+        state = {"config": to_dict(config), "tokenizer": tokenizer.fingerprint()}
         checkpoint.save(directory / "checkpoints", step, {"model": tensors, "optimizer": {}}, state)
     tokenizer.save(directory / "tokenizer.json")
     return directory
@@ -103,6 +103,16 @@ def test_what_is_missing_is_named(tmp_path: Path, letters: Tokenizer) -> None:
     checkpoint.save(tmp_path / "bare" / "checkpoints", 1, {"model": {}}, {})
     with pytest.raises(UserError, match="step_00000001: holds no configuration"):
         load_model(tmp_path / "bare", "cpu")
+
+
+def test_another_tokenizer_than_the_checkpoint_was_trained_with(
+    tmp_path: Path, letters: Tokenizer, byte_level: Tokenizer
+) -> None:
+    model = tiny_model(vocab_size=300)
+    run = save_run(tmp_path / "run", letters, model.state_dict(), dataclasses.replace(CONFIG, model=model.config))
+    byte_level.save(run / "tokenizer.json")
+    with pytest.raises(UserError, match=r"step_00000020: trained with another tokenizer"):
+        load_model(run, "cpu")
 
 
 def test_a_tokenizer_beyond_the_model(tmp_path: Path, byte_level: Tokenizer) -> None:

@@ -2,8 +2,9 @@
 
 import json
 import random
+import re
 import signal
-import time
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,28 +56,27 @@ def test_two_resumes_equal_an_uninterrupted_run(tmp_path: Path) -> None:
 
 
 def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path) -> None:
-    path = str(write_toml(tmp_path, model={"dropout": 0.1}, train={"steps": 60}, checkpoint={"every": 3}))
+    path = str(write_toml(tmp_path, model={"dropout": 0.1}, train={"steps": 60}, checkpoint={"every": 7}))
     assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
-    draw, run, kills = random.Random(828), tmp_path / "runs" / "killed", 0
-    while True:
+    draw = random.Random(828)
+    for kill_at in (draw.randint(1, 6), draw.randint(10, 30), draw.randint(31, 55)):  # before any checkpoint, too
         process = start("train", path, "--name", "killed", cwd=tmp_path)
-        wanted = last_step(run) + draw.randint(5, 25) if kills < 3 else 1000
-        while process.poll() is None and last_step(run) < wanted:
-            time.sleep(0.002)  # watches the record to choose the moment; nothing is asserted about time
-        if process.poll() is not None:
-            break
+        wait_for_step(process, kill_at)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        kills += 1
-    assert process.returncode == 0, process.communicate()[1]
-    assert kills == 3
-    assert_same_run(tmp_path / "runs" / "whole", run, step=60)
+    code, _, said = p828("train", path, "--name", "killed", cwd=tmp_path)
+    assert code == 0, said
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed", step=60)
 
 
-def last_step(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    lines = metrics.read(path) if path.exists() else iter(())
-    return max((line["step"] for line in lines if line["kind"] == "step"), default=0)
+def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+    """Read what a run prints until it has come to a step; it goes on meanwhile."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        found = re.match(r"step (\d+)/", line)
+        if found and int(found[1]) >= step:
+            return
+    raise AssertionError(f"the run ended before step {step}")
 
 
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(
@@ -115,9 +115,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     path = str(write_toml(tmp_path, train={"steps": 1000}))
     process = start("train", path, cwd=tmp_path)
-    run = tmp_path / "runs" / "tiny"
-    while process.poll() is None and last_step(run) < 9:
-        time.sleep(0.002)
+    wait_for_step(process, 9)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import typing
 from collections.abc import Iterator
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -54,9 +54,13 @@ def parse(
 
 def _flags(cls: type[Any], prefix: str) -> Iterator[tuple[str, Any]]:
     """Every flag with its type."""
-    kinds = typing.get_type_hints(cls)
+    kinds = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         name, kind = prefix + field.name.replace("_", "-"), kinds[field.name]
+        if typing.get_origin(kind) is Annotated:
+            kind, *markers = typing.get_args(kind)
+            if tyro.conf.UseCounterAction in markers:  # given without a value
+                kind = None
         if dataclasses.is_dataclass(kind):
             yield from _flags(typing.cast(type, kind), name + ".")
         else:
@@ -79,7 +83,7 @@ def _diagnosis(kinds: dict[str, Any], arguments: list[str]) -> str | None:
         else:
             values[_name(name)].append(argument)
     for name, given in values.items():
-        if name in kinds and not _takes(kinds[name], given):
+        if kinds.get(name) is not None and not _takes(kinds[name], given):
             return f"{name} {' '.join(given)}: {_words(kinds[name])} is accepted".replace(" :", ":")
     return None
 

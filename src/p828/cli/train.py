@@ -3,7 +3,7 @@
 import tomli_w
 
 from p828 import config as configuration
-from p828.cli.flags import parse
+from p828.cli.flags import HELP, parse
 from p828.config import Config
 from p828.errors import UserError
 from p828.model.flops import count_parameters, flops_per_token
@@ -33,6 +33,8 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The configuration, which comes first, and the flags."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], arguments[1:]
+    if arguments and not any(argument in HELP for argument in arguments):
+        raise UserError(f"{arguments[0]} stands where the configuration comes. Usage: {USAGE}")
     return None, arguments
 
 

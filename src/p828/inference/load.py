@@ -46,6 +46,8 @@ def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
     config = from_dict(loaded.state["config"], str(found))
     validate(config)
     tokenizer = _load_tokenizer(found.parent.parent / "tokenizer.json", config)
+    if loaded.state.get("tokenizer") != tokenizer.fingerprint():
+        raise UserError(f"{found}: trained with another tokenizer than its run's tokenizer.json")
 
     model = Transformer(config.model)
     _check_tensors(found, model.state_dict(), loaded.tensors["model"])

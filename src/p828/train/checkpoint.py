@@ -127,7 +127,7 @@ def prune(directory: Path, keep_last: int, best_step: int | None) -> None:
         _recover(directory)
         paths = _checkpoints(directory)
         for path in paths[: max(len(paths) - keep_last, 0)]:
-            if _step(path) != best_step:
+            if step_of(path) != best_step:
                 path.rename(directory / f".{path.name}.tmp")
         _recover(directory)
     except OSError as error:
@@ -307,10 +307,11 @@ def _checkpoints(directory: Path) -> list[Path]:
     """The directories that are named as checkpoints, by rising step."""
     if not directory.is_dir():
         return []
-    return sorted((path for path in directory.iterdir() if STEP_NAME.fullmatch(path.name)), key=_step)
+    return sorted((path for path in directory.iterdir() if STEP_NAME.fullmatch(path.name)), key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in a checkpoint directory's name."""
     return int(path.name.removeprefix("step_"))
 
 

@@ -1,7 +1,6 @@
 """What a training step does to a model, on one device.
 
-The interface that the loop uses, and that an engine for many devices has too: `forward_backward`, `step`,
-`tensors`, `load_tensors`.
+The loop calls `forward_backward`, `step`, `tensors` and `load_tensors`, and reads `model`, `device` and `dtype`.
 """
 
 import math
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from p828.config import Config
+from p828.config import Config, ModelConfig
 from p828.data.loader import Batch
 from p828.errors import UserError
 from p828.model.initialisation import initialise
@@ -45,6 +44,8 @@ class PlainEngine:
             raise UserError(
                 'model.attention_backend = "flash" computes in bfloat16 on a GPU, not in train.dtype = "float32"'
             )
+        if (self.device.type, self.dtype) == ("cuda", torch.bfloat16):
+            _check_widths(config.model)
         torch.manual_seed(config.train.seed)  # for dropout; a resume brings the state back
         self.model = Transformer(config.model)
         initialise(self.model, config.train.seed)
@@ -71,13 +72,13 @@ class PlainEngine:
         )
         hidden_TH, targets_T = output.hidden_BSH.flatten(0, 1), batch.targets_BS.flatten()
         loss = linear_cross_entropy(hidden_TH, self.model.head_weight, targets_T, self.chunk_gradients) / num_targets
-        balance = self.config.balance
-        auxiliary = (
-            balance.sequence_loss_weight * output.router.balance_loss_L.sum()
-            + balance.z_loss_weight * output.router.z_loss_L.sum()
-        )
-        (loss + auxiliary / num_targets).backward()
         self._loss += loss.detach()
+        balance = self.config.balance
+        if balance.sequence_loss_weight:
+            loss = loss + balance.sequence_loss_weight * output.router.balance_loss_L.sum() / num_targets
+        if balance.z_loss_weight:
+            loss = loss + balance.z_loss_weight * output.router.z_loss_L.sum() / num_targets
+        loss.backward()
         self._loads_LE += output.router.loads_LE
 
     def step(self, learning_rate: float) -> StepResult:
@@ -114,3 +115,13 @@ class PlainEngine:
         self._loads_LE = torch.zeros(
             model.num_hidden_layers, model.n_routed_experts, dtype=torch.int64, device=self.device
         )
+
+
+def _check_widths(model: ModelConfig) -> None:
+    """Fused attention and grouped products read 16 bytes at a time. Raises UserError naming the width that is odd."""
+    for key in ("head_dim", "hidden_size", "moe_intermediate_size"):
+        width = getattr(model, key)
+        if width % 8:
+            raise UserError(f"model.{key} = {width}: in bfloat16 on a GPU, a multiple of 8 is accepted")
+    if model.head_dim > 256:
+        raise UserError(f"model.head_dim = {model.head_dim}: in bfloat16 on a GPU, at most 256 is accepted")

@@ -2,7 +2,7 @@
 
 from p828.config import Config
 from p828.data.loader import open_loader, validation_batches
-from p828.data.source import open_training
+from p828.data.source import DocumentStream, open_training
 from p828.data.tokenizer import Tokenizer, load_tokenizer
 from p828.errors import UserError
 from p828.model.flops import count_parameters
@@ -18,40 +18,45 @@ from p828.train.trainer import Trainer
 def train(config: Config) -> None:
     """Train a run to its end, from its newest complete checkpoint if there is one.
 
-    Raises UserError for wrong input before anything is written, RunStopped when the run's own guard ends it.
+    Raises UserError for wrong input, leaving no new run behind, and RunStopped when the run's own guard ends it.
     """
     device = pick_device(config.train.device)
     open_training(config.data, config.train.seed)  # a missing file ends here, before anything is written
     newest, damaged = checkpoint.find_newest(config.run_dir / CHECKPOINTS)
-    saved = None if newest is None else checkpoint.load(newest)
     if config.train.deterministic:
         make_deterministic()
     with (
-        open_run(config, saved is not None) as changes,
+        open_run(config, has_checkpoint=newest is not None) as directory,
         Recorder(config.run_dir, config) as recorder,
-        Console(config.run_dir, config.train.steps, first_step=0 if saved is None else saved.step) as console,
+        Console(config.run_dir, config.train.steps, checkpoint.step_of(newest) if newest else 0) as console,
     ):
-        tokenizer_file = config.run_dir / TOKENIZER_FILE
-        if not tokenizer_file.exists() and config.tokenizer.name == "train":
-            console.print(f"training a tokenizer of {config.tokenizer.vocab_size} tokens")
-        tokenizer = load_tokenizer(
-            config.tokenizer,
-            lambda: open_training(config.data, config.train.seed, 1),
-            config.model.vocab_size,
-            tokenizer_file,
-        )
-        validation = validation_batches(config, tokenizer, config.evaluation.rows, config.train.micro_batch_size)
+        tokenizer = _tokenizer(config, console)
         _check_prompts(config, tokenizer)
+        validation = validation_batches(config, tokenizer, config.evaluation.rows, config.train.micro_batch_size)
         with open_loader(config, tokenizer, pin_memory=device.type == "cuda") as loader:
             engine = PlainEngine(config)
             trainer = Trainer(config, tokenizer, loader, validation, engine, recorder, console)
             console.print(_describe(config, engine))
-            if saved is not None:
-                _check_tokenizer(saved, tokenizer)
-                trainer.resume(saved)
-                _tell(trainer, [*damaged, *changes, f"resumed from step {saved.step}"])
+            if newest is not None:
+                trainer.resume(newest)
+            directory.keep()
+            _tell(trainer, damaged)
+            if newest is not None:
+                _tell(trainer, [*directory.changes, f"resumed from step {trainer.progress.step}"])
             trainer.run()
             trainer.conclude()
+
+
+def _tokenizer(config: Config, console: Console) -> Tokenizer:
+    """The run's own if it has one, else as the configuration says."""
+    path = config.run_dir / TOKENIZER_FILE
+    if config.tokenizer.name == "train" and not path.exists():
+        console.print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens")
+
+    def documents() -> DocumentStream:
+        return open_training(config.data, config.train.seed, epochs=1)
+
+    return load_tokenizer(config.tokenizer, documents, config.model.vocab_size, path)
 
 
 def _describe(config: Config, engine: PlainEngine) -> str:
@@ -79,8 +84,3 @@ def _tell(trainer: Trainer, lines: list[str]) -> None:
     for line in lines:
         trainer.recorder.write("event", trainer.progress.step, event="resume", text=line)
         trainer.console.event(line)
-
-
-def _check_tokenizer(saved: checkpoint.Checkpoint, tokenizer: Tokenizer) -> None:
-    if saved.state["tokenizer"] != tokenizer.fingerprint():
-        raise UserError(f"{saved.path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")

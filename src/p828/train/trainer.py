@@ -16,7 +16,7 @@ from p828.data.loader import Batch, Loader
 from p828.data.packing import Packer
 from p828.data.source import open_training
 from p828.data.tokenizer import Tokenizer
-from p828.errors import RunStopped
+from p828.errors import RunStopped, UserError
 from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
@@ -26,6 +26,7 @@ from p828.train.console import Console
 from p828.train.device import peak_flops, peak_memory
 from p828.train.engine import PlainEngine, StepResult
 from p828.train.metrics import Recorder, balance_score
+from p828.train.run_directory import CHECKPOINTS, TOKENIZER_FILE, versions
 from p828.train.schedule import learning_rate
 
 NON_FINITE_LIMIT = 3  # steps in a row
@@ -61,6 +62,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or until patience runs out."""
         config, progress = self.config, self.progress
+        self.recorder.rewind(progress.step)
         while not self.is_done():
             started = time.perf_counter()
             batches = [next(self.loader) for _ in range(config.train.gradient_accumulation)]
@@ -122,7 +124,7 @@ class Trainer:
         if progress.non_finite_steps == NON_FINITE_LIMIT:
             raise RunStopped(
                 f"{NON_FINITE_LIMIT} steps in a row up to step {progress.step} had a non-finite loss or gradient; "
-                f"the run stops and its checkpoints stay in {self.checkpoints}.\n"
+                f"the run stops here; {self.checkpoints} keeps what was saved.\n"
                 "Usual causes: optimizer.learning_rate too high, too short a warm-up, broken data"
             )
 
@@ -152,7 +154,7 @@ class Trainer:
 
     @property
     def checkpoints(self) -> Path:
-        return self.config.run_dir / "checkpoints"
+        return self.config.run_dir / CHECKPOINTS
 
     def save(self) -> None:
         progress = self.progress
@@ -160,17 +162,20 @@ class Trainer:
             "progress": dataclasses.asdict(progress),
             "data": self.loader.state_dict(),
             "config": to_dict(self.config),
+            "versions": versions(),
             "tokenizer": self.tokenizer.fingerprint(),
         }
         checkpoint.save(self.checkpoints, progress.step, self.engine.tensors(), state)
         checkpoint.prune(self.checkpoints, self.config.checkpoint.keep_last, progress.best_step)
 
-    def resume(self, saved: checkpoint.Checkpoint) -> None:
-        """Go back to where a checkpoint was made."""
+    def resume(self, path: Path) -> None:
+        """Go back to where a checkpoint was made. Raises UserError if it was made with another tokenizer."""
+        saved = checkpoint.load(path)
+        if saved.state["tokenizer"] != self.tokenizer.fingerprint():
+            raise UserError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
         self.engine.load_tensors(saved.tensors)
         self.loader.load_state_dict(saved.state["data"])
         self.progress = Progress(**saved.state["progress"])
-        self.recorder.rewind(self.progress.step)
 
     def conclude(self) -> None:
         """Say what came out: losses, the bigram baseline, samples, and where the run is."""
@@ -196,4 +201,4 @@ def _training_rows(config: Config, tokenizer: Tokenizer) -> Iterator[np.ndarray[
 
 
 def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss > 700 else math.exp(loss)
