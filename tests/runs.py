@@ -35,7 +35,7 @@ def tiny_values(tmp_path: Path) -> dict[str, dict[str, Any]]:
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
         },
         "data": {
-            "source": "files", "files": [str(text / "*.txt")], "sequence_length": 32,
+            "source": "files", "files": [str(text / "*.txt")], "sequence_length": 32, "shuffle_rows": 8,
             "validation": {"kind": "held_out", "share": 0.2},
         },
         "tokenizer": {"name": "train", "vocab_size": 300},

@@ -128,6 +128,8 @@ class DataConfig:
     """Tokens of a row that the model predicts; a row holds one more."""
     block_documents: int = 1024
     """Documents that are read and shuffled together."""
+    shuffle_rows: int = 1024
+    """Rows that are shuffled together, so that a batch is not one long document; 1 keeps their order."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 

@@ -11,6 +11,7 @@ from data_samples import text, write_jsonl
 from p828.config import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
 from p828.data.loader import Batch, Loader, open_loader, validation_batches
 from p828.data.packing import Packer
+from p828.data.shuffle import RowShuffler
 from p828.data.source import open_training, open_validation
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
@@ -42,9 +43,10 @@ def equal(one: Batch, other: Batch) -> bool:
 
 def test_batches_are_the_rows(config: Config, tokenizer: Tokenizer) -> None:
     packer = Packer(open_training(config.data, seed=0), tokenizer, LENGTH)
+    shuffler = RowShuffler(packer, config.data.shuffle_rows, config.train.seed)
     with open_loader(config, tokenizer) as loader:
         for batch, _ in zip(loader, range(20), strict=False):
-            rows = [next(packer) for _ in range(3)]
+            rows = [next(shuffler) for _ in range(3)]
             assert batch.tokens_BS.tolist() == [row.tokens[:-1].tolist() for row in rows]
             assert batch.targets_BS.tolist() == [row.tokens[1:].tolist() for row in rows]
             assert batch.document_ids_BS.tolist() == [row.document_ids[:-1].tolist() for row in rows]
@@ -57,6 +59,7 @@ def test_batches_are_the_rows(config: Config, tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("mask_documents", [True, False])
 def test_positions(config: Config, tokenizer: Tokenizer, mask_documents: bool) -> None:
     packer = Packer(open_training(config.data, seed=0), tokenizer, LENGTH)
+    shuffler = RowShuffler(packer, config.data.shuffle_rows, config.train.seed)
     with Loader(packer, 4, mask_documents) as loader:
         batches = [next(loader) for _ in range(10)]
     several = 0

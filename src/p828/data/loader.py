@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from p828.config import Config
 from p828.data.packing import Packer, Row
+from p828.data.shuffle import RowShuffler
 from p828.data.source import open_training, open_validation
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
@@ -77,6 +78,16 @@ def make_batch(rows: Sequence[Row], mask_documents: bool, padding: int = 0) -> B
     )
 
 
+class Rows(Protocol):
+    """A `Packer`, or what stands before one."""
+
+    def __next__(self) -> Row: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Loader:
     """Endless iterator of `Batch`es, made by one background thread.
 
@@ -84,12 +95,12 @@ class Loader:
     raised by `next`. Close it, or use it in a `with`.
     """
 
-    def __init__(self, packer: Packer, micro_batch_size: int, mask_documents: bool, pin_memory: bool = False) -> None:
-        self.packer = packer
+    def __init__(self, rows: Rows, micro_batch_size: int, mask_documents: bool, pin_memory: bool = False) -> None:
+        self.rows = rows
         self.micro_batch_size = micro_batch_size
         self.mask_documents = mask_documents
         self.pin_memory = pin_memory
-        self._state = packer.state_dict()
+        self._state = rows.state_dict()
         self._made: queue.Queue[tuple[Batch, dict[str, Any]] | BaseException] = queue.Queue(PREFETCHED_BATCHES)
         self._error: BaseException | None = None
         self._stop = threading.Event()
@@ -121,7 +132,7 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after that position. To be called before the first batch. Raises UserError if the data changed."""
         assert self._thread is None, "load_state_dict comes before the first batch"
-        self.packer.load_state_dict(state)
+        self.rows.load_state_dict(state)
         self._state = state
 
     def close(self) -> None:
@@ -143,8 +154,8 @@ class Loader:
     def _make(self) -> None:
         try:
             while not self._stop.is_set():
-                batch = make_batch([next(self.packer) for _ in range(self.micro_batch_size)], self.mask_documents)
-                self._made.put((batch.pin_memory() if self.pin_memory else batch, self.packer.state_dict()))
+                batch = make_batch([next(self.rows) for _ in range(self.micro_batch_size)], self.mask_documents)
+                self._made.put((batch.pin_memory() if self.pin_memory else batch, self.rows.state_dict()))
         except BaseException as error:
             self._made.put(error)
 
@@ -153,7 +164,8 @@ def open_loader(config: Config, tokenizer: Tokenizer, pin_memory: bool = False) 
     """The run's training batches from the beginning. Raises UserError if the source cannot be opened."""
     stream = open_training(config.data, config.train.seed)
     packer = Packer(stream, tokenizer, config.data.sequence_length)
-    return Loader(packer, config.train.micro_batch_size, config.model.mask_documents, pin_memory)
+    rows = RowShuffler(packer, config.data.shuffle_rows, config.train.seed)
+    return Loader(rows, config.train.micro_batch_size, config.model.mask_documents, pin_memory)
 
 
 def validation_batches(config: Config, tokenizer: Tokenizer, rows: int, micro_batch_size: int) -> list[Batch]:

@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import run_config
+
+from p828.config import Config
+from p828.data.packing import Packer, Row
+from p828.data.shuffle import RowShuffler
+from p828.data.source import open_training
+from p828.data.tokenizer import Tokenizer, train_tokenizer
+
+ROWS = 8
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return run_config(tmp_path)
+
+
+@pytest.fixture
+def tokenizer(config: Config) -> Tokenizer:
+    return train_tokenizer(config.tokenizer, open_training(config.data, 0, epochs=1))
+
+
+def packer(config: Config, tokenizer: Tokenizer) -> Packer:
+    return Packer(open_training(config.data, seed=0), tokenizer, config.data.sequence_length)
+
+
+def take(rows: Packer | RowShuffler, count: int) -> list[bytes]:
+    return [_bytes(next(rows)) for _ in range(count)]
+
+
+def _bytes(row: Row) -> bytes:
+    return row.tokens.tobytes() + row.document_ids.tobytes()
+
+
+def test_every_block_holds_the_packers_rows_once_in_another_order(config: Config, tokenizer: Tokenizer) -> None:
+    shuffler, plain = RowShuffler(packer(config, tokenizer), ROWS, seed=0), packer(config, tokenizer)
+    orders = []
+    for _ in range(5):
+        shuffled, expected = take(shuffler, ROWS), take(plain, ROWS)
+        assert sorted(shuffled) == sorted(expected)
+        orders.append([expected.index(row) for row in shuffled])
+    assert len({tuple(order) for order in orders}) == 5
+    assert list(range(ROWS)) not in orders
+
+
+def test_the_seed_decides_the_order(config: Config, tokenizer: Tokenizer) -> None:
+    first, again, other = (take(RowShuffler(packer(config, tokenizer), ROWS, seed), ROWS) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_blocks_of_one_keep_the_order(config: Config, tokenizer: Tokenizer) -> None:
+    assert take(RowShuffler(packer(config, tokenizer), 1, seed=0), 20) == take(packer(config, tokenizer), 20)
+
+
+@pytest.mark.parametrize("before", [0, 1, 7, 8, 9, 16, 23])
+@pytest.mark.parametrize("between", [0, 1, 5, 8, 13])
+def test_two_resumes_give_the_same_rows(config: Config, tokenizer: Tokenizer, before: int, between: int) -> None:
+    whole = take(RowShuffler(packer(config, tokenizer), ROWS, seed=0), before + between + 30)
+    first = RowShuffler(packer(config, tokenizer), ROWS, seed=0)
+    assert take(first, before) == whole[:before]
+    second = RowShuffler(packer(config, tokenizer), ROWS, seed=0)
+    second.load_state_dict(first.state_dict())
+    assert take(second, between) == whole[before : before + between]
+    third = RowShuffler(packer(config, tokenizer), ROWS, seed=0)
+    third.load_state_dict(second.state_dict())
+    assert take(third, 30) == whole[before + between :]
+
+
+def test_rows_do_not_change_after_they_were_given(config: Config, tokenizer: Tokenizer) -> None:
+    shuffler = RowShuffler(packer(config, tokenizer), ROWS, seed=0)
+    row = next(shuffler)
+    copy = np.array(row.tokens)
+    take(shuffler, 50)
+    assert np.array_equal(row.tokens, copy)
