@@ -25,12 +25,14 @@ format: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
-	touch $@
+	@echo "Installing into .venv; PyTorch is large, this takes some minutes."
+	@$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@ .venv/installed
+	@echo "Installing into .venv; PyTorch is large, this takes some minutes."
+	@$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@ .venv/installed
 
 clean:
 	rm -rf .venv build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

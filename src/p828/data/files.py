@@ -18,6 +18,7 @@ from p828.errors import UserError
 ENDINGS = (".txt", ".py", ".md", ".jsonl")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+TABLES = {"encodings", "pydoc_data"}  # generated: character maps and the text of the manual
 # What a damaged, unreadable or wrongly named file raises while it is read, over all compressions.
 READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
 
@@ -91,11 +92,11 @@ def text_of(fields: object, text_field: str, where: str) -> str:
 
 
 def python_shards() -> list[PythonShard]:
-    """The .py files of this interpreter's standard library, without its tests and installed packages."""
+    """The .py files of this interpreter's standard library, without tests, generated tables and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     names: list[Path] = []
     for directory, subdirectories, files in os.walk(root):
-        subdirectories[:] = set(subdirectories) - NOT_SOURCE
+        subdirectories[:] = set(subdirectories) - NOT_SOURCE - TABLES
         here = Path(directory).relative_to(root)
         names += [here / file for file in files if file.endswith(".py")]
     return [PythonShard(root, name.as_posix()) for name in sorted(names)]
