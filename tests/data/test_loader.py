@@ -59,7 +59,6 @@ def test_batches_are_the_rows(config: Config, tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("mask_documents", [True, False])
 def test_positions(config: Config, tokenizer: Tokenizer, mask_documents: bool) -> None:
     packer = Packer(open_training(config.data, seed=0), tokenizer, LENGTH)
-    shuffler = RowShuffler(packer, config.data.shuffle_rows, config.train.seed)
     with Loader(packer, 4, mask_documents) as loader:
         batches = [next(loader) for _ in range(10)]
     several = 0

@@ -123,3 +123,21 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     code, out, _ = p828("train", path, "--train.steps", "24", cwd=tmp_path)
     assert code == 0
     assert "resumed from step" in out
+
+
+def test_when_every_checkpoint_is_damaged_the_run_says_so_and_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(write_toml(tmp_path))
+    assert dispatch(["train", path, "--name", "whole"]) == 0
+    assert dispatch(["train", path, "--name", "damaged"]) == 0
+    checkpoints = tmp_path / "runs" / "damaged" / "checkpoints"
+    steps = sorted(found.name for found in checkpoints.glob("step_*"))
+    for name in steps:
+        (checkpoints / name / "state.json").unlink()
+    capsys.readouterr()
+    assert dispatch(["train", path, "--name", "damaged"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in steps)
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "damaged", step=12)
