@@ -191,3 +191,16 @@ def test_a_dumb_terminal_and_a_pipe_get_plain_lines(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True, env={**os.environ, "FORCE_COLOR": "1"},
     )  # fmt: skip
     assert piped.stdout.splitlines() == [line, "from elsewhere"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_preview_is_one_line_a_sample(tmp_path: Path, width: int, terminal: bool) -> None:
+    console, file = output(width, terminal)
+    with Console(tmp_path, 10, output=console) as view:
+        view.preview([("def f(", "x):\n\n    return\tx\x1b[2J"), ("class ", "A" * 200)])
+    lines = [line for line in shown(file) if line.startswith("  ")]
+    assert [line.rstrip() for line in lines] == [
+        "  def f(x): ⏎ return    x\\x1b[2J",
+        "  class " + "A" * (width - 9) + "…",
+    ]

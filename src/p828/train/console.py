@@ -1,6 +1,7 @@
 """What a training run shows: a progress bar at a terminal, plain lines elsewhere, and both in `run_dir/log.txt`."""
 
 import math
+import re
 import sys
 import time
 import unicodedata
@@ -117,6 +118,14 @@ class Console:
             self._show_marked("| ", continuation, Style.null())
         self._show("")
 
+    def preview(self, samples: Sequence[tuple[str, str]]) -> None:
+        """Show each (prompt, continuation) pair in one line, cut at the width."""
+        for prompt, continuation in samples:
+            line = Text(self._encodable(_escape("  " + _one_line(prompt + continuation))), Style(dim=True))
+            line.truncate(self._output.width, overflow="ellipsis")
+            self._output.print(line, soft_wrap=True)
+            self._write_log(line.plain)
+
     def _show(self, text: str, style: Style | None = None) -> None:
         text = _escape(text)
         # soft wrapping leaves long lines whole for a pipe and to the terminal's own wrapping
@@ -167,6 +176,11 @@ def _escape(text: str) -> str:
     return "".join(
         char if char == "\n" else TAB if char == "\t" else _spelt_out(char) for char in text.replace("\r\n", "\n")
     )
+
+
+def _one_line(text: str) -> str:
+    """Newlines and the indentation behind them as one sign."""
+    return re.sub(r"\s*\n\s*", " ⏎ ", text)
 
 
 def _spelt_out(char: str) -> str:

@@ -84,16 +84,23 @@ class PlainEngine:
     def step(self, learning_rate: float) -> StepResult:
         """Clip, update weights and balance bias, unless something is not finite; begin the next step."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
-        loss, grad_norm = torch.stack((self._loss, norm)).tolist()  # the step's one wait for the device
+        loss, grad_norm, loads = self._read(norm)
         applied = math.isfinite(loss) and math.isfinite(grad_norm)
         if applied:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
             update_biases(self.model, self._loads_LE, self.config.balance.update_rate)
-        result = StepResult(loss, grad_norm, self._loads_LE.tolist(), applied)
+        result = StepResult(loss, grad_norm, loads, applied)
         self._begin_step()
         return result
+
+    def _read(self, norm: Tensor) -> tuple[float, float, list[list[int]]]:
+        """Loss, gradient norm and loads on the host, in one transfer: the step's one wait for the device."""
+        parts = (self._loss[None], norm[None], self._loads_LE.flatten())
+        loss, grad_norm, *loads = torch.cat([part.double() for part in parts]).tolist()
+        experts = self.config.model.n_routed_experts
+        return loss, grad_norm, [[int(n) for n in loads[i : i + experts]] for i in range(0, len(loads), experts)]
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything a checkpoint needs from here, by file and name."""

@@ -142,6 +142,7 @@ class Trainer:
         if config.prompts:
             samples = self.sample()
             self.recorder.write("sample", progress.step, samples=[list(sample) for sample in samples])
+            self.console.preview(samples)
         return is_better
 
     def sample(self) -> list[tuple[str, str]]:
