@@ -1,3 +1,5 @@
+import itertools
+import random
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,17 @@ def test_every_block_holds_the_packers_rows_once_in_another_order(config: Config
     assert list(range(ROWS)) not in orders
 
 
+def test_no_row_comes_again_before_all_have_come(config: Config, tokenizer: Tokenizer) -> None:
+    """Blocks end with the epoch, also when they are larger than it."""
+    plain = packer(config, tokenizer)
+    rows = list(itertools.takewhile(lambda row: row.epoch < 2, plain))
+    epochs = [[_bytes(row) for row in rows if row.epoch == epoch] for epoch in (0, 1)]
+    for size in (7, ROWS, len(epochs[0]), 1000):
+        shuffler = RowShuffler(packer(config, tokenizer), size, seed=0)
+        for epoch in epochs:
+            assert sorted(take(shuffler, len(epoch))) == sorted(epoch)
+
+
 def test_the_seed_decides_the_order(config: Config, tokenizer: Tokenizer) -> None:
     first, again, other = (take(RowShuffler(packer(config, tokenizer), ROWS, seed), ROWS) for seed in (0, 0, 1))
     assert first == again
@@ -56,18 +69,20 @@ def test_blocks_of_one_keep_the_order(config: Config, tokenizer: Tokenizer) -> N
     assert take(RowShuffler(packer(config, tokenizer), 1, seed=0), 20) == take(packer(config, tokenizer), 20)
 
 
-@pytest.mark.parametrize("before", [0, 1, 7, 8, 9, 16, 23])
-@pytest.mark.parametrize("between", [0, 1, 5, 8, 13])
-def test_two_resumes_give_the_same_rows(config: Config, tokenizer: Tokenizer, before: int, between: int) -> None:
-    whole = take(RowShuffler(packer(config, tokenizer), ROWS, seed=0), before + between + 30)
-    first = RowShuffler(packer(config, tokenizer), ROWS, seed=0)
-    assert take(first, before) == whole[:before]
-    second = RowShuffler(packer(config, tokenizer), ROWS, seed=0)
-    second.load_state_dict(first.state_dict())
-    assert take(second, between) == whole[before : before + between]
-    third = RowShuffler(packer(config, tokenizer), ROWS, seed=0)
-    third.load_state_dict(second.state_dict())
-    assert take(third, 30) == whole[before + between :]
+@pytest.mark.parametrize("rows", [ROWS, 50, 1000])
+def test_two_resumes_give_the_same_rows(config: Config, tokenizer: Tokenizer, rows: int) -> None:
+    def shuffler() -> RowShuffler:
+        return RowShuffler(packer(config, tokenizer), rows, seed=0)
+
+    whole = take(shuffler(), 230)
+    draw = random.Random(0)
+    for before, between in [(0, 0), (8, 8), (8, 0), *((draw.randrange(100), draw.randrange(100)) for _ in range(15))]:
+        first, second, third = shuffler(), shuffler(), shuffler()
+        assert take(first, before) == whole[:before]
+        second.load_state_dict(first.state_dict())
+        assert take(second, between) == whole[before : before + between]
+        third.load_state_dict(second.state_dict())
+        assert take(third, 30) == whole[before + between :][:30]
 
 
 def test_rows_do_not_change_after_they_were_given(config: Config, tokenizer: Tokenizer) -> None:

@@ -141,3 +141,52 @@ def test_when_every_checkpoint_is_damaged_the_run_says_so_and_begins_again(
     said = capsys.readouterr().out
     assert all(name in said for name in steps)
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "damaged", step=12)
+
+
+def test_a_second_process_on_the_same_run_is_refused(tmp_path: Path) -> None:
+    path = str(write_toml(tmp_path, train={"steps": 100_000}))
+    first = start("train", path, cwd=tmp_path)
+    wait_for_step(first, 1)
+    code, _, said = p828("train", path, cwd=tmp_path)
+    assert code == 2
+    assert "another p828 train is at work on this run" in said
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    code, _, said = p828("train", path, "--train.steps", "1", cwd=tmp_path)
+    assert code == 0, said
+
+
+def test_data_that_changed_since_the_checkpoint_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(write_toml(tmp_path))
+    assert dispatch(["train", path, "--train.steps", "6"]) == 0
+    text = sorted((tmp_path / "text").iterdir())[0]
+    text.write_text(text.read_text() + "more")
+    assert dispatch(["train", path]) == 2
+    assert "not the data of the checkpoint" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_was_made_with_counts_and_not_an_edited_config_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert dispatch(["train", str(write_toml(tmp_path))]) == 0
+    edited = tmp_path / "runs" / "tiny" / "config.toml"
+    for before, after in (("hidden_size = 32", "hidden_size = 48"), ("sequence_length = 32", "sequence_length = 16")):
+        content = edited.read_text()
+        edited.write_text(content.replace(before, after))
+        assert dispatch(["train", str(edited), "--train.steps", "14"]) == 2
+        assert before in capsys.readouterr().err
+        edited.write_text(content)
+
+
+def test_a_directory_killed_while_it_was_made_is_taken_for_a_new_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / ".config.toml.tmp").write_text("[mod")
+    assert dispatch(["train", str(write_toml(tmp_path))]) == 0

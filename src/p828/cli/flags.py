@@ -30,6 +30,11 @@ def parse(
     taken out before, for the suggestion. Raises UserError for an unknown flag, naming the nearest one, and for a value
     of the wrong type.
     """
+    for argument in arguments:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{argument!r} is not valid Unicode text") from None
     kinds = dict(_flags(cls, "--"))
     if not any(argument in HELP for argument in arguments):
         for argument in arguments:

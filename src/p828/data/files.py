@@ -30,6 +30,10 @@ class PythonShard:
     root: Path
     name: str
 
+    @property
+    def size(self) -> int:
+        return (self.root / self.name).stat().st_size
+
     def documents(self, start: int = 0) -> Iterator[str]:
         if start == 0:
             try:
@@ -45,6 +49,10 @@ class FileShard:
 
     name: str
     text_field: str
+
+    @property
+    def size(self) -> int:
+        return Path(self.name).stat().st_size
 
     def documents(self, start: int = 0) -> Iterator[str]:
         """Raises UserError naming the file, and the line of a JSON Lines file, that cannot be read."""
@@ -98,7 +106,8 @@ def python_shards() -> list[PythonShard]:
     for directory, subdirectories, files in os.walk(root):
         subdirectories[:] = set(subdirectories) - NOT_SOURCE - TABLES
         here = Path(directory).relative_to(root)
-        names += [here / file for file in files if file.endswith(".py")]
+        python = (here / file for file in files if file.endswith(".py"))
+        names += [name for name in python if os.access(root / name, os.R_OK)]  # not links to what is not there
     return [PythonShard(root, name.as_posix()) for name in sorted(names)]
 
 

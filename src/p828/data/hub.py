@@ -22,6 +22,7 @@ class HubShard:
     num_shards: int
     name: str
     text_field: str
+    size: int = 0
 
     def documents(self, start: int = 0) -> Iterator[str]:
         """Raises UserError naming the row whose text is missing, or the shard that cannot be read on."""

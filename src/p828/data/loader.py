@@ -102,6 +102,7 @@ class Loader:
         self.pin_memory = pin_memory
         self._state = rows.state_dict()
         self._made: queue.Queue[tuple[Batch, dict[str, Any]] | BaseException] = queue.Queue(PREFETCHED_BATCHES)
+        self._first: tuple[Batch, dict[str, Any]] | None = None
         self._error: BaseException | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -113,17 +114,12 @@ class Loader:
         """Raises what reading the data raised; StopIteration once closed or when a finite stream fills no batch."""
         if self._stop.is_set():
             raise StopIteration
-        if self._error is not None:
-            raise self._error
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._make, name="p828-loader", daemon=True)
-            self._thread.start()
-        made = self._made.get()
-        if isinstance(made, BaseException):
-            self._error = made
-            raise made
-        batch, self._state = made
+        (batch, self._state), self._first = self._first or self._take(), None
         return batch
+
+    def start(self) -> None:
+        """Make the first batch, without handing it out. Raises what reading the data raised."""
+        self._first = self._take()
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch handed out last: small, and plain enough for JSON."""
@@ -150,6 +146,18 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _take(self) -> tuple[Batch, dict[str, Any]]:
+        if self._error is not None:
+            raise self._error
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._make, name="p828-loader", daemon=True)
+            self._thread.start()
+        made = self._made.get()
+        if isinstance(made, BaseException):
+            self._error = made
+            raise made
+        return made
 
     def _make(self) -> None:
         try:

@@ -23,6 +23,8 @@ class Row:
     """[S+1]; shorter only in `Packer.remainder`."""
     document_ids: npt.NDArray[np.int32]
     """[S+1]: 0, 1, 2, … within the row; a document's EOS belongs to it."""
+    epoch: int = 0
+    """Epoch in which the row's first document was given."""
 
 
 class Packer:
@@ -45,6 +47,7 @@ class Packer:
         self._tokens = np.zeros(0, dtype=np.int64)
         self._starts = np.zeros(0, dtype=np.int64)
         self._states = [self.stream.state_dict()]
+        self._epochs: list[int] = []
         self._at = 0
         self._consumed = consumed  # tokens of the next document to drop: they were given before a resume
 
@@ -83,7 +86,7 @@ class Packer:
         inner_starts = self._starts[first + 1 : last + 1] - start
         steps = np.zeros(end - start, dtype=np.int32)
         steps[inner_starts] = 1
-        return Row(self._tokens[start:end], np.cumsum(steps, dtype=np.int32))
+        return Row(self._tokens[start:end], np.cumsum(steps, dtype=np.int32), self._epochs[first])
 
     def _document_at(self, position: int) -> int:
         """Number of the document that the token at `position` belongs to; past the end, the number of documents."""
@@ -112,11 +115,16 @@ class Packer:
         starts = np.cumsum(lengths) - lengths
 
         dropped, self._consumed = self._consumed, 0
-        assert dropped < lengths[0], "the checkpoint's position is beyond the document's end: another tokenizer?"
+        if dropped >= lengths[0]:
+            raise UserError(
+                f"{self.stream.source}: a document ends before the place of the checkpoint in it: the data changed. "
+                "Restore it, or start a new run"
+            )
         kept = self._document_at(self._at)
         left = self._tokens[self._at :]
         self._starts = np.concatenate([self._starts[kept:] - self._at, starts - dropped + len(left)])
         self._states = self._states[kept:] + states
+        self._epochs = self._epochs[kept:] + epochs
         self._tokens = np.concatenate([left, new[dropped:]])
         self._at = 0
         return True

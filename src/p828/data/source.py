@@ -21,6 +21,11 @@ class Shard(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def size(self) -> int:
+        """Bytes, to notice on a resume that a file changed; 0 where it is not known."""
+        ...
+
     def documents(self, start: int = 0) -> Iterator[str]:
         """The texts from the one numbered `start`; empty ones are given too, so that counting stays simple."""
         ...
@@ -69,7 +74,7 @@ class DocumentStream:
         self._documents: list[str] | None = None
         self._end = (0, 0)
         self._reader: Iterator[str] | None = None  # at `_end`
-        identity = [[shard.name for shard in shards], block_documents, seed, share, held_out]
+        identity = [[(shard.name, shard.size) for shard in shards], block_documents, seed, share, held_out]
         self._fingerprint = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
 
     @property
@@ -93,7 +98,8 @@ class DocumentStream:
             if documents:
                 self._begin_block(self._epoch, self._block + 1, self._end)
             elif self._block == 0:
-                raise UserError(f"no documents in {self.source}")
+                remedy = "\nRaise data.validation.share, or give data.validation.files" if self.held_out else ""
+                raise UserError(f"no documents in {self.source}{remedy}")
             else:
                 self._begin_block(self._epoch + 1, 0, (0, 0))
         raise StopIteration

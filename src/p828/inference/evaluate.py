@@ -46,6 +46,7 @@ def evaluate(
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens, text_bytes = 0, torch.zeros((), dtype=torch.int64, device=device)
     with inference(model):
+        head_VH = model.head_weight.to(dtype)
         for batch in batches:
             tokens += batch.num_targets
             cu_seqlens = cumulative_lengths(batch.positions_BS).to(device, non_blocking=True)
@@ -54,7 +55,7 @@ def evaluate(
                 batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, cu_seqlens=cu_seqlens, dtype=dtype
             ).hidden_BSH
             for hidden_SH, targets_S in zip(hidden_BSH, batch.targets_BS, strict=True):
-                nats += linear_cross_entropy(hidden_SH, model.head_weight, targets_S)
+                nats += linear_cross_entropy(hidden_SH, head_VH, targets_S)
             text_bytes += bytes_V[batch.targets_BS[batch.targets_BS != IGNORE]].sum()
     if tokens == 0:
         raise UserError("nothing to evaluate: the rows hold no target token")

@@ -55,7 +55,7 @@ def save(
     JSON values; tuples come back as lists, and floats may be NaN or infinite.
     Raises UserError, with nothing left behind, when the file system refuses (full, read-only, over quota, ...).
     """
-    final = directory / f"step_{step:08d}"
+    final = directory / name_of(step)
     temporary = directory / f".{final.name}.tmp"
     state_text = json.dumps(_encode(state), allow_nan=False)
     needed = len(state_text) + sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
@@ -145,6 +145,9 @@ def resolve(path: Path) -> Path:
         raise UserError(f"{path}: no such directory; give a run's directory or one of its checkpoints")
     if not path.is_dir():
         raise UserError(f"{path} is a file; give a run's directory or one of its checkpoints")
+    for entry in (path, path / "checkpoints"):
+        if entry.is_dir() and not os.access(entry, os.R_OK | os.X_OK):
+            raise UserError(f"{entry}: no permission to read it")
     damage: list[str] = []
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     for candidate in reversed(_checkpoints(directory)):
@@ -308,6 +311,11 @@ def _checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if STEP_NAME.fullmatch(path.name)), key=step_of)
+
+
+def name_of(step: int) -> str:
+    """The name of a step's checkpoint directory."""
+    return f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:

@@ -41,7 +41,7 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         # an environment's FORCE_COLOR must not draw a bar into a pipe
-        self._output = output or rich.console.Console(force_terminal=sys.stdout.isatty())
+        self._output = output or rich.console.Console(force_terminal=sys.stdout is not None and sys.stdout.isatty())
         self._total = total_steps
         self._clock = clock
         self._last_line = (-math.inf, -math.inf)  # step and time
@@ -135,7 +135,7 @@ class Console:
     def _show_marked(self, marker: str, text: str, style: Style) -> None:
         for line in _escape(text).split("\n"):
             parts = Text(self._encodable(line), style, no_wrap=False).wrap(
-                self._output, self._output.width - len(marker)
+                self._output, max(self._output.width - len(marker), 1)
             )
             for part in parts or [Text("")]:
                 self._output.print(Text(marker, Style(dim=True)) + part, soft_wrap=True)

@@ -1,6 +1,8 @@
 """A run's directory: its resolved configuration, and whether a new command may go on in it."""
 
 import contextlib
+import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -12,10 +14,11 @@ from pathlib import Path
 
 import tomli_w
 
-from p828.config import Config, flatten, load, to_dict
+from p828.config import Config, flatten, from_dict, load, to_dict
 from p828.errors import UserError
+from p828.train import checkpoint
 
-CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.toml", "tokenizer.json", "checkpoints"
+CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, LOCK_FILE = "config.toml", "tokenizer.json", "checkpoints", ".lock"
 
 # A resumed run must have the same weights' shapes and the same rows in the same order; all else may change on the way.
 FIXED = ("model.", "data.", "tokenizer.", "train.seed")
@@ -25,28 +28,57 @@ FREE = ("model.attention_backend", "model.dropout", "model.max_position_embeddin
 @dataclass
 class RunDirectory:
     path: Path
+    versions: dict[str, str]
+    """What runs: p828, torch, Python and, if its source is under version control, the commit."""
+    newest: Path | None
+    """The newest complete checkpoint."""
+    damaged: list[str]
+    """Checkpoints that were set aside, a line each."""
     changes: list[str]
-    """Settings that differ from those the run had before, a line each."""
-    is_new: bool
-    """Made just now, and to be removed again if the run cannot begin."""
+    """Settings that differ from those of the newest checkpoint, a line each."""
+    made: list[Path]
+    """Directories made just now, innermost first, to be removed again if the run cannot begin."""
 
     def keep(self) -> None:
         """From here on the directory holds something of value."""
-        self.is_new = False
+        self.made = []
 
 
 @contextmanager
-def open_run(config: Config, has_checkpoint: bool) -> Iterator[RunDirectory]:
-    """Make the run's directory or enter the existing one.
+def open_run(config: Config) -> Iterator[RunDirectory]:
+    """Make the run's directory, or enter the existing one, and keep other processes out of it.
 
-    Raises UserError when the run was started with another model, data, tokenizer or seed. A directory without a
-    checkpoint is begun anew if these differ. A new one is removed again if the block raises UserError before `keep`.
+    Raises UserError when another process trains the run, and when its newest checkpoint was made with another model,
+    data, tokenizer or seed. Without a checkpoint the run is begun anew if these differ. Directories made here are
+    removed again if the block raises UserError before `keep`.
     """
     run_dir = config.run_dir
-    is_new = not run_dir.exists()
-    changes = [] if is_new else _changes(run_dir, config)
+    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with _lock(run_dir):
+            directory = RunDirectory(run_dir, versions(), *_enter(config), made)
+            _write_config(run_dir / CONFIG_FILE, config, directory.versions)
+            try:
+                yield directory
+            except UserError:
+                _remove(directory.made)
+                raise
+    except OSError as error:
+        if error.filename is None or not Path(error.filename).is_relative_to(run_dir):
+            raise
+        raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
+
+
+def _enter(config: Config) -> tuple[Path | None, list[str], list[str]]:
+    """Newest checkpoint, damaged ones, changed settings; what stands in the way of beginning anew is removed."""
+    run_dir = config.run_dir
+    if (run_dir / CHECKPOINTS).exists() and not (run_dir / CHECKPOINTS).is_dir():
+        raise UserError(f"{run_dir / CHECKPOINTS} is a file; the run keeps its checkpoints in a directory of that name")
+    newest, damaged = checkpoint.find_newest(run_dir / CHECKPOINTS)
+    changes = _changes(config, newest)
     blocking = [line for line in changes if line.startswith(FIXED) and not line.startswith(FREE)]
-    if blocking and has_checkpoint:
+    if blocking and newest is not None:
         raise UserError(
             f"{run_dir} was started with other settings: {'; '.join(blocking)}.\n"
             "Set them back to go on with that run, or give this one another --name"
@@ -54,38 +86,51 @@ def open_run(config: Config, has_checkpoint: bool) -> Iterator[RunDirectory]:
     if blocking:
         for name in (TOKENIZER_FILE, "metrics.jsonl", "wandb_id"):
             (run_dir / name).unlink(missing_ok=True)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write_config(run_dir / CONFIG_FILE, config)
-    except OSError as error:
-        raise UserError(f"{run_dir}: cannot be written: {error.strerror}") from None
-    directory = RunDirectory(run_dir, changes if has_checkpoint else [], is_new)
-    try:
-        yield directory
-    except UserError:
-        if directory.is_new:
-            shutil.rmtree(run_dir)
-            with contextlib.suppress(OSError):  # other runs are in there
-                run_dir.parent.rmdir()
-        raise
+    return newest, damaged, changes if newest is not None else []
 
 
-def _changes(run_dir: Path, config: Config) -> list[str]:
-    """`key = before, now after` for every key that differs from the run's config.toml."""
-    path = run_dir / CONFIG_FILE
-    if not path.exists():
-        if any(run_dir.iterdir()):
-            raise UserError(f"{run_dir} is not a run: it holds files but no {CONFIG_FILE}; give another --name")
+def _changes(config: Config, newest: Path | None) -> list[str]:
+    """`key = before, now after` for every key that differs from the checkpoint's, else from config.toml."""
+    path = config.run_dir / CONFIG_FILE
+    if newest is not None:
+        before = flatten(from_dict(checkpoint.load(newest, names=()).state["config"], str(newest)))
+    elif path.exists():
+        before = flatten(load(str(path)))
+    elif any(not entry.name.startswith(".") for entry in config.run_dir.iterdir()):
+        raise UserError(f"{config.run_dir} is not a run: it holds files but no {CONFIG_FILE}; give another --name")
+    else:
         return []
-    before, after = flatten(load(str(path))), flatten(config)
+    after = flatten(config)
     differing = (key for key in after if before[key] != after[key] and key not in ("name", "runs_dir"))
     return [f"{key} = {before[key]!r}, now {after[key]!r}" for key in differing]
 
 
-def _write_config(path: Path, config: Config) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    header = "# " + ", ".join(f"{name} {value}" for name, value in versions().items()) + "\n\n"
-    temporary.write_text(header + tomli_w.dumps(to_dict(config)), encoding="utf-8")
+@contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run's lock, which the system gives back however the process ends."""
+    with open(run_dir / LOCK_FILE, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir}: another p828 train is at work on this run") from None
+        yield
+
+
+def _remove(made: list[Path]) -> None:
+    if made:
+        shutil.rmtree(made[0])
+    for parent in made[1:]:
+        with contextlib.suppress(OSError):  # another run was begun in there meanwhile
+            parent.rmdir()
+
+
+def _write_config(path: Path, config: Config, versions: dict[str, str]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    header = "# " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "\n\n"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(header + tomli_w.dumps(to_dict(config)))
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -103,4 +148,5 @@ def _git_commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent)]
     if subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True).returncode:
         return None
-    return subprocess.check_output([*git, "describe", "--always", "--dirty", "--abbrev=12"], text=True).strip()
+    found = subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return found.stdout.strip() or None

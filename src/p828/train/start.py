@@ -2,7 +2,7 @@
 
 from p828.config import Config
 from p828.data.loader import open_loader, validation_batches
-from p828.data.source import DocumentStream, open_training
+from p828.data.source import DocumentStream, open_training, open_validation
 from p828.data.tokenizer import Tokenizer, load_tokenizer
 from p828.errors import UserError
 from p828.model.flops import count_parameters
@@ -11,7 +11,7 @@ from p828.train.console import Console
 from p828.train.device import make_deterministic, pick_device
 from p828.train.engine import PlainEngine
 from p828.train.metrics import Recorder
-from p828.train.run_directory import CHECKPOINTS, TOKENIZER_FILE, open_run
+from p828.train.run_directory import TOKENIZER_FILE, open_run
 from p828.train.trainer import Trainer
 
 
@@ -21,30 +21,30 @@ def train(config: Config) -> None:
     Raises UserError for wrong input, leaving no new run behind, and RunStopped when the run's own guard ends it.
     """
     device = pick_device(config.train.device)
-    open_training(config.data, config.train.seed)  # a missing file ends here, before anything is written
-    newest, damaged = checkpoint.find_newest(config.run_dir / CHECKPOINTS)
+    # A missing file or an empty validation set ends here, before anything is written.
+    open_training(config.data, config.train.seed)
+    next(open_validation(config.data))
     if config.train.deterministic:
         make_deterministic()
-    with (
-        open_run(config, has_checkpoint=newest is not None) as directory,
-        Recorder(config.run_dir, config) as recorder,
-        Console(config.run_dir, config.train.steps, checkpoint.step_of(newest) if newest else 0) as console,
-    ):
-        tokenizer = _tokenizer(config, console)
-        _check_prompts(config, tokenizer)
-        validation = validation_batches(config, tokenizer, config.evaluation.rows, config.train.micro_batch_size)
-        with open_loader(config, tokenizer, pin_memory=device.type == "cuda") as loader:
-            engine = PlainEngine(config)
-            trainer = Trainer(config, tokenizer, loader, validation, engine, recorder, console)
-            console.print(_describe(config, engine))
-            if newest is not None:
-                trainer.resume(newest)
-            directory.keep()
-            _tell(trainer, damaged)
-            if newest is not None:
-                _tell(trainer, [*directory.changes, f"resumed from step {trainer.progress.step}"])
-            trainer.run()
-            trainer.conclude()
+    with open_run(config) as run, Recorder(run.path, config) as recorder:
+        first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
+        with Console(run.path, config.train.steps, first_step) as console:
+            tokenizer = _tokenizer(config, console)
+            _check_prompts(config, tokenizer)
+            validation = validation_batches(config, tokenizer, config.evaluation.rows, config.train.micro_batch_size)
+            with open_loader(config, tokenizer, pin_memory=device.type == "cuda") as loader:
+                engine = PlainEngine(config)
+                trainer = Trainer(config, run, tokenizer, loader, validation, engine, recorder, console)
+                console.print(_describe(config, engine))
+                if run.newest is not None:
+                    trainer.resume(run.newest)
+                loader.start()
+                run.keep()
+                _tell(trainer, run.damaged)
+                if run.newest is not None:
+                    _tell(trainer, [*run.changes, f"resumed from step {trainer.progress.step}"])
+                trainer.run()
+                trainer.conclude()
 
 
 def _tokenizer(config: Config, console: Console) -> Tokenizer:

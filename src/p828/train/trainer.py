@@ -26,7 +26,7 @@ from p828.train.console import Console
 from p828.train.device import peak_flops, peak_memory
 from p828.train.engine import PlainEngine, StepResult
 from p828.train.metrics import Recorder, balance_score
-from p828.train.run_directory import CHECKPOINTS, TOKENIZER_FILE, versions
+from p828.train.run_directory import CHECKPOINTS, TOKENIZER_FILE, RunDirectory
 from p828.train.schedule import learning_rate
 
 NON_FINITE_LIMIT = 3  # steps in a row
@@ -51,6 +51,7 @@ class Trainer:
     """The parts of a run, and the loop over them."""
 
     config: Config
+    directory: RunDirectory
     tokenizer: Tokenizer
     loader: Loader
     validation: list[Batch]
@@ -155,7 +156,7 @@ class Trainer:
 
     @property
     def checkpoints(self) -> Path:
-        return self.config.run_dir / CHECKPOINTS
+        return self.directory.path / CHECKPOINTS
 
     def save(self) -> None:
         progress = self.progress
@@ -163,7 +164,7 @@ class Trainer:
             "progress": dataclasses.asdict(progress),
             "data": self.loader.state_dict(),
             "config": to_dict(self.config),
-            "versions": versions(),
+            "versions": self.directory.versions,
             "tokenizer": self.tokenizer.fingerprint(),
         }
         checkpoint.save(self.checkpoints, progress.step, self.engine.tensors(), state)
@@ -192,6 +193,9 @@ class Trainer:
             self.console.samples(self.sample())
         how = "is complete" if progress.step >= config.train.steps else "stopped early, out of patience,"
         self.console.print(f"{config.run_dir} {how} at step {progress.step}")
+        if progress.best_step not in (None, progress.step):
+            best = self.checkpoints / checkpoint.name_of(progress.best_step)
+            self.console.print(f"the best checkpoint, with validation loss {progress.best_loss:.3f}, is {best}")
 
 
 def _training_rows(config: Config, tokenizer: Tokenizer) -> Iterator[np.ndarray[Any, Any]]:
