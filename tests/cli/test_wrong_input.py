@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import p828, write_toml
 
 from p828.cli.main import dispatch
+from runs import p828, write_toml
 
 QUICK = ("--train.steps", "1", "--evaluation.every", "0")
 

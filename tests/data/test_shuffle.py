@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import run_config
 
 from p828.config import Config
 from p828.data.packing import Packer, Row
 from p828.data.shuffle import RowShuffler
 from p828.data.source import open_training
 from p828.data.tokenizer import Tokenizer, train_tokenizer
+from runs import run_config
 
 ROWS = 8
 

@@ -7,12 +7,12 @@ from term to term. `BFLOAT16` = 1e-2 of the norm holds their sum; a missing or m
 
 import pytest
 import torch
-from oracles import BFLOAT16, assert_near, leaves, naive_attention
-from tiny import make_documents
 from torch import Tensor
 
+from oracles import BFLOAT16, assert_near, leaves, naive_attention
 from p828.model.attention import Visibility, attend, reference_attention
 from p828.model.transformer import cumulative_lengths
+from tiny import make_documents
 
 HEADS, HEAD_DIM = 4, 64
 SINKS = torch.tensor([8.0, -8.0, 1.5, 0.0])

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from oracles import BFLOAT16, assert_near, leaves
 
+from oracles import BFLOAT16, assert_near, leaves
 from p828.kernels.grouped_linear import grouped_linear, grouped_linear_loop
 
 LOADS = {

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import BFLOAT16, FLOAT32, assert_near, leaves
-from tiny import make_documents, tiny_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from oracles import BFLOAT16, FLOAT32, assert_near, leaves
 from p828.model.kv_cache import KVCache
 from p828.model.loss import chunk_loss_and_gradients, linear_cross_entropy
 from p828.model.transformer import Transformer, cumulative_lengths
+from tiny import make_documents, tiny_model
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,

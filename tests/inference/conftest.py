@@ -5,7 +5,6 @@ import pytest
 import tokenizers
 import torch
 from taught_text import TAUGHT
-from tiny import tiny_config
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from p828.config import TokenizerConfig
@@ -13,6 +12,7 @@ from p828.data.tokenizer import Tokenizer, train_tokenizer
 from p828.model.initialisation import initialise
 from p828.model.loss import linear_cross_entropy
 from p828.model.transformer import Transformer
+from tiny import tiny_config
 
 EOS = "<|endoftext|>"
 

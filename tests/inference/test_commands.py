@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from taught_text import TAUGHT
-from tiny import tiny_model
 
 from p828.cli.main import dispatch
 from p828.cli.output import printable
@@ -17,6 +16,7 @@ from p828.config import Config, DataConfig, EvaluationConfig, TokenizerConfig, V
 from p828.data.tokenizer import Tokenizer
 from p828.model.transformer import Transformer
 from p828.train import checkpoint
+from tiny import tiny_model
 
 
 def save_run(directory: Path, model: Transformer, tokenizer: Tokenizer) -> Path:

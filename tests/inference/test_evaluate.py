@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from taught_text import TAUGHT
-from tiny import tiny_model
 
 from p828.config import Config, DataConfig, ValidationConfig
 from p828.data.loader import Batch, validation_batches
@@ -16,6 +15,7 @@ from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
 from p828.inference.evaluate import Evaluation, evaluate
 from p828.model.transformer import Transformer
+from tiny import tiny_model
 
 LENGTH = 24
 

@@ -5,7 +5,6 @@ from typing import NoReturn
 import pytest
 import torch
 from taught_text import TAUGHT
-from tiny import tiny_model
 from torch import Tensor
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
@@ -15,6 +14,7 @@ from p828.inference.generate import Completion, generate
 from p828.inference.sampling import SamplingConfig
 from p828.model.kv_cache import KVCache
 from p828.model.transformer import Transformer
+from tiny import tiny_model
 
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=12)
 PROMPTS = ["hello world", "", "a", "The longest of all prompts here", "def f(x):"]

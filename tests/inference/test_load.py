@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_model
 from torch import Tensor
 
 from p828.config import Config, DataConfig, TokenizerConfig, TrainConfig, to_dict
@@ -13,6 +12,7 @@ from p828.inference.generate import generate
 from p828.inference.load import load_model
 from p828.inference.sampling import SamplingConfig
 from p828.train import checkpoint
+from tiny import tiny_config, tiny_model
 
 CONFIG = Config(
     name="run",

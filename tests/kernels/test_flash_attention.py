@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from oracles import FLOAT32, assert_near, leaves
 
+from oracles import FLOAT32, assert_near, leaves
 from p828.kernels.flash_attention import FlashAttentionCPU
 
 

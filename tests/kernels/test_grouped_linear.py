@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from oracles import FLOAT32, FLOAT64, assert_near, leaves
 
+from oracles import FLOAT32, FLOAT64, assert_near, leaves
 from p828.kernels.grouped_linear import grouped_linear, grouped_linear_loop
 
 LOADS = {

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from oracles import FLOAT32, FLOAT64, assert_near, leaves, naive_attention
-from tiny import tiny_config, tiny_model
 from torch import Tensor
 
+from oracles import FLOAT32, FLOAT64, assert_near, leaves, naive_attention
 from p828.model.attention import Attention, Visibility, attend
 from p828.model.rope import inverse_frequencies, rotary
+from tiny import tiny_config, tiny_model
 
 HEADS, HEAD_DIM = 4, 8
 SINKS = torch.tensor([8.0, -8.0, 0.5, 0.0])  # one that takes almost all the weight, one almost none

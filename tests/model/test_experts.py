@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import FLOAT32, FLOAT64, assert_near, leaves, naive_activation, naive_experts
-from tiny import tiny_config
 from torch import Tensor
 
+from oracles import FLOAT32, FLOAT64, assert_near, leaves, naive_activation, naive_experts
 from p828.model.experts import Combine, Dispatch, Experts, SharedExperts, activate, projected_width, sort_by_expert
 from p828.model.router import Routing
+from tiny import tiny_config
 
 EXPERTS = 5
 CHOICES: dict[str, list[list[int]]] = {

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from p828 import config
 from p828.model.flops import count_parameters, flops_per_token
 from p828.model.loss import linear_cross_entropy
 from p828.model.transformer import Transformer
+from tiny import tiny_config, tiny_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},

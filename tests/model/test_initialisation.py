@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_config
 
 from p828.model.initialisation import initialise
 from p828.model.transformer import Transformer
+from tiny import tiny_config
 
 
 def make(seed: int = 0) -> Transformer:

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import assert_near
-from tiny import tiny_config, tiny_model
 from torch import Tensor
 
+from oracles import assert_near
 from p828.config import RopeScaling
 from p828.model.kv_cache import KVCache
 from p828.model.transformer import Transformer
+from tiny import tiny_config, tiny_model
 
 LENGTHS, NEW = [5, 2, 9, 1], 6
 # Two layers of float32 parts, each amplifying the rounding of the one before.

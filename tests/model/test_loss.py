@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from oracles import BFLOAT16, FLOAT32, FLOAT64, assert_near, leaves, naive_loss
-from tiny import tiny_model
 
+from oracles import BFLOAT16, FLOAT32, FLOAT64, assert_near, leaves, naive_loss
 from p828.model.loss import CHUNK_TOKENS, IGNORE, linear_cross_entropy
+from tiny import tiny_model
 
 VOCABULARY, HIDDEN = 50, 8
 

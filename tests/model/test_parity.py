@@ -4,16 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import assert_near
-from tiny import tiny_config, tiny_model
 from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
+from oracles import assert_near
 from p828.config import ModelConfig, RopeScaling
 from p828.model.attention import Attention, Visibility
 from p828.model.rope import inverse_frequencies, rotary
 from p828.model.transformer import Transformer
+from tiny import tiny_config, tiny_model
 
 YARN = RopeScaling(factor=4.0, original_max_position_embeddings=16)
 # Both sides are float32 and round at other places; through two layers and the head, errors of single parts (3e-6 with

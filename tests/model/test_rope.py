@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import FLOAT32, assert_near
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from oracles import FLOAT32, assert_near
 from p828.config import RopeScaling
 from p828.model.rope import apply_rotary, attention_factor, inverse_frequencies, rotary
 

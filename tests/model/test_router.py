@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import FLOAT32, FLOAT64, assert_near, naive_routing
-from tiny import tiny_config
 
+from oracles import FLOAT32, FLOAT64, assert_near, naive_routing
 from p828.model.router import Router, Routing, expert_loads, sequence_balance_loss, z_loss
+from tiny import tiny_config
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from oracles import BFLOAT16, assert_near
-from tiny import tiny_model
 from torch import Tensor
 
+from oracles import BFLOAT16, assert_near
 from p828.model.loss import linear_cross_entropy
 from p828.model.transformer import Transformer, cumulative_lengths
+from tiny import tiny_model
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, -1, -1]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0, 0, 1]])

@@ -1,8 +1,8 @@
 import torch
-from tiny import tiny_config
 
 from p828.model.transformer import Transformer
 from p828.train.balance import update_biases
+from tiny import tiny_config
 
 
 def test_bias_rises_under_the_mean_load_falls_above_and_stays_centred() -> None:

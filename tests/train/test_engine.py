@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import run_config
 
 from p828.config import Config
 from p828.data.loader import Batch
 from p828.train.engine import PlainEngine
+from runs import run_config
 
 
 def batch_of(config: Config, seed: int, rows: int) -> Batch:

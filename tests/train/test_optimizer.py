@@ -1,10 +1,10 @@
 import torch
-from tiny import tiny_config
 
 from p828.config import OptimizerConfig
 from p828.model.initialisation import initialise
 from p828.model.transformer import Transformer
 from p828.train.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from tiny import tiny_config
 
 
 def build(**options: bool) -> tuple[Transformer, torch.optim.AdamW]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import p828, start, write_toml
 
 from p828.cli.main import dispatch
 from p828.train import checkpoint, metrics
+from runs import p828, start, write_toml
 
 KEPT = ("loss", "grad_norm", "lr", "tokens", "load", "balance", "perplexity")
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import write_toml
 
 from p828.cli.main import dispatch
 from p828.train import metrics
+from runs import write_toml
 
 
 @pytest.fixture
