@@ -85,6 +85,15 @@ def test_toml(
     assert not runs.exists()
 
 
+def test_a_runs_directory_that_cannot_be_made(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_toml(runs.parent)
+    (runs.parent / "file").touch()
+    for place in ("/proc/p828", "file", "file/below"):  # /proc takes no directory, not even from root
+        said = complaint(capsys, "train", str(path), *QUICK, "--runs-dir", place)
+        assert place in said
+        assert "cannot be written" in said
+
+
 def test_empty_data(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (runs.parent / "empty.txt").touch()
     path = write_toml(runs.parent, data={"files": ["empty.txt"]})

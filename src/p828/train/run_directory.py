@@ -54,20 +54,19 @@ def open_run(config: Config) -> Iterator[RunDirectory]:
     """
     run_dir = config.run_dir
     made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(run_dir):
+    with contextlib.ExitStack() as stack:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_lock(run_dir))
             directory = RunDirectory(run_dir, versions(), *_enter(config), made)
             _write_config(run_dir / CONFIG_FILE, config, directory.versions)
-            try:
-                yield directory
-            except UserError:
-                _remove(directory.made)
-                raise
-    except OSError as error:
-        if error.filename is None or not Path(error.filename).is_relative_to(run_dir):
+        except OSError as error:
+            raise UserError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from None
+        try:
+            yield directory
+        except UserError:
+            _remove(directory.made)
             raise
-        raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
 
 
 def _enter(config: Config) -> tuple[Path | None, list[str], list[str]]:
