@@ -22,11 +22,12 @@ MAY_IMPORT = {
     "data": BOTTOM | {"kernels"},
     "inference": BOTTOM | {"kernels", "model", "data", "train"},  # peers: one reads the other's checkpoints,
     "train": BOTTOM | {"kernels", "model", "data", "inference"},  # the other samples and evaluates while it trains
-    "cli": BOTTOM | {"kernels", "model", "data", "inference", "train"},
+    "bench": BOTTOM | {"kernels", "model", "data", "inference", "train"},
+    "cli": BOTTOM | {"kernels", "model", "data", "inference", "train", "bench"},
     "__main__": {"cli"},
     "__init__": set(),
 }
-INSIDE_FUNCTIONS_ONLY = {"datasets", "wandb", "huggingface_hub", "transformers", "deepspeed"}
+INSIDE_FUNCTIONS_ONLY = {"datasets", "wandb", "huggingface_hub", "transformers", "torchtitan", "deepspeed"}
 
 
 def name(file: Path) -> str:

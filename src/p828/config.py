@@ -159,6 +159,8 @@ class OptimizerConfig:
     """Decay the embedding too."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    moment_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What AdamW's moments are kept in; bfloat16 needs `train.dtype` bfloat16. `auto`: that, on CUDA, if it can be."""
 
 
 @dataclass(frozen=True)

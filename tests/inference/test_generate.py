@@ -165,7 +165,7 @@ def test_the_context_ends_the_text(letters: Tokenizer) -> None:
     config = SamplingConfig(temperature=0.0, max_new_tokens=20, seed=0)
     model = tiny_model()
     with torch.no_grad():
-        model.model.embed_tokens.weight[letters.eos_id] = 0
+        model.lm_head.weight[letters.eos_id] = 0
     completions = generate(model, letters, ["a" * 60, "b" * 63, "c" * 44], config)
     assert [(len(c.text), c.finish_reason) for c in completions] == [(4, "context"), (1, "context"), (20, "length")]
 

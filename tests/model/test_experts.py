@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from oracles import FLOAT32, FLOAT64, assert_near, leaves, naive_activation, naive_experts
-from p828.model.experts import Combine, Dispatch, Experts, SharedExperts, activate, projected_width, sort_by_expert
-from p828.model.router import Routing
+from p828.model.experts import (
+    Combine,
+    Dispatch,
+    Experts,
+    Order,
+    SharedExperts,
+    activate,
+    projected_width,
+    sort_by_expert,
+)
 from tiny import tiny_config
 
 EXPERTS = 5
@@ -34,9 +42,8 @@ def make_experts(dtype: torch.dtype, hidden_act: str = "swiglu", **changes: Any)
     return experts
 
 
-def make_routing(experts_TK: Tensor, weights_TK: Tensor) -> Routing:
-    unused = torch.empty(0)
-    return Routing(experts_TK, weights_TK, unused, unused)
+def run(experts: Experts, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    return experts(x_TH, weights_TK, experts.order(x_TH, experts_TK, None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -52,12 +59,13 @@ def test_values_and_gradients(dtype: torch.dtype, hidden_act: str, choice: str) 
     )
 
     ours = leaves(x, weights, dtype=dtype)
-    actual = experts(ours[0], make_routing(experts_TK, ours[1]))
+    actual = run(experts, ours[0], experts_TK, ours[1])
     actual.backward(upstream.to(dtype))
 
-    parameters = (experts.gate_proj, experts.up_proj, experts.down_proj)
+    parameters = (experts.gate_up_proj, experts.down_proj)
     twins = leaves(x, weights, *parameters, dtype=torch.float64)
-    expected = naive_experts(hidden_act, twins[0], experts_TK, *twins[1:])
+    gate, up = twins[2].chunk(2, dim=1)
+    expected = naive_experts(hidden_act, twins[0], experts_TK, twins[1], gate, up, twins[3])
     expected.backward(upstream.double())
 
     tolerance = FLOAT64 if dtype == torch.float64 else FLOAT32
@@ -68,30 +76,42 @@ def test_values_and_gradients(dtype: torch.dtype, hidden_act: str, choice: str) 
 
 def test_an_empty_expert_gets_a_zero_gradient() -> None:
     experts = make_experts(torch.float32)
-    routing = make_routing(torch.tensor([[1, 2], [1, 3]]), torch.rand(2, 2))
-    experts(torch.randn(2, 12), routing).sum().backward()
+    run(experts, torch.randn(2, 12), torch.tensor([[1, 2], [1, 3]]), torch.rand(2, 2)).sum().backward()
     for parameter in experts.parameters():
         assert parameter.grad is not None
         assert torch.equal(parameter.grad[[0, 4]], torch.zeros_like(parameter.grad[[0, 4]]))
         assert (parameter.grad[1:4].flatten(1).norm(dim=1) > 0).all()
 
 
+def order_of(experts_TK: Tensor) -> Order:
+    return sort_by_expert(experts_TK, torch.ones(len(experts_TK), dtype=torch.bool), EXPERTS)
+
+
 def test_dispatch_and_combine_by_finite_differences() -> None:
-    order = sort_by_expert(torch.tensor(CHOICES["one empty"]), EXPERTS)
-    x, weights = torch.randn(4, 3).double().requires_grad_(), torch.rand(4, 2).double().requires_grad_()
-    y = torch.randn(8, 3).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, order.sorted_R, order.inverse_R), x)
-    assert torch.autograd.gradcheck(lambda y, w: Combine.apply(y, w, order.sorted_R, order.inverse_R), (y, weights))
+    row_TK, entry_R, *_ = order_of(torch.tensor(CHOICES["one empty"]))
+    x, y = torch.randn(4, 3).double().requires_grad_(), torch.randn(8, 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, row_TK, entry_R), x)
+    assert torch.autograd.gradcheck(lambda y: Combine.apply(y, row_TK, entry_R), y)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_order(choice: str) -> None:
     experts_TK = torch.tensor(CHOICES[choice])
     flat = experts_TK.flatten().tolist()
-    order = sort_by_expert(experts_TK, EXPERTS)
-    assert order.sorted_R.tolist() == sorted(range(len(flat)), key=lambda i: (flat[i], i))
-    assert order.sorted_R[order.inverse_R].tolist() == list(range(len(flat)))
+    order = order_of(experts_TK)
+    assert order.entry_R.tolist() == sorted(range(len(flat)), key=lambda i: (flat[i], i))
+    assert order.entry_R[order.row_TK.flatten()].tolist() == list(range(len(flat)))
     assert order.loads_E.tolist() == [flat.count(e) for e in range(EXPERTS)]
+    assert order.offsets_E1.tolist() == [sum(e < n for e in flat) for n in range(EXPERTS + 1)]
+
+
+def test_loads_leave_padding_out() -> None:
+    experts_TK = torch.tensor([[0, 3], [1, 3], [0, 1], [3, 4]])
+    counted_T = torch.tensor([True, False, False, True])
+    order = sort_by_expert(experts_TK, counted_T, EXPERTS)
+    assert order.loads_E.tolist() == [1, 0, 0, 2, 1]
+    assert order.loads_E.dtype == torch.int64
+    assert order.offsets_E1.tolist() == [0, 2, 4, 4, 7, 8]
 
 
 @pytest.mark.parametrize("hidden_act", ["swiglu", "swiglu_of_product"])
@@ -126,26 +146,22 @@ def test_shared_experts_are_one_of_their_joint_width(hidden_act: str) -> None:
         assert_near(shared(x), each, FLOAT32)
 
 
-def dropout_probe(dropout: float) -> tuple[Experts, Tensor, Routing]:
+def dropout_probe(dropout: float) -> tuple[Experts, tuple[Tensor, Tensor, Tensor]]:
     """Experts whose output is their inner activations: identity matrices on ones give silu(1) everywhere."""
     config = tiny_config(
         n_routed_experts=1, num_experts_per_tok=1, hidden_size=64, moe_intermediate_size=64, dropout=dropout
     )
     experts = Experts(config)
-    for parameter in experts.parameters():
-        parameter.data = torch.eye(64)[None]
+    experts.gate_up_proj.data = torch.eye(64).repeat(2, 1)[None]
+    experts.down_proj.data = torch.eye(64)[None]
     tokens = 500
-    return (
-        experts,
-        torch.ones(tokens, 64),
-        make_routing(torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)),
-    )
+    return experts, (torch.ones(tokens, 64), torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1))
 
 
 def test_dropout_drops_its_share_and_scales_the_rest() -> None:
     share = 0.25
-    experts, x, routing = dropout_probe(share)
-    out = experts.train()(x, routing)
+    experts, inputs = dropout_probe(share)
+    out = run(experts.train(), *inputs)
     dropped = (out == 0).double().mean().item()
     # A count of n = 32,000 independent draws: five standard deviations are 0.012.
     assert abs(dropped - share) < 5 * (share * (1 - share) / out.numel()) ** 0.5
@@ -156,15 +172,15 @@ def test_dropout_drops_its_share_and_scales_the_rest() -> None:
 
 
 def test_dropout_follows_the_seed_and_stops_in_evaluation() -> None:
-    experts, x, routing = dropout_probe(0.25)
+    experts, inputs = dropout_probe(0.25)
 
     def once(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return experts.train()(x, routing)
+        return run(experts.train(), *inputs)
 
     assert torch.equal(once(3), once(3))
     assert not torch.equal(once(3), once(4))
-    assert torch.equal(experts.eval()(x, routing), dropout_probe(0.0)[0].train()(x, routing))
+    assert torch.equal(run(experts.eval(), *inputs), run(dropout_probe(0.0)[0].train(), *inputs))
 
 
 def test_repeats_bit_for_bit() -> None:
@@ -174,7 +190,7 @@ def test_repeats_bit_for_bit() -> None:
     def once() -> list[Tensor | None]:
         inputs = leaves(x, weights_TK, dtype=torch.float32)
         experts.zero_grad()
-        out = experts(inputs[0], make_routing(experts_TK, inputs[1]))
+        out = run(experts, inputs[0], experts_TK, inputs[1])
         out.square().sum().backward()
         return [out, *(t.grad for t in (*inputs, *experts.parameters()))]
 
@@ -185,7 +201,7 @@ def test_repeats_bit_for_bit() -> None:
 def test_bfloat16_in_gives_bfloat16_out_and_float32_gradients() -> None:
     experts = make_experts(torch.float32)
     x, weights = torch.randn(3, 12).bfloat16().requires_grad_(), torch.rand(3, 2).requires_grad_()
-    out = experts(x, make_routing(torch.tensor([[0, 1], [3, 4], [3, 1]]), weights))
+    out = run(experts, x, torch.tensor([[0, 1], [3, 4], [3, 1]]), weights)
     out.sum().backward()
     assert (out.dtype, x.grad.dtype, weights.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     assert {p.grad.dtype for p in experts.parameters()} == {torch.float32}

@@ -34,7 +34,7 @@ def test_standard_deviations() -> None:
         assert parameter.std().item() == pytest.approx(expected_std(name), rel=5 / math.sqrt(2 * n)), name
         assert abs(parameter.mean().item()) < 5 * expected_std(name) / math.sqrt(n), name
         checked += 1
-    assert checked == 2 + 3 * (4 + 1 + 3 + 3)
+    assert checked == 2 + 3 * (4 + 1 + 2 + 3)
 
 
 def test_normal_and_not_clipped() -> None:
@@ -55,9 +55,10 @@ def test_zeros_and_ones() -> None:
 
 def test_every_expert_and_layer_differs() -> None:
     first, second, *_ = make().model.layers
-    assert not torch.equal(first.mlp.experts.gate_proj, second.mlp.experts.gate_proj)
-    assert not torch.equal(first.mlp.experts.gate_proj[0], first.mlp.experts.gate_proj[1])
-    assert not torch.equal(first.mlp.experts.gate_proj, first.mlp.experts.up_proj)
+    assert not torch.equal(first.mlp.experts.gate_up_proj, second.mlp.experts.gate_up_proj)
+    assert not torch.equal(first.mlp.experts.gate_up_proj[0], first.mlp.experts.gate_up_proj[1])
+    gate, up = first.mlp.experts.gate_up_proj.chunk(2, dim=1)
+    assert not torch.equal(gate, up)
 
 
 def test_same_seed_same_bits_whatever_the_global_state() -> None:

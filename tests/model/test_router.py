@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from oracles import FLOAT32, FLOAT64, assert_near, naive_routing
-from p828.model.router import Router, Routing, expert_loads, sequence_balance_loss, z_loss
+from p828.model.router import Router, Routing, sequence_balance_loss, z_loss
 from tiny import tiny_config
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -139,15 +139,6 @@ SHARED_NAMES = (
     "norm_topk_prob",
     "routed_scaling_factor",
 )
-
-
-def test_expert_loads() -> None:
-    experts_TK = torch.tensor([[0, 3], [3, 1], [3, 0], [1, 3]])
-    assert expert_loads(experts_TK, 5).tolist() == [2, 2, 0, 4, 0]
-    counted_T = torch.tensor([True, False, True, False])
-    assert expert_loads(experts_TK, 5, counted_T).tolist() == [2, 0, 0, 2, 0]
-    assert expert_loads(experts_TK, 5, torch.zeros(4, dtype=torch.bool)).tolist() == [0] * 5
-    assert expert_loads(experts_TK, 5).dtype == torch.int64
 
 
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",
     "generate": "continue prompts with a trained model",
     "evaluate": "loss, perplexity and bits per byte of a trained model",
+    "bench": "how fast this machine trains, beside other libraries",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

@@ -12,7 +12,7 @@ from p828.data.loader import Batch
 from p828.errors import UserError
 from p828.inference.mode import inference
 from p828.model.loss import IGNORE, linear_cross_entropy
-from p828.model.transformer import Transformer, cumulative_lengths
+from p828.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,8 @@ def evaluate(
         head_VH = model.head_weight.to(dtype)
         for batch in batches:
             tokens += batch.num_targets
-            cu_seqlens = cumulative_lengths(batch.positions_BS).to(device, non_blocking=True)
             batch = batch.to(device)
-            hidden_BSH = model(
-                batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, cu_seqlens=cu_seqlens, dtype=dtype
-            ).hidden_BSH
+            hidden_BSH = model(batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, dtype=dtype).hidden_BSH
             for hidden_SH, targets_S in zip(hidden_BSH, batch.targets_BS, strict=True):
                 nats += linear_cross_entropy(hidden_SH, head_VH, targets_S)
             text_bytes += bytes_V[batch.targets_BS[batch.targets_BS != IGNORE]].sum()

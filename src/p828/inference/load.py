@@ -10,6 +10,8 @@ from torch import Tensor
 from p828.config import Config, from_dict, validate
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
+from p828.kernels.adamw import split_float32
+from p828.model.precision import matrices
 from p828.model.transformer import Transformer
 from p828.train import checkpoint
 from p828.train.device import pick_device, pick_dtype
@@ -84,7 +86,7 @@ def _check_tensors(path: Path, expected: Mapping[str, Tensor], found: Mapping[st
 
 
 def _store_in(model: Transformer, dtype: torch.dtype) -> None:
-    """Cast matrices once instead of at every use. The router and the sinks compute in float32."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and not name.endswith(".gate.weight"):
-            parameter.data = parameter.data.to(dtype)
+    """Cast matrices once instead of at every use, and to the same numbers that training computes with."""
+    if dtype == torch.bfloat16:
+        for _, parameter in matrices(model):
+            parameter.data, _ = split_float32(parameter.data)

@@ -1,4 +1,4 @@
-"""Fused causal attention with trainable sinks, on PyTorch's own flash kernels.
+"""Fused causal attention with trainable sinks on a CPU, on PyTorch's own flash kernel.
 
 A sink is a logit s that joins the softmax's denominator and carries no value. With O and lse the kernel's output and
 log-sum-exp without it,
@@ -19,37 +19,6 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
-
-
-class FlashAttention(torch.autograd.Function):
-    """CUDA: documents of any lengths laid end to end (FlashAttention's varlen layout), bfloat16 or float16."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, sinks_N: Tensor | None, cu_seqlens: Tensor, longest: int
-    ) -> Tensor:
-        out_TND, lse_NT, rng_state, unused, _ = aten._flash_attention_forward(
-            q_TND, k_TGD, v_TGD, cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False
-        )
-        if sinks_N is not None:
-            lse_NT, shrink_NT = _join(lse_NT, sinks_N[:, None])
-            out_TND = (out_TND * shrink_NT.T[..., None]).to(out_TND.dtype)
-        ctx.save_for_backward(q_TND, k_TGD, v_TGD, sinks_N, out_TND, lse_NT, cu_seqlens, rng_state, unused)
-        ctx.longest = longest
-        return out_TND
-
-    @staticmethod
-    def backward(ctx: Any, grad_TND: Tensor) -> tuple[Tensor | None, ...]:
-        q_TND, k_TGD, v_TGD, sinks_N, out_TND, lse_NT, cu_seqlens, rng_state, unused = ctx.saved_tensors
-        dq_TND, dk_TGD, dv_TGD = aten._flash_attention_backward(
-            grad_TND.contiguous(), q_TND, k_TGD, v_TGD, out_TND, lse_NT, cu_seqlens, cu_seqlens,
-            ctx.longest, ctx.longest, 0.0, True, rng_state, unused,
-        )  # fmt: skip
-        dsinks_N = None
-        if sinks_N is not None:
-            dot_NT = (grad_TND.float() * out_TND.float()).sum(-1).T
-            dsinks_N = -(torch.exp(sinks_N[:, None] - lse_NT) * dot_NT).sum(1)
-        return dq_TND, dk_TGD, dv_TGD, dsinks_N, None, None
 
 
 class FlashAttentionCPU(torch.autograd.Function):

@@ -6,9 +6,9 @@ Legend of the shape suffixes used in this package:
     H  hidden_size                V  vocab_size              L  num_hidden_layers
     N  num_attention_heads        G  num_key_value_heads     D  head_dim
     E  n_routed_experts           K  num_experts_per_tok     R  routed tokens, T * K
-    I  moe_intermediate_size      P  width of gate_proj and up_proj: I, or 2 * I for `swiglu_of_product`
+    I  moe_intermediate_size      P  width of gate and up projection: I, or 2 * I for `swiglu_of_product`
     C  tokens held in a key-value cache
 
-Weights keep Hugging Face's names and orientation, (out_features, in_features). Parameters are float32; `forward`
-casts them to the dtype it computes in, so gradients arrive in float32.
+Weights keep Hugging Face's names and orientation, (out_features, in_features). `forward` casts parameters to the dtype
+it computes in where they are not stored in it.
 """

@@ -3,10 +3,12 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p828.config import ModelConfig
-from p828.kernels.flash_attention import FlashAttention, FlashAttentionCPU
+from p828.kernels.attention import attention
+from p828.kernels.flash_attention import FlashAttentionCPU
 from p828.model.kv_cache import LayerCache
 from p828.model.linear import Linear
 from p828.model.norm import RMSNorm
@@ -18,16 +20,20 @@ class Visibility(NamedTuple):
 
     backend: str
     """`reference` or `flash`."""
-    mask_BSC: Tensor | None
-    """bool, True where query s sees key c; None where the kernel's own causal rule or cu_seqlens says it."""
-    cu_seqlens: Tensor | None
-    """int32 (documents + 1,): where each document starts in the T tokens, and T; for flash on CUDA."""
+    mask_BSC: Tensor | None = None
+    """bool, True where query s sees key c; None where the kernel's own causal rule or the two below say it."""
+    start_T: Tensor | None = None
+    """int32: the first token of each token's document; for `flash` on CUDA."""
+    end_T: Tensor | None = None
+    """int32: one past the last token of each token's document."""
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.use_qk_norm, self.eps = config.use_qk_norm, config.rms_norm_eps
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, width)
         self.k_proj = Linear(config.hidden_size, kv_width)
@@ -40,13 +46,26 @@ class Attention(nn.Module):
     def forward(
         self, x_BSH: Tensor, rotary: tuple[Tensor, Tensor], visibility: Visibility, cache: LayerCache | None = None
     ) -> Tensor:
-        heads = (*x_BSH.shape[:2], -1, self.head_dim)
-        q_BSND = apply_rotary(self.q_norm(self.q_proj(x_BSH).view(heads)), *rotary)
-        k_BSGD = apply_rotary(self.k_norm(self.k_proj(x_BSH).view(heads)), *rotary)
-        v_BSGD = self.v_proj(x_BSH).view(heads)
+        # One product for the three, since those of keys and values alone are too narrow to fill a GPU.
+        weight = torch.cat([projection.weight for projection in (self.q_proj, self.k_proj, self.v_proj)])
+        qkv_BSXD = F.linear(x_BSH, weight.to(x_BSH.dtype)).unflatten(-1, (-1, self.head_dim))  # X: N + 2 G heads
+        if visibility.start_T is not None:
+            return self.o_proj(self._fused(qkv_BSXD, rotary, visibility).flatten(2))
+        q_BSND, k_BSGD, v_BSGD = qkv_BSXD.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
+        q_BSND, k_BSGD = (apply_rotary(norm(x), *rotary) for norm, x in ((self.q_norm, q_BSND), (self.k_norm, k_BSGD)))
         if cache is not None:
             k_BSGD, v_BSGD = cache.append(k_BSGD, v_BSGD)
         return self.o_proj(attend(q_BSND, k_BSGD, v_BSGD, self.sinks, visibility).flatten(2))
+
+    def _fused(self, qkv_BSXD: Tensor, rotary: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:
+        """Norms, rotation and attention on a GPU: (B, S, N, D)."""
+        norms = (self.q_norm.weight, self.k_norm.weight) if self.use_qk_norm else (None, None)
+        cos, sin = (angles.flatten(0, 2) for angles in rotary)
+        out_TND = attention(
+            qkv_BSXD.flatten(0, 1), *norms, cos, sin, self.sinks, visibility.start_T, visibility.end_T,
+            self.num_heads, len(qkv_BSXD), self.eps,
+        )[0]  # fmt: skip
+        return out_TND.unflatten(0, qkv_BSXD.shape[:2])
 
 
 def attend(q_BSND: Tensor, k_BCGD: Tensor, v_BCGD: Tensor, sinks_N: Tensor | None, visibility: Visibility) -> Tensor:
@@ -56,11 +75,6 @@ def attend(q_BSND: Tensor, k_BCGD: Tensor, v_BCGD: Tensor, sinks_N: Tensor | Non
     """
     if visibility.backend == "reference":
         return reference_attention(q_BSND, k_BCGD, v_BCGD, sinks_N, visibility.mask_BSC)
-    if q_BSND.is_cuda:
-        assert visibility.cu_seqlens is not None
-        q_TND, k_TGD, v_TGD = q_BSND.flatten(0, 1), k_BCGD.flatten(0, 1), v_BCGD.flatten(0, 1)
-        longest = q_BSND.shape[1]
-        return FlashAttention.apply(q_TND, k_TGD, v_TGD, sinks_N, visibility.cu_seqlens, longest).view_as(q_BSND)
     mask_B1SC = None
     if visibility.mask_BSC is not None:
         mask_B1SC = torch.zeros_like(visibility.mask_BSC, dtype=q_BSND.dtype)

@@ -1,6 +1,6 @@
-"""The mixture of experts: route, sort tokens by expert, compute each expert's rows, bring them back weighted.
+"""The mixture of experts: sort routed tokens by expert, compute each expert's rows, bring them back weighted.
 
-No token is dropped and no row is padded; an expert without tokens is a normal case.
+No token is dropped; an expert without tokens is a normal case.
 """
 
 from typing import Any, NamedTuple
@@ -10,42 +10,62 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p828.config import ModelConfig
+from p828.kernels import experts as kernels
 from p828.kernels.grouped_linear import grouped_linear
 from p828.model.linear import Linear
-from p828.model.router import Routing
 
 
 class Order(NamedTuple):
-    """The permutation that sorts the R = T·K routed tokens by expert."""
+    """The rows of routed tokens sorted by expert; entry i is choice i % K of token i // K."""
 
-    sorted_R: Tensor
-    """int64: sorted row r is entry sorted_R[r] of the flattened (T, K)."""
-    inverse_R: Tensor
-    """int64: entry i of the flattened (T, K) is sorted row inverse_R[i]."""
+    row_TK: Tensor
+    """int: the row of every choice."""
+    entry_R: Tensor
+    """int: the entry that is in each row; −1 in what fills an expert's last tile, where a kernel wants whole tiles."""
+    offsets_E1: Tensor
+    """int (E + 1,): where each expert's rows begin, and where the last one's end."""
+    tile_expert: Tensor | None
+    """int: the expert that each tile of rows belongs to; None without padding."""
     loads_E: Tensor
-    """int64: rows of each expert."""
+    """int64: the counted tokens that each expert received."""
 
 
 class Experts(nn.Module):
-    """W2(dropout(act(W1 x, W3 x))) for every routed expert, as three stacked tensors."""
+    """W2(dropout(act(W1 x))) for every routed expert, in two stacked tensors; W1 is gate and up projection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.hidden_act, self.dropout = config.hidden_act, config.dropout
         experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         projected = projected_width(config.hidden_act, inner)
-        self.gate_proj = nn.Parameter(torch.empty(experts, projected, hidden))
-        self.up_proj = nn.Parameter(torch.empty(experts, projected, hidden))
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * projected, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
-    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        order = sort_by_expert(routing.experts_TK, self.gate_proj.shape[0])
-        x_RH = Dispatch.apply(x_TH, order.sorted_R, order.inverse_R)
-        gate_RP = grouped_linear(x_RH, self.gate_proj.to(x_TH.dtype), order.loads_E)
-        up_RP = grouped_linear(x_RH, self.up_proj.to(x_TH.dtype), order.loads_E)
+    def order(self, x_TH: Tensor, experts_TK: Tensor, counted_T: Tensor | None) -> Order:
+        """The order that `forward` wants for these tokens. `counted_T` (bool) leaves padding out of the loads."""
+        experts = len(self.down_proj)
+        if counted_T is None:
+            counted_T = torch.ones(len(x_TH), dtype=torch.bool, device=x_TH.device)
+        if not self._is_fused(x_TH):
+            return sort_by_expert(experts_TK, counted_T, experts)
+        tiles = -(-experts_TK.numel() // kernels.TILE) + experts  # no expert pads more than a tile
+        return Order(*kernels.sort_rows(experts_TK, counted_T, experts, tiles * kernels.TILE))
+
+    def forward(self, x_TH: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
+        gate_up, down = self.gate_up_proj.to(x_TH.dtype), self.down_proj.to(x_TH.dtype)
+        if order.tile_expert is not None:
+            return kernels.routed_experts(x_TH, weights_TK, gate_up, down, *order[:4])[0]
+        rows_E = order.offsets_E1.diff()
+        x_RH = Dispatch.apply(x_TH, order.row_TK, order.entry_R)
+        gate_RP, up_RP = grouped_linear(x_RH, gate_up, rows_E).chunk(2, dim=-1)
         inner_RI = F.dropout(activate(self.hidden_act, gate_RP, up_RP), self.dropout, self.training)
-        y_RH = grouped_linear(inner_RI, self.down_proj.to(x_TH.dtype), order.loads_E)
-        return Combine.apply(y_RH, routing.weights_TK, order.sorted_R, order.inverse_R)
+        # Weighted before the last product: the sum over a token's experts is then the transpose of the dispatch.
+        weighted_RI = (inner_RI * weights_TK.flatten()[order.entry_R, None]).to(x_TH.dtype)
+        return Combine.apply(grouped_linear(weighted_RI, down, rows_E), order.row_TK, order.entry_R)
+
+    def _is_fused(self, x_TH: Tensor) -> bool:
+        drops = self.training and self.dropout > 0
+        return x_TH.is_cuda and x_TH.dtype == torch.bfloat16 and not drops
 
 
 class SharedExperts(nn.Module):
@@ -77,48 +97,50 @@ def activate(hidden_act: str, gate_P: Tensor, up_P: Tensor) -> Tensor:
     return F.silu(gate_P) * up_P
 
 
-def sort_by_expert(experts_TK: Tensor, n_routed_experts: int) -> Order:
-    """The stable order of the routed tokens by expert: within an expert, tokens keep their order."""
+def sort_by_expert(experts_TK: Tensor, counted_T: Tensor, n_routed_experts: int) -> Order:
+    """The stable order of the routed tokens by expert, without padding: within an expert, tokens keep their order."""
     chosen_R = experts_TK.flatten()
-    sorted_R = chosen_R.argsort(stable=True)
-    inverse_R = torch.empty_like(sorted_R).scatter_(0, sorted_R, torch.arange(len(sorted_R), device=sorted_R.device))
-    expert_E = torch.arange(n_routed_experts, device=chosen_R.device)
-    return Order(sorted_R, inverse_R, (chosen_R[:, None] == expert_E).sum(dim=0))
+    entry_R = chosen_R.argsort(stable=True)
+    row_R = torch.empty_like(entry_R).scatter_(0, entry_R, torch.arange(len(entry_R), device=entry_R.device))
+    is_chosen_TKE = experts_TK[..., None] == torch.arange(n_routed_experts, device=chosen_R.device)
+    offsets_E1 = F.pad(is_chosen_TKE.sum(dim=(0, 1)).cumsum(0), (1, 0))
+    loads_E = (is_chosen_TKE & counted_T[:, None, None]).sum(dim=(0, 1))
+    return Order(row_R.view_as(experts_TK), entry_R, offsets_E1, None, loads_E)
 
 
 class Dispatch(torch.autograd.Function):
     """(T, H) to (R, H): each token's row, once for every expert it goes to.
 
-    Its own function because the backward of plain indexing adds with atomics or a sort; knowing the inverse
-    permutation, the gradient is a gather and a sum over K, always in the same order.
+    Its own function because the backward of plain indexing adds with atomics or a sort; knowing where each choice went,
+    the gradient is `Combine`: a gather and a sum over K, always in the same order.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, sorted_R: Tensor, inverse_R: Tensor) -> Tensor:
-        per_token = len(sorted_R) // len(x_TH)
-        ctx.save_for_backward(inverse_R)
-        ctx.per_token = per_token
-        return x_TH[sorted_R // per_token]
+    def forward(ctx: Any, x_TH: Tensor, row_TK: Tensor, entry_R: Tensor) -> Tensor:
+        ctx.save_for_backward(row_TK, entry_R)
+        return gather_rows(x_TH, row_TK, entry_R)
 
     @staticmethod
-    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor | None, ...]:
-        (inverse_R,) = ctx.saved_tensors
-        return grad_RH[inverse_R].unflatten(0, (-1, ctx.per_token)).sum(dim=1), None, None
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None]:
+        return combine_rows(grad_RH, ctx.saved_tensors[0]), None, None
 
 
 class Combine(torch.autograd.Function):
-    """(R, H) to (T, H): the weighted sum over a token's experts, Σ_k weights_TK · y."""
+    """(R, H) to (T, H): the sum over a token's experts; the transpose of `Dispatch`."""
 
     @staticmethod
-    def forward(ctx: Any, y_RH: Tensor, weights_TK: Tensor, sorted_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.save_for_backward(y_RH, weights_TK, sorted_R, inverse_R)
-        y_TKH = y_RH[inverse_R].unflatten(0, weights_TK.shape)
-        return (y_TKH * weights_TK[..., None]).sum(dim=1).to(y_RH.dtype)
+    def forward(ctx: Any, y_RH: Tensor, row_TK: Tensor, entry_R: Tensor) -> Tensor:
+        ctx.save_for_backward(row_TK, entry_R)
+        return combine_rows(y_RH, row_TK)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
-        y_RH, weights_TK, sorted_R, inverse_R = ctx.saved_tensors
-        grad_sorted_RH = grad_TH[sorted_R // weights_TK.shape[1]]
-        dy_RH = (grad_sorted_RH * weights_TK.flatten()[sorted_R][:, None]).to(y_RH.dtype)
-        dweights_R = (grad_sorted_RH.to(weights_TK.dtype) * y_RH.to(weights_TK.dtype)).sum(dim=-1)
-        return dy_RH, dweights_R[inverse_R].view_as(weights_TK), None, None
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
+        return gather_rows(grad_TH, *ctx.saved_tensors), None, None
+
+
+def gather_rows(x_TH: Tensor, row_TK: Tensor, entry_R: Tensor) -> Tensor:
+    return x_TH[entry_R // row_TK.shape[1]]
+
+
+def combine_rows(y_RH: Tensor, row_TK: Tensor) -> Tensor:
+    return y_RH[row_TK].sum(dim=1)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ without a bias: (..., in_features) to (..., out_features), in x's dtype with a float32 master weight."""
+    """y = x Wᵀ without a bias: (..., in_features) to (..., out_features), in x's dtype."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -1,79 +1,59 @@
 """Cross-entropy over next tokens without ever holding all logits."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from p828.kernels.cross_entropy import softmax_gradient_
 
 IGNORE = -100
 CHUNK_TOKENS = 2048
-
-# (hidden_cH, weight_VH, targets_c) -> (loss sum, dhidden_cH, dweight_VH) of one chunk of c tokens
-ChunkGradients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+CHUNK_TOKENS_CUDA = 4096  # below that the products with the head do not fill an H100
 
 
-def linear_cross_entropy(
-    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, chunk_gradients: ChunkGradients | None = None
-) -> Tensor:
-    """Σ over valid targets of −log softmax(hidden weightᵀ)[target]: a float32 scalar in nats.
+def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+    """Σ over valid targets of −log softmax(hidden weightᵀ)[target]: a float32 scalar in nats (float64 for float64).
 
-    Targets of −100 are left out. Runs over chunks of tokens; under autograd the gradients are formed in the same pass,
-    while a chunk's logits are there, so that nothing of size T × V is kept. `chunk_gradients` may be a compiled
-    `chunk_loss_and_gradients`.
+    Targets of −100 are left out. Without gradients one chunk's logits exist at a time. It is differentiable, as the
+    plain twin of `loss_and_gradients`, but then keeps them all.
     """
-    needs_gradient = torch.is_grad_enabled() and (hidden_TH.requires_grad or weight_VH.requires_grad)
-    if needs_gradient:
-        return _LinearCrossEntropy.apply(hidden_TH, weight_VH, targets_T, chunk_gradients or chunk_loss_and_gradients)
     weight_VH = weight_VH.to(hidden_TH.dtype)
-    total = torch.zeros((), dtype=_sum_dtype(hidden_TH), device=hidden_TH.device)
-    for hidden_cH, targets_c in zip(hidden_TH.split(CHUNK_TOKENS), targets_T.split(CHUNK_TOKENS), strict=True):
-        total += chunk_loss(hidden_cH, weight_VH, targets_c)
-    return total
+    sum_dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
+    losses = [
+        F.cross_entropy((hidden_cH @ weight_VH.T).to(sum_dtype), targets_c, ignore_index=IGNORE, reduction="sum")
+        for hidden_cH, targets_c in zip(hidden_TH.split(CHUNK_TOKENS), targets_T.split(CHUNK_TOKENS), strict=True)
+    ]
+    return torch.stack(losses).sum()
 
 
-def chunk_loss(hidden_cH: Tensor, weight_VH: Tensor, targets_c: Tensor) -> Tensor:
-    logits_cV = (hidden_cH @ weight_VH.T).to(_sum_dtype(hidden_cH))
-    valid_c = targets_c != IGNORE
-    chosen_c = logits_cV.gather(1, targets_c.clamp_min(0)[:, None])[:, 0]
-    return ((logits_cV.logsumexp(dim=-1) - chosen_c) * valid_c).sum()
+@torch.no_grad()
+def loss_and_gradients(
+    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, scale: float, dweight_VH: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` and the gradients of `scale` times it: that of hidden_TH is returned in its dtype, that of
+    weight_VH added to dweight_VH.
+
+    `weight_VH` has hidden's dtype, `dweight_VH` is float32 (float64 for float64). A chunk's gradients are formed while
+    its logits are there, in their place. Its share of dweight is summed in float32 as well; on a CPU in bfloat16, for
+    which there is no such product, it is rounded before it is added.
+    """
+    chunk = CHUNK_TOKENS_CUDA if hidden_TH.is_cuda else CHUNK_TOKENS
+    logits_CV = hidden_TH.new_empty(min(chunk, len(hidden_TH)), len(weight_VH))
+    dhidden_TH = torch.empty_like(hidden_TH)
+    losses = []
+    chunks = zip(*(tensor.split(chunk) for tensor in (hidden_TH, targets_T, dhidden_TH)), strict=True)
+    for hidden_cH, targets_c, dhidden_cH in chunks:
+        logits_cV = torch.mm(hidden_cH, weight_VH.T, out=logits_CV[: len(hidden_cH)])
+        losses.append(softmax_gradient_(logits_cV, targets_c, scale))  # logits_cV is their gradient now
+        torch.mm(logits_cV, weight_VH, out=dhidden_cH)
+        _add_product_(dweight_VH, logits_cV.T, hidden_cH)
+    return torch.cat(losses).sum(), dhidden_TH
 
 
-def chunk_loss_and_gradients(hidden_cH: Tensor, weight_VH: Tensor, targets_c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The chunk's loss with its gradients: d logits = softmax − onehot(target), zero where there is no target."""
-    logits_cV = (hidden_cH @ weight_VH.T).to(_sum_dtype(hidden_cH))
-    valid_c = targets_c != IGNORE
-    target_c1 = targets_c.clamp_min(0)[:, None]
-    lse_c = logits_cV.logsumexp(dim=-1)
-    loss = ((lse_c - logits_cV.gather(1, target_c1)[:, 0]) * valid_c).sum()
-    # An infinite log-sum-exp makes the softmax of a row without a target zero.
-    softmax_cV = logits_cV.sub_(lse_c.masked_fill(~valid_c, float("inf"))[:, None]).exp_()
-    dlogits_cV = softmax_cV.scatter_add_(1, target_c1, -valid_c[:, None].to(softmax_cV.dtype)).to(hidden_cH.dtype)
-    return loss, dlogits_cV @ weight_VH, dlogits_cV.T @ hidden_cH
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, chunk_gradients: ChunkGradients
-    ) -> Tensor:
-        compute_VH = weight_VH.to(hidden_TH.dtype)
-        total = torch.zeros((), dtype=_sum_dtype(hidden_TH), device=hidden_TH.device)
-        dhidden_TH, dweight_VH = torch.empty_like(hidden_TH), torch.zeros_like(weight_VH)
-        chunks = (tensor.split(CHUNK_TOKENS) for tensor in (hidden_TH, targets_T, dhidden_TH))
-        for hidden_cH, targets_c, dhidden_cH in zip(*chunks, strict=True):
-            loss, dhidden, dweight = chunk_gradients(hidden_cH, compute_VH, targets_c)
-            total += loss
-            dhidden_cH.copy_(dhidden)
-            dweight_VH += dweight
-        ctx.save_for_backward(dhidden_TH, dweight_VH)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden_TH, dweight_VH = ctx.saved_tensors
-        return dhidden_TH * grad.to(dhidden_TH.dtype), dweight_VH * grad, None, None
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _add_product_(sum_VH: Tensor, left_Vc: Tensor, right_cH: Tensor) -> None:
+    if sum_VH.dtype == left_Vc.dtype:
+        sum_VH.addmm_(left_Vc, right_cH)
+    elif sum_VH.is_cuda:
+        torch.ops.aten.addmm.dtype_out(sum_VH, left_Vc, right_cH, torch.float32, out=sum_VH)
+    else:
+        sum_VH.add_(left_Vc @ right_cH)

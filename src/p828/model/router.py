@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p828.config import ModelConfig
+from p828.kernels.router import choose_experts, router_logits
 
 
 class Routing(NamedTuple):
@@ -33,12 +34,18 @@ class Router(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Routing:
         config = self.config
-        logits_TE = F.linear(x_TH.to(self.weight.dtype), self.weight)
+        if x_TH.is_cuda and x_TH.dtype == torch.bfloat16:
+            logits_TE = router_logits(x_TH, self.weight)
+        else:
+            logits_TE = F.linear(x_TH.to(self.weight.dtype), self.weight)
         scores_TE = logits_TE.sigmoid() if config.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
         choice_TE = scores_TE.detach() + self.e_score_correction_bias
         if config.n_group > 1:
             choice_TE = limit_groups(choice_TE, config.n_group, config.topk_group)
-        experts_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
+        if x_TH.is_cuda:
+            experts_TK = choose_experts(choice_TE, config.num_experts_per_tok)
+        else:
+            experts_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
         weights_TK = scores_TE.gather(1, experts_TK)
         if config.norm_topk_prob:
             # The floor keeps a token whose chosen scores all underflow to zero from dividing by zero.
@@ -53,14 +60,6 @@ def limit_groups(choice_TE: Tensor, n_group: int, topk_group: int) -> Tensor:
     kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
     kept_TG = kept_TG.scatter(1, group_scores_TG.topk(topk_group, dim=-1).indices, True)
     return grouped_TGX.masked_fill(~kept_TG[..., None], float("-inf")).flatten(1)
-
-
-def expert_loads(experts_TK: Tensor, n_routed_experts: int, counted_T: Tensor | None = None) -> Tensor:
-    """Tokens that each expert received: int64 (E,). `counted_T` (bool) leaves padding out."""
-    chosen_TKE = experts_TK[..., None] == torch.arange(n_routed_experts, device=experts_TK.device)
-    if counted_T is not None:
-        chosen_TKE = chosen_TKE & counted_T[:, None, None]
-    return chosen_TKE.sum(dim=(0, 1))
 
 
 def sequence_balance_loss(routing: Routing, rows: int) -> Tensor:

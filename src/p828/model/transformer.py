@@ -9,12 +9,20 @@ from torch.utils.checkpoint import checkpoint
 
 from p828.config import ModelConfig
 from p828.model.attention import Attention, Visibility
-from p828.model.experts import Experts, SharedExperts
+from p828.model.experts import Experts, Order, SharedExperts
 from p828.model.kv_cache import KVCache, LayerCache
 from p828.model.linear import Linear
 from p828.model.norm import RMSNorm
 from p828.model.rope import inverse_frequencies, rotary
-from p828.model.router import Router, Routing, expert_loads, sequence_balance_loss, z_loss
+from p828.model.router import Router, sequence_balance_loss, z_loss
+
+
+class LayerStatistics(NamedTuple):
+    """What one router did; the fields of `RouterStatistics` without their layers."""
+
+    loads_E: Tensor
+    balance_loss: Tensor
+    z_loss: Tensor
 
 
 class RouterStatistics(NamedTuple):
@@ -43,8 +51,8 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = SharedExperts(config) if config.n_shared_experts else None
 
-    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        routed_TH = self.experts(x_TH, routing)
+    def forward(self, x_TH: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
+        routed_TH = self.experts(x_TH, weights_TK, order)
         return routed_TH if self.shared_experts is None else routed_TH + self.shared_experts(x_TH)
 
 
@@ -60,24 +68,26 @@ class Layer(nn.Module):
     def forward(
         self,
         x_BSH: Tensor,
+        normed_BSH: Tensor,
         angles: tuple[Tensor, Tensor],
         visibility: Visibility,
         counted_T: Tensor | None,
         cache: LayerCache | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x after attention and experts, and the layer's loads_E, balance loss and z-loss."""
-        x_BSH = x_BSH + self._recomputed(self._attention, x_BSH, angles, visibility, cache)
-        normed_TH = self.post_attention_layernorm(x_BSH).flatten(0, 1)
+    ) -> tuple[Tensor, Tensor, LayerStatistics]:
+        """x with the attention added, and what the experts add to it.
+
+        `normed_BSH` is `input_layernorm` of x. That norm, and the sum of what is returned, are left to the caller, who
+        has them in one pass over memory with the norm that follows.
+        """
+        attended_BSH = self._recomputed(self.self_attn, normed_BSH, angles, visibility, cache)
+        x_BSH, normed_BSH = self.post_attention_layernorm.add(x_BSH, attended_BSH)
+        normed_TH = normed_BSH.flatten(0, 1)
         # The routing is never recomputed: a top-k tie that fell the other way would mix two routings in one gradient.
         routing = self.mlp.gate(normed_TH)
-        x_BSH = x_BSH + self._recomputed(self.mlp, normed_TH, routing).view_as(x_BSH)
-        loads_E = expert_loads(routing.experts_TK, routing.scores_TE.shape[1], counted_T)
-        return x_BSH, loads_E, sequence_balance_loss(routing, len(x_BSH)), z_loss(routing)
-
-    def _attention(
-        self, x_BSH: Tensor, angles: tuple[Tensor, Tensor], visibility: Visibility, cache: LayerCache | None
-    ) -> Tensor:
-        return self.self_attn(self.input_layernorm(x_BSH), angles, visibility, cache)
+        order = self.mlp.experts.order(normed_TH, routing.experts_TK, counted_T)
+        mixed_BSH = self._recomputed(self.mlp, normed_TH, routing.weights_TK, order).view_as(x_BSH)
+        statistics = LayerStatistics(order.loads_E, sequence_balance_loss(routing, len(x_BSH)), z_loss(routing))
+        return x_BSH, mixed_BSH, statistics
 
     def _recomputed(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Call `function`, keeping only its inputs for the backward pass if gradient checkpointing is on."""
@@ -113,7 +123,7 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, H), float32: the output head, or the embedding it is tied to."""
+        """(V, H): the output head, or the embedding it is tied to."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
@@ -121,30 +131,36 @@ class Transformer(nn.Module):
         tokens_BS: Tensor,
         positions_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
         dtype: torch.dtype = torch.float32,
+        embedded_BSH: Tensor | None = None,
     ) -> Output:
         """Hidden states and router statistics of a batch, computed in `dtype`.
 
         `positions_BS` (int64) defaults to 0 … S−1. `document_ids_BS` (int) limits attention to a document when
-        `mask_documents` is on; −1 marks padding, which no load counts. `cu_seqlens` (int32, `cumulative_lengths`) says
-        the same for flash attention on CUDA; without it the host waits for the device. With a `cache`, the tokens join
-        those it holds, and `positions_BS` says where.
+        `mask_documents` is on; −1 marks padding, which no load counts. With a `cache`, the tokens join those it holds,
+        and `positions_BS` says where. `embedded_BSH` is what `embed` gives, from a caller that wants its gradient.
         """
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        visibility = self._visibility(tokens_BS, positions_BS, document_ids_BS, cu_seqlens, cache, dtype)
+        visibility = self._visibility(tokens_BS, positions_BS, document_ids_BS, cache, dtype)
         counted_T = None if document_ids_BS is None else document_ids_BS.flatten() >= 0
         angles = rotary(positions_BS, self.frequencies, self.config.rope_scaling.factor)
-        x_BSH = self.model.embed_tokens(tokens_BS).to(dtype)
+        x_BSH = self.embed(tokens_BS, dtype) if embedded_BSH is None else embedded_BSH
+        normed_BSH = self.layers[0].input_layernorm(x_BSH)
+        norms_after = [*(layer.input_layernorm for layer in self.layers[1:]), self.model.norm]
         statistics = []
-        for index, layer in enumerate(self.layers):
+        for index, (layer, norm_after) in enumerate(zip(self.layers, norms_after, strict=True)):
             layer_cache = None if cache is None else cache.layer(index, positions_BS)
-            x_BSH, *layer_statistics = layer(x_BSH, angles, visibility, counted_T, layer_cache)
+            x_BSH, mixed_BSH, layer_statistics = layer(x_BSH, normed_BSH, angles, visibility, counted_T, layer_cache)
+            x_BSH, normed_BSH = norm_after.add(x_BSH, mixed_BSH)
             statistics.append(layer_statistics)
         router = RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True)))
-        return Output(self.model.norm(x_BSH), router)
+        return Output(normed_BSH, router)
+
+    def embed(self, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, S) token ids to (B, S, H) in `dtype`."""
+        return cast(Tensor, self.model.embed_tokens(tokens_BS)).to(dtype)
 
     def logits(self, hidden_H: Tensor) -> Tensor:
         """(…, H) to float32 (…, V)."""
@@ -155,31 +171,35 @@ class Transformer(nn.Module):
         tokens_BS: Tensor,
         positions_BS: Tensor,
         document_ids_BS: Tensor | None,
-        cu_seqlens: Tensor | None,
         cache: KVCache | None,
         dtype: torch.dtype,
     ) -> Visibility:
         if cache is not None:
             slots_C = torch.arange(cache.used, device=tokens_BS.device)
-            return Visibility("reference", slots_C <= positions_BS[:, :, None], None)
+            return Visibility("reference", slots_C <= positions_BS[:, :, None])
         backend = self.config.attention_backend
         if backend == "auto":  # flash attention on CUDA takes 16-bit numbers only
             backend = "reference" if tokens_BS.is_cuda and dtype == torch.float32 else "flash"
         documents = document_ids_BS if self.config.mask_documents else None
         if backend == "flash" and tokens_BS.is_cuda:
-            if documents is None:
-                rows, length = tokens_BS.shape
-                ends = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=tokens_BS.device)
-                return Visibility(backend, None, ends)
-            return Visibility(backend, None, cumulative_lengths(positions_BS) if cu_seqlens is None else cu_seqlens)
+            rows = torch.zeros_like(tokens_BS) if documents is None else documents
+            return Visibility(backend, None, *document_borders(rows))
         if documents is None:
-            return Visibility(backend, None, None)
+            return Visibility(backend)
         same_BSC = documents[:, :, None] == documents[:, None, :]
-        return Visibility(backend, same_BSC.tril(), None)
+        return Visibility(backend, same_BSC.tril())
 
 
-def cumulative_lengths(positions_BS: Tensor) -> Tensor:
-    """Where each document starts in the flattened tokens, and their number: int32 (documents + 1,), on any device."""
-    starts = (positions_BS.flatten() == 0).nonzero()[:, 0]
-    end = starts.new_tensor([positions_BS.numel()])
-    return torch.cat((starts, end)).to(torch.int32)
+def document_borders(documents_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each of the T tokens the first one of its document, and the one past its last: int32 (T,).
+
+    A document ends with its row, or where the id changes. Found without the host's waiting for the device.
+    """
+    is_first_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    is_first_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    is_first_T = is_first_BS.flatten()
+    token_T = torch.arange(len(is_first_T), dtype=torch.int32, device=documents_BS.device)
+    start_T = token_T.where(is_first_T, 0).cummax(0).values
+    next_start_T = token_T.where(is_first_T, len(token_T)).roll(-1)
+    next_start_T[-1] = len(token_T)
+    return start_T, next_start_T.flip(0).cummin(0).values.flip(0)

@@ -10,16 +10,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from p828.config import Config, ModelConfig
 from p828.data.loader import Batch
 from p828.errors import UserError
+from p828.kernels.embedding import add_embedding_gradient_
 from p828.model.initialisation import initialise
-from p828.model.loss import chunk_loss_and_gradients, linear_cross_entropy
-from p828.model.transformer import Transformer, cumulative_lengths
+from p828.model.loss import loss_and_gradients
+from p828.model.transformer import RouterStatistics, Transformer
 from p828.train.balance import update_biases
 from p828.train.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
-from p828.train.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from p828.train.optimizer import Optimizer, pick_moment_dtype
 
 
 class StepResult(NamedTuple):
@@ -34,7 +36,7 @@ class StepResult(NamedTuple):
 
 
 class PlainEngine:
-    """One device: float32 master weights, layers computed in the run's dtype, AdamW."""
+    """One device: float32 master weights, layers that hold and compute in the run's dtype, AdamW."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -50,50 +52,69 @@ class PlainEngine:
         self.model = Transformer(config.model)
         initialise(self.model, config.train.seed)
         self.model.to(self.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.chunk_gradients = chunk_loss_and_gradients
+        moment_dtype = pick_moment_dtype(config.optimizer.moment_dtype, self.dtype, self.device)
+        self.optimizer = Optimizer(self.model, config.optimizer, self.dtype, moment_dtype)
+        self._dembedding_VH = self.optimizer.gradient_sum(self.model.model.embed_tokens.weight)
+        self._dhead_VH = self.optimizer.gradient_sum(self.model.head_weight)  # the same one if they are tied
         for layer in self.model.layers:
             layer.gradient_checkpointing = config.train.gradient_checkpointing
         if compiles(config.train, self.device):
             # Advice to round float32 products to TF32; the router is to stay in float32.
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-            self.chunk_gradients = torch.compile(chunk_loss_and_gradients)
             for layer in self.model.layers:
                 layer.compile()
-        self._begin_step()
+        layers, experts = config.model.num_hidden_layers, config.model.n_routed_experts
+        self._loss = torch.zeros((), device=self.device)
+        self._loads_LE = torch.zeros(layers, experts, dtype=torch.int64, device=self.device)
 
     def forward_backward(self, batch: Batch, num_targets: int) -> None:
         """Add one micro-batch's gradients, for a step of `num_targets` targets in all."""
-        # Where documents start is known on the host; found on the device it would make the host wait.
-        cu_seqlens = cumulative_lengths(batch.positions_BS).to(self.device, non_blocking=True)
         batch = batch.to(self.device)
+        tokens_T, targets_T = batch.tokens_BS.flatten(), batch.targets_BS.flatten()
+        # Embedding and head stay outside autograd, so that their gradients are summed in float32 from the start.
+        embedded_BSH = self.model.embed(batch.tokens_BS, self.dtype).detach().requires_grad_()
         output = self.model(
-            batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, cu_seqlens=cu_seqlens, dtype=self.dtype
+            batch.tokens_BS,
+            batch.positions_BS,
+            batch.document_ids_BS,
+            dtype=self.dtype,
+            embedded_BSH=embedded_BSH,
         )
-        hidden_TH, targets_T = output.hidden_BSH.flatten(0, 1), batch.targets_BS.flatten()
-        loss = linear_cross_entropy(hidden_TH, self.model.head_weight, targets_T, self.chunk_gradients) / num_targets
-        self._loss += loss.detach()
-        balance = self.config.balance
-        if balance.sequence_loss_weight:
-            loss = loss + balance.sequence_loss_weight * output.router.balance_loss_L.sum() / num_targets
-        if balance.z_loss_weight:
-            loss = loss + balance.z_loss_weight * output.router.z_loss_L.sum() / num_targets
-        loss.backward()
+        hidden_BSH, head_VH = output.hidden_BSH, self.model.head_weight
+        with record_function("CrossEntropy"):  # such labels tell a profiler what autograd does not
+            loss, dhidden_TH = loss_and_gradients(
+                hidden_BSH.flatten(0, 1), head_VH, targets_T, 1 / num_targets, self._dhead_VH
+            )
+        auxiliary = self._auxiliary_losses(output.router, num_targets)
+        torch.autograd.backward(
+            [hidden_BSH, *auxiliary], [dhidden_TH.view_as(hidden_BSH), *map(torch.ones_like, auxiliary)]
+        )
+        assert embedded_BSH.grad is not None
+        with record_function("embedding"):
+            add_embedding_gradient_(self._dembedding_VH, tokens_T, embedded_BSH.grad.flatten(0, 1))
+        with record_function("Optimizer.step: accumulate"):
+            self.optimizer.accumulate()
+        self._loss += loss / num_targets
         self._loads_LE += output.router.loads_LE
 
+    def _auxiliary_losses(self, router: RouterStatistics, num_targets: int) -> list[Tensor]:
+        balance = self.config.balance
+        weighted = ((balance.sequence_loss_weight, router.balance_loss_L), (balance.z_loss_weight, router.z_loss_L))
+        return [weight * loss_L.sum() / num_targets for weight, loss_L in weighted if weight]
+
     def step(self, learning_rate: float) -> StepResult:
-        """Clip, update weights and balance bias, unless something is not finite; begin the next step."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
+        """Clip, update weights and balance bias, unless something is not finite; begin the next step.
+
+        All of it is started on the device before the host asks what came out.
+        """
+        with record_function("Optimizer.step"):
+            norm = self.optimizer.gradient_norm()
+            applied = torch.isfinite(self._loss) & torch.isfinite(norm)
+            self.optimizer.update(learning_rate, norm, applied)
+        update_biases(self.model, self._loads_LE, self.config.balance.update_rate, applied)
         loss, grad_norm, loads = self._read(norm)
-        applied = math.isfinite(loss) and math.isfinite(grad_norm)
-        if applied:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-            update_biases(self.model, self._loads_LE, self.config.balance.update_rate)
-        result = StepResult(loss, grad_norm, loads, applied)
         self._begin_step()
-        return result
+        return StepResult(loss, grad_norm, loads, applied=math.isfinite(loss) and math.isfinite(grad_norm))
 
     def _read(self, norm: Tensor) -> tuple[float, float, list[list[int]]]:
         """Loss, gradient norm and loads on the host, in one transfer: the step's one wait for the device."""
@@ -105,23 +126,21 @@ class PlainEngine:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything a checkpoint needs from here, by file and name."""
         return {
-            "model": self.model.state_dict(),
-            "optimizer": optimizer_tensors(self.model, self.optimizer),
+            "model": {**self.model.state_dict(), **self.optimizer.masters()},
+            "optimizer": self.optimizer.tensors(),
             "random": random_states(self.device),
         }
 
     def load_tensors(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
         self.model.load_state_dict(tensors["model"])
-        load_optimizer_tensors(self.model, self.optimizer, tensors["optimizer"])
+        self.optimizer.load_masters(tensors["model"])
+        self.optimizer.load_tensors(tensors["optimizer"])
         restore_random_states(tensors["random"], self.device)
 
     def _begin_step(self) -> None:
-        model = self.config.model
-        self.optimizer.zero_grad(set_to_none=True)
-        self._loss = torch.zeros((), device=self.device)
-        self._loads_LE = torch.zeros(
-            model.num_hidden_layers, model.n_routed_experts, dtype=torch.int64, device=self.device
-        )
+        self.optimizer.begin_step()
+        self._loss.zero_()
+        self._loads_LE.zero_()
 
 
 def _check_widths(model: ModelConfig) -> None:

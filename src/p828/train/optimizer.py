@@ -1,38 +1,174 @@
-"""AdamW (arXiv 1711.05101) with decay where it belongs."""
+"""AdamW (arXiv 1711.05101) with decay where it belongs, and float32 masters of what layers compute with in bfloat16.
+
+In a bfloat16 run the matrices are updated by `p828.kernels.adamw`: 12 bytes a parameter with bfloat16 moments, 2 of
+them the weight, 2 the rest of its master, 4 the sum of its gradients and 4 the moments. Norms, sinks and router, and
+every parameter of a float32 run, are left to `torch.optim.AdamW`.
+
+Nothing here makes the host wait for the device: how far gradients are clipped and whether the step is applied at all
+are tensors.
+"""
+
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from p828.config import OptimizerConfig
+from p828.errors import UserError
+from p828.kernels.adamw import MatrixState, Update, adamw_, bias_corrections, join_float32, split_float32
+from p828.model.precision import matrices
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW, fused into one pass over the weights, with two groups: matrices decay; norms, sinks and, unless asked
-    for, the embedding do not."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2
-        is_embedding = "embed_tokens" in name
-        (decayed if is_matrix and (config.decay_embeddings or not is_embedding) else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+class Optimizer:
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, dtype: torch.dtype, moment_dtype: torch.dtype
+    ) -> None:
+        """For a float32 model on its device. If layers compute in `dtype` bfloat16, the model's matrices become so."""
+        self.config = config
+        self._parameters = dict(model.named_parameters())
+        self._matrices: dict[Tensor, MatrixState] = {}
+        if dtype == torch.bfloat16:
+            self._matrices = {parameter: _split(parameter, moment_dtype) for _, parameter in matrices(model)}
+        self._decayed = {p for name, p in self._parameters.items() if _decays(name, p, config)}
+        self._updates = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+
+        others = [p for p in self._parameters.values() if p not in self._matrices]
+        groups = [
+            {"params": [p for p in others if p in self._decayed], "weight_decay": config.weight_decay},
+            {"params": [p for p in others if p not in self._decayed], "weight_decay": 0.0},
+        ]
+        self._others = torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
+        )
+        self._summed_by_caller: dict[Tensor, Tensor] = {}
+        self.begin_step()
+
+    def gradient_sum(self, parameter: Tensor) -> Tensor:
+        """The float32 gradient of a parameter that autograd does not see: the caller adds to it in every micro-batch.
+
+        The same tensor at every call; zero when a step begins.
+        """
+        if parameter not in self._summed_by_caller:
+            if parameter not in self._matrices:
+                parameter.grad = torch.zeros_like(parameter)
+            self._summed_by_caller[parameter] = self._sum_of(parameter)
+        return self._summed_by_caller[parameter]
+
+    def begin_step(self) -> None:
+        self._is_first_micro_batch = True
+        for parameter in self._parameters.values():
+            if parameter not in self._summed_by_caller:
+                parameter.grad = None
+        for gradient in self._summed_by_caller.values():
+            gradient.zero_()
+
+    def accumulate(self) -> None:
+        """Add a micro-batch's bfloat16 gradients to their float32 sums. Gradients in float32 are their own sums."""
+        for parameter, state in self._matrices.items():
+            if parameter in self._summed_by_caller:
+                continue
+            assert parameter.grad is not None  # every matrix takes part in every micro-batch
+            if self._is_first_micro_batch:
+                state.gradient.copy_(parameter.grad)
+            else:
+                state.gradient.add_(parameter.grad)
+            parameter.grad = None
+        self._is_first_micro_batch = False
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The float32 sums of the step so far, by parameter."""
+        return {name: self._sum_of(parameter) for name, parameter in self._parameters.items()}
+
+    def gradient_norm(self) -> Tensor:
+        """Global norm of the step's gradients, a float32 scalar."""
+        return torch.nn.utils.get_total_norm(self.gradients().values())
+
+    @torch.no_grad()
+    def update(self, learning_rate: float, norm: Tensor, applied: Tensor) -> None:
+        """Clip gradients of global norm `norm` and update all parameters, if `applied`, a bool scalar, is true."""
+        config = self.config
+        # The factor of `torch.nn.utils.clip_grad_norm_`; the updates multiply by it, which saves a pass.
+        clip = (config.max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
+        found_inf = (~applied).float()
+        for group in self._others.param_groups:
+            group["lr"] = learning_rate
+        self._others.grad_scale, self._others.found_inf = 1 / clip, found_inf  # type: ignore[attr-defined]
+        self._others.step()
+
+        corrections = bias_corrections(config.betas, self._updates)
+        update = Update(learning_rate, config.betas, config.eps, clip, found_inf, self._updates, corrections)
+        for number, (parameter, state) in enumerate(self._matrices.items()):
+            adamw_(state, update, config.weight_decay if parameter in self._decayed else 0.0, number)
+        self._updates += applied
+
+    def masters(self) -> dict[str, Tensor]:
+        """Names and float32 values, on the CPU, of the parameters that the model holds in bfloat16."""
+        return {
+            name: join_float32(self._matrices[p].weight, self._matrices[p].remainder).cpu()
+            for name, p in self._parameters.items()
+            if p in self._matrices
+        }
+
+    def load_masters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set what `masters` gives from float32 tensors, which may hold others."""
+        for name, parameter in self._parameters.items():
+            if parameter in self._matrices:
+                state = self._matrices[parameter]
+                high, low = split_float32(tensors[name].to(parameter.device))
+                state.weight.copy_(high)
+                state.remainder.copy_(low)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as flat tensors, `exp_avg/PARAMETER` and so on, for a file without pickle."""
+        return {f"{key}/{name}": value for name, p in self._parameters.items() for key, value in self._state(p).items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `tensors` gave, here or where parameters or moments have another dtype."""
+        for key_and_name, value in tensors.items():
+            key, _, name = key_and_name.partition("/")
+            parameter = self._parameters[name]
+            if parameter not in self._matrices:
+                self._others.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
+            elif key == "step":
+                self._updates.copy_(value)
+            else:
+                getattr(self._matrices[parameter], key).copy_(value)
+
+    def _state(self, parameter: Tensor) -> Mapping[str, Tensor]:
+        if parameter not in self._matrices:
+            return self._others.state[parameter]
+        state = self._matrices[parameter]
+        return {"step": self._updates.float(), "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+
+    def _sum_of(self, parameter: Tensor) -> Tensor:
+        gradient = self._matrices[parameter].gradient if parameter in self._matrices else parameter.grad
+        assert gradient is not None
+        return gradient
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat tensors, `exp_avg/PARAMETER` and so on, for a file without pickle."""
-    return {
-        f"{key}/{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
+def pick_moment_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The moments' dtype for layers that compute in `dtype`. Raises UserError for bfloat16 in a float32 run."""
+    if wanted == "bfloat16" and dtype != torch.bfloat16:
+        raise UserError(
+            'optimizer.moment_dtype = "bfloat16": accepted in bfloat16 runs (train.dtype); this one is in float32'
+        )
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" and dtype == torch.bfloat16 else torch.float32
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
-    """Put back what `optimizer_tensors` gave."""
-    parameters = dict(model.named_parameters())
-    for key_and_name, value in tensors.items():
-        key, _, name = key_and_name.partition("/")
-        optimizer.state[parameters[name]][key] = value.to(parameters[name].device, copy=True)
+def _split(parameter: nn.Parameter, moment_dtype: torch.dtype) -> MatrixState:
+    """Make a float32 parameter bfloat16 and keep the rest of it."""
+    parameter.data, remainder = split_float32(parameter.data)
+    return MatrixState(
+        parameter.data,
+        remainder,
+        gradient=torch.zeros_like(remainder, dtype=torch.float32),
+        exp_avg=torch.zeros_like(remainder, dtype=moment_dtype),
+        exp_avg_sq=torch.zeros_like(remainder, dtype=moment_dtype),
+    )
+
+
+def _decays(name: str, parameter: nn.Parameter, config: OptimizerConfig) -> bool:
+    """Matrices decay; norms, sinks and, unless asked for, the embedding do not."""
+    return parameter.ndim >= 2 and (config.decay_embeddings or "embed_tokens" not in name)

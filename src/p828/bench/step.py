@@ -1,0 +1,113 @@
+"""One optimizer step of p828 and of the peers, behind one interface."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from p828.bench.batches import random_batches
+from p828.bench.peers import Loss, build_torchtitan, build_transformers
+from p828.bench.routing import GivenRouter, balanced_experts, random_experts
+from p828.bench.systems import System
+from p828.config import Config
+from p828.data.loader import Batch
+from p828.train.device import pick_device
+from p828.train.engine import PlainEngine
+
+
+class Step(Protocol):
+    device: torch.device
+    model: nn.Module
+
+    def run(self) -> None:
+        """All micro-batches of a step and the update."""
+
+    def moments_dtype(self) -> torch.dtype:
+        """What the optimizer keeps most of its state in."""
+
+
+class OwnStep:
+    """What the training loop does."""
+
+    def __init__(self, config: Config, routing: str) -> None:
+        self.engine = PlainEngine(config)
+        self.device = self.engine.device
+        self.model: nn.Module = self.engine.model
+        for layer, experts_TK in zip(self.engine.model.layers, given_experts(config, routing), strict=False):
+            layer.mlp.gate = GivenRouter(layer.mlp.gate, experts_TK.to(self.device))
+        self.accumulation, self.learning_rate = config.train.gradient_accumulation, config.optimizer.learning_rate
+        self.batches = rotate(random_batches(config, self.device))
+
+    def run(self) -> None:
+        batches = [next(self.batches) for _ in range(self.accumulation)]
+        num_targets = sum(batch.num_targets for batch in batches)
+        for batch in batches:
+            self.engine.forward_backward(batch, num_targets)
+        self.engine.step(self.learning_rate)
+
+    def moments_dtype(self) -> torch.dtype:
+        return most_common_dtype(self.engine.tensors()["optimizer"].values())
+
+
+class PeerStep:
+    """A plain loop around another library's model, with fused AdamW and clipping."""
+
+    def __init__(self, system: System, routing: str) -> None:
+        config = system.config
+        self.device = pick_device(config.train.device)
+        torch.manual_seed(config.train.seed)
+        build: Callable[[System, torch.device, list[Tensor]], tuple[nn.Module, Loss]]
+        build = build_transformers if system.framework == "transformers" else build_torchtitan
+        self.model: nn.Module
+        self.model, self.loss = build(system, self.device, list(given_experts(config, routing)))
+        optimizer = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        self.accumulation, self.max_grad_norm = config.train.gradient_accumulation, optimizer.max_grad_norm
+        self.batches = rotate([batch.to(self.device) for batch in random_batches(config, self.device)])
+
+    def run(self) -> None:
+        for _ in range(self.accumulation):
+            batch = next(self.batches)
+            (self.loss(batch.tokens_BS, batch.targets_BS) / self.accumulation).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def moments_dtype(self) -> torch.dtype:
+        return most_common_dtype(value for state in self.optimizer.state.values() for value in state.values())
+
+
+def build_step(system: System, routing: str) -> Step:
+    return OwnStep(system.config, routing) if system.framework == "p828" else PeerStep(system, routing)
+
+
+def given_experts(config: Config, routing: str) -> Iterator[Tensor]:
+    """A (T, K) choice for each layer; nothing for routing `model`."""
+    if routing == "model":
+        return
+    generator = torch.Generator().manual_seed(config.train.seed)
+    choose = random_experts if routing == "random" else balanced_experts
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    for _ in range(config.model.num_hidden_layers):
+        yield choose(tokens, config.model.n_routed_experts, config.model.num_experts_per_tok, generator)
+
+
+def rotate(batches: list[Batch]) -> Iterator[Batch]:
+    while True:
+        yield from batches
+
+
+def most_common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype of most numbers."""
+    numbers: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        numbers[tensor.dtype] = numbers.get(tensor.dtype, 0) + tensor.numel()
+    return max(numbers, key=lambda dtype: numbers[dtype])

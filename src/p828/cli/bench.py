@@ -1,0 +1,75 @@
+"""`p828 bench`: how fast this machine trains."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from p828.bench.systems import ROUTINGS, check_peers, load_shape
+from p828.bench.train import Bench
+from p828.cli.flags import HELP, parse
+from p828.config import nearest, preset_names
+from p828.errors import UserError
+
+USAGE = "p828 bench train --shape NAME [NAME ...] [--peers NAME ...] [--routing NAME ...] [--breakdown] [--json FILE]"
+DESCRIPTION = (
+    f"{USAGE}\n\nTimes a training step on made-up text, every system in a fresh process, one after another: p828 with "
+    "and without attention sinks, q/k norm and document masking, and other libraries' models of the same sizes. MFU "
+    "counts causal attention over whole rows and is a share of a large matrix product measured in the same run. First "
+    "steps compile with an empty cache, unless TORCHINDUCTOR_CACHE_DIR names one."
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    shape: tuple[str, ...] = ()
+    """Presets or .toml files: sizes, micro-batch, sequence length and accumulation."""
+    peers: tuple[str, ...] = ()
+    """transformers, torchtitan. All systems then compute what every one of them can."""
+    routing: tuple[str, ...] = ("model",)
+    """`model`: as fresh routers route; `random`; `balanced`: forced balance. A table each."""
+    breakdown: tyro.conf.UseCounterAction[int] = 0
+    """Also profile one step of p828: time of each part and the longest kernels."""
+    steps: int = 20
+    """Steps timed, after the first and some to warm up; their median counts."""
+    micro_batch_size: int = 0
+    """Rows put through the model at once; 0 takes the shape's."""
+    gradient_accumulation: int = 0
+    """Micro-batches of a step; 0 takes the shape's."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU if there is one."""
+    json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Also write the rows to this file."""
+
+
+def run(arguments: list[str]) -> None:
+    what, flags = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if what in HELP:
+        flags = [what]
+    elif what != "train":
+        raise UserError(f"bench times one thing, `train`, and was given {what!r}. Usage: {USAGE}")
+    given = parse(Arguments, flags, prog="p828 bench train", description=DESCRIPTION)
+    if not given.shape:
+        raise UserError(f"no --shape given. Usage: {USAGE}\nPresets: {', '.join(preset_names())}")
+    for routing in given.routing:
+        if routing not in ROUTINGS:
+            raise UserError(f"--routing {routing}{nearest(routing, ROUTINGS)} Accepted: {', '.join(ROUTINGS)}")
+    if given.steps < 1:
+        raise UserError(f"--steps {given.steps}: a whole number from 1 is accepted")
+    from p828.train.device import pick_device  # imports torch
+
+    device = pick_device(given.device).type
+    check_peers(given.peers, device)
+    shapes = {
+        name: load_shape(name, device, given.micro_batch_size, given.gradient_accumulation) for name in given.shape
+    }
+    bench = Bench(
+        device=device,
+        peers=given.peers,
+        routings=given.routing,
+        steps=given.steps,
+        has_breakdown=bool(given.breakdown),
+        json_path=Path(given.json) if given.json else None,
+    )
+    bench.run(shapes)

@@ -1,0 +1,54 @@
+"""Residual sum and RMS normalisation in one pass over memory, on a GPU.
+
+Both are bound by memory: together they read two tensors and write two, and the backward pass reads three and writes
+one, with the weight's gradient summed on the way instead of through a tensor of its own. The plain twin is
+`p828.model.norm.RMSNorm.add` on a CPU.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("p828::add_rms_norm", mutates_args=())
+def add_rms_norm(x_TH: Tensor, delta_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta, and its normalisation times the weight (float32): both (T, H) in x's dtype."""
+    from p828.kernels import norm_triton
+
+    return norm_triton.forward(x_TH.contiguous(), delta_TH.contiguous(), weight_H, eps)
+
+
+@add_rms_norm.register_fake
+def _(x_TH: Tensor, delta_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x_TH.new_empty(x_TH.shape), x_TH.new_empty(x_TH.shape)
+
+
+@torch.library.custom_op("p828::add_rms_norm_backward", mutates_args=())
+def add_rms_norm_backward(
+    grad_sum_TH: Tensor, grad_normed_TH: Tensor, sum_TH: Tensor, weight_H: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, which is delta's too, and that of the weight (float32)."""
+    from p828.kernels import norm_triton
+
+    return norm_triton.backward(grad_sum_TH.contiguous(), grad_normed_TH.contiguous(), sum_TH, weight_H, eps)
+
+
+@add_rms_norm_backward.register_fake
+def _(
+    grad_sum_TH: Tensor, grad_normed_TH: Tensor, sum_TH: Tensor, weight_H: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(sum_TH), torch.empty_like(weight_H)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    _, _, weight_H, ctx.eps = inputs
+    ctx.save_for_backward(output[0], weight_H)
+
+
+def _backward(ctx: Any, grad_sum_TH: Tensor, grad_normed_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    dx_TH, dweight_H = add_rms_norm_backward(grad_sum_TH, grad_normed_TH, *ctx.saved_tensors, ctx.eps)
+    return dx_TH, dx_TH, dweight_H, None
+
+
+add_rms_norm.register_autograd(_backward, setup_context=_setup)
