@@ -4,13 +4,15 @@ Inputs and weights are on the grid of bfloat16 before either side sees them; wha
 the first product, the activation, the outputs of each expert and their sum: `BFLOAT16`.
 """
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 from oracles import BFLOAT16, assert_near, leaves
 from p828.kernels.experts import TILE
-from p828.model.experts import Experts, Order, sort_by_expert
+from p828.model.experts import Experts, Order, SharedExperts, is_fused, sort_by_expert
 from tiny import tiny_config
 
 EXPERTS = 5
@@ -74,6 +76,27 @@ def test_against_float64(cuda: torch.device, hidden_act: str, sizes: str, choice
     for gradient in actual[3:]:
         assert gradient is not None
         assert torch.equal(gradient[empty.to(cuda)], torch.zeros_like(gradient[empty.to(cuda)]))
+
+
+@pytest.mark.parametrize("hidden_act", ["swiglu", "swiglu_of_product"])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("tokens", [1, 333])
+def test_shared_experts_against_float64(cuda: torch.device, hidden_act: str, sizes: str, tokens: int) -> None:
+    hidden, inner = SIZES[sizes]
+    shared = SharedExperts(tiny_config(hidden_act=hidden_act, hidden_size=hidden, moe_intermediate_size=inner))
+    for parameter in shared.parameters():
+        parameter.data = (torch.randn(parameter.shape) * parameter.shape[1] ** -0.5).bfloat16().float()
+    twin = copy.deepcopy(shared).double()
+    ours = shared.to(cuda, torch.bfloat16)
+    x, upstream = (torch.randn(tokens, hidden).bfloat16() for _ in range(2))
+    (our_x,), (their_x,) = leaves(x, dtype=torch.bfloat16, device=cuda), leaves(x, dtype=torch.float64)
+    assert is_fused(our_x, ours)
+    our_out, their_out = ours(our_x), twin(their_x)
+    our_out.backward(upstream.to(cuda))
+    their_out.backward(upstream.double())
+    assert_near(our_out, their_out, BFLOAT16)
+    for our, theirs in zip((our_x, *ours.parameters()), (their_x, *twin.parameters()), strict=True):
+        assert_near(our.grad, theirs.grad, BFLOAT16)
 
 
 @pytest.mark.parametrize("choice", CHOICES)

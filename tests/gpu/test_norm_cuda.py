@@ -20,10 +20,12 @@ def test_against_float64(cuda: torch.device, shape: tuple[int, ...]) -> None:
     ours = leaves(x, delta, dtype=torch.bfloat16, device=cuda)
     actual = norm.add(*ours)
     torch.autograd.backward(actual, (grad_total.to(cuda), grad_normed.to(cuda)))
-    for our, theirs in zip((*actual, *ours, norm.weight), (*expected, *twins, twin.weight), strict=True):
-        value, target = (our, theirs) if our.grad is None else (our.grad, theirs.grad)
+    gradients = [
+        (leaf.grad, theirs.grad) for leaf, theirs in zip((*ours, norm.weight), (*twins, twin.weight), strict=True)
+    ]
+    for our, theirs in [*zip(actual, expected, strict=True), *gradients]:
         # The sum is rounded to bfloat16 before it is normalised, 2^-9 of each element.
-        assert_near(value, target, BFLOAT16)
+        assert_near(our, theirs, BFLOAT16)
     assert ours[0].grad.dtype == torch.bfloat16
     assert norm.weight.grad.dtype == torch.float32
 

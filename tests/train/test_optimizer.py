@@ -40,7 +40,7 @@ def set_gradients(model: Transformer, seed: int, scale: float = 1.0) -> None:
 def step(model: Transformer, optimizer: Optimizer, seed: int, scale: float = 1.0) -> None:
     optimizer.begin_step()
     set_gradients(model, seed, scale)
-    optimizer.accumulate()
+    optimizer.accumulate(is_first=True)
     optimizer.update(0.1, optimizer.gradient_norm(), YES)
 
 
@@ -85,7 +85,7 @@ def test_a_step_is_torchs_clipping_and_adamw(dtype: torch.dtype, moment_dtype: t
         set_gradients(model, seed, scale)
         for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
             theirs.grad = ours.grad.to(F32, copy=True)
-        optimizer.accumulate()
+        optimizer.accumulate(is_first=True)
         norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         torch.testing.assert_close(optimizer.gradient_norm(), norm)
         optimizer.update(0.1, norm, YES)
@@ -113,7 +113,7 @@ def test_gradients_are_summed_over_micro_batches(dtype: torch.dtype, moment_dtyp
                     parameter.grad = grads[name].add_(parameter.grad)
             head.add_(model.head_weight.grad.float()) if dtype == BF16 else head.copy_(model.head_weight.grad)
             model.head_weight.grad = head if dtype == F32 else None
-            optimizer.accumulate()
+            optimizer.accumulate(is_first=True)
         for name, gradient in optimizer.gradients().items():
             assert gradient.dtype == F32
             assert torch.equal(gradient, total[name]), name

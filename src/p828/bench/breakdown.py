@@ -67,8 +67,8 @@ def break_down(
 ) -> dict[str, Any]:
     """Milliseconds a micro-batch of each part and of the longest kernels, from one profiled call of `run`.
 
-    `step_seconds` is a step's time without the profiler, which slows the host but not a GPU's kernels: on a GPU, where
-    it exceeds theirs the GPU is idle. On a CPU the shares are of the profiled step.
+    `step_seconds` is a step's time without the profiler, which slows the host but not a GPU's kernels: on a GPU, what
+    exceeds theirs is when the GPU is idle. On a CPU the shares are of the profiled step.
     """
     if device.type != "cuda":
         with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:

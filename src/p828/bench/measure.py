@@ -12,7 +12,7 @@ from p828.bench.breakdown import break_down
 from p828.bench.step import Step, build_step
 from p828.bench.systems import system_from_dict
 from p828.bench.timing import matmul_flops, step_seconds
-from p828.train.device import peak_memory, pick_device
+from p828.train.device import make_deterministic, peak_memory, pick_device
 
 
 def describe_machine(device_name: str) -> dict[str, Any]:
@@ -29,6 +29,8 @@ def describe_machine(device_name: str) -> dict[str, Any]:
 def measure_system(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the first step and, in the median, of later ones; memory; what the weights are."""
     system = system_from_dict(job["system"])
+    if system.config.train.deterministic:
+        make_deterministic()
     step = build_step(system, job["routing"])
     started = time.perf_counter()
     step.run()
@@ -51,7 +53,7 @@ def measure_system(job: dict[str, Any]) -> dict[str, Any]:
         "moments": dtype_name(step.moments_dtype()),
     }
     if job["breakdown"]:
-        result["breakdown"] = break_down(step.run, seconds, accumulation, step.device)
+        result["breakdown"] = break_down(step.run_traceably, seconds, accumulation, step.device)
     return result
 
 

@@ -23,6 +23,9 @@ class Step(Protocol):
     def run(self) -> None:
         """All micro-batches of a step and the update."""
 
+    def run_traceably(self) -> None:
+        """The same, with every kernel started from the host by the operation that it belongs to."""
+
     def moments_dtype(self) -> torch.dtype:
         """What the optimizer keeps most of its state in."""
 
@@ -45,6 +48,10 @@ class OwnStep:
         for batch in batches:
             self.engine.forward_backward(batch, num_targets)
         self.engine.step(self.learning_rate)
+
+    def run_traceably(self) -> None:
+        self.engine.stop_recording()
+        self.run()
 
     def moments_dtype(self) -> torch.dtype:
         return most_common_dtype(self.engine.tensors()["optimizer"].values())
@@ -80,6 +87,9 @@ class PeerStep:
         nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def run_traceably(self) -> None:
+        self.run()
 
     def moments_dtype(self) -> torch.dtype:
         return most_common_dtype(value for state in self.optimizer.state.values() for value in state.values())

@@ -43,10 +43,10 @@ LARGE_TILES = {
     ("forward", 64): Tiles(128, 64, warps=8, stages=3, registers=128),
     ("forward", 128): Tiles(128, 64, warps=8, stages=3),
     ("forward", 256): Tiles(128, 64, warps=8, stages=2, skip=False),
-    ("backward_queries", 64): Tiles(128, 64, warps=8, stages=2, registers=128),
+    ("backward_queries", 64): Tiles(128, 64, warps=8, stages=3, registers=128),
     ("backward_queries", 128): Tiles(128, 64, warps=8, stages=2),
     ("backward_queries", 256): Tiles(128, 32, warps=8, stages=2),
-    ("backward_keys", 64): Tiles(64, 128, warps=8, stages=2),
+    ("backward_keys", 64): Tiles(64, 128, warps=8, stages=3),
     ("backward_keys", 128): Tiles(64, 128, warps=8, stages=2, skip=False),
     ("backward_keys", 256): Tiles(32, 64, warps=8, stages=2, skip=False),
 }

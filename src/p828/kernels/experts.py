@@ -55,13 +55,15 @@ def routed_experts(
 
     `weights_TK` is float32; P is 2 I for `swiglu` and 4 I for `swiglu_of_product`.
     """
+    from p828.kernels import activation_triton as activation
     from p828.kernels import expert_products_triton as products
     from p828.kernels import expert_rows_triton as rows
 
     rows_used = offsets_E1[-1:]
     x_RH = rows.gather(x_TH, entry_R, rows_used, row_TK.shape[1])
     gate_up_RP = products.linear(x_RH, gate_up_EPH, tile_expert, rows_used)
-    inner_RI = rows.activate(gate_up_RP, weights_TK, entry_R, rows_used, down_EHI.shape[2])
+    gate_RP, up_RP = gate_up_RP.chunk(2, dim=1)
+    inner_RI = activation.activate(gate_RP, up_RP, down_EHI.shape[2], weights_TK, entry_R, rows_used)
     y_RH = products.linear(inner_RI, down_EHI, tile_expert, rows_used)
     return rows.combine(y_RH, row_TK), gate_up_RP
 
@@ -86,15 +88,20 @@ def routed_experts_backward(
     gate_up_RP: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x_TH, weights_TK, gate_up_EPH and down_EHI, each in its dtype."""
+    from p828.kernels import activation_triton as activation
     from p828.kernels import expert_products_triton as products
     from p828.kernels import expert_rows_triton as rows
 
     rows_used, per_token = offsets_E1[-1:], row_TK.shape[1]
     grad_RH = rows.gather(grad_TH, entry_R, rows_used, per_token)
-    dinner_RI = products.linear_backward(grad_RH, down_EHI, tile_expert, rows_used)
-    dgate_up_RP, inner_RI, dweights_TK = rows.activate_backward(dinner_RI, gate_up_RP, weights_TK, entry_R, rows_used)
+    inner_RI = products.linear_backward(grad_RH, down_EHI, tile_expert, rows_used)  # its gradient, so far
+    dgate_up_RP, dweights_TK = torch.empty_like(gate_up_RP), torch.empty_like(weights_TK)
+    (gate_RP, up_RP), (dgate_RP, dup_RP) = gate_up_RP.chunk(2, dim=1), dgate_up_RP.chunk(2, dim=1)
+    activation.activate_backward_(
+        inner_RI, gate_RP, up_RP, dgate_RP, dup_RP, weights_TK, dweights_TK, entry_R, rows_used
+    )
     ddown_EHI = products.weight_gradient(grad_RH, inner_RI, offsets_E1)
-    del grad_RH, inner_RI, dinner_RI
+    del grad_RH, inner_RI
     dx_RH = products.linear_backward(dgate_up_RP, gate_up_EPH, tile_expert, rows_used)
     dx_TH = rows.combine(dx_RH, row_TK)
     del dx_RH

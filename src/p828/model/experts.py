@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from p828.config import ModelConfig
 from p828.kernels import experts as kernels
+from p828.kernels.activated_linear import activated_linear
 from p828.kernels.grouped_linear import grouped_linear
 from p828.model.linear import Linear
 
@@ -46,7 +47,7 @@ class Experts(nn.Module):
         experts = len(self.down_proj)
         if counted_T is None:
             counted_T = torch.ones(len(x_TH), dtype=torch.bool, device=x_TH.device)
-        if not self._is_fused(x_TH):
+        if not is_fused(x_TH, self):
             return sort_by_expert(experts_TK, counted_T, experts)
         tiles = -(-experts_TK.numel() // kernels.TILE) + experts  # no expert pads more than a tile
         return Order(*kernels.sort_rows(experts_TK, counted_T, experts, tiles * kernels.TILE))
@@ -63,10 +64,6 @@ class Experts(nn.Module):
         weighted_RI = (inner_RI * weights_TK.flatten()[order.entry_R, None]).to(x_TH.dtype)
         return Combine.apply(grouped_linear(weighted_RI, down, rows_E), order.row_TK, order.entry_R)
 
-    def _is_fused(self, x_TH: Tensor) -> bool:
-        drops = self.training and self.dropout > 0
-        return x_TH.is_cuda and x_TH.dtype == torch.bfloat16 and not drops
-
 
 class SharedExperts(nn.Module):
     """The same form for every token: `n_shared_experts` experts as one of their joint width."""
@@ -81,8 +78,17 @@ class SharedExperts(nn.Module):
         self.down_proj = Linear(inner, config.hidden_size)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        inner_TI = activate(self.hidden_act, self.gate_proj(x_TH), self.up_proj(x_TH))
+        gate_TP, up_TP = self.gate_proj(x_TH), self.up_proj(x_TH)
+        if is_fused(x_TH, self):
+            return activated_linear(gate_TP, up_TP, self.down_proj.weight.to(x_TH.dtype))
+        inner_TI = activate(self.hidden_act, gate_TP, up_TP)
         return self.down_proj(F.dropout(inner_TI, self.dropout, self.training))
+
+
+def is_fused(x_TH: Tensor, experts: Experts | SharedExperts) -> bool:
+    """Whether the kernels for a GPU compute these tokens."""
+    drops = experts.training and experts.dropout > 0
+    return x_TH.is_cuda and x_TH.dtype == torch.bfloat16 and not drops
 
 
 def projected_width(hidden_act: str, inner: int) -> int:

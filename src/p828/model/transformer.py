@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -200,6 +201,5 @@ def document_borders(documents_BS: Tensor) -> tuple[Tensor, Tensor]:
     is_first_T = is_first_BS.flatten()
     token_T = torch.arange(len(is_first_T), dtype=torch.int32, device=documents_BS.device)
     start_T = token_T.where(is_first_T, 0).cummax(0).values
-    next_start_T = token_T.where(is_first_T, len(token_T)).roll(-1)
-    next_start_T[-1] = len(token_T)
+    next_start_T = F.pad(token_T.where(is_first_T, len(token_T))[1:], (0, 1), value=len(token_T))
     return start_T, next_start_T.flip(0).cummin(0).values.flip(0)

@@ -21,6 +21,7 @@ from p828.model.loss import loss_and_gradients
 from p828.model.transformer import RouterStatistics, Transformer
 from p828.train.balance import update_biases
 from p828.train.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
+from p828.train.graph import MicroBatchGraphs
 from p828.train.optimizer import Optimizer, pick_moment_dtype
 
 
@@ -63,13 +64,26 @@ class PlainEngine:
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             for layer in self.model.layers:
                 layer.compile()
+        self._graphs = MicroBatchGraphs(self._forward_backward, self.device) if self._is_recordable() else None
+        self._is_first = True  # of the step's micro-batches
         layers, experts = config.model.num_hidden_layers, config.model.n_routed_experts
         self._loss = torch.zeros((), device=self.device)
         self._loads_LE = torch.zeros(layers, experts, dtype=torch.int64, device=self.device)
 
     def forward_backward(self, batch: Batch, num_targets: int) -> None:
         """Add one micro-batch's gradients, for a step of `num_targets` targets in all."""
-        batch = batch.to(self.device)
+        if self._graphs is None:
+            self._forward_backward(batch.to(self.device), num_targets, self._is_first)
+        else:
+            self._graphs(batch, num_targets, self._is_first)
+        self._is_first = False
+
+    def stop_recording(self) -> None:
+        """Start every kernel from the host from now on: only so does a profiler see what each belongs to."""
+        self._graphs = None
+
+    def _forward_backward(self, batch: Batch, num_targets: int, is_first: bool) -> None:
+        """`forward_backward` of a batch on the device; does not make the host wait."""
         tokens_T, targets_T = batch.tokens_BS.flatten(), batch.targets_BS.flatten()
         # Embedding and head stay outside autograd, so that their gradients are summed in float32 from the start.
         embedded_BSH = self.model.embed(batch.tokens_BS, self.dtype).detach().requires_grad_()
@@ -93,9 +107,16 @@ class PlainEngine:
         with record_function("embedding"):
             add_embedding_gradient_(self._dembedding_VH, tokens_T, embedded_BSH.grad.flatten(0, 1))
         with record_function("Optimizer.step: accumulate"):
-            self.optimizer.accumulate()
+            self.optimizer.accumulate(is_first)
         self._loss += loss / num_targets
         self._loads_LE += output.router.loads_LE
+
+    def _is_recordable(self) -> bool:
+        """Whether the host only starts kernels: plain experts ask for loads, recomputation for random states."""
+        model, train = self.config.model, self.config.train
+        is_fused = self.dtype == torch.bfloat16 and model.attention_backend != "reference" and not model.dropout
+        is_compiled = self.device.type == "cuda" and compiles(train, self.device)
+        return is_compiled and is_fused and not train.gradient_checkpointing
 
     def _auxiliary_losses(self, router: RouterStatistics, num_targets: int) -> list[Tensor]:
         balance = self.config.balance
@@ -139,6 +160,7 @@ class PlainEngine:
 
     def _begin_step(self) -> None:
         self.optimizer.begin_step()
+        self._is_first = True
         self._loss.zero_()
         self._loads_LE.zero_()
 

@@ -49,31 +49,30 @@ class Optimizer:
         The same tensor at every call; zero when a step begins.
         """
         if parameter not in self._summed_by_caller:
-            if parameter not in self._matrices:
-                parameter.grad = torch.zeros_like(parameter)
             self._summed_by_caller[parameter] = self._sum_of(parameter)
         return self._summed_by_caller[parameter]
 
     def begin_step(self) -> None:
-        self._is_first_micro_batch = True
         for parameter in self._parameters.values():
-            if parameter not in self._summed_by_caller:
-                parameter.grad = None
-        for gradient in self._summed_by_caller.values():
-            gradient.zero_()
+            if parameter not in self._matrices:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+            elif parameter in self._summed_by_caller:
+                self._matrices[parameter].gradient.zero_()
 
-    def accumulate(self) -> None:
-        """Add a micro-batch's bfloat16 gradients to their float32 sums. Gradients in float32 are their own sums."""
+    def accumulate(self, is_first: bool) -> None:
+        """Add a micro-batch's bfloat16 gradients to their float32 sums; the first of a step takes the sums' place.
+
+        Gradients in float32 are their own sums.
+        """
         for parameter, state in self._matrices.items():
             if parameter in self._summed_by_caller:
                 continue
             assert parameter.grad is not None  # every matrix takes part in every micro-batch
-            if self._is_first_micro_batch:
+            if is_first:
                 state.gradient.copy_(parameter.grad)
             else:
                 state.gradient.add_(parameter.grad)
             parameter.grad = None
-        self._is_first_micro_batch = False
 
     def gradients(self) -> dict[str, Tensor]:
         """The float32 sums of the step so far, by parameter."""
