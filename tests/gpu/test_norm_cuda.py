@@ -30,6 +30,22 @@ def test_against_float64(cuda: torch.device, shape: tuple[int, ...]) -> None:
     assert norm.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 50, 64), (2, 600, 5000)], ids=str)
+def test_alone_against_float64(cuda: torch.device, shape: tuple[int, ...]) -> None:
+    x, grad = torch.randn(2, *shape).bfloat16()
+    norm, twin = RMSNorm(shape[-1], 1e-5), RMSNorm(shape[-1], 1e-5).double()
+    norm.weight.data.normal_()
+    twin.load_state_dict(norm.state_dict())
+    norm.to(cuda)
+    (ours,), (theirs,) = leaves(x, dtype=torch.bfloat16, device=cuda), leaves(x, dtype=torch.float64)
+    actual, expected = norm(ours), twin(theirs)
+    actual.backward(grad.to(cuda))
+    expected.backward(grad.double())
+    assert_near(actual, expected, BFLOAT16)
+    assert_near(ours.grad, theirs.grad, BFLOAT16)
+    assert_near(norm.weight.grad, twin.weight.grad, BFLOAT16)
+
+
 def test_repeats_bit_for_bit(cuda: torch.device) -> None:
     norm = RMSNorm(512, 1e-5).to(cuda)
     x, delta, grad = torch.randn(3, 5000, 512, device=cuda).bfloat16()

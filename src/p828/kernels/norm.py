@@ -1,8 +1,8 @@
-"""Residual sum and RMS normalisation in one pass over memory, on a GPU.
+"""RMS normalisation, also with the residual sum before it, in one pass over memory, on a GPU.
 
-Both are bound by memory: together they read two tensors and write two, and the backward pass reads three and writes
-one, with the weight's gradient summed on the way instead of through a tensor of its own. The plain twin is
-`p828.model.norm.RMSNorm.add` on a CPU.
+Sum and norm are bound by memory: together they read two tensors and write two, and the backward pass reads three and
+writes one, with the weight's gradient summed on the way instead of through a tensor of its own. The plain twin is
+`p828.model.norm.RMSNorm` on a CPU.
 """
 
 from typing import Any
@@ -24,21 +24,35 @@ def _(x_TH: Tensor, delta_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Ten
     return x_TH.new_empty(x_TH.shape), x_TH.new_empty(x_TH.shape)
 
 
-@torch.library.custom_op("p828::add_rms_norm_backward", mutates_args=())
-def add_rms_norm_backward(
-    grad_sum_TH: Tensor, grad_normed_TH: Tensor, sum_TH: Tensor, weight_H: Tensor, eps: float
+@torch.library.custom_op("p828::rms_norm", mutates_args=())
+def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """The normalisation of x times the weight (float32): (T, H) in x's dtype."""
+    from p828.kernels import norm_triton
+
+    return norm_triton.forward(x_TH.contiguous(), None, weight_H, eps)[1]
+
+
+@rms_norm.register_fake
+def _(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    return x_TH.new_empty(x_TH.shape)
+
+
+@torch.library.custom_op("p828::rms_norm_backward", mutates_args=())
+def rms_norm_backward(
+    grad_sum_TH: Tensor | None, grad_normed_TH: Tensor, sum_TH: Tensor, weight_H: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, which is delta's too, and that of the weight (float32)."""
     from p828.kernels import norm_triton
 
-    return norm_triton.backward(grad_sum_TH.contiguous(), grad_normed_TH.contiguous(), sum_TH, weight_H, eps)
+    grad_sum_TH = None if grad_sum_TH is None else grad_sum_TH.contiguous()
+    return norm_triton.backward(grad_sum_TH, grad_normed_TH.contiguous(), sum_TH.contiguous(), weight_H, eps)
 
 
-@add_rms_norm_backward.register_fake
+@rms_norm_backward.register_fake
 def _(
-    grad_sum_TH: Tensor, grad_normed_TH: Tensor, sum_TH: Tensor, weight_H: Tensor, eps: float
+    grad_sum_TH: Tensor | None, grad_normed_TH: Tensor, sum_TH: Tensor, weight_H: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(sum_TH), torch.empty_like(weight_H)
+    return sum_TH.new_empty(sum_TH.shape), torch.empty_like(weight_H)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
@@ -47,8 +61,18 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple
 
 
 def _backward(ctx: Any, grad_sum_TH: Tensor, grad_normed_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    dx_TH, dweight_H = add_rms_norm_backward(grad_sum_TH, grad_normed_TH, *ctx.saved_tensors, ctx.eps)
+    dx_TH, dweight_H = rms_norm_backward(grad_sum_TH, grad_normed_TH, *ctx.saved_tensors, ctx.eps)
     return dx_TH, dx_TH, dweight_H, None
 
 
+def _setup_alone(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    x_TH, weight_H, ctx.eps = inputs
+    ctx.save_for_backward(x_TH, weight_H)
+
+
+def _backward_alone(ctx: Any, grad_normed_TH: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *rms_norm_backward(None, grad_normed_TH, *ctx.saved_tensors, ctx.eps), None
+
+
 add_rms_norm.register_autograd(_backward, setup_context=_setup)
+rms_norm.register_autograd(_backward_alone, setup_context=_setup_alone)

@@ -14,12 +14,12 @@ def norm_forward(x, delta, weight, total, normed, eps, T, H, ROWS: tl.constexpr,
     column = tl.arange(0, COLUMNS)[None, :]
     mask = (row < T) & (column < H)
     at = row.to(tl.int64) * H + column
-    # Rounded before it is normalised, so that the backward pass, which reads what was stored, sees the same number.
-    stored = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + tl.load(delta + at, mask=mask, other=0.0)).to(
-        total.dtype.element_ty
-    )
-    tl.store(total + at, stored, mask=mask)
-    value = stored.to(tl.float32)
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    if delta is not None:
+        # Rounded before it is normalised, so that the backward pass, which reads what was stored, sees the same number.
+        stored = (value + tl.load(delta + at, mask=mask, other=0.0)).to(total.dtype.element_ty)
+        tl.store(total + at, stored, mask=mask)
+        value = stored.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / H + eps)
     value *= scale * tl.load(weight + column, mask=column < H, other=0.0)
     tl.store(normed + at, value.to(normed.dtype.element_ty), mask=mask)
@@ -44,13 +44,16 @@ def norm_backward(
         dweight += grad * value
         grad *= gain
         along = tl.sum(grad * value, 1, keep_dims=True) / H
-        grad = scale * (grad - value * along) + tl.load(grad_total + at, mask=mask, other=0.0)
+        grad = scale * (grad - value * along)
+        if grad_total is not None:
+            grad += tl.load(grad_total + at, mask=mask, other=0.0)
         tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=mask)
     tl.store(dweights + tl.program_id(0) * H + column, tl.sum(dweight, 0, keep_dims=True), mask=column < H)
 
 
-def forward(x_TH: Tensor, delta_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total_TH, normed_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
+def forward(x_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum, which without a delta is x itself, and its normalisation."""
+    total_TH, normed_TH = x_TH if delta_TH is None else torch.empty_like(x_TH), torch.empty_like(x_TH)
     width = x_TH.shape[-1]
     tokens, rows, columns = x_TH.numel() // width, *_block(width)
     norm_forward[(triton.cdiv(tokens, rows),)](
@@ -60,7 +63,7 @@ def forward(x_TH: Tensor, delta_TH: Tensor, weight_H: Tensor, eps: float) -> tup
 
 
 def backward(
-    grad_total_TH: Tensor, grad_normed_TH: Tensor, total_TH: Tensor, weight_H: Tensor, eps: float
+    grad_total_TH: Tensor | None, grad_normed_TH: Tensor, total_TH: Tensor, weight_H: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     width = total_TH.shape[-1]
     tokens, rows, columns = total_TH.numel() // width, *_block(width)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p828.kernels.norm import add_rms_norm
+from p828.kernels.norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -16,11 +16,18 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if _is_fused(x):
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
     def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """x + delta and its normalisation."""
-        if x.is_cuda and x.dtype == torch.bfloat16:
+        if _is_fused(x):
             return add_rms_norm(x, delta, self.weight, self.eps)
         total = x + delta
         return total, self(total)
+
+
+def _is_fused(x: Tensor) -> bool:
+    """Whether the kernels for a GPU compute it."""
+    return x.is_cuda and x.dtype == torch.bfloat16

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -198,8 +197,9 @@ def document_borders(documents_BS: Tensor) -> tuple[Tensor, Tensor]:
     """
     is_first_BS = torch.ones_like(documents_BS, dtype=torch.bool)
     is_first_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
-    is_first_T = is_first_BS.flatten()
-    token_T = torch.arange(len(is_first_T), dtype=torch.int32, device=documents_BS.device)
-    start_T = token_T.where(is_first_T, 0).cummax(0).values
-    next_start_T = F.pad(token_T.where(is_first_T, len(token_T))[1:], (0, 1), value=len(token_T))
-    return start_T, next_start_T.flip(0).cummin(0).values.flip(0)
+    token_BS = torch.arange(documents_BS.numel(), dtype=torch.int32, device=documents_BS.device).view_as(documents_BS)
+    start_BS = token_BS.where(is_first_BS, 0).cummax(1).values
+    row_end_B1 = token_BS[:, -1:] + 1
+    next_start_BS = torch.cat((token_BS.where(is_first_BS, row_end_B1)[:, 1:], row_end_B1), dim=1)
+    end_BS = next_start_BS.flip(1).cummin(1).values.flip(1)
+    return start_BS.flatten(), end_BS.flatten()
