@@ -1,5 +1,7 @@
 """One linear layer per expert over rows sorted by expert."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,13 +11,36 @@ def grouped_linear(x_RA: Tensor, weight_EBA: Tensor, loads_E: Tensor) -> Tensor:
     """Rows of expert e times weight e, transposed: (R, A) and (E, B, A) give (R, B).
 
     `x_RA` holds the rows of expert 0 first, then those of expert 1, …; `loads_E` (int64, sums to R) says how many each
-    has, zero among them. bfloat16 on CUDA runs as one grouped product without the host knowing the loads; on a CPU,
-    where that product is no faster, and in other dtypes it is a loop.
+    has, zero among them. bfloat16 on CUDA runs as one grouped product without the host knowing the loads; otherwise, as
+    that product is no faster on a CPU, there is one for each expert.
     """
     if x_RA.is_cuda and x_RA.dtype == torch.bfloat16:
         offsets_E = loads_E.cumsum(0).to(torch.int32)
         return F.grouped_mm(x_RA, weight_EBA.transpose(1, 2), offs=offsets_E)
-    return grouped_linear_loop(x_RA, weight_EBA, loads_E)
+    return GroupedLinear.apply(x_RA, weight_EBA, loads_E.tolist())
+
+
+class GroupedLinear(torch.autograd.Function):
+    """A product for each expert, written to where its rows or its weight's gradient belong."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RA: Tensor, weight_EBA: Tensor, loads: list[int]) -> Tensor:
+        ctx.save_for_backward(x_RA, weight_EBA)
+        ctx.loads = loads
+        y_RB = x_RA.new_empty(len(x_RA), weight_EBA.shape[1])
+        for x, weight_BA, y in zip(x_RA.split(loads), weight_EBA, y_RB.split(loads), strict=True):
+            torch.mm(x, weight_BA.T, out=y)
+        return y_RB
+
+    @staticmethod
+    def backward(ctx: Any, dy_RB: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_RA, weight_EBA = ctx.saved_tensors
+        dx_RA, dweight_EBA = torch.empty_like(x_RA), torch.empty_like(weight_EBA)
+        by_expert = (tensor.split(ctx.loads) for tensor in (x_RA, dy_RB, dx_RA))
+        for x, dy, dx, weight_BA, dweight_BA in zip(*by_expert, weight_EBA, dweight_EBA, strict=True):
+            torch.mm(dy, weight_BA, out=dx)
+            torch.mm(dy.T, x, out=dweight_BA)
+        return dx_RA, dweight_EBA, None
 
 
 def grouped_linear_loop(x_RA: Tensor, weight_EBA: Tensor, loads_E: Tensor) -> Tensor:

@@ -145,8 +145,8 @@ class Combine(torch.autograd.Function):
 
 
 def gather_rows(x_TH: Tensor, row_TK: Tensor, entry_R: Tensor) -> Tensor:
-    return x_TH[entry_R // row_TK.shape[1]]
+    return x_TH.index_select(0, entry_R // row_TK.shape[1])
 
 
 def combine_rows(y_RH: Tensor, row_TK: Tensor) -> Tensor:
-    return y_RH[row_TK].sum(dim=1)
+    return y_RH.index_select(0, row_TK.flatten()).unflatten(0, row_TK.shape).sum(dim=1)

@@ -7,8 +7,10 @@ from torch import Tensor
 from p828.kernels.cross_entropy import softmax_gradient_
 
 IGNORE = -100
-CHUNK_TOKENS = 2048
-CHUNK_TOKENS_CUDA = 4096  # below that the products with the head do not fill an H100
+CHUNK_TOKENS = {
+    "cpu": 256,  # so that a chunk of a small vocabulary stays in the cache
+    "cuda": 4096,  # below that the products with the head do not fill an H100
+}
 
 
 def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
@@ -19,9 +21,10 @@ def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor
     """
     weight_VH = weight_VH.to(hidden_TH.dtype)
     sum_dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
+    chunks = (tensor.split(CHUNK_TOKENS[hidden_TH.device.type]) for tensor in (hidden_TH, targets_T))
     losses = [
         F.cross_entropy((hidden_cH @ weight_VH.T).to(sum_dtype), targets_c, ignore_index=IGNORE, reduction="sum")
-        for hidden_cH, targets_c in zip(hidden_TH.split(CHUNK_TOKENS), targets_T.split(CHUNK_TOKENS), strict=True)
+        for hidden_cH, targets_c in zip(*chunks, strict=True)
     ]
     return torch.stack(losses).sum()
 
@@ -37,7 +40,7 @@ def loss_and_gradients(
     its logits are there, in their place. Its share of dweight is summed in float32 as well; on a CPU in bfloat16, for
     which there is no such product, it is rounded before it is added.
     """
-    chunk = CHUNK_TOKENS_CUDA if hidden_TH.is_cuda else CHUNK_TOKENS
+    chunk = CHUNK_TOKENS[hidden_TH.device.type]
     logits_CV = hidden_TH.new_empty(min(chunk, len(hidden_TH)), len(weight_VH))
     dhidden_TH = torch.empty_like(hidden_TH)
     losses = []

@@ -133,16 +133,12 @@ class PlainEngine:
             applied = torch.isfinite(self._loss) & torch.isfinite(norm)
             self.optimizer.update(learning_rate, norm, applied)
         update_biases(self.model, self._loads_LE, self.config.balance.update_rate, applied)
-        loss, grad_norm, loads = self._read(norm)
+        result = torch.cat([part.double() for part in (self._loss[None], norm[None], self._loads_LE.flatten())])
         self._begin_step()
-        return StepResult(loss, grad_norm, loads, applied=math.isfinite(loss) and math.isfinite(grad_norm))
-
-    def _read(self, norm: Tensor) -> tuple[float, float, list[list[int]]]:
-        """Loss, gradient norm and loads on the host, in one transfer: the step's one wait for the device."""
-        parts = (self._loss[None], norm[None], self._loads_LE.flatten())
-        loss, grad_norm, *loads = torch.cat([part.double() for part in parts]).tolist()
+        loss, grad_norm, *loads = result.tolist()  # the step's one wait for the device
         experts = self.config.model.n_routed_experts
-        return loss, grad_norm, [[int(n) for n in loads[i : i + experts]] for i in range(0, len(loads), experts)]
+        loads_LE = [[int(n) for n in loads[i : i + experts]] for i in range(0, len(loads), experts)]
+        return StepResult(loss, grad_norm, loads_LE, applied=math.isfinite(loss) and math.isfinite(grad_norm))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything a checkpoint needs from here, by file and name."""

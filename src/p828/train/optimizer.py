@@ -55,6 +55,7 @@ class Optimizer:
     def begin_step(self) -> None:
         for parameter in self._parameters.values():
             if parameter not in self._matrices:
+                # In place on a GPU, where a recorded micro-batch adds to it.
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
             elif parameter in self._summed_by_caller:
                 self._matrices[parameter].gradient.zero_()
