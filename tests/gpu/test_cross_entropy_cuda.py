@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from oracles import BFLOAT16, FLOAT32, assert_near, leaves, naive_loss
 from p828.kernels.cross_entropy import softmax_gradient_
-from p828.model.loss import CHUNK_TOKENS_CUDA, IGNORE, loss_and_gradients
+from p828.model.loss import CHUNK_TOKENS, IGNORE, loss_and_gradients
+
+CHUNK = CHUNK_TOKENS["cuda"]
 
 SCALE = 0.37
 
@@ -34,7 +36,7 @@ def test_kernel(cuda: torch.device, dtype: torch.dtype, tolerance: float, vocabu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 300, CHUNK_TOKENS_CUDA, CHUNK_TOKENS_CUDA + 100])
+@pytest.mark.parametrize("tokens", [1, 300, CHUNK, CHUNK + 100])
 def test_loss_and_gradients(cuda: torch.device, dtype: torch.dtype, tokens: int) -> None:
     """Full and shorter chunks, targets left out, a vocabulary that is no multiple of anything, twice the same bits."""
     hidden, weight = torch.randn(tokens, 64).to(cuda, dtype), torch.randn(1003, 64).to(cuda, dtype)

@@ -113,7 +113,7 @@ def test_gradients_are_summed_over_micro_batches(dtype: torch.dtype, moment_dtyp
                     parameter.grad = grads[name].add_(parameter.grad)
             head.add_(model.head_weight.grad.float()) if dtype == BF16 else head.copy_(model.head_weight.grad)
             model.head_weight.grad = head if dtype == F32 else None
-            optimizer.accumulate(is_first=True)
+            optimizer.accumulate(is_first=seed == 0)
         for name, gradient in optimizer.gradients().items():
             assert gradient.dtype == F32
             assert torch.equal(gradient, total[name]), name
