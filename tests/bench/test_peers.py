@@ -1,9 +1,10 @@
 """transformers' model as a peer: its sizes are p828's, and it trains. torchtitan computes on a GPU only."""
 
 import pytest
+import torch
 
 from p828.bench.step import PeerStep
-from p828.bench.systems import System, common_to_all, describe_changes, peer_systems
+from p828.bench.systems import System, common_to_all, describe_changes, has_liger, peer_systems
 from p828.config import Config, DataConfig, TrainConfig
 from p828.model.flops import count_parameters
 from tiny import tiny_config
@@ -24,6 +25,20 @@ def test_transformers(routing: str) -> None:
     for _ in range(4):
         step.run()
     assert step.loss(batch.tokens_BS, batch.targets_BS).item() < before
+
+
+def test_a_step_takes_the_mean_over_its_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = PeerStep(System("peer", "transformers", tiny_run()), "model")
+    head = step.model.lm_head.weight
+    batches = [next(step.batches) for _ in range(4)]  # all there are: the same come again
+    expected = sum(
+        torch.autograd.grad(step.loss(batch.tokens_BS, batch.targets_BS), head)[0] / 2 for batch in batches[:2]
+    )
+    found = []
+    # What the update is about to see; clipping comes after.
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: found.append(head.grad.clone()))
+    step.run()
+    torch.testing.assert_close(found[0], expected)
 
 
 def test_a_forced_routing_reaches_the_experts() -> None:
@@ -57,6 +72,7 @@ def test_which_systems_run_where() -> None:
     assert {system.experts for system in on_cpu} == {"eager", "grouped_mm"}
     assert not any(system.is_compiled for system in on_cpu)
     assert [(system.framework, system.is_compiled, system.has_float32_weights) for system in on_gpu] == [
-        ("transformers", False, False), ("transformers", True, False),
+        ("transformers", False, False), ("transformers", True, False), *[("transformers", True, False)] * has_liger(),
         ("torchtitan", True, False), ("torchtitan", True, True),
     ]  # fmt: skip
+    assert sum(system.has_liger_head for system in on_gpu) == has_liger()

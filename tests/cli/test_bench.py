@@ -29,6 +29,7 @@ from runs import p828, start, write_toml
         (("train", "--shape", "quickstart", "--micro-batch-size", "-1"), ["micro_batch_size = -1", "from 1"]),
         (("train", "--shape", "quickstart", "--step", "3"), ["--step", "did you mean --steps?"]),
         (("train", "--shape", "quickstart", "--json", "none/rows.json"), ["none/rows.json", "cannot be written"]),
+        (("train", "--shape", "quickstart", "--json", "."), ["--json .", "is a directory"]),
     ],
 )
 def test_wrong_arguments(
@@ -87,7 +88,8 @@ def test_rows_with_a_peer_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_an_interrupt_ends_the_measuring_process(tmp_path: Path) -> None:
     path = write_toml(tmp_path)
-    process = start("bench", "train", "--shape", str(path), "--steps", "1000000", cwd=tmp_path)
+    (tmp_path / "rows.json").write_text("yesterday's")
+    process = start("bench", "train", "--shape", str(path), "--steps", "1000000", "--json", "rows.json", cwd=tmp_path)
     try:
         child = _measuring_process(process)
         ended = os.pidfd_open(child)  # readable once that process has ended
@@ -96,6 +98,7 @@ def test_an_interrupt_ends_the_measuring_process(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130, err
+    assert (tmp_path / "rows.json").read_text() == "yesterday's"
     assert select.select([ended], [], [], 60)[0], "the measuring process runs on"
 
 

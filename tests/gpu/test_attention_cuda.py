@@ -136,8 +136,21 @@ def test_against_float64(cuda: torch.device, key_heads: int, rows: str, with_sin
 
 @pytest.mark.parametrize("head_dim", [8, 16, 32, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("heads", [2, 6, 8], ids=["1 a key head", "3 a key head", "4 a key head"])
-def test_head_sizes(cuda: torch.device, heads: int, head_dim: int) -> None:
+@pytest.mark.parametrize("tiles", ["own", "small"])
+def test_head_sizes(cuda: torch.device, monkeypatch: pytest.MonkeyPatch, heads: int, head_dim: int, tiles: str) -> None:
+    if tiles == "small":  # what GPUs without the tensor memory accelerator run
+        from p828.kernels import attention_triton
+
+        monkeypatch.setattr(attention_triton, "uses_tma", lambda device: False)
     check(make_inputs(cuda, [[500, 77], [77, 500]], heads, 2, head_dim, True))
+
+
+def test_strided_inputs(cuda: torch.device) -> None:
+    inputs = make_inputs(cuda, ROWS["several"], 4, 2, 64, True)
+    qkv_TXD = torch.cat(inputs[:3], dim=2).flatten(0, 1)
+    strided_TXD = qkv_TXD.transpose(0, 1).contiguous().transpose(0, 1)
+    expected, actual = (attention(*arguments_of(inputs, x, inputs.sinks_N))[0] for x in (qkv_TXD, strided_TXD))
+    assert torch.equal(actual, expected)
 
 
 def test_large_scores(cuda: torch.device) -> None:

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from p828.data.loader import Batch
+from p828.inference.evaluate import evaluate
 from p828.train.engine import PlainEngine, StepResult
 from runs import run_config
 
@@ -20,11 +22,11 @@ def _deterministic() -> Iterator[None]:
 
 
 def make_engine(
-    tmp_path: Path, device: str = "cuda", tied: bool = False, compile_: str = "off", **optimizer: str
+    tmp_path: Path, device: str = "cuda", tied: bool = False, compile_: str = "off", **sections: dict[str, object]
 ) -> PlainEngine:
-    sizes = {"tie_word_embeddings": tied, "hidden_size": 64, "head_dim": 16}
-    train = {"device": device, "dtype": "bfloat16", "compile": compile_}
-    return PlainEngine(run_config(tmp_path, model=sizes, train=train, optimizer=optimizer))
+    sizes = {"tie_word_embeddings": tied, "hidden_size": 64, "head_dim": 16} | sections.pop("model", {})
+    train = {"device": device, "dtype": "bfloat16", "compile": compile_} | sections.pop("train", {})
+    return PlainEngine(run_config(tmp_path, model=sizes, train=train, **sections))
 
 
 def batch_of(seed: int, rows: int = 2) -> Batch:
@@ -85,9 +87,45 @@ def test_recorded_micro_batches_compute_what_unrecorded_ones_do(cuda: torch.devi
     assert_equal_engines(recording, plain)
 
 
+def test_what_else_runs_between_recorded_micro_batches(cuda: torch.device, tmp_path: Path) -> None:
+    """Evaluation and saving use the device's memory, and must leave the recording's as it is."""
+    recording, plain = (
+        make_engine(tmp_path, compile_="on", balance={"sequence_loss_weight": 0.01, "z_loss_weight": 0.001})
+        for _ in range(2)
+    )
+    plain.stop_recording()
+    for engine in (recording, plain):
+        train(engine, range(3))
+    evaluate(recording.model, [batch_of(7, rows=4)], np.ones(300, dtype=np.int64), torch.bfloat16)
+    saved(recording)
+    assert train(recording, range(3, 6)) == train(plain, range(3, 6))
+    assert_equal_engines(recording, plain)
+
+
+@pytest.mark.parametrize(
+    "changes, is_recorded",
+    [
+        ({}, True),
+        ({"model": {"dropout": 0.1}}, False),
+        ({"model": {"attention_backend": "reference"}}, False),
+        ({"train": {"gradient_checkpointing": True}}, False),
+        ({"train": {"dtype": "float32"}}, False),
+        ({"train": {"compile": "off"}}, False),
+    ],
+    ids=str,
+)
+def test_what_is_recorded(
+    cuda: torch.device, tmp_path: Path, changes: dict[str, dict[str, object]], is_recorded: bool
+) -> None:
+    """What draws random numbers or asks the device for one is not; it trains all the same."""
+    engine = make_engine(tmp_path, compile_="on", **changes)
+    assert all(result.applied for result in train(engine, range(3)))
+    assert (engine._graphs is not None) == is_recorded
+
+
 @pytest.mark.parametrize("moment_dtype", ["auto", "float32"])
 def test_it_learns(cuda: torch.device, tmp_path: Path, moment_dtype: str) -> None:
-    engine = make_engine(tmp_path, moment_dtype=moment_dtype)
+    engine = make_engine(tmp_path, optimizer={"moment_dtype": moment_dtype})
     losses = [train(engine, range(1))[0].loss for _ in range(25)]
     assert losses[-1] < 0.5 * losses[0]
 

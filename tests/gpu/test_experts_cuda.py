@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from oracles import BFLOAT16, assert_near, leaves
+from p828.kernels.activated_linear import activated_linear
 from p828.kernels.experts import TILE
 from p828.model.experts import Experts, Order, SharedExperts, is_fused, sort_by_expert
 from tiny import tiny_config
@@ -19,7 +20,8 @@ EXPERTS = 5
 
 
 def choices(tokens: int, per_token: int, experts: int = EXPERTS) -> Tensor:
-    return torch.rand(tokens, experts).argsort(1)[:, :per_token].contiguous()
+    """Not contiguous, where a token has more experts to choose from."""
+    return torch.rand(tokens, experts).argsort(1)[:, :per_token]
 
 
 CHOICES = {
@@ -54,7 +56,14 @@ def run(experts: Experts, x: Tensor, experts_TK: Tensor, weights: Tensor, upstre
 @pytest.mark.parametrize("hidden_act", ["swiglu", "swiglu_of_product"])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("choice", CHOICES)
-def test_against_float64(cuda: torch.device, hidden_act: str, sizes: str, choice: str) -> None:
+@pytest.mark.parametrize("generation", ["own", 8, 12])
+def test_against_float64(
+    cuda: torch.device, monkeypatch: pytest.MonkeyPatch, hidden_act: str, sizes: str, choice: str, generation: object
+) -> None:
+    if generation != "own":  # tiles of other GPUs, loaded through pointers or the tensor memory accelerator
+        from p828.kernels import expert_products_triton
+
+        monkeypatch.setattr(expert_products_triton, "generation", lambda device: generation)
     hidden, inner = SIZES[sizes]
     experts_TK = CHOICES[choice]
     experts = make_experts(hidden, inner, hidden_act)
@@ -119,6 +128,26 @@ def test_order(cuda: torch.device, choice: str, experts: int) -> None:
     assert torch.equal(padded.entry_R[padded.entry_R >= 0], plain.entry_R.int())
     assert torch.equal(padded.entry_R[padded.row_TK.flatten()], torch.arange(experts_TK.numel()))
     assert torch.equal(padded.tile_expert[padded.row_TK // TILE], experts_TK.int())
+
+
+def test_strided_inputs(cuda: torch.device) -> None:
+    """Gate and up as the halves of one product; a router's weights as columns of more."""
+    gate_up, down = torch.randn(333, 128, device=cuda).bfloat16(), torch.randn(32, 64, device=cuda).bfloat16()
+    gate, up = gate_up.chunk(2, dim=1)
+    actual = leaves(gate_up, down, dtype=torch.bfloat16, device=cuda)
+    expected = leaves(gate, up, down, dtype=torch.bfloat16, device=cuda)
+    actual_out, expected_out = activated_linear(*actual[0].chunk(2, dim=1), actual[1]), activated_linear(*expected)
+    assert torch.equal(actual_out, expected_out)
+    for out in (actual_out, expected_out):
+        out.sum().backward()
+    assert torch.equal(actual[0].grad, torch.cat([x.grad for x in expected[:2]], dim=1))
+    assert torch.equal(actual[1].grad, expected[2].grad)
+
+    experts, experts_TK = make_experts(64, 64, "swiglu").to(cuda, torch.bfloat16), choices(333, 2).to(cuda)
+    x, weights = torch.randn(333, 64, device=cuda).bfloat16(), torch.rand(333, 2, device=cuda)
+    order = experts.order(x, experts_TK, None)
+    strided = x.T.contiguous().T, weights.T.contiguous().T
+    assert torch.equal(experts(*strided, order), experts(x, weights, order))
 
 
 def test_repeats_bit_for_bit(cuda: torch.device) -> None:

@@ -80,6 +80,11 @@ def test_router_losses_are_those_of_each_layer() -> None:
     assert statistics.balance_loss_L.shape == (2,)
     # Per token at least 1 when chosen and scored alike, above when uneven; this model's routing is uneven.
     assert (statistics.balance_loss_L > 16).all()
+    for layer in model.layers:
+        layer.auxiliary_losses = False
+    statistics = model(torch.randint(97, (2, 8))).router
+    assert not statistics.balance_loss_L.any()
+    assert not statistics.z_loss_L.any()
 
 
 def test_no_token_sees_the_future() -> None:

@@ -145,14 +145,15 @@ def test_a_pickle_in_the_place_of_tensors_is_not_loaded(tmp_path: Path) -> None:
         checkpoint.load(path)
 
 
-def test_a_newer_format_is_named_and_left_in_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_another_format_is_named_and_left_in_place(tmp_path: Path, difference: int) -> None:
     path = save(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
-    newer = checkpoint._manifest_bytes({**manifest, "format_version": checkpoint.FORMAT_VERSION + 1})
-    (path / "manifest.json").write_bytes(newer)
+    ours, other = checkpoint.FORMAT_VERSION, checkpoint.FORMAT_VERSION + difference
+    (path / "manifest.json").write_bytes(checkpoint._manifest_bytes({**manifest, "format_version": other}))
     for read in (lambda: checkpoint.load(path), lambda: checkpoint.find_newest(tmp_path)):
-        with pytest.raises(UserError, match="format is 2; this version of p828 reads format 1") as caught:
+        with pytest.raises(UserError, match=f"format is {other}; this version of p828 reads format {ours}") as caught:
             read()
         assert not isinstance(caught.value, DamagedCheckpoint)
     assert names(tmp_path) == ["step_00000001"]

@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -179,3 +180,17 @@ def test_moment_dtypes() -> None:
         assert pick_moment_dtype(wanted, dtype, device) == F32
     with pytest.raises(UserError, match=r'optimizer.moment_dtype = "bfloat16": accepted in bfloat16 runs'):
         pick_moment_dtype("bfloat16", F32, CPU)
+
+
+def test_equal_matrices_are_rounded_by_different_noise() -> None:
+    model, optimizer = build(BF16, BF16)
+    for _ in range(2):
+        optimizer.begin_step()
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        optimizer.accumulate(is_first=True)
+        optimizer.update(0.1, optimizer.gradient_norm(), YES)
+    moments = [tensor for key, tensor in optimizer.tensors().items() if "exp_avg/" in key and ".k_proj" in key]
+    moments += [tensor for key, tensor in optimizer.tensors().items() if "exp_avg/" in key and ".v_proj" in key]
+    assert len({tensor.shape for tensor in moments}) == 1
+    assert all(not torch.equal(first, second) for first, second in itertools.combinations(moments, 2))

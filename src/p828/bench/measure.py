@@ -48,6 +48,7 @@ def measure_system(job: dict[str, Any]) -> dict[str, Any]:
         "step_seconds_quartiles": quartiles(timed),
         "first_step_seconds": first_step_seconds,
         "peak_memory_bytes": peak_memory(step.device),
+        "peak_reserved_bytes": peak_reserved(step.device),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "weights": dtype_name(max(parameters, key=torch.numel).dtype),
         "moments": dtype_name(step.moments_dtype()),
@@ -63,6 +64,10 @@ def quartiles(values: list[float]) -> tuple[float, float]:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
+
+
+def peak_reserved(device: torch.device) -> int:
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory(device)
 
 
 def synchronize(step: Step) -> None:

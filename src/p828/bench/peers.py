@@ -5,6 +5,7 @@ Both have sigmoid routing, q/k norm and a shared expert; neither has sinks, and 
 
 import importlib
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,19 @@ def build_transformers(system: System, device: torch.device, given_experts: list
     def loss(tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
         return mean_cross_entropy(forward(input_ids=tokens_BS).logits, targets_BS)
 
-    return model, loss
+    return model, with_liger_head(model) if system.has_liger_head else loss
+
+
+def with_liger_head(model: nn.Module) -> Loss:
+    """The loss of a transformers model through Liger's kernel, which never holds all logits; the rest compiled."""
+    head = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+    weight_VH, decoder = model.get_parameter("lm_head.weight"), torch.compile(model.get_submodule("model"))
+
+    def loss(tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        hidden_BSH = decoder(input_ids=tokens_BS).last_hidden_state
+        return cast(Tensor, head(weight_VH, hidden_BSH.flatten(0, 1), targets_BS.flatten()))
+
+    return loss
 
 
 def build_torchtitan(system: System, device: torch.device, given_experts: list[Tensor]) -> tuple[nn.Module, Loss]:

@@ -24,6 +24,9 @@ class Row:
     mfu: float
     """Share of the matrix product's FLOP/s measured in the same run."""
     peak_memory_bytes: int
+    """Of tensors on a GPU, of the process on a CPU."""
+    peak_reserved_bytes: int
+    """The same on a CPU; on a GPU what PyTorch has taken from it for tensors, gaps and CUDA graphs."""
     first_step_seconds: float
     """Of the first step in a fresh process, compilation included."""
     parameters: int
@@ -61,6 +64,7 @@ def make_row(
         tflops=flops / 1e12,
         mfu=flops / matmul_flops,
         peak_memory_bytes=measured["peak_memory_bytes"],
+        peak_reserved_bytes=measured["peak_reserved_bytes"],
         first_step_seconds=measured["first_step_seconds"],
         parameters=measured["parameters"],
         weights=measured["weights"],

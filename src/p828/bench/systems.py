@@ -26,6 +26,8 @@ class System:
     experts: str = "grouped_mm"
     """transformers' `experts_implementation`."""
     is_compiled: bool = False
+    has_liger_head: bool = False
+    """Liger's fused head and loss in place of transformers' own."""
     has_float32_weights: bool = False
     """float32 weights and moments under bfloat16 autocast, in place of bfloat16 throughout."""
 
@@ -86,6 +88,9 @@ def peer_systems(config: Config, peers: tuple[str, ...], device: str) -> list[Sy
             System("transformers, eager", "transformers", config),
             System("transformers, compiled", "transformers", config, is_compiled=True),
         ]
+        if has_liger():
+            label = "transformers, compiled, Liger's head"
+            systems.append(System(label, "transformers", config, is_compiled=True, has_liger_head=True))
     elif "transformers" in peers:
         # Which of the two is the faster one depends on the experts' number and size. `batched_mm`, which copies an
         # expert's weights for every token, took twenty times as long.
@@ -102,6 +107,10 @@ def peer_systems(config: Config, peers: tuple[str, ...], device: str) -> list[Sy
             ),
         ]  # fmt: skip
     return systems
+
+
+def has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def check_peers(peers: tuple[str, ...], device: str) -> None:

@@ -1,6 +1,7 @@
 """`p828 bench train`: time a training step of every system on every shape, and print the rows as they come."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from p828.bench.systems import (
     System,
     common_to_all,
     describe_changes,
+    has_liger,
     own_systems,
     peer_systems,
 )
@@ -37,10 +39,8 @@ class Bench:
     def run(self, shapes: dict[str, Config]) -> None:
         """Measure the machine, then every shape. Raises UserError if the rows cannot be written, RunStopped at the end
         if a system failed."""
-        try:
-            self._write_json()
-        except OSError as error:
-            raise UserError(f"--json {self.json_path}: cannot be written: {error.strerror}") from None
+        if self.json_path is not None:
+            _check_writable(self.json_path)
         try:
             self.machine = measure_apart({"kind": "machine", "device": self.device})
         except MeasurementFailed as failure:
@@ -63,6 +63,8 @@ class Bench:
         for change in describe_changes(config, compared):
             _print(f"for all: {change}")
         _print(f"\n{header()}")
+        if "transformers" in self.peers and self.device == "cuda" and not has_liger():
+            _print("transformers with Liger's head is left out: liger-kernel is not installed")
         own, peers = own_systems(compared), peer_systems(compared, self.peers, self.device)
         rows: list[Row] = []
         for system in [*peers, *own]:  # the peers first, so that p828's ratio can stand in its row
@@ -100,7 +102,18 @@ class Bench:
     def _write_json(self) -> None:
         if self.json_path is not None:
             found = {"machine": self.machine, "rows": [row.to_dict() for row in self.rows], "failed": self.failed}
-            self.json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            # Whole at any moment, and what was there stays until the first row.
+            beside = self.json_path.with_name(f".{self.json_path.name}.{os.getpid()}")
+            beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            beside.replace(self.json_path)
+
+
+def _check_writable(path: Path) -> None:
+    """Raises UserError now, and not after the first minutes of measuring."""
+    if path.is_dir():
+        raise UserError(f"--json {path}: is a directory; a file is accepted")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--json {path}: cannot be written: {path.parent} is no directory to write in")
 
 
 def _print(text: str = "") -> None:

@@ -16,7 +16,7 @@ def activated_linear(gate_TP: Tensor, up_TP: Tensor, down_HI: Tensor) -> Tensor:
     """act(gate, up) downᵀ: (T, H); P is I for `swiglu` and 2 I for `swiglu_of_product`. All of one dtype."""
     from p828.kernels import activation_triton
 
-    return activation_triton.activate(gate_TP, up_TP, down_HI.shape[1]) @ down_HI.T
+    return activation_triton.activate(gate_TP.contiguous(), up_TP.contiguous(), down_HI.shape[1]) @ down_HI.T
 
 
 @activated_linear.register_fake
@@ -31,6 +31,7 @@ def activated_linear_backward(
     """Gradients of gate_TP, up_TP and down_HI."""
     from p828.kernels import activation_triton
 
+    gate_TP, up_TP = gate_TP.contiguous(), up_TP.contiguous()
     dgate_TP, dup_TP = torch.empty_like(gate_TP), torch.empty_like(up_TP)
     inner_TI = grad_TH @ down_HI  # its gradient, so far
     activation_triton.activate_backward_(inner_TI, gate_TP, up_TP, dgate_TP, dup_TP)
@@ -39,7 +40,7 @@ def activated_linear_backward(
 
 @activated_linear_backward.register_fake
 def _(grad_TH: Tensor, gate_TP: Tensor, up_TP: Tensor, down_HI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(gate_TP), torch.empty_like(up_TP), torch.empty_like(down_HI)
+    return gate_TP.new_empty(gate_TP.shape), up_TP.new_empty(up_TP.shape), down_HI.new_empty(down_HI.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

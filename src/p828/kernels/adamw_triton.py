@@ -1,5 +1,6 @@
 """`adamw_` on a GPU: one pass over a matrix, 12 bytes an element read and 8 written with bfloat16 moments.
 
+Why our own: PyTorch's fused AdamW knows neither a master in two parts nor moments that are rounded stochastically.
 Division and root are rounded as IEEE 754 has it and no product is fused with a sum, so that the plain twin gives the
 same bits; memory is what the pass waits for, so this costs nothing.
 """

@@ -32,7 +32,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Query t sees the keys start[t] … t: (T, N, D) in qkv's dtype; and lse, which the backward pass needs.
 
-    `qkv_TXD` holds N = `heads` query heads, then G key and G value heads; bfloat16 or float16, D a multiple of 8 up to
+    `qkv_TXD` holds N = `heads` query heads, then G key and G value heads; bfloat16, D a multiple of 8 up to
     256. The norms' weights and `sinks_N` are float32, or None for none; `cos` and `sin` are float32 (T, D / 2).
     `start_T` and `end_T` (int32) are the first token of each token's document and the one past its last. `batch` is the
     number of rows that the T tokens come from; nothing but the order of work depends on it. The second result, float32
@@ -41,6 +41,7 @@ def attention(
     """
     from p828.kernels import attention_triton, rope_triton
 
+    qkv_TXD, cos, sin = qkv_TXD.contiguous(), cos.contiguous(), sin.contiguous()
     q_TND, k_TGD = rope_triton.forward(qkv_TXD, q_norm_D, k_norm_D, cos, sin, heads, eps)
     lse_GQ = _empty_lse(qkv_TXD, heads)
     v_TGD = qkv_TXD[:, heads + k_TGD.shape[1] :]
@@ -74,6 +75,7 @@ def attention_backward(
     from p828.kernels import attention_triton, rope_triton
 
     heads = out_TND.shape[1]
+    grad_TND, qkv_TXD, cos, sin = grad_TND.contiguous(), qkv_TXD.contiguous(), cos.contiguous(), sin.contiguous()
     q_TND, k_TGD = rope_triton.forward(qkv_TXD, q_norm_D, k_norm_D, cos, sin, heads, eps)
     v_TGD = qkv_TXD[:, heads + k_TGD.shape[1] :]
     delta_GQ = torch.empty_like(lse_GQ)
@@ -96,7 +98,7 @@ def _(grad_TND: Tensor, qkv_TXD: Tensor, q_norm_D: Tensor | None, k_norm_D: Tens
     dq_norm_D, dk_norm_D, dsinks_N = (
         lse_GQ.new_empty(0 if x is None else len(x)) for x in (q_norm_D, k_norm_D, sinks_N)
     )
-    return torch.empty_like(qkv_TXD), dq_norm_D, dk_norm_D, dsinks_N
+    return qkv_TXD.new_empty(qkv_TXD.shape), dq_norm_D, dk_norm_D, dsinks_N
 
 
 def _empty_lse(qkv_TXD: Tensor, heads: int) -> Tensor:
@@ -112,7 +114,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad_TND: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q_norm_D, k_norm_D, sinks_N = (ctx.saved_tensors[i] for i in (1, 2, 5))
-    dqkv_TXD, *grads = attention_backward(grad_TND.contiguous(), *ctx.saved_tensors, ctx.batch, ctx.eps)
+    dqkv_TXD, *grads = attention_backward(grad_TND, *ctx.saved_tensors, ctx.batch, ctx.eps)
     dq_norm_D, dk_norm_D, dsinks_N = (
         None if x is None else grad for x, grad in zip((q_norm_D, k_norm_D, sinks_N), grads, strict=True)
     )

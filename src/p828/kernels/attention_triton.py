@@ -1,7 +1,9 @@
 """The kernels behind `p828.kernels.attention`: causal flash attention over documents laid end to end.
 
 Why our own: PyTorch's FlashAttention-2 uses neither Hopper's tensor memory accelerator nor its asynchronous products,
-cuDNN knows no documents, neither knows sinks, and FlashAttention-2's backward adds its dq in no fixed order.
+cuDNN knows no documents, neither knows sinks, and FlashAttention-2's backward adds its dq in no fixed order. Forward
+and backward of 8 rows of 2,048 tokens, 16 heads of 64 over 4, take 1.20 ms with FlashAttention-2 on an H100, 0.80 with
+cuDNN and 0.73 here; with documents of 300 tokens, FlashAttention-2 takes 0.66 and these 0.26.
 
 The M = N / G query heads of a key head are worked on together. What is called a *query* here is a (token, head) pair;
 the Q = T·M queries of a key head are counted token by token. So a tile of 128 queries spans 128 / M tokens only, which

@@ -1,8 +1,8 @@
 """The rows that routed tokens get when they are sorted by expert, found on the GPU by counting.
 
-A radix sort of the choices takes ten launches a layer; counting takes three: how often each expert is chosen in every
-block of entries, where each block's rows of each expert begin, and the row of each entry. No atomics: within an expert
-the entries keep their order, so the same input always gives the same rows. The plain twin is
+Why our own: a radix sort of the choices takes ten launches a layer. Counting takes three: how often each expert is
+chosen in every block of entries, where each block's rows of each expert begin, and the row of each entry. No atomics:
+within an expert the entries keep their order, so the same input always gives the same rows. The plain twin is
 `p828.model.experts.sort_by_expert`.
 """
 

@@ -24,7 +24,7 @@ def sort_rows(
     """The fields of `p828.model.experts.Order`, for tiles of TILE rows."""
     from p828.kernels import expert_order_triton
 
-    return expert_order_triton.sort_rows(experts_TK, counted_T, n_experts, rows, TILE)
+    return expert_order_triton.sort_rows(experts_TK.contiguous(), counted_T.contiguous(), n_experts, rows, TILE)
 
 
 @sort_rows.register_fake
@@ -59,7 +59,7 @@ def routed_experts(
     from p828.kernels import expert_products_triton as products
     from p828.kernels import expert_rows_triton as rows
 
-    rows_used = offsets_E1[-1:]
+    x_TH, weights_TK, rows_used = x_TH.contiguous(), weights_TK.contiguous(), offsets_E1[-1:]
     x_RH = rows.gather(x_TH, entry_R, rows_used, row_TK.shape[1])
     gate_up_RP = products.linear(x_RH, gate_up_EPH, tile_expert, rows_used)
     gate_RP, up_RP = gate_up_RP.chunk(2, dim=1)
@@ -71,7 +71,7 @@ def routed_experts(
 @routed_experts.register_fake
 def _(x_TH: Tensor, weights_TK: Tensor, gate_up_EPH: Tensor, down_EHI: Tensor, row_TK: Tensor, entry_R: Tensor,
       offsets_E1: Tensor, tile_expert: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x_TH), x_TH.new_empty(len(entry_R), gate_up_EPH.shape[1])
+    return x_TH.new_empty(x_TH.shape), x_TH.new_empty(len(entry_R), gate_up_EPH.shape[1])
 
 
 @torch.library.custom_op("p828::routed_experts_backward", mutates_args=())
@@ -92,6 +92,7 @@ def routed_experts_backward(
     from p828.kernels import expert_products_triton as products
     from p828.kernels import expert_rows_triton as rows
 
+    grad_TH, x_TH, weights_TK = grad_TH.contiguous(), x_TH.contiguous(), weights_TK.contiguous()
     rows_used, per_token = offsets_E1[-1:], row_TK.shape[1]
     grad_RH = rows.gather(grad_TH, entry_R, rows_used, per_token)
     inner_RI = products.linear_backward(grad_RH, down_EHI, tile_expert, rows_used)  # its gradient, so far
@@ -113,7 +114,9 @@ def routed_experts_backward(
 def _(grad_TH: Tensor, x_TH: Tensor, weights_TK: Tensor, gate_up_EPH: Tensor, down_EHI: Tensor, row_TK: Tensor,
       entry_R: Tensor, offsets_E1: Tensor, tile_expert: Tensor, gate_up_RP: Tensor,
       ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx_TH, dweights_TK, dgate_up_EPH, ddown_EHI = map(torch.empty_like, (x_TH, weights_TK, gate_up_EPH, down_EHI))
+    dx_TH, dweights_TK, dgate_up_EPH, ddown_EHI = (
+        x.new_empty(x.shape) for x in (x_TH, weights_TK, gate_up_EPH, down_EHI)
+    )
     return dx_TH, dweights_TK, dgate_up_EPH, ddown_EHI
 
 
@@ -122,7 +125,7 @@ def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) 
 
 
 def _backward(ctx: Any, grad_TH: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = routed_experts_backward(grad_TH.contiguous(), *ctx.saved_tensors)
+    grads = routed_experts_backward(grad_TH, *ctx.saved_tensors)
     return *grads, None, None, None, None
 
 

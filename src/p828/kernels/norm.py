@@ -58,9 +58,10 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
     _, _, weight_H, ctx.eps = inputs
     ctx.save_for_backward(output[0], weight_H)
+    ctx.set_materialize_grads(False)  # of the last sum of all only the norm is used
 
 
-def _backward(ctx: Any, grad_sum_TH: Tensor, grad_normed_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+def _backward(ctx: Any, grad_sum_TH: Tensor | None, grad_normed_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
     dx_TH, dweight_H = rms_norm_backward(grad_sum_TH, grad_normed_TH, *ctx.saved_tensors, ctx.eps)
     return dx_TH, dx_TH, dweight_H, None
 

@@ -1,4 +1,8 @@
-"""The kernels of `p828.kernels.norm`: rows of H numbers, a few rows a program, sums in float32."""
+"""The kernels of `p828.kernels.norm`: rows of H numbers, a few rows a program, sums in float32.
+
+Why our own: the sum and the norm behind it are one pass where PyTorch has two, and each program keeps its share of the
+weight's gradient, where compiled code writes a tensor for it and sums that.
+"""
 
 import torch
 import triton

@@ -31,9 +31,9 @@ class RouterStatistics(NamedTuple):
     loads_LE: Tensor
     """int64: tokens that each expert received, padding left out."""
     balance_loss_L: Tensor
-    """float32: sequence-wise auxiliary loss, summed over tokens."""
+    """float32: sequence-wise auxiliary loss, summed over tokens; 0 for a layer without `auxiliary_losses`."""
     z_loss_L: Tensor
-    """float32: router z-loss, summed over tokens."""
+    """float32: router z-loss, summed over tokens; 0 likewise."""
 
 
 class Output(NamedTuple):
@@ -64,6 +64,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config)
         self.gradient_checkpointing = False
+        self.auxiliary_losses = True
 
     def forward(
         self,
@@ -86,8 +87,11 @@ class Layer(nn.Module):
         routing = self.mlp.gate(normed_TH)
         order = self.mlp.experts.order(normed_TH, routing.experts_TK, counted_T)
         mixed_BSH = self._recomputed(self.mlp, normed_TH, routing.weights_TK, order).view_as(x_BSH)
-        statistics = LayerStatistics(order.loads_E, sequence_balance_loss(routing, len(x_BSH)), z_loss(routing))
-        return x_BSH, mixed_BSH, statistics
+        if self.auxiliary_losses:
+            losses = sequence_balance_loss(routing, len(x_BSH)), z_loss(routing)
+        else:  # a compiled layer would compute the gradients of unused ones too
+            losses = routing.scores_TE.new_zeros(()), routing.scores_TE.new_zeros(())
+        return x_BSH, mixed_BSH, LayerStatistics(order.loads_E, *losses)
 
     def _recomputed(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Call `function`, keeping only its inputs for the backward pass if gradient checkpointing is on."""

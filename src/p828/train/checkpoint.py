@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from p828.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 STEP_NAME = re.compile(r"step_(\d{8,})")

@@ -4,7 +4,6 @@ The loop calls `forward_backward`, `step`, `tensors` and `load_tensors`, and rea
 """
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -59,9 +58,8 @@ class PlainEngine:
         self._dhead_VH = self.optimizer.gradient_sum(self.model.head_weight)  # the same one if they are tied
         for layer in self.model.layers:
             layer.gradient_checkpointing = config.train.gradient_checkpointing
+            layer.auxiliary_losses = bool(config.balance.sequence_loss_weight or config.balance.z_loss_weight)
         if compiles(config.train, self.device):
-            # Advice to round float32 products to TF32; the router is to stay in float32.
-            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             for layer in self.model.layers:
                 layer.compile()
         self._graphs = MicroBatchGraphs(self._forward_backward, self.device) if self._is_recordable() else None

@@ -40,9 +40,9 @@ class MicroBatchGraphs:
         graph.replay()
 
     def _record(self, inputs: Batch, num_targets: int, is_first: bool) -> tuple[torch.cuda.CUDAGraph, Batch]:
-        torch.cuda.empty_cache()  # what ran unrecorded has left its memory reserved, and the graph brings its own
         graph = torch.cuda.CUDAGraph()
-        # The loader's thread pins memory meanwhile, which is no concern of this recording.
+        # It begins by freeing what ran unrecorded and left its memory reserved, as the graph brings its own. The
+        # loader's thread pins memory meanwhile, which is no concern of this recording.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._run(inputs, num_targets, is_first)
         return graph, inputs

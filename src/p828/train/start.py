@@ -1,5 +1,7 @@
 """Builds a run's parts, in the order in which their inputs can be wrong, and sets the loop off."""
 
+import warnings
+
 from p828.config import Config
 from p828.data.loader import open_loader, validation_batches
 from p828.data.source import DocumentStream, open_training, open_validation
@@ -26,6 +28,8 @@ def train(config: Config) -> None:
     next(open_validation(config.data))
     if config.train.deterministic:
         make_deterministic()
+    # Advice to round float32 products to TF32; the router is to stay in float32.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     with open_run(config) as run, Recorder(run.path, config) as recorder:
         first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
         with Console(run.path, config.train.steps, first_step) as console:
