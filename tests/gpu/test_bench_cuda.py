@@ -6,20 +6,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import record_function
 
 from p828.bench.breakdown import break_down
-from p828.model.loss import linear_cross_entropy
+from p828.model.loss import loss_and_gradients
 from runs import p828, write_toml
 
 
 def test_a_profiled_step(cuda: torch.device) -> None:
-    hidden = torch.randn(4096, 512, device=cuda, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(4096, 512, device=cuda, requires_grad=True)
+    hidden, weight = torch.randn(2, 4096, 512, device=cuda, dtype=torch.bfloat16)
+    dweight = torch.zeros_like(weight, dtype=torch.float32)
     projection = torch.randn(512, 512, device=cuda, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(4096, (4096,), device=cuda)
 
     def run() -> None:
-        linear_cross_entropy(F.linear(hidden, projection), weight, targets).backward()
+        projected = F.linear(hidden, projection)
+        with record_function("CrossEntropy"):
+            _, gradient = loss_and_gradients(projected.detach(), weight, targets, 1.0, dweight)
+        projected.backward(gradient)
 
     run()
     found = break_down(run, 1.0, 1, cuda)
