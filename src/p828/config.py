@@ -204,7 +204,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     deterministic: bool = False
-    """Only algorithms that give bit-equal results when repeated."""
+    """Only algorithms that give bit-equal results when repeated: p828's kernels all do, and cost no more for it."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ def show_row(row: Row, best_peer: Row | None) -> str:
         f"{row.first_step_seconds:.1f}",
         ratio,
     )
-    state = f"{row.parameters / 1e6:.1f} M parameters; {row.weights} weights, {row.moments} moments"
+    masters = " with float32 masters" if row.has_masters else ""
+    state = f"{row.parameters / 1e6:.1f} M parameters; {row.weights} weights{masters}, {row.moments} moments"
     low, high = row.ms_quartiles
     if high > NOISY * low:
         rest.append(f"  noisy: the middle half of the steps took {low:.2f} to {high:.2f} ms a micro-batch")
