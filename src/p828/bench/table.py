@@ -28,12 +28,16 @@ def show_row(row: Row, best_peer: Row | None) -> str:
         f"{row.first_step_seconds:.1f}",
         ratio,
     )
-    masters = " with float32 masters" if row.has_masters else ""
-    state = f"{row.parameters / 1e6:.1f} M parameters; {row.weights} weights{masters}, {row.moments} moments"
     low, high = row.ms_quartiles
     if high > NOISY * low:
         rest.append(f"  noisy: the middle half of the steps took {low:.2f} to {high:.2f} ms a micro-batch")
-    return "\n".join([f"{first:<{LABEL}}{numbers}".rstrip(), *rest, f"  {row.framework} {row.version}; {state}"])
+    masters = ", float32 masters" if row.has_masters else ""
+    what = (
+        f"{row.framework} {row.version}; {row.parameters / 1e6:.1f} M parameters; "
+        f"{row.weights} weights{masters}, {row.moments} moments"
+    )
+    rest.append(textwrap.fill(what, WIDTH, initial_indent="  ", subsequent_indent="    "))
+    return "\n".join([f"{first:<{LABEL}}{numbers}".rstrip(), *rest])
 
 
 def show_failure(system: str, last_lines: str) -> str:
