@@ -6,7 +6,6 @@ changes only what it lists. Nothing here imports torch.
 
 import contextlib
 import dataclasses
-import difflib
 import sys
 import typing
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from p828.config_checks import check_model, check_range, check_run
-from p828.errors import UserError
+from p828.errors import UserError, nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -299,12 +298,6 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
             flatten(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
         )
     return flat
-
-
-def nearest(word: str, accepted: typing.Iterable[str]) -> str:
-    """`; did you mean X?`, or just a full stop when no accepted word is near."""
-    close = difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else "."
 
 
 def _merged_toml(name_or_path: str, depth: int = 0) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The error that is the user's to mend: shown as one line, without a traceback, with exit code 2."""
+"""The errors that are shown without a traceback, and a suggestion for their messages."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -7,3 +10,9 @@ class UserError(ValueError):
 
 class RunStopped(Exception):
     """A run that ended by its own guard (three non-finite steps, say): shown as one line, exit code 1."""
+
+
+def nearest(word: str, accepted: Iterable[str]) -> str:
+    """`; did you mean X?`, or just a full stop when no accepted word is near."""
+    close = difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else "."

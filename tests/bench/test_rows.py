@@ -10,7 +10,7 @@ from p828.config import Config, DataConfig, ModelConfig, TrainConfig
 MEASURED = {
     "version": "1.2.3", "step_seconds": 0.004, "step_seconds_quartiles": (0.0039, 0.0044), "first_step_seconds": 1.5,
     "peak_memory_bytes": 2_500_000_000, "peak_reserved_bytes": 2_700_000_000, "parameters": 1_234_567,
-    "weights": "bfloat16", "has_masters": True, "moments": "bfloat16",
+    "weights": "bfloat16", "moments": "bfloat16",
 }  # fmt: skip
 
 

@@ -80,7 +80,6 @@ def test_rows_with_a_peer_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert full["parameters"] - plain["parameters"] == 2 * (2 * 8 + 4)
     for row in found["rows"]:
         assert (row["framework"], row["weights"], row["moments"]) == ("p828", "float32", "float32")
-        assert not row["has_masters"]
         assert row["gradient_accumulation"] == 3
         assert row["tokens_per_second"] * row["ms"] / 1e3 == pytest.approx(2 * 32)
         assert row["mfu"] == pytest.approx(row["tflops"] * 1e12 / found["machine"]["matmul_flops"])

@@ -51,7 +51,6 @@ def measure_system(job: dict[str, Any]) -> dict[str, Any]:
         "peak_reserved_bytes": peak_reserved(step.device),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "weights": dtype_name(max(parameters, key=torch.numel).dtype),
-        "has_masters": step.has_masters(),
         "moments": dtype_name(step.moments_dtype()),
     }
     if job["breakdown"]:

@@ -32,8 +32,6 @@ class Row:
     parameters: int
     weights: str
     """dtype of most parameters."""
-    has_masters: bool
-    """Whether those are updated in float32."""
     moments: str
     """dtype of most of the optimizer's state."""
     micro_batch_size: int
@@ -70,7 +68,6 @@ def make_row(
         first_step_seconds=measured["first_step_seconds"],
         parameters=measured["parameters"],
         weights=measured["weights"],
-        has_masters=measured["has_masters"],
         moments=measured["moments"],
         micro_batch_size=config.train.micro_batch_size,
         sequence_length=config.data.sequence_length,

@@ -29,9 +29,6 @@ class Step(Protocol):
     def moments_dtype(self) -> torch.dtype:
         """What the optimizer keeps most of its state in."""
 
-    def has_masters(self) -> bool:
-        """Whether weights are updated in more precision than the model holds them in."""
-
 
 class OwnStep:
     """What the training loop does."""
@@ -57,10 +54,7 @@ class OwnStep:
         self.run()
 
     def moments_dtype(self) -> torch.dtype:
-        return most_common_dtype(self.engine.tensors()["optimizer"].values())
-
-    def has_masters(self) -> bool:
-        return bool(self.engine.optimizer.masters())
+        return most_common_dtype(self.engine.optimizer.tensors().values())
 
 
 class PeerStep:
@@ -99,9 +93,6 @@ class PeerStep:
 
     def moments_dtype(self) -> torch.dtype:
         return most_common_dtype(value for state in self.optimizer.state.values() for value in state.values())
-
-    def has_masters(self) -> bool:
-        return False
 
 
 def build_step(system: System, routing: str) -> Step:

@@ -5,8 +5,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from p828.config import Config, flatten, from_dict, load, nearest, to_dict, validate
-from p828.errors import UserError
+from p828.config import Config, flatten, from_dict, load, to_dict, validate
+from p828.errors import UserError, nearest
 
 PEERS = ("transformers", "torchtitan")
 ROUTINGS = {

@@ -31,7 +31,8 @@ def show_row(row: Row, best_peer: Row | None) -> str:
     low, high = row.ms_quartiles
     if high > NOISY * low:
         rest.append(f"  noisy: the middle half of the steps took {low:.2f} to {high:.2f} ms a micro-batch")
-    masters = ", float32 masters" if row.has_masters else ""
+    # p828's optimizer keeps the rest of every bfloat16 weight.
+    masters = ", float32 masters" if (row.framework, row.weights) == ("p828", "bfloat16") else ""
     what = (
         f"{row.framework} {row.version}; {row.parameters / 1e6:.1f} M parameters; "
         f"{row.weights} weights{masters}, {row.moments} moments"

@@ -9,8 +9,8 @@ import tyro
 from p828.bench.systems import ROUTINGS, check_peers, load_shape
 from p828.bench.train import Bench
 from p828.cli.flags import HELP, parse
-from p828.config import nearest, preset_names
-from p828.errors import UserError
+from p828.config import preset_names
+from p828.errors import UserError, nearest
 
 USAGE = "p828 bench train --shape NAME [NAME ...] [--peers NAME ...] [--routing NAME ...] [--breakdown] [--json FILE]"
 DESCRIPTION = (

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from p828.config import nearest
-from p828.errors import UserError
+from p828.errors import UserError, nearest
 
 T = TypeVar("T")
 HELP = ("-h", "--help")

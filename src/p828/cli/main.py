@@ -4,8 +4,7 @@ import importlib
 import os
 import sys
 
-from p828.config import nearest
-from p828.errors import RunStopped, UserError
+from p828.errors import RunStopped, UserError, nearest
 
 COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",
