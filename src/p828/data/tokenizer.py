@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from p828.config import TokenizerConfig
 from p828.data.hub import download_tokenizer
 from p828.errors import UserError
+from p828.whole_file import write_whole
 
 # cl100k_base's pattern (tiktoken) with single digits: a word takes the space or the sign before it, a run of
 # indentation is one piece but for the space that belongs to the next word, signs take the newlines behind them.
@@ -92,22 +92,9 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write the file so that it is there whole or not at all. Raises UserError when it cannot be written."""
         path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with beside.open("w", encoding="utf-8") as file:
-                    file.write(self.inner.to_str(pretty=True))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(beside, path)
-            finally:
-                beside.unlink(missing_ok=True)
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            write_whole(path, self.inner.to_str(pretty=True))
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error}") from error
 

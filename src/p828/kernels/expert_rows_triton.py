@@ -4,8 +4,8 @@ Rows are padded per expert to whole tiles (`Order`). Padding rows are written as
 mask; rows past the last expert's are neither read nor written. Plain twins: `gather_rows` and `combine_rows` of
 `p828.model.experts`.
 
-Why passes of their own: a product that gathers its own rows was 0.09 ms faster with 48 small experts and 0.01 ms slower
-with 8 large ones, and one that adds to tokens' rows would need atomics.
+Why passes of their own: a product that gathers its own rows was faster with 48 small experts, by 1.6% of a step, and
+slower with 8 large ones (benchmarks/RESULTS.md), and one that adds to tokens' rows would need atomics.
 """
 
 import triton

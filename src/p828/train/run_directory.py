@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import tomli_w
 from p828.config import Config, flatten, from_dict, load, to_dict
 from p828.errors import UserError
 from p828.train import checkpoint
+from p828.whole_file import write_whole
 
 CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, LOCK_FILE = "config.toml", "tokenizer.json", "checkpoints", ".lock"
 
@@ -124,13 +124,8 @@ def _remove(made: list[Path]) -> None:
 
 
 def _write_config(path: Path, config: Config, versions: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
     header = "# " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "\n\n"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(header + tomli_w.dumps(to_dict(config)))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, header + tomli_w.dumps(to_dict(config)))
 
 
 def versions() -> dict[str, str]:
