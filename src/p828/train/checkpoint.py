@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from p828.errors import UserError
+from p828.whole_file import sync
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -176,8 +177,8 @@ def _write(temporary: Path, step: int, tensors: Mapping[str, Mapping[str, torch.
     files[STATE] = _describe(temporary / STATE, sync=True)
     manifest = temporary / MANIFEST
     manifest.write_bytes(_manifest_bytes({"format_version": FORMAT_VERSION, "step": step, "files": files}))
-    _sync(manifest)
-    _sync(temporary)
+    sync(manifest)
+    sync(temporary)
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -205,7 +206,7 @@ def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _recover(directory: Path) -> None:
@@ -296,14 +297,6 @@ def _describe(path: Path, sync: bool = False) -> dict[str, Any]:
         if sync:
             os.fsync(file.fileno())
     return {"size": size, "sha256": digest.hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checkpoints(directory: Path) -> list[Path]:
