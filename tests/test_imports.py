@@ -12,10 +12,11 @@ ROOT = Path(p828.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # Package or module directly under p828 -> what of p828 it may import besides itself.
-BOTTOM = {"errors", "config", "config_checks", "whole_file"}
+BOTTOM = {"errors", "config", "config_checks", "whole_file", "lock"}
 MAY_IMPORT = {
     "errors": set(),
     "whole_file": set(),
+    "lock": {"errors"},
     "config": {"errors", "config_checks"},
     "config_checks": {"errors", "config"},  # the configuration's types
     "kernels": BOTTOM,

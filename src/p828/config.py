@@ -11,7 +11,9 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro.conf
 
 from p828.config_checks import check_model, check_range, check_run
 from p828.errors import UserError, nearest
@@ -110,7 +112,9 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class SourceConfig:
+    prepared: str = ""
+    """Directory of tokens that `p828 prepare` writes and `p828 train` then reads in place of the source."""
     source: Literal["python", "files", "hf"] = "python"
     """`python`: this interpreter's standard library; `files`: local files; `hf`: a data set on the Hugging Face hub."""
     files: tuple[str, ...] = ()
@@ -123,13 +127,62 @@ class DataConfig:
     """Subset of the hub data set (`en` of allenai/c4)."""
     hub_split: str = "train"
     """Split of the hub data set that is trained on."""
+
+
+@dataclass(frozen=True)
+class MixedSource(SourceConfig):
+    name: str = ""
+    """What records and console call the source."""
+    weights: tuple[float, ...] = (1.0,)
+    """Shares of the tokens, relative to the other sources' weights: one for each of `data.mixture_steps`."""
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    mixture: Annotated[tuple[MixedSource, ...], tyro.conf.Suppress] = ()
+    """Several sources in place of the one above, each a [[data.mixture]] with its keys, a name and weights."""
+    mixture_steps: tuple[int, ...] = (0,)
+    """Steps after which the mixture's next weights hold; the first is 0."""
     sequence_length: int = 2048
     """Tokens of a row that the model predicts; a row holds one more."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """`concatenate`: documents end to end; `best_fit`: as many as possible whole, the others in pieces that fill."""
+    streams: int = 1
+    """Parts that a source read as text is dealt to; give a multiple of the ranks, and each reads parts of its own."""
     block_documents: int = 1024
     """Documents that are read and shuffled together."""
     shuffle_rows: int = 1024
     """Rows that are shuffled together, so that a batch is not one long document; 1 keeps their order."""
+    read_retries: int = 6
+    """Attempts to read on after a failed read of a file or the hub, 1, 2, 4, ... seconds apart."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    @property
+    def sources(self) -> tuple["DataConfig", ...]:
+        """Every source of the mixture as if it were the only one; without a mixture, this one."""
+        keys = [f.name for f in dataclasses.fields(SourceConfig)]
+        return tuple(
+            dataclasses.replace(self, mixture=(), mixture_steps=(0,), **{key: getattr(mixed, key) for key in keys})
+            for mixed in self.mixture
+        ) or (self,)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return tuple(mixed.name for mixed in self.mixture) or (self.source,)
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    min_characters: int = 0
+    """Shorter documents are left out."""
+    max_characters: int = 0
+    """Longer documents are left out; 0 keeps any."""
+    drop_duplicates: bool = False
+    """Of documents with the same text keep the first."""
+    only_code: bool = False
+    """Keep documents with lines of at most 1,000 characters, 100 in the mean, a quarter of all letters or digits."""
+    shard_tokens: int = 100_000_000
+    """Tokens after which a new shard begins."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +301,7 @@ class Config:
     """Directory that holds the runs."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -283,20 +337,27 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The nested plain values of a configuration, as TOML takes them."""
-    return {
-        key: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
-        for key, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
-    }
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value, in the order of the dataclasses."""
+    """Dotted key to value, in the order of the dataclasses; `key[0].inner` in a list of tables."""
     flat: dict[str, Any] = {}
     for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        flat.update(
-            flatten(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
-        )
+        key, value = prefix + f.name, getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, f"{key}."))
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            for i, item in enumerate(value):
+                flat.update(flatten(item, f"{key}[{i}]."))
+        else:
+            flat[key] = value
     return flat
 
 
@@ -349,7 +410,7 @@ def _build(cls: type[T], values: Any, where: str, prefix: str) -> T:
 
 
 _ONE = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
-_MANY = {float: "numbers", str: "texts in quotes"}
+_MANY = {int: "whole numbers", float: "numbers", str: "texts in quotes", MixedSource: "tables"}
 
 
 def _convert(kind: Any, value: Any, where: str, key: str) -> Any:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from p828.errors import UserError
 
 if TYPE_CHECKING:
-    from p828.config import Config, ModelConfig
+    from p828.config import Config, DataConfig, ModelConfig
 
 _AT_LEAST_ZERO = {
     "model.n_shared_experts", "schedule.warmup_steps", "schedule.decay_steps", "train.seed",
-    "evaluation.every", "evaluation.patience",
+    "evaluation.every", "evaluation.patience", "data.read_retries", "prepare.min_characters", "prepare.max_characters",
 }  # fmt: skip
 _SHARES = {"schedule.min_lr_ratio", "data.validation.share"}
 _FLOATS_AT_LEAST_ZERO = {
@@ -92,16 +93,10 @@ def check_run(config: Config) -> None:
             f"data.sequence_length = {data.sequence_length}: "
             f"at most model.max_position_embeddings = {model.max_position_embeddings} is accepted"
         )
-    if data.source == "files" and not data.files:
-        raise UserError('data.files is empty: with data.source = "files", give at least one glob')
-    if data.source == "hf" and not data.hub_name:
-        raise UserError('data.hub_name is empty: with data.source = "hf", give a data set\'s name')
-    if data.validation.kind == "files" and not data.validation.files:
-        raise UserError('data.validation.files is empty: with data.validation.kind = "files", give at least one glob')
-    if data.validation.kind == "split" and data.source != "hf" and not data.validation.hub_name:
-        raise UserError('data.validation.kind = "split": accepted with data.source = "hf" or data.validation.hub_name')
-    if data.validation.kind == "held_out" and not 0 < data.validation.share < 1:
-        raise UserError(f"data.validation.share = {data.validation.share}: a share between 0 and 1 is accepted")
+    check_data(data)
+    shortest, longest = config.prepare.min_characters, config.prepare.max_characters
+    if 0 < longest < shortest:
+        raise UserError(f"prepare.max_characters = {longest}: at least prepare.min_characters = {shortest} is accepted")
     if config.tokenizer.name == "train" and config.tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: "
@@ -124,3 +119,45 @@ def check_run(config: Config) -> None:
         raise UserError(
             f"optimizer.betas = {list(config.optimizer.betas)}: two numbers of at least 0 and below 1 are accepted"
         )
+
+
+def check_data(data: DataConfig) -> None:
+    for i, source in enumerate(data.sources):
+        where = f"data.mixture[{i}]." if data.mixture else "data."
+        if source.source == "files" and not source.files:
+            raise UserError(f'{where}files is empty: with {where}source = "files", give at least one glob')
+        if source.source == "hf" and not source.hub_name:
+            raise UserError(f'{where}hub_name is empty: with {where}source = "hf", give a data set\'s name')
+        if data.validation.kind == "split" and source.source != "hf" and not data.validation.hub_name:
+            raise UserError(
+                f'data.validation.kind = "split": accepted with {where}source = "hf" or data.validation.hub_name'
+            )
+    if data.validation.kind == "files" and not data.validation.files:
+        raise UserError('data.validation.files is empty: with data.validation.kind = "files", give at least one glob')
+    if data.validation.kind == "held_out" and not 0 < data.validation.share < 1:
+        raise UserError(f"data.validation.share = {data.validation.share}: a share between 0 and 1 is accepted")
+    check_mixture(data)
+
+
+def check_mixture(data: DataConfig) -> None:
+    steps, names = data.mixture_steps, [mixed.name for mixed in data.mixture]
+    if data.mixture and data.prepared:
+        raise UserError("data.prepared: with data.mixture, each source has its own: data.mixture[0].prepared and so on")
+    if not data.mixture and len(steps) > 1:
+        raise UserError(f"data.mixture_steps = {list(steps)}: accepted with data.mixture")
+    directories = [mixed.prepared for mixed in data.mixture if mixed.prepared]
+    if len(set(directories)) < len(directories):
+        raise UserError("data.mixture: two sources have the same directory as prepared")
+    if not steps or steps[0] != 0 or any(later <= before for before, later in itertools.pairwise(steps)):
+        raise UserError(f"data.mixture_steps = {list(steps)}: 0 and then greater and greater steps are accepted")
+    for i, mixed in enumerate(data.mixture):
+        if not mixed.name or names.count(mixed.name) > 1:
+            raise UserError(f"data.mixture[{i}].name = {mixed.name!r}: a name of its own is accepted")
+        if len(mixed.weights) != len(steps) or not all(0 <= weight < float("inf") for weight in mixed.weights):
+            raise UserError(
+                f"data.mixture[{i}].weights = {list(mixed.weights)}: {len(steps)} of at least 0 are accepted, "
+                f"one for each of data.mixture_steps = {list(steps)}"
+            )
+    for step, weights in zip(steps, zip(*(mixed.weights for mixed in data.mixture), strict=True), strict=False):
+        if sum(weights) == 0:
+            raise UserError(f"data.mixture: from step {step} on, all weights are 0: at least one above 0 is accepted")

@@ -12,6 +12,10 @@ class RunStopped(Exception):
     """A run that ended by its own guard (three non-finite steps, say): shown as one line, exit code 1."""
 
 
+class ReadFailed(RunStopped):
+    """A file or the hub that cannot be read, for now: the run can be resumed when it can."""
+
+
 def nearest(word: str, accepted: Iterable[str]) -> str:
     """`; did you mean X?`, or just a full stop when no accepted word is near."""
     close = difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.6)

@@ -9,10 +9,13 @@ import torch
 from data_samples import text, write_jsonl
 
 from p828.config import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
-from p828.data.loader import Batch, Loader, open_loader, validation_batches
+from p828.data.feed import open_loader, validation_batches
+from p828.data.loader import Batch, Loader
+from p828.data.mixture import Mixture
 from p828.data.packing import Packer
 from p828.data.shuffle import RowShuffler
 from p828.data.source import open_training, open_validation
+from p828.data.streams import Streams
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
 
@@ -32,6 +35,11 @@ def config(tmp_path: Path) -> Config:
         validation=validation,
     )
     return Config(data=data, train=TrainConfig(micro_batch_size=3))
+
+
+def in_batches(packer: Packer, micro_batch_size: int) -> Mixture:
+    unshuffled = Streams([RowShuffler(packer, 1, seed=0)])
+    return Mixture([unshuffled], [(0, [1.0])], micro_batch_size, batches_per_step=1)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -59,7 +67,7 @@ def test_batches_are_the_rows(config: Config, tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("mask_documents", [True, False])
 def test_positions(config: Config, tokenizer: Tokenizer, mask_documents: bool) -> None:
     packer = Packer(open_training(config.data, seed=0), tokenizer, LENGTH)
-    with Loader(packer, 4, mask_documents) as loader:
+    with Loader(in_batches(packer, 4), mask_documents) as loader:
         batches = [next(loader) for _ in range(10)]
     several = 0
     for batch in batches:
@@ -160,7 +168,7 @@ def test_no_text_to_validate_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 def test_numpy_and_torch_share_no_memory_with_the_packer(config: Config, tokenizer: Tokenizer) -> None:
     packer = Packer(open_training(config.data, seed=0), tokenizer, LENGTH)
-    with Loader(packer, 3, mask_documents=True) as loader:
+    with Loader(in_batches(packer, 3), mask_documents=True) as loader:
         first = next(loader)
         first.tokens_BS.zero_()
         first.targets_BS.zero_()

@@ -8,7 +8,8 @@ from data_samples import text, write_jsonl
 
 from p828.config import DataConfig, ValidationConfig
 from p828.data import packing
-from p828.data.packing import Packer, Row
+from p828.data.packing import Packer
+from p828.data.row import Row
 from p828.data.source import DocumentStream, open_training
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from taught_text import TAUGHT
 
 from p828.config import Config, DataConfig, ValidationConfig
-from p828.data.loader import Batch, validation_batches
+from p828.data.feed import validation_batches
+from p828.data.loader import Batch
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
 from p828.inference.evaluate import Evaluation, evaluate

@@ -12,7 +12,7 @@ import torch
 
 from p828.cli.main import dispatch
 from p828.train import checkpoint, metrics
-from runs import p828, start, write_toml
+from runs import p828, start, write_text, write_toml
 
 KEPT = ("loss", "grad_norm", "lr", "tokens", "load", "balance", "perplexity")
 
@@ -190,3 +190,56 @@ def test_a_directory_killed_while_it_was_made_is_taken_for_a_new_run(
     run.mkdir(parents=True)
     (run / ".config.toml.tmp").write_text("[mod")
     assert dispatch(["train", str(write_toml(tmp_path))]) == 0
+
+
+def test_kill_9_while_training_on_a_mixture_changes_nothing(tmp_path: Path) -> None:
+    prepared = {"name": "prepared", "prepared": str(tmp_path / "prepared"), "weights": [1.0, 0.2]}
+    streamed = {"name": "text", "weights": [0.3, 0.8]}
+    files = {"source": "files", "files": [str(tmp_path / "text" / "*.txt")]}
+    mixture = [{**prepared, **files}, {**streamed, **files}]
+    data = {"mixture": mixture, "mixture_steps": [0, 15], "streams": 2, "packing": "best_fit", "shuffle_rows": 16}
+    path = str(write_toml(tmp_path, data=data, train={"steps": 30}, checkpoint={"every": 7}))
+    assert p828("prepare", path, cwd=tmp_path)[0] == 0
+    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    for kill_at in (9, 20):
+        process = start("train", path, "--name", "killed", cwd=tmp_path)
+        wait_for_step(process, kill_at)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    code, _, said = p828("train", path, "--name", "killed", cwd=tmp_path)
+    assert code == 0, said
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed", step=30)
+    last = [line for line in metrics.read(tmp_path / "runs" / "whole" / "metrics.jsonl") if line["kind"] == "step"][-1]
+    assert sum(last["source_tokens"].values()) == last["tokens"]
+    assert last["source_tokens"]["text"] > last["source_tokens"]["prepared"] > 0
+    assert 0 < last["cut_documents"] <= last["documents"]
+
+
+def test_a_run_whose_data_vanishes_is_saved_and_goes_on(tmp_path: Path) -> None:
+    # Some 50,000 tokens are read at a time, of which a step takes 4,096.
+    write_text(tmp_path / "more", documents=1500, seed=1)
+    files = [str(tmp_path / "more" / "*.txt")]
+    data = {"files": files, "sequence_length": 512, "block_documents": 4, "shuffle_rows": 4, "read_retries": 1}
+    path = str(
+        write_toml(
+            tmp_path,
+            model={"max_position_embeddings": 512},
+            data=data,
+            train={"steps": 40, "micro_batch_size": 8, "gradient_accumulation": 1},
+            evaluation={"every": 0},
+            checkpoint={"every": 900},
+        )
+    )
+    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    process = start("train", path, "--name", "stopped", cwd=tmp_path)
+    wait_for_step(process, 3)
+    (tmp_path / "more").rename(tmp_path / "away")
+    said = process.communicate()[1]
+    assert process.returncode == 1
+    assert re.search(r"cannot be read: .*No such file[^\n]*\nThe run stops after step (\d+), which is saved", said), (
+        said
+    )
+    (tmp_path / "away").rename(tmp_path / "more")
+    code, _, said = p828("train", path, "--name", "stopped", cwd=tmp_path)
+    assert code == 0, said
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "stopped", step=40)

@@ -5,7 +5,7 @@ import torch
 
 from p828.config import Config
 from p828.data.loader import Batch, make_batch
-from p828.data.packing import Row
+from p828.data.row import Row
 
 NUM_BATCHES = 4  # rotated, so that the experts' loads and the documents change from one micro-batch to the next
 MEAN_DOCUMENT = 300

@@ -8,7 +8,7 @@ import tyro
 
 from p828.cli.flags import parse
 from p828.config import Config, DataConfig, validate
-from p828.data.loader import validation_batches
+from p828.data.feed import validation_batches
 from p828.inference.evaluate import evaluate
 from p828.inference.load import load_model
 
@@ -70,4 +70,6 @@ def _validation_data(given: DataConfig, run: Config) -> DataConfig:
     if validation.kind == "files":
         # The training source is not read then, so it need not be complete.
         given = dataclasses.replace(given, source=run.data.source, files=run.data.files)
+    if validation != before:  # prepared data has the run's own
+        given = dataclasses.replace(given.sources[0], prepared="")
     return dataclasses.replace(given, validation=validation)

@@ -8,6 +8,7 @@ from p828.errors import RunStopped, UserError, nearest
 
 COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",
+    "prepare": "tokenize a source once, into files that training reads",
     "generate": "continue prompts with a trained model",
     "evaluate": "loss, perplexity and bits per byte of a trained model",
     "bench": "how fast this machine trains, beside other libraries",

@@ -1,5 +1,6 @@
 """Shards that lie on this machine: text files, JSON Lines, and the standard library's own source."""
 
+import errno
 import glob
 import gzip
 import io
@@ -9,16 +10,17 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, BinaryIO, TextIO
 
-from p828.errors import UserError
+from p828.errors import ReadFailed, UserError
 
 ENDINGS = (".txt", ".py", ".md", ".jsonl")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 TABLES = {"encodings", "pydoc_data"}  # generated: character maps and the text of the manual
+FOR_GOOD = (errno.EACCES, errno.EPERM, errno.EISDIR)  # what waiting does not mend
 # What a damaged, unreadable or wrongly named file raises while it is read, over all compressions.
 READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
 
@@ -34,36 +36,49 @@ class PythonShard:
     def size(self) -> int:
         return (self.root / self.name).stat().st_size
 
+    def share_read(self) -> float:
+        return 0.0
+
     def documents(self, start: int = 0) -> Iterator[str]:
-        if start == 0:
-            try:
-                text = (self.root / self.name).read_bytes().decode("utf-8")
-            except UnicodeDecodeError:
-                text = ""
-            yield text
+        """Raises ReadFailed."""
+        if start > 0:
+            return
+        try:
+            yield (self.root / self.name).read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            yield ""
+        except OSError as error:
+            raise ReadFailed(f"{self.root / self.name}: cannot be read: {error}") from None
 
 
-@dataclass(frozen=True)
+@dataclass
 class FileShard:
     """One local file: a JSON Lines file holds a document a line, any other file is one document."""
 
     name: str
     text_field: str
+    _open: BinaryIO | None = field(default=None, repr=False, compare=False)
 
     @property
     def size(self) -> int:
         return Path(self.name).stat().st_size
 
     def documents(self, start: int = 0) -> Iterator[str]:
-        """Raises UserError naming the file, and the line of a JSON Lines file, that cannot be read."""
+        """Raises UserError naming the file, and the line of a JSON Lines file, that is wrong, and ReadFailed."""
         try:
-            with _open_text(Path(self.name)) as file:
+            with Path(self.name).open("rb") as self._open, _as_text(self._open, Path(self.name)) as file:
                 if _ending(Path(self.name)) == ".jsonl":
                     yield from self._lines(file, start)
                 elif start == 0:
                     yield file.read()
         except READ_ERRORS as error:
-            raise UserError(f"{self.name}: cannot be read: {error}") from None
+            kind = ReadFailed if _may_pass(error) else UserError
+            raise kind(f"{self.name}: cannot be read: {error}") from None
+
+    def share_read(self) -> float:
+        if self._open is None or self._open.closed:
+            return 0.0 if self._open is None else 1.0
+        return self._open.tell() / max(os.fstat(self._open.fileno()).st_size, 1)
 
     def _lines(self, file: TextIO, start: int) -> Iterator[str]:
         for number, line in enumerate(file):
@@ -130,21 +145,26 @@ def file_shards(globs: tuple[str, ...], text_field: str, key: str) -> list[FileS
     return [FileShard(name, text_field) for name in sorted(names)]
 
 
+def _may_pass(error: Exception) -> bool:
+    """Whether an error of reading may be gone in a while, as a damaged file's is not: those carry no errno."""
+    return isinstance(error, OSError) and error.errno not in (None, *FOR_GOOD)
+
+
 def _ending(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-def _open_text(path: Path) -> TextIO:
-    # JSON Lines end at \n alone; in prose \r\n becomes \n.
-    newline = "\n" if _ending(path) == ".jsonl" else None
+def _as_text(file: BinaryIO, path: Path) -> TextIO:
+    raw: Any = file
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8-sig", newline=newline)
-    if path.suffix == ".zst":
+        raw = gzip.GzipFile(fileobj=file)
+    elif path.suffix == ".xz":
+        raw = lzma.LZMAFile(file)  # noqa: SIM115  # closed with what wraps it
+    elif path.suffix == ".zst":
         # Of the readers for .zst this one alone reports a truncated file; pyarrow comes with `datasets`.
         import pyarrow
 
-        stream = pyarrow.CompressedInputStream(str(path), "zstd")
-        return io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline=newline)
-    return path.open(encoding="utf-8-sig", newline=newline)
+        raw = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+    # JSON Lines end at \n alone; in prose \r\n becomes \n.
+    newline = "\n" if _ending(path) == ".jsonl" else None
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline)

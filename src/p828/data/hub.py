@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from p828.data.files import text_of
-from p828.errors import UserError
+from p828.errors import ReadFailed, UserError
 
 CONNECT_SECONDS = 10.0
 LONGEST_CAUSE = 300  # characters of a library's message that are passed on
@@ -24,18 +24,23 @@ class HubShard:
     text_field: str
     size: int = 0
 
+    def share_read(self) -> float:
+        return 0.0
+
     def documents(self, start: int = 0) -> Iterator[str]:
-        """Raises UserError naming the row whose text is missing, or the shard that cannot be read on."""
+        """Raises UserError naming the row whose text is missing or the shard that is malformed, and ReadFailed."""
         from datasets.exceptions import DatasetsError
+        from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, as it uses
 
         rows = iter(self.dataset.shard(num_shards=self.num_shards, index=self.index).skip(start))
         number = start
         while True:
             try:
                 row = next(rows, None)
-            except (OSError, ValueError, DatasetsError) as error:
-                # A connection lost for good (the library has retried by then), or a malformed file.
-                raise UserError(f"{self.name}, after row {number}: cannot be read: {_in_short(error)}") from error
+            except (OSError, httpx.RequestError, ValueError, DatasetsError) as error:
+                may_pass = isinstance(error, OSError | httpx.RequestError) and not isinstance(error, FileNotFoundError)
+                kind = ReadFailed if may_pass else UserError
+                raise kind(f"{self.name}, after row {number}: cannot be read: {_in_short(error)}") from error
             if row is None:
                 return
             number += 1

@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -11,15 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from p828.config import Config
-from p828.data.packing import Packer, Row
-from p828.data.shuffle import RowShuffler
-from p828.data.source import open_training, open_validation
-from p828.data.tokenizer import Tokenizer
-from p828.errors import UserError
+from p828.data.row import PADDING, Row
 
 NO_TARGET = -100
-PADDING = -1
 PREFETCHED_BATCHES = 8
 
 
@@ -37,6 +31,12 @@ class Batch:
     """int32: 0, 1, … within the row; -1 where padded."""
     num_targets: int
     """Targets that are not -100, counted on the host."""
+    source_targets: tuple[int, ...] = ()
+    """The same for each source of the mixture."""
+    documents: int = 0
+    """Documents that end in the batch."""
+    cut_documents: int = 0
+    """Those of them that have a part in another row."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting if it is pinned."""
@@ -56,42 +56,46 @@ class Batch:
             own.copy_(new, non_blocking=True)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(
-            change(self.tokens_BS),
-            change(self.targets_BS),
-            change(self.positions_BS),
-            change(self.document_ids_BS),
-            self.num_targets,
+        return replace(
+            self,
+            tokens_BS=change(self.tokens_BS),
+            targets_BS=change(self.targets_BS),
+            positions_BS=change(self.positions_BS),
+            document_ids_BS=change(self.document_ids_BS),
         )
 
 
-def make_batch(rows: Sequence[Row], mask_documents: bool, padding: int = 0) -> Batch:
-    """Stack rows of equal length; the last `padding` tokens of the last row are padding."""
+def make_batch(rows: Sequence[Row], mask_documents: bool, sources: int = 1) -> Batch:
+    """Stack rows of equal length, which come from so many sources."""
     tokens = np.stack([row.tokens for row in rows])
-    document_ids_BS = np.stack([row.document_ids[:-1] for row in rows])
-    targets_BS = tokens[:, 1:].copy()
-    if padding:
-        targets_BS[-1, -padding:] = NO_TARGET
-        # The last token of the text has no target, and so is padding as an input.
-        document_ids_BS[-1, -padding:] = PADDING
+    document_ids = np.stack([row.document_ids for row in rows])
+    has_no_target = document_ids[:, 1:] == PADDING
+    targets_BS = np.where(has_no_target, NO_TARGET, tokens[:, 1:])
+    # The last token of the text has no target, and so is padding as an input.
+    document_ids_BS = np.where(has_no_target, np.int32(PADDING), document_ids[:, :-1])
     index = np.arange(targets_BS.shape[1])
     positions_BS = np.broadcast_to(index, targets_BS.shape)
     if mask_documents:
         begins = np.diff(document_ids_BS, axis=1, prepend=document_ids_BS[:, :1]) != 0
         positions_BS = positions_BS - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    targets_of_row = targets_BS.shape[1] - has_no_target.sum(axis=1)
+    source_targets = np.bincount([row.source for row in rows], weights=targets_of_row, minlength=sources)
     return Batch(
         torch.from_numpy(tokens[:, :-1].copy()),
         torch.from_numpy(targets_BS),
         torch.from_numpy(positions_BS.copy()),
         torch.from_numpy(document_ids_BS),
-        num_targets=targets_BS.size - padding,
+        num_targets=int(targets_of_row.sum()),
+        source_targets=tuple(source_targets.astype(int).tolist()),
+        documents=sum(row.documents for row in rows),
+        cut_documents=sum(row.cut_documents for row in rows),
     )
 
 
-class Rows(Protocol):
-    """A `Packer`, or what stands before one."""
+class MicroBatches(Protocol):
+    """A `Mixture`."""
 
-    def __next__(self) -> Row: ...
+    def __next__(self) -> list[Row]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -105,16 +109,24 @@ class Loader:
     raised by `next`. Close it, or use it in a `with`.
     """
 
-    def __init__(self, rows: Rows, micro_batch_size: int, mask_documents: bool, pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        rows: MicroBatches,
+        mask_documents: bool,
+        pin_memory: bool = False,
+        sources: int = 1,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """`stop` is set on closing: what waits in the thread should end its wait then."""
         self.rows = rows
-        self.micro_batch_size = micro_batch_size
+        self.sources = sources
         self.mask_documents = mask_documents
         self.pin_memory = pin_memory
         self._state = rows.state_dict()
         self._made: queue.Queue[tuple[Batch, dict[str, Any]] | BaseException] = queue.Queue(PREFETCHED_BATCHES)
         self._first: tuple[Batch, dict[str, Any]] | None = None
         self._error: BaseException | None = None
-        self._stop = threading.Event()
+        self._stop = stop or threading.Event()
         self._thread: threading.Thread | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -172,44 +184,7 @@ class Loader:
     def _make(self) -> None:
         try:
             while not self._stop.is_set():
-                batch = make_batch([next(self.rows) for _ in range(self.micro_batch_size)], self.mask_documents)
+                batch = make_batch(next(self.rows), self.mask_documents, self.sources)
                 self._made.put((batch.pin_memory() if self.pin_memory else batch, self.rows.state_dict()))
         except BaseException as error:
             self._made.put(error)
-
-
-def open_loader(config: Config, tokenizer: Tokenizer, pin_memory: bool = False) -> Loader:
-    """The run's training batches from the beginning. Raises UserError if the source cannot be opened."""
-    stream = open_training(config.data, config.train.seed)
-    packer = Packer(stream, tokenizer, config.data.sequence_length)
-    rows = RowShuffler(packer, config.data.shuffle_rows, config.train.seed)
-    return Loader(rows, config.train.micro_batch_size, config.model.mask_documents, pin_memory)
-
-
-def validation_batches(config: Config, tokenizer: Tokenizer, rows: int, micro_batch_size: int) -> list[Batch]:
-    """The first `rows` rows of the validation documents, fewer if there are fewer, the last one padded.
-
-    The rows do not depend on `micro_batch_size`; the last batch may have fewer than that.
-    Raises UserError if there is no validation text.
-    """
-    packer = Packer(open_validation(config.data), tokenizer, config.data.sequence_length)
-    chosen = [row for row, _ in zip(packer, range(rows), strict=False)]
-    padding = 0
-    if len(chosen) < rows:
-        rest = packer.remainder()
-        if rest is not None and len(rest.tokens) > 1:
-            padding = config.data.sequence_length + 1 - len(rest.tokens)
-            chosen.append(
-                Row(
-                    np.pad(rest.tokens, (0, padding), constant_values=tokenizer.eos_id),
-                    np.pad(rest.document_ids, (0, padding), constant_values=PADDING),
-                )
-            )
-    if not chosen:
-        raise UserError(f"no text to validate on in {packer.stream.source}")
-    mask = config.model.mask_documents
-    batches = []
-    for start in range(0, len(chosen), micro_batch_size):
-        end = min(start + micro_batch_size, len(chosen))
-        batches.append(make_batch(chosen[start:end], mask, padding if end == len(chosen) else 0))
-    return batches

@@ -1,12 +1,12 @@
 """Documents to rows of tokens: end to end, each followed by EOS, cut every sequence_length + 1 tokens."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from p828.data.row import Row
 from p828.data.source import DocumentStream
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
@@ -15,16 +15,14 @@ BATCH_DOCUMENTS = 256  # tokenized together: enough to keep all cores busy,
 BATCH_CHARACTERS = 1_000_000  # and little enough to hold
 
 
-@dataclass(frozen=True)
-class Row:
-    """Consecutive tokens of the stream; rows do not overlap."""
+class RowMaker(Protocol):
+    """Rows in the order of their text: a `Packer` or a `BestFitPacker`."""
 
-    tokens: npt.NDArray[np.int64]
-    """[S+1]; shorter only in `Packer.remainder`."""
-    document_ids: npt.NDArray[np.int32]
-    """[S+1]: 0, 1, 2, … within the row; a document's EOS belongs to it."""
-    epoch: int = 0
-    """Epoch in which the row's first document was given."""
+    def __next__(self) -> Row: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Packer:
@@ -86,7 +84,10 @@ class Packer:
         inner_starts = self._starts[first + 1 : last + 1] - start
         steps = np.zeros(end - start, dtype=np.int32)
         steps[inner_starts] = 1
-        return Row(self._tokens[start:end], np.cumsum(steps, dtype=np.int32), self._epochs[first])
+        last_end = self._starts[last + 1] if last + 1 < len(self._starts) else len(self._tokens)
+        documents = last - first + int(last_end == end)  # that end here
+        cut = int(documents > 0 and self._starts[first] < start)
+        return Row(self._tokens[start:end], np.cumsum(steps, dtype=np.int32), self._epochs[first], documents, cut)
 
     def _document_at(self, position: int) -> int:
         """Number of the document that the token at `position` belongs to; past the end, the number of documents."""

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from p828.data.packing import Packer, Row
+from p828.data.packing import RowMaker
+from p828.data.row import Row
 from p828.data.source import permutation
 
 
@@ -16,7 +17,7 @@ class RowShuffler:
     the block is read again on load.
     """
 
-    def __init__(self, packer: Packer, rows: int, seed: int) -> None:
+    def __init__(self, packer: RowMaker, rows: int, seed: int) -> None:
         self.packer, self.rows, self.seed = packer, rows, seed
         self._restart(packer.state_dict(), block=0, given=0)
 

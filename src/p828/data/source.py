@@ -3,32 +3,18 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from p828.config import DataConfig
 from p828.data.files import file_shards, python_shards
 from p828.data.hub import hub_shards
+from p828.data.retry import NO_RETRY, Retry
+from p828.data.shard import Shard, deal
 from p828.errors import UserError
 
 HELD_OUT_ORDER = (0,)  # held-out documents come in one shard order, whatever the run's seed
-
-
-class Shard(Protocol):
-    """One file-like piece of a source."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def size(self) -> int:
-        """Bytes, to notice on a resume that a file changed; 0 where it is not known."""
-        ...
-
-    def documents(self, start: int = 0) -> Iterator[str]:
-        """The texts from the one numbered `start`; empty ones are given too, so that counting stays simple."""
-        ...
 
 
 class DocumentStream:
@@ -46,6 +32,7 @@ class DocumentStream:
         epochs: passes over the shards; None never ends.
         share: share of the documents, by hash, that is held out.
         held_out: give the held-out documents, instead of the others.
+        retry: what is done about failed reads.
     """
 
     def __init__(
@@ -57,6 +44,7 @@ class DocumentStream:
         epochs: int | None = None,
         share: float = 0.0,
         held_out: bool = False,
+        retry: Retry = NO_RETRY,
     ) -> None:
         self.shards = shards
         self.source = source
@@ -65,6 +53,10 @@ class DocumentStream:
         self.epochs = epochs
         self.share = share
         self.held_out = held_out
+        self.retry = retry
+        self._sizes = [max(shard.size, 1) for shard in shards]
+        self._bytes_read = 0, 0  # shards of the epoch that are read, and their size
+        self._orders: dict[int, list[int]] = {}  # of the shards, by epoch: the current one's
         # The current block: which one, where in the epoch's shards it starts, and how much of it was given.
         self._epoch = 0
         self._block = 0
@@ -82,11 +74,23 @@ class DocumentStream:
         """Epoch, from 0, of the document given last (of the first document, before any)."""
         return self._epoch
 
+    def share_read(self) -> float:
+        """About how much of the epoch has been read, from 0 to 1: by bytes, else by shards."""
+        place, _ = self._end
+        order = self._order()
+        if self._bytes_read[0] > place:
+            self._bytes_read = 0, 0
+        counted, size = self._bytes_read
+        size += sum(self._sizes[i] for i in order[counted:place])
+        self._bytes_read = place, size
+        begun = self._sizes[order[place]] * self.shards[order[place]].share_read() if place < len(order) else 0
+        return (size + begun) / sum(self._sizes)
+
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        """Raises UserError if a whole epoch holds no document, or a file or row cannot be read."""
+        """Raises UserError if a whole epoch holds no document or a file or row is wrong, and ReadFailed."""
         while self.epochs is None or self._epoch < self.epochs:
             if self._documents is None:
                 self._read_block()
@@ -135,11 +139,11 @@ class DocumentStream:
 
     def _read_block(self) -> None:
         place, record = self._start
-        order = self._permutation(len(self.shards), self._epoch, 0)
+        order = self._order()
         documents: list[str] = []
         while place < len(order) and len(documents) < self.block_documents:
             if self._reader is None:
-                self._reader = self.shards[order[place]].documents(record)
+                self._reader = self.retry.documents(self.shards[order[place]], record)
             for text in self._reader:
                 record += 1
                 if text and is_held_out(text, self.share) == self.held_out:
@@ -150,6 +154,12 @@ class DocumentStream:
                 place, record, self._reader = place + 1, 0, None
         self._documents = [documents[i] for i in self._permutation(len(documents), self._epoch, self._block + 1)]
         self._end = (place, record)
+
+    def _order(self) -> list[int]:
+        """The shards in the order of the current epoch."""
+        if self._epoch not in self._orders:
+            self._orders = {self._epoch: self._permutation(len(self.shards), self._epoch, 0)}
+        return self._orders[self._epoch]
 
     def _permutation(self, length: int, *key: int) -> list[int]:
         return list(range(length)) if self.seed is None else permutation(length, (self.seed, *key))
@@ -164,33 +174,49 @@ def permutation(length: int, key: tuple[int, ...]) -> list[int]:
     return order
 
 
-def open_training(config: DataConfig, seed: int, epochs: int | None = None) -> DocumentStream:
+def open_training(
+    config: DataConfig, seed: int, epochs: int | None = None, part: int = 0, parts: int = 1, retry: Retry = NO_RETRY
+) -> DocumentStream:
     """The training documents, shuffled; without the held-out share if validation takes one.
 
-    Raises UserError if the source cannot be opened; `epochs=None` never ends.
+    Of `parts` streams, which have no document in common, it is the one numbered `part`. Raises UserError if the source
+    cannot be opened; `epochs=None` never ends.
     """
     shards, source = _training_shards(config)
     share = config.validation.share if config.validation.kind == "held_out" else 0.0
-    return DocumentStream(shards, source, config.block_documents, seed, epochs, share)
+    shards = deal(shards, part, parts)
+    if parts > 1:
+        source = f"part {part + 1} of data.streams = {parts} of {source}"
+    return DocumentStream(shards, source, config.block_documents, seed, epochs, share, retry=retry)
 
 
-def open_validation(config: DataConfig) -> DocumentStream:
+def open_in_order(config: DataConfig, retry: Retry = NO_RETRY) -> DocumentStream:
+    """Every document of the source once, held out or not, as they come. Raises UserError as `open_training`."""
+    shards, source = _training_shards(config)
+    return DocumentStream(shards, source, block_documents=1, epochs=1, retry=retry)
+
+
+def open_validation(config: DataConfig, retry: Retry = NO_RETRY) -> DocumentStream:
     """The validation documents, once, in an order that no seed changes. Raises UserError as `open_training`."""
     validation = config.validation
     # Blocks of one document: evaluation reads no further than it needs.
     if validation.kind == "files":
         files = file_shards(validation.files, config.text_field, "data.validation.files")
-        return DocumentStream(files, f"data.validation.files = {list(validation.files)}", block_documents=1, epochs=1)
+        return DocumentStream(
+            files, f"data.validation.files = {list(validation.files)}", block_documents=1, epochs=1, retry=retry
+        )
     if validation.kind == "split":
         name = validation.hub_name or config.hub_name
         subset = config.hub_subset if name == config.hub_name else ""
         shards = hub_shards(name, subset, validation.split, config.text_field)
-        return DocumentStream(shards, f"split {validation.split!r} of {name}", block_documents=1, epochs=1)
+        return DocumentStream(shards, f"split {validation.split!r} of {name}", block_documents=1, epochs=1, retry=retry)
     in_order, source = _training_shards(config)
     # Spread over the source: evaluation may read the first documents only.
     spread = [in_order[i] for i in permutation(len(in_order), HELD_OUT_ORDER)]
     source = f"the held-out share data.validation.share = {validation.share} of {source}"
-    return DocumentStream(spread, source, block_documents=1, epochs=1, share=validation.share, held_out=True)
+    return DocumentStream(
+        spread, source, block_documents=1, epochs=1, share=validation.share, held_out=True, retry=retry
+    )
 
 
 def is_held_out(text: str, share: float) -> bool:

@@ -70,6 +70,11 @@ class Tokenizer:
         encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
+    def encode_documents(self, texts: list[str]) -> list[npt.NDArray[np.int64]]:
+        """`encode_batch` with EOS behind each text."""
+        encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array([*encoding.ids, self.eos_id], dtype=np.int64) for encoding in encodings]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text, special tokens left out. Cut-off UTF-8 becomes U+FFFD."""
         text: str = self.inner.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from p828.errors import UserError
 from p828.whole_file import sync
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
 STEP_NAME = re.compile(r"step_(\d{8,})")

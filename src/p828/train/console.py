@@ -110,6 +110,14 @@ class Console:
     def evaluation(self, step: int, loss: float, perplexity: float, best: bool) -> None:
         self._show(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}{' (best)' if best else ''}")
 
+    def sources(self, names: Sequence[str], tokens: Sequence[int]) -> None:
+        """Show what each source of a mixture has given so far."""
+        shares = (
+            f"{name} {_short(count)} ({count / max(sum(tokens), 1):.1%})"
+            for name, count in zip(names, tokens, strict=True)
+        )
+        self._show(f"tokens so far: {', '.join(shares)}")
+
     def samples(self, samples: Sequence[tuple[str, str]]) -> None:
         """Show (prompt, continuation) pairs: the prompt's lines after `>`, in bold, the continuation's after `|`."""
         for prompt, continuation in samples:

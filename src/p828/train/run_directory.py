@@ -1,7 +1,7 @@
 """A run's directory: its resolved configuration, and whether a new command may go on in it."""
 
 import contextlib
-import fcntl
+import re
 import shutil
 import subprocess
 import sys
@@ -14,15 +14,21 @@ from pathlib import Path
 import tomli_w
 
 from p828.config import Config, flatten, from_dict, load, to_dict
-from p828.errors import UserError
+from p828.errors import ReadFailed, UserError
+from p828.lock import locked
 from p828.train import checkpoint
 from p828.whole_file import write_whole
 
-CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, LOCK_FILE = "config.toml", "tokenizer.json", "checkpoints", ".lock"
+CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.toml", "tokenizer.json", "checkpoints"
+
+IN_MIXTURE = re.compile(r"mixture\[\d+\]\.")  # a source's own key is as free as the same one of a single source
 
 # A resumed run must have the same weights' shapes and the same rows in the same order; all else may change on the way.
 FIXED = ("model.", "data.", "tokenizer.", "train.seed")
-FREE = ("model.attention_backend", "model.dropout", "model.max_position_embeddings", "model.rope_scaling.")
+FREE = (
+    "model.attention_backend", "model.dropout", "model.max_position_embeddings", "model.rope_scaling.",
+    "data.prepared", "data.read_retries", "data.weights", "data.mixture_steps",
+)  # fmt: skip
 
 
 @dataclass
@@ -50,21 +56,21 @@ def open_run(config: Config) -> Iterator[RunDirectory]:
 
     Raises UserError when another process trains the run, and when its newest checkpoint was made with another model,
     data, tokenizer or seed. Without a checkpoint the run is begun anew if these differ. Directories made here are
-    removed again if the block raises UserError before `keep`.
+    removed again if the block raises UserError or ReadFailed before `keep`.
     """
     run_dir = config.run_dir
     made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_lock(run_dir))
+            stack.enter_context(locked(run_dir, f"{run_dir}: another p828 train is at work on this run"))
             directory = RunDirectory(run_dir, versions(), *_enter(config), made)
             _write_config(run_dir / CONFIG_FILE, config, directory.versions)
         except OSError as error:
             raise UserError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from None
         try:
             yield directory
-        except UserError:
+        except (UserError, ReadFailed):
             _remove(directory.made)
             raise
 
@@ -76,7 +82,7 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str]]:
         raise UserError(f"{run_dir / CHECKPOINTS} is a file; the run keeps its checkpoints in a directory of that name")
     newest, damaged = checkpoint.find_newest(run_dir / CHECKPOINTS)
     changes = _changes(config, newest)
-    blocking = [line for line in changes if line.startswith(FIXED) and not line.startswith(FREE)]
+    blocking = [line for line in changes if line.startswith(FIXED) and not IN_MIXTURE.sub("", line).startswith(FREE)]
     if blocking and newest is not None:
         raise UserError(
             f"{run_dir} was started with other settings: {'; '.join(blocking)}.\n"
@@ -100,19 +106,8 @@ def _changes(config: Config, newest: Path | None) -> list[str]:
     else:
         return []
     after = flatten(config)
-    differing = (key for key in after if before[key] != after[key] and key not in ("name", "runs_dir"))
-    return [f"{key} = {before[key]!r}, now {after[key]!r}" for key in differing]
-
-
-@contextmanager
-def _lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run's lock, which the system gives back however the process ends."""
-    with open(run_dir / LOCK_FILE, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run_dir}: another p828 train is at work on this run") from None
-        yield
+    keys = (key for key in {**before, **after} if key not in ("name", "runs_dir"))
+    return [f"{key} = {before.get(key)!r}, now {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
 
 
 def _remove(made: list[Path]) -> None:

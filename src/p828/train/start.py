@@ -1,10 +1,12 @@
 """Builds a run's parts, in the order in which their inputs can be wrong, and sets the loop off."""
 
 import warnings
+from pathlib import Path
 
 from p828.config import Config
-from p828.data.loader import open_loader, validation_batches
-from p828.data.source import DocumentStream, open_training, open_validation
+from p828.data.feed import open_loader, prepared_tokenizer, training_documents, validation_batches
+from p828.data.manifest import open_manifest
+from p828.data.source import open_training, open_validation
 from p828.data.tokenizer import Tokenizer, load_tokenizer
 from p828.errors import UserError
 from p828.model.flops import count_parameters
@@ -24,8 +26,12 @@ def train(config: Config) -> None:
     """
     device = pick_device(config.train.device)
     # A missing file or an empty validation set ends here, before anything is written.
-    open_training(config.data, config.train.seed)
-    next(open_validation(config.data))
+    for data in config.data.sources:
+        if data.prepared:
+            open_manifest(Path(data.prepared))
+        else:
+            open_training(data, config.train.seed)
+            next(open_validation(data))
     if config.train.deterministic:
         make_deterministic()
     # Advice to round float32 products to TF32; the router is to stay in float32.
@@ -36,7 +42,7 @@ def train(config: Config) -> None:
             tokenizer = _tokenizer(config, console)
             _check_prompts(config, tokenizer)
             validation = validation_batches(config, tokenizer, config.evaluation.rows, config.train.micro_batch_size)
-            with open_loader(config, tokenizer, pin_memory=device.type == "cuda") as loader:
+            with open_loader(config, tokenizer, device.type == "cuda", tell=console.event) as loader:
                 engine = PlainEngine(config)
                 trainer = Trainer(config, run, tokenizer, loader, validation, engine, recorder, console)
                 console.print(_describe(config, engine))
@@ -54,13 +60,11 @@ def train(config: Config) -> None:
 def _tokenizer(config: Config, console: Console) -> Tokenizer:
     """The run's own if it has one, else as the configuration says."""
     path = config.run_dir / TOKENIZER_FILE
+    if not path.exists() and (prepared := prepared_tokenizer(config)) is not None:
+        prepared.save(path)
     if config.tokenizer.name == "train" and not path.exists():
         console.print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens")
-
-    def documents() -> DocumentStream:
-        return open_training(config.data, config.train.seed, epochs=1)
-
-    return load_tokenizer(config.tokenizer, documents, config.model.vocab_size, path)
+    return load_tokenizer(config.tokenizer, lambda: training_documents(config), config.model.vocab_size, path)
 
 
 def _describe(config: Config, engine: PlainEngine) -> str:

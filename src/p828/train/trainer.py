@@ -3,20 +3,18 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from p828.config import Config, to_dict
 from p828.data.bigram import bigram_loss
+from p828.data.feed import training_rows
 from p828.data.loader import Batch, Loader
-from p828.data.packing import Packer
-from p828.data.source import open_training
 from p828.data.tokenizer import Tokenizer
-from p828.errors import RunStopped, UserError
+from p828.errors import ReadFailed, RunStopped, UserError
 from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
@@ -44,6 +42,20 @@ class Progress:
     best_step: int | None = None
     evaluations_since_best: int = 0
     non_finite_steps: int = 0  # in a row
+    source_tokens: list[int] = field(default_factory=list)
+    """Targets trained on so far, for each source of the mixture."""
+    documents: int = 0
+    """Documents trained on to their end."""
+    cut_documents: int = 0
+    """Those of them that had parts in several rows."""
+
+    def count(self, batches: Sequence[Batch]) -> None:
+        """Add what a step was trained on."""
+        by_source = [self.source_tokens or [0], *(batch.source_targets for batch in batches)]
+        self.source_tokens = [sum(counts) for counts in zip_longest(*by_source, fillvalue=0)]
+        self.tokens += sum(batch.num_targets for batch in batches)
+        self.documents += sum(batch.documents for batch in batches)
+        self.cut_documents += sum(batch.cut_documents for batch in batches)
 
 
 @dataclass
@@ -58,7 +70,7 @@ class Trainer:
     engine: PlainEngine
     recorder: Recorder
     console: Console
-    progress: Progress = dataclasses.field(default_factory=Progress)
+    progress: Progress = field(default_factory=Progress)
 
     def run(self) -> None:
         """Train to the last step, or until patience runs out."""
@@ -66,15 +78,15 @@ class Trainer:
         self.recorder.rewind(progress.step)
         while not self.is_done():
             started = time.perf_counter()
-            batches = [next(self.loader) for _ in range(config.train.gradient_accumulation)]
-            num_targets = sum(batch.num_targets for batch in batches)
+            batches = self.fetch()
+            num_targets = max(sum(batch.num_targets for batch in batches), 1)  # a last row may have none
             for batch in batches:
                 self.engine.forward_backward(batch, num_targets)
             rate = learning_rate(progress.step, config.train.steps, config.optimizer.learning_rate, config.schedule)
             result = self.engine.step(rate)
 
             progress.step += 1
-            progress.tokens += num_targets
+            progress.count(batches)
             progress.loss = result.loss
             self.record(result, rate, num_targets, time.perf_counter() - started)
             self.stop_if_not_finite(result)
@@ -82,6 +94,18 @@ class Trainer:
             is_better = self.evaluate() if self.is_due(config.evaluation.every) else False
             if is_better or self.is_due(config.checkpoint.every):
                 self.save()
+
+    def fetch(self) -> list[Batch]:
+        """The next step's micro-batches. When they cannot be read, for now, the run is saved and RunStopped raised."""
+        before = self.loader.state_dict()
+        try:
+            return [next(self.loader) for _ in range(self.config.train.gradient_accumulation)]
+        except ReadFailed as error:
+            self.save(before)
+            raise RunStopped(
+                f"{error}\nThe run stops after step {self.progress.step}, which is saved; "
+                "the same command goes on from there"
+            ) from error
 
     def is_done(self) -> bool:
         patience, progress = self.config.evaluation.patience, self.progress
@@ -100,6 +124,7 @@ class Trainer:
             "step",
             self.progress.step,
             tokens=self.progress.tokens,
+            **self.data_record(),
             loss=result.loss,
             perplexity=_perplexity(result.loss),
             lr=rate,
@@ -112,6 +137,15 @@ class Trainer:
             balance=[balance_score(load_E) for load_E in result.loads],
         )
         self.console.step(self.progress.step, loss=result.loss, tokens_per_second=tokens_per_second)
+
+    def data_record(self) -> dict[str, Any]:
+        """What the data was so far: documents, the cut ones among them, and tokens by source of a mixture."""
+        progress = self.progress
+        counts = {"documents": progress.documents, "cut_documents": progress.cut_documents}
+        if not self.config.data.mixture:
+            return counts
+        by_name = zip(self.config.data.source_names, progress.source_tokens, strict=True)
+        return {**counts, "source_tokens": dict(by_name)}
 
     def stop_if_not_finite(self, result: StepResult) -> None:
         """Record a step that was not applied; raise RunStopped at the third in a row."""
@@ -140,6 +174,8 @@ class Trainer:
             progress.best_loss, progress.best_step = result.loss, progress.step
         self.recorder.write("eval", progress.step, **dataclasses.asdict(result), best=is_better)
         self.console.evaluation(progress.step, loss=result.loss, perplexity=result.perplexity, best=is_better)
+        if self.config.data.mixture:
+            self.console.sources(self.config.data.source_names, progress.source_tokens)
         if config.prompts:
             samples = self.sample()
             self.recorder.write("sample", progress.step, samples=[list(sample) for sample in samples])
@@ -158,11 +194,12 @@ class Trainer:
     def checkpoints(self) -> Path:
         return self.directory.path / CHECKPOINTS
 
-    def save(self) -> None:
+    def save(self, position: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint. `position` is the data's if that is not the one of the batch fetched last."""
         progress = self.progress
         state = {
             "progress": dataclasses.asdict(progress),
-            "data": self.loader.state_dict(),
+            "data": position or self.loader.state_dict(),
             "config": to_dict(self.config),
             "versions": self.directory.versions,
             "tokenizer": self.tokenizer.fingerprint(),
@@ -185,8 +222,11 @@ class Trainer:
         loss = progress.validation_loss
         if loss is not None:
             self.console.print(f"validation loss {loss:.3f}, perplexity {_perplexity(loss):.1f}")
+        if progress.cut_documents:
+            share = progress.cut_documents / progress.documents
+            self.console.print(f"of {progress.documents:,} documents, {share:.1%} were cut into several rows")
         if config.evaluation.bigram_baseline:
-            bigram = bigram_loss(_training_rows(config, self.tokenizer), self.validation, self.tokenizer.vocab_size)
+            bigram = bigram_loss(training_rows(config, self.tokenizer), self.validation, self.tokenizer.vocab_size)
             self.recorder.write("event", progress.step, event="bigram_baseline", loss=bigram)
             self.console.print(f"a bigram model of the same tokens gets {bigram:.3f}")
         if config.evaluation.prompts:
@@ -196,13 +236,6 @@ class Trainer:
         if progress.best_step not in (None, progress.step):
             best = self.checkpoints / checkpoint.name_of(progress.best_step)
             self.console.print(f"the best checkpoint, with validation loss {progress.best_loss:.3f}, is {best}")
-
-
-def _training_rows(config: Config, tokenizer: Tokenizer) -> Iterator[np.ndarray[Any, Any]]:
-    """One epoch of the training documents."""
-    documents = open_training(config.data, config.train.seed, epochs=1)
-    for row in Packer(documents, tokenizer, config.data.sequence_length):
-        yield row.tokens
 
 
 def _perplexity(loss: float) -> float:

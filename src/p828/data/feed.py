@@ -1,0 +1,150 @@
+"""What a run is fed with, put together from its configuration: training batches, validation batches, plain text."""
+
+import threading
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from p828.config import Config, DataConfig
+from p828.data.best_fit_packer import BestFitPacker
+from p828.data.loader import Batch, Loader, make_batch
+from p828.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, open_manifest
+from p828.data.mixture import Mixture, RowSource
+from p828.data.packing import Packer, RowMaker
+from p828.data.prepared import Prepared, PreparedRows
+from p828.data.prepared_directory import check_settings, data_settings
+from p828.data.retry import Retry
+from p828.data.row import Row
+from p828.data.shuffle import RowShuffler
+from p828.data.source import open_training, open_validation
+from p828.data.streams import Streams
+from p828.data.tokenizer import Tokenizer
+from p828.errors import UserError
+
+
+def open_loader(
+    config: Config,
+    tokenizer: Tokenizer,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Loader:
+    """A rank's training batches from the beginning. `tell` is given a line when a read has failed and is repeated.
+
+    Raises UserError if the data cannot be opened.
+    """
+    stop = threading.Event()
+    retry = Retry(config.data.read_retries, stop.wait, tell)
+    sources = [
+        _open_source(data, _seed(config.train.seed, number), tokenizer, retry)
+        for number, data in enumerate(config.data.sources)
+    ]
+    weights = zip(*(mixed.weights for mixed in config.data.mixture), strict=True) if config.data.mixture else [(1.0,)]
+    schedule = list(zip(config.data.mixture_steps, weights, strict=True))
+    batches_per_step = config.train.gradient_accumulation * world_size
+    rows = Mixture(sources, schedule, config.train.micro_batch_size, batches_per_step, rank, world_size)
+    return Loader(rows, config.model.mask_documents, pin_memory, len(sources), stop)
+
+
+def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry) -> RowSource:
+    if data.prepared:
+        return PreparedRows(open_prepared(data, tokenizer), data.sequence_length, seed)
+    packer: type[Packer] | type[BestFitPacker] = Packer if data.packing == "concatenate" else BestFitPacker
+
+    def rows(part: int) -> RowShuffler:
+        own_seed = _seed(seed, part)
+        documents = open_training(data, own_seed, part=part, parts=data.streams, retry=retry)
+        maker: RowMaker = packer(documents, tokenizer, data.sequence_length)
+        return RowShuffler(maker, max(data.shuffle_rows // data.streams, 1), own_seed)
+
+    return Streams([rows(part) for part in range(data.streams)])
+
+
+def _seed(seed: int, number: int) -> int:
+    """A seed for each of several sources or streams, lest all shuffle alike; the run's own for the first."""
+    return int(np.random.PCG64((seed, number)).random_raw()) if number else seed
+
+
+def open_prepared(data: DataConfig, tokenizer: Tokenizer) -> Prepared:
+    """Raises UserError if it is none, or prepared with another tokenizer, from another source or for other rows."""
+    prepared = Prepared.open(Path(data.prepared), tokenizer)
+    check_settings(prepared.manifest.settings, {"data": data_settings(data)}, prepared.directory / MANIFEST_FILE)
+    return prepared
+
+
+def prepared_tokenizer(config: Config) -> Tokenizer | None:
+    """The one that came with prepared data; None if there is none, or the configuration names a file of its own.
+
+    Raises UserError if the data was prepared with a tokenizer of other settings.
+    """
+    directories = [Path(data.prepared) for data in config.data.sources if data.prepared]
+    is_file = config.tokenizer.name != "train" and Path(config.tokenizer.name).expanduser().exists()
+    if not directories or is_file:
+        return None
+    made = open_manifest(directories[0]).settings["tokenizer"]
+    keys = ("name", "vocab_size", "eos_token") if config.tokenizer.name == "train" else ("name", "eos_token")
+    for key in keys:
+        now = getattr(config.tokenizer, key)
+        if made[key] != now:
+            where = directories[0] / MANIFEST_FILE
+            raise UserError(f"{where}: prepared with tokenizer.{key} = {made[key]!r}, not {now!r}")
+    return Tokenizer.from_file(directories[0] / TOKENIZER_FILE, config.tokenizer.eos_token)
+
+
+def validation_batches(config: Config, tokenizer: Tokenizer, rows: int, micro_batch_size: int) -> list[Batch]:
+    """The first `rows` rows of the validation documents, fewer if there are fewer, the last one of a source padded.
+
+    Of prepared data it is rows from all over them, the same ones in every run. A mixture's sources give equal shares,
+    whatever their weights. The rows do not depend on `micro_batch_size`; the last batch may have fewer than that.
+    Raises UserError if there is no validation text.
+    """
+    sources = config.data.sources
+    if config.data.validation.kind == "files":
+        sources = sources[:1]  # the same files for all
+    shares = [rows // len(sources) + (i < rows % len(sources)) for i in range(len(sources))]
+    chosen = [
+        row
+        for data, share in zip(sources, shares, strict=True)
+        if share
+        for row in _validation_rows(data, tokenizer, share)
+    ]
+    mask = config.model.mask_documents
+    return [make_batch(chosen[i : i + micro_batch_size], mask) for i in range(0, len(chosen), micro_batch_size)]
+
+
+def _validation_rows(data: DataConfig, tokenizer: Tokenizer, count: int) -> list[Row]:
+    if data.prepared:
+        return open_prepared(data, tokenizer).validation_rows(count, data.sequence_length)
+    packer = Packer(open_validation(data, Retry(data.read_retries)), tokenizer, data.sequence_length)
+    chosen = list(islice(packer, count))
+    rest = packer.remainder() if len(chosen) < count else None
+    if rest is not None and len(rest.tokens) > 1:
+        chosen.append(rest.padded(data.sequence_length + 1, tokenizer.eos_id))
+    if not chosen:
+        raise UserError(f"no text to validate on in {packer.stream.source}")
+    return chosen
+
+
+def training_rows(config: Config, tokenizer: Tokenizer) -> Iterator[npt.NDArray[np.int64]]:
+    """The tokens of one epoch of every source, in rows."""
+    for data in config.data.sources:
+        if data.prepared:
+            tokens = open_prepared(data, tokenizer).tokens("training")
+            length = data.sequence_length + 1
+            yield from (tokens.row(start, length, 0).tokens for start in range(0, len(tokens) - length + 1, length))
+        else:
+            packer = Packer(open_training(data, config.train.seed, epochs=1), tokenizer, data.sequence_length)
+            yield from (row.tokens for row in packer)
+
+
+def training_documents(config: Config) -> Iterator[str]:
+    """One epoch of every source's text, a document of each in turn."""
+    streams = [open_training(data, config.train.seed, epochs=1) for data in config.data.sources]
+    while streams:
+        documents = [(stream, next(stream, None)) for stream in streams]
+        yield from (text for _, text in documents if text is not None)
+        streams = [stream for stream, text in documents if text is not None]

@@ -1,0 +1,38 @@
+"""Reading on after a failed read: a file system or a network that is away for a while."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from p828.data.shard import Shard
+from p828.errors import ReadFailed
+
+
+@dataclass(frozen=True)
+class Retry:
+    attempts: int = 0
+    """Failures in a row after which there is another attempt, 1, 2, 4, ... seconds later."""
+    pause: Callable[[float], object] = time.sleep
+    """Waits so many seconds."""
+    tell: Callable[[str], None] = lambda text: None
+    """Is given a line before each wait."""
+
+    def documents(self, shard: Shard, start: int) -> Iterator[str]:
+        """A shard's texts from number `start` on. Raises what the shard raises, ReadFailed after the attempts."""
+        failures = 0
+        while True:
+            try:
+                for text in shard.documents(start):
+                    start, failures = start + 1, 0
+                    yield text
+                return
+            except ReadFailed as error:
+                if failures == self.attempts:
+                    raise
+                seconds = 2.0**failures
+                failures += 1
+                self.tell(f"{error}; attempt {failures + 1} of {self.attempts + 1} in {seconds:.0f} s")
+                self.pause(seconds)
+
+
+NO_RETRY = Retry()

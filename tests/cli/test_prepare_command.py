@@ -1,0 +1,169 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from p828.cli.main import dispatch
+from p828.config import TokenizerConfig
+from p828.data.tokenizer import train_tokenizer
+from p828.train import metrics
+from runs import write_toml
+
+
+@pytest.fixture
+def toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    return str(write_toml(tmp_path, train={"steps": 2}))
+
+
+def test_prepared_once_and_trained_on(toml: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data.prepared", "prepared"]
+    assert dispatch(["prepare", toml, *flags]) == 0
+    said = capsys.readouterr().out
+    assert "prepared: 100%" in said or "tokens to train on" in said
+    assert "cut" in said
+    assert dispatch(["prepare", toml, *flags]) == 0
+    assert dispatch(["train", toml, *flags, "--evaluation.bigram-baseline", "True"]) == 0
+    assert "a bigram model of the same tokens" in capsys.readouterr().out
+    assert Path("runs/tiny/tokenizer.json").read_bytes() == Path("prepared/tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--tokenizer.vocab-size", "290"], "prepared with tokenizer.vocab_size = 300, not 290"),
+        (["--data.validation.share", "0.3"], "made with data.validation = "),
+        (["--data.packing", "best_fit"], "made with data.packing = 'concatenate', not 'best_fit'"),
+        (["--tokenizer.name", "other/tokenizer.json"], "prepared with another tokenizer"),
+    ],
+)
+def test_training_on_other_tokens_is_refused(
+    toml: str, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dispatch(["prepare", toml, "--data.prepared", "prepared"]) == 0
+    assert dispatch(["prepare", toml, "--data.prepared", "other", "--tokenizer.vocab-size", "280"]) == 0
+    capsys.readouterr()
+    assert dispatch(["train", toml, "--data.prepared", "prepared", *flags]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_best_fit_serves_one_length(toml: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data.prepared", "prepared", "--data.packing", "best_fit"]
+    assert dispatch(["prepare", toml, *flags]) == 0
+    assert dispatch(["train", toml, *flags, "--data.sequence-length", "16"]) == 2
+    assert "made with data.sequence_length = 32, not 16" in capsys.readouterr().err
+
+
+def test_a_damaged_shard_ends_a_run_before_it_begins(toml: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data.prepared", "prepared"]
+    assert dispatch(["prepare", toml, *flags]) == 0
+    shard = Path("prepared/training-00000.tokens")
+    content = bytearray(shard.read_bytes())
+    content[5] ^= 1
+    shard.write_bytes(content)
+    for command in ("prepare", "train"):
+        capsys.readouterr()
+        assert dispatch([command, toml, *flags]) == 2
+        assert "prepared/training-00000.tokens: damaged or changed" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_mixtures_sources_share_one_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {"source": "files", "files": [str(tmp_path / "text" / "*.txt")]}
+    mixture = [{"name": name, "prepared": name, **files} for name in ("one", "two")]
+    toml = str(write_toml(tmp_path, data={"mixture": mixture}, train={"steps": 2}))
+    assert dispatch(["prepare", toml]) == 0
+    assert Path("one/tokenizer.json").read_bytes() == Path("two/tokenizer.json").read_bytes()
+    assert dispatch(["train", toml]) == 0
+    said = capsys.readouterr().out
+    assert "tokens so far: one 128 (50.0%), two 128 (50.0%)" in said
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ([], "data.prepared is empty"),
+        (["--data.preparedd", "x"], "did you mean --data.prepared?"),
+        (["--data.prepared", "tiny.toml"], "tiny.toml"),
+        (["--data.prepared", "x", "--prepare.min-characters", "100000"], "nothing is left for training"),
+        (["--data.prepared", "x", "--data.files", "none/*"], "'none/*' matches no file"),
+    ],
+)
+def test_wrong_input_is_answered_in_a_line(
+    toml: str, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dispatch(["prepare", toml, *flags]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) <= 2
+
+
+def test_a_command_that_came_to_nothing_leaves_nothing(toml: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data.prepared", "prepared"]
+    assert dispatch(["prepare", toml, *flags, "--prepare.min-characters", "100000"]) == 2
+    assert not Path("prepared").exists()
+    Path("prepared").mkdir()
+    Path("prepared/tokenizer.json").write_text("left by another program")
+    assert dispatch(["prepare", toml, *flags]) == 0, capsys.readouterr().err
+
+
+def test_a_directory_of_other_files_is_left_alone(toml: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("home").mkdir()
+    Path("home/thesis.tex").write_text("ten years")
+    assert dispatch(["prepare", toml, "--data.prepared", "home"]) == 2
+    assert "home: holds other files" in capsys.readouterr().err
+    assert [path.name for path in Path("home").iterdir()] == ["thesis.tex"]
+
+
+def test_a_cut_shard_is_named_before_training(toml: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data.prepared", "prepared"]
+    assert dispatch(["prepare", toml, *flags]) == 0
+    shard = Path("prepared/training-00000.documents")
+    shard.write_bytes(shard.read_bytes()[:-3])
+    assert dispatch(["train", toml, *flags]) == 2
+    assert "prepared/training-00000.documents" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_run_on_prepared_data_does_not_go_on_without_it(toml: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data.prepared", "prepared"]
+    assert dispatch(["prepare", toml, *flags]) == 0
+    assert dispatch(["train", toml, *flags]) == 0
+    assert dispatch(["train", toml, "--train.steps", "4"]) == 2
+    assert "data.prepared is empty: the run was trained on prepared data" in capsys.readouterr().err
+
+
+def test_a_run_on_prepared_data_is_evaluated_on_other_files(
+    toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data.prepared", "prepared"]
+    assert dispatch(["prepare", toml, *flags]) == 0
+    assert dispatch(["train", toml, *flags]) == 0
+    other = tmp_path / "other.txt"
+    other.write_text("abcdef " * 9)
+    said = []
+    for arguments in ([], ["--data.validation.files", str(other)]):
+        capsys.readouterr()
+        assert dispatch(["evaluate", "runs/tiny", *arguments]) == 0
+        said.append(int(re.findall(r"(\d+) bytes", capsys.readouterr().out)[0]))
+    assert said[1] < 63 < said[0]  # its first token is not predicted
+
+
+def test_a_step_without_targets_changes_nothing(toml: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An epoch whose last row has one token, alone in its step."""
+    Path("one").mkdir()
+    Path("one/a.txt").write_text("x")
+    Path("one/b.txt").write_text("x" * 30)  # with the end of each 33 tokens: a row of 32 and one more
+    data = ["--data.files", "one/*.txt", "--data.prepared", "prepared", "--tokenizer.name", "tok.json"]
+    validation = ["--data.validation.kind", "files", "--data.validation.files", "text/000.txt"]
+    train_tokenizer(TokenizerConfig(vocab_size=257), ["x"]).save(Path("tok.json"))
+    sizes = ["--train.micro-batch-size", "1", "--train.gradient-accumulation", "1", "--data.sequence-length", "31"]
+    arguments = [toml, *data, *validation, *sizes]
+    assert dispatch(["prepare", *arguments]) == 0
+    assert dispatch(["train", *arguments]) == 0, capsys.readouterr().err
+    steps = [line for line in metrics.read(Path("runs/tiny/metrics.jsonl")) if line["kind"] == "step"]
+    assert sorted(step["loss"] == 0 for step in steps) == [False, True]

@@ -1,0 +1,111 @@
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from p828.data.mixture import Mixture
+from p828.data.row import Row
+
+
+class Numbered:
+    """A source whose rows hold their number."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def take(self, batch: int, count: int) -> list[Row]:
+        self.given += count
+        numbers = range(self.given - count, self.given)
+        return [Row(np.array([n, n]), np.zeros(2, dtype=np.int32)) for n in numbers]
+
+    def skip(self, batch: int, count: int) -> None:
+        self.given += count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.given = state["given"]
+
+
+Schedule = list[tuple[int, list[float]]]
+CHANGING: Schedule = [(0, [1.0, 0.0, 0.0]), (5, [0.2, 0.5, 0.3]), (9, [0.0, 1.0, 3.0])]
+
+
+def mixture(schedule: Schedule, rows: int, batches_per_step: int, rank: int = 0, world_size: int = 1) -> Mixture:
+    sources = [Numbered() for _ in schedule[0][1]]
+    return Mixture(sources, schedule, rows, batches_per_step, rank, world_size)
+
+
+def seen(rows: list[Row]) -> list[tuple[int, int]]:
+    return sorted((row.source, int(row.tokens[0])) for row in rows)
+
+
+def test_shares_follow_the_weights_at_every_moment() -> None:
+    weights = [0.5, 0.2, 0.3]
+    counts: Counter[int] = Counter()
+    mixed = mixture([(0, weights)], rows=1, batches_per_step=1)
+    for n in range(1, 2000):
+        counts[next(mixed)[0].source] += 1
+        # As close as whole rows can be: never a whole row or more away.
+        assert all(abs(counts[i] - weight * n) < 1 for i, weight in enumerate(weights))
+
+
+def test_weights_change_at_their_steps() -> None:
+    mixed = mixture(CHANGING, rows=4, batches_per_step=5)
+    by_step = [Counter(row.source for _ in range(5) for row in next(mixed)) for _ in range(14)]
+    assert all(counts == {0: 20} for counts in by_step[:5])
+    assert all(counts == {0: 4, 1: 10, 2: 6} for counts in by_step[5:9])
+    assert all(counts == {1: 5, 2: 15} for counts in by_step[9:])
+
+
+def test_every_source_gives_its_rows_in_order() -> None:
+    mixed = mixture(CHANGING, rows=3, batches_per_step=2)
+    rows = [row for _ in range(60) for row in next(mixed)]
+    for source in range(3):
+        numbers = [int(row.tokens[0]) for row in rows if row.source == source]
+        assert numbers == list(range(len(numbers)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_ranks_share_one_sequence(world_size: int) -> None:
+    alone = mixture(CHANGING, rows=3, batches_per_step=6)
+    ranks = [mixture(CHANGING, 3, 6, rank, world_size) for rank in range(world_size)]
+    for batch in range(120):
+        assert seen(next(ranks[batch % world_size])) == seen(next(alone))
+
+
+def test_a_state_goes_on_with_another_number_of_ranks() -> None:
+    alone = mixture(CHANGING, rows=3, batches_per_step=12)
+    expected = [seen(next(alone)) for _ in range(12 * 16)]
+    state, batch = mixture(CHANGING, 3, 12).state_dict(), 0
+    for world_size in (2, 1, 4, 3, 6, 2, 12, 1):
+        ranks = [mixture(CHANGING, 3, 12, rank, world_size) for rank in range(world_size)]
+        for rank in ranks:
+            rank.load_state_dict(state)
+        for _ in range(2 * 12):  # two steps
+            assert seen(next(ranks[batch % world_size])) == expected[batch]
+            batch += 1
+        states = [rank.state_dict() for rank in ranks]
+        assert all(other == states[0] for other in states)
+        state = states[0]
+
+
+def test_after_new_weights_no_source_catches_up_on_the_old_ones() -> None:
+    old = mixture([(0, [1.0, 0.0])], rows=4, batches_per_step=1)
+    for _ in range(100):
+        next(old)
+    new = mixture([(0, [0.5, 0.5])], rows=4, batches_per_step=1)
+    new.load_state_dict(old.state_dict())
+    assert [Counter(row.source for row in next(new)) for _ in range(5)] == [{0: 2, 1: 2}] * 5
+
+
+def test_steps_are_counted_on_when_their_size_changes() -> None:
+    before = mixture(CHANGING, rows=2, batches_per_step=4)
+    for _ in range(4 * 4):
+        next(before)
+    after = mixture(CHANGING, rows=2, batches_per_step=10)
+    after.load_state_dict(before.state_dict())
+    assert {row.source for _ in range(10) for row in next(after)} == {0}  # step 4
+    assert {row.source for _ in range(10) for row in next(after)} == {0, 1, 2}  # step 5
