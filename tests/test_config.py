@@ -10,6 +10,7 @@ import pytest
 
 from p828 import config
 from p828.config import Config
+from p828.config_values import flatten, to_dict
 from p828.errors import UserError
 
 DOCUMENTED = ["60m", "800m", "fine-grained", "planned", "quickstart"]
@@ -24,7 +25,7 @@ def test_preset_loads_validates_and_round_trips(preset: str) -> None:
     loaded = config.load(preset)
     config.validate(loaded)
     assert loaded.name == preset
-    assert config.from_dict(config.to_dict(loaded), "round trip") == loaded
+    assert config.from_dict(to_dict(loaded), "round trip") == loaded
 
 
 def test_defaults_validate() -> None:
@@ -34,7 +35,7 @@ def test_defaults_validate() -> None:
 def test_every_setting_has_help() -> None:
     """The attribute docstrings are the command line's help; each follows its field."""
     lines = Path(config.__file__).read_text(encoding="utf-8").splitlines()
-    for key in config.flatten(Config()):
+    for key in flatten(Config()):
         name = key.rsplit(".", 1)[-1]
         places = [i for i, line in enumerate(lines) if line.startswith(f"    {name}: ")]
         assert places
@@ -77,7 +78,7 @@ def test_base_beside_the_file_and_in_a_chain(tmp_path: Path) -> None:
 def test_whole_configuration_survives_toml(tmp_path: Path) -> None:
     tomli_w = pytest.importorskip("tomli_w")
     loaded = config.load("800m")
-    assert config.load(write(tmp_path / "again.toml", tomli_w.dumps(config.to_dict(loaded)))) == loaded
+    assert config.load(write(tmp_path / "again.toml", tomli_w.dumps(to_dict(loaded)))) == loaded
 
 
 def message_of(values: dict[str, Any]) -> str:
@@ -181,7 +182,7 @@ def test_wrong_values(values: dict[str, Any], says: list[str]) -> None:
 
 def test_every_number_has_a_range() -> None:
     """No number of the configuration takes NaN, infinity or a negative value."""
-    for key, value in config.flatten(Config()).items():
+    for key, value in flatten(Config()).items():
         bad = [-1] if type(value) is int else [NAN, INF, -INF, -1.0] if isinstance(value, float) else []
         for number in bad:
             assert key in message_of({key: number})

@@ -4,18 +4,17 @@ The attribute docstrings are the command line's help. A TOML may name another wi
 changes only what it lists. Nothing here imports torch.
 """
 
-import contextlib
 import dataclasses
 import sys
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro.conf
 
 from p828.config_checks import check_model, check_range, check_run
+from p828.config_values import build, flatten
 from p828.errors import UserError, nearest
 
 if sys.version_info >= (3, 11):
@@ -25,7 +24,6 @@ else:
 
 PRESETS = Path(__file__).parent / "configs"
 MAX_BASES = 8  # how deep `base` may nest; a cycle ends here
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -332,33 +330,7 @@ def load(name_or_path: str) -> Config:
 
 def from_dict(values: Mapping[str, Any], where: str) -> Config:
     """Build a Config from nested plain values, as TOML gives them. Raises UserError naming the key."""
-    return _build(Config, values, where, prefix="")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The nested plain values of a configuration, as TOML takes them."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return to_dict(value) if dataclasses.is_dataclass(value) else value
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value, in the order of the dataclasses; `key[0].inner` in a list of tables."""
-    flat: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        key, value = prefix + f.name, getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            flat.update(flatten(value, f"{key}."))
-        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
-            for i, item in enumerate(value):
-                flat.update(flatten(item, f"{key}[{i}]."))
-        else:
-            flat[key] = value
-    return flat
+    return build(Config, values, where)
 
 
 def _merged_toml(name_or_path: str, depth: int = 0) -> dict[str, Any]:
@@ -395,57 +367,6 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def _build(cls: type[T], values: Any, where: str, prefix: str) -> T:
-    if not isinstance(values, Mapping):
-        table = prefix.rstrip(".")
-        raise UserError(f"{where}: {table} = {_shown(values)}: a table is accepted, [{table}] with its keys below")
-    types = typing.get_type_hints(cls)
-    for key in values:
-        if key not in types:
-            near = nearest(prefix + key, (prefix + name for name in types))
-            raise UserError(f"{where}: unknown key {prefix}{key}{near} Accepted: {', '.join(types)}")
-    return cls(**{key: _convert(types[key], value, where, prefix + key) for key, value in values.items()})
-
-
-_ONE = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
-_MANY = {int: "whole numbers", float: "numbers", str: "texts in quotes", MixedSource: "tables"}
-
-
-def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), value, where, key + ".")
-    given = f"{where}: {key} = {_shown(value)}"
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise UserError(f"{given}{nearest(str(value), arguments)} Accepted: {', '.join(arguments)}")
-    if origin is tuple:
-        return _convert_list(arguments, value, where, key)
-    if kind is float and type(value) is int:
-        with contextlib.suppress(OverflowError):
-            return float(value)
-    if type(value) is kind:
-        return value
-    raise UserError(f"{given}: {_ONE[kind]} is accepted")
-
-
-def _convert_list(kinds: tuple[Any, ...], values: Any, where: str, key: str) -> tuple[Any, ...]:
-    """A tuple of `kinds` from a list; (str, ...) takes any number of texts."""
-    any_length = kinds[-1] is Ellipsis
-    if not isinstance(values, list) or (not any_length and len(values) != len(kinds)):
-        size = "a list of" if any_length else f"a list of {len(kinds)}"
-        raise UserError(f"{where}: {key} = {_shown(values)}: {size} {_MANY[kinds[0]]} is accepted")
-    kinds = kinds[:1] * len(values) if any_length else kinds
-    return tuple(_convert(k, v, where, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, values, strict=True)))
-
-
-def _shown(value: Any) -> str:
-    """A value as TOML spells it, more or less, and short enough for a line."""
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def validate(config: Config) -> None:

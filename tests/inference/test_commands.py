@@ -12,7 +12,8 @@ from taught_text import TAUGHT
 
 from p828.cli.main import dispatch
 from p828.cli.output import printable
-from p828.config import Config, DataConfig, EvaluationConfig, TokenizerConfig, ValidationConfig, to_dict
+from p828.config import Config, DataConfig, EvaluationConfig, TokenizerConfig, ValidationConfig
+from p828.config_values import to_dict
 from p828.data.tokenizer import Tokenizer
 from p828.model.transformer import Transformer
 from p828.train import checkpoint

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from p828.config import Config, DataConfig, TokenizerConfig, TrainConfig, to_dict
+from p828.config import Config, DataConfig, TokenizerConfig, TrainConfig
+from p828.config_values import to_dict
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
 from p828.inference.generate import generate

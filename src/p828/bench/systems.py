@@ -5,7 +5,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from p828.config import Config, flatten, from_dict, load, to_dict, validate
+from p828.config import Config, from_dict, load, validate
+from p828.config_values import flatten, to_dict
 from p828.errors import UserError, nearest
 
 PEERS = ("transformers", "torchtitan")

@@ -5,6 +5,7 @@ import tomli_w
 from p828 import config as configuration
 from p828.cli.configuration import read_configuration
 from p828.config import Config
+from p828.config_values import to_dict
 from p828.model.flops import count_parameters, flops_per_token
 
 USAGE = "p828 train CONFIG [--dry-run] [--section.key VALUE ...]"
@@ -15,7 +16,7 @@ def run(arguments: list[str]) -> None:
     flags = [argument for argument in arguments if argument != DRY_RUN]
     config = read_configuration(flags, USAGE, _describe, others=(DRY_RUN,))
     if DRY_RUN in arguments:
-        print(tomli_w.dumps(configuration.to_dict(config)).rstrip(), _costs(config), sep="\n\n")
+        print(tomli_w.dumps(to_dict(config)).rstrip(), _costs(config), sep="\n\n")
         return
     from p828.train.start import train  # imports torch
 

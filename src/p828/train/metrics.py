@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from p828.config import Config, to_dict
+from p828.config import Config
+from p828.config_values import to_dict
 from p828.errors import UserError
 
 FILE_NAME = "metrics.jsonl"

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import tomli_w
 
-from p828.config import Config, flatten, from_dict, load, to_dict
+from p828.config import Config, from_dict, load
+from p828.config_values import flatten, to_dict
 from p828.errors import ReadFailed, UserError
 from p828.lock import locked
 from p828.train import checkpoint

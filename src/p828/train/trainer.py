@@ -9,7 +9,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from p828.config import Config, to_dict
+from p828.config import Config
+from p828.config_values import to_dict
 from p828.data.bigram import bigram_loss
 from p828.data.feed import training_rows
 from p828.data.loader import Batch, Loader
