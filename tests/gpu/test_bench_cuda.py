@@ -17,12 +17,12 @@ def test_a_profiled_step(cuda: torch.device) -> None:
     hidden, weight = torch.randn(2, 4096, 512, device=cuda, dtype=torch.bfloat16)
     dweight = torch.zeros_like(weight, dtype=torch.float32)
     projection = torch.randn(512, 512, device=cuda, dtype=torch.bfloat16, requires_grad=True)
-    targets = torch.randint(4096, (4096,), device=cuda)
+    targets, scale = torch.randint(4096, (4096,), device=cuda), torch.ones((), device=cuda)
 
     def run() -> None:
         projected = F.linear(hidden, projection)
         with record_function("CrossEntropy"):
-            _, gradient = loss_and_gradients(projected.detach(), weight, targets, 1.0, dweight)
+            _, gradient = loss_and_gradients(projected.detach(), weight, targets, scale, dweight)
         projected.backward(gradient)
 
     run()

@@ -29,7 +29,7 @@ def test_kernel(cuda: torch.device, dtype: torch.dtype, tolerance: float, vocabu
     targets[::5] = IGNORE
     targets[1] = logits[1].argmax()
     losses, gradient = oracle(logits, targets)
-    actual = softmax_gradient_(logits, targets.to(cuda), SCALE)
+    actual = softmax_gradient_(logits, targets.to(cuda), torch.tensor(SCALE, device=cuda))
     assert_near(actual, losses, FLOAT32)
     assert_near(logits, gradient, tolerance)
     assert torch.equal(logits[::5], torch.zeros_like(logits[::5]))
@@ -41,13 +41,13 @@ def test_loss_and_gradients(cuda: torch.device, dtype: torch.dtype, tokens: int)
     """Full and shorter chunks, targets left out, a vocabulary that is no multiple of anything, twice the same bits."""
     hidden, weight = torch.randn(tokens, 64).to(cuda, dtype), torch.randn(1003, 64).to(cuda, dtype)
     targets = torch.randint(1003, (tokens,)).where(torch.rand(tokens) < 0.9, IGNORE)
-    before = torch.randn(1003, 64, device=cuda)
+    before, scale = torch.randn(1003, 64, device=cuda), torch.tensor(SCALE, device=cuda)
     torch.use_deterministic_algorithms(True)
     try:
         runs = []
         for _ in range(2):
             dweight = before.clone()
-            runs.append((*loss_and_gradients(hidden, weight, targets.to(cuda), SCALE, dweight), dweight))
+            runs.append((*loss_and_gradients(hidden, weight, targets.to(cuda), scale, dweight), dweight))
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))

@@ -26,7 +26,7 @@ def test_values_and_gradients(dtype: torch.dtype, tolerance: float, vocabulary: 
     logits, targets = (3 * torch.randn(40, vocabulary)).to(dtype), torch.randint(vocabulary, (40,))
     targets[::5] = -100
     losses, gradient = oracle(logits, targets)
-    actual = softmax_gradient_(logits, targets, SCALE)
+    actual = softmax_gradient_(logits, targets, torch.tensor(SCALE, dtype=torch.promote_types(dtype, torch.float32)))
     assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # The losses are float32 sums even for bfloat16 logits; only the gradient is rounded to it.
     assert_near(actual, losses, min(tolerance, FLOAT32))
@@ -37,7 +37,7 @@ def test_values_and_gradients(dtype: torch.dtype, tolerance: float, vocabulary: 
 
 def test_all_targets_ignored() -> None:
     logits = torch.randn(3, 7)
-    assert torch.equal(softmax_gradient_(logits, torch.full((3,), -100), SCALE), torch.zeros(3))
+    assert torch.equal(softmax_gradient_(logits, torch.full((3,), -100), torch.tensor(SCALE)), torch.zeros(3))
     assert torch.equal(logits, torch.zeros(3, 7))
 
 
@@ -46,6 +46,6 @@ def test_extreme_logits() -> None:
     logits, targets = 1e4 * torch.randn(20, 50), torch.randint(50, (20,))
     targets[:5] = logits[:5].argmax(1)  # losses of zero
     losses, gradient = oracle(logits, targets)
-    actual = softmax_gradient_(logits, targets, SCALE)
+    actual = softmax_gradient_(logits, targets, torch.tensor(SCALE))
     assert_near(actual, losses, FLOAT32)
     assert_near(logits, gradient, FLOAT32)

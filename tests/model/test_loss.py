@@ -25,7 +25,7 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor, dweight: Tensor | None
     """Loss, dhidden and dweight, the latter from zero unless given."""
     if dweight is None:
         dweight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    return *loss_and_gradients(hidden, weight, targets, SCALE, dweight), dweight
+    return *loss_and_gradients(hidden, weight, targets, torch.tensor(SCALE, dtype=dweight.dtype), dweight), dweight
 
 
 def oracle(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

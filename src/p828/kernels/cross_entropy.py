@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 
-def softmax_gradient_(logits_cV: Tensor, targets_c: Tensor, scale: float) -> Tensor:
+def softmax_gradient_(logits_cV: Tensor, targets_c: Tensor, scale: Tensor) -> Tensor:
     """Overwrite the logits by the gradient of scale · Σ loss, scale · (softmax − onehot(target)); return the losses.
 
     `logits_cV` is contiguous, of any floating dtype; `targets_c` int64. The losses (c,) are in float32 (float64 for
-    float64), and so is all arithmetic. A negative target has no loss and a gradient of zeros.
+    float64), and so is all arithmetic. `scale` is a scalar of that dtype on the same device, so that
+    a recorded call can be repeated with another. A negative target has no loss and a gradient of zeros.
     """
     if logits_cV.is_cuda:
         from p828.kernels.cross_entropy_triton import softmax_gradient_triton_
@@ -20,7 +21,7 @@ def softmax_gradient_(logits_cV: Tensor, targets_c: Tensor, scale: float) -> Ten
     return softmax_gradient_plain_(logits_cV, targets_c, scale)
 
 
-def softmax_gradient_plain_(logits_cV: Tensor, targets_c: Tensor, scale: float) -> Tensor:
+def softmax_gradient_plain_(logits_cV: Tensor, targets_c: Tensor, scale: Tensor) -> Tensor:
     """The plain twin, in as few passes over the logits as a CPU allows."""
     x_cV = logits_cV.to(torch.promote_types(logits_cV.dtype, torch.float32))  # the logits themselves in a float32 run
     is_target_c1 = (targets_c >= 0)[:, None].to(x_cV.dtype)

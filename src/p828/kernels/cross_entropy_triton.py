@@ -20,6 +20,7 @@ def loss_softmax_gradient(logits, targets, losses, scale, V, BLOCK: tl.constexpr
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     target = tl.load(targets + row)
+    scale = tl.load(scale)
     chosen = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
 
     largest, total = float("-inf"), 0.0
@@ -44,7 +45,7 @@ def loss_softmax_gradient(logits, targets, losses, scale, V, BLOCK: tl.constexpr
         tl.store(logits + v, gradient, mask=v < V, eviction_policy="evict_first")
 
 
-def softmax_gradient_triton_(logits_cV: Tensor, targets_c: Tensor, scale: float) -> Tensor:
+def softmax_gradient_triton_(logits_cV: Tensor, targets_c: Tensor, scale: Tensor) -> Tensor:
     rows, vocabulary = logits_cV.shape
     losses_c = torch.empty(rows, dtype=torch.float32, device=logits_cV.device)
     block = min(LARGEST_BLOCK, triton.next_power_of_2(vocabulary))

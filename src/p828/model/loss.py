@@ -31,14 +31,14 @@ def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor
 
 @torch.no_grad()
 def loss_and_gradients(
-    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, scale: float, dweight_VH: Tensor
+    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, scale: Tensor, dweight_VH: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` and the gradients of `scale` times it: that of hidden_TH is returned in its dtype, that of
     weight_VH added to dweight_VH.
 
-    `weight_VH` has hidden's dtype, `dweight_VH` is float32 (float64 for float64). A chunk's gradients are formed while
-    its logits are there, in their place. Its share of dweight is summed in float32 as well; on a CPU in bfloat16, for
-    which there is no such product, it is rounded before it is added.
+    `weight_VH` has hidden's dtype, `dweight_VH` and the scalar `scale` are float32 (float64 for float64). A chunk's
+    gradients are formed while its logits are there, in their place. Its share of dweight is summed in float32 as well;
+    on a CPU in bfloat16, for which there is no such product, it is rounded before it is added.
     """
     chunk = CHUNK_TOKENS[hidden_TH.device.type]
     logits_CV = hidden_TH.new_empty(min(chunk, len(hidden_TH)), len(weight_VH))

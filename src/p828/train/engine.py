@@ -66,21 +66,23 @@ class PlainEngine:
         self._is_first = True  # of the step's micro-batches
         layers, experts = config.model.num_hidden_layers, config.model.n_routed_experts
         self._loss = torch.zeros((), device=self.device)
+        self._scale = torch.zeros((), device=self.device)  # of the losses: 1 / targets of the step
         self._loads_LE = torch.zeros(layers, experts, dtype=torch.int64, device=self.device)
 
     def forward_backward(self, batch: Batch, num_targets: int) -> None:
         """Add one micro-batch's gradients, for a step of `num_targets` targets in all."""
+        self._scale.fill_(1 / num_targets)
         if self._graphs is None:
-            self._forward_backward(batch.to(self.device), num_targets, self._is_first)
+            self._forward_backward(batch.to(self.device), self._is_first)
         else:
-            self._graphs(batch, num_targets, self._is_first)
+            self._graphs(batch, self._is_first)
         self._is_first = False
 
     def stop_recording(self) -> None:
         """Start every kernel from the host from now on: only so does a profiler see what each belongs to."""
         self._graphs = None
 
-    def _forward_backward(self, batch: Batch, num_targets: int, is_first: bool) -> None:
+    def _forward_backward(self, batch: Batch, is_first: bool) -> None:
         """`forward_backward` of a batch on the device; does not make the host wait."""
         tokens_T, targets_T = batch.tokens_BS.flatten(), batch.targets_BS.flatten()
         # Embedding and head stay outside autograd, so that their gradients are summed in float32 from the start.
@@ -95,9 +97,9 @@ class PlainEngine:
         hidden_BSH, head_VH = output.hidden_BSH, self.model.head_weight
         with record_function("CrossEntropy"):  # such labels tell a profiler what autograd does not
             loss, dhidden_TH = loss_and_gradients(
-                hidden_BSH.flatten(0, 1), head_VH, targets_T, 1 / num_targets, self._dhead_VH
+                hidden_BSH.flatten(0, 1), head_VH, targets_T, self._scale, self._dhead_VH
             )
-        auxiliary = self._auxiliary_losses(output.router, num_targets)
+        auxiliary = self._auxiliary_losses(output.router)
         torch.autograd.backward(
             [hidden_BSH, *auxiliary], [dhidden_TH.view_as(hidden_BSH), *map(torch.ones_like, auxiliary)]
         )
@@ -106,7 +108,7 @@ class PlainEngine:
             add_embedding_gradient_(self._dembedding_VH, tokens_T, embedded_BSH.grad.flatten(0, 1))
         with record_function("Optimizer.step: accumulate"):
             self.optimizer.accumulate(is_first)
-        self._loss += loss / num_targets
+        self._loss += loss * self._scale
         self._loads_LE += output.router.loads_LE
 
     def _is_recordable(self) -> bool:
@@ -116,10 +118,10 @@ class PlainEngine:
         is_compiled = self.device.type == "cuda" and compiles(train, self.device)
         return is_compiled and is_fused and not train.gradient_checkpointing
 
-    def _auxiliary_losses(self, router: RouterStatistics, num_targets: int) -> list[Tensor]:
+    def _auxiliary_losses(self, router: RouterStatistics) -> list[Tensor]:
         balance = self.config.balance
         weighted = ((balance.sequence_loss_weight, router.balance_loss_L), (balance.z_loss_weight, router.z_loss_L))
-        return [weight * loss_L.sum() / num_targets for weight, loss_L in weighted if weight]
+        return [weight * loss_L.sum() * self._scale for weight, loss_L in weighted if weight]
 
     def step(self, learning_rate: float) -> StepResult:
         """Clip, update weights and balance bias, unless something is not finite; begin the next step.

@@ -11,38 +11,38 @@ import torch
 
 from p828.data.loader import Batch
 
-Key = tuple[torch.Size, int, bool]
+Key = tuple[torch.Size, bool]
 
 
 class MicroBatchGraphs:
-    """Calls `run(batch, num_targets, is_first)`: the first time as it is, which compiles; then records and replays it.
+    """Calls `run(batch, is_first)`: the first time as it is, which compiles; then records and replays it.
 
-    There is a graph for each batch shape, number of targets and whether the micro-batch begins a step. They share their
-    memory, since only one of them runs at a time and nothing that they allocate is used after them.
+    There is a graph for each batch shape and whether the micro-batch begins a step. They share their memory, since only
+    one of them runs at a time and nothing that they allocate is used after them.
     """
 
-    def __init__(self, run: Callable[[Batch, int, bool], None], device: torch.device) -> None:
+    def __init__(self, run: Callable[[Batch, bool], None], device: torch.device) -> None:
         self._run, self._device = run, device
         self._pool = torch.cuda.graph_pool_handle()
         self._seen: set[Key] = set()
         self._recorded: dict[Key, tuple[torch.cuda.CUDAGraph, Batch]] = {}
 
-    def __call__(self, batch: Batch, num_targets: int, is_first: bool) -> None:
-        key = (batch.tokens_BS.shape, num_targets, is_first)
+    def __call__(self, batch: Batch, is_first: bool) -> None:
+        key = (batch.tokens_BS.shape, is_first)
         if key not in self._seen:
             self._seen.add(key)
-            self._run(batch.to(self._device), num_targets, is_first)
+            self._run(batch.to(self._device), is_first)
             return
         if key not in self._recorded:
-            self._recorded[key] = self._record(batch.to(self._device), num_targets, is_first)
+            self._recorded[key] = self._record(batch.to(self._device), is_first)
         graph, inputs = self._recorded[key]
         inputs.copy_(batch)
         graph.replay()
 
-    def _record(self, inputs: Batch, num_targets: int, is_first: bool) -> tuple[torch.cuda.CUDAGraph, Batch]:
+    def _record(self, inputs: Batch, is_first: bool) -> tuple[torch.cuda.CUDAGraph, Batch]:
         graph = torch.cuda.CUDAGraph()
         # It begins by freeing what ran unrecorded and left its memory reserved, as the graph brings its own. The
         # loader's thread pins memory meanwhile, which is no concern of this recording.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._run(inputs, num_targets, is_first)
+            self._run(inputs, is_first)
         return graph, inputs
