@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ from data_samples import text, write_jsonl
 
 import p828.data.prepare
 import p828.data.text_reader
-from p828.config import Config, DataConfig, PrepareConfig, TokenizerConfig, ValidationConfig, to_dict
+from p828.config import Config, DataConfig, PrepareConfig, TokenizerConfig, ValidationConfig
+from p828.config_values import to_dict
 from p828.data.filters import looks_like_code
 from p828.data.manifest import Manifest, ShardEntry, check_shards, open_manifest
 from p828.data.prepare import Preparation, prepare
 from p828.data.prepared import Prepared
+from p828.data.retry import NO_RETRY
 from p828.data.source import is_held_out
 from p828.data.tokenizer import Tokenizer, train_tokenizer
 from p828.errors import UserError
@@ -195,8 +198,6 @@ def test_a_damaged_shard_is_named(config: Config, tokenizer: Tokenizer, tmp_path
 
 
 def test_an_unchanged_shard_is_not_read_again(config: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    import os
-
     manifest = make(config, tmp_path / "prepared", tokenizer)
     known = check_shards(tmp_path / "prepared", both(manifest))
     shard = tmp_path / "prepared" / "training-00000.tokens"
@@ -215,6 +216,38 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, content: str) -> None:
         open_manifest(tmp_path)
 
 
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_prepare(config: Config, directory: Path, tokenizer: Tokenizer, save_every: float) -> None:
+    """Ends after the second batch of three documents."""
+    batches = iter((False, True))
+
+    def interrupt(preparation: Preparation) -> None:
+        if next(batches):
+            raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(p828.data.prepare, "SAVE_EVERY", save_every)
+        patch.setattr(p828.data.text_reader, "BATCH_DOCUMENTS", 3)
+        with pytest.raises(Interrupted):
+            prepare(config, directory, tokenizer, interrupt)
+
+
+def test_what_was_written_after_the_saved_position_is_forgotten(
+    config: Config, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Also by a process that ends before it has read anything."""
+    filters = dataclasses.replace(config, prepare=PrepareConfig(shard_tokens=900, drop_duplicates=True))
+    make(filters, tmp_path / "whole", tokenizer)
+    interrupted_prepare(filters, tmp_path / "interrupted", tokenizer, save_every=1e9)
+    for _ in range(2):
+        Preparation(filters, tmp_path / "interrupted", tokenizer, NO_RETRY)
+    make(filters, tmp_path / "interrupted", tokenizer)
+    assert contents(tmp_path / "interrupted") == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [
@@ -227,26 +260,10 @@ def test_what_an_interrupted_preparation_left_is_checked(
     config: Config, tokenizer: Tokenizer, tmp_path: Path, name: str, content: bytes, said: str
 ) -> None:
     filters = dataclasses.replace(config, prepare=PrepareConfig(drop_duplicates=True))
-    directory = tmp_path / "prepared"
-    seen = 0
-
-    class Interrupted(Exception):
-        pass
-
-    def interrupt(preparation: Preparation) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == 2:
-            raise Interrupted
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(p828.data.prepare, "SAVE_EVERY", 0.0)
-        patch.setattr(p828.data.text_reader, "BATCH_DOCUMENTS", 3)
-        with pytest.raises(Interrupted):
-            prepare(filters, directory, tokenizer, interrupt)
-    (directory / name).write_bytes(content)
+    interrupted_prepare(filters, tmp_path / "prepared", tokenizer, save_every=0.0)
+    (tmp_path / "prepared" / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
-        make(filters, directory, tokenizer)
+        make(filters, tmp_path / "prepared", tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -88,13 +88,15 @@ def _check(manifest: Manifest) -> None:
             raise ValueError("a shard is empty")
         if any(not re.fullmatch(r"[a-z]+-\d{5,}", shard.name) or shard.checksums.keys() != ENDINGS for shard in part):
             raise ValueError("a shard has another name or other files")
-    manifest.settings["data"].items(), manifest.settings["tokenizer"].items(), manifest.counts.items()
+    tables = (manifest.counts, manifest.settings["data"], manifest.settings["tokenizer"])
+    if not all(isinstance(table, dict) for table in tables):
+        raise ValueError("counts or settings are no tables")
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer, directory: Path) -> None:
     """Raises UserError if the shards hold another tokenizer's ids."""
     if tokenizer.fingerprint() != manifest.tokenizer:
-        name = manifest.settings.get("tokenizer", {}).get("name")
+        name = manifest.settings["tokenizer"].get("name")
         raise UserError(
             f"{directory}: prepared with another tokenizer, tokenizer.name = {name!r} as it was then. Give that one, "
             "or prepare the data again into another directory"

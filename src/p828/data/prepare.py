@@ -83,6 +83,7 @@ class Preparation:
         with _writing(directory):
             self._hashes = (directory / HASHES_FILE).open("ab")
             self._hashes.truncate(8 * progress.get("hashes", 0))
+            self._hashes.seek(0, os.SEEK_END)  # its place is still the end that was cut off
             self.writers = {part: self._writer(part, progress.get(part)) for part in PARTS}
             self._save(self.readers[self.reader_number].position())
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from p828.config import Config, DataConfig, to_dict
+from p828.config import Config, DataConfig
+from p828.config_values import to_dict
 from p828.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, check_tokenizer, open_manifest
 from p828.data.tokenizer import Tokenizer, load_tokenizer
 from p828.errors import UserError
@@ -36,7 +37,7 @@ def entered(directories: Sequence[Path]) -> Iterator[None]:
                 if not directory.exists():
                     directory.mkdir(parents=True)
                     made.append(directory)
-                elif is_foreign(directory):
+                elif _is_foreign(directory):
                     raise UserError(f"{directory}: holds other files; give data.prepared a directory of its own")
                 locks.enter_context(locked(directory, f"{directory}: another p828 prepare is at work there"))
             except OSError as error:
@@ -49,7 +50,7 @@ def entered(directories: Sequence[Path]) -> Iterator[None]:
             raise
 
 
-def is_foreign(directory: Path) -> bool:
+def _is_foreign(directory: Path) -> bool:
     """Whether it holds files of which none says that data is prepared here."""
     begun = (directory / PROGRESS_FILE).exists() or (directory / MANIFEST_FILE).exists()
     return not begun and any(path.name != TOKENIZER_FILE for path in directory.glob("[!.]*"))
