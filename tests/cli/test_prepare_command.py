@@ -5,9 +5,10 @@ import pytest
 
 from p828.cli.main import dispatch
 from p828.config import TokenizerConfig
+from p828.data.source import is_held_out
 from p828.data.tokenizer import train_tokenizer
 from p828.train import metrics
-from runs import write_toml
+from runs import write_text, write_toml
 
 
 @pytest.fixture
@@ -20,8 +21,10 @@ def test_prepared_once_and_trained_on(toml: str, capsys: pytest.CaptureFixture[s
     flags = ["--data.prepared", "prepared"]
     assert dispatch(["prepare", toml, *flags]) == 0
     said = capsys.readouterr().out
-    assert "prepared: 100%" in said or "tokens to train on" in said
-    assert "cut" in said
+    assert re.search(
+        r"^prepared: [\d,]+ tokens to train on in \d+ documents, [\d,]+ to validate on in \d+$", said, re.M
+    )
+    assert re.search(r"packing concatenate, cut \d+\.\d% of the documents$", said, re.M)
     assert dispatch(["prepare", toml, *flags]) == 0
     assert dispatch(["train", toml, *flags, "--evaluation.bigram-baseline", "True"]) == 0
     assert "a bigram model of the same tokens" in capsys.readouterr().out
@@ -167,3 +170,31 @@ def test_a_step_without_targets_changes_nothing(toml: str, capsys: pytest.Captur
     assert dispatch(["train", *arguments]) == 0, capsys.readouterr().err
     steps = [line for line in metrics.read(Path("runs/tiny/metrics.jsonl")) if line["kind"] == "step"]
     assert sorted(step["loss"] == 0 for step in steps) == [False, True]
+
+
+def test_a_mixture_is_evaluated_on_all_its_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "other", documents=40, seed=1)
+    files = {"one": "text", "two": "other"}
+    mixture = [
+        {"name": name, "prepared": name, "source": "files", "files": [str(tmp_path / folder / "*.txt")]}
+        for name, folder in files.items()
+    ]
+    toml = str(write_toml(tmp_path, data={"mixture": mixture}, train={"steps": 2}))
+    assert dispatch(["prepare", toml]) == 0
+    assert dispatch(["train", toml]) == 0
+    said = []
+    for share in ("0.2", "0.3"):  # the run's own, prepared; another, read from both sources' text
+        capsys.readouterr()
+        assert dispatch(["evaluate", "runs/tiny", "--rows", "10000", "--data.validation.share", share]) == 0
+        said.append(int(re.findall(r"([\d,]+) bytes", capsys.readouterr().out)[0].replace(",", "")))
+    held_out = [
+        [text for path in (tmp_path / folder).iterdir() if is_held_out(text := path.read_text(), 0.3)]
+        for folder in files.values()
+    ]
+    assert all(held_out)
+    # the first token of each source's first row and of every row after it is not predicted
+    assert 0.9 * sum(len(text) for texts in held_out for text in texts) < said[1]
+    assert said[0] < said[1]

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from data_samples import text, write_jsonl
 
-from p828.config import DataConfig, ValidationConfig
+from p828.config import Config, DataConfig, MixedSource, ValidationConfig
+from p828.data.feed import validation_batches
 from p828.data.hub import hub_shards
 from p828.data.source import open_training, open_validation
+from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
 
 README = """---
@@ -182,3 +184,13 @@ def test_a_name_that_the_hub_does_not_know(tmp_path: Path, kind: str) -> None:
         server.server_close()
     assert "no/such: the hub has none of this name" in what
     assert "hf auth login" in do
+
+
+def test_a_mixtures_common_split_is_read_once(hub: Path, tokenizer: Tokenizer) -> None:
+    """With `validation.hub_name`, all sources have the same validation text."""
+    validation = ValidationConfig(kind="split", hub_name=str(hub))
+    sources = [MixedSource(name=str(i), source="hf", hub_name=str(hub), hub_subset="en") for i in range(2)]
+    data = DataConfig(mixture=tuple(sources), sequence_length=31, validation=validation)
+    one = DataConfig(source="hf", hub_name=str(hub), hub_subset="en", sequence_length=31, validation=validation)
+    mixed, alone = (validation_batches(Config(data=d), tokenizer, 100, 1) for d in (data, one))
+    assert [batch.tokens_BS.tolist() for batch in mixed] == [batch.tokens_BS.tolist() for batch in alone]

@@ -22,7 +22,7 @@ from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
 
 LENGTH = 31
-BATCHES_PER_STEP = 12  # over all ranks
+BATCHES_PER_STEP = 24  # over all ranks
 MICRO_BATCH = 2
 SHARE = 0.1
 
@@ -109,13 +109,13 @@ def content(rows: list[Row]) -> list[tuple[bytes, bytes, int]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_ranks_and_kills_give_one_sequence(configs: dict[str, Config], tokenizer: Tokenizer, kind: str) -> None:
     config = configs[kind]
-    expected = [content(rows) for rows, _ in zip(steps(ranks(config, tokenizer, 1, None)), range(40), strict=False)]
+    expected = [content(rows) for rows, _ in zip(steps(ranks(config, tokenizer, 1, None)), range(20), strict=False)]
     draw = random.Random(kind)
     done, state = 0, None
-    while done < 40:
-        opened = ranks(config, tokenizer, draw.choice((1, 2, 3, 4, 6)), state)
+    while done < 20:
+        opened = ranks(config, tokenizer, draw.choice((1, 2, 3, 4, 6, 8)), state)
         sequence = steps(opened)
-        for _ in range(min(draw.randrange(6), 40 - done)):
+        for _ in range(min(draw.randrange(4), 20 - done)):
             assert content(next(sequence)) == expected[done]
             done += 1
         state = merged([rows.state_dict() for rows in opened])
@@ -133,10 +133,10 @@ def test_every_token_comes_once_an_epoch(
     seen = {epoch: Counter[int]() for epoch in range(3)}
     draw = random.Random(kind)
     state = None
-    epochs = [0] * 100
-    while min(epochs[-50:]) < 3:
-        opened = ranks(configs[kind], tokenizer, draw.choice((1, 2, 3, 4, 6)), state)
-        for _, rows in zip(range(draw.randrange(1, 5)), steps(opened), strict=False):
+    epochs = [0] * 200
+    while min(epochs[-100:]) < 3:
+        opened = ranks(configs[kind], tokenizer, draw.choice((1, 2, 3, 4, 6, 8)), state)
+        for _, rows in zip(range(draw.randrange(1, 3)), steps(opened), strict=False):
             for row in rows:
                 epochs.append(row.epoch)
                 if row.epoch in seen:
@@ -159,14 +159,14 @@ def test_a_thousand_random_points_go_on_as_before(
     monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 4)  # a resume tokenizes no more than it needs
     opened = ranks(configs[kind], tokenizer, 1, None)
     states, sequence = [opened[0].state_dict()], []
-    for rows, _ in zip(steps(opened), range(150), strict=False):
+    for rows, _ in zip(steps(opened), range(75), strict=False):
         states.append(opened[0].state_dict())
         sequence += content(rows)
     draw = random.Random(kind)
     resumed = ranks(configs[kind], tokenizer, 1, None)
     per_step = BATCHES_PER_STEP * MICRO_BATCH
     for _ in range(1000):
-        step = draw.randrange(150 - 3)
+        step = draw.randrange(75 - 3)
         resumed[0].load_state_dict(json.loads(json.dumps(states[step])))
         rows = [row for _ in range(50 // MICRO_BATCH) for row in next(resumed[0])]
         assert content(rows) == sequence[step * per_step : step * per_step + 50]

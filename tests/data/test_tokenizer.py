@@ -36,10 +36,10 @@ def test_round_trip_and_bytes(tokenizer: Tokenizer) -> None:
     assert token_bytes.shape == (320,)
     assert token_bytes.dtype == np.int64
     assert token_bytes[tokenizer.eos_id] == 0
-    for sample, ids in zip(SAMPLES, tokenizer.encode_batch(SAMPLES), strict=True):
+    for sample, ids in zip(SAMPLES, tokenizer.encode_documents(SAMPLES), strict=True):
         assert ids.dtype == np.int64
-        assert ids.tolist() == tokenizer.encode(sample)
-        assert tokenizer.eos_id not in ids
+        assert ids.tolist() == [*tokenizer.encode(sample), tokenizer.eos_id]
+        assert tokenizer.eos_id not in ids[:-1]
         assert tokenizer.decode(ids) == sample
         assert token_bytes[ids].sum() == len(sample.encode())
 

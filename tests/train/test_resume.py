@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -59,14 +60,20 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path) -> None:
     path = str(write_toml(tmp_path, model={"dropout": 0.1}, train={"steps": 60}, checkpoint={"every": 7}))
     assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
     draw = random.Random(828)
-    for kill_at in (draw.randint(1, 6), draw.randint(10, 30), draw.randint(31, 55)):  # before any checkpoint, too
+    moments = draw.randint(1, 6), draw.randint(10, 30), draw.randint(31, 55)  # before any checkpoint, too
+    train_with_kills(path, moments, tmp_path)
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed", step=60)
+
+
+def train_with_kills(path: str, moments: Sequence[int], tmp_path: Path) -> None:
+    """Train the run `killed` to its end, through a `kill -9` after each of these steps."""
+    for kill_at in moments:
         process = start("train", path, "--name", "killed", cwd=tmp_path)
         wait_for_step(process, kill_at)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     code, _, said = p828("train", path, "--name", "killed", cwd=tmp_path)
     assert code == 0, said
-    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed", step=60)
 
 
 def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
@@ -201,13 +208,7 @@ def test_kill_9_while_training_on_a_mixture_changes_nothing(tmp_path: Path) -> N
     path = str(write_toml(tmp_path, data=data, train={"steps": 30}, checkpoint={"every": 7}))
     assert p828("prepare", path, cwd=tmp_path)[0] == 0
     assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
-    for kill_at in (9, 20):
-        process = start("train", path, "--name", "killed", cwd=tmp_path)
-        wait_for_step(process, kill_at)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    code, _, said = p828("train", path, "--name", "killed", cwd=tmp_path)
-    assert code == 0, said
+    train_with_kills(path, (9, 20), tmp_path)
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed", step=30)
     last = [line for line in metrics.read(tmp_path / "runs" / "whole" / "metrics.jsonl") if line["kind"] == "step"][-1]
     assert sum(last["source_tokens"].values()) == last["tokens"]

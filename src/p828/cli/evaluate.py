@@ -71,5 +71,6 @@ def _validation_data(given: DataConfig, run: Config) -> DataConfig:
         # The training source is not read then, so it need not be complete.
         given = dataclasses.replace(given, source=run.data.source, files=run.data.files)
     if validation != before:  # prepared data has the run's own
-        given = dataclasses.replace(given.sources[0], prepared="")
+        mixture = tuple(dataclasses.replace(mixed, prepared="") for mixed in given.mixture)
+        given = dataclasses.replace(given, prepared="", mixture=mixture)
     return dataclasses.replace(given, validation=validation)

@@ -102,9 +102,9 @@ def validation_batches(config: Config, tokenizer: Tokenizer, rows: int, micro_ba
     whatever their weights. The rows do not depend on `micro_batch_size`; the last batch may have fewer than that.
     Raises UserError if there is no validation text.
     """
-    sources = config.data.sources
-    if config.data.validation.kind == "files":
-        sources = sources[:1]  # the same files for all
+    sources, validation = config.data.sources, config.data.validation
+    if validation.kind == "files" or (validation.kind == "split" and validation.hub_name):
+        sources = sources[:1]  # the same text for all
     shares = [rows // len(sources) + (i < rows % len(sources)) for i in range(len(sources))]
     chosen = [
         row

@@ -108,11 +108,10 @@ class Packer:
                 break
         if not texts:
             return False
-        documents = self.tokenizer.encode_batch(texts)
-        lengths = np.array([len(document) + 1 for document in documents], dtype=np.int64)  # with EOS
+        documents = self.tokenizer.encode_documents(texts)
+        lengths = np.array([len(document) for document in documents], dtype=np.int64)
         self._check_first_epoch(lengths, epochs)
-        eos = np.array([self.tokenizer.eos_id], dtype=np.int64)
-        new = np.concatenate([part for document in documents for part in (document, eos)])
+        new = np.concatenate(documents)
         starts = np.cumsum(lengths) - lengths
 
         dropped, self._consumed = self._consumed, 0

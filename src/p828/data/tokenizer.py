@@ -65,13 +65,8 @@ class Tokenizer:
         ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.int64]]:
-        """Token ids of each text, without special tokens, on all cores and outside the interpreter's lock."""
-        encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
-
     def encode_documents(self, texts: list[str]) -> list[npt.NDArray[np.int64]]:
-        """`encode_batch` with EOS behind each text."""
+        """Token ids of each text with EOS behind them, on all cores and outside the interpreter's lock."""
         encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array([*encoding.ids, self.eos_id], dtype=np.int64) for encoding in encodings]
 
