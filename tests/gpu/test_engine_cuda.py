@@ -74,15 +74,15 @@ def test_steps_repeat_and_resume_bit_for_bit(cuda: torch.device, tmp_path: Path,
 
 def test_recorded_micro_batches_compute_what_unrecorded_ones_do(cuda: torch.device, tmp_path: Path) -> None:
     recording, plain = make_engine(tmp_path, compile_="on"), make_engine(tmp_path, compile_="on")
-    plain.stop_recording()
+    plain.gradients.stop_recording()
     assert train(recording, range(4)) == train(plain, range(4))
     # Other numbers of targets need no other recording.
-    recorded = len(recording._graphs._recorded)
+    recorded = len(recording.gradients._graphs._recorded)
     for num_targets in (127, 126, 127, 125):
         for engine in (recording, plain):
             engine.forward_backward(batch_of(num_targets), num_targets)
         assert recording.step(1e-2) == plain.step(1e-2)
-    assert len(recording._graphs._recorded) == recorded
+    assert len(recording.gradients._graphs._recorded) == recorded
     # A shape in between, of which nothing is recorded, and weights that come from elsewhere.
     for engine in (recording, plain):
         engine.forward_backward(batch_of(0, rows=3), 192)
@@ -100,7 +100,7 @@ def test_what_else_runs_between_recorded_micro_batches(cuda: torch.device, tmp_p
         make_engine(tmp_path, compile_="on", balance={"sequence_loss_weight": 0.01, "z_loss_weight": 0.001})
         for _ in range(2)
     )
-    plain.stop_recording()
+    plain.gradients.stop_recording()
     for engine in (recording, plain):
         train(engine, range(3))
     evaluate(recording.model, [batch_of(7, rows=4)], np.ones(300, dtype=np.int64), torch.bfloat16)
@@ -127,7 +127,7 @@ def test_what_is_recorded(
     """What draws random numbers or asks the device for one is not; it trains all the same."""
     engine = make_engine(tmp_path, compile_="on", **changes)
     assert all(result.applied for result in train(engine, range(3)))
-    assert (engine._graphs is not None) == is_recorded
+    assert (engine.gradients._graphs is not None) == is_recorded
 
 
 @pytest.mark.parametrize("moment_dtype", ["auto", "float32"])

@@ -21,14 +21,23 @@ from p828.model.precision import matrices
 
 class Optimizer:
     def __init__(
-        self, model: nn.Module, config: OptimizerConfig, dtype: torch.dtype, moment_dtype: torch.dtype
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        dtype: torch.dtype,
+        moment_dtype: torch.dtype,
+        sums: Mapping[Tensor, Tensor],
     ) -> None:
-        """For a float32 model on its device. If layers compute in `dtype` bfloat16, the model's matrices become so."""
+        """For a float32 model on its device. If layers compute in `dtype` bfloat16, the model's matrices become so.
+
+        `sums` holds every parameter's gradient, float32, always in the same place.
+        """
         self.config = config
         self._parameters = dict(model.named_parameters())
+        self._sums = sums
         self._matrices: dict[Tensor, MatrixState] = {}
         if dtype == torch.bfloat16:
-            self._matrices = {parameter: _split(parameter, moment_dtype) for _, parameter in matrices(model)}
+            self._matrices = {p: _split(p, moment_dtype, sums[p]) for _, p in matrices(model)}
         self._decayed = {p for name, p in self._parameters.items() if _decays(name, p, config)}
         self._updates = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
 
@@ -40,44 +49,12 @@ class Optimizer:
         self._others = torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
         )
-        self._summed_by_caller: dict[Tensor, Tensor] = {}
-        self.begin_step()
-
-    def gradient_sum(self, parameter: Tensor) -> Tensor:
-        """The float32 gradient of a parameter that autograd does not see: the caller adds to it in every micro-batch.
-
-        The same tensor at every call; zero when a step begins.
-        """
-        if parameter not in self._summed_by_caller:
-            self._summed_by_caller[parameter] = self._sum_of(parameter)
-        return self._summed_by_caller[parameter]
-
-    def begin_step(self) -> None:
-        for parameter in self._parameters.values():
-            if parameter not in self._matrices:
-                # In place on a GPU, where a recorded micro-batch adds to it.
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
-            elif parameter in self._summed_by_caller:
-                self._matrices[parameter].gradient.zero_()
-
-    def accumulate(self, is_first: bool) -> None:
-        """Add a micro-batch's bfloat16 gradients to their float32 sums; the first of a step takes the sums' place.
-
-        Gradients in float32 are their own sums.
-        """
-        for parameter, state in self._matrices.items():
-            if parameter in self._summed_by_caller:
-                continue
-            assert parameter.grad is not None  # every matrix takes part in every micro-batch
-            if is_first:
-                state.gradient.copy_(parameter.grad)
-            else:
-                state.gradient.add_(parameter.grad)
-            parameter.grad = None
+        for parameter in others:
+            parameter.grad = sums[parameter]
 
     def gradients(self) -> dict[str, Tensor]:
         """The float32 sums of the step so far, by parameter."""
-        return {name: self._sum_of(parameter) for name, parameter in self._parameters.items()}
+        return {name: self._sums[parameter] for name, parameter in self._parameters.items()}
 
     def gradient_norm(self) -> Tensor:
         """Global norm of the step's gradients, a float32 scalar."""
@@ -140,11 +117,6 @@ class Optimizer:
         state = self._matrices[parameter]
         return {"step": self._updates.float(), "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
 
-    def _sum_of(self, parameter: Tensor) -> Tensor:
-        gradient = self._matrices[parameter].gradient if parameter in self._matrices else parameter.grad
-        assert gradient is not None
-        return gradient
-
 
 def pick_moment_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The moments' dtype for layers that compute in `dtype`. Raises UserError for bfloat16 in a float32 run."""
@@ -157,13 +129,13 @@ def pick_moment_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> 
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
-def _split(parameter: nn.Parameter, moment_dtype: torch.dtype) -> MatrixState:
+def _split(parameter: nn.Parameter, moment_dtype: torch.dtype, gradient: Tensor) -> MatrixState:
     """Make a float32 parameter bfloat16 and keep the rest of it."""
     parameter.data, remainder = split_float32(parameter.data)
     return MatrixState(
         parameter.data,
         remainder,
-        gradient=torch.zeros_like(remainder, dtype=torch.float32),
+        gradient,
         exp_avg=torch.zeros_like(remainder, dtype=moment_dtype),
         exp_avg_sq=torch.zeros_like(remainder, dtype=moment_dtype),
     )

@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from p828.config import Config
+from p828.data.loader import Batch
+from p828.model.initialisation import initialise
+from p828.model.precision import matrices
+from p828.model.transformer import Transformer
+from p828.train.gradients import GradientSums
+from runs import run_config
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def build(config: Config, dtype: torch.dtype) -> GradientSums:
+    model = Transformer(config.model)
+    initialise(model, 0)
+    if dtype == BF16:
+        for _, parameter in matrices(model):
+            parameter.data = parameter.data.to(dtype)
+    gradients = GradientSums(model, config, dtype)
+    gradients.scale.fill_(1 / 192)
+    return gradients
+
+
+def batch_of(config: Config, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(config.model.vocab_size, (2, 33), generator=generator)
+    positions = torch.arange(32).expand(2, -1).contiguous()
+    return Batch(tokens[:, :-1], tokens[:, 1:], positions, torch.zeros_like(positions, dtype=torch.int32), 64)
+
+
+def of_one(gradients: GradientSums, batch: Batch) -> dict[str, Tensor]:
+    gradients.begin_step()
+    gradients.add(batch)
+    return {name: gradients.sums[p].clone() for name, p in gradients.model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_they_are_summed_in_float32_over_a_steps_micro_batches(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
+    """In whatever dtype one micro-batch's are, and without anything of the step before."""
+    config = run_config(tmp_path, model={"tie_word_embeddings": tied})
+    gradients = build(config, dtype)
+    for seeds in (range(3), range(3, 6)):
+        batches = [batch_of(config, seed) for seed in seeds]
+        expected: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, gradient in of_one(gradients, batch).items():
+                expected[name] = expected.get(name, 0.0) + gradient
+        gradients.begin_step()
+        for batch in batches:
+            gradients.add(batch)
+        for name, parameter in gradients.model.named_parameters():
+            assert gradients.sums[parameter].dtype == F32
+            assert parameter.grad is None
+            # Embedding and head are summed token by token and so in another order: units of 2^-24 of large terms.
+            torch.testing.assert_close(gradients.sums[parameter], expected[name], rtol=1e-5, atol=1e-8, msg=name)
