@@ -17,15 +17,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if _is_fused(x):
-            return rms_norm(x, self.weight, self.eps)
+            return rms_norm(x, self.weight.float(), self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
-    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """x + delta and its normalisation."""
+
+class ResidualNorm(RMSNorm):
+    """x + delta and its normalisation."""
+
+    def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if _is_fused(x):
-            return add_rms_norm(x, delta, self.weight, self.eps)
+            return add_rms_norm(x, delta, self.weight.float(), self.eps)
         total = x + delta
-        return total, self(total)
+        return total, super().forward(total)
 
 
 def _is_fused(x: Tensor) -> bool:

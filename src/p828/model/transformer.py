@@ -12,7 +12,7 @@ from p828.model.attention import Attention, Visibility
 from p828.model.experts import Experts, Order, SharedExperts
 from p828.model.kv_cache import KVCache, LayerCache
 from p828.model.linear import Linear
-from p828.model.norm import RMSNorm
+from p828.model.norm import ResidualNorm
 from p828.model.rope import inverse_frequencies, rotary
 from p828.model.router import Router, sequence_balance_loss, z_loss
 
@@ -59,9 +59,9 @@ class MoE(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config)
         self.gradient_checkpointing = False
         self.auxiliary_losses = True
@@ -69,19 +69,20 @@ class Layer(nn.Module):
     def forward(
         self,
         x_BSH: Tensor,
-        normed_BSH: Tensor,
+        delta_BSH: Tensor,
         angles: tuple[Tensor, Tensor],
         visibility: Visibility,
         counted_T: Tensor | None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor, LayerStatistics]:
-        """x with the attention added, and what the experts add to it.
+        """x + delta with the attention added, and what the experts add to it.
 
-        `normed_BSH` is `input_layernorm` of x. That norm, and the sum of what is returned, are left to the caller, who
-        has them in one pass over memory with the norm that follows.
+        That last sum is left to what follows, which has it in one pass over memory with its norm, as this layer has the
+        sum of x and delta.
         """
+        x_BSH, normed_BSH = self.input_layernorm(x_BSH, delta_BSH)
         attended_BSH = self._recomputed(self.self_attn, normed_BSH, angles, visibility, cache)
-        x_BSH, normed_BSH = self.post_attention_layernorm.add(x_BSH, attended_BSH)
+        x_BSH, normed_BSH = self.post_attention_layernorm(x_BSH, attended_BSH)
         normed_TH = normed_BSH.flatten(0, 1)
         # The routing is never recomputed: a top-k tie that fell the other way would mix two routings in one gradient.
         routing = self.mlp.gate(normed_TH)
@@ -107,7 +108,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Transformer(nn.Module):
@@ -118,8 +119,15 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("frequencies", None, persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self, device: torch.device | str | None = None) -> None:
+        """Rotary frequencies and the routers' balance bias as they begin, in float32."""
+        config = self.config
+        self.frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling).to(device)
+        for layer in self.layers:
+            layer.mlp.gate.e_score_correction_bias = torch.zeros(config.n_routed_experts, device=device)
 
     @property
     def layers(self) -> list[Layer]:
@@ -151,14 +159,13 @@ class Transformer(nn.Module):
         counted_T = None if document_ids_BS is None else document_ids_BS.flatten() >= 0
         angles = rotary(positions_BS, self.frequencies, self.config.rope_scaling.factor)
         x_BSH = self.embed(tokens_BS, dtype) if embedded_BSH is None else embedded_BSH
-        normed_BSH = self.layers[0].input_layernorm(x_BSH)
-        norms_after = [*(layer.input_layernorm for layer in self.layers[1:]), self.model.norm]
+        delta_BSH = torch.zeros_like(x_BSH)
         statistics = []
-        for index, (layer, norm_after) in enumerate(zip(self.layers, norms_after, strict=True)):
+        for index, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layer(index, positions_BS)
-            x_BSH, mixed_BSH, layer_statistics = layer(x_BSH, normed_BSH, angles, visibility, counted_T, layer_cache)
-            x_BSH, normed_BSH = norm_after.add(x_BSH, mixed_BSH)
+            x_BSH, delta_BSH, layer_statistics = layer(x_BSH, delta_BSH, angles, visibility, counted_T, layer_cache)
             statistics.append(layer_statistics)
+        _, normed_BSH = self.model.norm(x_BSH, delta_BSH)
         router = RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True)))
         return Output(normed_BSH, router)
 
