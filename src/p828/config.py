@@ -242,7 +242,7 @@ class TrainConfig:
     micro_batch_size: int = 8
     """Rows put through the model at once."""
     gradient_accumulation: int = 16
-    """Micro-batches of a step."""
+    """Micro-batches of a step, on each rank."""
     seed: int = 0
     """Seed of the weights, the data order and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -284,6 +284,26 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class DeepSpeedConfig:
+    config: str = ""
+    """A DeepSpeed configuration (a .json file, or zero1, zero2, zero3, zero3-offload) over the keys below."""
+    stage: int = 1
+    """ZeRO: 0 every rank holds all, 1 a share of the optimizer's state, 2 of gradients too, 3 of weights too."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """`cpu` keeps the optimizer's state in main memory and updates there; from stage 1 on."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """`cpu` keeps the weights in main memory and fetches each layer's for its use; stage 3 only."""
+    reduce_bucket_size: int = 50_000_000
+    """Gradients, in numbers, that are reduced together."""
+    allgather_bucket_size: int = 500_000_000
+    """Updated weights, in numbers, that are gathered together."""
+    overlap_comm: bool = True
+    """Reduce gradients while the backward pass goes on."""
+    timeout_seconds: int = 1800
+    """Longest time without progress: then every rank's stack is written down and the run ended."""
+
+
+@dataclass(frozen=True)
 class WandbConfig:
     mode: Literal["off", "online", "offline"] = "off"
     """Weights & Biases: `online` needs an account, `offline` writes into the run's directory."""
@@ -297,6 +317,8 @@ class Config:
     """The run's name; empty means the configuration's."""
     runs_dir: str = "runs"
     """Directory that holds the runs."""
+    engine: Literal["plain", "deepspeed"] = "plain"
+    """`plain` trains on one device; `deepspeed` on one or more, each with a process of its own."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
@@ -307,6 +329,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     @property
@@ -315,6 +338,7 @@ class Config:
 
     @property
     def tokens_per_step(self) -> int:
+        """On each rank."""
         return self.train.micro_batch_size * self.train.gradient_accumulation * self.data.sequence_length
 
 

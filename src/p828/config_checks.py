@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from p828.errors import UserError
 
 if TYPE_CHECKING:
-    from p828.config import Config, DataConfig, ModelConfig
+    from p828.config import Config, DataConfig, DeepSpeedConfig, ModelConfig
 
 _AT_LEAST_ZERO = {
     "model.n_shared_experts", "schedule.warmup_steps", "schedule.decay_steps", "train.seed",
     "evaluation.every", "evaluation.patience", "data.read_retries", "prepare.min_characters", "prepare.max_characters",
+    "deepspeed.stage",
 }  # fmt: skip
 _SHARES = {"schedule.min_lr_ratio", "data.validation.share"}
 _FLOATS_AT_LEAST_ZERO = {
@@ -94,6 +95,7 @@ def check_run(config: Config) -> None:
             f"at most model.max_position_embeddings = {model.max_position_embeddings} is accepted"
         )
     check_data(data)
+    check_deepspeed(config.deepspeed)
     shortest, longest = config.prepare.min_characters, config.prepare.max_characters
     if 0 < longest < shortest:
         raise UserError(f"prepare.max_characters = {longest}: at least prepare.min_characters = {shortest} is accepted")
@@ -119,6 +121,17 @@ def check_run(config: Config) -> None:
         raise UserError(
             f"optimizer.betas = {list(config.optimizer.betas)}: two numbers of at least 0 and below 1 are accepted"
         )
+
+
+def check_deepspeed(deepspeed: DeepSpeedConfig) -> None:
+    if deepspeed.stage > 3:
+        raise UserError(f"deepspeed.stage = {deepspeed.stage}: 0, 1, 2 or 3 is accepted")
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if getattr(deepspeed, key) != "none" and deepspeed.stage < least:
+            raise UserError(
+                f'deepspeed.{key} = "{getattr(deepspeed, key)}": with deepspeed.stage = {deepspeed.stage}, '
+                '"none" is accepted'
+            )
 
 
 def check_data(data: DataConfig) -> None:

@@ -7,9 +7,15 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """Wrong input: the message names the key or file, what was given and what is accepted."""
 
+    is_everywhere = False
+    """Whether all ranks of a run end with this very error, so that one of them need show it."""
+
 
 class RunStopped(Exception):
     """A run that ended by its own guard (three non-finite steps, say): shown as one line, exit code 1."""
+
+    is_everywhere = False
+    """As of a UserError."""
 
 
 class ReadFailed(RunStopped):

@@ -18,7 +18,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 def main() -> None:
     """Exit code 0: done; 1: the run's own guard ended it; 2: wrong input; 130: Ctrl-C."""
-    sys.exit(dispatch(sys.argv[1:]))
+    # DeepSpeed's launcher puts it before everything else; the environment says the same.
+    sys.exit(dispatch([argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]))
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -31,19 +32,23 @@ def dispatch(arguments: list[str]) -> int:
             raise UserError(f"no command {command!r}{nearest(command, COMMANDS)} Commands: {', '.join(COMMANDS)}")
         # Imported here, since most commands import torch, which takes seconds.
         importlib.import_module(f"p828.cli.{command}").run(rest)
-    except UserError as error:
-        print(f"p828: {error}", file=sys.stderr)
-        return 2
-    except RunStopped as stopped:
-        print(f"p828: {stopped}", file=sys.stderr)
-        return 1
+    except (UserError, RunStopped) as error:
+        _tell(error, error.is_everywhere)
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        print("p828: interrupted", file=sys.stderr)
+        _tell("interrupted", is_everywhere=True)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone; point stdout elsewhere so that its flush at exit does not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _tell(text: object, is_everywhere: bool) -> None:
+    """Print it, but of many processes that train one run and end with the same, once on each machine or once in all."""
+    variable = "RANK" if is_everywhere else "LOCAL_RANK"
+    if os.environ.get(variable, "0") == "0":
+        print(f"p828: {text}", file=sys.stderr)
 
 
 def _usage() -> str:

@@ -10,17 +10,24 @@ from p828.model.flops import count_parameters, flops_per_token
 
 USAGE = "p828 train CONFIG [--dry-run] [--section.key VALUE ...]"
 DRY_RUN = "--dry-run"
+DEEPSPEED_CONFIG = "--deepspeed-config"
 
 
 def run(arguments: list[str]) -> None:
-    flags = [argument for argument in arguments if argument != DRY_RUN]
-    config = read_configuration(flags, USAGE, _describe, others=(DRY_RUN,))
+    flags = [_ours(argument) for argument in arguments if argument != DRY_RUN]
+    config = read_configuration(flags, USAGE, _describe, others=(DRY_RUN, DEEPSPEED_CONFIG))
     if DRY_RUN in arguments:
         print(tomli_w.dumps(to_dict(config)).rstrip(), _costs(config), sep="\n\n")
         return
     from p828.train.start import train  # imports torch
 
     train(config)
+
+
+def _ours(argument: str) -> str:
+    """`--deepspeed_config X`, as programs for DeepSpeed have it, is `--deepspeed.config X`."""
+    name, equals, value = argument.partition("=")
+    return f"--deepspeed.config{equals}{value}" if name.replace("_", "-") == DEEPSPEED_CONFIG else argument
 
 
 def _describe(default: Config) -> str:

@@ -1,7 +1,7 @@
 """Loss, perplexity and bits per byte of a model on given rows."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +34,11 @@ def evaluate(
     batches: Iterable[Batch],
     token_bytes: npt.NDArray[np.int64],
     dtype: torch.dtype = torch.float32,
+    total: Callable[[Sequence[float]], Sequence[float]] = lambda counts: counts,
 ) -> Evaluation:
     """Evaluate on all batches, computing in `dtype`. `token_bytes` holds the bytes of each token, [vocabulary].
+
+    Where processes have some of the batches each, `total` gives the sums of what they counted.
 
     Rows are summed on their own in float32, then in float64, so that how rows are batched changes the result by no
     more than the rounding of the layers' matrix products. The model's training mode stays as it is.
@@ -54,9 +57,10 @@ def evaluate(
             for hidden_SH, targets_S in zip(hidden_BSH, batch.targets_BS, strict=True):
                 nats += linear_cross_entropy(hidden_SH, head_VH, targets_S)
             text_bytes += bytes_V[batch.targets_BS[batch.targets_BS != IGNORE]].sum()
-    if tokens == 0:
+    all_nats, all_tokens, all_bytes = total((nats.item(), tokens, text_bytes.item()))
+    if all_tokens == 0:
         raise UserError("nothing to evaluate: the rows hold no target token")
-    return _evaluation(nats.item(), tokens, int(text_bytes.item()))
+    return _evaluation(all_nats, int(all_tokens), int(all_bytes))
 
 
 def _evaluation(nats: float, tokens: int, text_bytes: int) -> Evaluation:

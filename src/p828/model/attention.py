@@ -59,10 +59,11 @@ class Attention(nn.Module):
 
     def _fused(self, qkv_BSXD: Tensor, rotary: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:
         """Norms, rotation and attention on a GPU: (B, S, N, D)."""
-        norms = (self.q_norm.weight, self.k_norm.weight) if self.use_qk_norm else (None, None)
+        norms = (self.q_norm.weight.float(), self.k_norm.weight.float()) if self.use_qk_norm else (None, None)
+        sinks_N = None if self.sinks is None else self.sinks.float()
         cos, sin = (angles.flatten(0, 2) for angles in rotary)
         out_TND = attention(
-            qkv_BSXD.flatten(0, 1), *norms, cos, sin, self.sinks, visibility.start_T, visibility.end_T,
+            qkv_BSXD.flatten(0, 1), *norms, cos, sin, sinks_N, visibility.start_T, visibility.end_T,
             self.num_heads, len(qkv_BSXD), self.eps,
         )[0]  # fmt: skip
         return out_TND.unflatten(0, qkv_BSXD.shape[:2])

@@ -1,5 +1,7 @@
 """Cross-entropy over next tokens without ever holding all logits."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,6 +53,25 @@ def loss_and_gradients(
         torch.mm(logits_cV, weight_VH, out=dhidden_cH)
         _add_product_(dweight_VH, logits_cV.T, hidden_cH)
     return torch.cat(losses).sum(), dhidden_TH
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """`linear_cross_entropy` times the scalar `scale`, differentiable at the cost of one chunk's logits.
+
+    The gradients are formed in the forward pass, and kept for the backward pass in the dtypes of hidden and weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, scale: Tensor) -> Tensor:
+        dweight_VH = torch.zeros_like(weight_VH, dtype=scale.dtype)
+        loss, dhidden_TH = loss_and_gradients(hidden_TH, weight_VH.to(hidden_TH.dtype), targets_T, scale, dweight_VH)
+        ctx.save_for_backward(dhidden_TH, dweight_VH.to(weight_VH.dtype))
+        return loss * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dhidden_TH, dweight_VH = ctx.saved_tensors
+        return dhidden_TH * grad.to(dhidden_TH.dtype), dweight_VH * grad.to(dweight_VH.dtype), None, None
 
 
 def _add_product_(sum_VH: Tensor, left_Vc: Tensor, right_cH: Tensor) -> None:

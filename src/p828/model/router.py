@@ -35,9 +35,10 @@ class Router(nn.Module):
     def forward(self, x_TH: Tensor) -> Routing:
         config = self.config
         if x_TH.is_cuda and x_TH.dtype == torch.bfloat16:
-            logits_TE = router_logits(x_TH, self.weight)
+            logits_TE = router_logits(x_TH, self.weight.float())
         else:
-            logits_TE = F.linear(x_TH.to(self.weight.dtype), self.weight)
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
         scores_TE = logits_TE.sigmoid() if config.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
         choice_TE = scores_TE.detach() + self.e_score_correction_bias
         if config.n_group > 1:

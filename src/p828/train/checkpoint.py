@@ -1,8 +1,8 @@
 """Checkpoints on disk: one directory a step, complete or absent, every byte of it under a checksum.
 
-`step_00000100/` holds a `NAME.safetensors` for each part ("model", "optimizer", ...), `state.json` (schedule,
-data position, metadata) and `manifest.json`, which lists the others with size and SHA-256 and is itself
-checksummed. Nothing is ever unpickled.
+`step_00000100/` holds the tensors of each part ("model", "optimizer", ...) as `tensor_files` says, from one process or
+from several ranks, `state.json` (progress, data position, metadata) and `manifest.json`, which lists the others with
+size and SHA-256 and is itself checksummed. Nothing is ever unpickled.
 
 A checkpoint is written as `.step_00000100.tmp` and renamed. A step that is saved again is first renamed to
 `.step_00000100.replaced`. What a killed process leaves of either is mended at the next save, search or pruning.
@@ -14,18 +14,22 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from p828.errors import UserError
+from p828.train.fragments import Fragment
+from p828.train.ranks import Ranks
+from p828.train.tensor_files import Tensors, file_name, part_of, write_tensors
 from p828.whole_file import sync
 
+T = TypeVar("T")
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -42,37 +46,50 @@ class DamagedCheckpoint(UserError):
 class Checkpoint:
     path: Path
     step: int
-    tensors: dict[str, dict[str, torch.Tensor]]
+    tensors: dict[str, dict[str, Tensor]]
     """Part ("model", "optimizer", ...) to name to tensor."""
     state: dict[str, Any]
 
 
+class OpenCheckpoint(NamedTuple):
+    """A `Checkpoint` whose tensors are still on disk."""
+
+    path: Path
+    step: int
+    tensors: Tensors
+    state: dict[str, Any]
+
+
 def save(
-    directory: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor | Fragment]],
+    state: Mapping[str, Any],
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write `directory/step_XXXXXXXX` and return its path; a checkpoint of the same step is replaced.
 
-    Tensors may be of any dtype and device, non-contiguous, or share memory (each is written in full). `state` holds
-    JSON values; tuples come back as lists, and floats may be NaN or infinite.
-    Raises UserError, with nothing left behind, when the file system refuses (full, read-only, over quota, ...).
+    All `ranks` call it, each with its own share of the tensors; the state is the first one's. Tensors may be of any
+    dtype and device, non-contiguous, or share memory (each is written in full). `state` holds JSON values; tuples come
+    back as lists, and floats may be NaN or infinite.
+    Raises UserError, on all ranks and with nothing left behind, when the file system refuses (full, read-only, ...).
     """
+    ranks = ranks or Ranks()
     final = directory / name_of(step)
     temporary = directory / f".{final.name}.tmp"
     state_text = json.dumps(_encode(state), allow_nan=False)
-    needed = len(state_text) + sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
+    sizes = [_bytes(value) for part in tensors.values() for value in part.values()]
+    needed = len(state_text) + sum(ranks.gather(sum(sizes)))
+    ranks.first(lambda: _refusals(final, needed, lambda: _begin(temporary)))
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _recover(directory)
-        try:
-            _write(temporary, step, tensors, state_text)
-            _publish(temporary, final)
-        finally:
-            _recover(directory)
-    except OSError as error:
-        raise UserError(
-            f"{final}: the checkpoint cannot be saved: {error.strerror or error}; "
-            f"it needs about {_readable(needed)}{_free_space(directory)}"
-        ) from None
+        with ranks.agreed():
+            files = _refusals(final, needed, lambda: _write_own(temporary, tensors, ranks))
+        of_ranks = ranks.gather(files)
+        described = {name: about for files in of_ranks for name, about in files.items()}
+        ranks.first(lambda: _refusals(final, needed, lambda: _complete(temporary, final, step, state_text, described)))
+    finally:
+        if ranks.is_first:
+            _refusals(final, needed, lambda: _recover(directory))
     return final
 
 
@@ -82,13 +99,28 @@ def load(path: Path, names: Iterable[str] | None = None, device: str = "cpu") ->
     Raises DamagedCheckpoint, or UserError for a part that it does not have or a version that is not read.
     """
     manifest = _verified_manifest(path, names)
+    wanted = _parts(manifest) if names is None else list(names)
+    with opened(path, manifest, wanted, device) as checkpoint:
+        tensors = {part: checkpoint.tensors[part] for part in wanted}
+    return Checkpoint(path, checkpoint.step, tensors, checkpoint.state)
+
+
+@contextmanager
+def opened(
+    path: Path, manifest: Mapping[str, Any] | None = None, names: Iterable[str] | None = None, device: str = "cpu"
+) -> Iterator[OpenCheckpoint]:
+    """A checkpoint that was verified before, its tensors to be read one by one. Raises DamagedCheckpoint."""
+    manifest = manifest or _read_manifest(path)
+    wanted = set(_parts(manifest) if names is None else names)
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"), object_hook=_decode)
-        parts = _parts(manifest) if names is None else list(names)
-        tensors = {name: load_file(path / f"{name}.safetensors", device=device) for name in parts}
+        files = [file for file in manifest["files"] if part_of(file) in wanted]
+        with Tensors(path, files, device) as tensors:
+            yield OpenCheckpoint(path, manifest["step"], tensors, state)
+    except UserError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
-    return Checkpoint(path, manifest["step"], tensors, state)
 
 
 def verify(path: Path) -> None:
@@ -166,38 +198,45 @@ def resolve(path: Path) -> Path:
     )
 
 
-def _write(temporary: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state_text: str) -> None:
+def _refusals(final: Path, needed: int, function: Callable[[], T]) -> T:
+    """What the function gives. Raises UserError for what the file system refuses."""
+    try:
+        return function()
+    except OSError as error:
+        raise UserError(
+            f"{final}: the checkpoint cannot be saved: {error.strerror or error}; "
+            f"it needs about {_readable(needed)}{_free_space(final.parent)}"
+        ) from None
+
+
+def _begin(temporary: Path) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    _recover(temporary.parent)
     temporary.mkdir()
+
+
+def _write_own(temporary: Path, tensors: Mapping[str, Mapping[str, Tensor | Fragment]], ranks: Ranks) -> dict[str, Any]:
+    """One rank's files, and what the manifest says of them."""
     files: dict[str, Any] = {}
-    for name, part in tensors.items():
-        path = temporary / f"{name}.safetensors"
-        _save_tensors(path, part)
+    for part, values in tensors.items():
+        path = temporary / file_name(part, ranks.rank, ranks.size)
+        write_tensors(path, values)
         files[path.name] = _describe(path, sync=True)
+    return files
+
+
+def _complete(temporary: Path, final: Path, step: int, state_text: str, files: dict[str, Any]) -> None:
     (temporary / STATE).write_text(state_text, encoding="utf-8")
     files[STATE] = _describe(temporary / STATE, sync=True)
     manifest = temporary / MANIFEST
     manifest.write_bytes(_manifest_bytes({"format_version": FORMAT_VERSION, "step": step, "files": files}))
     sync(manifest)
     sync(temporary)
+    _publish(temporary, final)
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """`save_file` with refusals of the file system as OSError, and tensors that share memory written in full."""
-    separate: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    try:
-        save_file(separate, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    path.chmod(path.parent.stat().st_mode & 0o666)  # the library's files are their owner's alone
+def _bytes(value: Tensor | Fragment) -> int:
+    return (value.values if isinstance(value, Fragment) else value).nbytes
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -235,10 +274,10 @@ def _verified_manifest(path: Path, names: Iterable[str] | None) -> dict[str, Any
     if names is None:
         checked = list(files)
     else:
-        checked = [STATE, *(f"{name}.safetensors" for name in names)]
-        for file in checked:
-            if file not in files:
-                raise UserError(f"{path}: has no {file}; its parts are {', '.join(_parts(manifest))}")
+        for name in names:
+            if name not in _parts(manifest):
+                raise UserError(f"{path}: has no {name}.safetensors; its parts are {', '.join(_parts(manifest))}")
+        checked = [STATE, *(file for file in files if part_of(file) in set(names))]
     for file in checked:
         try:
             size = (path / file).stat().st_size
@@ -317,7 +356,7 @@ def step_of(path: Path) -> int:
 
 
 def _parts(manifest: Mapping[str, Any]) -> list[str]:
-    return [file.removesuffix(".safetensors") for file in manifest["files"] if file.endswith(".safetensors")]
+    return list(dict.fromkeys(part for file in manifest["files"] if (part := part_of(file)) is not None))
 
 
 def _unused(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """What a training run shows: a progress bar at a terminal, plain lines elsewhere, and both in `run_dir/log.txt`."""
 
 import math
+import os
 import re
 import sys
 import time
@@ -29,7 +30,8 @@ class Console:
     """The run's face; a context manager that gives the terminal back whole, also on an exception or Ctrl-C.
 
     `total_steps` is the whole run's; `first_step` is the step that a resumed run continues after. Without `output`,
-    standard output is taken. Raises UserError when `run_dir/log.txt` cannot be written.
+    standard output is taken. A quiet one, for ranks but the first, shows and logs nothing. Raises UserError when
+    `run_dir/log.txt` cannot be written.
     """
 
     def __init__(
@@ -39,9 +41,11 @@ class Console:
         first_step: int = 0,
         output: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        is_quiet: bool = False,
     ) -> None:
         # an environment's FORCE_COLOR must not draw a bar into a pipe
-        self._output = output or rich.console.Console(force_terminal=sys.stdout is not None and sys.stdout.isatty())
+        is_terminal = sys.stdout is not None and sys.stdout.isatty() and not is_quiet
+        self._output = output or rich.console.Console(force_terminal=is_terminal, quiet=is_quiet)
         self._total = total_steps
         self._clock = clock
         self._last_line = (-math.inf, -math.inf)  # step and time
@@ -60,9 +64,9 @@ class Console:
         self._task = self._bar.add_task(
             "", total=total_steps, completed=first_step, shown=_percent(first_step, total_steps)
         )
-        self._log_path = run_dir / "log.txt"
+        self._log_path = Path(os.devnull) if is_quiet else run_dir / "log.txt"
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            self._log_path.parent.mkdir(parents=True, exist_ok=True)
             self._log = _open_log(self._log_path)
         except OSError as error:
             raise UserError(f"{self._log_path}: cannot be written: {error.strerror}") from None

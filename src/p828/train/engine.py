@@ -1,25 +1,28 @@
 """What a training step does to a model, on one device.
 
-The loop calls `forward_backward`, `step`, `tensors` and `load_tensors`, and reads `model`, `device` and `dtype`.
+The loop calls `forward_backward`, `step`, `whole_model`, `tensors` and `load_tensors`, and reads `device` and `dtype`.
 """
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from p828.config import Config, ModelConfig
+from p828.config import Config
 from p828.data.loader import Batch
 from p828.errors import UserError
 from p828.model.initialisation import initialise
 from p828.model.transformer import Transformer
 from p828.train.balance import update_biases
 from p828.train.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
+from p828.train.fragments import Fragment
 from p828.train.gradients import GradientSums
 from p828.train.optimizer import Optimizer, pick_moment_dtype
+from p828.train.tensor_files import Tensors
 
 
 class StepResult(NamedTuple):
@@ -33,6 +36,28 @@ class StepResult(NamedTuple):
     """False when the loss or the gradient was not finite: nothing changed then."""
 
 
+class Engine(Protocol):
+    """What the loop asks of an engine."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def forward_backward(self, batch: Batch, num_targets: int) -> None:
+        """Add one micro-batch's gradients, for a step of `num_targets` targets in all, on all ranks."""
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip, update weights and balance bias, unless something is not finite; begin the next step."""
+
+    def whole_model(self) -> AbstractContextManager[Transformer]:
+        """The model with all its weights, on every rank, to evaluate and sample."""
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor | Fragment]]:
+        """Everything a checkpoint needs from this rank, by file and name."""
+
+    def load_tensors(self, tensors: Tensors) -> None:
+        """Go on from what an engine saved."""
+
+
 class PlainEngine:
     """One device: float32 master weights, layers that hold and compute in the run's dtype, AdamW."""
 
@@ -40,19 +65,12 @@ class PlainEngine:
         self.config = config
         self.device = pick_device(config.train.device)
         self.dtype = pick_dtype(config.train.dtype, self.device)
-        if config.model.attention_backend == "flash" and (self.device.type, self.dtype) == ("cuda", torch.float32):
-            raise UserError(
-                'model.attention_backend = "flash" computes in bfloat16 on a GPU, not in train.dtype = "float32"'
-            )
-        if (self.device.type, self.dtype) == ("cuda", torch.bfloat16):
-            _check_widths(config.model)
+        check_widths(config, self.device, self.dtype)
         torch.manual_seed(config.train.seed)  # for dropout; a resume brings the state back
         self.model = Transformer(config.model)
         initialise(self.model, config.train.seed)
         self.model.to(self.device)
-        for layer in self.model.layers:
-            layer.gradient_checkpointing = config.train.gradient_checkpointing
-            layer.auxiliary_losses = bool(config.balance.sequence_loss_weight or config.balance.z_loss_weight)
+        prepare_layers(self.model, config)
         if compiles(config.train, self.device):
             for layer in self.model.layers:
                 layer.compile()
@@ -88,7 +106,11 @@ class PlainEngine:
             "random": random_states(self.device),
         }
 
-    def load_tensors(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+    @contextmanager
+    def whole_model(self) -> Iterator[Transformer]:
+        yield self.model
+
+    def load_tensors(self, tensors: Mapping[str, dict[str, Tensor]] | Tensors) -> None:
         self.model.load_state_dict(tensors["model"])
         self.optimizer.load_masters(tensors["model"])
         self.optimizer.load_tensors(tensors["optimizer"])
@@ -103,8 +125,23 @@ def step_result(numbers: list[float], config: Config) -> StepResult:
     return StepResult(loss, grad_norm, loads_LE, applied=math.isfinite(loss) and math.isfinite(grad_norm))
 
 
-def _check_widths(model: ModelConfig) -> None:
-    """Fused attention and grouped products read 16 bytes at a time. Raises UserError naming the width that is odd."""
+def prepare_layers(model: Transformer, config: Config) -> None:
+    for layer in model.layers:
+        layer.gradient_checkpointing = config.train.gradient_checkpointing
+        layer.auxiliary_losses = bool(config.balance.sequence_loss_weight or config.balance.z_loss_weight)
+
+
+def check_widths(config: Config, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError naming what the GPU's kernels do not take: they compute in bfloat16, 16 bytes at a time."""
+    model = config.model
+    if device.type != "cuda":
+        return
+    if dtype == torch.float32:
+        if model.attention_backend == "flash":
+            raise UserError(
+                'model.attention_backend = "flash" computes in bfloat16 on a GPU, not in train.dtype = "float32"'
+            )
+        return
     for key in ("head_dim", "hidden_size", "moe_intermediate_size"):
         width = getattr(model, key)
         if width % 8:

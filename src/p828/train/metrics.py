@@ -28,18 +28,21 @@ SECTIONS = {"step": "train", "eval": "validation"}  # the kinds that W&B sees, a
 class Recorder:
     """Appends to `run_dir/metrics.jsonl`, and to Weights & Biases if the configuration asks for it.
 
-    Use as a context manager, or call `close`. Raises UserError when the file cannot be written or W&B not be reached.
+    Use as a context manager, or call `close`. A quiet one, for ranks but the first, records nothing. Raises UserError
+    when the file cannot be written or W&B not be reached.
     """
 
-    def __init__(self, run_dir: Path, config: Config) -> None:
-        self.path = run_dir / FILE_NAME
+    def __init__(self, run_dir: Path, config: Config, is_quiet: bool = False) -> None:
+        self.is_quiet = is_quiet
+        self.path = Path(os.devnull) if is_quiet else run_dir / FILE_NAME
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            _mend_last_line(self.path)
+            if not is_quiet:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                _mend_last_line(self.path)
             self._file = _open(self.path)
         except OSError as error:
             raise _unwritable(self.path, error) from None
-        self._wandb = None if config.wandb.mode == "off" else _start_wandb(run_dir, config)
+        self._wandb = None if is_quiet or config.wandb.mode == "off" else _start_wandb(run_dir, config)
 
     @property
     def url(self) -> str | None:
@@ -62,6 +65,8 @@ class Recorder:
 
     def rewind(self, step: int) -> None:
         """Drop what the run will write again when it continues after `step`; lines of other kinds stay."""
+        if self.is_quiet:
+            return
         temporary = self.path.with_suffix(".tmp")
         try:
             with temporary.open("wb") as file:

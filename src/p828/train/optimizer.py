@@ -38,7 +38,8 @@ class Optimizer:
         self._matrices: dict[Tensor, MatrixState] = {}
         if dtype == torch.bfloat16:
             self._matrices = {p: _split(p, moment_dtype, sums[p]) for _, p in matrices(model)}
-        self._decayed = {p for name, p in self._parameters.items() if _decays(name, p, config)}
+        decayed = decayed_names(model, config)
+        self._decayed = {p for name, p in self._parameters.items() if name in decayed}
         self._updates = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
 
         others = [p for p in self._parameters.values() if p not in self._matrices]
@@ -141,6 +142,10 @@ def _split(parameter: nn.Parameter, moment_dtype: torch.dtype, gradient: Tensor)
     )
 
 
-def _decays(name: str, parameter: nn.Parameter, config: OptimizerConfig) -> bool:
+def decayed_names(model: nn.Module, config: OptimizerConfig) -> set[str]:
     """Matrices decay; norms, sinks and, unless asked for, the embedding do not."""
-    return parameter.ndim >= 2 and (config.decay_embeddings or "embed_tokens" not in name)
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and (config.decay_embeddings or "embed_tokens" not in name)
+    }

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from p828.config_values import flatten, to_dict
 from p828.errors import ReadFailed, UserError
 from p828.lock import locked
 from p828.train import checkpoint
+from p828.train.ranks import Ranks
 from p828.whole_file import write_whole
 
 CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.toml", "tokenizer.json", "checkpoints"
@@ -52,28 +54,41 @@ class RunDirectory:
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[RunDirectory]:
-    """Make the run's directory, or enter the existing one, and keep other processes out of it.
+def open_run(config: Config, ranks: Ranks) -> Iterator[RunDirectory]:
+    """Make the run's directory, or enter the existing one, and keep other runs' processes out of it.
 
-    Raises UserError when another process trains the run, and when its newest checkpoint was made with another model,
-    data, tokenizer or seed. Without a checkpoint the run is begun anew if these differ. Directories made here are
-    removed again if the block raises UserError or ReadFailed before `keep`.
+    Rank 0 does it, and all ranks have what it found. Raises UserError when another process trains the run, and when its
+    newest checkpoint was made with another model, data, tokenizer or seed. Without a checkpoint the run is begun anew
+    if these differ. Directories made here are removed again if the block raises UserError or ReadFailed before `keep`.
     """
-    run_dir = config.run_dir
-    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
+        directory = ranks.first(lambda: _entered(config, stack))
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(run_dir, f"{run_dir}: another p828 train is at work on this run"))
-            directory = RunDirectory(run_dir, versions(), *_enter(config), made)
-            _write_config(run_dir / CONFIG_FILE, config, directory.versions)
-        except OSError as error:
-            raise UserError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from None
-        try:
+            with ranks.agreed():
+                if not (directory.path / CONFIG_FILE).exists():
+                    raise UserError(
+                        f"{directory.path}: {socket.gethostname()} does not see what rank 0 wrote there: "
+                        "runs_dir must be on a file system that all hosts share"
+                    )
             yield directory
         except (UserError, ReadFailed):
-            _remove(directory.made)
+            if ranks.is_first:
+                _remove(directory.made)
             raise
+
+
+def _entered(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
+    """The directory, made and locked until the stack is closed."""
+    run_dir = config.run_dir
+    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(run_dir, f"{run_dir}: another p828 train is at work on this run"))
+        directory = RunDirectory(run_dir, versions(), *_enter(config), made)
+        _write_config(run_dir / CONFIG_FILE, config, directory.versions)
+    except OSError as error:
+        raise UserError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from None
+    return directory
 
 
 def _enter(config: Config) -> tuple[Path | None, list[str], list[str]]:

@@ -12,9 +12,12 @@ from p828.errors import UserError
 from p828.model.flops import count_parameters
 from p828.train import checkpoint
 from p828.train.console import Console
+from p828.train.deepspeed_settings import DeepSpeedSettings
 from p828.train.device import make_deterministic, pick_device
-from p828.train.engine import PlainEngine
+from p828.train.engine import Engine, PlainEngine
+from p828.train.engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from p828.train.metrics import Recorder
+from p828.train.ranks import Ranks, joined
 from p828.train.run_directory import TOKENIZER_FILE, open_run
 from p828.train.trainer import Trainer
 
@@ -24,31 +27,46 @@ def train(config: Config) -> None:
 
     Raises UserError for wrong input, leaving no new run behind, and RunStopped when the run's own guard ends it.
     """
-    device = pick_device(config.train.device)
-    # A missing file or an empty validation set ends here, before anything is written.
-    for data in config.data.sources:
-        if data.prepared:
-            open_manifest(Path(data.prepared))
-        else:
-            open_training(data, config.train.seed)
-            next(open_validation(data))
-    if config.train.deterministic:
-        make_deterministic()
-    # Advice to round float32 products to TF32; the router is to stay in float32.
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-    with open_run(config) as run, Recorder(run.path, config) as recorder:
+    with joined(config) as ranks:
+        with ranks.agreed():
+            settings = check_deepspeed(config, ranks) if config.engine == "deepspeed" else None
+            # A missing file or an empty validation set ends here, before anything is written.
+            for data in config.data.sources:
+                if data.prepared:
+                    open_manifest(Path(data.prepared))
+                else:
+                    open_training(data, config.train.seed)
+                    next(open_validation(data))
+        if config.train.deterministic:
+            make_deterministic()
+        # Advice to round float32 products to TF32; the router is to stay in float32.
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+        _train(config, ranks, settings)
+
+
+def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> None:
+    device, is_quiet = pick_device(config.train.device), not ranks.is_first
+    with open_run(config, ranks) as run, Recorder(run.path, config, is_quiet) as recorder:
         first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
-        with Console(run.path, config.train.steps, first_step) as console:
-            tokenizer = _tokenizer(config, console)
-            _check_prompts(config, tokenizer)
-            validation = validation_batches(config, tokenizer, config.evaluation.rows, config.train.micro_batch_size)
-            with open_loader(config, tokenizer, device.type == "cuda", tell=console.event) as loader:
-                engine = PlainEngine(config)
-                trainer = Trainer(config, run, tokenizer, loader, validation, engine, recorder, console)
-                console.print(_describe(config, engine))
+        with Console(run.path, config.train.steps, first_step, is_quiet=is_quiet) as console:
+            ranks.first(lambda: _tokenizer(config, console))  # the others wait, and find it in the run's directory
+            with ranks.agreed():
+                tokenizer = _tokenizer(config, console)
+                _check_prompts(config, tokenizer)
+                validation = validation_batches(
+                    config, tokenizer, config.evaluation.rows, config.train.micro_batch_size
+                )
+                opened = open_loader(
+                    config, tokenizer, device.type == "cuda", ranks.rank, ranks.size, tell=console.event
+                )
+            with opened as loader:
+                engine: Engine = PlainEngine(config) if settings is None else DeepSpeedEngine(config, ranks, settings)
+                trainer = Trainer(config, run, tokenizer, loader, validation, engine, recorder, console, ranks)
+                console.print(_describe(config, engine, ranks, settings))
                 if run.newest is not None:
                     trainer.resume(run.newest)
-                loader.start()
+                with ranks.agreed():
+                    loader.start()
                 run.keep()
                 _tell(trainer, run.damaged)
                 if run.newest is not None:
@@ -67,12 +85,15 @@ def _tokenizer(config: Config, console: Console) -> Tokenizer:
     return load_tokenizer(config.tokenizer, lambda: training_documents(config), config.model.vocab_size, path)
 
 
-def _describe(config: Config, engine: PlainEngine) -> str:
+def _describe(config: Config, engine: Engine, ranks: Ranks, settings: DeepSpeedSettings | None) -> str:
+    device = str(engine.device) if ranks.size == 1 else f"{ranks.size} x {engine.device.type}"
+    if settings is not None:
+        device += f" through DeepSpeed, ZeRO stage {settings.stage},"
     parameters = count_parameters(config.model)
     return (
         f"{config.name}: {parameters.total / 1e6:.1f} M parameters, {parameters.active / 1e6:.1f} M active, "
-        f"on {engine.device} in {str(engine.dtype).removeprefix('torch.')}, "
-        f"{config.tokens_per_step:,} tokens a step, {config.train.steps:,} steps"
+        f"on {device} in {str(engine.dtype).removeprefix('torch.')}, "
+        f"{config.tokens_per_step * ranks.size:,} tokens a step, {config.train.steps:,} steps"
     )
 
 

@@ -14,17 +14,20 @@ from p828.config_values import to_dict
 from p828.data.bigram import bigram_loss
 from p828.data.feed import training_rows
 from p828.data.loader import Batch, Loader
+from p828.data.mixture import merged
 from p828.data.tokenizer import Tokenizer
 from p828.errors import ReadFailed, RunStopped, UserError
 from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
 from p828.model.flops import flops_per_token
+from p828.model.transformer import Transformer
 from p828.train import checkpoint
 from p828.train.console import Console
 from p828.train.device import peak_flops, peak_memory
-from p828.train.engine import PlainEngine, StepResult
+from p828.train.engine import Engine, StepResult
 from p828.train.metrics import Recorder, balance_score
+from p828.train.ranks import Ranks
 from p828.train.run_directory import CHECKPOINTS, TOKENIZER_FILE, RunDirectory
 from p828.train.schedule import learning_rate
 
@@ -50,13 +53,37 @@ class Progress:
     cut_documents: int = 0
     """Those of them that had parts in several rows."""
 
-    def count(self, batches: Sequence[Batch]) -> None:
+    def count(self, counts: "Counts") -> None:
         """Add what a step was trained on."""
-        by_source = [self.source_tokens or [0], *(batch.source_targets for batch in batches)]
-        self.source_tokens = [sum(counts) for counts in zip_longest(*by_source, fillvalue=0)]
-        self.tokens += sum(batch.num_targets for batch in batches)
-        self.documents += sum(batch.documents for batch in batches)
-        self.cut_documents += sum(batch.cut_documents for batch in batches)
+        by_source = zip_longest(self.source_tokens, counts.by_source, fillvalue=0)
+        self.source_tokens = [sum(counts) for counts in by_source]
+        self.tokens += counts.targets
+        self.documents += counts.documents
+        self.cut_documents += counts.cut_documents
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a step's micro-batches hold."""
+
+    targets: int
+    documents: int
+    cut_documents: int
+    by_source: tuple[int, ...]
+    """Targets."""
+
+    @staticmethod
+    def of(batches: Sequence[Batch], sources: int) -> "Counts":
+        by_source = [0] * sources
+        for batch in batches:
+            for source, targets in enumerate(batch.source_targets):
+                by_source[source] += targets
+        return Counts(
+            sum(batch.num_targets for batch in batches),
+            sum(batch.documents for batch in batches),
+            sum(batch.cut_documents for batch in batches),
+            tuple(by_source),
+        )
 
 
 @dataclass
@@ -68,10 +95,13 @@ class Trainer:
     tokenizer: Tokenizer
     loader: Loader
     validation: list[Batch]
-    engine: PlainEngine
+    engine: Engine
     recorder: Recorder
     console: Console
+    ranks: Ranks = field(default_factory=Ranks)
     progress: Progress = field(default_factory=Progress)
+    memory_bytes: int = 0
+    """Most that a rank has held so far."""
 
     def run(self) -> None:
         """Train to the last step, or until patience runs out."""
@@ -79,15 +109,15 @@ class Trainer:
         self.recorder.rewind(progress.step)
         while not self.is_done():
             started = time.perf_counter()
-            batches = self.fetch()
-            num_targets = max(sum(batch.num_targets for batch in batches), 1)  # a last row may have none
+            batches, counts = self.fetch()
+            num_targets = max(counts.targets, 1)  # a last row may have none
             for batch in batches:
                 self.engine.forward_backward(batch, num_targets)
             rate = learning_rate(progress.step, config.train.steps, config.optimizer.learning_rate, config.schedule)
             result = self.engine.step(rate)
 
             progress.step += 1
-            progress.count(batches)
+            progress.count(counts)
             progress.loss = result.loss
             self.record(result, rate, num_targets, time.perf_counter() - started)
             self.stop_if_not_finite(result)
@@ -96,17 +126,32 @@ class Trainer:
             if is_better or self.is_due(config.checkpoint.every):
                 self.save()
 
-    def fetch(self) -> list[Batch]:
-        """The next step's micro-batches. When they cannot be read, for now, the run is saved and RunStopped raised."""
-        before = self.loader.state_dict()
+    def fetch(self) -> tuple[list[Batch], Counts]:
+        """This rank's micro-batches of the next step, and what those of all ranks hold.
+
+        When a rank cannot read its own, for now, the run is saved and RunStopped raised, on all of them.
+        """
+        before, batches, failure = self.loader.state_dict(), [], ""
         try:
-            return [next(self.loader) for _ in range(self.config.train.gradient_accumulation)]
+            batches = [next(self.loader) for _ in range(self.config.train.gradient_accumulation)]
         except ReadFailed as error:
+            failure = str(error)
+        own = Counts.of(batches, len(self.config.data.source_names))
+        numbers = (bool(failure), peak_memory(self.engine.device), *dataclasses.astuple(own)[:3], *own.by_source)
+        of_ranks = zip(*self.ranks.all(numbers), strict=True)
+        failures, memories, *counts = ([int(number) for number in numbers] for numbers in of_ranks)
+        self.memory_bytes = max(memories)
+        if any(failures):
             self.save(before)
-            raise RunStopped(
-                f"{error}\nThe run stops after step {self.progress.step}, which is saved; "
-                "the same command goes on from there"
-            ) from error
+            failure = next(filter(None, self.ranks.gather(failure)))
+            raise self.ranks.everywhere(
+                RunStopped(
+                    f"{failure}\nThe run stops after step {self.progress.step}, which is saved; "
+                    "the same command goes on from there"
+                )
+            )
+        targets, documents, cut_documents, *by_source = map(sum, counts)
+        return batches, Counts(targets, documents, cut_documents, tuple(by_source))
 
     def is_done(self) -> bool:
         patience, progress = self.config.evaluation.patience, self.progress
@@ -131,8 +176,8 @@ class Trainer:
             lr=rate,
             grad_norm=result.grad_norm,
             tokens_per_second=tokens_per_second,
-            mfu=None if peak is None else flops * tokens_per_second / peak,
-            memory_bytes=peak_memory(self.engine.device),
+            mfu=None if peak is None else flops * tokens_per_second / (peak * self.ranks.size),
+            memory_bytes=max(self.memory_bytes, peak_memory(self.engine.device)),
             seconds=seconds,
             load=result.loads,
             balance=[balance_score(load_E) for load_E in result.loads],
@@ -158,16 +203,21 @@ class Trainer:
         self.recorder.write("event", progress.step, event="non_finite", text=text)
         self.console.event(text)
         if progress.non_finite_steps == NON_FINITE_LIMIT:
-            raise RunStopped(
-                f"{NON_FINITE_LIMIT} steps in a row up to step {progress.step} had a non-finite loss or gradient; "
-                f"the run stops here; {self.checkpoints} keeps what was saved.\n"
-                "Usual causes: optimizer.learning_rate too high, too short a warm-up, broken data"
+            raise self.ranks.everywhere(
+                RunStopped(
+                    f"{NON_FINITE_LIMIT} steps in a row up to step {progress.step} had a non-finite loss or gradient; "
+                    f"the run stops here; {self.checkpoints} keeps what was saved.\n"
+                    "Usual causes: optimizer.learning_rate too high, too short a warm-up, broken data"
+                )
             )
 
     def evaluate(self) -> bool:
         """Measure the validation loss and sample the prompts; True when it is the best loss so far."""
         progress, config = self.progress, self.config.evaluation
-        result = evaluate(self.engine.model, self.validation, self.tokenizer.token_bytes(), self.engine.dtype)
+        own_batches, token_bytes = self.validation[self.ranks.rank :: self.ranks.size], self.tokenizer.token_bytes()
+        with self.engine.whole_model() as model:
+            result = evaluate(model, own_batches, token_bytes, self.engine.dtype, self.ranks.sum)
+            samples = self.sample(model) if config.prompts else []
         is_better = result.loss < (math.inf if progress.best_loss is None else progress.best_loss)
         progress.validation_loss = result.loss
         progress.evaluations_since_best = 0 if is_better else progress.evaluations_since_best + 1
@@ -177,18 +227,19 @@ class Trainer:
         self.console.evaluation(progress.step, loss=result.loss, perplexity=result.perplexity, best=is_better)
         if self.config.data.mixture:
             self.console.sources(self.config.data.source_names, progress.source_tokens)
-        if config.prompts:
-            samples = self.sample()
+        if samples:
             self.recorder.write("sample", progress.step, samples=[list(sample) for sample in samples])
             self.console.preview(samples)
         return is_better
 
-    def sample(self) -> list[tuple[str, str]]:
-        """Each prompt with its continuation."""
+    def sample(self, model: Transformer) -> list[tuple[str, str]]:
+        """Each prompt with its continuation; nothing on ranks but the first."""
         config = self.config.evaluation
+        if not self.ranks.is_first:
+            return []
         sampling = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
         prompts = list(config.prompts)
-        completions = generate(self.engine.model, self.tokenizer, prompts, sampling, dtype=self.engine.dtype)
+        completions = generate(model, self.tokenizer, prompts, sampling, dtype=self.engine.dtype)
         return [(prompt, completion.text) for prompt, completion in zip(prompts, completions, strict=True)]
 
     @property
@@ -200,22 +251,24 @@ class Trainer:
         progress = self.progress
         state = {
             "progress": dataclasses.asdict(progress),
-            "data": position or self.loader.state_dict(),
+            "data": merged(self.ranks.gather(position or self.loader.state_dict())),
             "config": to_dict(self.config),
             "versions": self.directory.versions,
             "tokenizer": self.tokenizer.fingerprint(),
         }
-        checkpoint.save(self.checkpoints, progress.step, self.engine.tensors(), state)
-        checkpoint.prune(self.checkpoints, self.config.checkpoint.keep_last, progress.best_step)
+        checkpoint.save(self.checkpoints, progress.step, self.engine.tensors(), state, self.ranks)
+        keep_last, best_step = self.config.checkpoint.keep_last, progress.best_step
+        self.ranks.first(lambda: checkpoint.prune(self.checkpoints, keep_last, best_step))
 
     def resume(self, path: Path) -> None:
         """Go back to where a checkpoint was made. Raises UserError if it was made with another tokenizer."""
-        saved = checkpoint.load(path)
-        if saved.state["tokenizer"] != self.tokenizer.fingerprint():
-            raise UserError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
-        self.engine.load_tensors(saved.tensors)
-        self.loader.load_state_dict(saved.state["data"])
-        self.progress = Progress(**saved.state["progress"])
+        with checkpoint.opened(path) as saved, self.ranks.agreed():
+            if saved.state["tokenizer"] != self.tokenizer.fingerprint():
+                raise UserError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
+            self.loader.load_state_dict(saved.state["data"])
+            self.progress = Progress(**saved.state["progress"])
+        with checkpoint.opened(path) as saved:
+            self.engine.load_tensors(saved.tensors)
 
     def conclude(self) -> None:
         """Say what came out: losses, the bigram baseline, samples, and where the run is."""
@@ -226,12 +279,13 @@ class Trainer:
         if progress.cut_documents:
             share = progress.cut_documents / progress.documents
             self.console.print(f"of {progress.documents:,} documents, {share:.1%} were cut into several rows")
-        if config.evaluation.bigram_baseline:
+        if config.evaluation.bigram_baseline and self.ranks.is_first:
             bigram = bigram_loss(training_rows(config, self.tokenizer), self.validation, self.tokenizer.vocab_size)
             self.recorder.write("event", progress.step, event="bigram_baseline", loss=bigram)
             self.console.print(f"a bigram model of the same tokens gets {bigram:.3f}")
         if config.evaluation.prompts:
-            self.console.samples(self.sample())
+            with self.engine.whole_model() as model:
+                self.console.samples(self.sample(model))
         how = "is complete" if progress.step >= config.train.steps else "stopped early, out of patience,"
         self.console.print(f"{config.run_dir} {how} at step {progress.step}")
         if progress.best_step not in (None, progress.step):
