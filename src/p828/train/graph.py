@@ -5,6 +5,7 @@ against 62 at the sizes of `fine-grained` on an H100. No kernel depends on what 
 of a micro-batch, forward and backward, is recorded once and then started by a single call.
 """
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,8 @@ class MicroBatchGraphs:
 
     def _record(self, inputs: Batch, is_first: bool) -> tuple[torch.cuda.CUDAGraph, Batch]:
         graph = torch.cuda.CUDAGraph()
+        # An autograd graph that ran unrecorded, and that a reference cycle keeps, would tie this one to its stream.
+        gc.collect()
         # It begins by freeing what ran unrecorded and left its memory reserved, as the graph brings its own. The
         # loader's thread pins memory meanwhile, which is no concern of this recording.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
