@@ -15,13 +15,13 @@ from runs import run_config
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-def build(config: Config, dtype: torch.dtype) -> GradientSums:
+def build(config: Config, dtype: torch.dtype, stretches: int = 1) -> GradientSums:
     model = Transformer(config.model)
     initialise(model, 0)
     if dtype == BF16:
         for _, parameter in matrices(model):
             parameter.data = parameter.data.to(dtype)
-    gradients = GradientSums(model, config, dtype)
+    gradients = GradientSums(model, config, dtype, stretches=stretches)
     gradients.scale.fill_(1 / 192)
     return gradients
 
@@ -59,3 +59,37 @@ def test_they_are_summed_in_float32_over_a_steps_micro_batches(tmp_path: Path, d
             assert parameter.grad is None
             # Embedding and head are summed token by token and so in another order: units of 2^-24 of large terms.
             torch.testing.assert_close(gradients.sums[parameter], expected[name], rtol=1e-5, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_going_back_in_stretches_changes_nothing(tmp_path: Path, tied: bool) -> None:
+    """Each parameter's sum is complete when it is said to be; and all of them are said, once."""
+    config = run_config(tmp_path, model={"tie_word_embeddings": tied, "num_hidden_layers": 5})
+    whole, parts = build(config, F32), build(config, F32, stretches=3)
+    when_added: dict[str, Tensor] = {}
+    names = {parameter: name for name, parameter in parts.model.named_parameters()}
+
+    def look(parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            assert names[parameter] not in when_added
+            when_added[names[parameter]] = parts.sums[parameter].clone()
+
+    for seed in range(2):
+        when_added.clear()
+        whole.add(batch_of(config, seed))
+        parts.add(batch_of(config, seed), look)
+    expected = {name: whole.sums[parameter] for name, parameter in whole.model.named_parameters()}
+    assert when_added.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(when_added[name], value), name
+    assert torch.equal(whole.loss, parts.loss)
+    assert torch.equal(whole.loads_LE, parts.loads_LE)
+
+
+def test_auxiliary_losses_reach_all_layers_whatever_the_stretches(tmp_path: Path) -> None:
+    config = run_config(tmp_path, balance={"sequence_loss_weight": 0.1, "z_loss_weight": 0.1})
+    whole, parts = build(config, F32), build(config, F32, stretches=2)
+    for gradients in (whole, parts):
+        gradients.add(batch_of(config, 0))
+    for ours, theirs in zip(parts.sums.values(), whole.sums.values(), strict=True):
+        assert torch.equal(ours, theirs)

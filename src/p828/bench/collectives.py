@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 COUNTED = (
@@ -60,7 +61,7 @@ def occupation(run: Callable[[], None]) -> Occupation:
     kernels = [
         (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
         for event in profiler.profiler.kineto_results.events()
-        if event.device_type() == torch.autograd.DeviceType.CUDA
+        if event.device_type() == DeviceType.CUDA
     ]
     communicating = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
     computing = [(start, end) for name, start, end in kernels if "nccl" not in name.lower()]

@@ -1,6 +1,6 @@
 """The decoder: embedding, layers of attention and experts, final norm, output head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -40,6 +40,15 @@ class Output(NamedTuple):
     hidden_BSH: Tensor
     """After the final norm, in the dtype computed in; what the output head reads."""
     router: RouterStatistics
+    cuts: list["Cut"]
+    """Where the autograd graph was cut."""
+
+
+class Cut(NamedTuple):
+    """The graph's two ends between one layer and the next: x and delta as they came, and leaves in their place."""
+
+    before: tuple[Tensor, Tensor]
+    after: tuple[Tensor, Tensor]
 
 
 class MoE(nn.Module):
@@ -146,12 +155,14 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         dtype: torch.dtype = torch.float32,
         embedded_BSH: Tensor | None = None,
+        cut_before: Collection[int] = (),
     ) -> Output:
         """Hidden states and router statistics of a batch, computed in `dtype`.
 
         `positions_BS` (int64) defaults to 0 … S−1. `document_ids_BS` (int) limits attention to a document when
         `mask_documents` is on; −1 marks padding, which no load counts. With a `cache`, the tokens join those it holds,
-        and `positions_BS` says where. `embedded_BSH` is what `embed` gives, from a caller that wants its gradient.
+        and `positions_BS` says where. `embedded_BSH` is what `embed` gives, from a caller that wants its gradient;
+        `cut_before` names layers at which a caller that goes back through the model in several steps begins a new one.
         """
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
@@ -160,14 +171,17 @@ class Transformer(nn.Module):
         angles = rotary(positions_BS, self.frequencies, self.config.rope_scaling.factor)
         x_BSH = self.embed(tokens_BS, dtype) if embedded_BSH is None else embedded_BSH
         delta_BSH = torch.zeros_like(x_BSH)
-        statistics = []
+        statistics, cuts = [], []
         for index, layer in enumerate(self.layers):
+            if index in cut_before:
+                cuts.append(Cut((x_BSH, delta_BSH), (_leaf(x_BSH), _leaf(delta_BSH))))
+                x_BSH, delta_BSH = cuts[-1].after
             layer_cache = None if cache is None else cache.layer(index, positions_BS)
             x_BSH, delta_BSH, layer_statistics = layer(x_BSH, delta_BSH, angles, visibility, counted_T, layer_cache)
             statistics.append(layer_statistics)
         _, normed_BSH = self.model.norm(x_BSH, delta_BSH)
         router = RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True)))
-        return Output(normed_BSH, router)
+        return Output(normed_BSH, router, cuts)
 
     def embed(self, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, S) token ids to (B, S, H) in `dtype`."""
@@ -199,6 +213,10 @@ class Transformer(nn.Module):
             return Visibility(backend)
         same_BSC = documents[:, :, None] == documents[:, None, :]
         return Visibility(backend, same_BSC.tril())
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
 
 
 def document_borders(documents_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,10 @@ from p828.train.deepspeed_settings import DeepSpeedSettings, deepspeed_settings
 from p828.train.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
 from p828.train.engine import StepResult, check_widths, prepare_layers, step_result
 from p828.train.fragments import Fragment
-from p828.train.gradients import GradientSums, auxiliary_losses
+from p828.train.gradients import auxiliary_losses
 from p828.train.optimizer import decayed_names
 from p828.train.ranks import Ranks
+from p828.train.reduced_sums import ReducedSums
 from p828.train.tensor_files import Tensors
 from p828.train.zero_parts import flats, parts, refresh
 
@@ -66,23 +67,21 @@ class DeepSpeedEngine:
         self.dtype = pick_dtype(config.train.dtype, self.device)
         check_widths(config, self.device, self.dtype)
         torch.manual_seed(config.train.seed + ranks.rank)  # for dropout; a resume brings the state back
-        self.accumulation = config.train.gradient_accumulation
+        self._accumulation = config.train.gradient_accumulation
         self._done = 0  # micro-batches of the step
         self._updates = 0
-        # Below stage 2 a rank has the whole gradient until the step ends: it sums its micro-batches by itself, and
-        # DeepSpeed sees the last one alone, to which the sums are added as its gradients come.
-        sums_itself = self.stage < 2 and self.accumulation > 1
-        values = settings.values | ({"gradient_accumulation_steps": 1} if sums_itself else {})
-        values["train_batch_size"] = config.train.micro_batch_size * values["gradient_accumulation_steps"] * ranks.size
-        self.model, self._engine = self._initialize(values, settings, sums_itself)
+        self._sums_itself = self.stage < 2 and not settings.offload_optimizer
+        self.model, self._engine = self._initialize(settings)
         self._optimizer = self._engine.optimizer
         self.parts = parts(self._optimizer, self.stage, self.model, ranks.rank)
-        self.gradients = GradientSums(self.model, config, self.dtype) if sums_itself else None
+        self._begin()
+        self._sums = None
+        if self._sums_itself:
+            self._sums = ReducedSums(self._optimizer, self.stage, self.model, config, self.dtype)
         self._scale = torch.zeros((), device=self.device)
         layers, experts = config.model.num_hidden_layers, config.model.n_routed_experts
         self._loss = torch.zeros((), device=self.device)
         self._loads_LE = torch.zeros(layers, experts, dtype=torch.int64, device=self.device)
-        self._begin()
 
     def forward_backward(self, batch: Batch, num_targets: int) -> None:
         """Add one micro-batch's gradients, for a step of `num_targets` targets on all ranks and in all micro-batches.
@@ -90,38 +89,71 @@ class DeepSpeedEngine:
         The last one of a step also reduces them over ranks; from stage 2 on, every one does.
         """
         self._done += 1
-        is_last = self._done == self.accumulation
-        self._scale.fill_(self.ranks.size / num_targets)  # DeepSpeed takes the mean over ranks
-        if self.gradients is not None and not is_last:
-            self.gradients.scale.copy_(self._scale)
-            self.gradients.add(batch)
+        is_last = self._done == self._accumulation
+        if self._sums is not None:
+            self._sums.gradients.scale.fill_(1 / num_targets)
+            self._sums.add(batch, is_last)
             return
+        self._scale.fill_(self.ranks.size / num_targets)  # DeepSpeed takes the mean over ranks
         batch = batch.to(self.device)
         self._engine.set_gradient_accumulation_boundary(is_last)
         loss, cross_entropy, loads_LE = self._engine(
             batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.document_ids_BS, self._scale
         )
         self._engine.backward(loss, scale_wrt_gas=False)
-        self._loss += cross_entropy
+        self._loss += cross_entropy / self.ranks.size
         self._loads_LE += loads_LE
 
     def step(self, learning_rate: float) -> StepResult:
-        """Clip, update weights and balance bias, unless a gradient is not finite; begin the next step."""
-        if self.gradients is not None:
-            self._loss += self.gradients.loss
-            self._loads_LE += self.gradients.loads_LE
-        result = torch.cat((self._loss[None].double() / self.ranks.size, self._loads_LE.flatten().double()))
-        dist.all_reduce(result)
+        """Clip, update weights and balance bias, unless something is not finite; begin the next step."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        grad_norm, applied = self._update()
-        loss, loads_LE = result[0], result[1:].long().view_as(self._loads_LE)
+        result = self._step_of_hooks() if self._sums is None else self._step_of_sums(self._sums)
+        self._updates += result.applied
+        self._done = 0
+        return result
+
+    def _step_of_sums(self, sums: ReducedSums) -> StepResult:
+        """As the plain engine's: all of it is started on the device before the host asks what came out."""
+        gradients = sums.gradients
+        totals = torch.cat((gradients.loss[None].double(), sums.finish()[None], gradients.loads_LE.flatten().double()))
+        dist.all_reduce(totals)
+        loss, norm = totals[0], totals[1].sqrt()
+        applied = torch.isfinite(loss) & torch.isfinite(norm)
+        clip = (self.config.optimizer.max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
+        # What torch's AdamW divides gradients by, and whether it leaves everything as it is.
+        self._inner.grad_scale, self._inner.found_inf = (1 / clip).float(), (~applied).float()  # type: ignore[attr-defined]
+        self._hand_over(sums)
+        self._engine.step()
+        loads_LE = totals[2:].long().view_as(gradients.loads_LE)
+        update_biases(self.model, loads_LE, self.config.balance.update_rate, applied)
+        gradients.begin_step()
+        return step_result(torch.cat((loss[None], norm[None], totals[2:])).tolist(), self.config)
+
+    def _hand_over(self, sums: ReducedSums) -> None:
+        """Put the gradients where DeepSpeed's optimizer takes them from."""
+        if self.stage == 0:
+            for parameter, total in sums.gradients.sums.items():
+                parameter.grad = total.to(parameter.dtype)
+            return
+        from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+
+        for number, share in enumerate(sums.shares):
+            self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([share], share)
+
+    def _step_of_hooks(self) -> StepResult:
+        """DeepSpeed has reduced the gradients already; it finds their norm, and clips."""
+        totals = torch.cat((self._loss[None].double(), self._loads_LE.flatten().double()))
+        dist.all_reduce(totals)
+        self._engine.step()
+        applied = self._engine.was_step_applied()
+        norm = float(self._engine.get_global_grad_norm()) if applied else math.nan
+        loads_LE = totals[1:].long().view_as(self._loads_LE)
         update_biases(self.model, loads_LE, self.config.balance.update_rate, torch.tensor(applied, device=self.device))
-        self._updates += applied
-        self._begin_step()
-        return step_result([loss.item(), grad_norm, *loads_LE.flatten().tolist()], self.config)._replace(
-            applied=applied
-        )
+        self._loss.zero_()
+        self._loads_LE.zero_()
+        loss, *loads = totals.tolist()
+        return step_result([loss, norm, *loads], self.config)
 
     @contextmanager
     def whole_model(self) -> Iterator[Transformer]:
@@ -175,14 +207,13 @@ class DeepSpeedEngine:
         if own:  # with more ranks than before, the new ones draw from seeds of their own
             restore_random_states({name: tensors.tensor("random", key) for name, key in own.items()}, self.device)
 
-    def _initialize(
-        self, values: dict[str, Any], settings: DeepSpeedSettings, sums_itself: bool
-    ) -> tuple[Transformer, Any]:
+    def _initialize(self, settings: DeepSpeedSettings) -> tuple[Transformer, Any]:
         import deepspeed
         import deepspeed.ops
 
         if self.device.type == "cpu":  # an operation that would be compiled for most of a minute
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        values = self._own_part(settings)
         # DeepSpeed 0.19 calls collective operations by the names that they have in older PyTorch.
         warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
@@ -196,9 +227,6 @@ class DeepSpeedEngine:
         if compiles(self.config.train, self.device):
             for layer in model.layers:
                 layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
-        if sums_itself:
-            for parameter in model.parameters():
-                parameter.register_post_accumulate_grad_hook(self._add_sum)  # before DeepSpeed's, which reduce
         engine, *_ = deepspeed.initialize(
             model=TrainingLoss(model, self.config, self.dtype),
             optimizer=_adamw(model, self.config, settings.offload_optimizer),
@@ -206,6 +234,20 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         return model, engine
+
+    def _own_part(self, settings: DeepSpeedSettings) -> dict[str, Any]:
+        """The settings, less what is not left to DeepSpeed: where it gets summed gradients, all that leads to them."""
+        values = settings.values
+        if self._sums_itself:
+            zero = {"overlap_comm": False, "contiguous_gradients": False, "compute_grad_norm": self.stage == 0}
+            values = values | {
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": 0.0,
+                "bf16": values["bf16"] | {"check_grad_overflow": False},
+                "zero_optimization": values["zero_optimization"] | zero,
+            }
+        batch = values["train_micro_batch_size_per_gpu"] * values["gradient_accumulation_steps"] * self.ranks.size
+        return values | {"train_batch_size": batch}
 
     def _begin(self) -> None:
         """Give every parameter its first values, and the optimizer a state without any past."""
@@ -233,33 +275,6 @@ class DeepSpeedEngine:
         for flat in flats(self._optimizer, self.stage):
             count = torch.tensor(float(self._updates), device=flat.device) if is_torchs else self._updates
             self._inner.state[flat]["step"] = count
-
-    def _add_sum(self, parameter: Tensor) -> None:
-        """Add the sum of the step's other micro-batches to the last one's gradient, in float32, rounded once."""
-        assert self.gradients is not None
-        assert parameter.grad is not None
-        parameter.grad.add_(self.gradients.sums[parameter])
-
-    def _update(self) -> tuple[float, bool]:
-        """DeepSpeed's step. Gradient norm over all ranks, and whether the step was applied."""
-        if self.stage == 0 and self.dtype == torch.float32:  # where DeepSpeed neither tells the norm nor looks at it
-            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients).item()
-            if not math.isfinite(norm):
-                self._engine.zero_grad()
-                return norm, False
-            self._engine.step()
-            return norm, True
-        self._engine.step()
-        applied = self._engine.was_step_applied()
-        return float(self._engine.get_global_grad_norm()) if applied else math.nan, applied
-
-    def _begin_step(self) -> None:
-        self._done = 0
-        self._loss.zero_()
-        self._loads_LE.zero_()
-        if self.gradients is not None:
-            self.gradients.begin_step()
 
 
 class TrainingLoss(nn.Module):
