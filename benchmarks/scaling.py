@@ -1,10 +1,12 @@
 """Time a training step on 1, 2, 4, … GPUs of this machine at each ZeRO stage.
 
 usage: python benchmarks/scaling.py [--shape 800m] [--gpus 1 2 4] [--systems plain 1 2 3] [--steps 10]
-           [--gradient-accumulation N] [--micro-batch-size N] [--device cuda] [--json FILE]
+           [--gradient-accumulation N] [--micro-batch-size N] [--device cuda] [--check 60m] [--json FILE]
 
-A row each: tokens a second, efficiency against one GPU of the same system, memory, bytes that a rank passes to
-collective operations in a step, and of the step's time the communication and its part that nothing else covers.
+A row each: tokens a second, efficiency against one GPU of the plain engine and of the same system, memory, bytes that
+a rank passes to collective operations in a step, and of the step's time the communication and its part that nothing
+else covers. With `--check` a shape is also trained on text at each stage, on one GPU and on all of them, there with a
+rank killed on the way and the rest on half as many; the losses are compared.
 """
 
 import argparse
@@ -20,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+import tomli_w
 import torch
 
 from p828.bench.batches import random_batches
@@ -31,6 +35,7 @@ from p828.config import Config, from_dict
 from p828.config_values import to_dict
 from p828.data.loader import Batch
 from p828.model.flops import count_parameters, flops_per_token
+from p828.train import metrics
 from p828.train.device import peak_flops, peak_memory
 from p828.train.engine import Engine, PlainEngine
 from p828.train.engine_deepspeed import DeepSpeedEngine, check_deepspeed
@@ -38,16 +43,10 @@ from p828.train.ranks import Ranks, joined
 
 WARM_UP = 3
 COLUMNS = (
-    "GPUs",
-    "ms a step",
-    "tokens/s",
-    "efficiency",
-    "MFU",
-    "memory, GB",
-    "passed, GB",
-    "communication, ms",
-    "exposed, ms",
-)
+    "system", "GPUs", "ms a step", "tokens/s", "of plain", "of its own", "MFU", "memory, GB", "passed, GB",
+    "communication, ms", "exposed, ms",
+)  # fmt: skip
+CHECKED_STEPS, KILLED_AFTER = 12, 6
 
 
 def main() -> None:
@@ -59,6 +58,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=0)
     parser.add_argument("--gradient-accumulation", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--check", metavar="SHAPE", default="")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -76,7 +76,13 @@ def main() -> None:
                 print(f"{system} on {count} failed:\n{error.stderr[-4000:]}", file=sys.stderr, flush=True)
                 continue
             print(f"{system} on {count}: {results[-1]['seconds'] * 1e3:.1f} ms", file=sys.stderr, flush=True)
-    print(table(config, results))
+    if results:
+        print(table(config, results))
+    if given.check:
+        shape = load_shape(given.check, given.device, given.micro_batch_size, 0)
+        for system in given.systems:
+            if system != "plain":
+                print(check(shape, system, max(gpus)))
     if given.json:
         given.json.write_text(json.dumps(results, indent=1))
 
@@ -155,30 +161,85 @@ def step(config: Config, engine: Engine, batches: Iterator[Batch], ranks: Ranks)
 
 
 def table(config: Config, results: list[dict[str, Any]]) -> str:
-    """A Markdown table for each system."""
+    """In Markdown."""
     parameters = count_parameters(config.model).total / 1e6
     flops = flops_per_token(config.model, config.data.sequence_length)
     lines = [
         f"{config.name}: {parameters:.0f} M parameters, {config.train.gradient_accumulation} x "
         f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens a step and GPU, "
         + results[0]["device"],
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
     ]
-    alone: dict[str, float] = {}
+    rates = {(result["system"], result["gpus"]): config.tokens_per_step / result["seconds"] for result in results}
     for result in results:
-        if result["system"] not in alone:
-            lines += ["", f"| {result['system']} | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-        rate = config.tokens_per_step * result["gpus"] / result["seconds"]
-        each = alone.setdefault(result["system"], rate / result["gpus"])
-        mfu = "" if result["peak_flops"] is None else f"{flops * rate / result['gpus'] / result['peak_flops']:.1%}"
-        communication, exposed = (f"{1e3 * x:.1f}" for x in result["occupation"]) if result["occupation"] else ("", "")
-        efficiency = rate / result["gpus"] / each
+        system, gpus, rate = result["system"], result["gpus"], rates[result["system"], result["gpus"]]
+        efficiencies = [f"{rate / rates[one, 1]:.1%}" if (one, 1) in rates else "" for one in ("plain", system)]
+        mfu = "" if result["peak_flops"] is None else f"{flops * rate / result['peak_flops']:.1%}"
+        busy = [f"{1e3 * seconds:.1f}" for seconds in result["occupation"] or ()] or ["", ""]
         cells = (
-            str(result["gpus"]), f"{result['seconds'] * 1e3:.1f}", f"{rate:,.0f}", f"{efficiency:.1%}", mfu,
-            f"{result['memory_bytes'] / 1e9:.2f}", f"{sum(result['passed_bytes'].values()) / 1e9:.2f}",
-            communication, exposed,
+            system if system == "plain" else f"ZeRO {system}", str(gpus), f"{result['seconds'] * 1e3:.1f}",
+            f"{rate * gpus:,.0f}", *efficiencies, mfu, f"{result['memory_bytes'] / 1e9:.2f}",
+            f"{sum(result['passed_bytes'].values()) / 1e9:.2f}", *busy,
         )  # fmt: skip
-        lines.append("| | " + " | ".join(cells) + " |")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def check(config: Config, stage: str, gpus: int) -> str:
+    """Losses of one GPU, and of several with a rank killed on the way and the rest of the steps on half as many."""
+    with tempfile.TemporaryDirectory(prefix="p828-scaling-") as directory:
+        losses = []
+        for name, counts in (("one", [1]), ("several", [gpus, max(gpus // 2, 1)])):
+            for number, count in enumerate(counts):
+                process = start_training(config, stage, name, count, gpus // count, directory)
+                if len(counts) > 1 and number == 0:
+                    kill_a_rank(process, Path(directory) / "runs" / name / metrics.FILE_NAME)
+                elif process.wait():
+                    raise SystemExit(f"stage {stage} on {count} failed; the log: {Path(directory, 'log').read_text()}")
+            records = metrics.read(Path(directory) / "runs" / name / metrics.FILE_NAME)
+            losses.append([line["loss"] for line in records if line["kind"] == "step"])
+    assert len(losses[0]) == len(losses[1]) == CHECKED_STEPS
+    distance = max(abs(first - second) for first, second in zip(*losses, strict=True))
+    return (
+        f"ZeRO {stage}: {CHECKED_STEPS} steps of {config.name} on 1 GPU, and on {gpus} with the last rank killed after "
+        f"step {KILLED_AFTER} and the rest on {max(gpus // 2, 1)}: losses at most {distance:.2g} nats apart, "
+        f"{losses[0][0]:.3f} to {losses[0][-1]:.3f}"
+    )
+
+
+def start_training(
+    config: Config, stage: str, name: str, gpus: int, accumulation: int, directory: str
+) -> subprocess.Popen[bytes]:
+    """`p828 train` on this interpreter's standard library, with the shape's sizes."""
+    train = dataclasses.replace(config.train, steps=CHECKED_STEPS, gradient_accumulation=accumulation)
+    tokens = min(config.model.vocab_size, 4096)
+    config = dataclasses.replace(
+        Config(), name=name, model=config.model, train=train,
+        data=dataclasses.replace(Config().data, sequence_length=config.data.sequence_length),
+        tokenizer=dataclasses.replace(Config().tokenizer, vocab_size=tokens, training_megabytes=2),
+        schedule=dataclasses.replace(config.schedule, kind="constant", warmup_steps=2),
+        evaluation=dataclasses.replace(config.evaluation, every=0, rows=4, prompts=()),
+        checkpoint=dataclasses.replace(config.checkpoint, every=KILLED_AFTER // 2),
+    )  # fmt: skip
+    path = Path(directory) / f"{name}.toml"
+    path.write_text(tomli_w.dumps(to_dict(config)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), "-m", "p828"]
+    flags = ["train", str(path), "--engine", "deepspeed", "--deepspeed.stage", stage]
+    log = open(Path(directory) / "log", "wb")  # noqa: SIM115 (the process has it)
+    return subprocess.Popen([sys.executable, *launcher, *flags], cwd=directory, stdout=log, stderr=log)
+
+
+def kill_a_rank(launcher: subprocess.Popen[bytes], records: Path) -> None:
+    """`kill -9` for the last rank once the records have come to a step; waits for the end of the others."""
+    while launcher.poll() is None and not (
+        records.exists() and records.read_bytes().count(b'"kind": "step"') > KILLED_AFTER
+    ):
+        time.sleep(0.2)
+    workers = psutil.Process(launcher.pid).children()
+    max(workers, key=lambda worker: worker.pid).kill()
+    launcher.wait()
 
 
 if __name__ == "__main__":

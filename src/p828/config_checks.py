@@ -126,6 +126,8 @@ def check_run(config: Config) -> None:
 def check_deepspeed(deepspeed: DeepSpeedConfig) -> None:
     if deepspeed.stage > 3:
         raise UserError(f"deepspeed.stage = {deepspeed.stage}: 0, 1, 2 or 3 is accepted")
+    if deepspeed.config:  # may have another stage
+        return
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
         if getattr(deepspeed, key) != "none" and deepspeed.stage < least:
             raise UserError(

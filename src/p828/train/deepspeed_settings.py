@@ -1,25 +1,75 @@
 """What DeepSpeed is told: from the run's configuration, or from a DeepSpeed file that must agree with it."""
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p828.config import PRESETS, Config, DeepSpeedConfig
+from p828.config import PRESETS, Config
+from p828.config_values import flatten
 from p828.errors import UserError, nearest
 
-PRESET_FILES = PRESETS / "deepspeed"
+PRESET_FILES = {file.stem: file for file in sorted((PRESETS / "deepspeed").glob("*.json"))}
 LARGEST_FILE = 2**20
-AUTO = "auto"
-# Of DeepSpeed's keys those that mean something here. The rest of what it knows is another trainer's.
-KEYS = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "bf16", "fp16", "zero_optimization", "optimizer", "scheduler", "data_types", "communication_data_type",
-    "prescale_gradients", "gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
+FOR_US = ("optimizer", "scheduler", "data_types", "fp16")  # checked, and then left out of what DeepSpeed reads
+LEAST_STAGE = {"offload_optimizer": 1, "offload_param": 3}
+
+FROM_0, FROM_1 = range(2**63), range(1, 2**63)
+AS_RUN = object  # the run's own value, no other
+_STAGE_3_SIZES = (
+    "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_module_granularity_threshold",
 )  # fmt: skip
-FOR_US = ("optimizer", "scheduler", "data_types")  # checked, and then left out of what DeepSpeed reads
+_SWITCHES = (
+    "overlap_comm", "contiguous_gradients", "reduce_scatter", "allgather_partitions", "use_multi_rank_bucket_allreduce",
+    "load_from_fp32_weights", "ignore_unused_parameters", "log_trace_cache_warnings", "enable_sanity_checks",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_use_all_reduce_for_fetch_params",
+    "stage3_allgather_sequential",
+)  # fmt: skip
+_OFFLOAD = {"device": ("none", "cpu"), "pin_memory": bool, "buffer_count": FROM_0}
+# Of DeepSpeed's keys those that mean something here, and what they take: a type, whole numbers, one of some values.
+# The rest of what it knows is another trainer's, or changes what the engine takes for granted.
+KEYS: dict[str, Any] = {
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), AS_RUN),
+    **dict.fromkeys(("gradient_clipping", "scheduler"), AS_RUN),
+    "bf16": {"enabled": AS_RUN, "check_grad_overflow": (True,)},
+    "fp16": {
+        "enabled": AS_RUN, "loss_scale": float, "min_loss_scale": float,
+        **dict.fromkeys(("initial_scale_power", "loss_scale_window", "hysteresis"), FROM_0),
+    },
+    "optimizer": {"type": ("AdamW",), "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), AS_RUN)},
+    "data_types": {"grad_accum_dtype": ("fp32",)},
+    "communication_data_type": ("fp32", "bf16"),
+    "prescale_gradients": (False,),
+    "gradient_predivide_factor": (1,),
+    "zero_optimization": {
+        "stage": (0, 1, 2, 3), "reduce_bucket_size": FROM_1, "allgather_bucket_size": FROM_0, "sub_group_size": FROM_0,
+        **dict.fromkeys(_STAGE_3_SIZES, FROM_0), **dict.fromkeys(_SWITCHES, bool),
+        "offload_optimizer": {**_OFFLOAD, "fast_init": bool},
+        "offload_param": {**_OFFLOAD, "buffer_size": FROM_0, "max_in_cpu": FROM_0},
+        "round_robin_gradients": (False,), "zero_hpz_partition_size": (1,), "memory_efficient_linear": (False,),
+    },
+    **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), bool),
+    "steps_per_print": FROM_1,
+    **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state"), bool),
+    "comms_logger": {"prof_ops": list, **dict.fromkeys(("enabled", "verbose", "prof_all", "debug"), bool)},
+    "flops_profiler": {
+        "enabled": bool, "profile_step": FROM_1, "module_depth": range(-1, 2**63), "top_modules": FROM_1,
+        "detailed": bool, "output_file": str,
+    },
+}  # fmt: skip
+# A dotted key of DeepSpeed to ours of the same meaning.
+OURS = {
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer.params.lr": "optimizer.learning_rate",
+    **{f"optimizer.params.{key}": f"optimizer.{key}" for key in ("betas", "eps", "weight_decay")},
+}
+OURS_IN_ZERO = ("stage", "overlap_comm", "reduce_bucket_size", "allgather_bucket_size")  # deepspeed.* of ours
 
 
 @dataclass(frozen=True)
@@ -35,78 +85,72 @@ class DeepSpeedSettings:
 def deepspeed_settings(config: Config, dtype: str, world_size: int) -> DeepSpeedSettings:
     """For a run whose layers compute in `dtype`, "float32" or "bfloat16".
 
-    Raises UserError naming file and key: for a file that cannot be read, a key given twice or unknown, and a value that
-    contradicts the run's configuration.
+    Raises UserError naming file and key: for a file that cannot be read, a key given twice or unknown, a value that is
+    not accepted and one that contradicts the run's configuration.
     """
-    values = _own_settings(config, dtype, world_size)
-    if config.deepspeed.config:
-        path = _find(config.deepspeed.config)
-        given = read_strictly(path)
-        _check_keys(given, path)
-        expected = _expected(config, dtype, world_size)
-        given = _filled(given, {**expected, **_flat(values)}, path)
-        _check_agreement(given, expected, config.deepspeed, path)
+    values, name = _own_settings(config, dtype, world_size), config.deepspeed.config
+    if name:
+        path = PRESET_FILES.get(name, Path(name))
+        given = _checked(read_strictly(path), KEYS, _of_run(config, dtype, world_size), path)
         values = _merged(values, {key: value for key, value in given.items() if key not in FOR_US})
     zero = values["zero_optimization"]
-    offloads = {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
-    _check_offload(offloads, zero["stage"], config.deepspeed.config)
+    offloads = {key: zero.get(key, {}).get("device") == "cpu" for key in LEAST_STAGE}
+    for key, least in LEAST_STAGE.items():
+        if offloads[key] and zero["stage"] < least:
+            where = f"{name}: zero_optimization.{key}.device" if name else f"deepspeed.{key}"
+            raise UserError(f'{where} = "cpu": accepted from stage {least} on; the stage is {zero["stage"]}')
     if zero["stage"] >= 2 and dtype == "bfloat16":
         values["data_types"] = {"grad_accum_dtype": "fp32"}
-    return DeepSpeedSettings(values, zero["stage"], *(device == "cpu" for device in offloads.values()))
+    return DeepSpeedSettings(values, zero["stage"], **offloads)
 
 
 def read_strictly(path: Path) -> dict[str, Any]:
     """A JSON object, as RFC 8259 has it. Raises UserError; a key that is given twice is named."""
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise UserError(f'{path}: "{key}" is given twice, as {_shown(found[key])} and as {_shown(value)}')
-            found[key] = value
-        return found
-
-    def not_a_number(text: str) -> None:
-        raise ValueError(f"{text} is no JSON number")
-
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
-            raise UserError(f"{path}: more than {LARGEST_FILE:,} bytes")
-        values = json.loads(content, object_pairs_hook=without_duplicates, parse_constant=not_a_number)
+            raise ValueError(f"more than {LARGEST_FILE:,} bytes")
+        text = content.decode("utf-8-sig")  # some editors put a mark first, which RFC 8259 lets us ignore
+        values = json.loads(text, object_pairs_hook=_without_duplicates, parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError:
-        names = sorted(file.stem for file in PRESET_FILES.glob("*.json"))
-        raise UserError(f"no file {path}; give a .json file or one of {', '.join(names)}") from None
-    except UserError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+        near = nearest(str(path), PRESET_FILES)
+        raise UserError(f"no file {path}{near} Accepted: a .json file, {', '.join(PRESET_FILES)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read as JSON: nested too deeply") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds {_shown(values)}; an object with DeepSpeed's keys is accepted")
     return values
 
 
-def _find(name_or_path: str) -> Path:
-    preset = PRESET_FILES / f"{name_or_path}.json"
-    return preset if preset.exists() else Path(name_or_path)
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{_shown(key)} is given twice, as {_shown(found[key])} and as {_shown(value)}")
+        found[key] = value
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return float(text)
 
 
 def _own_settings(config: Config, dtype: str, world_size: int) -> dict[str, Any]:
     own, train = config.deepspeed, config.train
     zero: dict[str, Any] = {
-        "stage": own.stage,
-        "overlap_comm": own.overlap_comm,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        "reduce_bucket_size": own.reduce_bucket_size,
-        "allgather_bucket_size": own.allgather_bucket_size,
         "memory_efficient_linear": False,  # would replace torch.nn.functional.linear in the whole process
     }
-    if own.offload_optimizer == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if own.offload_param == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    zero |= {key: getattr(own, key) for key in OURS_IN_ZERO}
+    for key in LEAST_STAGE:
+        if getattr(own, key) == "cpu":
+            zero[key] = {"device": "cpu", "pin_memory": True}
     return {
         "train_batch_size": train.micro_batch_size * train.gradient_accumulation * world_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -117,100 +161,90 @@ def _own_settings(config: Config, dtype: str, world_size: int) -> dict[str, Any]
     }
 
 
-def _expected(config: Config, dtype: str, world_size: int) -> dict[str, tuple[Any, str]]:
-    """Dotted key of a DeepSpeed file to the value it must have and the key of ours that says so."""
-    train, optimizer = config.train, config.optimizer
-    batch = train.micro_batch_size * train.gradient_accumulation * world_size
-    return {
-        "train_batch_size": (batch, f"train.micro_batch_size x train.gradient_accumulation x {world_size} ranks"),
-        "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
-        "gradient_accumulation_steps": (train.gradient_accumulation, "train.gradient_accumulation"),
-        "gradient_clipping": (optimizer.max_grad_norm, "optimizer.max_grad_norm"),
-        "bf16.enabled": (dtype == "bfloat16", f'train.dtype, here "{dtype}",'),
-        "fp16.enabled": (False, f'train.dtype, here "{dtype}",'),
-        "optimizer.params.lr": (optimizer.learning_rate, "optimizer.learning_rate"),
-        "optimizer.params.betas": (list(optimizer.betas), "optimizer.betas"),
-        "optimizer.params.eps": (optimizer.eps, "optimizer.eps"),
-        "optimizer.params.weight_decay": (optimizer.weight_decay, "optimizer.weight_decay"),
-        "optimizer.type": ("AdamW", "p828, which has no other,"),
-        "data_types.grad_accum_dtype": ("fp32", "p828, which sums gradients in float32,"),
+def _of_run(config: Config, dtype: str, world_size: int) -> dict[str, tuple[Any, str]]:
+    """Dotted key of a DeepSpeed file to the run's value, and to where that stands if a file may have no other."""
+    flat, unset, found = flatten(config), flatten(Config()), dict[str, tuple[Any, str]]()
+    for key, ours in OURS.items():
+        value = list(flat[ours]) if isinstance(flat[ours], tuple) else flat[ours]
+        found[key] = value, f"{ours} = {_shown(value)}"
+    for key in (*OURS_IN_ZERO, *LEAST_STAGE):
+        # Nothing tells a default from the same value given: a file may have another.
+        ours = f"deepspeed.{key}"
+        because = f"{ours} = {_shown(flat[ours])}" if flat[ours] != unset[ours] else ""
+        found[f"zero_optimization.{key}{'.device' if key in LEAST_STAGE else ''}"] = flat[ours], because
+    sizes = (config.train.micro_batch_size, config.train.gradient_accumulation, world_size)
+    product = f"{' x '.join(map(str, sizes))} = {math.prod(sizes)}"
+    of_dtype = f"train.dtype = {_shown(config.train.dtype)}, here {_shown(dtype)}"
+    return found | {
+        "train_batch_size": (
+            math.prod(sizes),
+            f"train.micro_batch_size x train.gradient_accumulation x ranks = {product}",
+        ),
+        "bf16.enabled": (dtype == "bfloat16", of_dtype),
+        "fp16.enabled": (False, of_dtype),
+        "scheduler": (None, f"schedule.kind = {_shown(config.schedule.kind)}"),
+        # What DeepSpeed has by itself.
+        "zero_optimization.stage3_prefetch_bucket_size": (50_000_000, ""),
+        "zero_optimization.stage3_param_persistence_threshold": (100_000, ""),
     }
 
 
-def _check_keys(given: Mapping[str, Any], path: Path) -> None:
+def _checked(
+    given: Mapping[str, Any],
+    keys: Mapping[str, Any],
+    of_run: Mapping[str, tuple[Any, str]],
+    path: Path,
+    section: str = "",
+) -> dict[str, Any]:
+    """`given` with every "auto" filled in. Raises UserError for the first thing in it that is not accepted."""
+    checked: dict[str, Any] = {}
     for key, value in given.items():
-        if key not in KEYS:
-            raise UserError(f"{path}: unknown key {key}{nearest(key, KEYS)} Accepted: {', '.join(KEYS)}")
-        if key in ("bf16", "fp16", "zero_optimization", "optimizer", "data_types") and not isinstance(value, dict):
-            raise UserError(f"{path}: {key} = {_shown(value)}: an object is accepted")
-    if given.get("scheduler") is not None:
-        raise UserError(f"{path}: scheduler: the learning rate follows [schedule] of the run; leave this key out")
+        if key not in keys:
+            near = nearest(key, keys)
+            raise UserError(f"{path}: unknown key {_shown(section + key)}{near} Accepted: {', '.join(keys)}")
+        name, kind = section + key, keys[key]
+        shown = f"{path}: {name} = {_shown(value)}"
+        if isinstance(kind, dict):
+            value = {"device": "none"} if value is None and key in LEAST_STAGE else value
+            if not isinstance(value, dict):
+                raise UserError(f"{shown}: an object is accepted")
+            checked[key] = _checked(value, kind, of_run, path, f"{name}.")
+            continue
+        own, because = of_run.get(name, (None, ""))
+        if value == "auto":
+            if name not in of_run:
+                raise UserError(f"{shown}: the run says nothing of it; give a value or leave the key out")
+            value = own
+        if because and not _same(value, own):
+            raise UserError(f'{shown} contradicts {because}: {_shown(own)} or "auto" is accepted')
+        if not because and not _fits(value, kind):
+            raise UserError(f"{shown}: {_words(kind)} is accepted")
+        checked[key] = own if because else int(value) if isinstance(kind, range) else value
+    return checked
 
 
-def _filled(given: Mapping[str, Any], known: Mapping[str, Any], path: Path, prefix: str = "") -> dict[str, Any]:
-    """`given` with every "auto" replaced by what the run's configuration says."""
-    filled: dict[str, Any] = {}
-    for key, value in given.items():
-        dotted = prefix + key
-        if isinstance(value, dict):
-            filled[key] = _filled(value, known, path, f"{dotted}.")
-        elif value == AUTO:
-            if dotted not in known:
-                raise UserError(f'{path}: {dotted} = "auto": the run says nothing of it; give a value or leave it out')
-            found = known[dotted]
-            filled[key] = found[0] if isinstance(found, tuple) else found
-        else:
-            filled[key] = value
-    return filled
+def _fits(value: Any, kind: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(kind, tuple):
+        return any(_same(value, one) for one in kind)
+    if isinstance(kind, range):
+        return is_number and kind.start <= value < kind.stop and value == int(value)  # 5e8 is one, too
+    return is_number if kind is float else isinstance(value, kind) or (kind is str and value is None)
 
 
-def _check_agreement(
-    given: Mapping[str, Any], expected: Mapping[str, tuple[Any, str]], own: DeepSpeedConfig, path: Path
-) -> None:
-    """Raises UserError with the first value that contradicts the run's configuration."""
-    for key, value in _flat(given).items():
-        if key in expected and value != expected[key][0] and not _same_number(value, expected[key][0]):
-            wanted, source = expected[key]
-            raise UserError(
-                f"{path}: {key} = {_shown(value)} contradicts {source} = {_shown(wanted)}".replace(", =", ":")
-            )
-        name = key.removeprefix("zero_optimization.")
-        if key != name and hasattr(own, name) and getattr(own, name) not in (getattr(DeepSpeedConfig(), name), value):
-            raise UserError(
-                f"{path}: {key} = {_shown(value)} contradicts deepspeed.{name} = {_shown(getattr(own, name))}; "
-                "give it in one place"
-            )
+def _words(kind: Any) -> str:
+    if isinstance(kind, range):
+        return f"a whole number from {kind.start}"
+    if isinstance(kind, tuple):
+        return " or ".join(map(_shown, kind))
+    return {bool: "true or false", float: "a number", str: "a text or null", list: "a list"}[kind]
 
 
-def _check_offload(devices: Mapping[str, Any], stage: Any, path: str) -> None:
-    where = f"{path}: zero_optimization." if path else "deepspeed."
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise UserError(f"{where}stage = {_shown(stage)}: 0, 1, 2 or 3 is accepted")
-    for key, device in devices.items():
-        if device not in ("none", "cpu"):
-            raise UserError(f'{where}{key}.device = {_shown(device)}: "none" or "cpu" is accepted')
-        least = 1 if key == "offload_optimizer" else 3
-        if device == "cpu" and stage < least:
-            raise UserError(f"{where}{key}: accepted from stage {least} on; the stage is {stage}")
-
-
-def _same_number(first: Any, second: Any) -> bool:
-    numbers = (int, float)
-    is_bool = isinstance(first, bool) or isinstance(second, bool)
-    return not is_bool and isinstance(first, numbers) and isinstance(second, numbers) and float(first) == float(second)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value."""
-
-    def walk() -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                yield from _flat(value, f"{prefix}{key}.").items()
-            else:
-                yield prefix + key, value
-
-    return dict(walk())
+def _same(first: Any, second: Any) -> bool:
+    """1 is 1.0 but not true."""
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return first == second and isinstance(first, bool) == isinstance(second, bool)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,5 +256,6 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    """As JSON, its beginning; the rest may nest more deeply than can be written."""
+    text = "".join(itertools.islice(json.JSONEncoder().iterencode(value), 61))
     return text if len(text) <= 60 else text[:59] + "…"

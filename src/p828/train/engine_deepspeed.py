@@ -78,6 +78,9 @@ class DeepSpeedEngine:
         self._sums = None
         if self._sums_itself:
             self._sums = ReducedSums(self._optimizer, self.stage, self.model, config, self.dtype)
+        self.reductions = 1 if self._sums_itself else self._accumulation
+        """How often gradients are reduced over ranks in a step."""
+        self.reduced_dtype = torch.float32 if self._sums_itself else self.dtype
         self._scale = torch.zeros((), device=self.device)
         layers, experts = config.model.num_hidden_layers, config.model.n_routed_experts
         self._loss = torch.zeros((), device=self.device)
@@ -227,12 +230,13 @@ class DeepSpeedEngine:
         if compiles(self.config.train, self.device):
             for layer in model.layers:
                 layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
-        engine, *_ = deepspeed.initialize(
-            model=TrainingLoss(model, self.config, self.dtype),
-            optimizer=_adamw(model, self.config, settings.offload_optimizer),
-            config=values,
-            dist_init_required=False,
-        )
+        with torch.no_grad():  # it keeps slices of the weights, and with them autograd's nodes, which defy recording
+            engine, *_ = deepspeed.initialize(
+                model=TrainingLoss(model, self.config, self.dtype),
+                optimizer=_adamw(model, self.config, settings.offload_optimizer),
+                config=values,
+                dist_init_required=False,
+            )
         return model, engine
 
     def _own_part(self, settings: DeepSpeedSettings) -> dict[str, Any]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 FILE_NAME = "hang.txt"
 LOOK_EVERY = 0.5  # seconds
 ANSWER_WITHIN = 15.0  # seconds for a rank's stack
+MOURN_WITHIN = 3.0  # seconds in which a death is noticed that made an operation fail
 CONNECT_WITHIN = 60.0
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))  # a host gone: 30 s
 LAST_OPERATIONS = 5
@@ -65,19 +66,22 @@ class Lifeline:
     ) -> None:
         self.rank, self.peers, self.abouts, self.timeout, self.report = rank, peers, abouts, timeout, report
         self._last_progress = time.monotonic()
-        self._has_failed = False
+        self._has_failed = self._has_asked = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="p828-lifeline", daemon=True)
         self._thread.start()
 
     def progressed(self) -> None:
-        self._last_progress = time.monotonic()
+        self._last_progress, self._has_asked = time.monotonic(), False
 
     def failed(self, error: BaseException) -> None:
         """Let rank 0 say why this rank ends. An error that it has told is marked so."""
+        is_ours = isinstance(error, UserError | RunStopped)
+        if not is_ours and not isinstance(error, KeyboardInterrupt):
+            # It may be that another rank died during an operation. Then the thread ends this process.
+            self._thread.join(MOURN_WITHIN)
         if self.rank:
             code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
-            is_ours = isinstance(error, UserError | RunStopped)
             text = str(error) if is_ours else "".join(traceback.format_exception_only(error)).strip()
             self.peers[0].send(failed=text, code=code)
             self._has_failed = True
@@ -110,8 +114,12 @@ class Lifeline:
                             self._mourn(peer)
                 is_over = self._closing.is_set() or all(peer.has_left for peer in self.peers)
                 if time.monotonic() - self._last_progress > self.timeout and not is_over:
-                    self._last_progress = time.monotonic() + ANSWER_WITHIN  # once, unless nobody ends the run
-                    self._collect(selector) if self.rank == 0 else self.peers[0].send(hangs=True)
+                    if self.rank == 0:
+                        self._collect(selector)
+                    elif self._has_asked:
+                        self._give_up()
+                    else:
+                        self._ask()
 
     def _hear(self, peer: "_Peer", message: dict[str, Any]) -> None:
         if "bye" in message:
@@ -146,6 +154,27 @@ class Lifeline:
         for peer in self.peers:
             if self.rank == 0 and not peer.is_closed:
                 peer.send(end=code)
+
+    def _ask(self) -> None:
+        """Have rank 0 collect the stacks and end the run; it is given time for that."""
+        self.peers[0].send(hangs=True)
+        self._has_asked, self._last_progress = True, time.monotonic() + 2 * ANSWER_WITHIN - self.timeout
+
+    def _give_up(self) -> None:
+        """End without rank 0, which hangs with all its threads. Each rank adds its own stack to the file."""
+        stack, about = stacks(), self.abouts[0]
+        with self.report.open("a", encoding="utf-8") as file:
+            file.write(f"rank {self.rank}\n{stack}\n\n")
+        # A launcher ends the others as soon as one has ended: first all write, then rank 1 speaks and ends.
+        time.sleep(2 * LOOK_EVERY if self.rank == 1 else ANSWER_WITHIN)
+        if self.rank == 1:
+            print(
+                f"p828: no progress for {self.timeout:g} s, and no answer from rank 0 ({about['host']}, process "
+                f"{about['pid']}); the run ends. Where the others are: {self.report}\n  rank 1: {_where(stack)}",
+                file=sys.stderr,
+                flush=True,
+            )
+        _exit(1)
 
     def _collect(self, selector: selectors.BaseSelector) -> None:
         """Write every rank's stack to a file, show where each main thread is, and end the run."""

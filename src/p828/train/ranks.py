@@ -119,10 +119,11 @@ def joined(config: Config) -> Iterator[Ranks]:
     device = _own_device(config.train.device, local_rank)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_OPERATIONS)
     timeout = timedelta(seconds=config.deepspeed.timeout_seconds + AFTER_US)
-    if "RANK" in os.environ:
+    is_launched, before = "RANK" in os.environ, dict(os.environ)
+    if is_launched:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     else:  # one process, started without a launcher
-        os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})  # what DeepSpeed reads
+        os.environ.update(_OF_ONE_PROCESS)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.HashStore(),  # type: ignore[attr-defined]
@@ -144,12 +145,16 @@ def joined(config: Config) -> Iterator[Ranks]:
             if ranks.lifeline is not None:
                 ranks.lifeline.close()
     finally:
+        if not is_launched:
+            for name in _OF_ONE_PROCESS:
+                os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
         if device.type == "cuda" and sys.exc_info()[0] is not None:
             dist.distributed_c10d._abort_process_group()  # what is under way on the GPU would never end
         else:
             dist.destroy_process_group()
 
 
+_OF_ONE_PROCESS = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}  # what DeepSpeed reads
 _LAUNCHER = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 
 

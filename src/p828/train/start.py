@@ -19,6 +19,7 @@ from p828.train.engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from p828.train.metrics import Recorder
 from p828.train.ranks import Ranks, joined
 from p828.train.run_directory import TOKENIZER_FILE, open_run
+from p828.train.topology import check_topology
 from p828.train.trainer import Trainer
 
 
@@ -60,7 +61,7 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> 
                     config, tokenizer, device.type == "cuda", ranks.rank, ranks.size, tell=console.event
                 )
             with opened as loader:
-                engine: Engine = PlainEngine(config) if settings is None else DeepSpeedEngine(config, ranks, settings)
+                engine = _engine(config, ranks, settings, console)
                 trainer = Trainer(config, run, tokenizer, loader, validation, engine, recorder, console, ranks)
                 console.print(_describe(config, engine, ranks, settings))
                 if run.newest is not None:
@@ -73,6 +74,16 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> 
                     _tell(trainer, [*run.changes, f"resumed from step {trainer.progress.step}"])
                 trainer.run()
                 trainer.conclude()
+
+
+def _engine(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, console: Console) -> Engine:
+    """With a word on the links between the ranks' devices, if there is one."""
+    if settings is None:
+        return PlainEngine(config)
+    engine, parameters = DeepSpeedEngine(config, ranks, settings), count_parameters(config.model).total
+    for line in check_topology(ranks, engine.device, parameters, engine.reduced_dtype, engine.reductions):
+        console.event(line)
+    return engine
 
 
 def _tokenizer(config: Config, console: Console) -> Tokenizer:

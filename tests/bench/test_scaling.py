@@ -1,0 +1,50 @@
+"""The benchmark of several processes, on a CPU; and what docs/distributed.md says of a step's collective operations."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from p828.config import load
+from p828.model.flops import count_parameters
+from runs import write_toml
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
+ACCUMULATION, FLOAT32 = 2, 4
+
+
+def scaling(path: Path, *arguments: str) -> tuple[str, list[dict[str, object]]]:
+    result = path.with_suffix(".json")
+    command = [sys.executable, str(SCRIPT), "--shape", str(path), "--device", "cpu", "--steps", "1", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--json", str(result)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(result.read_text())
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(0, marks=pytest.mark.long), 1, pytest.param(2, marks=pytest.mark.long), 3],
+)
+def test_what_two_ranks_pass_to_collective_operations(tmp_path: Path, stage: int) -> None:
+    path = write_toml(tmp_path)
+    size = FLOAT32 * count_parameters(load(str(path)).model).total
+    shown, (result,) = scaling(path, "--systems", str(stage), "--gpus", "2")
+    assert f"| {stage} | GPUs" in shown
+    passed = result["passed_bytes"]
+    reduced, gathered = {
+        0: ({"all_reduce": size}, 0),
+        1: ({"reduce": size}, size),
+        2: ({"all_reduce": ACCUMULATION * size}, size),
+        # A layer stays between forward and backward pass, as the model is far below stage3_max_live_parameters.
+        3: ({"reduce_scatter_tensor": ACCUMULATION * size}, ACCUMULATION * size),
+    }[stage]
+    small = 0.05 * size  # loads, norms, what fills up to equal shares, and at stage 3 the weights too small to cut
+    for name, expected in {**reduced, "all_gather_into_tensor": gathered}.items():
+        assert passed.get(name, 0) == pytest.approx(expected, abs=small), name
+    assert sum(passed.values()) == pytest.approx(sum(reduced.values()) + gathered, abs=2 * small)
