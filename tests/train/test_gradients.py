@@ -93,3 +93,14 @@ def test_auxiliary_losses_reach_all_layers_whatever_the_stretches(tmp_path: Path
         gradients.add(batch_of(config, 0))
     for ours, theirs in zip(parts.sums.values(), whole.sums.values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_recomputed_layers_give_the_same_sums(tmp_path: Path) -> None:
+    config = run_config(tmp_path)
+    kept, recomputed = build(config, F32), build(config, F32, stretches=2)
+    for layer in recomputed.model.layers:
+        layer.gradient_checkpointing = True
+    for gradients in (kept, recomputed):
+        gradients.add(batch_of(config, 0))
+    for ours, theirs in zip(recomputed.sums.values(), kept.sums.values(), strict=True):
+        assert torch.equal(ours, theirs)

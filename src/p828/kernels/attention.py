@@ -113,8 +113,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad_TND: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q_norm_D, k_norm_D, sinks_N = (ctx.saved_tensors[i] for i in (1, 2, 5))
-    dqkv_TXD, *grads = attention_backward(grad_TND, *ctx.saved_tensors, ctx.batch, ctx.eps)
+    saved = ctx.saved_tensors  # once: under gradient checkpointing, reading them again computes them again
+    q_norm_D, k_norm_D, sinks_N = (saved[i] for i in (1, 2, 5))
+    dqkv_TXD, *grads = attention_backward(grad_TND, *saved, ctx.batch, ctx.eps)
     dq_norm_D, dk_norm_D, dsinks_N = (
         None if x is None else grad for x, grad in zip((q_norm_D, k_norm_D, sinks_N), grads, strict=True)
     )

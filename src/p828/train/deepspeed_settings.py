@@ -12,7 +12,7 @@ from p828.config import PRESETS, Config
 from p828.config_values import flatten
 from p828.errors import UserError, nearest
 
-PRESET_FILES = {file.stem: file for file in sorted((PRESETS / "deepspeed").glob("*.json"))}
+PRESET_FILES = {file.stem: file for file in sorted((PRESETS / "deepspeed").glob("*.json"), key=lambda file: file.stem)}
 LARGEST_FILE = 2**20
 FOR_US = ("optimizer", "scheduler", "data_types", "fp16")  # checked, and then left out of what DeepSpeed reads
 LEAST_STAGE = {"offload_optimizer": 1, "offload_param": 3}
