@@ -95,6 +95,8 @@ def check_run(config: Config) -> None:
             f"at most model.max_position_embeddings = {model.max_position_embeddings} is accepted"
         )
     check_data(data)
+    if config.deepspeed.config and config.engine == "plain":
+        raise UserError(f'deepspeed.config = "{config.deepspeed.config}": accepted with engine = "deepspeed"')
     check_deepspeed(config.deepspeed)
     shortest, longest = config.prepare.min_characters, config.prepare.max_characters
     if 0 < longest < shortest:

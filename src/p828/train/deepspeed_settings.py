@@ -12,7 +12,6 @@ from p828.config import PRESETS, Config
 from p828.config_values import flatten
 from p828.errors import UserError, nearest
 
-PRESET_FILES = {file.stem: file for file in sorted((PRESETS / "deepspeed").glob("*.json"), key=lambda file: file.stem)}
 LARGEST_FILE = 2**20
 FOR_US = ("optimizer", "scheduler", "data_types", "fp16")  # checked, and then left out of what DeepSpeed reads
 LEAST_STAGE = {"offload_optimizer": 1, "offload_param": 3}
@@ -90,7 +89,7 @@ def deepspeed_settings(config: Config, dtype: str, world_size: int) -> DeepSpeed
     """
     values, name = _own_settings(config, dtype, world_size), config.deepspeed.config
     if name:
-        path = PRESET_FILES.get(name, Path(name))
+        path = preset_files().get(name, Path(name))
         given = _checked(read_strictly(path), KEYS, _of_run(config, dtype, world_size), path)
         values = _merged(values, {key: value for key, value in given.items() if key not in FOR_US})
     zero = values["zero_optimization"]
@@ -99,9 +98,17 @@ def deepspeed_settings(config: Config, dtype: str, world_size: int) -> DeepSpeed
         if offloads[key] and zero["stage"] < least:
             where = f"{name}: zero_optimization.{key}.device" if name else f"deepspeed.{key}"
             raise UserError(f'{where} = "cpu": accepted from stage {least} on; the stage is {zero["stage"]}')
+    if zero["stage"] < 2 and not offloads["offload_optimizer"] and values.get("communication_data_type") == "bf16":
+        raise UserError(f'{name}: communication_data_type = "bf16": below stage 2 gradients are reduced in float32')
     if zero["stage"] >= 2 and dtype == "bfloat16":
         values["data_types"] = {"grad_accum_dtype": "fp32"}
     return DeepSpeedSettings(values, zero["stage"], **offloads)
+
+
+def preset_files() -> dict[str, Path]:
+    """The DeepSpeed files that come with p828, by name."""
+    files = sorted((PRESETS / "deepspeed").glob("*.json"), key=lambda file: file.stem)
+    return {file.stem: file for file in files}
 
 
 def read_strictly(path: Path) -> dict[str, Any]:
@@ -114,8 +121,8 @@ def read_strictly(path: Path) -> dict[str, Any]:
         text = content.decode("utf-8-sig")  # some editors put a mark first, which RFC 8259 lets us ignore
         values = json.loads(text, object_pairs_hook=_without_duplicates, parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError:
-        near = nearest(str(path), PRESET_FILES)
-        raise UserError(f"no file {path}{near} Accepted: a .json file, {', '.join(PRESET_FILES)}") from None
+        near = nearest(str(path), preset_files())
+        raise UserError(f"no file {path}{near} Accepted: a .json file, {', '.join(preset_files())}") from None
     except RecursionError:
         raise UserError(f"{path}: cannot be read as JSON: nested too deeply") from None
     except (OSError, ValueError) as error:

@@ -77,7 +77,8 @@ class DeepSpeedEngine:
         self._begin()
         self._sums = None
         if self._sums_itself:
-            self._sums = ReducedSums(self._optimizer, self.stage, self.model, config, self.dtype)
+            zero = settings.values["zero_optimization"]
+            self._sums = ReducedSums(self._optimizer, zero, self.model, config, self.dtype)
         self.reductions = 1 if self._sums_itself else self._accumulation
         """How often gradients are reduced over ranks in a step."""
         self.reduced_dtype = torch.float32 if self._sums_itself else self.dtype

@@ -6,7 +6,7 @@ reduced while the backward pass goes on with the one before. DeepSpeed's own way
 and a hook for each parameter, from the host, which takes longer than the GPU needs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,20 +35,23 @@ class ReducedSums:
     At stage 0 every rank gets all sums over ranks; at stage 1 those of the share that it updates.
     """
 
-    def __init__(self, optimizer: Any, stage: int, model: Transformer, config: Config, dtype: torch.dtype) -> None:
-        self.rank, self.size, self.stage = dist.get_rank(), dist.get_world_size(), stage
-        if stage == 0:
+    def __init__(
+        self, optimizer: Any, zero: Mapping[str, Any], model: Transformer, config: Config, dtype: torch.dtype
+    ) -> None:
+        """`zero` is the `zero_optimization` of DeepSpeed's settings."""
+        self.rank, self.size, self.stage = dist.get_rank(), dist.get_world_size(), zero["stage"]
+        if self.stage == 0:
             self._places, lengths = _end_to_end(list(model.parameters()))
         else:
             self._places, lengths = _as_in_groups(optimizer.bit16_groups, optimizer.bit16_groups_flat)
         device = model.head_weight.device
         self._flats = [torch.zeros(length, dtype=torch.float32, device=device) for length in lengths]
         sums = {p: self._flats[place.flat][place.start : place.end].view(p.shape) for p, place in self._places.items()}
-        stretches = STRETCHES if config.deepspeed.overlap_comm and self.size > 1 else 1
+        stretches = STRETCHES if zero["overlap_comm"] and self.size > 1 else 1
         self.gradients = GradientSums(model, config, dtype, sums, stretches)
-        self.shares = [flat.chunk(self.size)[self.rank] if stage else flat for flat in self._flats]
+        self.shares = [flat.chunk(self.size)[self.rank] if self.stage else flat for flat in self._flats]
         """Of every tensor what this rank updates: complete after `finish`."""
-        self._bucket = config.deepspeed.reduce_bucket_size
+        self._bucket = zero["reduce_bucket_size"]
         self._reductions: list[dist.Work] = []
 
     def add(self, batch: Batch, is_last: bool) -> None:
