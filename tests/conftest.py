@@ -1,7 +1,12 @@
 """What all tests share."""
 
+import hypothesis
 import pytest
 import torch
+
+# Nothing is asserted about time: examples may be slow on a machine that does other things, too.
+hypothesis.settings.register_profile("p828", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("p828")
 
 # The products here are too small to share between threads, and pytest-xdist has a process for every core.
 torch.set_num_threads(1)
