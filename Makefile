@@ -1,16 +1,20 @@
-# make quickstart   train a tiny model on this interpreter's standard library
-# make test         run the tests
-# make check        linter, format and types
+# make quickstart         train a tiny model on this interpreter's standard library
+# make test               run the tests
+# make test-distributed   run all tests on several ranks, of which the former has a few; about 20 minutes
+# make check              linter, format and types
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test test-distributed check format clean
 
 quickstart: .venv/installed
 	$(BIN)/p828 train quickstart
 
 test: .venv/installed-dev
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+test-distributed: .venv/installed-dev
+	$(BIN)/pytest tests/distributed -m "long or not long"
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

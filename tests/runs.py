@@ -2,8 +2,10 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +66,14 @@ def write_toml(tmp_path: Path, **sections: dict[str, Any]) -> Path:
     return path
 
 
-def start(*arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
-    """`p828 ARGUMENTS` in a process of its own."""
+def start(
+    *arguments: str, cwd: Path, launcher: Sequence[str] = ("-m", "p828"), **options: Any
+) -> subprocess.Popen[str]:
+    """`p828 ARGUMENTS` in a process of its own, or in several that a launcher starts."""
     # One thread each: the tests run side by side.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "p828", *arguments],
+        [sys.executable, *launcher, *arguments],
         cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
     )  # fmt: skip
 
@@ -79,3 +83,13 @@ def p828(*arguments: str, cwd: Path, **options: Any) -> tuple[int, str, str]:
     process = start(*arguments, cwd=cwd, **options)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+    """Read what a run prints until it has come to a step; it goes on meanwhile."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        found = re.match(r"step (\d+)/", line)
+        if found and int(found[1]) >= step:
+            return
+    raise AssertionError(f"the run ended before step {step}")

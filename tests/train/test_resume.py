@@ -4,7 +4,6 @@ import json
 import random
 import re
 import signal
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 
 from p828.cli.main import dispatch
 from p828.train import checkpoint, metrics
-from runs import p828, start, write_text, write_toml
+from runs import p828, start, wait_for_step, write_text, write_toml
 
 KEPT = ("loss", "grad_norm", "lr", "tokens", "load", "balance", "perplexity")
 
@@ -74,16 +73,6 @@ def train_with_kills(path: str, moments: Sequence[int], tmp_path: Path) -> None:
         process.communicate()
     code, _, said = p828("train", path, "--name", "killed", cwd=tmp_path)
     assert code == 0, said
-
-
-def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
-    """Read what a run prints until it has come to a step; it goes on meanwhile."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        found = re.match(r"step (\d+)/", line)
-        if found and int(found[1]) >= step:
-            return
-    raise AssertionError(f"the run ended before step {step}")
 
 
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(

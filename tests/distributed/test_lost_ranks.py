@@ -1,0 +1,99 @@
+"""A rank that dies or hangs ends the others, with one message that names it."""
+
+import os
+import re
+import select
+import time
+from itertools import product
+from pathlib import Path
+
+import pytest
+from launch import ENDLESS, Launch, cases, config_that_reads_on, launched, the_message, told
+
+from p828.train.lifeline import FILE_NAME
+
+pytestmark = pytest.mark.xdist_group("ranks")
+A_MINUTE = 60
+IMPATIENT = ("--deepspeed.timeout-seconds", "12")  # longer than to import DeepSpeed on a busy machine
+PLACE = r"\w+\.py:\d+ in \w+ < .+"
+
+
+def has_stack(report: str, rank: int) -> bool:
+    return re.search(rf"^rank {rank}\n(Thread|Current thread) 0x", report, re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize("stage, ranks, rank", cases([*product((1, 3), (2, 4), (0, 1))], short=[(1, 2, 1)]))
+def test_a_dead_rank_is_named_and_ends_the_others(
+    config: Path, tmp_path: Path, stage: int, ranks: int, rank: int
+) -> None:
+    with launched(config, tmp_path / "runs" / "dead", stage, ranks, *ENDLESS) as launch:
+        launch.wait_for_step(1)
+        worker = launch.workers()[rank]
+        worker.kill()
+        message = the_message(launch, A_MINUTE)
+    assert f"rank {rank} (" in message
+    assert f"process {worker.pid}) died" in message
+
+
+def freeze_one_of(launch: Launch, rank: int) -> str:
+    """Stop a rank's process where it is; what is said when the others have ended."""
+    workers = launch.workers()
+    frozen = workers.pop(rank)
+    # These tell of a process that ended, also if nobody has asked for its exit code yet.
+    descriptors = [os.pidfd_open(worker.pid) for worker in workers]
+    frozen.suspend()
+    until = time.monotonic() + A_MINUTE
+    for descriptor in descriptors:
+        assert select.select([descriptor], [], [], max(until - time.monotonic(), 0))[0]
+        os.close(descriptor)
+    frozen.kill()  # a launcher waits half a minute for it
+    code, _, err = launch.end()
+    assert code != 0
+    assert len(told(err)) == 1, err
+    return err
+
+
+@pytest.mark.parametrize("stage, ranks, rank", cases([(1, 2, 1), (3, 2, 1), (3, 4, 2)], short=[(1, 2, 1)]))
+def test_a_hang_is_reported_with_every_ranks_stack(
+    config: Path, tmp_path: Path, stage: int, ranks: int, rank: int
+) -> None:
+    run = tmp_path / "runs" / "hangs"
+    with launched(config, run, stage, ranks, *ENDLESS, *IMPATIENT) as launch:
+        launch.wait_for_step(1)
+        said = freeze_one_of(launch, rank)
+    assert "p828: no progress for 12 s; the run ends." in said
+    report = (run / FILE_NAME).read_text()
+    for other in range(ranks):
+        place = "no answer" if other == rank else PLACE
+        assert re.search(f"^  rank {other}: {place}$", said, re.MULTILINE), said
+        assert has_stack(report, other) == (other != rank)
+
+
+@pytest.mark.long
+def test_when_rank_0_hangs_the_others_say_so(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "hangs"
+    with launched(config, run, 1, 4, *ENDLESS, *IMPATIENT) as launch:
+        launch.wait_for_step(1)
+        said = freeze_one_of(launch, 0)
+    assert "p828: no progress for 12 s, and no answer from rank 0 (" in said
+    assert "  rank 1: " in said
+    report = (run / FILE_NAME).read_text()
+    assert all(has_stack(report, other) for other in (1, 2, 3))
+
+
+@pytest.mark.long
+def test_where_all_ranks_wait_for_data_that_does_not_come(tmp_path: Path) -> None:
+    config, text = config_that_reads_on(tmp_path)
+    run = tmp_path / "runs" / "hangs"
+    with launched(config, run, 3, 2, *ENDLESS, *IMPATIENT) as launch:
+        launch.wait_for_step(1)
+        for path in text.iterdir():
+            path.unlink()
+            os.mkfifo(path)
+        message = the_message(launch, A_MINUTE)
+    assert "no progress for 12 s; the run ends." in message
+    report = (run / FILE_NAME).read_text()
+    for rank in range(2):
+        assert re.search(rf"^  rank {rank}: {PLACE}$", report, re.MULTILINE)
+        assert has_stack(report, rank)
+    assert len(re.findall(r'files\.py", line \d+ in documents', report)) == 2

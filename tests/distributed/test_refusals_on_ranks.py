@@ -1,0 +1,49 @@
+"""What is wrong is said once, whatever the number of ranks, and nothing is begun."""
+
+from pathlib import Path
+
+import pytest
+from launch import ENDLESS, cases, launched, the_message, torchrun
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+TWICE = ('{"zero_optimization": {"stage": 1, "stage": 2}}', '"stage" is given twice, as 1 and as 2')
+CONTRADICTION = ('{"train_micro_batch_size_per_gpu": 99}', "train.micro_batch_size")
+
+
+@pytest.mark.parametrize(
+    "content, expected", cases([TWICE, CONTRADICTION], short=[TWICE]), ids=["twice", "contradiction"]
+)
+def test_a_deepspeed_file(config: Path, tmp_path: Path, content: str, expected: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    with launched(config, tmp_path / "runs" / "wrong", 1, 2, "--deepspeed-config", str(path)) as launch:
+        message = the_message(launch)
+    assert str(path) in message
+    assert expected in message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.long
+def test_the_plain_engine_under_a_launcher(config: Path, tmp_path: Path) -> None:
+    with launched(config, tmp_path / "runs" / "wrong", None, 2, launcher=torchrun(2)) as launch:
+        assert 'engine = "plain" trains on one device, and WORLD_SIZE = 2' in the_message(launch)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.long
+def test_a_second_launch_on_the_same_run(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "busy"
+    with launched(config, run, 1, 2, *ENDLESS) as first:
+        first.wait_for_step(1)
+        with launched(config, run, 3, 2) as second:
+            assert "another p828 train is at work on this run" in the_message(second)
+        assert first.process.poll() is None
+
+
+@pytest.mark.long
+def test_missing_data(config: Path, tmp_path: Path) -> None:
+    flags = ["--data.files", str(tmp_path / "none" / "*.txt")]
+    with launched(config, tmp_path / "runs" / "wrong", 3, 2, *flags) as launch:
+        assert "none/*.txt" in the_message(launch)
+    assert not (tmp_path / "runs").exists()

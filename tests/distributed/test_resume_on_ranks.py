@@ -1,0 +1,113 @@
+"""What dies on so many ranks at one ZeRO stage goes on on so many others at another, as if nothing had been."""
+
+import random
+import signal
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+from launch import (
+    Run,
+    assert_same_bits,
+    assert_same_training,
+    cases,
+    config_that_reads_on,
+    launched,
+    the_message,
+    train,
+    train_and_kill,
+    write_config,
+)
+
+pytestmark = pytest.mark.xdist_group("ranks")
+Copy = Callable[[Path], Path]
+
+PLAIN = (None, 1)
+OTHER_RANKS = [((stage, before), (stage, after)) for stage in range(4) for before, after in ((2, 1), (1, 2), (2, 4))]
+OTHER_STAGE = [((before, 2), (after, 2)) for before, after in ((1, 3), (3, 1), (2, 0), (0, 2))]
+OTHER_ENGINE = [(PLAIN, (1, 2)), (PLAIN, (3, 2)), ((1, 2), PLAIN), ((3, 2), PLAIN)]
+
+
+@pytest.mark.parametrize("stage", cases(product(range(4)), short=[(3,)]))
+def test_the_same_ranks_go_on_bit_for_bit(config: Path, whole: Run, killed: Run, copied: Copy, stage: int) -> None:
+    run = copied(killed(stage, 2))
+    assert "resumed from step 8" in train(config, run, stage, 2)
+    assert_same_bits(run, whole(stage, 2))
+
+
+@pytest.mark.parametrize("before, after", cases(OTHER_RANKS + OTHER_STAGE + OTHER_ENGINE, short=[((3, 2), PLAIN)]))
+def test_others_go_on(
+    config: Path, whole: Run, killed: Run, copied: Copy, before: tuple[int | None, int], after: tuple[int | None, int]
+) -> None:
+    run = copied(killed(*before))
+    assert "resumed from step 8" in train(config, run, *after)
+    assert_same_training(run, whole(None, 1))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", range(4))
+def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path, stage: int) -> None:
+    """Each rank's dropout goes on where it was, too."""
+    config = write_config(tmp_path, model={"dropout": 0.1})
+    train(config, tmp_path / "runs" / "whole", stage, 2)
+    draw, run = random.Random(stage), tmp_path / "runs" / "killed"
+    for moment in (draw.randint(1, 3), draw.randint(5, 9), draw.randint(10, 15)):  # before any checkpoint, too
+        train_and_kill(config, run, stage, 2, moment)
+    train(config, run, stage, 2)
+    assert_same_bits(run, tmp_path / "runs" / "whole")
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_all_ranks_with_one_word_and_leaves_a_run_that_goes_on(
+    config: Path, whole: Run, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "interrupted"
+    with launched(config, run, 3, 2) as launch:
+        launch.wait_for_step(5)
+        launch.process.send_signal(signal.SIGINT)
+        assert the_message(launch) == "p828: interrupted"
+    assert "resumed from step" in train(config, run, 3, 2)
+    assert_same_bits(run, whole(3, 2))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("stage, damage", cases(product((1, 3), (flip_a_bit, Path.unlink)), short=[(1, flip_a_bit)]))
+def test_a_damaged_share_is_named_set_aside_and_the_checkpoint_before_is_used(
+    config: Path, whole: Run, copied: Copy, stage: int, damage: Callable[[Path], None]
+) -> None:
+    run = copied(whole(stage, 2))
+    checkpoints = run / "checkpoints"
+    damage(checkpoints / "step_00000020" / "optimizer.rank_0001.safetensors")
+    half = checkpoints / ".step_00000024.tmp"
+    half.mkdir()
+    (half / "model.rank_0001.safetensors").write_bytes(b"half of")
+    said = train(config, run, stage, 2)
+    assert "step_00000020: optimizer.rank_0001.safetensors is" in said
+    assert "set aside as damaged_step_00000020" in said
+    assert "resumed from step 16" in said
+    assert (checkpoints / "damaged_step_00000020").exists()
+    assert not half.exists()
+    assert_same_bits(run, whole(stage, 2))
+
+
+@pytest.mark.long
+def test_a_run_whose_data_vanishes_is_saved_on_all_ranks_and_goes_on(tmp_path: Path) -> None:
+    config, text = config_that_reads_on(tmp_path)
+    whole, stopped = tmp_path / "runs" / "whole", tmp_path / "runs" / "stopped"
+    train(config, whole, 3, 2)
+    with launched(config, stopped, 3, 2) as launch:
+        launch.wait_for_step(3)
+        text.rename(tmp_path / "away")
+        code, _, err = launch.end()
+    assert code == 1
+    assert err.count("cannot be read: ") == 1, err
+    assert "The run stops after step " in err
+    (tmp_path / "away").rename(text)
+    assert "resumed from step" in train(config, stopped, 3, 2)
+    assert_same_bits(stopped, whole)

@@ -1,0 +1,71 @@
+"""A run of several ranks is a run like any other, under either launcher."""
+
+import re
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from launch import Run, assert_same_training, launched, records, told, torchrun
+
+from p828.cli.main import dispatch
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+def test_evaluate_and_generate_read_it(whole: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run = whole(3, 2)
+    assert dispatch(["evaluate", str(run), "--device", "cpu"]) == 0
+    found = re.search(r"^loss +(\S+) ", capsys.readouterr().out, re.MULTILINE)
+    assert found
+    # Printed with five digits.
+    assert float(found[1]) == pytest.approx(records(run, "eval")[-1]["loss"], abs=1e-5)
+    arguments = ["--prompt", "ab", "--max-new-tokens", "4", "--temperature", "0", "--device", "cpu"]
+    texts = []
+    for of_run in (run, whole(None, 1)):
+        assert dispatch(["generate", str(of_run), *arguments]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != "\n"
+
+
+# Ends well in any case: a launcher ends the other ranks as soon as one has failed.
+AND_THEN = """
+import sys
+import torch.distributed
+from p828.cli.main import dispatch
+
+code = dispatch(sys.argv[1:])
+print(code, "still in a group" if torch.distributed.is_initialized() else "on its own", flush=True)
+"""
+NO_DATA = ("--data.files", "none/*.txt")
+NO_NUMBERS = ("--optimizer.learning-rate", "1e30")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags, expected", [((), 0), (NO_DATA, 2), (NO_NUMBERS, 1)])
+def test_every_rank_leaves_its_process_groups(
+    config: Path, tmp_path: Path, flags: tuple[str, ...], expected: int
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(AND_THEN)
+    with launched(config, tmp_path / "runs" / "left", 3, 2, *flags, launcher=torchrun(2, str(script))) as launch:
+        _, out, err = launch.end()
+    assert len(told(err)) == (1 if expected else 0), err
+    assert out.count(f"{expected} on its own") == 2
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.long
+def test_deepspeeds_launcher(config: Path, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # which counts cores as if they were GPUs
+    script = str(Path(sys.executable).with_name("deepspeed"))
+    launcher = [script, "--num_gpus", "2", "--master_port", str(free_port()), "--module", "p828"]
+    run = tmp_path / "runs" / "deepspeed"
+    with launched(config, run, 1, 2, launcher=launcher) as launch:
+        code, _, err = launch.end()
+    assert code == 0, err
+    assert_same_training(run, whole(None, 1))

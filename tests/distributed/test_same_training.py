@@ -1,0 +1,34 @@
+"""However many ranks share a step, and whatever ZeRO shards, it is one device's step."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from launch import Run, assert_same_training, cases, final_state, steps, train, write_config
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@pytest.mark.parametrize("stage, ranks", cases(product(range(4), (1, 2, 4)), short=[(1, 2), (3, 2)]))
+def test_ranks_train_as_one_device_does(whole: Run, stage: int, ranks: int) -> None:
+    assert_same_training(whole(stage, ranks), whole(None, 1))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_learns_and_keeps_the_bias_in_float32(tmp_path: Path, stage: int) -> None:
+    rate = 2.0**-10  # sums of it are exact
+    config = write_config(tmp_path, train={"dtype": "bfloat16"}, balance={"update_rate": rate})
+    run = tmp_path / "runs" / "bfloat16"
+    train(config, run, stage, 2)
+    losses = [line["loss"] for line in steps(run)]
+    assert losses[-1] < losses[0] - 1
+    biases = [value for name, value in final_state(run).tensors["model"].items() if name.endswith("correction_bias")]
+    assert len(biases) == 2
+    for bias_E in biases:
+        assert bias_E.dtype == torch.float32
+        # A step moves by the rate up or down and takes the mean of E such moves off: whole parts of rate / E.
+        moves_E = bias_E / (rate / len(bias_E))
+        assert torch.equal(moves_E, moves_E.round())
+        assert moves_E.any()
