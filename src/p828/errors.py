@@ -18,6 +18,13 @@ class RunStopped(Exception):
     """As of a UserError."""
 
 
+class RunPaused(Exception):
+    """A run that ended, saved, because it was asked to: shown as one line, exit code 0."""
+
+    is_everywhere = False
+    """As of a UserError."""
+
+
 class ReadFailed(RunStopped):
     """A file or the hub that cannot be read, for now: the run can be resumed when it can."""
 

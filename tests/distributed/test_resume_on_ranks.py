@@ -1,6 +1,7 @@
 """What dies on so many ranks at one ZeRO stage goes on on so many others at another, as if nothing had been."""
 
 import random
+import re
 import signal
 from collections.abc import Callable
 from itertools import product
@@ -14,7 +15,7 @@ from launch import (
     cases,
     config_that_reads_on,
     launched,
-    the_message,
+    told,
     train,
     train_and_kill,
     write_config,
@@ -59,15 +60,20 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path, stage: int) ->
 
 
 @pytest.mark.long
-def test_ctrl_c_ends_all_ranks_with_one_word_and_leaves_a_run_that_goes_on(
-    config: Path, whole: Run, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_end_is_saved_by_all_ranks_and_goes_on(
+    config: Path, whole: Run, tmp_path: Path, number: signal.Signals
 ) -> None:
-    run = tmp_path / "runs" / "interrupted"
+    """The launcher passes the signal on."""
+    run = tmp_path / "runs" / "asked"
     with launched(config, run, 3, 2) as launch:
         launch.wait_for_step(5)
-        launch.process.send_signal(signal.SIGINT)
-        assert the_message(launch) == "p828: interrupted"
-    assert "resumed from step" in train(config, run, 3, 2)
+        launch.process.send_signal(number)
+        _, _, err = launch.end()
+    (message,) = told(err)
+    found = re.fullmatch(rf"p828: stopped by {number.name} after step (\d+), which is saved; .*", message)
+    assert found, message
+    assert f"resumed from step {found[1]}" in train(config, run, 3, 2)
     assert_same_bits(run, whole(3, 2))
 
 

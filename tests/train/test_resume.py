@@ -108,19 +108,6 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
     assert records(tmp_path / "runs" / "tiny") == before
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
-    path = str(write_toml(tmp_path, train={"steps": 1000}))
-    process = start("train", path, cwd=tmp_path)
-    wait_for_step(process, 9)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
-    assert process.returncode == 130
-    assert "Traceback" not in said
-    code, out, _ = p828("train", path, "--train.steps", "24", cwd=tmp_path)
-    assert code == 0
-    assert "resumed from step" in out
-
-
 def test_when_every_checkpoint_is_damaged_the_run_says_so_and_begins_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import BinaryIO
 
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -18,6 +18,7 @@ from rich.style import Style
 from rich.text import Text
 
 from p828.errors import UserError
+from p828.train.metrics import NO_ROOM
 
 LINES_PER_RUN = 20  # a plain progress line comes at least every this share of the run
 SECONDS_PER_LINE = 60.0  # and at least this often
@@ -154,11 +155,14 @@ class Console:
             self._write_log(marker + line)
 
     def _write_log(self, text: str) -> None:
+        """Append it; what a full disk has no room for is shown alone."""
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
+        lines = "".join(f"{now} {line}".rstrip() + "\n" for line in text.split("\n"))
         try:
-            self._log.writelines(f"{now} {line}".rstrip() + "\n" for line in text.split("\n"))
+            self._log.write(lines.encode("utf-8", "backslashreplace"))
         except OSError as error:
-            raise UserError(f"{self._log_path}: cannot be written: {error.strerror}") from None
+            if error.errno not in NO_ROOM:
+                raise UserError(f"{self._log_path}: cannot be written: {error.strerror}") from None
 
     def _time_left(self) -> str:
         seconds = self._bar.tasks[0].time_remaining
@@ -174,8 +178,8 @@ class Console:
         return text.encode(self._output.encoding, "backslashreplace").decode(self._output.encoding)
 
 
-def _open_log(path: Path) -> TextIO:
-    return open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+def _open_log(path: Path) -> BinaryIO:
+    return open(path, "ab", buffering=0)  # nothing stays behind in a buffer when there is no room on the disk
 
 
 def _percent(step: int, total: int) -> str:

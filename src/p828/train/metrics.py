@@ -20,6 +20,7 @@ from p828.config_values import to_dict
 from p828.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 REPEATED_KINDS = ("step", "eval", "sample")  # a resumed run writes these again
 SECTIONS = {"step": "train", "eval": "validation"}  # the kinds that W&B sees, and its names for them
@@ -34,6 +35,8 @@ class Recorder:
 
     def __init__(self, run_dir: Path, config: Config, is_quiet: bool = False) -> None:
         self.is_quiet = is_quiet
+        self.waiting: list[bytes] = []
+        """Lines for which there was no room on the disk; they are written when there is."""
         self.path = Path(os.devnull) if is_quiet else run_dir / FILE_NAME
         try:
             if not is_quiet:
@@ -53,15 +56,30 @@ class Recorder:
         """Append one line. `values` are JSON values: loads and balance scores are lists with an entry a layer.
 
         The line goes out in one call of the operating system, so a killed process leaves at most a partial last line.
+        On a full disk it waits for room.
         """
         line = json.dumps(_encode({"kind": kind, "step": step, **values}), allow_nan=False) + "\n"
+        self.waiting.append(line.encode())
         try:
-            if self._file.write(line.encode()) < len(line.encode()):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while self.waiting and self._append(self.waiting[0]):
+                del self.waiting[0]
         except OSError as error:
             raise _unwritable(self.path, error) from None
         if self._wandb is not None and kind in SECTIONS:
             self._wandb.log(_flat_names(SECTIONS[kind], values), step=step)
+
+    def _append(self, line: bytes) -> bool:
+        """Whether there was room for the line, of which else nothing is written."""
+        end, written = os.fstat(self._file.fileno()).st_size, 0
+        try:
+            while written < len(line):  # at the second attempt a full disk says so
+                written += self._file.write(line[written:])
+        except OSError as error:
+            os.truncate(self._file.fileno(), end)
+            if error.errno not in NO_ROOM:
+                raise
+            return False
+        return True
 
     def rewind(self, step: int) -> None:
         """Drop what the run will write again when it continues after `step`; lines of other kinds stay."""

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from p828.config import Config
-from p828.errors import RunStopped, UserError
+from p828.errors import RunPaused, RunStopped, UserError
 from p828.train.lifeline import Lifeline, join_lifeline
 
 T = TypeVar("T")
-E = TypeVar("E", bound=UserError | RunStopped)
+E = TypeVar("E", bound=UserError | RunStopped | RunPaused)
 RECORDED_OPERATIONS = "1000"  # that PyTorch's flight recorder keeps
 AFTER_US = 60  # seconds that a collective operation may outlast our own time-out, which says more
 

@@ -19,6 +19,7 @@ from p828.train.engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from p828.train.metrics import Recorder
 from p828.train.ranks import Ranks, joined
 from p828.train.run_directory import TOKENIZER_FILE, open_run
+from p828.train.stop import noted_signals
 from p828.train.topology import check_topology
 from p828.train.trainer import Trainer
 
@@ -72,7 +73,8 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> 
                 _tell(trainer, run.damaged)
                 if run.newest is not None:
                     _tell(trainer, [*run.changes, f"resumed from step {trainer.progress.step}"])
-                trainer.run()
+                with noted_signals() as trainer.stop:
+                    trainer.run()
                 trainer.conclude()
 
 

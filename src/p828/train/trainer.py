@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from p828.config import Config
 from p828.config_values import to_dict
@@ -16,7 +16,7 @@ from p828.data.feed import training_rows
 from p828.data.loader import Batch, Loader
 from p828.data.mixture import merged
 from p828.data.tokenizer import Tokenizer
-from p828.errors import ReadFailed, RunStopped, UserError
+from p828.errors import ReadFailed, RunPaused, RunStopped, UserError
 from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
@@ -30,6 +30,7 @@ from p828.train.metrics import Recorder, balance_score
 from p828.train.ranks import Ranks
 from p828.train.run_directory import CHECKPOINTS, TOKENIZER_FILE, RunDirectory
 from p828.train.schedule import learning_rate
+from p828.train.stop import StopRequest
 
 NON_FINITE_LIMIT = 3  # steps in a row
 
@@ -99,7 +100,10 @@ class Trainer:
     recorder: Recorder
     console: Console
     ranks: Ranks = field(default_factory=Ranks)
+    stop: StopRequest = field(default_factory=StopRequest)
     progress: Progress = field(default_factory=Progress)
+    saved_step: int | None = None
+    """The newest checkpoint's."""
     memory_bytes: int = 0
     """Most that a rank has held so far."""
 
@@ -129,7 +133,8 @@ class Trainer:
     def fetch(self) -> tuple[list[Batch], Counts]:
         """This rank's micro-batches of the next step, and what those of all ranks hold.
 
-        When a rank cannot read its own, for now, the run is saved and RunStopped raised, on all of them.
+        When a rank cannot read its own, for now, or is asked to stop, the run is saved, and RunStopped or RunPaused
+        raised on all of them.
         """
         before, batches, failure = self.loader.state_dict(), [], ""
         try:
@@ -137,21 +142,30 @@ class Trainer:
         except ReadFailed as error:
             failure = str(error)
         own = Counts.of(batches, len(self.config.data.source_names))
-        numbers = (bool(failure), peak_memory(self.engine.device), *dataclasses.astuple(own)[:3], *own.by_source)
+        numbers = (
+            bool(failure),
+            bool(self.stop.reason),
+            peak_memory(self.engine.device),
+            *dataclasses.astuple(own)[:3],
+            *own.by_source,
+        )
         of_ranks = zip(*self.ranks.all(numbers), strict=True)
-        failures, memories, *counts = ([int(number) for number in numbers] for numbers in of_ranks)
+        failures, stops, memories, *counts = ([int(number) for number in numbers] for numbers in of_ranks)
         self.memory_bytes = max(memories)
-        if any(failures):
-            self.save(before)
-            failure = next(filter(None, self.ranks.gather(failure)))
-            raise self.ranks.everywhere(
-                RunStopped(
-                    f"{failure}\nThe run stops after step {self.progress.step}, which is saved; "
-                    "the same command goes on from there"
-                )
-            )
+        if any(failures) or any(stops):
+            self.pause(before, failure)
         targets, documents, cut_documents, *by_source = map(sum, counts)
         return batches, Counts(targets, documents, cut_documents, tuple(by_source))
+
+    def pause(self, position: dict[str, Any], failure: str) -> NoReturn:
+        """End after the last step, saved: by RunStopped after a failure on a rank, else by RunPaused."""
+        if self.saved_step != self.progress.step:
+            self.save(position, is_last=True)
+        failure, reason = (next(filter(None, self.ranks.gather(text)), "") for text in (failure, self.stop.reason))
+        where = f"after step {self.progress.step}, which is saved; the same command goes on from there"
+        if failure:
+            raise self.ranks.everywhere(RunStopped(f"{failure}\nThe run stops {where}"))
+        raise self.ranks.everywhere(RunPaused(f"stopped by {reason} {where}"))
 
     def is_done(self) -> bool:
         patience, progress = self.config.evaluation.patience, self.progress
@@ -246,8 +260,11 @@ class Trainer:
     def checkpoints(self) -> Path:
         return self.directory.path / CHECKPOINTS
 
-    def save(self, position: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint. `position` is the data's if that is not the one of the batch fetched last."""
+    def save(self, position: dict[str, Any] | None = None, is_last: bool = False) -> None:
+        """Write a checkpoint. `position` is the data's if that is not the one of the batch fetched last.
+
+        If that fails, as a later one may not, it is recorded and the run goes on. Raises UserError if it is the last.
+        """
         progress = self.progress
         state = {
             "progress": dataclasses.asdict(progress),
@@ -256,7 +273,16 @@ class Trainer:
             "versions": self.directory.versions,
             "tokenizer": self.tokenizer.fingerprint(),
         }
-        checkpoint.save(self.checkpoints, progress.step, self.engine.tensors(), state, self.ranks)
+        try:
+            checkpoint.save(self.checkpoints, progress.step, self.engine.tensors(), state, self.ranks)
+        except UserError as error:
+            if is_last or self.is_done():
+                raise
+            text = f"{error}. The run goes on; the newest checkpoint is of step {self.saved_step}"
+            self.recorder.write("event", progress.step, event="not_saved", text=text)
+            self.console.event(text)
+            return
+        self.saved_step = progress.step
         keep_last, best_step = self.config.checkpoint.keep_last, progress.best_step
         self.ranks.first(lambda: checkpoint.prune(self.checkpoints, keep_last, best_step))
 
@@ -267,6 +293,7 @@ class Trainer:
                 raise UserError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
             self.loader.load_state_dict(saved.state["data"])
             self.progress = Progress(**saved.state["progress"])
+            self.saved_step = self.progress.step
         with checkpoint.opened(path) as saved:
             self.engine.load_tensors(saved.tensors)
 
