@@ -4,20 +4,21 @@ import importlib
 import os
 import sys
 
-from p828.errors import RunStopped, UserError, nearest
+from p828.errors import RunPaused, RunStopped, UserError, nearest
 
 COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",
     "prepare": "tokenize a source once, into files that training reads",
     "generate": "continue prompts with a trained model",
     "evaluate": "loss, perplexity and bits per byte of a trained model",
+    "prove-resume": "whether a run that is killed and resumed is the run that was not",
     "bench": "how fast this machine trains, beside other libraries",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main() -> None:
-    """Exit code 0: done; 1: the run's own guard ended it; 2: wrong input; 130: Ctrl-C."""
+    """Exit code 0: done, or saved and ended when asked to; 1: ended by its own guard; 2: wrong input; 130: Ctrl-C."""
     # DeepSpeed's launcher puts it before everything else; the environment says the same.
     sys.exit(dispatch([argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]))
 
@@ -31,10 +32,12 @@ def dispatch(arguments: list[str]) -> int:
         if command not in COMMANDS:
             raise UserError(f"no command {command!r}{nearest(command, COMMANDS)} Commands: {', '.join(COMMANDS)}")
         # Imported here, since most commands import torch, which takes seconds.
-        importlib.import_module(f"p828.cli.{command}").run(rest)
+        importlib.import_module(f"p828.cli.{command.replace('-', '_')}").run(rest)
     except (UserError, RunStopped) as error:
         _tell(error, error.is_everywhere)
         return 2 if isinstance(error, UserError) else 1
+    except RunPaused as paused:
+        _tell(paused, paused.is_everywhere)
     except KeyboardInterrupt:
         _tell("interrupted", is_everywhere=True)
         return INTERRUPTED

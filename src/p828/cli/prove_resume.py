@@ -1,0 +1,88 @@
+"""`p828 prove-resume`: show that a run of this configuration survives being killed."""
+
+import shutil
+from pathlib import Path
+
+from p828 import config as configuration
+from p828.cli.configuration import read_configuration
+from p828.config import Config
+from p828.errors import RunStopped, UserError
+
+USAGE = "p828 prove-resume CONFIG [--kills N] [--ranks N [--resume-ranks N,N,...]] [--section.key VALUE ...]"
+OWN = ("--kills", "--ranks", "--resume-ranks")
+KILLS = 3
+TOLERANCE = 0.01  # nats between losses whose sums were in another order; in float32 some 1e-6
+
+
+def run(arguments: list[str]) -> None:
+    own, flags = _own_flags(arguments)
+    config = read_configuration(flags, USAGE, _describe, others=OWN)
+    kills, ranks = _whole(own, "--kills", KILLS, 2), _whole(own, "--ranks", 0, 1)
+    ranks_after = [_number("--resume-ranks", text, 1) for text in own.get("--resume-ranks", "").split(",") if text]
+    if ranks_after and not ranks:
+        raise UserError("--resume-ranks: accepted with --ranks")
+    if ranks and config.engine != "deepspeed":
+        raise UserError(f'--ranks {ranks}: accepted with --engine deepspeed; engine = "{config.engine}"')
+    micro_batches = config.train.gradient_accumulation * ranks
+    for number in ranks_after:
+        if micro_batches % number:
+            raise UserError(f"--resume-ranks {number}: a divisor of a step's {micro_batches} micro-batches is accepted")
+    _prove(config, kills, ranks, ranks_after)
+
+
+def _prove(config: Config, kills: int, ranks: int, ranks_after: list[int]) -> None:
+    from p828.train.proof import Proof, shortened  # imports torch
+
+    directory = (Path(config.runs_dir) / f"{config.name}-prove-resume").absolute()
+    if directory.exists():
+        raise UserError(f"{directory} is left from another proof: look at it and remove it")
+    directory.mkdir(parents=True)
+    proof = Proof(shortened(config, directory), directory, kills, ranks, ranks_after)
+    proof.run()
+    saving = f"{kills} kills, {proof.kills_while_saving} of them while a checkpoint was written"
+    if set(ranks_after) <= {ranks}:
+        difference = proof.difference()
+        verdict = f"the same, bit for bit, through {saving}: weights, optimizer, bias, random states, data, records"
+    else:
+        distance, difference = proof.distance()
+        if difference is None and distance > TOLERANCE:
+            difference = f"losses are up to {distance:.2g} nats apart"
+        verdict = f"the same data in the same order, and losses at most {distance:.2g} nats apart, through {saving}"
+    if difference is not None:
+        raise RunStopped(f"NOT the same, through {saving}: {difference}\nBoth runs are in {directory}")
+    shutil.rmtree(directory)
+    print(verdict)
+
+
+def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """What is given for the command's own flags, and the other arguments."""
+    own: dict[str, str] = {}
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") in OWN:
+            own[name.replace("_", "-")] = value if equals else next(rest, "")
+        else:
+            others.append(argument)
+    return own, others
+
+
+def _whole(own: dict[str, str], name: str, default: int, lowest: int) -> int:
+    return _number(name, own[name], lowest) if name in own else default
+
+
+def _number(name: str, text: str, lowest: int) -> int:
+    if not text.isdecimal() or int(text) < lowest:
+        raise UserError(f"{name} {text}: a whole number of at least {lowest} is accepted")
+    return int(text)
+
+
+def _describe(default: Config) -> str:
+    return (
+        f"{USAGE}\n\nCONFIG is a preset ({', '.join(configuration.preset_names())}) or a .toml file. Trains a short "
+        f"run at once, and again through kills (--kills, {KILLS} unless given) at random moments, resumed after each; "
+        "then compares every bit of weights, optimizer, bias, random states, place in the data and records. With "
+        "--ranks and --engine deepspeed both run on so many processes; resumed on other numbers of them "
+        "(--resume-ranks), data is compared exactly and losses within a tolerance. Exit code 1 if they differ."
+    )

@@ -1,0 +1,130 @@
+"""Proving that a run which is killed and resumed is the run that was not."""
+
+import dataclasses
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import tomli_w
+
+from p828.config import Config
+from p828.config_values import to_dict
+from p828.errors import RunStopped
+from p828.train import metrics
+from p828.train.comparison import distance_of_losses, first_difference
+from p828.train.run_directory import CHECKPOINTS
+
+STEPS, CHECKPOINTS_IN_ALL, EVALUATIONS = 60, 12, 3
+LOOK_EVERY = 0.005  # seconds
+SAVING_SHARE = 3  # every so many kills is meant for a moment in which a checkpoint is written
+LAST_LINES = 8
+
+
+def shortened(config: Config, directory: Path) -> Config:
+    """The run with at most `STEPS` steps and checkpoints every few of them; on a GPU, only what repeats bit for bit."""
+    steps = min(config.train.steps, STEPS)
+    return dataclasses.replace(
+        config,
+        runs_dir=str(directory),
+        train=dataclasses.replace(config.train, steps=steps, deterministic=True),
+        evaluation=dataclasses.replace(config.evaluation, every=max(steps // EVALUATIONS, 1), bigram_baseline=False),
+        checkpoint=dataclasses.replace(config.checkpoint, every=max(steps // CHECKPOINTS_IN_ALL, 1)),
+        wandb=dataclasses.replace(config.wandb, mode="off"),
+    )
+
+
+class Proof:
+    """A run trained at once, and the same one through `kills`, in `directory`.
+
+    With `ranks` above 0 they run under a launcher with so many processes, and the killed one is resumed on each of
+    `ranks_after` in turn.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        kills: int,
+        ranks: int = 0,
+        ranks_after: Sequence[int] = (),
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        self.config, self.directory, self.kills, self.tell = config, directory, kills, tell
+        self.ranks, self.ranks_after = ranks, list(ranks_after) or [ranks]
+        self.kills_while_saving = 0
+        self._draw = random.Random()
+
+    def run(self) -> None:
+        """Train both. Raises RunStopped, with what was said, if one fails by itself."""
+        started = time.perf_counter()
+        self._finish(self._start("whole", self.ranks))
+        self.tell(f"trained {self.config.train.steps} steps at once in {time.perf_counter() - started:.1f} s")
+        for number in range(self.kills):
+            ranks = self.ranks if number == 0 else self.ranks_after[(number - 1) % len(self.ranks_after)]
+            process = self._start("killed", ranks)
+            last = self.config.train.steps
+            until = self._draw.randrange(last * number // self.kills, max(last * (number + 1) // self.kills, 1))
+            self._kill(process, until, is_for_saving=number % SAVING_SHARE == SAVING_SHARE - 1)
+            self.tell(f"kill {number + 1} of {self.kills}: at step {self._step()} of {last}")
+        self._finish(self._start("killed", self.ranks_after[(self.kills - 1) % len(self.ranks_after)]))
+
+    def difference(self) -> str | None:
+        """In words, the first thing in which the two differ by a bit; None if they are the same."""
+        return first_difference(self.directory / "whole", self.directory / "killed")
+
+    def distance(self) -> tuple[float, str | None]:
+        """`distance_of_losses` of the two."""
+        return distance_of_losses(self.directory / "whole", self.directory / "killed")
+
+    def _start(self, name: str, ranks: int) -> subprocess.Popen[bytes]:
+        accumulation = self.config.train.gradient_accumulation
+        if ranks:
+            accumulation = accumulation * max(self.ranks, 1) // ranks
+        train = dataclasses.replace(self.config.train, gradient_accumulation=accumulation)
+        path = self.directory / f"{name}.toml"
+        path.write_text(tomli_w.dumps(to_dict(dataclasses.replace(self.config, name=name, train=train))))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+        with (self.directory / "said.txt").open("wb") as said:
+            return subprocess.Popen(
+                [sys.executable, *launcher, "-m", "p828", "train", str(path)],
+                stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+            )  # fmt: skip
+
+    def _finish(self, process: subprocess.Popen[bytes]) -> None:
+        if process.wait():
+            said = (self.directory / "said.txt").read_text(errors="replace").splitlines()
+            raise RunStopped("a run of the proof ended by itself:\n" + "\n".join(said[-LAST_LINES:]))
+
+    def _kill(self, process: subprocess.Popen[bytes], until: int, is_for_saving: bool) -> None:
+        """`kill -9` some random moment after a step, or while the run writes its next checkpoint.
+
+        Raises RunStopped if it ends before.
+        """
+        while process.poll() is None and self._step() < until:
+            time.sleep(LOOK_EVERY)
+        if is_for_saving:
+            checkpoints = self.directory / "killed" / CHECKPOINTS
+            while process.poll() is None and not any(checkpoints.glob(".step_*.tmp/*")):
+                time.sleep(LOOK_EVERY / 5)
+        else:
+            time.sleep(self._draw.random() * 0.05)
+        if process.poll() is None:
+            launcher = psutil.Process(process.pid)
+            for each in (*launcher.children(recursive=True), launcher):
+                each.kill()
+        elif process.returncode:
+            self._finish(process)
+        process.wait()
+        found = self.directory / "killed" / CHECKPOINTS
+        self.kills_while_saving += any(found.glob(".step_*.tmp"))
+
+    def _step(self) -> int:
+        """The last one in the killed run's records."""
+        records = self.directory / "killed" / metrics.FILE_NAME
+        if not records.exists():
+            return 0
+        return max((line["step"] for line in metrics.read(records) if line["kind"] == "step"), default=0)
