@@ -35,7 +35,8 @@ import torch.distributed
 from p828.cli.main import dispatch
 
 code = dispatch(sys.argv[1:])
-print(code, "still in a group" if torch.distributed.is_initialized() else "on its own", flush=True)
+where = "still in a group" if torch.distributed.is_initialized() else "on its own"
+sys.stdout.write(f"{code} {where}\\n")  # at once: all ranks share it
 """
 NO_DATA = ("--data.files", "none/*.txt")
 NO_NUMBERS = ("--optimizer.learning-rate", "1e30")
