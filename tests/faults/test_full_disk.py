@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_resume import assert_same_run
 
 from p828.train import checkpoint, metrics
 from runs import p828, start, wait_for_step, write_toml
+from same_run import assert_same_run
 
 MEGABYTE = 2**20
 

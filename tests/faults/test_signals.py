@@ -5,10 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from test_resume import assert_same_run
 
 from p828.train import checkpoint
 from runs import p828, start, wait_for_step, write_toml
+from same_run import assert_same_run
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,6 +1,5 @@
 """Training 2N steps equals training N, dying, and going on: bit for bit on a CPU."""
 
-import json
 import random
 import re
 import signal
@@ -11,35 +10,9 @@ import pytest
 import torch
 
 from p828.cli.main import dispatch
-from p828.train import checkpoint, metrics
+from p828.train import metrics
 from runs import p828, start, wait_for_step, write_text, write_toml
-
-KEPT = ("loss", "grad_norm", "lr", "tokens", "load", "balance", "perplexity")
-
-
-def final_state(run: Path, step: int) -> checkpoint.Checkpoint:
-    return checkpoint.load(run / "checkpoints" / f"step_{step:08}")
-
-
-def assert_same_run(first: Path, second: Path, step: int) -> None:
-    """The same weights, optimizer, bias, random states, data position and records."""
-    ours, theirs = final_state(first, step), final_state(second, step)
-    for part in ("model", "optimizer", "random"):
-        assert ours.tensors[part].keys() == theirs.tensors[part].keys()
-        for name, tensor in ours.tensors[part].items():
-            assert torch.equal(tensor, theirs.tensors[part][name]), f"{part}: {name}"
-    assert ours.state["progress"] == theirs.state["progress"]
-    assert ours.state["data"] == theirs.state["data"]
-    assert records(first) == records(second)
-
-
-def records(run: Path) -> list[tuple[object, ...]]:
-    """Everything recorded but times, memory and events."""
-    lines = [line for line in metrics.read(run / "metrics.jsonl") if line["kind"] in ("step", "eval", "sample")]
-    return [
-        (line["kind"], line["step"], json.dumps({k: v for k, v in line.items() if k in KEPT or line["kind"] != "step"}))
-        for line in lines
-    ]
+from same_run import assert_same_run, final_state, records
 
 
 def test_two_resumes_equal_an_uninterrupted_run(tmp_path: Path) -> None:
