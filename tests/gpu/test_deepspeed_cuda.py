@@ -9,6 +9,7 @@ from p828.train import checkpoint, metrics
 from runs import p828, write_text, write_toml
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 STEPS = 8
 # bfloat16 arithmetic: a step's rounding, 2^-9 of each product, leads the two runs apart by some hundredths of a nat.
 TOLERANCE = 0.05
