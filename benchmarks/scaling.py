@@ -129,12 +129,12 @@ def work(job: dict[str, Any], result: Path) -> None:
         run()
         in_a_step = dict(passed)
         seconds = statistics.median(step_seconds(run, job["steps"], engine.device))
-        memory = max(row[0] for row in ranks.all([peak_memory(engine.device)]))
+        seconds, memory = map(max, zip(*ranks.all([seconds, peak_memory(engine.device)]), strict=True))
         is_gpu = engine.device.type == "cuda"
         busy = occupation(run) if is_gpu else None
         if ranks.is_first:
             found = {
-                "seconds": max(row[0] for row in [[seconds]]),
+                "seconds": seconds,
                 "first_step_seconds": first,
                 "memory_bytes": memory,
                 "passed_bytes": in_a_step,

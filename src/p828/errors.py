@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Whether all ranks of a run end with this very error, so that one of them need show it."""
 
 
+class OneRanksError(UserError):
+    """What only one of the ranks on a machine may see, before they know of each other."""
+
+
 class RunStopped(Exception):
     """A run that ended by its own guard (three non-finite steps, say): shown as one line, exit code 1."""
 

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from p828.errors import RunPaused, RunStopped, UserError, nearest
+from p828.errors import OneRanksError, RunPaused, RunStopped, UserError, nearest
 
 COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",
@@ -34,7 +34,10 @@ def dispatch(arguments: list[str]) -> int:
         # Imported here, since most commands import torch, which takes seconds.
         importlib.import_module(f"p828.cli.{command.replace('-', '_')}").run(rest)
     except (UserError, RunStopped) as error:
-        _tell(error, error.is_everywhere)
+        if isinstance(error, OneRanksError):
+            print(f"p828: {error}", file=sys.stderr)
+        else:
+            _tell(error, error.is_everywhere)
         return 2 if isinstance(error, UserError) else 1
     except RunPaused as paused:
         _tell(paused, paused.is_everywhere)

@@ -81,15 +81,17 @@ def save(
     sizes = [_bytes(value) for part in tensors.values() for value in part.values()]
     needed = len(state_text) + sum(ranks.gather(sum(sizes)))
     ranks.first(lambda: _refusals(final, needed, lambda: _begin(temporary)))
+    failure: UserError | None = None
     try:
         with ranks.agreed():
             files = _refusals(final, needed, lambda: _write_own(temporary, tensors, ranks))
-        of_ranks = ranks.gather(files)
-        described = {name: about for files in of_ranks for name, about in files.items()}
+        described = {name: about for files in ranks.gather(files) for name, about in files.items()}
         ranks.first(lambda: _refusals(final, needed, lambda: _complete(temporary, final, step, state_text, described)))
-    finally:
-        if ranks.is_first:
-            _refusals(final, needed, lambda: _recover(directory))
+    except UserError as error:  # all ranks have it
+        failure = error
+    ranks.first(lambda: _refusals(final, needed, lambda: _recover(directory)))
+    if failure is not None:
+        raise failure
     return final
 
 

@@ -74,20 +74,30 @@ class Lifeline:
     def progressed(self) -> None:
         self._last_progress, self._has_asked = time.monotonic(), False
 
-    def failed(self, error: BaseException) -> None:
-        """Let rank 0 say why this rank ends. An error that it has told is marked so."""
+    def failed(self, error: BaseException) -> int | None:
+        """Have it said why this rank ends. On rank 0, where that is done now, the exit code to end with.
+
+        Elsewhere rank 0 says it; an error that it has told is marked so.
+        """
         is_ours = isinstance(error, UserError | RunStopped)
         if not is_ours and not isinstance(error, KeyboardInterrupt):
             # It may be that another rank died during an operation. Then the thread ends this process.
             self._thread.join(MOURN_WITHIN)
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UserError) else 1
         if self.rank:
-            code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
             text = str(error) if is_ours else "".join(traceback.format_exception_only(error)).strip()
             self.peers[0].send(failed=text, code=code)
             self._has_failed = True
             error.is_everywhere = is_ours or code == INTERRUPTED  # type: ignore[attr-defined]
+            return None
+        # Before the others end: a launcher that sees one end may end this process, too.
+        if is_ours or code == INTERRUPTED:
+            print(f"p828: {error if is_ours else 'interrupted'}", file=sys.stderr, flush=True)
         else:
-            self._end_others()
+            traceback.print_exception(error)
+            print(f"p828: {self._name(0)} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        self._end_others(code)
+        return code
 
     def close(self) -> None:
         """Leave, without alarm unless this rank has failed."""
@@ -137,8 +147,7 @@ class Lifeline:
 
     def _mourn(self, peer: "_Peer") -> None:
         """Name the rank whose connection closed without a farewell, once, and end."""
-        about = self.abouts[peer.rank]
-        who = f"rank {peer.rank} ({about['host']}, process {about['pid']})"
+        who = self._name(peer.rank)
         if peer.code == INTERRUPTED:
             text = "interrupted"
         elif peer.reason:
@@ -149,6 +158,9 @@ class Lifeline:
             print(f"p828: {text}", file=sys.stderr, flush=True)
         self._end_others(peer.code)
         _exit(peer.code)
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} ({self.abouts[rank]['host']}, process {self.abouts[rank]['pid']})"
 
     def _end_others(self, code: int = 1) -> None:
         for peer in self.peers:
@@ -162,15 +174,15 @@ class Lifeline:
 
     def _give_up(self) -> None:
         """End without rank 0, which hangs with all its threads. Each rank adds its own stack to the file."""
-        stack, about = stacks(), self.abouts[0]
+        stack = stacks()
         with self.report.open("a", encoding="utf-8") as file:
             file.write(f"rank {self.rank}\n{stack}\n\n")
         # A launcher ends the others as soon as one has ended: first all write, then rank 1 speaks and ends.
         time.sleep(2 * LOOK_EVERY if self.rank == 1 else ANSWER_WITHIN)
         if self.rank == 1:
             print(
-                f"p828: no progress for {self.timeout:g} s, and no answer from rank 0 ({about['host']}, process "
-                f"{about['pid']}); the run ends. Where the others are: {self.report}\n  rank 1: {_where(stack)}",
+                f"p828: no progress for {self.timeout:g} s, and no answer from {self._name(0)}; the run ends. "
+                f"Where the others are: {self.report}\n  rank 1: {_where(stack)}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -206,6 +218,7 @@ class _Peer:
         self.has_left = self.is_closed = False
         self.reason, self.code, self.stack = "", 1, ""
         self._rest = b""
+        self._sending = threading.Lock()
         connection.settimeout(ANSWER_WITHIN)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in KEEPALIVE:
@@ -213,7 +226,8 @@ class _Peer:
 
     def send(self, **message: Any) -> None:
         try:
-            self.connection.sendall(json.dumps(message).encode() + b"\n")
+            with self._sending:
+                self.connection.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
             self.is_closed = True  # it is gone; whoever reads the connection says so
 
@@ -271,7 +285,9 @@ def _accept(server: socket.socket, count: int, token: str) -> Iterator[_Peer]:
     while count:
         connection, _ = server.accept()
         peer = _Peer(connection, -1)
-        messages = peer.receive()
+        messages: list[dict[str, Any]] = []
+        while not messages and not peer.is_closed:
+            messages = peer.receive()
         if messages and hmac.compare_digest(str(messages[0].get("token")), token):
             peer.rank, count = messages[0]["rank"], count - 1
             yield peer

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from p828.config import Config
-from p828.errors import RunPaused, RunStopped, UserError
+from p828.errors import OneRanksError, RunPaused, RunStopped, UserError
 from p828.train.lifeline import Lifeline, join_lifeline
 
 T = TypeVar("T")
@@ -139,7 +139,9 @@ def joined(config: Config) -> Iterator[Ranks]:
             yield ranks
         except BaseException as error:
             if ranks.lifeline is not None and not getattr(error, "is_everywhere", False):
-                ranks.lifeline.failed(error)
+                code = ranks.lifeline.failed(error)
+                if code is not None:
+                    raise SystemExit(code) from None
             raise
         finally:
             if ranks.lifeline is not None:
@@ -163,7 +165,7 @@ def _own_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise UserError(
+        raise OneRanksError(
             f"LOCAL_RANK = {local_rank}: {socket.gethostname()} shows {torch.cuda.device_count()} GPUs to PyTorch, "
             "and every process needs one of its own"
         )

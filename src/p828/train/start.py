@@ -51,7 +51,7 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> 
     with open_run(config, ranks) as run, Recorder(run.path, config, is_quiet) as recorder:
         first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
         with Console(run.path, config.train.steps, first_step, is_quiet=is_quiet) as console:
-            ranks.first(lambda: _tokenizer(config, console))  # the others wait, and find it in the run's directory
+            ranks.first(lambda: _make_tokenizer(config, console))  # the others wait, and find it in the run's directory
             with ranks.agreed():
                 tokenizer = _tokenizer(config, console)
                 _check_prompts(config, tokenizer)
@@ -86,6 +86,10 @@ def _engine(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, co
     for line in check_topology(ranks, engine.device, parameters, engine.reduced_dtype, engine.reductions):
         console.event(line)
     return engine
+
+
+def _make_tokenizer(config: Config, console: Console) -> None:
+    _tokenizer(config, console)
 
 
 def _tokenizer(config: Config, console: Console) -> Tokenizer:

@@ -4,12 +4,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+A_MOMENT = 2.0  # seconds
 SHOW_CURSOR = "\x1b[?25h"  # the progress bar hides it
 
 
@@ -18,13 +20,15 @@ class StopRequest:
     """What has asked the run to end, if anything has."""
 
     reason: str = ""
+    time: float = 0.0
 
 
 @contextmanager
 def noted_signals() -> Iterator[StopRequest]:
     """In the block, the first SIGINT or SIGTERM is noted, so that the run ends where it can be saved.
 
-    A second one ends the process at once, with the exit code that a shell gives it.
+    A second one ends the process at once, with the exit code that a shell gives it. Of two different ones in a moment
+    the second is the launcher's, which passes on what the terminal has sent to all.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
@@ -32,11 +36,14 @@ def noted_signals() -> Iterator[StopRequest]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
         if request.reason:
+            if name != request.reason and now - request.time < A_MOMENT:
+                return
             if sys.stdout.isatty():
                 os.write(sys.stdout.fileno(), SHOW_CURSOR.encode())
             os._exit(128 + number)
-        request.reason = signal.Signals(number).name
+        request.reason, request.time = name, now
 
     before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
