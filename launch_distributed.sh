@@ -3,11 +3,20 @@
 #
 #   bash launch_distributed.sh CONFIG [--section.key VALUE ...]
 #
-# GPUS sets how many of this machine's. For several machines run it on each, with the same NNODES and MASTER_ADDR (the
+# GPUS sets how many of those that PyTorch sees. For several machines run it on each, with the same NNODES and MASTER_ADDR (the
 # first one's name) and a NODE_RANK of its own from 0 on; `srun bash launch_distributed.sh ...` with one task a node
 # takes all three from SLURM. PYTHON names the interpreter that has p828.
 set -euo pipefail
-gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+python=${PYTHON:-python3}
+if [ $# -eq 0 ] || [[ $1 == -* ]]; then
+    echo "usage: bash launch_distributed.sh CONFIG [--section.key VALUE ...]" >&2
+    exit 2
+fi
+gpus=${GPUS:-$("$python" -c "import torch; print(torch.cuda.device_count())")}
+if [ "$gpus" -lt 1 ]; then
+    echo "launch_distributed.sh: PyTorch sees no GPU here; GPUS sets how many processes to start" >&2
+    exit 2
+fi
 nodes=${NNODES:-${SLURM_NNODES:-1}}
 if [ "$nodes" -gt 1 ]; then
     where=(
@@ -18,5 +27,5 @@ if [ "$nodes" -gt 1 ]; then
 else
     where=(--standalone)
 fi
-exec "${PYTHON:-python3}" -m torch.distributed.run "${where[@]}" --nproc-per-node "$gpus" \
+exec "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$gpus" \
     -m p828 train "$@" --engine deepspeed

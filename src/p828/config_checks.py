@@ -97,6 +97,11 @@ def check_run(config: Config) -> None:
     check_data(data)
     if config.deepspeed.config and config.engine == "plain":
         raise UserError(f'deepspeed.config = "{config.deepspeed.config}": accepted with engine = "deepspeed"')
+    if config.engine == "deepspeed" and config.optimizer.moment_dtype == "bfloat16":
+        raise UserError(
+            'optimizer.moment_dtype = "bfloat16": with engine = "deepspeed", "auto" or "float32" is accepted, '
+            "which are both float32"
+        )
     check_deepspeed(config.deepspeed)
     shortest, longest = config.prepare.min_characters, config.prepare.max_characters
     if 0 < longest < shortest:

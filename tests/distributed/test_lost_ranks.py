@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from launch import ENDLESS, Launch, cases, config_that_reads_on, launched, the_message, told
+from launch import ENDLESS, Launch, cases, config_that_reads_on, launched, the_message, told, torchrun
 
 from p828.train.lifeline import FILE_NAME
 
@@ -97,3 +97,33 @@ def test_where_all_ranks_wait_for_data_that_does_not_come(tmp_path: Path) -> Non
         assert re.search(rf"^  rank {rank}: {PLACE}$", report, re.MULTILINE)
         assert has_stack(report, rank)
     assert len(re.findall(r'files\.py", line \d+ in documents', report)) == 2
+
+
+RANK_0_FAILS = """
+import os
+import sys
+from p828.cli.main import dispatch
+from p828.train.engine_deepspeed import DeepSpeedEngine
+
+step = DeepSpeedEngine.step
+
+def fail_in_the_third(self, learning_rate):
+    if self._updates == 2 and os.environ["RANK"] == "0":
+        raise RuntimeError("made up")
+    return step(self, learning_rate)
+
+DeepSpeedEngine.step = fail_in_the_third
+sys.exit(dispatch(sys.argv[1:]))
+"""
+
+
+def test_when_rank_0_alone_fails_it_says_why_before_it_is_ended(config: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(RANK_0_FAILS)
+    with launched(config, tmp_path / "runs" / "fails", 1, 2, launcher=torchrun(2, str(script))) as launch:
+        code, _, err = launch.end(A_MINUTE)
+    assert code != 0
+    (message,) = (line for line in err.splitlines() if line.startswith("p828: "))
+    assert re.fullmatch(r"p828: rank 0 \(.+, process \d+\) failed: RuntimeError: made up", message)
+    assert err.count("Traceback (most recent call last):\n  File") >= 1
+    assert "in fail_in_the_third" in err

@@ -1,12 +1,15 @@
 """A run of several ranks is a run like any other, under either launcher."""
 
+import os
 import re
 import socket
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import Run, assert_same_training, launched, records, told, torchrun
+from launch import MICRO_BATCHES, WITHIN, Run, assert_same_training, flags_of, launched, records, told, torchrun
 
 from p828.cli.main import dispatch
 
@@ -26,6 +29,42 @@ def test_evaluate_and_generate_read_it(whole: Run, capsys: pytest.CaptureFixture
         assert dispatch(["generate", str(of_run), *arguments]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != "\n"
+
+
+def test_a_step_that_changes_with_the_ranks_is_told(config: Path, whole: Run, copied: Callable[[Path], Path]) -> None:
+    run = copied(whole(1, 2))
+    more = ["--train.steps", "21", "--schedule.kind", "constant"]
+    with launched(config, run, 1, 1, *more, "--train.gradient-accumulation", str(MICRO_BATCHES // 2)) as launch:
+        code, out, err = launch.end()
+    assert code == 0, err
+    assert "ranks = 2, now 1: a step had 8 rows, and has 4; --train.gradient-accumulation 4 keeps that" in out
+
+
+def launch_script(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"GPUS": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).parents[2] / "launch_distributed.sh"
+    return subprocess.run(
+        ["bash", str(script), *arguments],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=WITHIN,
+    )
+
+
+@pytest.mark.long
+def test_the_launch_script(config: Path, whole: Run, tmp_path: Path) -> None:
+    done = launch_script(tmp_path, str(config), *flags_of(1, 2))
+    assert done.returncode == 0, done.stderr
+    assert_same_training(tmp_path / "runs" / "tiny", whole(None, 1))
+
+
+def test_the_launch_script_without_a_configuration(tmp_path: Path) -> None:
+    for arguments in ((), ("--train.steps", "3")):
+        done = launch_script(tmp_path, *arguments)
+        assert done.returncode == 2
+        assert done.stderr == "usage: bash launch_distributed.sh CONFIG [--section.key VALUE ...]\n"
 
 
 # Ends well in any case: a launcher ends the other ranks as soon as one has failed.

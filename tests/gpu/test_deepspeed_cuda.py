@@ -1,5 +1,8 @@
 """Training through DeepSpeed on GPUs: on one beside the plain engine, and on two beside one."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,12 @@ def test_two_gpus_beside_one_and_resumed_on_one(
     saved = checkpoint.load(toml.parent / "runs" / name / "checkpoints" / f"step_{STEPS // 2:08}")
     bias = saved.tensors["model"]["model.layers.0.mlp.gate.e_score_correction_bias"]
     assert bias.dtype == torch.float32
+
+
+def test_a_rank_without_a_gpu_says_so(toml: Path) -> None:
+    rank = str(torch.cuda.device_count())
+    environment = os.environ | {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": str(int(rank) + 1)}
+    command = [sys.executable, "-m", "p828", "train", str(toml), "--engine", "deepspeed"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"p828: LOCAL_RANK = {rank}: ")

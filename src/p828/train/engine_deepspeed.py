@@ -48,6 +48,7 @@ def check_deepspeed(config: Config, ranks: Ranks) -> DeepSpeedSettings:
             f"engine = \"deepspeed\": {error.name} is not installed: pip install 'p828[deepspeed]'"
         ) from None
     dtype = pick_dtype(config.train.dtype, device)
+    check_widths(config, device, dtype)
     settings = deepspeed_settings(config, str(dtype).removeprefix("torch."), ranks.size)
     try:
         DeepSpeedZeroConfig(**settings.values["zero_optimization"])
@@ -65,7 +66,6 @@ class DeepSpeedEngine:
         self.config, self.ranks, self.stage = config, ranks, settings.stage
         self.device = pick_device(config.train.device)
         self.dtype = pick_dtype(config.train.dtype, self.device)
-        check_widths(config, self.device, self.dtype)
         torch.manual_seed(config.train.seed + ranks.rank)  # for dropout; a resume brings the state back
         self._accumulation = config.train.gradient_accumulation
         self._done = 0  # micro-batches of the step

@@ -65,14 +65,13 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> 
                 engine = _engine(config, ranks, settings, console)
                 trainer = Trainer(config, run, tokenizer, loader, validation, engine, recorder, console, ranks)
                 console.print(_describe(config, engine, ranks, settings))
-                if run.newest is not None:
-                    trainer.resume(run.newest)
+                changes = [] if run.newest is None else [*run.changes, *trainer.resume(run.newest)]
                 with ranks.agreed():
                     loader.start()
                 run.keep()
                 _tell(trainer, run.damaged)
                 if run.newest is not None:
-                    _tell(trainer, [*run.changes, f"resumed from step {trainer.progress.step}"])
+                    _tell(trainer, [*changes, f"resumed from step {trainer.progress.step}"])
                 with noted_signals() as trainer.stop:
                     trainer.run()
                 trainer.conclude()

@@ -184,11 +184,12 @@ def _named(links: Links, kind: str) -> str:
 
 def _fewer_sums(reductions: int) -> str:
     """What of ours to set. From ZeRO stage 2 on every micro-batch is summed over ranks, so more of them do not help."""
-    if reductions > 1:
-        fewer = f"--deepspeed.stage 1 (one sum a step instead of {reductions}) if it fits"
-    else:
-        fewer = "a higher --train.gradient-accumulation (one sum for more tokens)"
-    return f"{fewer}, a lower --deepspeed.reduce-bucket-size (sums begin earlier in the backward pass)"
+    if reductions == 1:
+        return "a higher --train.gradient-accumulation (one sum for more tokens)"
+    return (
+        f"--deepspeed.stage 1 (one sum a step instead of {reductions}) if it fits, a lower "
+        "--deepspeed.reduce-bucket-size (sums begin earlier in the backward pass)"
+    )
 
 
 def _variables(kind: str) -> str:

@@ -272,6 +272,7 @@ class Trainer:
             "config": to_dict(self.config),
             "versions": self.directory.versions,
             "tokenizer": self.tokenizer.fingerprint(),
+            "ranks": self.ranks.size,
         }
         try:
             checkpoint.save(self.checkpoints, progress.step, self.engine.tensors(), state, self.ranks)
@@ -286,8 +287,11 @@ class Trainer:
         keep_last, best_step = self.config.checkpoint.keep_last, progress.best_step
         self.ranks.first(lambda: checkpoint.prune(self.checkpoints, keep_last, best_step))
 
-    def resume(self, path: Path) -> None:
-        """Go back to where a checkpoint was made. Raises UserError if it was made with another tokenizer."""
+    def resume(self, path: Path) -> list[str]:
+        """Go back to where a checkpoint was made. Raises UserError if it was made with another tokenizer.
+
+        What of the step changes with the number of ranks, a line for it.
+        """
         with checkpoint.opened(path) as saved, self.ranks.agreed():
             if saved.state["tokenizer"] != self.tokenizer.fingerprint():
                 raise UserError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
@@ -296,6 +300,19 @@ class Trainer:
             self.saved_step = self.progress.step
         with checkpoint.opened(path) as saved:
             self.engine.load_tensors(saved.tensors)
+        return self.changed_step(saved.state)
+
+    def changed_step(self, state: dict[str, Any]) -> list[str]:
+        """Whether a step has as many rows as in the state of a checkpoint from another number of ranks."""
+        before, ranks = state["config"]["train"], state.get("ranks", 1)
+        rows_before = before["micro_batch_size"] * before["gradient_accumulation"] * ranks
+        now, size = self.config.train, self.ranks.size
+        rows = now.micro_batch_size * now.gradient_accumulation * size
+        if ranks == size or rows == rows_before:
+            return []
+        accumulation, rest = divmod(rows_before, now.micro_batch_size * size)
+        text = f"ranks = {ranks}, now {size}: a step had {rows_before:,} rows, and has {rows:,}"
+        return [text + (f"; --train.gradient-accumulation {accumulation} keeps that" if not rest else "")]
 
     def conclude(self) -> None:
         """Say what came out: losses, the bigram baseline, samples, and where the run is."""
