@@ -42,7 +42,7 @@ def test_what_two_ranks_pass_to_collective_operations(tmp_path: Path, stage: int
     reduced, gathered = {
         0: ({"all_reduce": size}, 0),
         1: ({"reduce": size}, size),
-        2: ({"all_reduce": ACCUMULATION * size}, size),
+        2: ({"reduce": ACCUMULATION * size}, size),
         # A layer stays between forward and backward pass, as the model is far below stage3_max_live_parameters.
         3: ({"reduce_scatter_tensor": ACCUMULATION * size}, ACCUMULATION * size),
     }[stage]

@@ -16,7 +16,7 @@ def test_ranks_train_as_one_device_does(whole: Run, stage: int, ranks: int) -> N
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bfloat16_learns_and_keeps_the_bias_in_float32(tmp_path: Path, stage: int) -> None:
     rate = 2.0**-10  # sums of it are exact
     config = write_config(tmp_path, train={"dtype": "bfloat16"}, balance={"update_rate": rate})

@@ -170,7 +170,7 @@ def test_the_pairs_and_the_cost_per_step_are_told() -> None:
     lines = advice(read_links(FOUR_T4), 2.5, GIB, 4)
     assert "GPU0-GPU1, GPU0-GPU2, GPU0-GPU3 are connected by SYS" in lines[0]
     assert "1.07 GB) over 4 ranks takes 2.5 s (0.644 GB/s" in lines[1]
-    assert ": 2.5 s of every step" in lines[1]
+    assert ": up to 2.5 s of every step" in lines[1]
     assert len(lines) <= 4
     more = dict.fromkeys(itertools.combinations(range(4), 2), "SYS")
     assert "GPU0-GPU3 and 3 more pairs are" in advice(more, 2.5, GIB, 4)[0]
@@ -182,7 +182,7 @@ def test_what_to_set_depends_on_how_often_and_over_what_is_summed() -> None:
     assert "--train.gradient-accumulation" in once
     assert "NCCL_P2P_LEVEL=SYS" in once
     assert "2 s, 16 times a step" in often[1]
-    assert ": 32 s of every step" in often[1]
+    assert ": up to 32 s of every step" in often[1]
     assert "--train.gradient-accumulation" not in often[2]
     assert "--deepspeed.stage 1" in often[2]
     assert "NCCL_SOCKET_IFNAME" in advice({}, 2.0, GIB, 2)[2]
@@ -190,16 +190,8 @@ def test_what_to_set_depends_on_how_often_and_over_what_is_summed() -> None:
 
 
 def test_one_gpu_is_offered_where_it_is_faster() -> None:
-    # Four ranks compute for 1 s and sum for c; one GPU needs 4 s for as many tokens, and is faster from c = 3 s on.
-    assert "one GPU" in advice(SYS, 3.1, GIB, 4, step_seconds=1.0)[-1]
-    assert not any("one GPU" in line for line in advice(SYS, 2.9, GIB, 4, step_seconds=1.0))
+    # Four ranks compute for 1 s and sum for 3 s; one GPU needs 4 s for as many tokens.
     assert advice(SYS, 3.0, GIB, 4)[-1].endswith("in less than 1 s")
-
-
-def test_a_small_share_of_a_known_step_is_well() -> None:
-    assert advice(SYS, 0.01, GIB, 2, step_seconds=1.0) == []
-    assert "beside 1 s of computing" in advice(SYS, 0.1, GIB, 2, step_seconds=1.0)[1]
-    assert advice(SYS, 0.01, GIB, 2, step_seconds=1.0, reductions=16)
 
 
 def test_one_rank_or_cpus_have_nothing_to_check() -> None:

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 
 from p828.errors import OneRanksError, RunPaused, RunStopped, UserError, nearest
 
@@ -20,7 +21,10 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def main() -> None:
     """Exit code 0: done, or saved and ended when asked to; 1: ended by its own guard; 2: wrong input; 130: Ctrl-C."""
     # DeepSpeed's launcher puts it before everything else; the environment says the same.
-    sys.exit(dispatch([argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]))
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    with nullcontext() if _rank() == "0" else redirect_stdout(open(os.devnull, "w")):
+        code = dispatch(arguments)
+    sys.exit(code)
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -52,9 +56,13 @@ def dispatch(arguments: list[str]) -> int:
 
 def _tell(text: object, is_everywhere: bool) -> None:
     """Print it, but of many processes that train one run and end with the same, once on each machine or once in all."""
-    variable = "RANK" if is_everywhere else "LOCAL_RANK"
-    if os.environ.get(variable, "0") == "0":
+    if _rank("RANK" if is_everywhere else "LOCAL_RANK") == "0":
         print(f"p828: {text}", file=sys.stderr)
+
+
+def _rank(variable: str = "RANK") -> str:
+    """This process's number as its launcher gave it."""
+    return os.environ.get(variable, "0")
 
 
 def _usage() -> str:

@@ -42,6 +42,10 @@ class Batch:
         """The batch on a device, copied without waiting if it is pinned."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def without_targets(self) -> "Batch":
+        """The same tokens, of which none is to be predicted."""
+        return replace(self, targets_BS=torch.full_like(self.targets_BS, NO_TARGET), num_targets=0)
+
     def pin_memory(self) -> "Batch":
         return self._each(Tensor.pin_memory)
 

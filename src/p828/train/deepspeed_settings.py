@@ -13,6 +13,7 @@ from p828.config_values import flatten
 from p828.errors import UserError, nearest
 
 LARGEST_FILE = 2**20
+MOST_PROBLEMS = 10  # that are told at once
 FOR_US = ("optimizer", "scheduler", "data_types", "fp16")  # checked, and then left out of what DeepSpeed reads
 LEAST_STAGE = {"offload_optimizer": 1, "offload_param": 3}
 
@@ -55,10 +56,7 @@ KEYS: dict[str, Any] = {
     "steps_per_print": FROM_1,
     **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state"), bool),
     "comms_logger": {"prof_ops": list, **dict.fromkeys(("enabled", "verbose", "prof_all", "debug"), bool)},
-    "flops_profiler": {
-        "enabled": bool, "profile_step": FROM_1, "module_depth": range(-1, 2**63), "top_modules": FROM_1,
-        "detailed": bool, "output_file": str,
-    },
+    "flops_profiler": {"enabled": (False,)},  # metrics.jsonl has a step's FLOPs, and `p828 bench` a profile of it
 }  # fmt: skip
 # A dotted key of DeepSpeed to ours of the same meaning.
 OURS = {
@@ -90,7 +88,10 @@ def deepspeed_settings(config: Config, dtype: str, world_size: int) -> DeepSpeed
     values, name = _own_settings(config, dtype, world_size), config.deepspeed.config
     if name:
         path = preset_files().get(name, Path(name))
-        given = _checked(read_strictly(path), KEYS, _of_run(config, dtype, world_size), path)
+        problems: list[str] = []
+        given = _checked(read_strictly(path), KEYS, _of_run(config, dtype, world_size), problems)
+        if problems:
+            raise UserError(_listed([f"{path}: {problem}" for problem in problems]))
         values = _merged(values, {key: value for key, value in given.items() if key not in FOR_US})
     zero = values["zero_optimization"]
     offloads = {key: zero.get(key, {}).get("device") == "cpu" for key in LEAST_STAGE}
@@ -152,6 +153,7 @@ def _own_settings(config: Config, dtype: str, world_size: int) -> dict[str, Any]
     zero: dict[str, Any] = {
         "contiguous_gradients": True,
         "reduce_scatter": True,
+        "use_multi_rank_bucket_allreduce": False,  # a rank's share goes to that rank, not to all
         "memory_efficient_linear": False,  # would replace torch.nn.functional.linear in the whole process
     }
     zero |= {key: getattr(own, key) for key in OURS_IN_ZERO}
@@ -200,34 +202,47 @@ def _checked(
     given: Mapping[str, Any],
     keys: Mapping[str, Any],
     of_run: Mapping[str, tuple[Any, str]],
-    path: Path,
+    problems: list[str],
     section: str = "",
 ) -> dict[str, Any]:
-    """`given` with every "auto" filled in. Raises UserError for the first thing in it that is not accepted."""
+    """`given` with every "auto" filled in; what is not accepted is left out, and a line on it added to `problems`."""
     checked: dict[str, Any] = {}
     for key, value in given.items():
         if key not in keys:
             near = nearest(key, keys)
-            raise UserError(f"{path}: unknown key {_shown(section + key)}{near} Accepted: {', '.join(keys)}")
+            problems.append(f"unknown key {_shown(section + key)}{near} Accepted: {', '.join(keys)}")
+            continue
         name, kind = section + key, keys[key]
-        shown = f"{path}: {name} = {_shown(value)}"
         if isinstance(kind, dict):
             value = {"device": "none"} if value is None and key in LEAST_STAGE else value
-            if not isinstance(value, dict):
-                raise UserError(f"{shown}: an object is accepted")
-            checked[key] = _checked(value, kind, of_run, path, f"{name}.")
+            if isinstance(value, dict):
+                checked[key] = _checked(value, kind, of_run, problems, f"{name}.")
+            else:
+                problems.append(f"{name} = {_shown(value)}: an object is accepted")
             continue
         own, because = of_run.get(name, (None, ""))
-        if value == "auto":
-            if name not in of_run:
-                raise UserError(f"{shown}: the run says nothing of it; give a value or leave the key out")
-            value = own
-        if because and not _same(value, own):
-            raise UserError(f'{shown} contradicts {because}: {_shown(own)} or "auto" is accepted')
-        if not because and not _fits(value, kind):
-            raise UserError(f"{shown}: {_words(kind)} is accepted")
-        checked[key] = own if because else int(value) if isinstance(kind, range) else value
+        if problem := _problem(name, value, kind, of_run):
+            problems.append(f"{name} = {_shown(value)}{problem}")
+        elif value == "auto" or because:
+            checked[key] = own
+        else:
+            checked[key] = int(value) if isinstance(kind, range) else value
     return checked
+
+
+def _problem(name: str, value: Any, kind: Any, of_run: Mapping[str, tuple[Any, str]]) -> str:
+    """What is wrong with a key's value; nothing where it is accepted."""
+    own, because = of_run.get(name, (None, ""))
+    if value == "auto":
+        return "" if name in of_run else ": the run says nothing of it; give a value or leave the key out"
+    if because:
+        return "" if _same(value, own) else f' contradicts {because}: {_shown(own)} or "auto" is accepted'
+    return "" if _fits(value, kind) else f": {_words(kind)} is accepted"
+
+
+def _listed(problems: list[str]) -> str:
+    more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+    return "\n".join(problems[:MOST_PROBLEMS] + more)
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -236,7 +251,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(_same(value, one) for one in kind)
     if isinstance(kind, range):
         return is_number and kind.start <= value < kind.stop and value == int(value)  # 5e8 is one, too
-    return is_number if kind is float else isinstance(value, kind) or (kind is str and value is None)
+    return is_number if kind is float else isinstance(value, kind)
 
 
 def _words(kind: Any) -> str:
@@ -244,7 +259,7 @@ def _words(kind: Any) -> str:
         return f"a whole number from {kind.start}"
     if isinstance(kind, tuple):
         return " or ".join(map(_shown, kind))
-    return {bool: "true or false", float: "a number", str: "a text or null", list: "a list"}[kind]
+    return {bool: "true or false", float: "a number", list: "a list"}[kind]
 
 
 def _same(first: Any, second: Any) -> bool:

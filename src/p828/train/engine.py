@@ -1,6 +1,7 @@
 """What a training step does to a model, on one device.
 
-The loop calls `forward_backward`, `step`, `whole_model`, `tensors` and `load_tensors`, and reads `device` and `dtype`.
+The loop calls `forward_backward`, `step`, `model_in_step`, `whole_model`, `tensors` and `load_tensors`, and reads
+`device` and `dtype`.
 """
 
 import math
@@ -49,7 +50,10 @@ class Engine(Protocol):
         """Clip, update weights and balance bias, unless something is not finite; begin the next step."""
 
     def whole_model(self) -> AbstractContextManager[Transformer]:
-        """The model with all its weights, on every rank, to evaluate and sample."""
+        """The model with all its weights, on every rank."""
+
+    def model_in_step(self) -> AbstractContextManager[Transformer]:
+        """The model for forward passes that all ranks make at once, each as many."""
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor | Fragment]]:
         """Everything a checkpoint needs from this rank, by file and name."""
@@ -109,6 +113,8 @@ class PlainEngine:
     @contextmanager
     def whole_model(self) -> Iterator[Transformer]:
         yield self.model
+
+    model_in_step = whole_model
 
     def load_tensors(self, tensors: Mapping[str, dict[str, Tensor]] | Tensors) -> None:
         self.model.load_state_dict(tensors["model"])

@@ -79,6 +79,10 @@ class DeepSpeedEngine:
         if self._sums_itself:
             zero = settings.values["zero_optimization"]
             self._sums = ReducedSums(self._optimizer, zero, self.model, config, self.dtype)
+            if self.stage == 0:
+                parameters = dict(self.model.named_parameters())
+                for part in self.parts:
+                    part.flat.grad = self._sums.gradients.sums[parameters[part.name]]
         self.reductions = 1 if self._sums_itself else self._accumulation
         """How often gradients are reduced over ranks in a step."""
         self.reduced_dtype = torch.float32 if self._sums_itself else self.dtype
@@ -127,23 +131,23 @@ class DeepSpeedEngine:
         clip = (self.config.optimizer.max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
         # What torch's AdamW divides gradients by, and whether it leaves everything as it is.
         self._inner.grad_scale, self._inner.found_inf = (1 / clip).float(), (~applied).float()  # type: ignore[attr-defined]
-        self._hand_over(sums)
-        self._engine.step()
+        self._update(sums)
         loads_LE = totals[2:].long().view_as(gradients.loads_LE)
         update_biases(self.model, loads_LE, self.config.balance.update_rate, applied)
         gradients.begin_step()
         return step_result(torch.cat((loss[None], norm[None], totals[2:])).tolist(), self.config)
 
-    def _hand_over(self, sums: ReducedSums) -> None:
-        """Put the gradients where DeepSpeed's optimizer takes them from."""
-        if self.stage == 0:
-            for parameter, total in sums.gradients.sums.items():
-                parameter.grad = total.to(parameter.dtype)
+    def _update(self, sums: ReducedSums) -> None:
+        """Let AdamW loose on the masters, and compute with what comes out."""
+        if self.stage == 0:  # whole on every rank, and DeepSpeed would round the sums to the weights' dtype
+            self._inner.step()
+            refresh(self._optimizer, self.stage)
             return
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
         for number, share in enumerate(sums.shares):
             self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([share], share)
+        self._engine.step()
 
     def _step_of_hooks(self) -> StepResult:
         """DeepSpeed has reduced the gradients already; it finds their norm, and clips."""
@@ -175,6 +179,17 @@ class DeepSpeedEngine:
             twin.load_state_dict(state, assign=True)
             twin.frequencies = self.model.frequencies
             yield twin
+
+    @contextmanager
+    def model_in_step(self) -> Iterator[Transformer]:
+        """The model for as many forward passes on every rank. At stage 3 each gathers a layer at a time."""
+        if self.stage < 3:
+            yield self.model
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([self.model.head_weight]):
+            yield self.model
 
     def tensors(self) -> dict[str, dict[str, Tensor | Fragment]]:
         """This rank's share of what a checkpoint needs from here, by file and name; rank 0 has what is whole, too."""

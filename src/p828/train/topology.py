@@ -27,7 +27,6 @@ EXPECTED = {"PIX": PCIE, "PXB": PCIE, "PHB": PCIE, "NODE": FAR, "SYS": FAR}
 SLOW = {"NODE": "between host bridges of a processor", "SYS": "between processors"}
 FAR_UNDER = 1 / 3  # of what is expected; PCIe through main memory, or with half of its lanes, is still above
 LATENCY = 1e-3  # seconds; a sum that takes no longer says nothing of the bandwidth
-SMALL_SHARE = 0.05  # of a step
 NAMED = 3  # pairs of GPUs in a message
 
 FIRST_BYTES = 2**20
@@ -113,43 +112,33 @@ def bus_bandwidth(num_bytes: int, seconds: float, world_size: int) -> float:
     return num_bytes / seconds * 2 * (world_size - 1) / world_size / 1e9
 
 
-def advice(
-    links: Links,
-    seconds: float,
-    gradient_bytes: int,
-    world_size: int,
-    step_seconds: float | None = None,
-    reductions: int = 1,
-) -> list[str]:
+def advice(links: Links, seconds: float, gradient_bytes: int, world_size: int, reductions: int = 1) -> list[str]:
     """Lines for the user about a slow link, its cost and what to set; empty if all is well.
 
-    One sum of the gradient over ranks takes `seconds`, and a step has `reductions` of them; its computing alone takes
-    `step_seconds`, where that is known. Without links the measurement is judged alone.
+    One sum of the gradient over ranks takes `seconds`, and a step has `reductions` of them. Without links the
+    measurement is judged alone.
     """
     kind, cost = slowest_needed(links), reductions * seconds
     bandwidth, expected = bus_bandwidth(gradient_bytes, seconds, world_size), expected_bandwidth(kind)
     is_far_under = bandwidth < FAR_UNDER * expected and seconds > LATENCY
-    is_small = step_seconds is not None and cost < SMALL_SHARE * step_seconds
-    if is_small or not (kind in SLOW or is_far_under):
+    if kind not in SLOW and not is_far_under:
         return []
     if kind in SLOW:
         lines = [f"slow link: {_named(links, kind)} by {kind} ({SLOW[kind]})"]
     else:
         lines = [f"slow link: far less than is usual {f'over {kind}' if kind else 'between GPUs or hosts'}"]
     times = f", {reductions} times a step" if reductions > 1 else ""
-    share = f", beside {step_seconds:.3g} s of computing" if step_seconds is not None else ""
     lines.append(
         f"summing the gradient ({gradient_bytes / 1e9:.3g} GB) over {world_size} ranks takes {seconds:.3g} s{times} "
-        f"({bandwidth:.3g} GB/s; at least {expected:.3g} is usual): {cost:.3g} s of every step{share}, "
+        f"({bandwidth:.3g} GB/s; at least {expected:.3g} is usual): up to {cost:.3g} s of every step, "
         "less what overlaps with the backward pass"
     )
     lines.append(f"try {_fewer_sums(reductions)}; {_variables(kind)}")
     # In one step and its sums, n ranks do what takes one GPU n steps.
     limit = cost / (world_size - 1)
-    if step_seconds is None or step_seconds < limit:
-        lines.append(
-            f"without overlap, one GPU (--engine plain) is faster if it computes a step in less than {limit:.3g} s"
-        )
+    lines.append(
+        f"without overlap, one GPU (--engine plain) is faster if it computes a step in less than {limit:.3g} s"
+    )
     return lines
 
 

@@ -21,7 +21,6 @@ from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
 from p828.model.flops import flops_per_token
-from p828.model.transformer import Transformer
 from p828.train import checkpoint
 from p828.train.console import Console
 from p828.train.device import peak_flops, peak_memory
@@ -227,11 +226,11 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Measure the validation loss and sample the prompts; True when it is the best loss so far."""
-        progress, config = self.progress, self.config.evaluation
-        own_batches, token_bytes = self.validation[self.ranks.rank :: self.ranks.size], self.tokenizer.token_bytes()
-        with self.engine.whole_model() as model:
-            result = evaluate(model, own_batches, token_bytes, self.engine.dtype, self.ranks.sum)
-            samples = self.sample(model) if config.prompts else []
+        progress = self.progress
+        token_bytes = self.tokenizer.token_bytes()
+        with self.engine.model_in_step() as model:
+            result = evaluate(model, self.own_validation(), token_bytes, self.engine.dtype, self.ranks.sum)
+        samples = self.samples()
         is_better = result.loss < (math.inf if progress.best_loss is None else progress.best_loss)
         progress.validation_loss = result.loss
         progress.evaluations_since_best = 0 if is_better else progress.evaluations_since_best + 1
@@ -246,14 +245,23 @@ class Trainer:
             self.console.preview(samples)
         return is_better
 
-    def sample(self, model: Transformer) -> list[tuple[str, str]]:
+    def own_validation(self) -> list[Batch]:
+        """Every so-manyth batch; where that is one less than on other ranks, also one that counts for nothing."""
+        own = self.validation[self.ranks.rank :: self.ranks.size]
+        missing = math.ceil(len(self.validation) / self.ranks.size) - len(own)
+        return own + [self.validation[0].without_targets()] * missing
+
+    def samples(self) -> list[tuple[str, str]]:
         """Each prompt with its continuation; nothing on ranks but the first."""
         config = self.config.evaluation
-        if not self.ranks.is_first:
+        if not config.prompts:
             return []
         sampling = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
         prompts = list(config.prompts)
-        completions = generate(model, self.tokenizer, prompts, sampling, dtype=self.engine.dtype)
+        with self.engine.whole_model() as model:
+            if not self.ranks.is_first:
+                return []
+            completions = generate(model, self.tokenizer, prompts, sampling, dtype=self.engine.dtype)
         return [(prompt, completion.text) for prompt, completion in zip(prompts, completions, strict=True)]
 
     @property
@@ -328,8 +336,7 @@ class Trainer:
             self.recorder.write("event", progress.step, event="bigram_baseline", loss=bigram)
             self.console.print(f"a bigram model of the same tokens gets {bigram:.3f}")
         if config.evaluation.prompts:
-            with self.engine.whole_model() as model:
-                self.console.samples(self.sample(model))
+            self.console.samples(self.samples())
         how = "is complete" if progress.step >= config.train.steps else "stopped early, out of patience,"
         self.console.print(f"{config.run_dir} {how} at step {progress.step}")
         if progress.best_step not in (None, progress.step):
