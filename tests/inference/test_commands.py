@@ -16,7 +16,7 @@ from p828.config import Config, DataConfig, EvaluationConfig, TokenizerConfig, V
 from p828.config_values import to_dict
 from p828.data.tokenizer import Tokenizer
 from p828.model.transformer import Transformer
-from p828.train import checkpoint
+from p828.train import checkpoint_writer
 from tiny import tiny_model
 
 
@@ -32,7 +32,7 @@ def save_run(directory: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
         evaluation=EvaluationConfig(rows=1),
     )
     state = {"config": to_dict(config), "tokenizer": tokenizer.fingerprint()}
-    checkpoint.save(directory / "checkpoints", 7, {"model": model.state_dict()}, state)
+    checkpoint_writer.save(directory / "checkpoints", 7, {"model": model.state_dict()}, state)
     tokenizer.save(directory / "tokenizer.json")
     return directory
 

@@ -12,7 +12,7 @@ from p828.errors import UserError
 from p828.inference.generate import generate
 from p828.inference.load import load_model
 from p828.inference.sampling import SamplingConfig
-from p828.train import checkpoint
+from p828.train import checkpoint_writer
 from p828.train.engine import PlainEngine
 from tiny import tiny_config, tiny_model
 
@@ -27,7 +27,7 @@ CONFIG = Config(
 def save_run(directory: Path, tokenizer: Tokenizer, tensors: dict[str, Tensor], config: Config = CONFIG) -> Path:
     for step in (10, 20):
         state = {"config": to_dict(config), "tokenizer": tokenizer.fingerprint()}
-        checkpoint.save(directory / "checkpoints", step, {"model": tensors, "optimizer": {}}, state)
+        checkpoint_writer.save(directory / "checkpoints", step, {"model": tensors, "optimizer": {}}, state)
     tokenizer.save(directory / "tokenizer.json")
     return directory
 
@@ -101,7 +101,7 @@ def test_what_is_missing_is_named(tmp_path: Path, letters: Tokenizer) -> None:
     (run / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"run/tokenizer.json: no such file"):
         load_model(run, "cpu")
-    checkpoint.save(tmp_path / "bare" / "checkpoints", 1, {"model": {}}, {})
+    checkpoint_writer.save(tmp_path / "bare" / "checkpoints", 1, {"model": {}}, {})
     with pytest.raises(UserError, match="step_00000001: holds no configuration"):
         load_model(tmp_path / "bare", "cpu")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from p828.errors import UserError
-from p828.train import checkpoint
+from p828.train import checkpoint, checkpoint_writer
 from p828.train.checkpoint import DamagedCheckpoint
 
 
@@ -22,7 +22,7 @@ def parts(value: float = 1.0) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def save(directory: Path, step: int, value: float = 1.0) -> Path:
-    return checkpoint.save(directory, step, parts(value), {"step": step})
+    return checkpoint_writer.save(directory, step, parts(value), {"step": step})
 
 
 def names(directory: Path) -> list[str]:
@@ -54,7 +54,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
         "tied": {"whole": shared, "again": shared, "view": shared[1:3]},
         "empty": {},
     }
-    loaded = checkpoint.load(checkpoint.save(tmp_path, 7, tensors, {})).tensors
+    loaded = checkpoint.load(checkpoint_writer.save(tmp_path, 7, tensors, {})).tensors
     assert loaded.keys() == tensors.keys()
     for part in tensors:
         assert loaded[part].keys() == tensors[part].keys()
@@ -66,7 +66,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_state_comes_back_as_strict_json(tmp_path: Path) -> None:
     state = {"best": math.inf, "worst": [-math.inf, math.nan], "pi": math.pi, "big": 2**70, "text": "NaN ü", "no": None}
-    path = checkpoint.save(tmp_path, 1, {}, state)
+    path = checkpoint_writer.save(tmp_path, 1, {}, state)
     back = checkpoint.load(path).state
     assert math.isnan(back["worst"].pop())
     assert back == {**state, "worst": [-math.inf]}
@@ -79,7 +79,7 @@ def test_state_comes_back_as_strict_json(tmp_path: Path) -> None:
 
 def test_state_with_a_key_that_json_would_change_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="key 3"):
-        checkpoint.save(tmp_path, 1, {}, {"moments": {3: 1.0}})
+        checkpoint_writer.save(tmp_path, 1, {}, {"moments": {3: 1.0}})
     assert names(tmp_path) == []
 
 
@@ -136,9 +136,9 @@ def test_an_unlisted_file_does_not_matter(tmp_path: Path) -> None:
 def test_a_pickle_in_the_place_of_tensors_is_not_loaded(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     torch.save({"a": torch.ones(1)}, path / "model.safetensors")
-    files = {file.name: checkpoint._describe(file) for file in path.iterdir() if file.name != "manifest.json"}
+    files = {file.name: checkpoint.describe(file) for file in path.iterdir() if file.name != "manifest.json"}
     (path / "manifest.json").write_bytes(
-        checkpoint._manifest_bytes({"format_version": checkpoint.FORMAT_VERSION, "step": 1, "files": files})
+        checkpoint.manifest_bytes({"format_version": checkpoint.FORMAT_VERSION, "step": 1, "files": files})
     )
     checkpoint.verify(path)
     with pytest.raises(DamagedCheckpoint, match="cannot be read"):
@@ -151,7 +151,7 @@ def test_another_format_is_named_and_left_in_place(tmp_path: Path, difference: i
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
     ours, other = checkpoint.FORMAT_VERSION, checkpoint.FORMAT_VERSION + difference
-    (path / "manifest.json").write_bytes(checkpoint._manifest_bytes({**manifest, "format_version": other}))
+    (path / "manifest.json").write_bytes(checkpoint.manifest_bytes({**manifest, "format_version": other}))
     for read in (lambda: checkpoint.load(path), lambda: checkpoint.find_newest(tmp_path)):
         with pytest.raises(UserError, match=f"format is {other}; this version of p828 reads format {ours}") as caught:
             read()
@@ -241,16 +241,16 @@ FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
 from p828.errors import UserError
-from p828.train import checkpoint
+from p828.train import checkpoint, checkpoint_writer
 directory = Path(sys.argv[1])
-checkpoint.save(directory, 1, {"model": {"a": torch.zeros(100)}}, {})
+checkpoint_writer.save(directory, 1, {"model": {"a": torch.zeros(100)}}, {})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for limit, state in [(100_000, {}), (2_000, {"losses": [0.0] * 1000})]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     size = 250_000 if not state else 10
     for step in (1, 2):
         try:
-            checkpoint.save(directory, step, {"model": {"a": torch.ones(size)}}, state)
+            checkpoint_writer.save(directory, step, {"model": {"a": torch.ones(size)}}, state)
         except UserError as error:
             print(error)
 assert checkpoint.load(directory / "step_00000001").tensors["model"]["a"].sum() == 0
@@ -279,14 +279,14 @@ def test_a_path_that_cannot_hold_checkpoints_is_named(tmp_path: Path) -> None:
 KILLED = """
 import json, os, shutil, signal, sys, torch
 from pathlib import Path
-from p828.train import checkpoint
+from p828.train import checkpoint, checkpoint_writer
 
 top = Path(sys.argv[1])
 CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.listdir", "os.scandir"}
 SAVED, REPLACED, PRUNED = "saved", "replaced", "pruned"
 
 def save(directory, step, value, numel=1000):
-    checkpoint.save(directory, step, {"model": {"a": torch.full((numel,), float(value))}}, {"value": value})
+    checkpoint_writer.save(directory, step, {"model": {"a": torch.full((numel,), float(value))}}, {"value": value})
 
 def act(scenario, directory):
     if scenario == PRUNED:

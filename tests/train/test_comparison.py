@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from p828.cli.main import dispatch
-from p828.train import checkpoint
+from p828.train import checkpoint, checkpoint_writer
 from p828.train.comparison import distance_of_losses, first_difference
 from runs import write_toml
 
@@ -29,7 +29,7 @@ def other(whole: Path, tmp_path: Path) -> Path:
 
 
 def save_again(run: Path, loaded: checkpoint.Checkpoint) -> None:
-    checkpoint.save(run / "checkpoints", loaded.step, loaded.tensors, loaded.state)
+    checkpoint_writer.save(run / "checkpoints", loaded.step, loaded.tensors, loaded.state)
 
 
 def change_records(run: Path, kind: str, key: str, value: object) -> None:

@@ -10,26 +10,21 @@ A checkpoint is written as `.step_00000100.tmp` and renamed. A step that is save
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from p828.errors import UserError
-from p828.train.fragments import Fragment
-from p828.train.ranks import Ranks
-from p828.train.tensor_files import Tensors, file_name, part_of, write_tensors
-from p828.whole_file import sync
+from p828.train.tensor_files import Tensors, part_of
 
-T = TypeVar("T")
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -58,41 +53,6 @@ class OpenCheckpoint(NamedTuple):
     step: int
     tensors: Tensors
     state: dict[str, Any]
-
-
-def save(
-    directory: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor | Fragment]],
-    state: Mapping[str, Any],
-    ranks: Ranks | None = None,
-) -> Path:
-    """Write `directory/step_XXXXXXXX` and return its path; a checkpoint of the same step is replaced.
-
-    All `ranks` call it, each with its own share of the tensors; the state is the first one's. Tensors may be of any
-    dtype and device, non-contiguous, or share memory (each is written in full). `state` holds JSON values; tuples come
-    back as lists, and floats may be NaN or infinite.
-    Raises UserError, on all ranks and with nothing left behind, when the file system refuses (full, read-only, ...).
-    """
-    ranks = ranks or Ranks()
-    final = directory / name_of(step)
-    temporary = directory / f".{final.name}.tmp"
-    state_text = json.dumps(_encode(state), allow_nan=False)
-    sizes = [_bytes(value) for part in tensors.values() for value in part.values()]
-    needed = len(state_text) + sum(ranks.gather(sum(sizes)))
-    ranks.first(lambda: _refusals(final, needed, lambda: _begin(temporary)))
-    failure: UserError | None = None
-    try:
-        with ranks.agreed():
-            files = _refusals(final, needed, lambda: _write_own(temporary, tensors, ranks))
-        described = {name: about for files in ranks.gather(files) for name, about in files.items()}
-        ranks.first(lambda: _refusals(final, needed, lambda: _complete(temporary, final, step, state_text, described)))
-    except UserError as error:  # all ranks have it
-        failure = error
-    ranks.first(lambda: _refusals(final, needed, lambda: _recover(directory)))
-    if failure is not None:
-        raise failure
-    return final
 
 
 def load(path: Path, names: Iterable[str] | None = None, device: str = "cpu") -> Checkpoint:
@@ -138,7 +98,7 @@ def find_newest(directory: Path) -> tuple[Path | None, list[str]]:
     """
     notes: list[str] = []
     try:
-        _recover(directory)
+        recover(directory)
         for path in reversed(_checkpoints(directory)):
             try:
                 verify(path)
@@ -159,12 +119,12 @@ def prune(directory: Path, keep_last: int, best_step: int | None) -> None:
     Raises UserError when the file system refuses.
     """
     try:
-        _recover(directory)
+        recover(directory)
         paths = _checkpoints(directory)
         for path in paths[: max(len(paths) - keep_last, 0)]:
             if step_of(path) != best_step:
                 path.rename(directory / f".{path.name}.tmp")
-        _recover(directory)
+        recover(directory)
     except OSError as error:
         raise UserError(f"{directory}: an old checkpoint cannot be deleted: {error}") from None
 
@@ -200,57 +160,7 @@ def resolve(path: Path) -> Path:
     )
 
 
-def _refusals(final: Path, needed: int, function: Callable[[], T]) -> T:
-    """What the function gives. Raises UserError for what the file system refuses."""
-    try:
-        return function()
-    except OSError as error:
-        raise UserError(
-            f"{final}: the checkpoint cannot be saved: {error.strerror or error}; "
-            f"it needs about {_readable(needed)}{_free_space(final.parent)}"
-        ) from None
-
-
-def _begin(temporary: Path) -> None:
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    _recover(temporary.parent)
-    temporary.mkdir()
-
-
-def _write_own(temporary: Path, tensors: Mapping[str, Mapping[str, Tensor | Fragment]], ranks: Ranks) -> dict[str, Any]:
-    """One rank's files, and what the manifest says of them."""
-    files: dict[str, Any] = {}
-    for part, values in tensors.items():
-        path = temporary / file_name(part, ranks.rank, ranks.size)
-        write_tensors(path, values)
-        files[path.name] = _describe(path, sync=True)
-    return files
-
-
-def _complete(temporary: Path, final: Path, step: int, state_text: str, files: dict[str, Any]) -> None:
-    (temporary / STATE).write_text(state_text, encoding="utf-8")
-    files[STATE] = _describe(temporary / STATE, sync=True)
-    manifest = temporary / MANIFEST
-    manifest.write_bytes(_manifest_bytes({"format_version": FORMAT_VERSION, "step": step, "files": files}))
-    sync(manifest)
-    sync(temporary)
-    _publish(temporary, final)
-
-
-def _bytes(value: Tensor | Fragment) -> int:
-    return (value.values if isinstance(value, Fragment) else value).nbytes
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Rename into place, durably. Between the two renames of a replacement, `_recover` restores the older one."""
-    replaced = final.with_name(f".{final.name}.replaced")
-    if final.exists():
-        final.rename(replaced)
-    temporary.rename(final)
-    sync(final.parent)
-
-
-def _recover(directory: Path) -> None:
+def recover(directory: Path) -> None:
     """Put back or remove what an unfinished save left, and finish deletions."""
     for path in directory.glob(".step_*.replaced"):
         original = directory / path.name[1:].removesuffix(".replaced")
@@ -285,7 +195,7 @@ def _verified_manifest(path: Path, names: Iterable[str] | None) -> dict[str, Any
             size = (path / file).stat().st_size
             if size != files[file]["size"]:
                 raise DamagedCheckpoint(f"{path}: {file} has {size} bytes, {files[file]['size']} were written")
-            if _describe(path / file) != files[file]:
+            if describe(path / file) != files[file]:
                 raise DamagedCheckpoint(f"{path}: {file} is not what was written: its checksum differs")
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{path}: {file} is missing") from None
@@ -309,7 +219,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(content)
         del manifest["sha256"]
-        intact = _manifest_bytes(manifest) == content
+        intact = manifest_bytes(manifest) == content
     except (ValueError, TypeError, KeyError, RecursionError):
         intact = False
     if not intact:
@@ -322,13 +232,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _manifest_bytes(fields: Mapping[str, Any]) -> bytes:
+def manifest_bytes(fields: Mapping[str, Any]) -> bytes:
     """The one spelling of a manifest, checksum included: any other bytes are damage."""
     content = json.dumps(fields, sort_keys=True).encode()
     return json.dumps({**fields, "sha256": hashlib.sha256(content).hexdigest()}, sort_keys=True, indent=2).encode()
 
 
-def _describe(path: Path, sync: bool = False) -> dict[str, Any]:
+def describe(path: Path, sync: bool = False) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     buffer = memoryview(bytearray(READ_BYTES))
     with path.open("rb", buffering=0) as file:
@@ -369,31 +279,5 @@ def _unused(path: Path) -> Path:
     return candidate
 
 
-def _encode(value: Any) -> Any:
-    """JSON values with non-finite floats as {NON_FINITE: "nan"}, since JSON has none."""
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"state: key {key!r} is not a string and would come back as one")
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {NON_FINITE: repr(float(value))}
-    return value
-
-
 def _decode(value: dict[str, Any]) -> Any:
     return float(value[NON_FINITE]) if value.keys() == {NON_FINITE} else value
-
-
-def _free_space(directory: Path) -> str:
-    try:
-        return f", {_readable(shutil.disk_usage(directory).free)} are free"
-    except OSError:
-        return ""
-
-
-def _readable(count: int) -> str:
-    exponent = min(int(math.log10(max(count, 1))) // 3, 4)
-    return f"{count / 1000**exponent:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[exponent]}"

@@ -22,6 +22,7 @@ from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
 from p828.model.flops import flops_per_token
 from p828.train import checkpoint
+from p828.train.background_saver import BackgroundSaver
 from p828.train.console import Console
 from p828.train.device import peak_flops, peak_memory
 from p828.train.engine import Engine, StepResult
@@ -105,11 +106,22 @@ class Trainer:
     """The newest checkpoint's."""
     memory_bytes: int = 0
     """Most that a rank has held so far."""
+    best_step_of_save: int | None = None
+    """The best step when the checkpoint was begun that is being written."""
+
+    def __post_init__(self) -> None:
+        self.saver = BackgroundSaver(self.checkpoints, self.ranks, self.engine.device)
 
     def run(self) -> None:
         """Train to the last step, or until patience runs out."""
+        try:
+            self.recorder.rewind(self.progress.step)
+            self.train()
+        finally:
+            self.saver.wait_for_deletion()
+
+    def train(self) -> None:
         config, progress = self.config, self.progress
-        self.recorder.rewind(progress.step)
         while not self.is_done():
             started = time.perf_counter()
             batches, counts = self.fetch()
@@ -144,13 +156,16 @@ class Trainer:
         numbers = (
             bool(failure),
             bool(self.stop.reason),
+            self.saver.is_written,
             peak_memory(self.engine.device),
             *dataclasses.astuple(own)[:3],
             *own.by_source,
         )
         of_ranks = zip(*self.ranks.all(numbers), strict=True)
-        failures, stops, memories, *counts = ([int(number) for number in numbers] for numbers in of_ranks)
+        failures, stops, written, memories, *counts = ([int(number) for number in numbers] for numbers in of_ranks)
         self.memory_bytes = max(memories)
+        if all(written):
+            self.finish_save()
         if any(failures) or any(stops):
             self.pause(before, failure)
         targets, documents, cut_documents, *by_source = map(sum, counts)
@@ -158,6 +173,7 @@ class Trainer:
 
     def pause(self, position: dict[str, Any], failure: str) -> NoReturn:
         """End after the last step, saved: by RunStopped after a failure on a rank, else by RunPaused."""
+        self.finish_save()
         if self.saved_step != self.progress.step:
             self.save(position, is_last=True)
         failure, reason = (next(filter(None, self.ranks.gather(text)), "") for text in (failure, self.stop.reason))
@@ -213,9 +229,9 @@ class Trainer:
         if result.applied:
             return
         text = f"step {progress.step} was not applied: loss {result.loss}, gradient norm {result.grad_norm}"
-        self.recorder.write("event", progress.step, event="non_finite", text=text)
-        self.console.event(text)
+        self.tell("non_finite", text)
         if progress.non_finite_steps == NON_FINITE_LIMIT:
+            self.finish_save()
             raise self.ranks.everywhere(
                 RunStopped(
                     f"{NON_FINITE_LIMIT} steps in a row up to step {progress.step} had a non-finite loss or gradient; "
@@ -271,8 +287,10 @@ class Trainer:
     def save(self, position: dict[str, Any] | None = None, is_last: bool = False) -> None:
         """Write a checkpoint. `position` is the data's if that is not the one of the batch fetched last.
 
-        If that fails, as a later one may not, it is recorded and the run goes on. Raises UserError if it is the last.
+        The last one is complete afterwards; others are written while the training goes on, one at a time. If that
+        fails, as a later one may not, it is recorded and the run goes on. Raises UserError if it is the last.
         """
+        self.finish_save()
         progress = self.progress
         state = {
             "progress": dataclasses.asdict(progress),
@@ -282,18 +300,41 @@ class Trainer:
             "tokenizer": self.tokenizer.fingerprint(),
             "ranks": self.ranks.size,
         }
+        is_last = is_last or self.is_done()
+        self.best_step_of_save = progress.best_step
         try:
-            checkpoint.save(self.checkpoints, progress.step, self.engine.tensors(), state, self.ranks)
+            self.saver.start(progress.step, self.engine.tensors(), state)
         except UserError as error:
-            if is_last or self.is_done():
-                raise
-            text = f"{error}. The run goes on; the newest checkpoint is of step {self.saved_step}"
-            self.recorder.write("event", progress.step, event="not_saved", text=text)
-            self.console.event(text)
+            self.not_saved(error, progress.step, is_last)
+        if self.saver.is_written or is_last:
+            self.finish_save(is_last)
+
+    def finish_save(self, is_last: bool = False) -> None:
+        """Wait for the checkpoint that is being written, if one is. Raises UserError as `save` does."""
+        step = self.saver.step
+        if step is None:
             return
-        self.saved_step = progress.step
-        keep_last, best_step = self.config.checkpoint.keep_last, progress.best_step
-        self.ranks.first(lambda: checkpoint.prune(self.checkpoints, keep_last, best_step))
+        try:
+            saved = self.saver.finish()
+        except UserError as error:
+            self.not_saved(error, step, is_last)
+            return
+        self.saved_step = step
+        self.recorder.write("event", step, event="saved", **saved._asdict())
+        if self.saver.problem:
+            self.tell("not_deleted", self.saver.problem)
+            self.saver.problem = ""
+        self.saver.delete_old(self.config.checkpoint.keep_last, self.best_step_of_save)
+
+    def not_saved(self, error: UserError, step: int, is_last: bool) -> None:
+        if is_last:
+            raise error
+        self.tell("not_saved", f"{error}. The run goes on; the newest checkpoint is of step {self.saved_step}")
+
+    def tell(self, event: str, text: str) -> None:
+        """Record something, and show it."""
+        self.recorder.write("event", self.progress.step, event=event, text=text)
+        self.console.event(text)
 
     def resume(self, path: Path) -> list[str]:
         """Go back to where a checkpoint was made. Raises UserError if it was made with another tokenizer.

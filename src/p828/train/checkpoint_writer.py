@@ -1,0 +1,171 @@
+"""Writing a checkpoint: all of it or nothing, from one process or several."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from p828.errors import UserError
+from p828.train.checkpoint import (
+    FORMAT_VERSION,
+    MANIFEST,
+    NON_FINITE,
+    STATE,
+    describe,
+    manifest_bytes,
+    name_of,
+    recover,
+)
+from p828.train.fragments import Fragment
+from p828.train.ranks import Ranks
+from p828.train.tensor_files import file_name, write_tensors
+from p828.whole_file import sync
+
+T = TypeVar("T")
+
+
+class CheckpointWriter:
+    """A checkpoint on its way to `directory/step_XXXXXXXX`; one of the same step is replaced.
+
+    All `ranks` make one, `write`, and `publish` once everyone has written. Tensors may be of any dtype and device,
+    non-contiguous, or share memory (each is written in full). `state` is the first rank's and holds JSON values; tuples
+    come back as lists, and floats may be NaN or infinite.
+    Making one and publishing raise UserError, on all ranks and with nothing left behind, when the file system refuses
+    (full, read-only, ...).
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor | Fragment]],
+        state: Mapping[str, Any],
+        ranks: Ranks,
+    ) -> None:
+        self.step, self.tensors, self.ranks = step, tensors, ranks
+        self.final = directory / name_of(step)
+        self._temporary = directory / f".{self.final.name}.tmp"
+        self._state = json.dumps(_encode(state), allow_nan=False)
+        self._needed = len(self._state) + sum(ranks.gather(num_bytes(tensors)))
+        self._files: dict[str, Any] = {}
+        self._failure: Exception | None = None
+        ranks.first(lambda: self._refusals(lambda: _begin(self._temporary)))
+
+    def write(self) -> None:
+        """This rank's files. Speaks to no other rank, and leaves it to `publish` to raise what goes wrong."""
+        try:
+            self._files = _write_own(self._temporary, self.tensors, self.ranks)
+        except Exception as error:
+            self._failure = error
+
+    def publish(self) -> Path:
+        """Make it one that is found, durably, and return its path."""
+        failure: UserError | None = None
+        try:
+            with self.ranks.agreed():
+                self._refusals(self._raise_failure)
+            files = {name: about for files in self.ranks.gather(self._files) for name, about in files.items()}
+            self.ranks.first(lambda: self._refusals(lambda: self._complete(files)))
+        except UserError as error:  # all ranks have it
+            failure = error
+        self.ranks.first(lambda: self._refusals(lambda: recover(self.final.parent)))
+        if failure is not None:
+            raise failure
+        return self.final
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _complete(self, files: dict[str, Any]) -> None:
+        (self._temporary / STATE).write_text(self._state, encoding="utf-8")
+        files[STATE] = describe(self._temporary / STATE, sync=True)
+        manifest = self._temporary / MANIFEST
+        manifest.write_bytes(manifest_bytes({"format_version": FORMAT_VERSION, "step": self.step, "files": files}))
+        sync(manifest)
+        sync(self._temporary)
+        _publish(self._temporary, self.final)
+
+    def _refusals(self, function: Callable[[], T]) -> T:
+        """What the function gives. Raises UserError for what the file system refuses."""
+        try:
+            return function()
+        except OSError as error:
+            raise UserError(
+                f"{self.final}: the checkpoint cannot be saved: {error.strerror or error}; "
+                f"it needs about {_readable(self._needed)}{_free_space(self.final.parent)}"
+            ) from None
+
+
+def save(
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor | Fragment]],
+    state: Mapping[str, Any],
+    ranks: Ranks | None = None,
+) -> Path:
+    """Write a checkpoint as `CheckpointWriter` says, and return its path."""
+    writer = CheckpointWriter(directory, step, tensors, state, ranks or Ranks())
+    writer.write()
+    return writer.publish()
+
+
+def num_bytes(tensors: Mapping[str, Mapping[str, Tensor | Fragment]]) -> int:
+    """What they take in a file."""
+    values = (value for part in tensors.values() for value in part.values())
+    return sum((value.values if isinstance(value, Fragment) else value).nbytes for value in values)
+
+
+def _begin(temporary: Path) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    recover(temporary.parent)
+    temporary.mkdir()
+
+
+def _write_own(temporary: Path, tensors: Mapping[str, Mapping[str, Tensor | Fragment]], ranks: Ranks) -> dict[str, Any]:
+    """One rank's files, and what the manifest says of them."""
+    files: dict[str, Any] = {}
+    for part, values in tensors.items():
+        path = temporary / file_name(part, ranks.rank, ranks.size)
+        write_tensors(path, values)
+        files[path.name] = describe(path, sync=True)
+    return files
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Rename into place, durably. Between the two renames of a replacement, `_recover` restores the older one."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    sync(final.parent)
+
+
+def _encode(value: Any) -> Any:
+    """JSON values with non-finite floats as {NON_FINITE: "nan"}, since JSON has none."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"state: key {key!r} is not a string and would come back as one")
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {NON_FINITE: repr(float(value))}
+    return value
+
+
+def _free_space(directory: Path) -> str:
+    try:
+        return f", {_readable(shutil.disk_usage(directory).free)} are free"
+    except OSError:
+        return ""
+
+
+def _readable(count: int) -> str:
+    exponent = min(int(math.log10(max(count, 1))) // 3, 4)
+    return f"{count / 1000**exponent:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[exponent]}"
