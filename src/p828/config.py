@@ -284,6 +284,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class RollbackConfig:
+    after_steps: int = 0
+    """Bad steps in a row after which the run goes back to its newest checkpoint and past the data since; 0: never."""
+    spike_nats: float = 1.0
+    """A step is bad whose loss is that much above the usual of late, and one that is not finite."""
+    limit: int = 3
+    """Rollbacks in a run; where one more is due, it ends instead."""
+
+
+@dataclass(frozen=True)
 class DeepSpeedConfig:
     config: str = ""
     """A DeepSpeed configuration (a .json file, or zero1, zero2, zero3, zero3-offload) over the keys below."""
@@ -329,6 +339,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    rollback: RollbackConfig = field(default_factory=RollbackConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 

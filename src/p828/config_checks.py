@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _AT_LEAST_ZERO = {
     "model.n_shared_experts", "schedule.warmup_steps", "schedule.decay_steps", "train.seed",
     "evaluation.every", "evaluation.patience", "data.read_retries", "prepare.min_characters", "prepare.max_characters",
-    "deepspeed.stage",
+    "rollback.after_steps", "deepspeed.stage",
 }  # fmt: skip
 _SHARES = {"schedule.min_lr_ratio", "data.validation.share"}
 _FLOATS_AT_LEAST_ZERO = {

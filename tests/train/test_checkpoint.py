@@ -371,3 +371,12 @@ def test_a_process_killed_at_any_moment_leaves_a_complete_checkpoint(tmp_path: P
     assert set(newest["pruned"]) == {(3, 3)}
     assert len(newest["pruned"]) > 8
     assert len(newest["running"]) == 12
+
+
+def test_the_newest_up_to_a_step_and_what_comes_after(tmp_path: Path) -> None:
+    for step in (1, 3, 5, 7):
+        save(tmp_path, step)
+    assert checkpoint.find_newest(tmp_path, last_step=4) == (tmp_path / checkpoint.name_of(3), [])
+    assert checkpoint.find_newest(tmp_path, last_step=0) == (None, [])
+    checkpoint.forget_after(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.name_of(step) for step in (1, 3)]

@@ -90,8 +90,10 @@ def verify(path: Path) -> None:
     _verified_manifest(path, None)
 
 
-def find_newest(directory: Path) -> tuple[Path | None, list[str]]:
+def find_newest(directory: Path, last_step: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint in `directory`, and a line for each damaged one that was met and set aside.
+
+    With `last_step`, the newest up to that step.
 
     A damaged checkpoint is renamed to `damaged_step_XXXXXXXX` and the one before is tried. Only the process that
     trains the run may call this (it also removes what a killed save left); readers use `resolve`.
@@ -100,6 +102,8 @@ def find_newest(directory: Path) -> tuple[Path | None, list[str]]:
     try:
         recover(directory)
         for path in reversed(_checkpoints(directory)):
+            if last_step is not None and step_of(path) > last_step:
+                continue
             try:
                 verify(path)
                 return path, notes
@@ -115,18 +119,22 @@ def find_newest(directory: Path) -> tuple[Path | None, list[str]]:
 def prune(directory: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all but the `keep_last` newest checkpoints and that of `best_step`.
 
-    Each is renamed before it is emptied, so that a kill never leaves half of something that looks like a checkpoint.
     Raises UserError when the file system refuses.
     """
     try:
         recover(directory)
         paths = _checkpoints(directory)
-        for path in paths[: max(len(paths) - keep_last, 0)]:
-            if step_of(path) != best_step:
-                path.rename(directory / f".{path.name}.tmp")
-        recover(directory)
+        _remove(path for path in paths[: max(len(paths) - keep_last, 0)] if step_of(path) != best_step)
     except OSError as error:
         raise UserError(f"{directory}: an old checkpoint cannot be deleted: {error}") from None
+
+
+def forget_after(directory: Path, step: int) -> None:
+    """Delete those of later steps, as `prune` does."""
+    try:
+        _remove(path for path in _checkpoints(directory) if step_of(path) > step)
+    except OSError as error:
+        raise UserError(f"{directory}: a checkpoint cannot be deleted: {error}") from None
 
 
 def resolve(path: Path) -> Path:
@@ -170,6 +178,13 @@ def recover(directory: Path) -> None:
             path.rename(original)
     for path in directory.glob(".step_*.tmp"):
         _delete(path)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    """Each is renamed before it is emptied, so that a kill never leaves half of what looks like a checkpoint."""
+    for path in paths:
+        aside = path.rename(path.with_name(f".{path.name}.tmp"))
+        _delete(aside)
 
 
 def _delete(path: Path) -> None:

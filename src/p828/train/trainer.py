@@ -3,9 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,64 +25,13 @@ from p828.train.console import Console
 from p828.train.device import peak_flops, peak_memory
 from p828.train.engine import Engine, StepResult
 from p828.train.metrics import Recorder, balance_score
+from p828.train.progress import Counts, Progress
 from p828.train.ranks import Ranks
 from p828.train.run_directory import CHECKPOINTS, TOKENIZER_FILE, RunDirectory
 from p828.train.schedule import learning_rate
 from p828.train.stop import StopRequest
 
 NON_FINITE_LIMIT = 3  # steps in a row
-
-
-@dataclass
-class Progress:
-    """How far a run is; saved with every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    loss: float | None = None
-    validation_loss: float | None = None
-    best_loss: float | None = None
-    best_step: int | None = None
-    evaluations_since_best: int = 0
-    non_finite_steps: int = 0  # in a row
-    source_tokens: list[int] = field(default_factory=list)
-    """Targets trained on so far, for each source of the mixture."""
-    documents: int = 0
-    """Documents trained on to their end."""
-    cut_documents: int = 0
-    """Those of them that had parts in several rows."""
-
-    def count(self, counts: "Counts") -> None:
-        """Add what a step was trained on."""
-        by_source = zip_longest(self.source_tokens, counts.by_source, fillvalue=0)
-        self.source_tokens = [sum(counts) for counts in by_source]
-        self.tokens += counts.targets
-        self.documents += counts.documents
-        self.cut_documents += counts.cut_documents
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What a step's micro-batches hold."""
-
-    targets: int
-    documents: int
-    cut_documents: int
-    by_source: tuple[int, ...]
-    """Targets."""
-
-    @staticmethod
-    def of(batches: Sequence[Batch], sources: int) -> "Counts":
-        by_source = [0] * sources
-        for batch in batches:
-            for source, targets in enumerate(batch.source_targets):
-                by_source[source] += targets
-        return Counts(
-            sum(batch.num_targets for batch in batches),
-            sum(batch.documents for batch in batches),
-            sum(batch.cut_documents for batch in batches),
-            tuple(by_source),
-        )
 
 
 @dataclass
@@ -121,8 +68,9 @@ class Trainer:
             self.saver.wait_for_deletion()
 
     def train(self) -> None:
-        config, progress = self.config, self.progress
+        config = self.config
         while not self.is_done():
+            progress = self.progress
             started = time.perf_counter()
             batches, counts = self.fetch()
             num_targets = max(counts.targets, 1)  # a last row may have none
@@ -133,10 +81,11 @@ class Trainer:
 
             progress.step += 1
             progress.count(counts)
-            progress.loss = result.loss
+            progress.judge(result, config.rollback.spike_nats)
             self.record(result, rate, num_targets, time.perf_counter() - started)
-            self.stop_if_not_finite(result)
-
+            if not self.is_kept(result):
+                self.roll_back()
+                continue
             is_better = self.evaluate() if self.is_due(config.evaluation.every) else False
             if is_better or self.is_due(config.checkpoint.every):
                 self.save()
@@ -222,23 +171,57 @@ class Trainer:
         by_name = zip(self.config.data.source_names, progress.source_tokens, strict=True)
         return {**counts, "source_tokens": dict(by_name)}
 
-    def stop_if_not_finite(self, result: StepResult) -> None:
-        """Record a step that was not applied; raise RunStopped at the third in a row."""
-        progress = self.progress
-        progress.non_finite_steps = 0 if result.applied else progress.non_finite_steps + 1
-        if result.applied:
-            return
-        text = f"step {progress.step} was not applied: loss {result.loss}, gradient norm {result.grad_norm}"
-        self.tell("non_finite", text)
+    def is_kept(self, result: StepResult) -> bool:
+        """Whether to go on from a step. Tells of one that was not applied; raises RunStopped at the third in a row.
+
+        With `rollback.after_steps` they and spikes of the loss are counted, and a run goes back after so many.
+        """
+        progress, after_steps = self.progress, self.config.rollback.after_steps
+        if not result.applied:
+            text = f"step {progress.step} was not applied: loss {result.loss}, gradient norm {result.grad_norm}"
+            self.tell("non_finite", text)
+        if after_steps:
+            return progress.bad_steps < after_steps
         if progress.non_finite_steps == NON_FINITE_LIMIT:
-            self.finish_save()
-            raise self.ranks.everywhere(
-                RunStopped(
-                    f"{NON_FINITE_LIMIT} steps in a row up to step {progress.step} had a non-finite loss or gradient; "
-                    f"the run stops here; {self.checkpoints} keeps what was saved.\n"
-                    "Usual causes: optimizer.learning_rate too high, too short a warm-up, broken data"
-                )
+            self.stop_for_good(
+                f"{NON_FINITE_LIMIT} steps in a row up to step {progress.step} had a non-finite loss or gradient"
             )
+        return True
+
+    def roll_back(self) -> None:
+        """Go back to the newest checkpoint, but in the data to what comes next. Raises RunStopped at the limit."""
+        self.finish_save()
+        bad, config = self.progress, self.config.rollback
+        what = f"{bad.bad_steps} steps in a row up to step {bad.step} were not finite or had a loss far above the usual"
+        if bad.rollbacks == config.limit:
+            self.stop_for_good(f"{what}, and the run was rolled back {config.limit} times before")
+        last_good = bad.step - bad.bad_steps  # a later one is of a run that was asked to end among the bad steps
+        path, damaged = self.ranks.first(lambda: checkpoint.find_newest(self.checkpoints, last_good))
+        if path is None:
+            self.stop_for_good(f"{what}, and there is no checkpoint to go back to")
+        for line in damaged:
+            self.tell("damaged", line)
+        with checkpoint.opened(path) as saved:
+            self.engine.load_tensors(saved.tensors)
+            self.progress = Progress(**saved.state["progress"])
+        self.progress.rollbacks = bad.rollbacks + 1
+        back = self.saved_step = self.progress.step
+        self.ranks.first(lambda: checkpoint.forget_after(self.checkpoints, back))
+        self.recorder.rewind(back)
+        self.tell(
+            "rollback",
+            f"back to step {back}: {what} (loss {bad.loss:.3f}, usually {bad.usual_loss:.3f}). "
+            f"The data of steps {back + 1} to {bad.step} is left out",
+        )
+
+    def stop_for_good(self, what: str) -> NoReturn:
+        self.finish_save()
+        raise self.ranks.everywhere(
+            RunStopped(
+                f"{what}; the run stops here; {self.checkpoints} keeps what was saved.\n"
+                "Usual causes: optimizer.learning_rate too high, too short a warm-up, broken data"
+            )
+        )
 
     def evaluate(self) -> bool:
         """Measure the validation loss and sample the prompts; True when it is the best loss so far."""
@@ -292,6 +275,9 @@ class Trainer:
         """
         self.finish_save()
         progress = self.progress
+        is_last = is_last or self.is_done()
+        if progress.bad_steps and self.config.rollback.after_steps and not is_last:
+            return  # nothing to go back to
         state = {
             "progress": dataclasses.asdict(progress),
             "data": merged(self.ranks.gather(position or self.loader.state_dict())),
@@ -300,7 +286,6 @@ class Trainer:
             "tokenizer": self.tokenizer.fingerprint(),
             "ranks": self.ranks.size,
         }
-        is_last = is_last or self.is_done()
         self.best_step_of_save = progress.best_step
         try:
             self.saver.start(progress.step, self.engine.tensors(), state)

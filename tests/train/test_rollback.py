@@ -1,0 +1,103 @@
+"""Going back after bad steps, and past the data that made them bad."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from p828.cli.main import dispatch
+from p828.train import checkpoint, checkpoint_writer, metrics
+from p828.train.engine import StepResult
+from p828.train.progress import USUAL_STEPS, Progress
+from runs import write_text, write_toml
+from same_run import assert_same_run
+
+STEPS = 60
+
+
+@pytest.fixture
+def odd_text(tmp_path: Path) -> Path:
+    """Documents in words, and one of some steps' length that is noise."""
+    text = write_text(tmp_path / "text", documents=30)
+    noise = random.Random(3).choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=450)
+    (text / "noise.txt").write_text("".join(noise))
+    return tmp_path
+
+
+def train(directory: Path, name: str, *flags: str, **sections: dict[str, object]) -> int:
+    path = write_toml(
+        directory,
+        data={"shuffle_rows": 1, "block_documents": 1},
+        train={"steps": STEPS},
+        evaluation={"every": 0},
+        **{"checkpoint": {"every": 4, "keep_last": STEPS}, **sections},
+    )
+    return dispatch(["train", str(path), "--name", name, "--runs_dir", str(directory / "runs"), *flags])
+
+
+def events(run: Path, kind: str) -> list[dict[str, object]]:
+    return [line for line in metrics.read(run / "metrics.jsonl") if line["kind"] == "event" and line["event"] == kind]
+
+
+def test_it_goes_on_as_from_that_checkpoint_with_the_data_that_comes_next(odd_text: Path) -> None:
+    runs = odd_text / "runs"
+    assert train(odd_text, "back", "--rollback.after-steps", "3") == 0
+    (event,) = events(runs / "back", "rollback")
+    back = int(event["step"])  # type: ignore[call-overload]
+    assert f"back to step {back}: 3 steps in a row up to step" in str(event["text"])
+    bad = int(str(event["text"]).split("up to step ")[1].split()[0])
+    assert bad - 3 - 4 < back <= bad - 3, "the newest checkpoint before the bad steps"
+    losses = [line["loss"] for line in metrics.read(runs / "back" / "metrics.jsonl") if line["kind"] == "step"]
+    assert len(losses) == STEPS
+
+    # The same by hand: from a run without it, the weights of the one step and the place in the data of the other.
+    assert train(odd_text, "whole", checkpoint={"every": 1, "keep_last": STEPS}) == 0
+    assert events(runs / "whole", "rollback") == []
+    shutil.copytree(runs / "whole", runs / "by_hand")
+    steps = runs / "by_hand" / "checkpoints"
+    good, later = (checkpoint.load(steps / checkpoint.name_of(step)) for step in (back, bad))
+    for path in steps.iterdir():
+        shutil.rmtree(path)
+    state = {**good.state, "data": later.state["data"]}
+    state["progress"]["rollbacks"] = 1
+    checkpoint_writer.save(steps, back, good.tensors, state)
+    assert train(odd_text, "by_hand") == 0
+    assert_same_run(runs / "by_hand", runs / "back", STEPS)
+
+
+def test_a_run_that_is_rolled_back_too_often_ends(odd_text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--rollback.after-steps", "2", "--rollback.limit", "1", "--optimizer.learning-rate", "1e30")
+    code = train(odd_text, "broken", *flags, schedule={"warmup_steps": 0}, checkpoint={"every": 1})
+    said = capsys.readouterr().err
+    assert code == 1
+    assert "2 steps in a row up to step 3 were not finite or had a loss far above the usual" in said
+    assert "rolled back 1 times before" in said
+    (event,) = events(odd_text / "runs" / "broken", "rollback")
+    assert "back to step 1" in str(event["text"])
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(
+    odd_text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--rollback.after-steps", "2", "--optimizer.learning-rate", "1e30")
+    assert train(odd_text, "broken", *flags, schedule={"warmup_steps": 0}, checkpoint={"every": 1000}) == 1
+    assert "there is no checkpoint to go back to" in capsys.readouterr().err
+    assert not list((odd_text / "runs" / "broken" / "checkpoints").glob("*"))
+
+
+def test_what_counts_as_bad() -> None:
+    progress = Progress()
+
+    def judge(loss: float, applied: bool = True) -> int:
+        progress.judge(StepResult(loss, 1.0, [], applied), spike_nats=1.0)
+        return progress.bad_steps
+
+    assert [judge(loss) for loss in (4.0, 2.0, 3.0)] == [0, 0, 0]
+    assert progress.usual_loss == pytest.approx(3.0)  # the mean of what there is
+    assert [judge(4.1), judge(float("nan"), applied=False), judge(9.0)] == [1, 2, 3]
+    assert progress.usual_loss == pytest.approx(3.0)  # of good steps only
+    assert judge(3.9) == 0
+    for _ in range(3 * USUAL_STEPS):
+        judge(2.0)
+    assert 2.0 < progress.usual_loss < 2.1  # type: ignore[operator]
