@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from p828.config import Config, WandbConfig
 from p828.errors import UserError
 from p828.train import metrics
 from p828.train.metrics import Recorder, balance_score
+from runs import p828, start, wait_for_step, write_toml
 
 OFF = Config(name="run")
 
@@ -170,12 +172,32 @@ def test_wandb_online_without_a_key_says_what_to_do(tmp_path: Path) -> None:
     assert "offline" in second
 
 
-def test_wandb_that_cannot_be_reached_says_so(tmp_path: Path) -> None:
+def test_wandb_that_cannot_be_reached_is_written_for_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_toml(tmp_path, wandb={"mode": "online"})
     nobody = "http://127.0.0.1:9"  # the discard port: connections are refused
-    child = started_wandb(tmp_path, "online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=nobody, WANDB_INIT_TIMEOUT="1")
-    assert child.returncode == 2
-    assert len(child.stdout.splitlines()) == 2
-    assert "does not start" in child.stdout
+    for name, value in (("API_KEY", "0" * 40), ("BASE_URL", nobody), ("INIT_TIMEOUT", "1")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    code, said, error = p828("train", "tiny.toml", cwd=tmp_path)
+    assert code == 0, error
+    assert "Weights & Biases cannot be reached" in said
+    assert "recorded offline" in said
+    run = tmp_path / "runs" / "tiny"
+    (event,) = (line for line in metrics.read(run / "metrics.jsonl") if line.get("event") == "wandb")
+    assert "connection refused" in event["text"]
+    (path,) = run.glob("wandb/offline-run-*/*.wandb")
+    logged, _, _ = read_wandb(path)
+    assert logged["train/loss"]
+
+
+def test_a_run_outlives_wandb(tmp_path: Path) -> None:
+    path = write_toml(tmp_path, wandb={"mode": "offline"}, train={"steps": 300}, evaluation={"every": 0})
+    process = start("train", str(path), cwd=tmp_path)
+    wait_for_step(process, 10)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    said, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "Weights & Biases is left out from here on" in said
 
 
 OFFLINE = """
@@ -184,7 +206,6 @@ from pathlib import Path
 from p828.config import Config, WandbConfig
 from p828.train.metrics import Recorder
 with Recorder(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mode="offline"))) as recorder:
-    assert recorder.url is None
     recorder.write("step", 1, loss=2.5, perplexity=12.2, load=[[1, 2], [3, 4]], balance=[0.5, 0.25])
     recorder.write("eval", 1, loss=2.25)
     recorder.write("event", 1, text="hello")

@@ -9,28 +9,26 @@ import errno
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from p828.config import Config
-from p828.config_values import to_dict
 from p828.errors import UserError
+from p828.train.wandb_mirror import WandbMirror
 
 FILE_NAME = "metrics.jsonl"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 REPEATED_KINDS = ("step", "eval", "sample")  # a resumed run writes these again
-SECTIONS = {"step": "train", "eval": "validation"}  # the kinds that W&B sees, and its names for them
 
 
 class Recorder:
     """Appends to `run_dir/metrics.jsonl`, and to Weights & Biases if the configuration asks for it.
 
     Use as a context manager, or call `close`. A quiet one, for ranks but the first, records nothing. Raises UserError
-    when the file cannot be written or W&B not be reached.
+    when the file cannot be written or W&B refuses.
     """
 
     def __init__(self, run_dir: Path, config: Config, is_quiet: bool = False) -> None:
@@ -45,12 +43,8 @@ class Recorder:
             self._file = _open(self.path)
         except OSError as error:
             raise _unwritable(self.path, error) from None
-        self._wandb = None if is_quiet or config.wandb.mode == "off" else _start_wandb(run_dir, config)
-
-    @property
-    def url(self) -> str | None:
-        """Page of the run in Weights & Biases; None without it and offline."""
-        return self._wandb.url if self._wandb is not None and not self._wandb.offline else None
+        is_mirrored = config.wandb.mode != "off" and not is_quiet
+        self.wandb = WandbMirror(run_dir, config) if is_mirrored else None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line. `values` are JSON values: loads and balance scores are lists with an entry a layer.
@@ -65,8 +59,8 @@ class Recorder:
                 del self.waiting[0]
         except OSError as error:
             raise _unwritable(self.path, error) from None
-        if self._wandb is not None and kind in SECTIONS:
-            self._wandb.log(_flat_names(SECTIONS[kind], values), step=step)
+        if self.wandb is not None:
+            self.wandb.write(kind, step, values)
 
     def _append(self, line: bytes) -> bool:
         """Whether there was room for the line, of which else nothing is written."""
@@ -103,9 +97,8 @@ class Recorder:
     def close(self, exit_code: int = 0) -> None:
         """`exit_code` other than 0 marks the run as failed in Weights & Biases."""
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
-            self._wandb = None
+        if self.wandb is not None:
+            self.wandb.finish(exit_code)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -199,44 +192,3 @@ def _decode(value: Any) -> Any:
 
 def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be written: {error.strerror or error}")
-
-
-def _flat_names(section: str, values: dict[str, Any]) -> dict[str, float]:
-    """`train/loss` for single numbers, `load/layer_0/expert_3` and `balance/layer_0` for lists; texts are left out."""
-    flat: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, list | tuple):
-            for layer, item in enumerate(value):
-                if isinstance(item, list | tuple):
-                    flat.update({f"{key}/layer_{layer}/expert_{expert}": entry for expert, entry in enumerate(item)})
-                else:
-                    flat[f"{key}/layer_{layer}"] = item
-        else:
-            flat[f"{section}/{key}"] = value
-    return {name: value for name, value in flat.items() if isinstance(value, int | float)}
-
-
-def _start_wandb(run_dir: Path, config: Config) -> Any:
-    """Start the W&B run, or continue the one whose id the run's directory holds."""
-    import wandb
-
-    id_file = run_dir / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
-    try:
-        # silent: nothing is printed through the progress bar, and no terminal is asked for a key
-        wandb.setup(wandb.Settings(silent=True, console="off"))
-        return wandb.init(
-            project=config.wandb.project,
-            name=config.name,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            dir=run_dir,
-            mode="online" if config.wandb.mode == "online" else "offline",
-            resume="allow",
-            config=to_dict(config),
-        )
-    except wandb.errors.Error as error:
-        raise UserError(
-            f'wandb.mode = "{config.wandb.mode}": Weights & Biases does not start: {" ".join(str(error).split())}\n'
-            'run `wandb login` or set WANDB_API_KEY, or give wandb.mode "offline" or "off"'
-        ) from None

@@ -160,6 +160,9 @@ class Trainer:
             load=result.loads,
             balance=[balance_score(load_E) for load_E in result.loads],
         )
+        if self.recorder.wandb is not None and self.recorder.wandb.problem:
+            text, self.recorder.wandb.problem = self.recorder.wandb.problem, ""
+            self.tell("wandb", text)
         self.console.step(self.progress.step, loss=result.loss, tokens_per_second=tokens_per_second)
 
     def data_record(self) -> dict[str, Any]:
