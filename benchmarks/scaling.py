@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--shape", default="800m")
     parser.add_argument("--gpus", type=int, nargs="+")
     parser.add_argument("--systems", nargs="+", default=["plain", "1", "2", "3"], help="plain, or a ZeRO stage")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="0: only what --check does")
     parser.add_argument("--micro-batch-size", type=int, default=0)
     parser.add_argument("--gradient-accumulation", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -70,6 +70,8 @@ def main() -> None:
     results = []
     for system in given.systems:
         for count in gpus if system != "plain" else [1]:
+            if not given.steps:
+                continue
             try:
                 results.append(measure(config, system, count, given.steps))
             except subprocess.CalledProcessError as error:
