@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro.conf
 
+from p828.bounded_file import MEBIBYTE, read_bounded
 from p828.config_checks import check_model, check_range, check_run
 from p828.config_values import build, flatten
 from p828.errors import UserError, nearest
@@ -23,6 +24,7 @@ else:
     import tomli as tomllib
 
 PRESETS = Path(__file__).parent / "configs"
+LARGEST_FILE = MEBIBYTE
 MAX_BASES = 8  # how deep `base` may nest; a cycle ends here
 
 
@@ -359,7 +361,10 @@ def preset_names() -> list[str]:
 
 def load(name_or_path: str) -> Config:
     """Read a preset by name or a TOML file by path, with its bases. Raises UserError; does not `validate`."""
-    config = from_dict(_merged_toml(name_or_path), Path(name_or_path).name)
+    try:
+        config = from_dict(_merged_toml(name_or_path), Path(name_or_path).name)
+    except RecursionError:
+        raise UserError(f"{name_or_path}: cannot be read: nested too deeply") from None
     return config if config.name else dataclasses.replace(config, name=Path(name_or_path).stem)
 
 
@@ -379,7 +384,7 @@ def _merged_toml(name_or_path: str, depth: int = 0) -> dict[str, Any]:
                 "or give the path of a .toml file"
             )
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_bounded(path, LARGEST_FILE).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML, or a number too long

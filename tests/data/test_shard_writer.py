@@ -27,7 +27,7 @@ def writer(directory: Path, best_fit: bool, state: dict[str, Any] | None = None)
 
 
 def read(directory: Path, written: ShardWriter | BestFitWriter) -> Tokens:
-    return Tokens(directory, written.complete, UINT16, EOS)
+    return Tokens(directory, written.complete, UINT16, EOS, 2**16)
 
 
 def test_what_is_written_reads_back_with_its_documents(tmp_path: Path) -> None:

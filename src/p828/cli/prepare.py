@@ -91,7 +91,7 @@ def _time(seconds: float | None) -> str:
 def describe(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) -> str:
     training, validation = (sum(s.tokens for s in part) for part in (manifest.training, manifest.validation))
     counts = manifest.counts
-    tokens = Prepared(Path(data.prepared), manifest, tokenizer.eos_id).tokens("training")
+    tokens = Prepared(Path(data.prepared), manifest, tokenizer.eos_id, tokenizer.vocab_size).tokens("training")
     cut = tokens.cut_documents(data.sequence_length + 1) / counts["training"]
     lines = [
         f"{data.prepared}: {training:,} tokens to train on in {counts['training']:,} documents, "

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from p828.bounded_file import MEBIBYTE, read_bounded
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
+LARGEST_SHARD = 2**48  # tokens
+LARGEST_FILE = 64 * MEBIBYTE  # some hundred thousand shards
 READ_AT_ONCE = 1 << 20  # bytes
 READERS = 8  # threads, each with one file
 TOKENS, DOCUMENTS = ".tokens", ".documents"
@@ -62,7 +65,7 @@ def open_manifest(directory: Path) -> Manifest:
     """Read the manifest. Raises UserError if there is none, or it is none of this version."""
     path = directory / MANIFEST_FILE
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(read_bounded(path, LARGEST_FILE))
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(f"{path}: format version {version!r}; this program reads {FORMAT_VERSION}")
@@ -84,8 +87,9 @@ def _check(manifest: Manifest) -> None:
     if manifest.dtype not in ("uint16", "uint32"):
         raise ValueError(f"dtype is {manifest.dtype!r}")
     for part in (manifest.training, manifest.validation):
-        if not part or any(shard.tokens < 1 or shard.documents < 1 for shard in part):
-            raise ValueError("a shard is empty")
+        numbers = [number for shard in part for number in (shard.tokens, shard.documents)]
+        if not all(type(number) is int and 0 < number < LARGEST_SHARD for number in numbers) or not part:
+            raise ValueError("a shard has no tokens or documents, or no possible number of them")
         if any(not re.fullmatch(r"[a-z]+-\d{5,}", shard.name) or shard.checksums.keys() != ENDINGS for shard in part):
             raise ValueError("a shard has another name or other files")
     tables = (manifest.counts, manifest.settings["data"], manifest.settings["tokenizer"])

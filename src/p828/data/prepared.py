@@ -26,11 +26,13 @@ NUMBERS_AT_ONCE = 1024  # of rows: computing so many takes little more time than
 class Tokens:
     """The tokens of a part, its shards end to end, with the number of the document that each belongs to."""
 
-    def __init__(self, directory: Path, shards: Sequence[ShardEntry], dtype: np.dtype[Any], eos_id: int) -> None:
+    def __init__(
+        self, directory: Path, shards: Sequence[ShardEntry], dtype: np.dtype[Any], eos_id: int, vocab_size: int
+    ) -> None:
         self._tokens = [_map(directory / (shard.name + TOKENS), dtype, shard.tokens) for shard in shards]
         self._ends = [_map(directory / (shard.name + DOCUMENTS), DOCUMENT_ENDS, shard.documents) for shard in shards]
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
-        self._eos_id = eos_id
+        self._directory, self._eos_id, self._vocab_size = directory, eos_id, vocab_size
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -73,6 +75,8 @@ class Tokens:
     def _row(self, tokens: Any, marks: Any, begins_document: bool, epoch: int) -> Row:
         """A row of documents with these marks: twice the place of their end in it, plus one if they are pieces."""
         ends, is_piece = marks // 2, marks % 2 == 1
+        if (np.diff(ends, prepend=0) < 1).any() or (ends > len(tokens)).any() or (tokens >= self._vocab_size).any():
+            raise UserError(f"{self._directory}: no prepared data: documents end nowhere, or ids are no tokens")
         steps = np.zeros(len(tokens) + 1, dtype=np.int32)
         steps[ends] = 1
         is_last = tokens[ends - 1] == self._eos_id
@@ -100,18 +104,19 @@ class Prepared:
     directory: Path
     manifest: Manifest
     eos_id: int
+    vocab_size: int
 
     @classmethod
     def open(cls, directory: Path, tokenizer: Tokenizer) -> "Prepared":
         """Raises UserError if it is none, or was prepared with another tokenizer. Shards are not read yet."""
         manifest = open_manifest(directory)
         check_tokenizer(manifest, tokenizer, directory)
-        return cls(directory, manifest, tokenizer.eos_id)
+        return cls(directory, manifest, tokenizer.eos_id, tokenizer.vocab_size)
 
     def tokens(self, part: Literal["training", "validation"]) -> Tokens:
         """Raises UserError naming a file that is not there or not of its size."""
         shards = self.manifest.training if part == "training" else self.manifest.validation
-        return Tokens(self.directory, shards, self.manifest.token_dtype, self.eos_id)
+        return Tokens(self.directory, shards, self.manifest.token_dtype, self.eos_id, self.vocab_size)
 
     def validation_rows(self, count: int, sequence_length: int) -> list[Row]:
         """Up to `count` rows from all over the validation documents, the same ones whatever the seed.

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from p828.bounded_file import MEBIBYTE, read_bounded
 from p828.config import TokenizerConfig
 from p828.data.hub import download_tokenizer
 from p828.errors import UserError
@@ -22,6 +23,7 @@ PIECES = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LARGEST_FILE = 256 * MEBIBYTE  # ten times the largest that is in use
 SPECIAL_FREE_SPACE = "▁"  # a space in vocabularies that are not byte-level
 
 
@@ -48,8 +50,8 @@ class Tokenizer:
     def from_file(cls, path: str | Path, eos_token: str) -> "Tokenizer":
         """Raises UserError when the file cannot be read, is no tokenizer, or lacks `eos_token`."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bounded(Path(path), LARGEST_FILE).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as a tokenizer.json: {error}") from None
         try:
             inner = tokenizers.Tokenizer.from_str(text)

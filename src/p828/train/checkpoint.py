@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from torch import Tensor
 
+from p828.bounded_file import MEBIBYTE, read_bounded
 from p828.errors import UserError
 from p828.train.tensor_files import Tensors, part_of
 
@@ -30,6 +31,8 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 NON_FINITE = "$float"  # key of the object that stands for a float that JSON does not have
+FILE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+LARGEST_JSON = 64 * MEBIBYTE
 READ_BYTES = 8 * 2**20
 
 
@@ -75,13 +78,13 @@ def opened(
     manifest = manifest or _read_manifest(path)
     wanted = set(_parts(manifest) if names is None else names)
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"), object_hook=_decode)
+        state = json.loads(read_bounded(path / STATE, LARGEST_JSON), object_hook=_decode)
         files = [file for file in manifest["files"] if part_of(file) in wanted]
         with Tensors(path, files, device) as tensors:
             yield OpenCheckpoint(path, manifest["step"], tensors, state)
     except UserError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
 
 
@@ -224,13 +227,13 @@ def _verified_manifest(path: Path, names: Iterable[str] | None) -> dict[str, Any
 def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest's fields without its checksum. Later versions keep the checksum, so damage is told from newness."""
     try:
-        content = (path / MANIFEST).read_bytes()
+        content = read_bounded(path / MANIFEST, LARGEST_JSON)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}: {MANIFEST} is missing") from None
     except PermissionError as error:
         raise UserError(f"{path}: {MANIFEST} cannot be read: {error.strerror}") from None
-    except OSError as error:
-        raise DamagedCheckpoint(f"{path}: {MANIFEST} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path}: {MANIFEST} cannot be read: {error}") from None
     try:
         manifest: dict[str, Any] = json.loads(content)
         del manifest["sha256"]
@@ -239,12 +242,27 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         intact = False
     if not intact:
         raise DamagedCheckpoint(f"{path}: {MANIFEST} is not what was written: its checksum differs")
-    if manifest["format_version"] != FORMAT_VERSION:
+    if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path}: its checkpoint format is {manifest['format_version']}; "
+            f"{path}: its checkpoint format is {manifest.get('format_version')}; "
             f"this version of p828 reads format {FORMAT_VERSION}"
         )
+    if not _is_manifest(manifest):
+        raise DamagedCheckpoint(f"{path}: {MANIFEST} does not say what a checkpoint's does")
     return manifest
+
+
+def _is_manifest(fields: Mapping[str, Any]) -> bool:
+    """Whether it lists files by plain names, with their sizes and checksums; anyone can make the sum over it right."""
+    files = fields.get("files")
+    return (
+        type(fields.get("step")) is int
+        and isinstance(files, dict)
+        and STATE in files
+        and all(FILE_NAME.fullmatch(name) for name in files)
+        and all(isinstance(about, dict) and about.keys() == {"size", "sha256"} for about in files.values())
+        and all(type(about["size"]) is int and isinstance(about["sha256"], str) for about in files.values())
+    )
 
 
 def manifest_bytes(fields: Mapping[str, Any]) -> bytes:

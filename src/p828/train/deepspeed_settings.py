@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from p828.bounded_file import MEBIBYTE, read_bounded
 from p828.config import PRESETS, Config
 from p828.config_values import flatten
 from p828.errors import UserError, nearest
 
-LARGEST_FILE = 2**20
+LARGEST_FILE = MEBIBYTE
 MOST_PROBLEMS = 10  # that are told at once
 FOR_US = ("optimizer", "scheduler", "data_types", "fp16")  # checked, and then left out of what DeepSpeed reads
 LEAST_STAGE = {"offload_optimizer": 1, "offload_param": 3}
@@ -115,11 +116,9 @@ def preset_files() -> dict[str, Path]:
 def read_strictly(path: Path) -> dict[str, Any]:
     """A JSON object, as RFC 8259 has it. Raises UserError; a key that is given twice is named."""
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
-            raise ValueError(f"more than {LARGEST_FILE:,} bytes")
-        text = content.decode("utf-8-sig")  # some editors put a mark first, which RFC 8259 lets us ignore
+        text = read_bounded(path, LARGEST_FILE).decode(
+            "utf-8-sig"
+        )  # some editors put a mark first, which RFC 8259 lets us ignore
         values = json.loads(text, object_pairs_hook=_without_duplicates, parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError:
         near = nearest(str(path), preset_files())

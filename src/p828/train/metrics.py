@@ -163,7 +163,7 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
         raise UserError(f"{where} is not a record; mend or remove that line")

@@ -1,0 +1,14 @@
+"""Reading files that are small unless something is wrong with them."""
+
+from pathlib import Path
+
+MEBIBYTE = 2**20
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """A file's content. Raises OSError, and ValueError if it has more than `most` bytes; then no more are read."""
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"more than {most:,} bytes")
+    return content
