@@ -7,8 +7,10 @@ MEBIBYTE = 2**20
 
 def read_bounded(path: Path, most: int) -> bytes:
     """A file's content. Raises OSError, and ValueError if it has more than `most` bytes; then no more are read."""
+    content = bytearray()
     with path.open("rb") as file:
-        content = file.read(most + 1)
+        while len(content) <= most and (data := file.read(MEBIBYTE)):
+            content += data
     if len(content) > most:
         raise ValueError(f"more than {most:,} bytes")
-    return content
+    return bytes(content)

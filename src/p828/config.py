@@ -24,7 +24,8 @@ else:
     import tomli as tomllib
 
 PRESETS = Path(__file__).parent / "configs"
-LARGEST_FILE = MEBIBYTE
+LARGEST_FILE = MEBIBYTE // 4
+MOST_DOTS = 200  # in a line: what tomllib takes for a key grows with the square of its parts
 MAX_BASES = 8  # how deep `base` may nest; a cycle ends here
 
 
@@ -384,7 +385,10 @@ def _merged_toml(name_or_path: str, depth: int = 0) -> dict[str, Any]:
                 "or give the path of a .toml file"
             )
     try:
-        values = tomllib.loads(read_bounded(path, LARGEST_FILE).decode("utf-8"))
+        text = read_bounded(path, LARGEST_FILE).decode("utf-8")
+        if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
+            raise ValueError(f"a line has more than {MOST_DOTS} dots")
+        values = tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML, or a number too long

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from p828.errors import UserError, nearest
 
 T = TypeVar("T")
+LONGEST_SHOWN = 80  # characters of a key or a value
 
 
 def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
@@ -19,8 +20,9 @@ def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
     types = typing.get_type_hints(cls)
     for key in values:
         if key not in types:
-            near = nearest(prefix + key, (prefix + name for name in types))
-            raise UserError(f"{where}: unknown key {prefix}{key}{near} Accepted: {', '.join(types)}")
+            name = prefix + (key if len(key) <= LONGEST_SHOWN else key[: LONGEST_SHOWN - 1] + "…")
+            near = nearest(name, (prefix + name for name in types))
+            raise UserError(f"{where}: unknown key {name}{near} Accepted: {', '.join(types)}")
     return cls(**{key: _convert(types[key], value, where, prefix + key) for key, value in values.items()})
 
 
@@ -60,7 +62,7 @@ def _convert_list(kinds: tuple[Any, ...], values: Any, where: str, key: str) -> 
 def _shown(value: Any) -> str:
     """A value as TOML spells it, more or less, and short enough for a line."""
     text = str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 1] + "…"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -143,7 +143,9 @@ def training_rows(config: Config, tokenizer: Tokenizer) -> Iterator[npt.NDArray[
 
 def training_documents(config: Config) -> Iterator[str]:
     """One epoch of every source's text, a document of each in turn."""
-    streams = [open_training(data, config.train.seed, epochs=1) for data in config.data.sources]
+    streams = [
+        open_training(data, config.train.seed, epochs=1, retry=Retry(data.read_retries)) for data in config.data.sources
+    ]
     while streams:
         documents = [(stream, next(stream, None)) for stream in streams]
         yield from (text for _, text in documents if text is not None)

@@ -90,7 +90,7 @@ class FileShard:
             where = f"{self.name}:{number + 1}"
             try:
                 fields = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not a line of JSON: {error}") from None
             yield text_of(fields, self.text_field, where)
 
@@ -102,7 +102,7 @@ def text_of(fields: object, text_field: str, where: str) -> str:
             f"{where}: a JSON object with the field {text_field!r} is accepted, not {type(fields).__name__}"
         )
     if text_field not in fields:
-        existing = ", ".join(map(str, fields)) or "none"
+        existing = ", ".join(map(str, fields))[:200] or "none"
         raise UserError(f"{where}: no field {text_field!r} (data.text_field); fields here: {existing}")
     text = fields[text_field]
     if not isinstance(text, str):

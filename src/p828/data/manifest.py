@@ -79,7 +79,7 @@ def open_manifest(directory: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: not a manifest of prepared data: {error}") from None
+        raise UserError(f"{path}: not a manifest of prepared data: {str(error)[:300]}") from None
 
 
 def _check(manifest: Manifest) -> None:

@@ -23,6 +23,7 @@ PIECES = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LONGEST_CAUSE = 300  # characters of what a library says
 LARGEST_FILE = 256 * MEBIBYTE  # ten times the largest that is in use
 SPECIAL_FREE_SPACE = "▁"  # a space in vocabularies that are not byte-level
 
@@ -56,7 +57,7 @@ class Tokenizer:
         try:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{path}: not a tokenizer.json: {error}") from None
+            raise UserError(f"{path}: not a tokenizer.json: {str(error)[:LONGEST_CAUSE]}") from None
         try:
             return cls(inner, eos_token)
         except UserError as error:

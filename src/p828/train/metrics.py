@@ -115,8 +115,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     Raises UserError naming the line for anything else that is no record.
     """
     for _, record in _records(path):
-        # samples are texts, and a text may be "NaN"
-        yield record if record["kind"] == "sample" else {key: _decode(value) for key, value in record.items()}
+        yield record
 
 
 def balance_score(load_E: Sequence[int]) -> float:
@@ -163,6 +162,8 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
+        if isinstance(record, dict) and record.get("kind") != "sample":  # these are texts, and a text may be "NaN"
+            record = _decode(record)
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:

@@ -6,6 +6,7 @@ from pathlib import Path
 from p828.config import Config
 from p828.data.feed import open_loader, prepared_tokenizer, training_documents, validation_batches
 from p828.data.manifest import open_manifest
+from p828.data.retry import Retry
 from p828.data.source import open_training, open_validation
 from p828.data.tokenizer import Tokenizer, load_tokenizer
 from p828.errors import UserError
@@ -38,7 +39,7 @@ def train(config: Config) -> None:
                     open_manifest(Path(data.prepared))
                 else:
                     open_training(data, config.train.seed)
-                    next(open_validation(data))
+                    next(open_validation(data, Retry(data.read_retries)))
         if config.train.deterministic:
             make_deterministic()
         # Advice to round float32 products to TF32; the router is to stay in float32.

@@ -1,0 +1,78 @@
+"""Runs on a file layer that fails or is slow, and under a clock that jumps."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import Shim
+from p828.train import checkpoint, metrics
+from runs import p828, start, wait_for_step, write_toml
+from same_run import assert_same_run
+
+YEARS = 10**9  # seconds
+
+
+def events(run: Path, kind: str) -> list[dict[str, object]]:
+    return [line for line in metrics.read(run / "metrics.jsonl") if line["kind"] == "event" and line["event"] == kind]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT, errno.ESTALE])
+def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(
+    tmp_path: Path, shim: Shim, number: int
+) -> None:
+    path = str(write_toml(tmp_path, evaluation={"every": 0}))
+    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    shim(file=".step_00000008.tmp", errno=number)
+    code, said, error = p828("train", path, "--name", "failing", cwd=tmp_path)
+    assert code == 0, error
+    runs = tmp_path / "runs"
+    (event,) = events(runs / "failing", "not_saved")
+    assert "step_00000008: the checkpoint cannot be saved" in str(event["text"])
+    assert "the newest checkpoint is of step 4" in said
+    names = [checkpoint.name_of(step) for step in (4, 12)]
+    assert sorted(found.name for found in (runs / "failing" / "checkpoints").iterdir()) == names
+    assert_same_run(runs / "whole", runs / "failing", step=12)
+
+
+def test_training_goes_on_beside_a_slow_disk(tmp_path: Path, shim: Shim) -> None:
+    path = str(write_toml(tmp_path, train={"steps": 200}, evaluation={"every": 0}, checkpoint={"every": 20}))
+    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    shim(file=".tmp/optimizer.safetensors", delay=300_000)
+    code, _, error = p828("train", path, "--name", "slow", cwd=tmp_path)
+    assert code == 0, error
+    runs = tmp_path / "runs"
+    assert_same_run(runs / "whole", runs / "slow", step=200)
+    assert all(event["waited"] < event["seconds"] for event in events(runs / "slow", "saved")[:-1])  # type: ignore[operator]
+
+
+def test_data_that_cannot_be_read_for_a_while(tmp_path: Path, shim: Shim) -> None:
+    path = str(write_toml(tmp_path, evaluation={"every": 0}))
+    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    shim(file="/text/01", errno=errno.EIO, times=2)
+    code, _, error = p828("train", path, "--name", "failing", cwd=tmp_path)
+    assert code == 0, error
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "failing", step=12)
+
+
+def test_a_clock_that_jumps(tmp_path: Path, shim: Shim) -> None:
+    path = str(write_toml(tmp_path, train={"steps": 60}))
+    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    shim(jump=YEARS)
+    seen = subprocess.run([sys.executable, "-c", SEEN], capture_output=True, text=True, check=True).stdout.split()
+    assert len(set(seen)) > 1, "the clock does jump"
+    process = start("train", path, "--name", "jumping", cwd=tmp_path)
+    wait_for_step(process, 10)
+    process.kill()
+    process.communicate()
+    code, _, error = p828("train", path, "--name", "jumping", cwd=tmp_path)
+    assert code == 0, error
+    runs = tmp_path / "runs"
+    assert_same_run(runs / "whole", runs / "jumping", step=60)
+    steps = [line for line in metrics.read(runs / "jumping" / "metrics.jsonl") if line["kind"] == "step"]
+    assert all(0 < line["seconds"] < YEARS / 2 for line in steps)
+
+
+SEEN = "import time\nbegun = time.monotonic()\nwhile time.monotonic() < begun + 1: print(int(time.time()) // 10**8)"
