@@ -1,11 +1,12 @@
 # make quickstart         train a tiny model on this interpreter's standard library
 # make test               run the tests
 # make test-distributed   run all tests on several ranks, of which the former has a few; about 20 minutes
+# make faults             kill runs, damage checkpoints and feed every reader nonsense, many times; about 25 minutes
 # make check              linter, format and types
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-distributed check format clean
+.PHONY: quickstart test test-distributed faults check format clean
 
 quickstart: .venv/installed
 	$(BIN)/p828 train quickstart
@@ -15,6 +16,10 @@ test: .venv/installed-dev
 
 test-distributed: .venv/installed-dev
 	$(BIN)/pytest tests/distributed -m "long or not long"
+
+faults: .venv/installed-dev
+	$(BIN)/pytest tests/faults -m "long or not long"
+	FUZZ_EXAMPLES=5000 $(BIN)/pytest tests/fuzz -n 2
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
