@@ -29,7 +29,7 @@ def counts(short: int, campaign: int) -> Any:
 def test_kills(tmp_path: Path, shim: Shim, capsys: pytest.CaptureFixture[str], count: int) -> None:
     """At random moments, a third of them while a checkpoint is written, which takes its time on a slow disk."""
     path = write_toml(tmp_path, model={"dropout": 0.1}, train={"steps": 120}, evaluation={"every": 0})
-    shim(file=".tmp/", delay=10_000)
+    shim(file=".tmp/", delay=2_000)
     config = dataclasses.replace(load(str(path)), name="killed")
     proof = Proof(shortened(config, tmp_path), tmp_path, kills=count)
     proof.run()
