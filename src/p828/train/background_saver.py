@@ -34,7 +34,7 @@ class Saved(NamedTuple):
 
 
 class BackgroundSaver:
-    """Writes one checkpoint at a time. All ranks make the same calls.
+    """Writes one checkpoint at a time. All ranks make the same calls, and have `ranks` for this alone.
 
     The copies are kept from one checkpoint to the next, so that what they take is known after the first.
     """
@@ -44,7 +44,9 @@ class BackgroundSaver:
         self._writer: CheckpointWriter | None = None
         self._thread: threading.Thread | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}
+        self._error: BaseException | None = None
         self._started = self._ended = self._waited = 0.0
+        self._copy_bytes = 0
         self._cleaner: threading.Thread | None = None
         self.problem = ""
         """Why old checkpoints could not be deleted, if they could not."""
@@ -56,7 +58,7 @@ class BackgroundSaver:
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank's part of it is."""
+        """Whether this rank has done what is to be done for it."""
         return self._writer is not None and (self._thread is None or not self._thread.is_alive())
 
     def start(self, step: int, tensors: Parts, state: Mapping[str, Any]) -> None:
@@ -65,8 +67,9 @@ class BackgroundSaver:
         self._started = time.monotonic()
         self.wait_for_deletion()
         writer = CheckpointWriter(self.directory, step, tensors, state, self.ranks)
+        self._copy_bytes, self._error = 0, None
         if self._has_room(tensors):
-            writer.tensors = self._copied(tensors)
+            writer.tensors, self._copy_bytes = self._copied(tensors), num_bytes(tensors)
             copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
             self._thread = threading.Thread(target=self._write, args=(writer, copied), name="saver", daemon=True)
             self._thread.start()
@@ -76,17 +79,19 @@ class BackgroundSaver:
         self._waited = time.monotonic() - self._started
 
     def finish(self) -> Saved:
-        """Wait for it, and make it one that is found. Raises UserError, on all ranks, if it could not be written."""
+        """Wait for it. Raises UserError, on all ranks, if it could not be written."""
         assert self._writer is not None
         began = time.monotonic()
-        writer, thread, self._writer, self._thread = self._writer, self._thread, None, None
-        if thread is not None:
-            thread.join()
-        writer.publish()
-        now = time.monotonic()
-        publishing = now - max(began, self._ended)
-        copy_bytes = num_bytes(writer.tensors) if thread is not None else 0
-        return Saved(self._ended - self._started + publishing, self._waited + now - began, copy_bytes)
+        self.join()
+        self._writer = self._thread = None
+        if self._error is not None:
+            raise self._error
+        return Saved(self._ended - self._started, self._waited + time.monotonic() - began, self._copy_bytes)
+
+    def join(self) -> None:
+        """Wait for the thread, whatever comes of its work."""
+        if self._thread is not None:
+            self._thread.join()
 
     def delete_old(self, keep_last: int, best_step: int | None) -> None:
         """As `checkpoint.prune`, beside the training."""
@@ -108,10 +113,14 @@ class BackgroundSaver:
             self._cleaner = None
 
     def _write(self, writer: CheckpointWriter, copied: torch.cuda.Event | None) -> None:
-        with nullcontext() if copied is None else torch.cuda.stream(torch.cuda.Stream(self.device)):
-            if copied is not None:  # on a stream of its own it is copied to the host beside the next steps
-                torch.cuda.current_stream().wait_event(copied)
-            writer.write()
+        try:
+            with nullcontext() if copied is None else torch.cuda.stream(torch.cuda.Stream(self.device)):
+                if copied is not None:  # on a stream of its own it is copied to the host beside the next steps
+                    torch.cuda.current_stream().wait_event(copied)
+                writer.write()
+            writer.publish()
+        except BaseException as error:  # for `finish`, in the thread that trains
+            self._error = error
         self._ended = time.monotonic()
 
     def _has_room(self, tensors: Parts) -> bool:

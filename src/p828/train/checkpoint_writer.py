@@ -52,22 +52,22 @@ class CheckpointWriter:
         self._state = json.dumps(_encode(state), allow_nan=False)
         self._needed = len(self._state) + sum(ranks.gather(num_bytes(tensors)))
         self._files: dict[str, Any] = {}
-        self._failure: Exception | None = None
+        self._refusal: OSError | None = None
         ranks.first(lambda: self._refusals(lambda: _begin(self._temporary)))
 
     def write(self) -> None:
-        """This rank's files. Speaks to no other rank, and leaves it to `publish` to raise what goes wrong."""
+        """This rank's files. What the file system refuses is for `publish` to raise, on all ranks."""
         try:
             self._files = _write_own(self._temporary, self.tensors, self.ranks)
-        except Exception as error:
-            self._failure = error
+        except OSError as error:
+            self._refusal = error
 
     def publish(self) -> Path:
         """Make it one that is found, durably, and return its path."""
         failure: UserError | None = None
         try:
             with self.ranks.agreed():
-                self._refusals(self._raise_failure)
+                self._refusals(self._raise_refusal)
             files = {name: about for files in self.ranks.gather(self._files) for name, about in files.items()}
             self.ranks.first(lambda: self._refusals(lambda: self._complete(files)))
         except UserError as error:  # all ranks have it
@@ -77,9 +77,9 @@ class CheckpointWriter:
             raise failure
         return self.final
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+    def _raise_refusal(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
 
     def _complete(self, files: dict[str, Any]) -> None:
         (self._temporary / STATE).write_text(self._state, encoding="utf-8")

@@ -35,6 +35,8 @@ class Ranks:
     group: dist.ProcessGroup | None = None
     """For what is on the host: gloo, whatever the tensors' backend is."""
     lifeline: Lifeline | None = None
+    timeout: timedelta | None = None
+    """Of a call that others do not make."""
 
     @property
     def is_first(self) -> bool:
@@ -78,6 +80,12 @@ class Ranks:
         if outcome[1] is not None:
             raise self.everywhere(outcome[1])
         return outcome[0]
+
+    def apart(self) -> "Ranks":
+        """The same ranks, whose calls may come between those of this object: for another thread."""
+        if self.size == 1:
+            return self
+        return Ranks(self.rank, self.size, dist.new_group(backend="gloo", timeout=self.timeout))
 
     def everywhere(self, error: E) -> E:
         """An error that every rank raises now, marked so."""
@@ -132,7 +140,7 @@ def joined(config: Config) -> Iterator[Ranks]:
             timeout=timeout,
         )
     try:
-        ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=timeout))
+        ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=timeout), timeout=timeout)
         if size > 1:
             ranks.lifeline = join_lifeline(ranks, config.deepspeed.timeout_seconds, config.run_dir)
         try:

@@ -57,7 +57,7 @@ class Trainer:
     """The best step when the checkpoint was begun that is being written."""
 
     def __post_init__(self) -> None:
-        self.saver = BackgroundSaver(self.checkpoints, self.ranks, self.engine.device)
+        self.saver = BackgroundSaver(self.checkpoints, self.ranks.apart(), self.engine.device)
 
     def run(self) -> None:
         """Train to the last step, or until patience runs out."""
@@ -65,6 +65,7 @@ class Trainer:
             self.recorder.rewind(self.progress.step)
             self.train()
         finally:
+            self.saver.join()
             self.saver.wait_for_deletion()
 
     def train(self) -> None:
