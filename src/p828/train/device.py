@@ -2,7 +2,9 @@
 
 import os
 import resource
+import socket
 import sys
+from pathlib import Path
 
 import torch
 
@@ -72,3 +74,12 @@ def restore_random_states(states: dict[str, torch.Tensor], device: torch.device)
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def machine() -> tuple[str, str]:
+    """The host's name, and what tells it from another of that name where the system has it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return socket.gethostname(), boot

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from p828.errors import RunStopped, UserError
+from p828.train.device import machine
 
 if TYPE_CHECKING:
     from p828.train.ranks import Ranks
@@ -42,8 +43,7 @@ INTERRUPTED = 130
 
 def join_lifeline(ranks: "Ranks", timeout: float, run_dir: Path) -> "Lifeline":
     """Connect every rank to rank 0; to be called by all."""
-    here = socket.gethostname()
-    hosts = set(ranks.gather(here))
+    here, hosts = socket.gethostname(), set(ranks.gather(machine()))
     server = _listen("127.0.0.1" if len(hosts) == 1 else "") if ranks.is_first else None
     place = None if server is None else (_address(server), secrets.token_hex(16))
     (address, port), token = next(found for found in ranks.gather(place) if found is not None)

@@ -5,7 +5,6 @@ one GPU would be done sooner. So the links are read, such a sum is timed, and wh
 """
 
 import re
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from p828.train.device import machine
 from p828.train.ranks import Ranks
 
 # What `nvidia-smi topo -m` calls the link of two GPUs, by their numbers there, the lower one first.
@@ -47,7 +47,7 @@ def check_topology(
     """
     if ranks.size == 1 or device.type != "cuda":
         return []
-    own = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
+    own = (machine(), str(torch.cuda.get_device_properties(device).uuid))
     hosts, uuids = zip(*ranks.gather(own), strict=True)
     is_one_host = len(set(hosts)) == 1  # of what is between hosts, only the measurement knows
     links = ranks.first(lambda: links_between(uuids) if is_one_host else {})
