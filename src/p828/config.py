@@ -26,6 +26,7 @@ else:
 PRESETS = Path(__file__).parent / "configs"
 LARGEST_FILE = MEBIBYTE // 4
 MOST_DOTS = 200  # in a line: what tomllib takes for a key grows with the square of its parts
+LONGEST_PATH = 4000
 MAX_BASES = 8  # how deep `base` may nest; a cycle ends here
 
 
@@ -375,13 +376,15 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
 
 
 def _merged_toml(name_or_path: str, depth: int = 0) -> dict[str, Any]:
+    if len(name_or_path) > LONGEST_PATH:
+        raise UserError(f"no file {name_or_path[:80]!r}…: at most {LONGEST_PATH} characters are accepted")
     path = Path(name_or_path)
     if path.suffix != ".toml":
         path = PRESETS / f"{name_or_path}.toml"
         known = preset_names()
         if name_or_path not in known:
             raise UserError(
-                f"no preset {name_or_path!r}{nearest(name_or_path, known)} Presets: {', '.join(known)}; "
+                f"no preset {name_or_path[:80]!r}{nearest(name_or_path[:80], known)} Presets: {', '.join(known)}; "
                 "or give the path of a .toml file"
             )
     try:
@@ -398,7 +401,7 @@ def _merged_toml(name_or_path: str, depth: int = 0) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or depth == MAX_BASES:
         raise UserError(
-            f"{path}: base = {base!r}: give a preset's name or a .toml file, nested at most {MAX_BASES} deep"
+            f"{path}: base = {repr(base)[:80]}: give a preset's name or a .toml file, nested at most {MAX_BASES} deep"
         )
     if base.endswith(".toml"):
         base = str(path.parent / base)

@@ -20,6 +20,7 @@ _FLOATS_AT_LEAST_ZERO = {
     "optimizer.weight_decay", "balance.update_rate", "balance.sequence_loss_weight", "balance.z_loss_weight",
     "evaluation.temperature",
 }  # fmt: skip
+LONGEST_NAME = 200  # bytes of UTF-8; file systems take 255, and other names are made of it
 LARGEST_INT = 2**31 - 1
 
 
@@ -88,7 +89,9 @@ def check_model(model: ModelConfig) -> None:
 def check_run(config: Config) -> None:
     data, model = config.data, config.model
     if not config.name or config.name in (".", "..") or "/" in config.name or "\0" in config.name:
-        raise UserError(f"name = {config.name!r}: one directory name is accepted")
+        raise UserError(f"name = {config.name[:80]!r}: one directory name is accepted")
+    if len(config.name.encode("utf-8", "replace")) > LONGEST_NAME:
+        raise UserError(f"name = {config.name[:80]!r}…: at most {LONGEST_NAME} bytes are accepted")
     if data.sequence_length > model.max_position_embeddings:
         raise UserError(
             f"data.sequence_length = {data.sequence_length}: "

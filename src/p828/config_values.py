@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from p828.errors import UserError, nearest
 
 T = TypeVar("T")
+MOST_BITS = 1024  # of a whole number; Python writes none of more than 4,300 digits
 LONGEST_SHOWN = 80  # characters of a key or a value
 
 
@@ -44,7 +45,7 @@ def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
     if kind is float and type(value) is int:
         with contextlib.suppress(OverflowError):
             return float(value)
-    if type(value) is kind:
+    if type(value) is kind and not (kind is int and value.bit_length() > MOST_BITS):
         return value
     raise UserError(f"{given}: {_ONE[kind]} is accepted")
 
@@ -61,7 +62,10 @@ def _convert_list(kinds: tuple[Any, ...], values: Any, where: str, key: str) -> 
 
 def _shown(value: Any) -> str:
     """A value as TOML spells it, more or less, and short enough for a line."""
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    try:
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python writes, a list in a list in a list …
+        return "…"
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 1] + "…"
 
 

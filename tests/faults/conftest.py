@@ -2,12 +2,10 @@
 
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-Shim = Callable[..., None]
+from shim import Shim
 
 
 @pytest.fixture(scope="session")

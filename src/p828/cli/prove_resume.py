@@ -45,7 +45,7 @@ def _prove(config: Config, kills: int, ranks: int, ranks_after: list[int]) -> No
         verdict = f"the same, bit for bit, through {saving}: weights, optimizer, bias, random states, data, records"
     else:
         distance, difference = proof.distance()
-        if difference is None and distance > TOLERANCE:
+        if difference is None and not distance <= TOLERANCE:
             difference = f"losses are up to {distance:.2g} nats apart"
         verdict = f"the same data in the same order, and losses at most {distance:.2g} nats apart, through {saving}"
     if difference is not None:

@@ -37,8 +37,8 @@ def open_loader(
 
     Raises UserError if the data cannot be opened.
     """
-    stop = threading.Event()
-    retry = Retry(config.data.read_retries, stop.wait, tell)
+    hurry = threading.Event()
+    retry = Retry(config.data.read_retries, hurry.wait, tell)
     sources = [
         _open_source(data, _seed(config.train.seed, number), tokenizer, retry)
         for number, data in enumerate(config.data.sources)
@@ -47,7 +47,7 @@ def open_loader(
     schedule = list(zip(config.data.mixture_steps, weights, strict=True))
     batches_per_step = config.train.gradient_accumulation * world_size
     rows = Mixture(sources, schedule, config.train.micro_batch_size, batches_per_step, rank, world_size)
-    return Loader(rows, config.model.mask_documents, pin_memory, len(sources), stop)
+    return Loader(rows, config.model.mask_documents, pin_memory, len(sources), hurry)
 
 
 def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry) -> RowSource:

@@ -119,9 +119,9 @@ class Loader:
         mask_documents: bool,
         pin_memory: bool = False,
         sources: int = 1,
-        stop: threading.Event | None = None,
+        hurry: threading.Event | None = None,
     ) -> None:
-        """`stop` is set on closing: what waits in the thread should end its wait then."""
+        """`hurry` is set when nothing is to be waited for any more in the thread."""
         self.rows = rows
         self.sources = sources
         self.mask_documents = mask_documents
@@ -130,7 +130,7 @@ class Loader:
         self._made: queue.Queue[tuple[Batch, dict[str, Any]] | BaseException] = queue.Queue(PREFETCHED_BATCHES)
         self._first: tuple[Batch, dict[str, Any]] | None = None
         self._error: BaseException | None = None
-        self._stop = stop or threading.Event()
+        self._stop, self._hurry = threading.Event(), hurry or threading.Event()
         self._thread: threading.Thread | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -157,9 +157,14 @@ class Loader:
         self.rows.load_state_dict(state)
         self._state = state
 
+    def stop_waiting(self) -> None:
+        """Do not wait for data that cannot be read for now: `next` raises soon what reading it raised."""
+        self._hurry.set()
+
     def close(self) -> None:
         """End the thread, after the documents that it is tokenizing."""
         self._stop.set()
+        self._hurry.set()
         while not self._made.empty():
             self._made.get_nowait()  # room for the batch that the thread may be waiting to put
         if self._thread is not None:

@@ -18,7 +18,7 @@ from p828.errors import UserError
 FORMAT_VERSION = 1
 MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
 LARGEST_SHARD = 2**48  # tokens
-LARGEST_FILE = 64 * MEBIBYTE  # some hundred thousand shards
+LARGEST_FILE = 8 * MEBIBYTE  # some thirty thousand shards
 READ_AT_ONCE = 1 << 20  # bytes
 READERS = 8  # threads, each with one file
 TOKENS, DOCUMENTS = ".tokens", ".documents"

@@ -61,8 +61,11 @@ class BackgroundSaver:
         """Whether this rank has done what is to be done for it."""
         return self._writer is not None and (self._thread is None or not self._thread.is_alive())
 
-    def start(self, step: int, tensors: Parts, state: Mapping[str, Any]) -> None:
-        """Begin to write a checkpoint; no other may be on the way. Raises UserError as `CheckpointWriter` does."""
+    def start(self, step: int, tensors: Parts, state: Mapping[str, Any]) -> bool:
+        """Begin to write a checkpoint; no other may be on the way. Raises UserError as `CheckpointWriter` does.
+
+        Whether it is written already, on all ranks, as there was no room for a copy on one of them.
+        """
         assert self._writer is None
         self._started = time.monotonic()
         self.wait_for_deletion()
@@ -77,6 +80,7 @@ class BackgroundSaver:
             self._write(writer, None)
         self._writer = writer
         self._waited = time.monotonic() - self._started
+        return self._thread is None
 
     def finish(self) -> Saved:
         """Wait for it. Raises UserError, on all ranks, if it could not be written."""

@@ -5,7 +5,8 @@ from several ranks, `state.json` (progress, data position, metadata) and `manife
 size and SHA-256 and is itself checksummed. Nothing is ever unpickled.
 
 A checkpoint is written as `.step_00000100.tmp` and renamed. A step that is saved again is first renamed to
-`.step_00000100.replaced`. What a killed process leaves of either is mended at the next save, search or pruning.
+`.step_00000100.replaced`. One that is deleted is renamed to `.step_00000100.old` first.
+What a killed process leaves of these is mended at the next save, search or pruning.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ STATE = "state.json"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 NON_FINITE = "$float"  # key of the object that stands for a float that JSON does not have
 FILE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-LARGEST_JSON = 64 * MEBIBYTE
+LARGEST_JSON = 8 * MEBIBYTE
 READ_BYTES = 8 * 2**20
 
 
@@ -179,14 +180,15 @@ def recover(directory: Path) -> None:
             _delete(path)
         else:
             path.rename(original)
-    for path in directory.glob(".step_*.tmp"):
-        _delete(path)
+    for ending in ("tmp", "old"):
+        for path in directory.glob(f".step_*.{ending}"):
+            _delete(path)
 
 
 def _remove(paths: Iterable[Path]) -> None:
     """Each is renamed before it is emptied, so that a kill never leaves half of what looks like a checkpoint."""
     for path in paths:
-        aside = path.rename(path.with_name(f".{path.name}.tmp"))
+        aside = path.rename(path.with_name(f".{path.name}.old"))
         _delete(aside)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ def first_difference(first: Path, second: Path) -> str | None:
 
 
 def distance_of_losses(first: Path, second: Path) -> tuple[float, str | None]:
-    """How far apart the losses of two runs are at most, in nats; and the first step that was not trained on as much.
+    """How far apart the losses of two runs are at most, in nats; and the first thing about their data that differs.
 
-    For runs whose sums were in another order, as on another number of ranks.
+    For runs whose sums were in another order, as on another number of ranks. The place in the data at the end is
+    compared, which belongs to no rank, and of every step what was trained on. Raises UserError as `first_difference`.
     """
     ours, theirs = (
         [line for line in metrics.read(run / metrics.FILE_NAME) if line["kind"] == "step"] for run in (first, second)
@@ -45,7 +47,17 @@ def distance_of_losses(first: Path, second: Path) -> tuple[float, str | None]:
         for key in ("step", "tokens", "documents", "cut_documents", "source_tokens", "lr"):
             if mine.get(key) != other.get(key):
                 return float("inf"), f"step {mine['step']}: {key} is {mine.get(key)} and {other.get(key)}"
-    return max(abs(mine["loss"] - other["loss"]) for mine, other in zip(ours, theirs, strict=True)), None
+    ended = [checkpoint.load(checkpoint.resolve(run), names=()).state for run in (first, second)]
+    if (difference := next(_of_values("data", ended[0]["data"], ended[1]["data"]), None)) is not None:
+        return float("inf"), difference
+    return max(_distance(mine["loss"], other["loss"]) for mine, other in zip(ours, theirs, strict=True)), None
+
+
+def _distance(first: float, second: float) -> float:
+    """Infinite if one alone is not a number."""
+    if math.isnan(first) or math.isnan(second):
+        return 0.0 if math.isnan(first) and math.isnan(second) else math.inf
+    return 0.0 if first == second else abs(first - second)
 
 
 def _of_tensors(ours: dict[str, dict[str, torch.Tensor]], theirs: dict[str, dict[str, torch.Tensor]]) -> Iterator[str]:
@@ -54,9 +66,16 @@ def _of_tensors(ours: dict[str, dict[str, torch.Tensor]], theirs: dict[str, dict
         for name in {**first, **second}:
             if name not in first or name not in second:
                 yield f"{part}: only one has {name}"
-            elif not torch.equal(first[name], second[name]):
-                unequal = int((first[name] != second[name]).sum())
+            elif (first[name].dtype, first[name].shape) != (second[name].dtype, second[name].shape):
+                yield f"{part}: {name} has another shape or type"
+            elif not torch.equal(*(bits := [_bits(tensor) for tensor in (first[name], second[name])])):
+                unequal = int((bits[0] != bits[1]).any(1).sum())
                 yield f"{part}: {unequal:,} of {first[name].numel():,} numbers of {name} differ"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """(numbers, bytes of one): what tells 0.0 from -0.0, and takes a NaN for itself."""
+    return tensor.contiguous().flatten().view(torch.uint8).view(tensor.numel(), tensor.element_size())
 
 
 def _of_values(where: str, ours: Any, theirs: Any) -> Iterator[str]:

@@ -136,14 +136,22 @@ class Console:
         for prompt, continuation in samples:
             line = Text(self._encodable(_escape("  " + _one_line(prompt + continuation))), Style(dim=True))
             line.truncate(self._output.width, overflow="ellipsis")
-            self._output.print(line, soft_wrap=True)
+            self._print(line)
             self._write_log(line.plain)
 
     def _show(self, text: str, style: Style | None = None) -> None:
         text = _escape(text)
-        # soft wrapping leaves long lines whole for a pipe and to the terminal's own wrapping
-        self._output.print(Text(self._encodable(text), style or Style.null()), soft_wrap=True)
+        self._print(Text(self._encodable(text), style or Style.null()))
         self._write_log(text)
+
+    def _print(self, text: Text) -> None:
+        """Print it; where the reader has gone or the disk is full, no more is printed, and the run goes on."""
+        try:
+            # soft wrapping leaves long lines whole for a pipe and to the terminal's own wrapping
+            self._output.print(text, soft_wrap=True)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self._write_log(f"the output cannot be written: {error.strerror}; from here on there is this log alone")
 
     def _show_marked(self, marker: str, text: str, style: Style) -> None:
         for line in _escape(text).split("\n"):
@@ -151,7 +159,7 @@ class Console:
                 self._output, max(self._output.width - len(marker), 1)
             )
             for part in parts or [Text("")]:
-                self._output.print(Text(marker, Style(dim=True)) + part, soft_wrap=True)
+                self._print(Text(marker, Style(dim=True)) + part)
             self._write_log(marker + line)
 
     def _write_log(self, text: str) -> None:

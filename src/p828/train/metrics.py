@@ -19,7 +19,8 @@ from p828.errors import UserError
 from p828.train.wandb_mirror import WandbMirror
 
 FILE_NAME = "metrics.jsonl"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+LONGEST_LINE = 16 * 2**20  # bytes; a step of a thousand layers of a thousand experts has half of it
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)  # or not for now
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 REPEATED_KINDS = ("step", "eval", "sample")  # a resumed run writes these again
 
@@ -83,11 +84,12 @@ class Recorder:
         try:
             with temporary.open("wb") as file:
                 for line, record in _records(self.path):
-                    if record["kind"] not in REPEATED_KINDS or record["step"] <= step:
+                    if _is_kept(record, step):
                         file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path)
+            self.waiting = [line for line in self.waiting if _is_kept(json.loads(line), step)]
             self._file.close()
             self._file = _open(self.path)
         except OSError as error:
@@ -132,6 +134,11 @@ def balance_score(load_E: Sequence[int]) -> float:
     return min(max(entropy / math.log(len(load_E)), 0.0), 1.0)
 
 
+def _is_kept(record: dict[str, Any], step: int) -> bool:
+    """Whether a run that goes on after `step` does not write it again."""
+    return record["kind"] not in REPEATED_KINDS or record["step"] <= step
+
+
 def _open(path: Path) -> BinaryIO:
     return open(path, "ab", buffering=0)
 
@@ -151,8 +158,8 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each complete line and what it says."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+                if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
                     return
                 yield line, _parse(line, f"{path}: line {number}")
     except OSError as error:

@@ -44,6 +44,8 @@ class Progress:
     validation_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    saved_best_step: int | None = None
+    """The best one that has a checkpoint: what was saved at `best_step` may have failed."""
     evaluations_since_best: int = 0
     non_finite_steps: int = 0
     """In a row."""

@@ -2,10 +2,12 @@
 
 import dataclasses
 import random
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -65,11 +67,13 @@ class Proof:
         self.tell(f"trained {self.config.train.steps} steps at once in {time.perf_counter() - started:.1f} s")
         for number in range(self.kills):
             ranks = self.ranks if number == 0 else self.ranks_after[(number - 1) % len(self.ranks_after)]
-            process = self._start("killed", ranks)
             last = self.config.train.steps
-            until = self._draw.randrange(last * number // self.kills, max(last * (number + 1) // self.kills, 1))
-            self._kill(process, until, is_for_saving=number % SAVING_SHARE == SAVING_SHARE - 1)
-            self.tell(f"kill {number + 1} of {self.kills}: at step {self._step()} of {last}")
+            first = last * number // self.kills
+            until = self._draw.randrange(first, max(last * (number + 1) // self.kills, first + 1))
+            while_saving = self._kill(ranks, until, is_for_saving=number % SAVING_SHARE == SAVING_SHARE - 1)
+            self.kills_while_saving += while_saving
+            what = ", while a checkpoint was written" if while_saving else ""
+            self.tell(f"kill {number + 1} of {self.kills}: at step {self._step()} of {last}{what}")
         self._finish(self._start("killed", self.ranks_after[(self.kills - 1) % len(self.ranks_after)]))
 
     def difference(self) -> str | None:
@@ -99,15 +103,20 @@ class Proof:
             said = (self.directory / "said.txt").read_text(errors="replace").splitlines()
             raise RunStopped("a run of the proof ended by itself:\n" + "\n".join(said[-LAST_LINES:]))
 
-    def _kill(self, process: subprocess.Popen[bytes], until: int, is_for_saving: bool) -> None:
-        """`kill -9` some random moment after a step, or while the run writes its next checkpoint.
+    def _kill(self, ranks: int, until: int, is_for_saving: bool) -> bool:
+        """Go on with the run, and `kill -9` it some random moment after a step, or while it writes its next checkpoint.
 
-        Raises RunStopped if it ends before.
+        Whether it was writing one. Raises RunStopped if it ends before it is killed.
         """
+        records, checkpoints = self._records(), self.directory / "killed" / CHECKPOINTS
+        before = records.stat().st_ino if records.exists() else None
+        process = self._start("killed", ranks)
+        # A process that is at work has put a file of its own in the place of the records, and removed what was left.
+        while process.poll() is None and not (records.exists() and records.stat().st_ino != before):
+            time.sleep(LOOK_EVERY)
         while process.poll() is None and self._step() < until:
             time.sleep(LOOK_EVERY)
         if is_for_saving:
-            checkpoints = self.directory / "killed" / CHECKPOINTS
             while process.poll() is None and not any(checkpoints.glob(".step_*.tmp/*")):
                 time.sleep(LOOK_EVERY / 5)
         else:
@@ -115,16 +124,18 @@ class Proof:
         if process.poll() is None:
             launcher = psutil.Process(process.pid)
             for each in (*launcher.children(recursive=True), launcher):
-                each.kill()
-        elif process.returncode:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+        if process.wait() != -signal.SIGKILL:
             self._finish(process)
-        process.wait()
-        found = self.directory / "killed" / CHECKPOINTS
-        self.kills_while_saving += any(found.glob(".step_*.tmp"))
+            raise RunStopped(f"the run came to its end before it was killed after step {until}: give fewer --kills")
+        return any(checkpoints.glob(".step_*.tmp"))
+
+    def _records(self) -> Path:
+        return self.directory / "killed" / metrics.FILE_NAME
 
     def _step(self) -> int:
         """The last one in the killed run's records."""
-        records = self.directory / "killed" / metrics.FILE_NAME
-        if not records.exists():
+        if not self._records().exists():
             return 0
-        return max((line["step"] for line in metrics.read(records) if line["kind"] == "step"), default=0)
+        return max((line["step"] for line in metrics.read(self._records()) if line["kind"] == "step"), default=0)

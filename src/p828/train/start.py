@@ -71,9 +71,11 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> 
                     loader.start()
                 run.keep()
                 _tell(trainer, run.damaged)
+                if run.damaged and run.newest is None:
+                    _tell(trainer, ["no checkpoint is left: the run begins again from step 0"])
                 if run.newest is not None:
                     _tell(trainer, [*changes, f"resumed from step {trainer.progress.step}"])
-                with noted_signals() as trainer.stop:
+                with noted_signals(loader.stop_waiting) as trainer.stop:
                     trainer.run()
                 trainer.conclude()
 

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -24,8 +24,10 @@ class StopRequest:
 
 
 @contextmanager
-def noted_signals() -> Iterator[StopRequest]:
+def noted_signals(when_asked: Callable[[], None]) -> Iterator[StopRequest]:
     """In the block, the first SIGINT or SIGTERM is noted, so that the run ends where it can be saved.
+
+    `when_asked` is called then: for what would keep the run from getting there.
 
     A second one ends the process at once, with the exit code that a shell gives it. Of two different ones in a moment
     the second is the launcher's, which passes on what the terminal has sent to all.
@@ -44,6 +46,7 @@ def noted_signals() -> Iterator[StopRequest]:
                 os.write(sys.stdout.fileno(), SHOW_CURSOR.encode())
             os._exit(128 + number)
         request.reason, request.time = name, now
+        when_asked()
 
     before = {number: signal.signal(number, note) for number in SIGNALS}
     try:

@@ -53,8 +53,6 @@ class Trainer:
     """The newest checkpoint's."""
     memory_bytes: int = 0
     """Most that a rank has held so far."""
-    best_step_of_save: int | None = None
-    """The best step when the checkpoint was begun that is being written."""
 
     def __post_init__(self) -> None:
         self.saver = BackgroundSaver(self.checkpoints, self.ranks.apart(), self.engine.device)
@@ -122,15 +120,15 @@ class Trainer:
         return batches, Counts(targets, documents, cut_documents, tuple(by_source))
 
     def pause(self, position: dict[str, Any], failure: str) -> NoReturn:
-        """End after the last step, saved: by RunStopped after a failure on a rank, else by RunPaused."""
+        """End after the last step, saved: by RunPaused if a rank was asked to, else by RunStopped after a failure."""
         self.finish_save()
         if self.saved_step != self.progress.step:
             self.save(position, is_last=True)
         failure, reason = (next(filter(None, self.ranks.gather(text)), "") for text in (failure, self.stop.reason))
         where = f"after step {self.progress.step}, which is saved; the same command goes on from there"
-        if failure:
-            raise self.ranks.everywhere(RunStopped(f"{failure}\nThe run stops {where}"))
-        raise self.ranks.everywhere(RunPaused(f"stopped by {reason} {where}"))
+        if reason:  # it may be why the data was not waited for
+            raise self.ranks.everywhere(RunPaused(f"stopped by {reason} {where}"))
+        raise self.ranks.everywhere(RunStopped(f"{failure}\nThe run stops {where}"))
 
     def is_done(self) -> bool:
         patience, progress = self.config.evaluation.patience, self.progress
@@ -199,12 +197,13 @@ class Trainer:
         what = f"{bad.bad_steps} steps in a row up to step {bad.step} were not finite or had a loss far above the usual"
         if bad.rollbacks == config.limit:
             self.stop_for_good(f"{what}, and the run was rolled back {config.limit} times before")
+        self.saver.wait_for_deletion()  # which changes the directory, too
         last_good = bad.step - bad.bad_steps  # a later one is of a run that was asked to end among the bad steps
         path, damaged = self.ranks.first(lambda: checkpoint.find_newest(self.checkpoints, last_good))
-        if path is None:
-            self.stop_for_good(f"{what}, and there is no checkpoint to go back to")
         for line in damaged:
             self.tell("damaged", line)
+        if path is None:
+            self.stop_for_good(f"{what}, and there is no checkpoint to go back to")
         with checkpoint.opened(path) as saved:
             self.engine.load_tensors(saved.tensors)
             self.progress = Progress(**saved.state["progress"])
@@ -217,6 +216,7 @@ class Trainer:
             f"back to step {back}: {what} (loss {bad.loss:.3f}, usually {bad.usual_loss:.3f}). "
             f"The data of steps {back + 1} to {bad.step} is left out",
         )
+        self.save()  # so that a run which is killed or stopped now does not come by that data again
 
     def stop_for_good(self, what: str) -> NoReturn:
         self.finish_save()
@@ -282,20 +282,21 @@ class Trainer:
         is_last = is_last or self.is_done()
         if progress.bad_steps and self.config.rollback.after_steps and not is_last:
             return  # nothing to go back to
+        best = progress.step if progress.best_step == progress.step else progress.saved_best_step
         state = {
-            "progress": dataclasses.asdict(progress),
+            "progress": {**dataclasses.asdict(progress), "saved_best_step": best},
             "data": merged(self.ranks.gather(position or self.loader.state_dict())),
             "config": to_dict(self.config),
             "versions": self.directory.versions,
             "tokenizer": self.tokenizer.fingerprint(),
             "ranks": self.ranks.size,
         }
-        self.best_step_of_save = progress.best_step
         try:
-            self.saver.start(progress.step, self.engine.tensors(), state)
+            is_done = self.saver.start(progress.step, self.engine.tensors(), state)
         except UserError as error:
             self.not_saved(error, progress.step, is_last)
-        if self.saver.is_written or is_last:
+            return
+        if is_done or is_last:
             self.finish_save(is_last)
 
     def finish_save(self, is_last: bool = False) -> None:
@@ -309,11 +310,13 @@ class Trainer:
             self.not_saved(error, step, is_last)
             return
         self.saved_step = step
+        if self.progress.best_step == step:
+            self.progress.saved_best_step = step
         self.recorder.write("event", step, event="saved", **saved._asdict())
         if self.saver.problem:
             self.tell("not_deleted", self.saver.problem)
             self.saver.problem = ""
-        self.saver.delete_old(self.config.checkpoint.keep_last, self.best_step_of_save)
+        self.saver.delete_old(self.config.checkpoint.keep_last, self.progress.saved_best_step)
 
     def not_saved(self, error: UserError, step: int, is_last: bool) -> None:
         if is_last:
@@ -369,9 +372,11 @@ class Trainer:
             self.console.samples(self.samples())
         how = "is complete" if progress.step >= config.train.steps else "stopped early, out of patience,"
         self.console.print(f"{config.run_dir} {how} at step {progress.step}")
-        if progress.best_step not in (None, progress.step):
-            best = self.checkpoints / checkpoint.name_of(progress.best_step)
-            self.console.print(f"the best checkpoint, with validation loss {progress.best_loss:.3f}, is {best}")
+        if progress.saved_best_step not in (None, progress.step):
+            best = self.checkpoints / checkpoint.name_of(progress.saved_best_step)
+            is_best_of_all = progress.best_step == progress.saved_best_step
+            with_loss = f", with validation loss {progress.best_loss:.3f}," if is_best_of_all else ""
+            self.console.print(f"the best checkpoint{with_loss} is {best}")
 
 
 def _perplexity(loss: float) -> float:
