@@ -1,6 +1,7 @@
 """Runs on a file layer that fails or is slow, and under a clock that jumps."""
 
 import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from shim import Shim
 
 from p828.train import checkpoint, metrics
-from runs import p828, start, wait_for_step, write_toml
+from runs import p828, start, wait_for_step, write_text, write_toml
 from same_run import assert_same_run
 
 YEARS = 10**9  # seconds
@@ -54,6 +55,38 @@ def test_data_that_cannot_be_read_for_a_while(tmp_path: Path, shim: Shim) -> Non
     code, _, error = p828("train", path, "--name", "failing", cwd=tmp_path)
     assert code == 0, error
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "failing", step=12)
+
+
+def test_an_output_without_room_or_reader_does_not_end_a_run(tmp_path: Path) -> None:
+    write_toml(tmp_path)
+    for name, output in (("full", "> /dev/full"), ("gone", "| head -1")):
+        command = f"{sys.executable} -m p828 train tiny.toml --name {name} {output}; echo ${{PIPESTATUS[0]}} >&2"
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stderr == "0\n"
+        run = tmp_path / "runs" / name
+        assert checkpoint.step_of(checkpoint.resolve(run)) == 12
+        assert "the output cannot be written" in (run / "log.txt").read_text()
+
+
+def test_data_is_not_waited_for_when_the_run_is_asked_to_end(tmp_path: Path) -> None:
+    write_text(tmp_path / "more", documents=1500, seed=1)
+    data = {"files": [str(tmp_path / "more" / "*.txt")], "sequence_length": 512, "block_documents": 4}
+    path = write_toml(
+        tmp_path,
+        model={"max_position_embeddings": 512},
+        data={**data, "shuffle_rows": 4, "read_retries": 60},
+        train={"steps": 40, "micro_batch_size": 8, "gradient_accumulation": 1},
+        evaluation={"every": 0},
+        checkpoint={"every": 900},
+    )
+    process = start("train", str(path), cwd=tmp_path)
+    wait_for_step(process, 3)
+    (tmp_path / "more").rename(tmp_path / "away")
+    assert any("attempt 4 of 61 in 4 s" in line for line in process.stdout or ())
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "stopped by SIGTERM after step" in said
 
 
 def test_a_clock_that_jumps(tmp_path: Path, shim: Shim) -> None:

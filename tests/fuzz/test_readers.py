@@ -37,6 +37,8 @@ NESTED_TOML: list[Callable[[str, int], str]] = [
     lambda key, depth: f"{key}{'.a' * depth} = 1",
     lambda key, depth: f"[{key}{'.a' * depth}]",
     lambda key, depth: f"{key} = {'[' * depth}{']' * depth}",
+    lambda key, depth: f"{key} = 0x{'f' * depth}",
+    lambda key, depth: f"{key} = '{'a' * depth}'",
     lambda key, depth: f"{key} = {'{a=' * depth}1{'}' * depth}",
 ]
 MOST_BYTES = 64 * 2**20  # that a reader may take for a small file

@@ -81,3 +81,23 @@ def test_records_count_but_not_what_the_machine_did(whole: Path, other: Path) ->
 def test_a_run_that_ended_earlier_is_different(whole: Path, other: Path) -> None:
     shutil.rmtree(other / LAST)
     assert first_difference(whole, other) == "one ended at step 12, the other at step 10"
+
+
+def test_a_loss_that_is_no_number_is_far_from_one_that_is(whole: Path, other: Path) -> None:
+    records = other / "metrics.jsonl"
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    step = next(line for line in lines if line["kind"] == "step" and line["step"] == 6)
+    step["loss"] = "NaN"
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert distance_of_losses(whole, other) == (float("inf"), None)
+    assert distance_of_losses(other, other) == (0.0, None)
+
+
+def test_zero_is_not_minus_zero(whole: Path, other: Path) -> None:
+    loaded = checkpoint.load(other / LAST)
+    state = loaded.tensors["model"]
+    for run, zero in ((whole.parent / "plus", 0.0), (other, -0.0)):
+        state["model.norm.weight"][0] = zero
+        checkpoint_writer.save(run / "checkpoints", loaded.step, loaded.tensors, loaded.state)
+        shutil.copy(whole / "metrics.jsonl", run / "metrics.jsonl")
+    assert first_difference(whole.parent / "plus", other) == "model: 1 of 32 numbers of model.norm.weight differ"

@@ -1,5 +1,6 @@
 """What a training run shows: a progress bar at a terminal, plain lines elsewhere, and both in `run_dir/log.txt`."""
 
+import errno
 import math
 import os
 import re
@@ -27,6 +28,12 @@ ESCAPED_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, form
 TAB = "    "
 
 
+class _Output(rich.console.Console):
+    def on_broken_pipe(self) -> None:
+        """Instead of ending the process."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 class Console:
     """The run's face; a context manager that gives the terminal back whole, also on an exception or Ctrl-C.
 
@@ -46,7 +53,7 @@ class Console:
     ) -> None:
         # an environment's FORCE_COLOR must not draw a bar into a pipe
         is_terminal = sys.stdout is not None and sys.stdout.isatty() and not is_quiet
-        self._output = output or rich.console.Console(force_terminal=is_terminal, quiet=is_quiet)
+        self._output = output or _Output(force_terminal=is_terminal, quiet=is_quiet)
         self._total = total_steps
         self._clock = clock
         self._last_line = (-math.inf, -math.inf)  # step and time
