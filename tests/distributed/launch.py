@@ -153,7 +153,7 @@ def steps(run: Path) -> list[dict[str, Any]]:
 def assert_same_training(ours: Path, theirs: Path) -> None:
     """The same data and loads of experts at every step; losses and norms but for the order of float32 sums."""
     first, second = steps(ours), steps(theirs)
-    for key in ("step", "lr", "tokens", "documents", "cut_documents", "load"):
+    for key in ("step", "lr", "tokens", "documents", "cut_documents", "rows", "load"):
         assert [line[key] for line in first] == [line[key] for line in second], key
     assert [line["loss"] for line in first] == pytest.approx([line["loss"] for line in second], abs=TOLERANCE)
     norms = [line["grad_norm"] for line in second]

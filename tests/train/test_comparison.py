@@ -101,3 +101,16 @@ def test_zero_is_not_minus_zero(whole: Path, other: Path) -> None:
         checkpoint_writer.save(run / "checkpoints", loaded.step, loaded.tensors, loaded.state)
         shutil.copy(whole / "metrics.jsonl", run / "metrics.jsonl")
     assert first_difference(whole.parent / "plus", other) == "model: 1 of 32 numbers of model.norm.weight differ"
+
+
+def test_other_rows_are_a_difference_however_near_the_losses(whole: Path, other: Path) -> None:
+    records = other / "metrics.jsonl"
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert len({line["rows"] for line in steps}) == len(steps)
+    steps[3]["rows"], steps[4]["rows"] = steps[4]["rows"], steps[3]["rows"]
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    distance, difference = distance_of_losses(whole, other)
+    assert distance == float("inf")
+    assert difference is not None
+    assert difference.startswith("step 4: rows is ")

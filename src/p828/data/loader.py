@@ -9,11 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from p828.data.row import PADDING, Row
 
 NO_TARGET = -100
+DIGESTS = 2**32
 PREFETCHED_BATCHES = 8
 
 
@@ -37,6 +39,8 @@ class Batch:
     """Documents that end in the batch."""
     cut_documents: int = 0
     """Those of them that have a part in another row."""
+    digest: int = 0
+    """Sum of a hash of each row's tokens, modulo 2^32: the same rows have the same, in whatever batches they come."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting if it is pinned."""
@@ -93,6 +97,7 @@ def make_batch(rows: Sequence[Row], mask_documents: bool, sources: int = 1) -> B
         source_targets=tuple(source_targets.astype(int).tolist()),
         documents=sum(row.documents for row in rows),
         cut_documents=sum(row.cut_documents for row in rows),
+        digest=sum(xxhash.xxh3_64_intdigest(row.tokens.tobytes()) for row in rows) % DIGESTS,
     )
 
 

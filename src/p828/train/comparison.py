@@ -36,7 +36,8 @@ def distance_of_losses(first: Path, second: Path) -> tuple[float, str | None]:
     """How far apart the losses of two runs are at most, in nats; and the first thing about their data that differs.
 
     For runs whose sums were in another order, as on another number of ranks. The place in the data at the end is
-    compared, which belongs to no rank, and of every step what was trained on. Raises UserError as `first_difference`.
+    compared, which belongs to no rank, and of every step its rows, by their digest.
+    Raises UserError as `first_difference`.
     """
     ours, theirs = (
         [line for line in metrics.read(run / metrics.FILE_NAME) if line["kind"] == "step"] for run in (first, second)
@@ -44,7 +45,7 @@ def distance_of_losses(first: Path, second: Path) -> tuple[float, str | None]:
     if len(ours) != len(theirs):
         return float("inf"), f"one has records of {len(ours)} steps, the other of {len(theirs)}"
     for mine, other in zip(ours, theirs, strict=True):
-        for key in ("step", "tokens", "documents", "cut_documents", "source_tokens", "lr"):
+        for key in ("step", "tokens", "documents", "cut_documents", "source_tokens", "rows", "lr"):
             if mine.get(key) != other.get(key):
                 return float("inf"), f"step {mine['step']}: {key} is {mine.get(key)} and {other.get(key)}"
     ended = [checkpoint.load(checkpoint.resolve(run), names=()).state for run in (first, second)]

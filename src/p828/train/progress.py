@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
-from p828.data.loader import Batch
+from p828.data.loader import DIGESTS, Batch
 from p828.train.engine import StepResult
 
 USUAL_STEPS = 20  # that the usual loss is a mean of, with weights that fall off
@@ -17,6 +17,8 @@ class Counts:
     targets: int
     documents: int
     cut_documents: int
+    digest: int
+    """Of the rows, as `Batch.digest`."""
     by_source: tuple[int, ...]
     """Targets."""
 
@@ -30,6 +32,7 @@ class Counts:
             sum(batch.num_targets for batch in batches),
             sum(batch.documents for batch in batches),
             sum(batch.cut_documents for batch in batches),
+            sum(batch.digest for batch in batches) % DIGESTS,
             tuple(by_source),
         )
 

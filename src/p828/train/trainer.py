@@ -11,7 +11,7 @@ from p828.config import Config
 from p828.config_values import to_dict
 from p828.data.bigram import bigram_loss
 from p828.data.feed import training_rows
-from p828.data.loader import Batch, Loader
+from p828.data.loader import DIGESTS, Batch, Loader
 from p828.data.mixture import merged
 from p828.data.tokenizer import Tokenizer
 from p828.errors import ReadFailed, RunPaused, RunStopped, UserError
@@ -81,7 +81,7 @@ class Trainer:
             progress.step += 1
             progress.count(counts)
             progress.judge(result, config.rollback.spike_nats)
-            self.record(result, rate, num_targets, time.perf_counter() - started)
+            self.record(result, rate, counts, time.perf_counter() - started)
             if not self.is_kept(result):
                 self.roll_back()
                 continue
@@ -106,7 +106,7 @@ class Trainer:
             bool(self.stop.reason),
             self.saver.is_written,
             peak_memory(self.engine.device),
-            *dataclasses.astuple(own)[:3],
+            *dataclasses.astuple(own)[:4],
             *own.by_source,
         )
         of_ranks = zip(*self.ranks.all(numbers), strict=True)
@@ -116,8 +116,8 @@ class Trainer:
             self.finish_save()
         if any(failures) or any(stops):
             self.pause(before, failure)
-        targets, documents, cut_documents, *by_source = map(sum, counts)
-        return batches, Counts(targets, documents, cut_documents, tuple(by_source))
+        targets, documents, cut_documents, digest, *by_source = map(sum, counts)
+        return batches, Counts(targets, documents, cut_documents, digest % DIGESTS, tuple(by_source))
 
     def pause(self, position: dict[str, Any], failure: str) -> NoReturn:
         """End after the last step, saved: by RunPaused if a rank was asked to, else by RunStopped after a failure."""
@@ -139,8 +139,8 @@ class Trainer:
         """Whether something done every so many steps, and at the end, is done now."""
         return self.is_done() or (every > 0 and self.progress.step % every == 0)
 
-    def record(self, result: StepResult, rate: float, num_targets: int, seconds: float) -> None:
-        tokens_per_second = num_targets / seconds
+    def record(self, result: StepResult, rate: float, counts: Counts, seconds: float) -> None:
+        tokens_per_second = counts.targets / seconds
         flops = flops_per_token(self.config.model, self.config.data.sequence_length)
         peak = peak_flops(self.engine.device)
         self.recorder.write(
@@ -148,6 +148,7 @@ class Trainer:
             self.progress.step,
             tokens=self.progress.tokens,
             **self.data_record(),
+            rows=f"{counts.digest:08x}",
             loss=result.loss,
             perplexity=_perplexity(result.loss),
             lr=rate,
