@@ -39,7 +39,7 @@ def _prove(config: Config, kills: int, ranks: int, ranks_after: list[int]) -> No
     directory.mkdir(parents=True)
     proof = Proof(shortened(config, directory), directory, kills, ranks, ranks_after)
     proof.run()
-    saving = f"{kills} kills, {proof.kills_while_saving} of them while a checkpoint was written"
+    saving = f"{proof.killed} kills, {proof.kills_while_saving} of them while a checkpoint was written"
     if set(ranks_after) <= {ranks}:
         difference = proof.difference()
         verdict = f"the same, bit for bit, through {saving}: weights, optimizer, bias, random states, data, records"

@@ -22,6 +22,7 @@ from p828.train.run_directory import CHECKPOINTS
 
 STEPS, CHECKPOINTS_IN_ALL, EVALUATIONS = 60, 12, 3
 LOOK_EVERY = 0.005  # seconds
+LEAST_KILLS = 2
 SAVING_SHARE = 3  # every so many kills is meant for a moment in which a checkpoint is written
 LAST_LINES = 8
 
@@ -57,7 +58,7 @@ class Proof:
     ) -> None:
         self.config, self.directory, self.kills, self.tell = config, directory, kills, tell
         self.ranks, self.ranks_after = ranks, list(ranks_after) or [ranks]
-        self.kills_while_saving = 0
+        self.killed = self.kills_while_saving = 0
         self._draw = random.Random()
 
     def run(self) -> None:
@@ -69,11 +70,20 @@ class Proof:
             ranks = self.ranks if number == 0 else self.ranks_after[(number - 1) % len(self.ranks_after)]
             last = self.config.train.steps
             first = last * number // self.kills
-            until = self._draw.randrange(first, max(last * (number + 1) // self.kills, first + 1))
-            while_saving = self._kill(ranks, until, is_for_saving=number % SAVING_SHARE == SAVING_SHARE - 1)
+            end = min(last * (number + 1) // self.kills, last - last // 8)  # before the run comes to its own
+            until = self._draw.randrange(first, max(end, first + 1))
+            if not self._kill(ranks, until, is_for_saving=number % SAVING_SHARE == SAVING_SHARE - 1):
+                self.tell(f"kill {number + 1} of {self.kills}: the run had come to its end")
+                continue
+            while_saving = any((self.directory / "killed" / CHECKPOINTS).glob(".step_*.tmp"))
+            self.killed += 1
             self.kills_while_saving += while_saving
             what = ", while a checkpoint was written" if while_saving else ""
             self.tell(f"kill {number + 1} of {self.kills}: at step {self._step()} of {last}{what}")
+        if self.killed < LEAST_KILLS:
+            raise RunStopped(
+                f"{self.killed} kills met the run before its end, which proves nothing: give more train.steps"
+            )
         self._finish(self._start("killed", self.ranks_after[(self.kills - 1) % len(self.ranks_after)]))
 
     def difference(self) -> str | None:
@@ -106,7 +116,7 @@ class Proof:
     def _kill(self, ranks: int, until: int, is_for_saving: bool) -> bool:
         """Go on with the run, and `kill -9` it some random moment after a step, or while it writes its next checkpoint.
 
-        Whether it was writing one. Raises RunStopped if it ends before it is killed.
+        Whether it was killed before its end. Raises RunStopped if it failed by itself.
         """
         records, checkpoints = self._records(), self.directory / "killed" / CHECKPOINTS
         before = records.stat().st_ino if records.exists() else None
@@ -126,10 +136,10 @@ class Proof:
             for each in (*launcher.children(recursive=True), launcher):
                 with suppress(psutil.NoSuchProcess):
                     each.kill()
-        if process.wait() != -signal.SIGKILL:
-            self._finish(process)
-            raise RunStopped(f"the run came to its end before it was killed after step {until}: give fewer --kills")
-        return any(checkpoints.glob(".step_*.tmp"))
+        if process.wait() == -signal.SIGKILL:
+            return True
+        self._finish(process)
+        return False
 
     def _records(self) -> Path:
         return self.directory / "killed" / metrics.FILE_NAME
