@@ -15,7 +15,7 @@ test: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadgroup
 
 test-distributed: .venv/installed-dev
-	$(BIN)/pytest tests/distributed -m "long or not long"
+	$(BIN)/pytest tests/distributed tests/bench/test_scaling.py -m "long or not long"
 
 faults: .venv/installed-dev
 	$(BIN)/pytest tests/faults -m "long or not long"

@@ -46,6 +46,11 @@ def test_training_goes_on_beside_a_slow_disk(tmp_path: Path, shim: Shim) -> None
     assert code == 0, error
     runs = tmp_path / "runs"
     assert_same_run(runs / "whole", runs / "slow", step=200)
+    at, beside = 0, 0  # the step that training has come to, and checkpoints that were complete only later
+    for line in metrics.read(runs / "slow" / "metrics.jsonl"):
+        at = line["step"] if line["kind"] == "step" else at
+        beside += line.get("event") == "saved" and at > line["step"]
+    assert beside > 0
 
 
 def test_data_that_cannot_be_read_for_a_while(tmp_path: Path, shim: Shim) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from p828.errors import UserError
 from p828.train import checkpoint
 from p828.train.checkpoint_writer import CheckpointWriter, num_bytes
-from p828.train.fragments import Fragment
+from p828.train.fragments import Fragment, values_of
 from p828.train.ranks import Ranks
 
 Parts = Mapping[str, Mapping[str, Tensor | Fragment]]
@@ -132,7 +132,7 @@ class BackgroundSaver:
         missing: Counter[str] = Counter()
         for part, values in tensors.items():
             for name, value in values.items():
-                source = _source(value)
+                source = values_of(value).detach()
                 if not self._fits((part, name), source):
                     missing[source.device.type] += source.nbytes
         has = all(self._free_bytes(kind) >= count + SPARE_BYTES for kind, count in missing.items())
@@ -153,12 +153,8 @@ class BackgroundSaver:
         }
 
     def _copy(self, key: tuple[str, str], value: Tensor | Fragment) -> Tensor | Fragment:
-        source = _source(value)
+        source = values_of(value).detach()
         if not self._fits(key, source):
             self._copies[key] = torch.empty_like(source, memory_format=torch.contiguous_format)
         copy = self._copies[key].copy_(source)
         return value._replace(values=copy) if isinstance(value, Fragment) else copy
-
-
-def _source(value: Tensor | Fragment) -> Tensor:
-    return value.values if isinstance(value, Fragment) else value.detach()

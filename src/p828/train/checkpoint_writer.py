@@ -20,7 +20,7 @@ from p828.train.checkpoint import (
     name_of,
     recover,
 )
-from p828.train.fragments import Fragment
+from p828.train.fragments import Fragment, values_of
 from p828.train.ranks import Ranks
 from p828.train.tensor_files import file_name, write_tensors
 from p828.whole_file import sync
@@ -116,8 +116,7 @@ def save(
 
 def num_bytes(tensors: Mapping[str, Mapping[str, Tensor | Fragment]]) -> int:
     """What they take in a file."""
-    values = (value for part in tensors.values() for value in part.values())
-    return sum((value.values if isinstance(value, Fragment) else value).nbytes for value in values)
+    return sum(values_of(value).nbytes for part in tensors.values() for value in part.values())
 
 
 def _begin(temporary: Path) -> None:
@@ -137,7 +136,7 @@ def _write_own(temporary: Path, tensors: Mapping[str, Mapping[str, Tensor | Frag
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Rename into place, durably. Between the two renames of a replacement, `_recover` restores the older one."""
+    """Rename into place, durably. Between the two renames of a replacement, `recover` restores the older one."""
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():
         final.rename(replaced)

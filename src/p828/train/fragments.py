@@ -14,3 +14,8 @@ class Fragment(NamedTuple):
     """The place of the first of them in the flattened tensor."""
     shape: tuple[int, ...]
     """Of the whole tensor."""
+
+
+def values_of(value: Tensor | Fragment) -> Tensor:
+    """The numbers, whichever it is."""
+    return value.values if isinstance(value, Fragment) else value

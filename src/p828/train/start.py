@@ -70,11 +70,13 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> 
                 with ranks.agreed():
                     loader.start()
                 run.keep()
-                _tell(trainer, run.damaged)
-                if run.damaged and run.newest is None:
-                    _tell(trainer, ["no checkpoint is left: the run begins again from step 0"])
+                lines = [*run.damaged, *changes]
                 if run.newest is not None:
-                    _tell(trainer, [*changes, f"resumed from step {trainer.progress.step}"])
+                    lines.append(f"resumed from step {trainer.progress.step}")
+                elif run.damaged:
+                    lines.append("no checkpoint is left: the run begins again from step 0")
+                for line in lines:
+                    trainer.tell("resume", line)
                 with noted_signals(loader.stop_waiting) as trainer.stop:
                     trainer.run()
                 trainer.conclude()
@@ -126,9 +128,3 @@ def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:
                 f"evaluation.prompts: {prompt[:40]!r} has {length} tokens: "
                 f"fewer than model.max_position_embeddings = {context} are accepted"
             )
-
-
-def _tell(trainer: Trainer, lines: list[str]) -> None:
-    for line in lines:
-        trainer.recorder.write("event", trainer.progress.step, event="resume", text=line)
-        trainer.console.event(line)
