@@ -15,7 +15,7 @@ import tyro.conf
 
 from p828.bounded_file import MEBIBYTE, read_bounded
 from p828.config_checks import check_model, check_range, check_run
-from p828.config_values import build, flatten
+from p828.config_values import build, flatten, shown
 from p828.errors import UserError, nearest
 
 if sys.version_info >= (3, 11):
@@ -377,14 +377,14 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
 
 def _merged_toml(name_or_path: str, depth: int = 0) -> dict[str, Any]:
     if len(name_or_path) > LONGEST_PATH:
-        raise UserError(f"no file {name_or_path[:80]!r}…: at most {LONGEST_PATH} characters are accepted")
+        raise UserError(f"no file {shown(name_or_path)}: at most {LONGEST_PATH} characters are accepted")
     path = Path(name_or_path)
     if path.suffix != ".toml":
         path = PRESETS / f"{name_or_path}.toml"
         known = preset_names()
         if name_or_path not in known:
             raise UserError(
-                f"no preset {name_or_path[:80]!r}{nearest(name_or_path[:80], known)} Presets: {', '.join(known)}; "
+                f"no preset {shown(name_or_path)}{nearest(name_or_path[:80], known)} Presets: {', '.join(known)}; "
                 "or give the path of a .toml file"
             )
     try:
@@ -401,7 +401,7 @@ def _merged_toml(name_or_path: str, depth: int = 0) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or depth == MAX_BASES:
         raise UserError(
-            f"{path}: base = {repr(base)[:80]}: give a preset's name or a .toml file, nested at most {MAX_BASES} deep"
+            f"{path}: base = {shown(base)}: give a preset's name or a .toml file, nested at most {MAX_BASES} deep"
         )
     if base.endswith(".toml"):
         base = str(path.parent / base)

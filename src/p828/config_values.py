@@ -17,7 +17,7 @@ def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
     """A dataclass from plain values of its fields' types. Raises UserError naming the key, `prefix` before it."""
     if not isinstance(values, Mapping):
         table = prefix.rstrip(".")
-        raise UserError(f"{where}: {table} = {_shown(values)}: a table is accepted, [{table}] with its keys below")
+        raise UserError(f"{where}: {table} = {shown(values)}: a table is accepted, [{table}] with its keys below")
     types = typing.get_type_hints(cls)
     for key in values:
         if key not in types:
@@ -34,7 +34,7 @@ _MANY = {int: "whole numbers", float: "numbers", str: "texts in quotes"}
 def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return build(typing.cast(type, kind), value, where, key + ".")
-    given = f"{where}: {key} = {_shown(value)}"
+    given = f"{where}: {key} = {shown(value)}"
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value in arguments:
@@ -55,12 +55,12 @@ def _convert_list(kinds: tuple[Any, ...], values: Any, where: str, key: str) -> 
     any_length = kinds[-1] is Ellipsis
     if not isinstance(values, list) or (not any_length and len(values) != len(kinds)):
         size = "a list of" if any_length else f"a list of {len(kinds)}"
-        raise UserError(f"{where}: {key} = {_shown(values)}: {size} {_MANY.get(kinds[0], 'tables')} is accepted")
+        raise UserError(f"{where}: {key} = {shown(values)}: {size} {_MANY.get(kinds[0], 'tables')} is accepted")
     kinds = kinds[:1] * len(values) if any_length else kinds
     return tuple(_convert(k, v, where, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, values, strict=True)))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as TOML spells it, more or less, and short enough for a line."""
     try:
         text = str(value).lower() if isinstance(value, bool) else repr(value)
