@@ -12,13 +12,11 @@ ROOT = Path(p828.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # Package or module directly under p828 -> what of p828 it may import besides itself.
-BOTTOM = {"errors", "config", "config_checks", "config_values", "bounded_file", "whole_file", "lock"}
+BOTTOM = {"errors", "config", "config_checks", "config_values", "files"}
 MAY_IMPORT = {
     "errors": set(),
-    "bounded_file": set(),
-    "whole_file": set(),
-    "lock": {"errors"},
-    "config": {"errors", "bounded_file", "config_checks", "config_values"},
+    "files": {"errors"},
+    "config": {"errors", "files", "config_checks", "config_values"},
     "config_values": {"errors"},
     "config_checks": {"errors", "config"},  # the configuration's types
     "kernels": BOTTOM,

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 import tyro.conf
 
-from p828.bounded_file import MEBIBYTE, read_bounded
 from p828.config_checks import check_model, check_range, check_run
 from p828.config_values import build, flatten, shown
 from p828.errors import UserError, nearest
+from p828.files import MEBIBYTE, read_limited
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -388,7 +388,7 @@ def _merged_toml(name_or_path: str, depth: int = 0) -> dict[str, Any]:
                 "or give the path of a .toml file"
             )
     try:
-        text = read_bounded(path, LARGEST_FILE).decode("utf-8")
+        text = read_limited(path, LARGEST_FILE).decode("utf-8")
         if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
             raise ValueError(f"a line has more than {MOST_DOTS} dots")
         values = tomllib.loads(text)

@@ -20,7 +20,7 @@ from p828.bench.systems import (
 from p828.bench.table import best_of, header, show_breakdown, show_failure, show_ratios, show_row
 from p828.config import Config
 from p828.errors import RunStopped, UserError
-from p828.whole_file import write_whole
+from p828.files import write_atomic
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Bench:
     def _write_json(self) -> None:
         if self.json_path is not None:
             found = {"machine": self.machine, "rows": [row.to_dict() for row in self.rows], "failed": self.failed}
-            write_whole(self.json_path, json.dumps(found, indent=1) + "\n")
+            write_atomic(self.json_path, json.dumps(found, indent=1) + "\n")
 
 
 def _check_writable(path: Path) -> None:

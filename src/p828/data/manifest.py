@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from p828.bounded_file import MEBIBYTE, read_bounded
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
+from p828.files import MEBIBYTE, read_limited
 
 FORMAT_VERSION = 1
 MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
@@ -65,7 +65,7 @@ def open_manifest(directory: Path) -> Manifest:
     """Read the manifest. Raises UserError if there is none, or it is none of this version."""
     path = directory / MANIFEST_FILE
     try:
-        fields = json.loads(read_bounded(path, LARGEST_FILE))
+        fields = json.loads(read_limited(path, LARGEST_FILE))
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(f"{path}: format version {version!r}; this program reads {FORMAT_VERSION}")

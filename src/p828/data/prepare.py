@@ -24,7 +24,7 @@ from p828.data.source import open_in_order, open_validation
 from p828.data.text_reader import PARTS, Reader, TextBatch
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
-from p828.whole_file import write_whole
+from p828.files import write_atomic
 
 SAVE_EVERY = 5.0  # seconds
 TOKENIZED_TOGETHER = 2  # batches: while the tokens of one become arrays, which one core does, others are encoded
@@ -149,7 +149,7 @@ class Preparation:
             "hashes": self._hashes.tell() // 8,
             **{part: writer.state_dict() for part, writer in self.writers.items()},
         }
-        write_whole(self.directory / PROGRESS_FILE, json.dumps(progress))
+        write_atomic(self.directory / PROGRESS_FILE, json.dumps(progress))
 
     def _load(self) -> dict[str, Any]:
         """Go back to the saved position, if there is one; the writers' states are left to the caller."""
@@ -200,7 +200,7 @@ class Preparation:
                 training=tuple(self.writers["training"].complete),
                 validation=tuple(self.writers["validation"].complete),
             )
-            write_whole(self.directory / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1))
+            write_atomic(self.directory / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1))
             self._hashes.close()
             for name in (PROGRESS_FILE, HASHES_FILE):
                 (self.directory / name).unlink(missing_ok=True)

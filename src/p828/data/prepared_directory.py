@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from p828.bounded_file import read_bounded
 from p828.config import Config, DataConfig
 from p828.config_values import to_dict
 from p828.data.manifest import LARGEST_FILE, MANIFEST_FILE, TOKENIZER_FILE, check_tokenizer, open_manifest
 from p828.data.tokenizer import Tokenizer, load_tokenizer
 from p828.errors import UserError
-from p828.lock import locked
+from p828.files import locked, read_limited
 
 PROGRESS_FILE, HASHES_FILE = "progress.json", "hashes.partial"
 OF_THE_TOKENS = (  # keys of the section data that decide them
@@ -90,7 +89,7 @@ def settle_tokenizer(config: Config, directories: Sequence[Path], documents: Cal
 def read_progress(path: Path) -> dict[str, Any]:
     """What an interrupted preparation left. Raises UserError if it is damaged."""
     try:
-        progress: dict[str, Any] = json.loads(read_bounded(path, LARGEST_FILE))
+        progress: dict[str, Any] = json.loads(read_limited(path, LARGEST_FILE))
         progress["settings"]["data"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged: {error}. Remove {path.parent} to begin again") from None

@@ -11,11 +11,10 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from p828.bounded_file import MEBIBYTE, read_bounded
 from p828.config import TokenizerConfig
 from p828.data.hub import download_tokenizer
 from p828.errors import UserError
-from p828.whole_file import write_whole
+from p828.files import MEBIBYTE, read_limited, write_atomic
 
 # cl100k_base's pattern (tiktoken) with single digits: a word takes the space or the sign before it, a run of
 # indentation is one piece but for the space that belongs to the next word, signs take the newlines behind them.
@@ -51,7 +50,7 @@ class Tokenizer:
     def from_file(cls, path: str | Path, eos_token: str) -> "Tokenizer":
         """Raises UserError when the file cannot be read, is no tokenizer, or lacks `eos_token`."""
         try:
-            text = read_bounded(Path(path), LARGEST_FILE).decode("utf-8")
+            text = read_limited(Path(path), LARGEST_FILE).decode("utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as a tokenizer.json: {error}") from None
         try:
@@ -97,7 +96,7 @@ class Tokenizer:
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, self.inner.to_str(pretty=True))
+            write_atomic(path, self.inner.to_str(pretty=True))
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error}") from error
 

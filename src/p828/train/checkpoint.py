@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from torch import Tensor
 
-from p828.bounded_file import MEBIBYTE, read_bounded
 from p828.errors import UserError
+from p828.files import MEBIBYTE, read_limited
 from p828.train.tensor_files import Tensors, part_of
 
 FORMAT_VERSION = 3
@@ -79,7 +79,7 @@ def opened(
     manifest = manifest or _read_manifest(path)
     wanted = set(_parts(manifest) if names is None else names)
     try:
-        state = json.loads(read_bounded(path / STATE, LARGEST_JSON), object_hook=_decode)
+        state = json.loads(read_limited(path / STATE, LARGEST_JSON), object_hook=_decode)
         files = [file for file in manifest["files"] if part_of(file) in wanted]
         with Tensors(path, files, device) as tensors:
             yield OpenCheckpoint(path, manifest["step"], tensors, state)
@@ -229,7 +229,7 @@ def _verified_manifest(path: Path, names: Iterable[str] | None) -> dict[str, Any
 def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest's fields without its checksum. Later versions keep the checksum, so damage is told from newness."""
     try:
-        content = read_bounded(path / MANIFEST, LARGEST_JSON)
+        content = read_limited(path / MANIFEST, LARGEST_JSON)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}: {MANIFEST} is missing") from None
     except PermissionError as error:

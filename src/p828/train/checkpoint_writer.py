@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from p828.errors import UserError
+from p828.files import fsync
 from p828.train.checkpoint import (
     FORMAT_VERSION,
     MANIFEST,
@@ -23,7 +24,6 @@ from p828.train.checkpoint import (
 from p828.train.fragments import Fragment, values_of
 from p828.train.ranks import Ranks
 from p828.train.tensor_files import file_name, write_tensors
-from p828.whole_file import sync
 
 T = TypeVar("T")
 
@@ -86,8 +86,8 @@ class CheckpointWriter:
         files[STATE] = describe(self._temporary / STATE, sync=True)
         manifest = self._temporary / MANIFEST
         manifest.write_bytes(manifest_bytes({"format_version": FORMAT_VERSION, "step": self.step, "files": files}))
-        sync(manifest)
-        sync(self._temporary)
+        fsync(manifest)
+        fsync(self._temporary)
         _publish(self._temporary, self.final)
 
     def _refusals(self, function: Callable[[], T]) -> T:
@@ -141,7 +141,7 @@ def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
-    sync(final.parent)
+    fsync(final.parent)
 
 
 def _encode(value: Any) -> Any:

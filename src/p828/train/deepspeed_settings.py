@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p828.bounded_file import MEBIBYTE, read_bounded
 from p828.config import PRESETS, Config
 from p828.config_values import flatten
 from p828.errors import UserError, nearest
+from p828.files import MEBIBYTE, read_limited
 
 LARGEST_FILE = MEBIBYTE
 MOST_PROBLEMS = 10  # that are told at once
@@ -116,7 +116,7 @@ def preset_files() -> dict[str, Path]:
 def read_strictly(path: Path) -> dict[str, Any]:
     """A JSON object, as RFC 8259 has it. Raises UserError; a key that is given twice is named."""
     try:
-        text = read_bounded(path, LARGEST_FILE).decode(
+        text = read_limited(path, LARGEST_FILE).decode(
             "utf-8-sig"
         )  # some editors put a mark first, which RFC 8259 lets us ignore
         values = json.loads(text, object_pairs_hook=_without_duplicates, parse_float=_finite, parse_constant=_finite)

@@ -17,10 +17,9 @@ import tomli_w
 from p828.config import Config, from_dict, load
 from p828.config_values import flatten, to_dict
 from p828.errors import ReadFailed, UserError
-from p828.lock import locked
+from p828.files import locked, write_atomic
 from p828.train import checkpoint
 from p828.train.ranks import Ranks
-from p828.whole_file import write_whole
 
 CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.toml", "tokenizer.json", "checkpoints"
 
@@ -136,7 +135,7 @@ def _remove(made: list[Path]) -> None:
 
 def _write_config(path: Path, config: Config, versions: dict[str, str]) -> None:
     header = "# " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "\n\n"
-    write_whole(path, header + tomli_w.dumps(to_dict(config)))
+    write_atomic(path, header + tomli_w.dumps(to_dict(config)))
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 from p828.config import Config
 from p828.config_values import to_dict
 from p828.errors import UserError
-from p828.whole_file import write_whole
+from p828.files import write_atomic
 
 SECTIONS = {"step": "train", "eval": "validation"}  # the kinds of records that it sees, and its names for them
 FINISH_WITHIN = 60  # seconds to send what is left, or it stays on the disk
@@ -28,7 +28,7 @@ class WandbMirror:
         self.problem = ""
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            write_whole(id_file, uuid.uuid4().hex[:12] + "\n")
+            write_atomic(id_file, uuid.uuid4().hex[:12] + "\n")
         self._id = id_file.read_text(encoding="utf-8").strip()
         try:
             try:
