@@ -4,19 +4,21 @@ The attribute docstrings are the command line's help. A TOML may name another wi
 changes only what it lists. Nothing here imports torch.
 """
 
+import codecs
 import dataclasses
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro.conf
 
-from p828.config_checks import check_model, check_range, check_run
-from p828.config_values import build, flatten, shown
+from p828.config_checks import MOST_TEXT, check_model, check_range, check_run, check_texts
+from p828.config_values import build, flatten, shown, shown_path
 from p828.errors import UserError, nearest
-from p828.files import MEBIBYTE, read_limited
+from p828.files import read_limited
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,8 +26,11 @@ else:
     import tomli as tomllib
 
 PRESETS = Path(__file__).parent / "configs"
-LARGEST_FILE = MEBIBYTE // 4
+RUN_FILE = "config.toml"  # in a run's directory
+LARGEST_FILE = 2 * MOST_TEXT  # any configuration that `validate` accepts is shorter
 MOST_DOTS = 200  # in a line: what tomllib takes for a key grows with the square of its parts
+# A line of one text, as of a list of file names; its dots are no key's. No apostrophes, lest it end a text of three.
+ONE_TEXT = re.compile(r"""\s*(\w+ = )?"([^"\\']|\\.|'(?!''))*",?""")
 LONGEST_PATH = 4000
 MAX_BASES = 8  # how deep `base` may nest; a cycle ends here
 
@@ -106,7 +111,7 @@ class ValidationConfig:
     share: float = 0.01
     """Share of documents held out."""
     files: tuple[str, ...] = ()
-    """Globs of the validation files."""
+    """Globs of the validation files, from the working directory; given, they imply the kind."""
     hub_name: str = ""
     """Hub data set of the validation split; empty means the training one."""
     split: str = "validation"
@@ -120,7 +125,7 @@ class SourceConfig:
     source: Literal["python", "files", "hf"] = "python"
     """`python`: this interpreter's standard library; `files`: local files; `hf`: a data set on the Hugging Face hub."""
     files: tuple[str, ...] = ()
-    """Globs of .txt, .py, .md and .jsonl files, also as .gz, .xz or .zst."""
+    """Globs of .txt, .py, .md and .jsonl files (.gz, .xz, .zst) from the working directory; they imply the source."""
     text_field: str = "text"
     """Field that holds the text in .jsonl lines and in hub rows."""
     hub_name: str = ""
@@ -362,12 +367,36 @@ def preset_names() -> list[str]:
 
 
 def load(name_or_path: str) -> Config:
-    """Read a preset by name or a TOML file by path, with its bases. Raises UserError; does not `validate`."""
+    """Read a preset, a TOML file with its bases, or a run's directory. Raises UserError; does not `validate`."""
+    return load_given(name_or_path)[0]
+
+
+def load_given(name_or_path: str) -> tuple[Config, frozenset[str]]:
+    """As `load`, and the dotted keys that the user's own TOML files give.
+
+    A preset's keys are not the user's, nor are those of a file that lists nearly all there are, as a run's config.toml
+    and the output of `--dry-run` do.
+    """
+    path = Path(name_or_path)
+    is_run = path.suffix != ".toml" and name_or_path not in preset_names() and _is_directory(path)
+    if is_run and not (path / RUN_FILE).is_file():
+        raise UserError(f"{shown(name_or_path)} is a directory, but no run: it holds no {RUN_FILE}")
     try:
-        config = from_dict(_merged_toml(name_or_path), Path(name_or_path).name)
+        values, given = _merged_toml(str(path / RUN_FILE) if is_run else name_or_path)
+        config = from_dict(values, RUN_FILE if is_run else path.name)
     except RecursionError:
         raise UserError(f"{name_or_path}: cannot be read: nested too deeply") from None
-    return config if config.name else dataclasses.replace(config, name=Path(name_or_path).stem)
+    if is_run:  # which may have been moved
+        path = path if path.name not in ("", "..") else path.resolve()
+        config = dataclasses.replace(config, name=path.name, runs_dir=str(path.parent))
+    return config if config.name else dataclasses.replace(config, name=path.stem), given
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def from_dict(values: Mapping[str, Any], where: str) -> Config:
@@ -375,37 +404,113 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
     return build(Config, values, where)
 
 
-def _merged_toml(name_or_path: str, depth: int = 0) -> dict[str, Any]:
+# What a source's or the validation's key says about its kind when that is not given.
+_SOURCE_IS = {"files": "files", "hub_name": "hf"}
+_VALIDATION_IS = {"files": "files", "hub_name": "split", "split": "split", "share": "held_out"}
+
+
+def implied(given: Collection[str], before: Collection[str] = ()) -> dict[str, str]:
+    """What keys that are given together imply: dotted key to value, for `data.source` and its like.
+
+    `before` are keys given where these stand above. Raises UserError if the given keys imply different kinds.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for key in sorted(given):
+        table, _, name = key.rpartition(".")
+        if table == "data.validation":
+            kind, value = "data.validation.kind", _VALIDATION_IS.get(name)
+        elif table == "data" or table.startswith("data.mixture["):
+            kind, value = f"{table}.source", _SOURCE_IS.get(name)
+        else:
+            continue
+        if value is None or kind in given:
+            continue
+        if kind in found and found[kind][0] != value:
+            raise UserError(f"{found[kind][1]} and {key} are both given: {kind} says which one is meant")
+        found[kind] = value, key
+    is_validation_given = any(key.startswith("data.validation.") for key in (*given, *before))
+    if "data.files" in given and not is_validation_given:  # a preset's split belongs to the preset's source
+        found["data.validation.kind"] = "held_out", "data.files"
+    return {kind: value for kind, (value, _) in found.items()}
+
+
+def _merged_toml(name_or_path: str, depth: int = 0) -> tuple[dict[str, Any], frozenset[str]]:
+    """The values of a preset or file over those of its bases, and the dotted keys that the user's own files give."""
     if len(name_or_path) > LONGEST_PATH:
         raise UserError(f"no file {shown(name_or_path)}: at most {LONGEST_PATH} characters are accepted")
-    path = Path(name_or_path)
-    if path.suffix != ".toml":
+    path, known = Path(name_or_path), preset_names()
+    is_preset = path.suffix != ".toml"
+    if is_preset:
         path = PRESETS / f"{name_or_path}.toml"
-        known = preset_names()
         if name_or_path not in known:
             raise UserError(
                 f"no preset {shown(name_or_path)}{nearest(name_or_path[:80], known)} Presets: {', '.join(known)}; "
-                "or give the path of a .toml file"
+                "or give the path of a .toml file or a run's directory"
             )
-    try:
-        text = read_limited(path, LARGEST_FILE).decode("utf-8")
-        if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
-            raise ValueError(f"a line has more than {MOST_DOTS} dots")
-        values = tomllib.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML, or a number too long
-        raise UserError(f"{path}: cannot be read as TOML: {error}") from None
+    values = _read_toml(path)
     base = values.pop("base", None)
-    if base is None:
-        return values
-    if not isinstance(base, str) or depth == MAX_BASES:
+    if base is not None and (not isinstance(base, str) or depth == MAX_BASES):
         raise UserError(
             f"{path}: base = {shown(base)}: give a preset's name or a .toml file, nested at most {MAX_BASES} deep"
         )
-    if base.endswith(".toml"):
-        base = str(path.parent / base)
-    return _merge(_merged_toml(base, depth + 1), values)
+    given = frozenset(_keys(values))
+    is_whole = len(given) > len(flatten(Config())) / 2
+    if base is None:
+        below: dict[str, Any] = {}
+        before: frozenset[str] = frozenset()
+    else:
+        below, before = _merged_toml(str(path.parent / base) if base.endswith(".toml") else base, depth + 1)
+    if not is_whole:
+        _set(values, implied(given, before))
+    return _merge(below, values), before if is_whole or is_preset else before | given
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        content = read_limited(path, LARGEST_FILE)
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+            raise ValueError("it is UTF-16 or no text; TOML is UTF-8 text")
+        text = content.decode("utf-8-sig")  # some editors put a byte order mark before it
+        if any(line.count(".") > MOST_DOTS and not ONE_TEXT.fullmatch(line) for line in text.splitlines()):
+            raise ValueError(f"a line has more than {MOST_DOTS} dots")
+        return tomllib.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"no file {shown_path(path)}") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}: cannot be read as TOML: line {line} holds the byte 0x{content[error.start]:02x}, "
+            "which is not UTF-8; save the file as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{shown_path(path)}: cannot be read as TOML: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # not TOML, a number too long, or a name that no file can have
+        raise UserError(f"{shown_path(path)}: cannot be read as TOML: {error}") from None
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of nested tables; `key[0].inner` in a list of tables."""
+    keys: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            keys += _keys(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            for i, item in enumerate(value):
+                keys += _keys(item, f"{prefix}{name}[{i}].")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _set(values: dict[str, Any], changes: Mapping[str, str]) -> None:
+    """Put values at dotted keys, making the tables that they need."""
+    for key, value in changes.items():
+        *tables, last = key.split(".")
+        table = values
+        for name in tables:
+            list_name, _, number = name.rstrip("]").partition("[")
+            table = table[list_name][int(number)] if number else table.setdefault(name, {})
+        table[last] = value
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -418,7 +523,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def validate(config: Config) -> None:
     """Check what types cannot say. Raises UserError with the first key that is wrong and what it accepts."""
-    for key, value in flatten(config).items():
+    flat = flatten(config)
+    for key, value in flat.items():
         check_range(key, value)
+    check_texts(flat)
     check_model(config.model)
     check_run(config)

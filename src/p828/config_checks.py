@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from p828.errors import UserError
@@ -21,6 +23,10 @@ _FLOATS_AT_LEAST_ZERO = {
     "evaluation.temperature",
 }  # fmt: skip
 LONGEST_NAME = 200  # bytes of UTF-8; file systems take 255, and other names are made of it
+LONGEST_PATH = 3500  # bytes of UTF-8; systems take 4,095, and longer paths are made of it
+LONGEST_PART = 255  # bytes between two slashes
+PROSE = ("evaluation.prompts", "tokenizer.eos_token")  # texts of which no file's name is made
+MOST_TEXT = 2**25  # bytes in all, escaped: some hundred thousand file names
 LARGEST_INT = 2**31 - 1
 
 
@@ -30,7 +36,7 @@ def check_range(key: str, value: Any) -> None:
     if isinstance(value, int):
         lowest = 0 if key in _AT_LEAST_ZERO else 1
         if not lowest <= value <= LARGEST_INT:
-            raise UserError(f"{key} = {value}: a whole number from {lowest} to {LARGEST_INT} is accepted")
+            raise UserError(f"{key} = {_short(value)}: a whole number from {lowest} to {LARGEST_INT} is accepted")
     if isinstance(value, float):
         if key == "model.dropout":
             accepted, words = 0 <= value < 1, "a share from 0 to below 1"
@@ -42,6 +48,46 @@ def check_range(key: str, value: Any) -> None:
             accepted, words = 0 < value < float("inf"), "a number above 0"
         if not accepted:
             raise UserError(f"{key} = {value}: {words} is accepted")
+
+
+def check_texts(flat: Mapping[str, Any]) -> None:
+    """Texts of which names of files can be made, and which records and checkpoints hold and read back."""
+    size = 0
+    for key, value in flat.items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):
+                size += len(json.dumps(text)) + 8  # no less than it takes in TOML
+                if key not in PROSE:
+                    check_text(key, text)
+    if size > MOST_TEXT:
+        raise UserError(
+            f"the configuration has {size:,} bytes of text: at most {MOST_TEXT:,} are accepted; globs name many files"
+        )
+
+
+def check_text(key: str, text: str) -> None:
+    """Raises UserError if the text cannot be a file's name on any system."""
+    if "\0" in text:
+        raise UserError(f"{key} = {_short(text)}: text without NUL characters is accepted")
+    try:
+        content = text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{key} = {_short(text)}: valid Unicode text is accepted") from None
+    if len(content) > LONGEST_PATH:
+        raise UserError(f"{key} = {_short(text)}: at most {LONGEST_PATH:,} bytes are accepted, not {len(content):,}")
+    longest = max(map(len, content.split(b"/")))
+    if longest > LONGEST_PART:
+        raise UserError(
+            f"{key} = {_short(text)}: at most {LONGEST_PART} bytes between two slashes are accepted, not {longest:,}"
+        )
+
+
+def _short(value: Any) -> str:
+    """For a line; Python writes no number of more than some thousand digits."""
+    if isinstance(value, int):
+        return str(value) if value.bit_length() <= 256 else "a number of many digits"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def check_model(model: ModelConfig) -> None:
@@ -109,6 +155,11 @@ def check_run(config: Config) -> None:
     shortest, longest = config.prepare.min_characters, config.prepare.max_characters
     if 0 < longest < shortest:
         raise UserError(f"prepare.max_characters = {longest}: at least prepare.min_characters = {shortest} is accepted")
+    if len(config.tokenizer.eos_token) < 2:  # of one letter it would end a document wherever that stands
+        raise UserError(
+            f"tokenizer.eos_token = {config.tokenizer.eos_token!r}: a token of its own is accepted, of two characters "
+            'or more, as "<|endoftext|>"'
+        )
     if config.tokenizer.name == "train" and config.tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: "

@@ -11,6 +11,7 @@ from p828.errors import UserError, nearest
 T = TypeVar("T")
 MOST_BITS = 1024  # of a whole number; Python writes none of more than 4,300 digits
 LONGEST_SHOWN = 80  # characters of a key or a value
+LONGEST_SHOWN_PATH = 300
 
 
 def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
@@ -67,6 +68,14 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # a number of more digits than Python writes, a list in a list in a list …
         return "…"
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 1] + "…"
+
+
+def shown_path(path: object) -> str:
+    """A path short enough for a line, control characters escaped."""
+    text = str(path)
+    if not text.isprintable():
+        text = repr(text)
+    return text if len(text) <= LONGEST_SHOWN_PATH else text[: LONGEST_SHOWN_PATH - 1] + "…"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

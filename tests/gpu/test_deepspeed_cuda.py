@@ -80,6 +80,7 @@ def test_two_gpus_beside_one_and_resumed_on_one(
 def test_a_rank_without_a_gpu_says_so(toml: Path) -> None:
     rank = str(torch.cuda.device_count())
     environment = os.environ | {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": str(int(rank) + 1)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     command = [sys.executable, "-m", "p828", "train", str(toml), "--engine", "deepspeed"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2

@@ -8,8 +8,10 @@ import tyro
 
 from p828.bench.systems import ROUTINGS, check_peers, load_shape
 from p828.bench.train import Bench
-from p828.cli.flags import HELP, parse
+from p828.cli.flags import HELP, parse, shown_word
 from p828.config import preset_names
+from p828.config_checks import LARGEST_INT, check_text
+from p828.config_values import shown
 from p828.errors import UserError, nearest
 
 USAGE = "p828 bench train --shape NAME [NAME ...] [--peers NAME ...] [--routing NAME ...] [--breakdown] [--json FILE]"
@@ -29,7 +31,7 @@ class Arguments:
     """transformers, torchtitan. All systems then compute what every one of them can."""
     routing: tuple[str, ...] = ("model",)
     """`model`: as fresh routers route; `random`; `balanced`: forced balance. A table each."""
-    breakdown: tyro.conf.UseCounterAction[int] = 0
+    breakdown: bool = False
     """Also profile one step of p828: time of each part and the longest kernels."""
     steps: int = 20
     """Steps timed, after the first and some to warm up; their median counts."""
@@ -48,15 +50,19 @@ def run(arguments: list[str]) -> None:
     if what in HELP:
         flags = [what]
     elif what != "train":
-        raise UserError(f"bench times one thing, `train`, and was given {what!r}. Usage: {USAGE}")
+        raise UserError(f"bench times one thing, `train`, and was given {shown(what)}. Usage: {USAGE}")
     given = parse(Arguments, flags, prog="p828 bench train", description=DESCRIPTION)
     if not given.shape:
         raise UserError(f"no --shape given. Usage: {USAGE}\nPresets: {', '.join(preset_names())}")
     for routing in given.routing:
         if routing not in ROUTINGS:
-            raise UserError(f"--routing {routing}{nearest(routing, ROUTINGS)} Accepted: {', '.join(ROUTINGS)}")
-    if given.steps < 1:
-        raise UserError(f"--steps {given.steps}: a whole number from 1 is accepted")
+            near = nearest(routing[:80], ROUTINGS)
+            raise UserError(f"--routing {shown_word(routing)}{near} Accepted: {', '.join(ROUTINGS)}")
+    for name, lowest in (("steps", 1), ("micro_batch_size", 0), ("gradient_accumulation", 0)):
+        if not lowest <= getattr(given, name) <= LARGEST_INT:
+            flag = f"--{name.replace('_', '-')} {shown(getattr(given, name))}"
+            raise UserError(f"{flag}: a whole number from {lowest} to {LARGEST_INT} is accepted")
+    check_text("--json", given.json)
     from p828.train.device import pick_device  # imports torch
 
     device = pick_device(given.device).type
@@ -69,7 +75,7 @@ def run(arguments: list[str]) -> None:
         peers=given.peers,
         routings=given.routing,
         steps=given.steps,
-        has_breakdown=bool(given.breakdown),
+        has_breakdown=given.breakdown,
         json_path=Path(given.json) if given.json else None,
     )
     bench.run(shapes)

@@ -1,35 +1,55 @@
-"""What `p828 train` and `p828 prepare` begin with: a preset or TOML file, and flags that change it."""
+"""What `p828 train` and `p828 prepare` begin with: a preset, TOML file or run, and flags that change it."""
 
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+import tyro
 
 from p828 import config as configuration
-from p828.cli.flags import HELP, parse
+from p828.cli.flags import HELP, changed, parse_given
+from p828.cli.given import check_given
 from p828.config import Config
 from p828.errors import UserError
 
 
+@dataclass(frozen=True)
+class Arguments(Config):
+    """A configuration's flags, and the configuration that they change. A command adds flags of its own."""
+
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")] = ""
+    """A preset, a .toml file, or the directory of a run."""
+
+
+A = TypeVar("A", bound=Arguments)
+
+
 def read_configuration(
-    arguments: list[str], usage: str, describe: Callable[[Config], str], others: tuple[str, ...] = ()
-) -> Config:
-    """The configuration named first, changed by the flags behind it, and validated.
+    arguments: list[str],
+    cls: type[A],
+    usage: str,
+    describe: Callable[[Config], str],
+    others: tuple[str, ...] = (),
+) -> tuple[Config, A]:
+    """The named configuration, changed by flags and validated, and all arguments, for the command's own flags.
 
-    `describe` gives the help's text for the unchanged one. `others` are flags that the caller has taken out before.
-    Raises UserError.
+    `describe` gives the help's text for the unchanged configuration. `others` are flags that the caller has taken out
+    before. Raises UserError, also for a key that is given and changes nothing.
     """
-    name, flags = _split(arguments, usage)
-    default = Config() if name is None else configuration.load(name)
-    prog = f"{' '.join(usage.split()[:2])} {name or 'CONFIG'}"
-    config = parse(Config, flags, prog, default, describe(default), others=others)
-    if name is None:
+    prog = " ".join(usage.split()[:2])
+    if any(argument in HELP for argument in arguments):
+        name = arguments[0] if not arguments[0].startswith("-") else ""
+        default = configuration.load(name) if name else Config()
+        values = {f.name: getattr(default, f.name) for f in dataclasses.fields(Config)}
+        parse_given(cls, arguments, prog, cls(**values, config=name), describe(default), others)  # ends with the help
+    own, flags = parse_given(cls, arguments, prog, cls(), others=others)
+    if not own.config:
         raise UserError(f"no configuration given. Usage: {usage}\nPresets: {', '.join(configuration.preset_names())}")
+    loaded, in_files = configuration.load_given(own.config)
+    sections = {f.name for f in dataclasses.fields(Config)}
+    flags = {key: value for key, value in flags.items() if key.partition(".")[0] in sections}
+    config = changed(loaded, {**configuration.implied(flags, in_files), **flags})
     configuration.validate(config)
-    return config
-
-
-def _split(arguments: list[str], usage: str) -> tuple[str | None, list[str]]:
-    """The configuration, which comes first, and the flags."""
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0], arguments[1:]
-    if arguments and not any(argument in HELP for argument in arguments):
-        raise UserError(f"{arguments[0]} stands where the configuration comes. Usage: {usage}")
-    return None, arguments
+    check_given(config, flags, loaded, in_files)
+    return config, own

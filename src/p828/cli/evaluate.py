@@ -1,22 +1,34 @@
 """`p828 evaluate`: loss, perplexity and bits per byte of a trained model on validation text."""
 
 import dataclasses
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from p828.cli.flags import parse
-from p828.config import Config, DataConfig, validate
-from p828.data.feed import validation_batches
+from p828.cli.flags import changed, parse_given
+from p828.cli.given import check_given
+from p828.config import Config, DataConfig, implied, validate
+from p828.config_checks import check_text
+from p828.config_values import shown
+from p828.data.feed import all_validation_batches, validation_batches
+from p828.data.loader import Batch
+from p828.errors import UserError
 from p828.inference.evaluate import evaluate
-from p828.inference.load import load_model
+from p828.inference.load import LoadedModel, load_model
 
 USAGE = "p828 evaluate CHECKPOINT [--rows N] [--micro-batch-size N] [--device DEVICE] [--data.key VALUE ...]"
 DESCRIPTION = (
-    f"{USAGE}\n\nWithout --data flags on the run's own validation text. The defaults of --rows, --micro-batch-size and "
-    "--data are the run's."
+    f"{USAGE}\n\nWithout --data flags on the run's own validation text. --data.files measures all of the given files, "
+    "held out or not. The defaults of --rows, --micro-batch-size and --data are the run's; of given files it is every "
+    "row."
 )
+# What decides how text is measured; the other keys of `data` are training's.
+MEASURED = (
+    "prepared", "source", "files", "text_field", "hub_name", "hub_subset", "hub_split", "sequence_length",
+    "read_retries", "validation.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,44 +45,81 @@ class Arguments:
 
 
 def run(arguments: list[str]) -> None:
-    given = parse(Arguments, arguments, prog="p828 evaluate", description=DESCRIPTION)
-    loaded = load_model(given.checkpoint, given.device)
-    run_config = loaded.config
-    # Parsed again now that the run's own values can be the defaults.
-    rows, micro_batch_size = run_config.evaluation.rows, run_config.train.micro_batch_size
-    defaults = Arguments(given.checkpoint, rows, micro_batch_size, given.device, run_config.data)
-    given = parse(Arguments, arguments, prog="p828 evaluate", default=defaults)
-    config = dataclasses.replace(
-        run_config,
-        data=_validation_data(given.data, run_config),
-        evaluation=dataclasses.replace(run_config.evaluation, rows=given.rows),
-        train=dataclasses.replace(run_config.train, micro_batch_size=given.micro_batch_size),
-    )
+    own, flags = parse_given(Arguments, arguments, prog="p828 evaluate", description=DESCRIPTION)
+    check_text("CHECKPOINT", own.checkpoint)
+    for key in flags:
+        if key.startswith("data.") and not key.removeprefix("data.").startswith(MEASURED):
+            raise UserError(f"--{key.replace('_', '-')}: of training alone; it changes nothing that is measured")
+    loaded = load_model(own.checkpoint, own.device)
+    config = _config(loaded.config, flags)
     validate(config)
-    batches = validation_batches(config, loaded.tokenizer, given.rows, given.micro_batch_size)
+    check_given(config, [key for key in flags if key.startswith("data.")], loaded.config, in_files=())
+    batches = _batches(config, loaded, flags)
     result = evaluate(loaded.model, batches, loaded.tokenizer.token_bytes(), loaded.dtype)
-    lines = (
+    lines = [
         f"checkpoint     {loaded.path} (step {loaded.step})",
         f"loss           {result.loss:.5f} nats per token",
         f"perplexity     {result.perplexity:.5g}",
         f"bits per byte  {result.bits_per_byte:.5f}",
         f"on             {result.tokens:,} tokens, {result.bytes:,} bytes",
-    )
+    ]
+    if any(key.startswith("data.") for key in flags):
+        lines.append(f"text           {_text(config, flags)}")
     print("\n".join(lines), flush=True)
 
 
-def _validation_data(given: DataConfig, run: Config) -> DataConfig:
-    """Validation files or a hub data set that differ from the run's are what is meant, unless `kind` is given too."""
-    validation, before = given.validation, run.data.validation
-    if validation.kind == before.kind:
-        if validation.files != before.files:
-            validation = dataclasses.replace(validation, kind="files")
-        elif (validation.hub_name, validation.split) != (before.hub_name, before.split):
-            validation = dataclasses.replace(validation, kind="split")
+def _config(run: Config, flags: dict[str, Any]) -> Config:
+    """The run's configuration with what is given for the measurement."""
+    data = {key: value for key, value in flags.items() if key.startswith("data.")}
+    if "data.files" in data and not any(key.startswith("data.validation.") for key in data):
+        # All of them are what is measured. The training source is not read then.
+        files = data.pop("data.files")
+        if data.pop("data.source", "files") != "files":
+            raise UserError(f'data.files = {shown(list(files))}: accepted with data.source = "files"')
+        data["data.validation.files"] = files
+    data = {**implied(data), **data}
+    given = changed(run, data)
+    rows, micro_batch_size = flags.get("rows", run.evaluation.rows), flags.get("micro_batch_size")
+    return dataclasses.replace(
+        given,
+        data=_without_the_runs_tokens(given.data, run.data) if "data.prepared" not in data else given.data,
+        evaluation=dataclasses.replace(run.evaluation, rows=rows),
+        train=dataclasses.replace(run.train, micro_batch_size=micro_batch_size or run.train.micro_batch_size),
+    )
+
+
+def _without_the_runs_tokens(data: DataConfig, before: DataConfig) -> DataConfig:
+    """Prepared data has the run's own validation text: other text is read as text."""
+    if data.validation == before.validation and data.files == before.files and data.hub_name == before.hub_name:
+        return data
+    mixture = tuple(dataclasses.replace(mixed, prepared="") for mixed in data.mixture)
+    return dataclasses.replace(data, prepared="", mixture=mixture)
+
+
+def _is_every_row(config: Config, flags: Collection[str]) -> bool:
+    """Whether files were given, and no number of rows of them."""
+    return config.data.validation.kind == "files" and "rows" not in flags and bool({*flags} & GIVEN_FILES)
+
+
+GIVEN_FILES = {"data.files", "data.validation.files"}
+
+
+def _batches(config: Config, loaded: LoadedModel, flags: Collection[str]) -> Iterable[Batch]:
+    size = config.train.micro_batch_size
+    if _is_every_row(config, flags):
+        return all_validation_batches(config, loaded.tokenizer, size)
+    return validation_batches(config, loaded.tokenizer, config.evaluation.rows, size)
+
+
+def _text(config: Config, flags: Collection[str]) -> str:
+    """What was measured, in words."""
+    data, validation = config.data, config.data.validation
+    rows = "all rows" if _is_every_row(config, flags) else f"at most {config.evaluation.rows:,} rows"
+    rows = f"{rows} of {data.sequence_length:,} tokens"
     if validation.kind == "files":
-        # The training source is not read then, so it need not be complete.
-        given = dataclasses.replace(given, source=run.data.source, files=run.data.files)
-    if validation != before:  # prepared data has the run's own
-        mixture = tuple(dataclasses.replace(mixed, prepared="") for mixed in given.mixture)
-        given = dataclasses.replace(given, prepared="", mixture=mixture)
-    return dataclasses.replace(given, validation=validation)
+        return f"{rows} of {shown(list(validation.files))}"
+    if validation.kind == "split":
+        return f"{rows} of the split {validation.split!r} of {validation.hub_name or data.hub_name}"
+    source = {"python": "the standard library's source", "files": shown(list(data.files)), "hf": data.hub_name}
+    what = "the mixture's sources" if data.mixture else data.prepared or source[data.source]
+    return f"{rows} of the share of {what} that is held out from training, {validation.share:g}"

@@ -1,18 +1,24 @@
-"""Dataclasses as flags: tyro parses them and prints the help; a wrong flag is answered in a line."""
+"""Dataclasses as flags: parsed here, so that what is wrong is answered in a line; tyro prints the help."""
 
-import contextlib
 import dataclasses
-import io
+import re
+import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from p828.errors import UserError, nearest
+from p828.cli.flag_names import suggestion
+from p828.config_values import shown
+from p828.errors import UserError
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
+CLOSE = 0.85  # how like a flag a text must be to be taken for a misspelt one, where a text is due
+FLAG = re.compile(r"--?[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
+BOOLEANS = {"true": True, "false": False, "True": True, "False": False}
 
 
 def parse(
@@ -29,85 +35,207 @@ def parse(
     taken out before, for the suggestion. Raises UserError for an unknown flag, naming the nearest one, and for a value
     of the wrong type.
     """
-    for argument in arguments:
-        try:
-            argument.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"{argument!r} is not valid Unicode text") from None
+    return parse_given(cls, arguments, prog, default, description, others)[0]
+
+
+def parse_given(
+    cls: type[T],
+    arguments: list[str],
+    prog: str,
+    default: T | None = None,
+    description: str = "",
+    others: tuple[str, ...] = (),
+) -> tuple[T, dict[str, Any]]:
+    """As `parse`, and what was given: dotted key to value.
+
+    A flag takes the arguments behind it up to the next one. A flag for text takes one that begins with a dash, too, if
+    it is no flag's name; whatever it is, it can be given as `--flag=text`.
+    """
     kinds = dict(_flags(cls, "--"))
-    if not any(argument in HELP for argument in arguments):
+    words = _Words(kinds, [*kinds, *others, *HELP])
+    words.sort(arguments)
+    if words.is_help:
+        _print_help(cls, prog, default, description)
+    given = {_key(name): _value(name, kinds[name], words.values[name]) for name in words.values}
+    given.update(_positionals(cls, words.positionals, default, description))
+    if default is None:
+        required = {f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}  # type: ignore[arg-type]
+        default = cls(**required)
+    return changed(default, given), given
+
+
+@dataclass
+class _Words:
+    """A command line, sorted into flags and what stands behind each."""
+
+    kinds: Mapping[str, Any]
+    known: Collection[str]
+    values: dict[str, list[str]] = field(default_factory=dict)
+    positionals: list[str] = field(default_factory=list)
+    is_help: bool = False
+
+    def sort(self, arguments: list[str]) -> None:
+        self.is_help = any(argument in HELP for argument in arguments)
+        flag = ""
         for argument in arguments:
-            name = _name(argument)
-            if name.startswith("--") and name not in kinds:
-                raise UserError(f"unknown flag {name}{nearest(name, [*kinds, *others, *HELP])} --help lists all")
-    with contextlib.redirect_stderr(io.StringIO()) as complaint:
-        try:
-            return tyro.cli(
-                cls,
-                args=arguments,
-                prog=prog,
-                description=description,
-                default=tyro.MISSING_NONPROP if default is None else default,
-                config=(tyro.conf.FlagConversionOff,),
-            )
-        except SystemExit as stop:
-            if not stop.code:
-                raise
-    raise UserError(_diagnosis(kinds, arguments) or " ".join(complaint.getvalue().split()))
+            name, equals, value = argument.partition("=")
+            name = name.replace("_", "-")
+            if name in self.kinds and not argument.startswith("---"):
+                flag = name
+                is_repeated = _is_repeated(self.kinds[flag]) and flag in self.values
+                self.values[flag] = [*(self.values[flag] if is_repeated else []), *([value] if equals else [])]
+                self._due = not equals
+            elif argument in HELP:
+                continue
+            elif self._is_value(flag, argument, name):
+                self.values[flag].append(argument)
+                self._due = False
+            elif argument.startswith("-") and FLAG.fullmatch(argument):
+                if not self.is_help:
+                    raise UserError(f"unknown flag {shown_word(name)}{suggestion(name, self.known)} --help lists all")
+            else:
+                self.positionals.append(argument)
+
+    _due: bool = False
+    """Whether the flag that came last has no value yet."""
+
+    def _is_value(self, flag: str, argument: str, name: str) -> bool:
+        """Whether an argument that is no flag's name belongs to the flag before it."""
+        if not flag:
+            return False
+        kind, is_many = self.kinds[flag], _is_list(self.kinds[flag])
+        if _is_counter(kind):
+            return False
+        if _bare(kind) is bool and self._due and argument not in BOOLEANS:
+            return False  # given bare
+        if not self._due and not is_many:
+            return False
+        if not (argument.startswith("-") and FLAG.fullmatch(argument)):
+            return True
+        if argument[1:2] != "-":  # `-inf`, `-x`
+            return self._due
+        return self._due and _takes_text(kind) and suggestion(name, self.known, CLOSE) == "."
+
+
+def _print_help(cls: type[T], prog: str, default: T | None, description: str) -> typing.NoReturn:
+    tyro.cli(
+        cls,
+        args=["--help"],
+        prog=prog,
+        description=description,
+        default=tyro.MISSING_NONPROP if default is None else default,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+    sys.exit(0)
+
+
+def _positionals(cls: type[Any], given: list[str], default: Any, description: str) -> dict[str, str]:
+    """The values of the fields that stand without a flag. Raises UserError for one too few or too many."""
+    fields = list(_positional_fields(cls))
+    found = {name: value for (name, _), value in zip(fields, given, strict=False)}
+    if len(given) > len(fields):
+        raise UserError(f"{shown(given[len(fields)])} stands where a flag comes, as --section.key VALUE")
+    if len(given) < len(fields) and default is None:
+        _, metavar = fields[len(given)]
+        raise UserError(f"no {metavar} given. {_usage(description)}")
+    return found
+
+
+def _usage(description: str) -> str:
+    return f"Usage: {description.splitlines()[0]}" if description else "--help says more"
+
+
+def _positional_fields(cls: type[Any]) -> Iterator[tuple[str, str]]:
+    """Name of the field, and of what it takes, in the order in which they are given."""
+    kinds = typing.get_type_hints(cls, include_extras=True)
+    for own in dataclasses.fields(cls):
+        markers = _markers(kinds[own.name])
+        if tyro.conf.Positional in markers:
+            metavars = [marker.metavar for marker in markers if getattr(marker, "metavar", None)]
+            yield own.name, metavars[0] if metavars else own.name.upper()
 
 
 def _flags(cls: type[Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Every flag with its type."""
+    """Every flag with its type, which may be annotated."""
     kinds = typing.get_type_hints(cls, include_extras=True)
-    for field in dataclasses.fields(cls):
-        name, kind = prefix + field.name.replace("_", "-"), kinds[field.name]
-        if typing.get_origin(kind) is Annotated:
-            kind, *markers = typing.get_args(kind)
-            if tyro.conf.UseCounterAction in markers:  # given without a value
-                kind = None
-        if dataclasses.is_dataclass(kind):
-            yield from _flags(typing.cast(type, kind), name + ".")
+    for own in dataclasses.fields(cls):
+        name, kind = prefix + own.name.replace("_", "-"), kinds[own.name]
+        markers = _markers(kind)
+        if tyro.conf.Positional in markers or tyro.conf.Suppress in markers:
+            continue
+        if dataclasses.is_dataclass(_bare(kind)):
+            yield from _flags(typing.cast(type, _bare(kind)), name + ".")
         else:
             yield name, kind
 
 
-def _name(argument: str) -> str:
-    """`--section.some_key=3` to `--section.some-key`."""
-    return argument.split("=", 1)[0].replace("_", "-")
+def _bare(kind: Any) -> Any:
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
 
 
-def _diagnosis(kinds: dict[str, Any], arguments: list[str]) -> str | None:
-    """What is wrong with the first flag whose values its type does not take; None if it is something else."""
-    values: dict[str, list[str]] = {"": []}
-    name = ""
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, _, value = argument.partition("=")
-            values[_name(name)] = [value] if value else []
-        else:
-            values[_name(name)].append(argument)
-    for name, given in values.items():
-        if kinds.get(name) is not None and not _takes(kinds[name], given):
-            return f"{name} {' '.join(given)}: {_words(kinds[name])} is accepted".replace(" :", ":")
-    return None
+def _markers(kind: Any) -> tuple[Any, ...]:
+    return getattr(kind, "__metadata__", ())
 
 
-def _takes(kind: Any, given: list[str]) -> bool:
+def _is_counter(kind: Any) -> bool:
+    return tyro.conf.UseCounterAction in _markers(kind)
+
+
+def _is_repeated(kind: Any) -> bool:
+    """Whether a flag that is given again adds to what was given."""
+    return _is_counter(kind) or tyro.conf.UseAppendAction in _markers(kind)
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether it takes several arguments at once."""
+    return typing.get_origin(_bare(kind)) is tuple and not _is_repeated(kind)
+
+
+def _takes_text(kind: Any) -> bool:
+    bare = _bare(kind)
+    return bare is str or (typing.get_origin(bare) is tuple and typing.get_args(bare)[0] is str)
+
+
+def _key(name: str) -> str:
+    """`--section.some-key` to `section.some_key`."""
+    return name.removeprefix("--").replace("-", "_")
+
+
+def _value(name: str, kind: Any, given: list[str]) -> Any:
+    """The value of a flag's type. Raises UserError."""
+    if _is_counter(kind):
+        if given:
+            raise UserError(f"{name} {shown_word(given[0])}: no value is accepted")
+        return 1
+    kind = _bare(kind)
+    if kind is bool and not given:
+        return True
+    try:
+        return _converted(kind, given)
+    except ValueError:
+        words = f"{name} {shown_word(' '.join(given))}".rstrip()
+        raise UserError(f"{words}: {_words(kind)} is accepted") from None
+
+
+def _converted(kind: Any, given: list[str]) -> Any:
+    """Raises ValueError if these are no value, or not as many values, as the type has."""
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         is_any = arguments[-1] is Ellipsis
-        return (is_any or len(given) == len(arguments)) and all(_takes(arguments[0], [value]) for value in given)
+        if not is_any and len(given) != len(arguments):
+            raise ValueError
+        return tuple(_converted(arguments[0], [value]) for value in given)
     if len(given) != 1:
-        return False
+        raise ValueError
     if typing.get_origin(kind) is Literal:
-        return given[0] in arguments
+        if given[0] not in arguments:
+            raise ValueError
+        return given[0]
     if kind is bool:
-        return given[0] in ("True", "False")
-    try:
-        kind(given[0])
-    except ValueError:
-        return False
-    return True
+        if given[0] not in BOOLEANS:
+            raise ValueError
+        return BOOLEANS[given[0]]
+    return kind(given[0])
 
 
 _ONE = {int: "a whole number", float: "a number", bool: "True or False", str: "one text"}
@@ -121,3 +249,17 @@ def _words(kind: Any) -> str:
         how_many = "any number of values" if arguments[-1] is Ellipsis else f"{len(arguments)} values"
         return f"{how_many}, each {_ONE[arguments[0]]},"
     return _ONE[kind]
+
+
+def shown_word(text: str) -> str:
+    """A word of the command line, short enough for a line."""
+    return text if text.isprintable() and len(text) <= 80 else shown(text)
+
+
+def changed(base: Any, values: Mapping[str, Any]) -> Any:
+    """The dataclass instance with the values at dotted keys."""
+    own = {key: value for key, value in values.items() if "." not in key}
+    for table in dict.fromkeys(key.partition(".")[0] for key in values if "." in key):
+        inner = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{table}.")}
+        own[table] = changed(getattr(base, table), inner)
+    return dataclasses.replace(base, **own)

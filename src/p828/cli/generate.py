@@ -8,6 +8,7 @@ import tyro
 
 from p828.cli.flags import parse
 from p828.cli.output import show
+from p828.config_checks import check_text
 from p828.errors import UserError
 from p828.inference.generate import Completion, generate
 from p828.inference.load import LoadedModel, load_model
@@ -23,7 +24,7 @@ class Arguments(SamplingConfig):
     """A run's directory, for its newest checkpoint, or one checkpoint's."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; an empty one begins a document."""
-    interactive: tyro.conf.UseCounterAction[int] = 0
+    interactive: bool = False
     """Continue the lines that you type, until the end of input (Ctrl-D)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU if there is one."""
@@ -35,6 +36,7 @@ def run(arguments: list[str]) -> None:
     given = parse(Arguments, arguments, prog="p828 generate", description=DESCRIPTION)
     if not given.prompt and not given.interactive:
         raise UserError("nothing to continue: give --prompt TEXT or --interactive")
+    check_text("CHECKPOINT", given.checkpoint)
     loaded = load_model(given.checkpoint, given.device)
     if len(given.prompt) == 1:
         _stream(loaded, given.prompt[0], given)

@@ -4,8 +4,12 @@ import importlib
 import os
 import sys
 from contextlib import nullcontext, redirect_stdout
+from importlib.metadata import version
 
+from p828.cli.output import escape_what_output_lacks
+from p828.config_values import shown
 from p828.errors import OneRanksError, RunPaused, RunStopped, UserError, nearest
+from p828.train.launcher import launched
 
 COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",
@@ -15,6 +19,7 @@ COMMANDS = {
     "prove-resume": "whether a run that is killed and resumed is the run that was not",
     "bench": "how fast this machine trains, beside other libraries",
 }
+LONGEST_LINE = 1200  # characters of a message; what is longer holds a value that goes on and on
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -22,7 +27,9 @@ def main() -> None:
     """Exit code 0: done, or saved and ended when asked to; 1: ended by its own guard; 2: wrong input; 130: Ctrl-C."""
     # DeepSpeed's launcher puts it before everything else; the environment says the same.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
-    with nullcontext() if _rank() == "0" else redirect_stdout(open(os.devnull, "w")):
+    escape_what_output_lacks()
+    nowhere = redirect_stdout(open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
+    with nowhere if launched().rank else nullcontext():
         code = dispatch(arguments)
     sys.exit(code)
 
@@ -31,15 +38,21 @@ def dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0
+    if arguments == ["--version"]:
+        print(f"p828 {version('p828')}")
+        return 0
     command, *rest = arguments
     try:
+        for argument in arguments:
+            _check_unicode(argument)
         if command not in COMMANDS:
-            raise UserError(f"no command {command!r}{nearest(command, COMMANDS)} Commands: {', '.join(COMMANDS)}")
+            near = nearest(command[:80], [*COMMANDS, "--help", "--version"])
+            raise UserError(f"no command {shown(command)}{near} Commands: {', '.join(COMMANDS)}")
         # Imported here, since most commands import torch, which takes seconds.
         importlib.import_module(f"p828.cli.{command.replace('-', '_')}").run(rest)
     except (UserError, RunStopped) as error:
         if isinstance(error, OneRanksError):
-            print(f"p828: {error}", file=sys.stderr)
+            print(f"p828: {_cut(str(error))}", file=sys.stderr)
         else:
             _tell(error, error.is_everywhere)
         return 2 if isinstance(error, UserError) else 1
@@ -54,18 +67,38 @@ def dispatch(arguments: list[str]) -> int:
     return 0
 
 
+def _check_unicode(argument: str) -> None:
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{shown(argument)} is not valid Unicode text") from None
+
+
 def _tell(text: object, is_everywhere: bool) -> None:
     """Print it, but of many processes that train one run and end with the same, once on each machine or once in all."""
-    if _rank("RANK" if is_everywhere else "LOCAL_RANK") == "0":
-        print(f"p828: {text}", file=sys.stderr)
+    process = launched()
+    if (process.rank if is_everywhere else process.local_rank) == 0:
+        print(f"p828: {_cut(str(text))}", file=sys.stderr)
 
 
-def _rank(variable: str = "RANK") -> str:
-    """This process's number as its launcher gave it."""
-    return os.environ.get(variable, "0")
+def _cut(text: str) -> str:
+    """Lines that someone can read: of a longer one its beginning and end."""
+    lines = text.split("\n")
+    return "\n".join(
+        line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 4 :]}"
+        for line in lines
+    )
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  p828 {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["Trains Mixture-of-Experts language models.", "", *lines, "", "p828 COMMAND --help says more."])
+    return "\n".join(
+        [
+            "Trains Mixture-of-Experts language models.",
+            "",
+            *lines,
+            "",
+            "p828 COMMAND --help says more, p828 --version which version this is.",
+        ]
+    )

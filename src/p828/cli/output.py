@@ -1,8 +1,15 @@
-"""Text that a model wrote, shown without letting it steer the terminal."""
+"""What the commands print, in any encoding; text that a model wrote, without letting it steer the terminal."""
 
 import io
 import sys
 import unicodedata
+
+
+def escape_what_output_lacks() -> None:
+    """Have what the encoding of standard output or error lacks, an é in ASCII, printed as a \\x or \\u escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def printable(text: str) -> str:
@@ -11,7 +18,5 @@ def printable(text: str) -> str:
 
 
 def show(text: str, end: str = "") -> None:
-    """Print at once, with what the output's encoding lacks as \\u escapes. Raises BrokenPipeError at a closed pipe."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    """Print at once. Raises BrokenPipeError at a closed pipe."""
     print(printable(text), end=end, flush=True)

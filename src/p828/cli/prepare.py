@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from p828 import config as configuration
-from p828.cli.configuration import read_configuration
+from p828.cli.configuration import Arguments, read_configuration
 from p828.config import Config, DataConfig
 from p828.data.feed import training_documents
 from p828.data.manifest import Manifest
@@ -30,7 +30,7 @@ SHARE_PER_LINE, SECONDS_PER_LINE = 0.1, 30.0  # a plain line comes after either
 
 
 def run(arguments: list[str]) -> None:
-    config = read_configuration(arguments, USAGE, _describe)
+    config, _ = read_configuration(arguments, Arguments, USAGE, _describe)
     wanted = [data for data in config.data.sources if data.prepared]
     if not wanted:
         key = "data.mixture[0].prepared" if config.data.mixture else "data.prepared"
@@ -104,7 +104,7 @@ def describe(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) -> str:
 
 def _describe(default: Config) -> str:
     return (
-        f"{USAGE}\n\nCONFIG is a preset ({', '.join(configuration.preset_names())}) or a .toml file. Interrupted, the "
+        f"{USAGE}\n\nCONFIG is a preset ({', '.join(configuration.preset_names())}), a .toml file or a run's directory. Interrupted, the "
         "same command goes on; complete, it compares the files with their checksums. `p828 train` with the same "
         "data.prepared then reads them."
     )

@@ -1,24 +1,35 @@
 """`p828 prove-resume`: show that a run of this configuration survives being killed."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from p828 import config as configuration
+from p828.cli import configuration as named
 from p828.cli.configuration import read_configuration
+from p828.cli.flags import shown_word
 from p828.config import Config
 from p828.errors import RunStopped, UserError
 
 USAGE = "p828 prove-resume CONFIG [--kills N] [--ranks N [--resume-ranks N,N,...]] [--section.key VALUE ...]"
-OWN = ("--kills", "--ranks", "--resume-ranks")
 KILLS = 3
 TOLERANCE = 0.01  # nats between losses whose sums were in another order; in float32 some 1e-6
 
 
+@dataclass(frozen=True)
+class Arguments(named.Arguments):
+    kills: int = KILLS
+    """Kills, at random moments; at least 2."""
+    ranks: int = 0
+    """Processes that train each run together, with --engine deepspeed; 0 starts no launcher."""
+    resume_ranks: str = ""
+    """Processes after each kill in turn, as 2,4."""
+
+
 def run(arguments: list[str]) -> None:
-    own, flags = _own_flags(arguments)
-    config = read_configuration(flags, USAGE, _describe, others=OWN)
-    kills, ranks = _whole(own, "--kills", KILLS, 2), _whole(own, "--ranks", 0, 1)
-    ranks_after = [_number("--resume-ranks", text, 1) for text in own.get("--resume-ranks", "").split(",") if text]
+    config, given = read_configuration(arguments, Arguments, USAGE, _describe)
+    kills, ranks = _at_least(2, "--kills", given.kills), _at_least(0, "--ranks", given.ranks)
+    ranks_after = [_number("--resume-ranks", text, 1) for text in given.resume_ranks.split(",") if text]
     if ranks_after and not ranks:
         raise UserError("--resume-ranks: accepted with --ranks")
     if ranks and config.engine != "deepspeed":
@@ -54,34 +65,22 @@ def _prove(config: Config, kills: int, ranks: int, ranks_after: list[int]) -> No
     print(verdict)
 
 
-def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """What is given for the command's own flags, and the other arguments."""
-    own: dict[str, str] = {}
-    others: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        if name.replace("_", "-") in OWN:
-            own[name.replace("_", "-")] = value if equals else next(rest, "")
-        else:
-            others.append(argument)
-    return own, others
-
-
-def _whole(own: dict[str, str], name: str, default: int, lowest: int) -> int:
-    return _number(name, own[name], lowest) if name in own else default
+def _at_least(lowest: int, name: str, number: int) -> int:
+    if number < lowest:
+        raise UserError(f"{name} {number}: a whole number of at least {lowest} is accepted")
+    return number
 
 
 def _number(name: str, text: str, lowest: int) -> int:
-    if not text.isdecimal() or int(text) < lowest:
-        raise UserError(f"{name} {text}: a whole number of at least {lowest} is accepted")
+    if not text.isdecimal() or len(text) > 9 or int(text) < lowest:
+        raise UserError(f"{name} {shown_word(text)}: a whole number of at least {lowest} is accepted")
     return int(text)
 
 
 def _describe(default: Config) -> str:
     return (
-        f"{USAGE}\n\nCONFIG is a preset ({', '.join(configuration.preset_names())}) or a .toml file. Trains a short "
-        f"run at once, and again through kills (--kills, {KILLS} unless given) at random moments, resumed after each; "
+        f"{USAGE}\n\nCONFIG is a preset ({', '.join(configuration.preset_names())}), a .toml file or a run's "
+        f"directory. Trains a short run at once, and again through kills (--kills, {KILLS} unless given) at random moments, resumed after each; "
         "then compares every bit of weights, optimizer, bias, random states, place in the data and records. With "
         "--ranks and --engine deepspeed both run on so many processes; resumed on other numbers of them "
         "(--resume-ranks), data is compared exactly and losses within a tolerance. Exit code 1 if they differ."

@@ -1,24 +1,44 @@
 """`p828 train`: train a model, or go on with its run."""
 
+from dataclasses import dataclass
+
 import tomli_w
 
 from p828 import config as configuration
+from p828.cli import configuration as named
 from p828.cli.configuration import read_configuration
+from p828.cli.presets import presets_table
 from p828.config import Config
 from p828.config_values import to_dict
+from p828.errors import UserError
 from p828.model.flops import count_parameters, flops_per_token
 
-USAGE = "p828 train CONFIG [--dry-run] [--section.key VALUE ...]"
-DRY_RUN = "--dry-run"
+USAGE = "p828 train CONFIG [--dry-run] [--presets] [--section.key VALUE ...]"
 DEEPSPEED_CONFIG = "--deepspeed-config"
 
 
+@dataclass(frozen=True)
+class Arguments(named.Arguments):
+    dry_run: bool = False
+    """Print the resolved configuration with its parameters and FLOPs, and end."""
+    presets: bool = False
+    """Print what presets there are, and end."""
+
+
 def run(arguments: list[str]) -> None:
-    flags = [_ours(argument) for argument in arguments if argument != DRY_RUN]
-    config = read_configuration(flags, USAGE, _describe, others=(DRY_RUN, DEEPSPEED_CONFIG))
-    if DRY_RUN in arguments:
+    flags = [_ours(argument) for argument in arguments]
+    if "--presets" in flags:
+        if len(flags) > 1:
+            raise UserError("--presets: accepted alone, as p828 train --presets")
+        print(presets_table())
+        return
+    config, given = read_configuration(flags, Arguments, USAGE, _describe, others=(DEEPSPEED_CONFIG,))
+    if given.dry_run:
         print(tomli_w.dumps(to_dict(config)).rstrip(), _costs(config), sep="\n\n")
         return
+    warmup, steps = config.schedule.warmup_steps, config.train.steps
+    if warmup > steps:  # given by other means than a flag: check_given
+        print(f"the run ends at step {steps:,}, within the {warmup:,} steps of its warm-up", flush=True)
     from p828.train.start import train  # imports torch
 
     train(config)
@@ -32,8 +52,8 @@ def _ours(argument: str) -> str:
 
 def _describe(default: Config) -> str:
     return (
-        f"{USAGE}\n\nCONFIG is a preset ({', '.join(configuration.preset_names())}) or a .toml file. A run that has "
-        "checkpoints goes on from the newest one. --dry-run prints the resolved configuration and ends.\n\n"
+        f"{USAGE}\n\nCONFIG is a preset ({', '.join(configuration.preset_names())}), a .toml file or a run's "
+        "directory, as runs/NAME. A run that has checkpoints goes on from the newest one.\n\n"
         f"{_costs(default)}"
     )
 

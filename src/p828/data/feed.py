@@ -116,17 +116,35 @@ def validation_batches(config: Config, tokenizer: Tokenizer, rows: int, micro_ba
     return [make_batch(chosen[i : i + micro_batch_size], mask) for i in range(0, len(chosen), micro_batch_size)]
 
 
+def all_validation_batches(config: Config, tokenizer: Tokenizer, micro_batch_size: int) -> Iterator[Batch]:
+    """Every row of the validation documents that are read as text, as they are read, the last one padded.
+
+    Raises UserError if there is no validation text.
+    """
+    rows = _read_rows(config.data.sources[0], tokenizer)
+    while chosen := list(islice(rows, micro_batch_size)):
+        yield make_batch(chosen, config.model.mask_documents)
+
+
 def _validation_rows(data: DataConfig, tokenizer: Tokenizer, count: int) -> list[Row]:
     if data.prepared:
         return open_prepared(data, tokenizer).validation_rows(count, data.sequence_length)
+    return list(islice(_read_rows(data, tokenizer), count))
+
+
+def _read_rows(data: DataConfig, tokenizer: Tokenizer) -> Iterator[Row]:
+    """Raises UserError if there is none."""
     packer = Packer(open_validation(data, Retry(data.read_retries)), tokenizer, data.sequence_length)
-    chosen = list(islice(packer, count))
-    rest = packer.remainder() if len(chosen) < count else None
+    is_empty = True
+    for row in packer:
+        is_empty = False
+        yield row
+    rest = packer.remainder()
     if rest is not None and len(rest.tokens) > 1:
-        chosen.append(rest.padded(data.sequence_length + 1, tokenizer.eos_id))
-    if not chosen:
+        is_empty = False
+        yield rest.padded(data.sequence_length + 1, tokenizer.eos_id)
+    if is_empty:
         raise UserError(f"no text to validate on in {packer.stream.source}")
-    return chosen
 
 
 def training_rows(config: Config, tokenizer: Tokenizer) -> Iterator[npt.NDArray[np.int64]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from p828.errors import UserError
 
 GREEDY_BELOW = 1e-5  # logits divided by less could overflow float32
+PENALTIES = 0.001, 1000.0  # as could logits that are multiplied or divided by others; those in use are near 1
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class SamplingConfig:
         _check("top_k", self.top_k, self.top_k >= 0, "a whole number of at least 0 (0 is off)")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "a share above 0 and up to 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "a share from 0 to 1")
+        least, most = PENALTIES
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, 0 < penalty < infinity, "a number above 0 (1 is off)")
+        _check("repetition_penalty", penalty, least <= penalty <= most, f"a number from {least} to {most} (1 is off)")
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "a whole number of at least 1")
         _check("stop", list(self.stop), "" not in self.stop, "text that is not empty")
 

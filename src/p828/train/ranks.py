@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from p828.config import Config
 from p828.errors import OneRanksError, RunPaused, RunStopped, UserError
+from p828.train.launcher import launched
 from p828.train.lifeline import Lifeline, join_lifeline
 
 T = TypeVar("T")
@@ -118,7 +119,7 @@ def joined(config: Config) -> Iterator[Ranks]:
 
     Raises UserError when the launcher's word and `engine` or the machine's GPUs do not go together.
     """
-    size, rank, local_rank = (int(os.environ.get(name, default)) for name, default in _LAUNCHER)
+    rank, size, local_rank, is_launched = launched()
     if config.engine == "plain":
         if size > 1:
             raise UserError(f'engine = "plain" trains on one device, and WORLD_SIZE = {size}: give --engine deepspeed')
@@ -127,7 +128,7 @@ def joined(config: Config) -> Iterator[Ranks]:
     device = _own_device(config.train.device, local_rank)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_OPERATIONS)
     timeout = timedelta(seconds=config.deepspeed.timeout_seconds + AFTER_US)
-    is_launched, before = "RANK" in os.environ, dict(os.environ)
+    before = dict(os.environ)
     if is_launched:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     else:  # one process, started without a launcher
@@ -165,7 +166,6 @@ def joined(config: Config) -> Iterator[Ranks]:
 
 
 _OF_ONE_PROCESS = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}  # what DeepSpeed reads
-_LAUNCHER = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 
 
 def _own_device(wanted: str, local_rank: int) -> torch.device:

@@ -1,0 +1,158 @@
+"""Keys that were given and would change nothing: each is refused, with what it needs."""
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from p828.config import Config, DataConfig
+from p828.config_values import flatten, shown
+from p828.errors import UserError
+
+
+@dataclass(frozen=True)
+class Need:
+    keys: tuple[str, ...]
+    """Dotted keys; one that ends with a dot stands for all below it."""
+    is_met: Callable[[Config], bool]
+    """Whether these keys change something."""
+    words: str
+    """What is accepted; `{config.section.key}` stands for a value."""
+    of_flags: bool = False
+    """Whether a TOML file may give them all the same: it serves several commands."""
+
+    def names(self, key: str) -> bool:
+        return any(key.startswith(own) if own.endswith(".") else key == own for own in self.keys)
+
+
+def _is_over(config: Config) -> bool:
+    """Whether the warm-up ends in time for the schedule's shape to show."""
+    warmup, steps = config.schedule.warmup_steps, config.train.steps
+    return warmup < steps or (warmup == steps and config.schedule.kind == "constant")
+
+
+NEEDS = (
+    Need(("deepspeed.",), lambda c: c.engine == "deepspeed", 'accepted with engine = "deepspeed"'),
+    Need(("schedule.decay_steps",), lambda c: c.schedule.kind == "wsd", 'accepted with schedule.kind = "wsd"'),
+    Need(
+        ("schedule.min_lr_ratio",),
+        lambda c: c.schedule.kind != "constant",
+        'accepted with schedule.kind = "cosine" or "wsd"',
+    ),
+    Need(
+        ("schedule.warmup_steps",),
+        _is_over,
+        "the run ends at train.steps = {config.train.steps}, and the warm-up is to end before",
+    ),
+    Need(
+        ("tokenizer.vocab_size", "tokenizer.training_megabytes"),
+        lambda c: c.tokenizer.name == "train",
+        'accepted with tokenizer.name = "train"; any other tokenizer has its own vocabulary, '
+        "at most model.vocab_size = {config.model.vocab_size}",
+    ),
+    Need(
+        ("prepare.",),
+        lambda c: any(source.prepared for source in c.data.sources),
+        "accepted with data.prepared; text that is tokenized on the way is not filtered",
+    ),
+    Need(
+        ("data.shuffle_rows", "data.streams"),
+        lambda c: not all(source.prepared for source in c.data.sources),
+        "accepted without data.prepared, whose rows are all shuffled together",
+        of_flags=True,
+    ),
+    Need(
+        ("data.source", "data.files", "data.text_field", "data.hub_name", "data.hub_subset", "data.hub_split"),
+        lambda c: not c.data.mixture,
+        "accepted without [[data.mixture]], whose sources each have this key",
+        of_flags=True,
+    ),
+    Need(
+        ("data.validation.share",),
+        lambda c: c.data.validation.kind == "held_out",
+        'accepted with data.validation.kind = "held_out"',
+    ),
+    Need(
+        ("data.validation.files",),
+        lambda c: c.data.validation.kind == "files",
+        'accepted with data.validation.kind = "files"',
+    ),
+    Need(
+        ("data.validation.hub_name", "data.validation.split"),
+        lambda c: c.data.validation.kind == "split",
+        'accepted with data.validation.kind = "split"',
+    ),
+    Need(
+        tuple(f"model.rope_scaling.{name}" for name in ("original_max_position_embeddings", "beta_fast", "beta_slow")),
+        lambda c: c.model.rope_scaling.factor > 1,
+        "accepted with model.rope_scaling.factor above 1",
+    ),
+    Need(
+        ("optimizer.decay_embeddings",),
+        lambda c: c.optimizer.weight_decay > 0,
+        "accepted with optimizer.weight_decay above 0",
+    ),
+    Need(
+        ("evaluation.max_new_tokens", "evaluation.temperature"),
+        lambda c: bool(c.evaluation.prompts),
+        "accepted with evaluation.prompts",
+    ),
+    Need(("evaluation.patience",), lambda c: c.evaluation.every > 0, "accepted with evaluation.every above 0"),
+    Need(
+        ("rollback.spike_nats", "rollback.limit"),
+        lambda c: c.rollback.after_steps > 0,
+        "accepted with rollback.after_steps above 0",
+    ),
+    Need(("wandb.project",), lambda c: c.wandb.mode != "off", 'accepted with wandb.mode = "online" or "offline"'),
+)
+
+_OF_SOURCE = {
+    "files": (("files",), 'accepted with {table}source = "files"'),
+    "hub_name": (("hf",), 'accepted with {table}source = "hf"'),
+    "hub_subset": (("hf",), 'accepted with {table}source = "hf"'),
+    "hub_split": (("hf",), 'accepted with {table}source = "hf"'),
+    "text_field": (("files", "hf"), 'accepted with {table}source = "files" or "hf"'),
+}
+_IN_SOURCE = re.compile(r"(data\.(?:mixture\[\d+\]\.)?)(\w+)")
+
+
+def check_given(config: Config, flags: Collection[str], loaded: Config, in_files: Collection[str]) -> None:
+    """Raises UserError for a key that changes nothing, of those given by flags or in the user's own files.
+
+    `loaded` is the configuration without the flags: what had an effect there may have none under a flag.
+    """
+    idle = dict(_idle(config, [*flags, *in_files], flags))
+    idle_before = dict(_idle(loaded, in_files, flags=()))
+    values = flatten(config)
+    for key, words in idle.items():
+        if key in flags or key in idle_before:
+            given = f"{key} = {shown(_plain(values[key]))}" if key in values else key
+            raise UserError(f"{given}: {words}")
+
+
+def _idle(config: Config, keys: Collection[str], flags: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Keys that change nothing in this configuration, and what is accepted."""
+    for key in sorted(set(keys)):
+        for need in NEEDS:
+            if need.names(key) and not need.is_met(config) and (key in flags or not need.of_flags):
+                yield key, need.words.format(config=config)
+        found = _IN_SOURCE.fullmatch(key)
+        if found and found[2] in _OF_SOURCE and not (config.data.mixture and found[1] == "data."):
+            sources, words = _OF_SOURCE[found[2]]
+            if _source(config.data, found[1]) not in sources and not _is_validations(config.data, found[2]):
+                yield key, words.format(table=found[1])
+
+
+def _source(data: DataConfig, table: str) -> str:
+    number = re.search(r"\d+", table)
+    return data.mixture[int(number[0])].source if number else data.source
+
+
+def _is_validations(data: DataConfig, name: str) -> bool:
+    """Whether the validation text is read with this key of a source."""
+    if name == "text_field":
+        return data.validation.kind != "held_out"
+    return name in ("hub_name", "hub_subset") and data.validation.kind == "split"
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
