@@ -97,7 +97,10 @@ def locked(directory: Path, complaint: str) -> Iterator[None]:
 def _checked(descriptor: int, path: Path, mode: str) -> BinaryIO:
     """A file object of the descriptor. Raises OSError if it is not a regular file's."""
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        mode_bits = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode_bits):
+            raise IsADirectoryError(errno.EISDIR, "is a directory; a regular file is accepted", str(path))
+        if not stat.S_ISREG(mode_bits):
             raise _not_regular(path)
         os.set_blocking(descriptor, True)
         return open(descriptor, mode, buffering=0)  # type: ignore[return-value]

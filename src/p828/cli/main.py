@@ -93,12 +93,5 @@ def _cut(text: str) -> str:
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  p828 {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [
-            "Trains Mixture-of-Experts language models.",
-            "",
-            *lines,
-            "",
-            "p828 COMMAND --help says more, p828 --version which version this is.",
-        ]
-    )
+    more = "p828 COMMAND --help says more, p828 --version which version this is."
+    return "\n".join(["Trains Mixture-of-Experts language models.", "", *lines, "", more])
