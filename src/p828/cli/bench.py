@@ -58,10 +58,8 @@ def run(arguments: list[str]) -> None:
         if routing not in ROUTINGS:
             near = nearest(routing[:80], ROUTINGS)
             raise UserError(f"--routing {shown_word(routing)}{near} Accepted: {', '.join(ROUTINGS)}")
-    for name, lowest in (("steps", 1), ("micro_batch_size", 0), ("gradient_accumulation", 0)):
-        if not lowest <= getattr(given, name) <= LARGEST_INT:
-            flag = f"--{name.replace('_', '-')} {shown(getattr(given, name))}"
-            raise UserError(f"{flag}: a whole number from {lowest} to {LARGEST_INT} is accepted")
+    if not 1 <= given.steps <= LARGEST_INT:
+        raise UserError(f"--steps {shown(given.steps)}: a whole number from 1 to {LARGEST_INT} is accepted")
     check_text("--json", given.json)
     from p828.train.device import pick_device  # imports torch
 

@@ -51,9 +51,18 @@ def run(arguments: list[str]) -> None:
         if key.startswith("data.") and not key.removeprefix("data.").startswith(MEASURED):
             raise UserError(f"--{key.replace('_', '-')}: of training alone; it changes nothing that is measured")
     loaded = load_model(own.checkpoint, own.device)
-    config = _config(loaded.config, flags)
+    data = _data_flags(flags)
+    config = dataclasses.replace(
+        loaded.config,
+        data=_data(loaded.config.data, data),
+        evaluation=dataclasses.replace(loaded.config.evaluation, rows=flags.get("rows", loaded.config.evaluation.rows)),
+        train=dataclasses.replace(
+            loaded.config.train,
+            micro_batch_size=flags.get("micro_batch_size", loaded.config.train.micro_batch_size),
+        ),
+    )
     validate(config)
-    check_given(config, [key for key in flags if key.startswith("data.")], loaded.config, in_files=())
+    check_given(config, [f"data.{key}" for key in data], loaded.config, in_files=())
     batches = _batches(config, loaded, flags)
     result = evaluate(loaded.model, batches, loaded.tokenizer.token_bytes(), loaded.dtype)
     lines = [
@@ -68,40 +77,39 @@ def run(arguments: list[str]) -> None:
     print("\n".join(lines), flush=True)
 
 
-def _config(run: Config, flags: dict[str, Any]) -> Config:
-    """The run's configuration with what is given for the measurement."""
+def _data_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """What is given for `data`, without that prefix; given files are what is measured, held out or not."""
     data = {key: value for key, value in flags.items() if key.startswith("data.")}
     if "data.files" in data and not any(key.startswith("data.validation.") for key in data):
-        # All of them are what is measured. The training source is not read then.
         files = data.pop("data.files")
         if data.pop("data.source", "files") != "files":
             raise UserError(f'data.files = {shown(list(files))}: accepted with data.source = "files"')
         data["data.validation.files"] = files
     data = {**implied(data), **data}
-    given = changed(run, data)
-    rows, micro_batch_size = flags.get("rows", run.evaluation.rows), flags.get("micro_batch_size")
-    return dataclasses.replace(
-        given,
-        data=_without_the_runs_tokens(given.data, run.data) if "data.prepared" not in data else given.data,
-        evaluation=dataclasses.replace(run.evaluation, rows=rows),
-        train=dataclasses.replace(run.train, micro_batch_size=micro_batch_size or run.train.micro_batch_size),
-    )
+    return {key.removeprefix("data."): value for key, value in data.items()}
 
 
-def _without_the_runs_tokens(data: DataConfig, before: DataConfig) -> DataConfig:
-    """Prepared data has the run's own validation text: other text is read as text."""
-    if data.validation == before.validation and data.files == before.files and data.hub_name == before.hub_name:
+def _data(run: DataConfig, flags: dict[str, Any]) -> DataConfig:
+    """The run's data with what is given of it."""
+    data: DataConfig = changed(run, flags)
+    if "validation.files" in flags and data.validation.kind == "files":
+        # No other source is read, so it need not be complete.
+        text_field = flags.get("text_field", run.sources[0].text_field)
+        return dataclasses.replace(
+            data, source=run.source, files=run.files, text_field=text_field, mixture=(), mixture_steps=(0,), prepared=""
+        )
+    is_the_runs = all(getattr(data, key) == getattr(run, key) for key in ("validation", "source", "files", "hub_name"))
+    if is_the_runs or "prepared" in flags:
         return data
+    # Prepared data has the run's own validation text: other text is read as text.
     mixture = tuple(dataclasses.replace(mixed, prepared="") for mixed in data.mixture)
     return dataclasses.replace(data, prepared="", mixture=mixture)
 
 
 def _is_every_row(config: Config, flags: Collection[str]) -> bool:
     """Whether files were given, and no number of rows of them."""
-    return config.data.validation.kind == "files" and "rows" not in flags and bool({*flags} & GIVEN_FILES)
-
-
-GIVEN_FILES = {"data.files", "data.validation.files"}
+    are_given = "data.files" in flags or "data.validation.files" in flags
+    return config.data.validation.kind == "files" and are_given and "rows" not in flags
 
 
 def _batches(config: Config, loaded: LoadedModel, flags: Collection[str]) -> Iterable[Batch]:

@@ -52,7 +52,7 @@ def parse_given(
     it is no flag's name; whatever it is, it can be given as `--flag=text`.
     """
     kinds = dict(_flags(cls, "--"))
-    words = _Words(kinds, [*kinds, *others, *HELP])
+    words = _Words(kinds, [*kinds, *others, *HELP], len(list(_positional_fields(cls))))
     words.sort(arguments)
     if words.is_help:
         _print_help(cls, prog, default, description)
@@ -70,6 +70,7 @@ class _Words:
 
     kinds: Mapping[str, Any]
     known: Collection[str]
+    most_positionals: int
     values: dict[str, list[str]] = field(default_factory=dict)
     positionals: list[str] = field(default_factory=list)
     is_help: bool = False
@@ -106,8 +107,9 @@ class _Words:
         kind, is_many = self.kinds[flag], _is_list(self.kinds[flag])
         if _is_counter(kind):
             return False
-        if _bare(kind) is bool and self._due and argument not in BOOLEANS:
-            return False  # given bare
+        is_bare = _bare(kind) is bool and argument not in BOOLEANS
+        if is_bare and len(self.positionals) < self.most_positionals:
+            return False
         if not self._due and not is_many:
             return False
         if not (argument.startswith("-") and FLAG.fullmatch(argument)):

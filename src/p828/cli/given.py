@@ -18,16 +18,10 @@ class Need:
     words: str
     """What is accepted; `{config.section.key}` stands for a value."""
     of_flags: bool = False
-    """Whether a TOML file may give them all the same: it serves several commands."""
+    """Whether a TOML file may give them all the same, as one that serves several commands does."""
 
     def names(self, key: str) -> bool:
         return any(key.startswith(own) if own.endswith(".") else key == own for own in self.keys)
-
-
-def _is_over(config: Config) -> bool:
-    """Whether the warm-up ends in time for the schedule's shape to show."""
-    warmup, steps = config.schedule.warmup_steps, config.train.steps
-    return warmup < steps or (warmup == steps and config.schedule.kind == "constant")
 
 
 NEEDS = (
@@ -40,14 +34,20 @@ NEEDS = (
     ),
     Need(
         ("schedule.warmup_steps",),
-        _is_over,
-        "the run ends at train.steps = {config.train.steps}, and the warm-up is to end before",
+        lambda c: c.schedule.warmup_steps <= c.train.steps,
+        "at most train.steps = {config.train.steps} is accepted, where the run ends",
+    ),
+    Need(
+        ("schedule.warmup_steps",),
+        lambda c: c.schedule.warmup_steps != c.train.steps or c.schedule.kind == "constant",
+        "fewer than train.steps = {config.train.steps} are accepted; no step would be left for the schedule's shape",
+        of_flags=True,
     ),
     Need(
         ("tokenizer.vocab_size", "tokenizer.training_megabytes"),
         lambda c: c.tokenizer.name == "train",
-        'accepted with tokenizer.name = "train"; any other tokenizer has its own vocabulary, '
-        "at most model.vocab_size = {config.model.vocab_size}",
+        'accepted with tokenizer.name = "train", not "{config.tokenizer.name}", whose vocabulary is its own',
+        of_flags=True,
     ),
     Need(
         ("prepare.",),
@@ -95,6 +95,7 @@ NEEDS = (
         ("evaluation.max_new_tokens", "evaluation.temperature"),
         lambda c: bool(c.evaluation.prompts),
         "accepted with evaluation.prompts",
+        of_flags=True,
     ),
     Need(("evaluation.patience",), lambda c: c.evaluation.every > 0, "accepted with evaluation.every above 0"),
     Need(

@@ -105,6 +105,6 @@ def describe(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) -> str:
 def _describe(default: Config) -> str:
     return (
         f"{USAGE}\n\nCONFIG is a preset ({', '.join(configuration.preset_names())}), a .toml file or a run's "
-        "directory. Interrupted, the same command goes on; complete, it compares the files with their checksums. `p828 train` with the same "
-        "data.prepared then reads them."
+        "directory. Interrupted, the same command goes on; complete, it compares the files with their checksums. "
+        "`p828 train` with the same data.prepared then reads them."
     )
