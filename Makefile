@@ -9,6 +9,7 @@ BIN := .venv/bin
 .PHONY: quickstart test test-distributed faults check format clean
 
 quickstart: .venv/installed
+	@echo "p828 is in .venv/bin; 'source .venv/bin/activate' puts it on the path of a shell."
 	$(BIN)/p828 train quickstart
 
 test: .venv/installed-dev

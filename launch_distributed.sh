@@ -5,9 +5,12 @@
 #
 # GPUS sets how many of those that PyTorch sees. For several machines run it on each, with the same NNODES and MASTER_ADDR (the
 # first one's name) and a NODE_RANK of its own from 0 on; `srun bash launch_distributed.sh ...` with one task a node
-# takes all three from SLURM. PYTHON names the interpreter that has p828.
+# takes all three from SLURM. PYTHON names the interpreter that has p828; without it, it is that of the .venv beside this
+# file, which make installs, else python3.
 set -euo pipefail
-python=${PYTHON:-python3}
+own=$(dirname "${BASH_SOURCE[0]}")/.venv/bin/python
+[ -x "$own" ] || own=python3
+python=${PYTHON:-$own}
 if [ $# -eq 0 ] || [[ $1 == -* ]]; then
     echo "usage: bash launch_distributed.sh CONFIG [--section.key VALUE ...]" >&2
     exit 2

@@ -18,7 +18,7 @@ from p828.errors import UserError
 class Arguments(Config):
     """A configuration's flags, and the configuration that they change. A command adds flags of its own."""
 
-    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")] = ""
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG", help_behavior_hint="(required)")] = ""
     """A preset, a .toml file, or the directory of a run."""
 
 

@@ -92,6 +92,15 @@ def _data_flags(flags: dict[str, Any]) -> dict[str, Any]:
 def _data(run: DataConfig, flags: dict[str, Any]) -> DataConfig:
     """The run's data with what is given of it."""
     data: DataConfig = changed(run, flags)
+    if "files" in flags and "validation.files" in flags:
+        raise UserError("data.files and data.validation.files are both given: either names the files to measure")
+    validation = data.validation
+    is_other = validation.kind == "files" or (validation.kind == "split" and validation.hub_name)
+    if is_other and not {*flags}.isdisjoint(("hub_name", "hub_subset", "hub_split")):
+        raise UserError(
+            f'data.hub_name and its like: with data.validation.kind = "{validation.kind}", other text is measured; '
+            "give --data.validation.hub-name and --data.validation.split"
+        )
     if "validation.files" in flags and data.validation.kind == "files":
         # No other source is read, so it need not be complete.
         text_field = flags.get("text_field", run.sources[0].text_field)

@@ -10,14 +10,14 @@ WIDTH = 60
 
 def presets_table() -> str:
     """Of each preset: parameters, those active for a token, longest context, data, and what it is for."""
-    lines = [f"{'preset':<13}{'parameters':>11}{'active':>11}{'context':>9}  data"]
+    lines = [f"{'preset':<13}{'parameters':>10}{'active':>10}{'context':>9}  data"]
     for name in preset_names():
         config = load(name)
         parameters = count_parameters(config.model)
         data = config.data.hub_name.rpartition("/")[2] or {"python": "stdlib"}.get(config.data.source, "files")
         lines.append(
-            f"{name:<13}{parameters.total / 1e6:>9,.1f} M{parameters.active / 1e6:>9,.1f} M"
-            f"{config.model.max_position_embeddings:>9,}  {data[:14]}"
+            f"{name:<13}{parameters.total / 1e6:>8,.1f} M{parameters.active / 1e6:>8,.1f} M"
+            f"{config.model.max_position_embeddings:>9,}  {data[:16]}"
         )
         lines += textwrap.wrap(_purpose(name), WIDTH, initial_indent="    ", subsequent_indent="    ")
     lines += ["", "p828 train NAME trains one; p828 train NAME --dry-run", "prints every setting of it."]

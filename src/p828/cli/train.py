@@ -27,7 +27,7 @@ class Arguments(named.Arguments):
 
 def run(arguments: list[str]) -> None:
     flags = [_ours(argument) for argument in arguments]
-    if "--presets" in flags:
+    if any(flag.partition("=")[0] == "--presets" for flag in flags):
         if len(flags) > 1:
             raise UserError("--presets: accepted alone, as p828 train --presets")
         print(presets_table())
