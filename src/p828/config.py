@@ -29,8 +29,8 @@ PRESETS = Path(__file__).parent / "configs"
 RUN_FILE = "config.toml"  # in a run's directory
 LARGEST_FILE = 2 * MOST_TEXT  # any configuration that `validate` accepts is shorter
 MOST_DOTS = 200  # in a line: what tomllib takes for a key grows with the square of its parts
-# A line of one text, as of a list of file names; its dots are no key's. No apostrophes, lest it end a text of three.
-ONE_TEXT = re.compile(r"""\s*(\w+ = )?"([^"\\']|\\.|'(?!''))*",?""")
+# The beginning of a text of several lines; a text of one line; a comment.
+TEXT = re.compile(r"""\"{3}|'{3}|"(?:[^"\\]|\\.)*"|'[^']*'|\#.*""")
 LONGEST_PATH = 4000
 MAX_BASES = 8  # how deep `base` may nest; a cycle ends here
 
@@ -378,7 +378,8 @@ def load_given(name_or_path: str) -> tuple[Config, frozenset[str]]:
     and the output of `--dry-run` do.
     """
     path = Path(name_or_path)
-    is_run = path.suffix != ".toml" and name_or_path not in preset_names() and _is_directory(path)
+    is_named = path.suffix == ".toml" or name_or_path in ("", *preset_names())
+    is_run = not is_named and _is_directory(path)
     if is_run and not (path / RUN_FILE).is_file():
         raise UserError(f"{shown(name_or_path)} is a directory, but no run: it holds no {RUN_FILE}")
     try:
@@ -471,8 +472,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
             raise ValueError("it is UTF-16 or no text; TOML is UTF-8 text")
         text = content.decode("utf-8-sig")  # some editors put a byte order mark before it
-        if any(line.count(".") > MOST_DOTS and not ONE_TEXT.fullmatch(line) for line in text.splitlines()):
-            raise ValueError(f"a line has more than {MOST_DOTS} dots")
+        _check_dots(text)
         return tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"no file {shown_path(path)}") from None
@@ -486,6 +486,17 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{shown_path(path)}: cannot be read as TOML: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:  # not TOML, a number too long, or a name that no file can have
         raise UserError(f"{shown_path(path)}: cannot be read as TOML: {error}") from None
+
+
+def _check_dots(text: str) -> None:
+    """Raises ValueError if a line has more than `MOST_DOTS` in its keys; after a text of several lines, anywhere."""
+    is_plain = True
+    for line in text.split("\n"):
+        if is_plain:
+            keys = TEXT.sub(lambda found: found[0] if found[0] in ('"""', "'''") else "", line)
+            is_plain = '"""' not in keys and "'''" not in keys
+        if (keys if is_plain else line).count(".") > MOST_DOTS:
+            raise ValueError(f"a line has more than {MOST_DOTS} dots")
 
 
 def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:

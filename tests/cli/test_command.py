@@ -1,0 +1,217 @@
+"""The command itself: its version and help, outputs that lack letters, and environments that are no launcher's."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from p828.cli.main import dispatch
+from p828.train.launcher import Process, launched
+from runs import write_toml
+
+QUICK = ("--train.steps", "2", "--evaluation.every", "0")
+
+
+def run(*arguments: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "p828", *arguments], cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, encoding="utf-8", timeout=120,
+    )  # fmt: skip
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["--version"]) == 0
+    assert capsys.readouterr().out == f"p828 {version('p828')}\n"
+
+
+def test_help_of_train_needs_no_torch() -> None:
+    code = """
+import sys
+from p828.cli.main import dispatch
+dispatch(["--help"])
+try:
+    dispatch(["train", "quickstart", "--help"])
+except SystemExit as stop:
+    print("EXIT", stop.code, {"torch", "numpy"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("EXIT 0 set()\n")
+
+
+@pytest.mark.parametrize(
+    "command, parts",
+    [
+        ("train", ["CONFIG", "--dry-run", "--presets", "--model.hidden-size", "--data.files"]),
+        ("prepare", ["CONFIG", "--data.prepared"]),
+        ("prove-resume", ["CONFIG", "--kills", "--ranks", "--resume-ranks"]),
+        ("generate", ["CHECKPOINT", "--prompt", "--interactive", "--stop", "--seed"]),
+        ("evaluate", ["CHECKPOINT", "--rows", "--data.files"]),
+        ("bench", ["--shape", "--peers", "--breakdown", "--json"]),
+    ],
+)
+def test_help_lists_what_a_command_takes(command: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        dispatch([command, "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    described = said[said.index("show this help") :]  # behind the usage
+    for part in parts:
+        assert part in (described if part.startswith("--") else said[said.index("positional arguments") :])
+
+
+def test_presets_are_a_table_for_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["train", "--presets"]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 60
+    for part in ("quickstart", "0.9 M", "fine-grained", "1,057.6 M", "264.9 M", "4,096", "codeparrot-clean", "stdlib"):
+        assert part in said
+    assert dispatch(["train", "--presets", "quickstart"]) == 2
+
+
+@pytest.mark.parametrize(
+    "flag, meant",
+    [
+        ("--lr", "--optimizer.learning-rate"),
+        ("--learning-rate", "--optimizer.learning-rate"),
+        ("--learning_rate=3", "--optimizer.learning-rate"),
+        ("--optimizer.lr", "--optimizer"),
+        ("--batch-size", "--train.micro-batch-size"),
+        ("--epochs", "--train.steps"),
+        ("--seed", "--train.seed"),
+        ("--steps", "--train.steps"),
+        ("--max-steps", "--train.steps"),
+        ("--context", "--data.sequence-length"),
+        ("--warmup", "--schedule.warmup-steps"),
+        ("--warmup-steps", "--schedule.warmup-steps"),
+        ("--layers", "--model.num-hidden-layers"),
+        ("--hidden-size", "--model.hidden-size"),
+        ("--files", "--data.files"),
+        ("--dropout", "--model.dropout"),
+        ("--device", "--train.device"),
+        ("--dry-rnu", "--dry-run"),
+    ],
+)
+def test_the_names_that_others_use_suggest_the_flag(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["train", "quickstart", flag, "3"]) == 2
+    said = capsys.readouterr().err
+    assert f"did you mean {meant}" in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {"LANG": "C", "LC_ALL": "C"}])
+def test_an_output_without_accents(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Every command says what it has to say, escaped where need be."""
+    place = tmp_path / "é🙂"
+    place.mkdir()
+    write_toml(place)
+    toml, flags = f"{place}/tiny.toml", (*QUICK, "--name", "né")
+
+    def works(*arguments: str) -> str:
+        done = run(*arguments, cwd=tmp_path, **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "n" in works("train", toml, *flags, "--dry-run")
+    works("prepare", toml, "--data.prepared", "tokené")
+    works("train", toml, *flags)
+    works("evaluate", "runs/né", "--data.files", f"{place}/text/*.txt")
+    works("generate", "runs/né", "--prompt", "é", "--prompt", "ü", "--max-new-tokens", "2")
+    wrong = run("generate", "runs/né", "--prompt", "é" * 200, cwd=tmp_path, **environment)
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+
+
+LEFT_BEHIND = ({"RANK": "1"}, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "x"})
+
+
+@pytest.mark.parametrize("environment", LEFT_BEHIND)
+def test_a_lone_process_speaks(tmp_path: Path, environment: dict[str, str]) -> None:
+    path = str(write_toml(tmp_path))
+    done = run("train", path, *QUICK, "--dry-run", cwd=tmp_path, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "steps = 2" in done.stdout
+    wrong = run("train", path, "--lr", "3", cwd=tmp_path, **environment)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("p828: unknown flag --lr")
+
+
+def test_a_lone_process_trains_whatever_rank_was_left_behind(tmp_path: Path) -> None:
+    path = str(write_toml(tmp_path))
+    done = run("train", path, *QUICK, cwd=tmp_path, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", SLURM_PROCID="1")
+    assert done.returncode == 0, done.stderr
+    assert "is complete at step 2" in done.stdout
+
+
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, Process()),
+        *((left, Process()) for left in LEFT_BEHIND),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "RANK": "1"}, Process()),
+        (ADDRESS, Process()),
+        ({**ADDRESS, "RANK": "3", "WORLD_SIZE": "x"}, Process()),
+        ({**ADDRESS, "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Process(3, 8, 1, True)),
+        ({**ADDRESS, "RANK": "0", "WORLD_SIZE": "1"}, Process(0, 1, 0, True)),
+    ],
+)
+def test_a_launcher_sets_all(environment: dict[str, str], expected: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *ADDRESS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == expected
+
+
+def test_torchruns_second_process_is_the_second(tmp_path: Path) -> None:
+    """What the rule takes for a launcher is one."""
+    script = tmp_path / "say.py"
+    script.write_text("from p828.train.launcher import launched\nprint(tuple(launched()), flush=True)\n")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    assert sorted(line for line in done.stdout.split("\n") if line) == ["(0, 2, 0, True)", "(1, 2, 1, True)"]
+
+
+NUL, LONG = "a\0b", "x" * 5000
+
+
+@pytest.mark.parametrize("value", [NUL, LONG, "y" * 300 + "/z"], ids=["nul", "long", "long part"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "quickstart", "--runs-dir"),
+        ("train", "quickstart", "--name"),
+        ("train", "quickstart", "--data.prepared"),
+        ("train", "quickstart", "--data.files"),
+        ("train", "quickstart", "--data.validation.files"),
+        ("train", "quickstart", "--tokenizer.name"),
+        ("train", "quickstart", "--data.hub-name"),
+        ("train", "quickstart", "--engine", "deepspeed", "--deepspeed.config"),
+        ("train",),
+        ("prepare", "quickstart", "--data.prepared"),
+        ("generate", "--prompt", "a"),
+        ("evaluate",),
+        ("evaluate", "none", "--data.files"),
+        ("bench", "train", "--shape"),
+        ("bench", "train", "--shape", "quickstart", "--json"),
+        ("prove-resume", "quickstart", "--runs-dir"),
+        ("",),
+    ],
+    ids=" ".join,
+)
+def test_names_that_no_file_can_have(
+    arguments: tuple[str, ...], value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert dispatch([*filter(None, arguments), value]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("p828: ")
+    assert 1 <= len(said.splitlines()) <= 2
+    assert max(map(len, said.splitlines())) < 500
+    assert not list(tmp_path.iterdir())
