@@ -167,6 +167,16 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
         {"schedule.kind": "wsd", "schedule.decay_steps": 9, "train.steps": 2005},
         ["schedule.decay_steps = 9", "train.steps = 2005"],
     ),
+    ({"tokenizer.eos_token": ""}, ["tokenizer.eos_token = ''", "two characters"]),
+    ({"tokenizer.eos_token": "e"}, ["tokenizer.eos_token = 'e'", "two characters"]),
+    ({"runs_dir": "a\0b"}, ["runs_dir = 'a\\x00b'", "NUL"]),
+    ({"data.prepared": "x" * 5000}, ["data.prepared = 'xxx", "3,500 bytes"]),
+    ({"data.files": ["a", "x" * 300]}, ["data.files = 'xxx", "255 bytes between two slashes"]),
+    ({"data.validation.files": ["é\0"]}, ["data.validation.files = 'é\\x00'"]),
+    ({"tokenizer.name": "/".join(["x" * 100] * 50)}, ["tokenizer.name = 'xxx", "3,500 bytes"]),
+    ({"data.mixture": [{"name": "a", "source": "hf", "hub_name": "x\0"}]}, ["data.mixture[0].hub_name", "NUL"]),
+    ({"deepspeed.config": "\0"}, ["deepspeed.config", "NUL"]),
+    ({"evaluation.prompts": ["a" * 2**25]}, ["33,5", "at most 33,554,432"]),
     ({"name": "a/b"}, ["name = 'a/b'", "directory"]),
     ({"name": ""}, ["name = ''", "directory"]),
     ({"name": ".."}, ["name = '..'", "directory"]),
@@ -213,6 +223,12 @@ FILES: dict[str, tuple[str | bytes, list[str]]] = {
     "unknown key": ("[model]\nhiden_size = 5\n", ["wrong.toml", "model.hiden_size"]),
     "table for a value": ("[model.hidden_size]\nx = 1\n", ["wrong.toml", "model.hidden_size", "a whole number"]),
     "value for a table": ('model = "60m"\n', ["wrong.toml", "model = '60m'", "[model]"]),
+    "UTF-16": ("name = 'a'\n".encode("utf-16"), ["wrong.toml", "UTF-16", "UTF-8"]),
+    "UTF-16 without a mark": ("name = 'a'\n".encode("utf-16-le"), ["wrong.toml", "UTF-16", "UTF-8"]),
+    "Latin-1": ("# one\nname = 'é'\n".encode("latin-1"), ["wrong.toml", "line 2", "0xe9", "UTF-8"]),
+    "many dots": (f"a{'.a' * 300} = 1\n", ["wrong.toml", "200 dots"]),
+    "many dots behind a text of lines": ('x = {a = """\n""", b' + ".b" * 300 + ' = ""}\n', ["200 dots"]),
+    "many dots in a table": (f"[a{'.a' * 300}]\n", ["wrong.toml", "200 dots"]),
     "date": ("[train]\nsteps = 2020-01-01\n", ["train.steps", "a whole number"]),
 }
 
@@ -228,6 +244,36 @@ def test_wrong_files(case: str, tmp_path: Path) -> None:
     assert "\n" not in message
     for part in says:
         assert part in message, message
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "marked.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + b'base = "quickstart"\n')
+    assert config.load(str(path)).model == config.load("quickstart").model
+
+
+NAMES = [
+    "plain.txt", "[x] {y}*.txt", "'", '"', "'''", '"""', "back\\slash", "new\nline", "tab\t", "\x7f\x01", "é 🙂 漢",
+    "\u2028", "#", ".".join("a" * 120), "'" + "." * 250, "'''" + "." * 240, "C:\\Temp\\x", " = ", "# . '",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("in_mixture", [False, True])
+def test_whatever_is_written_can_be_read(tmp_path: Path, in_mixture: bool) -> None:
+    tomli_w = pytest.importorskip("tomli_w")
+    files = [f"{name}/{i:05}" for name in NAMES for i in range(300)]
+    data = {"mixture": [{"name": "a", "source": "files", "files": files}]} if in_mixture else {"files": files}
+    loaded = config.from_dict({"name": "many", "evaluation": {"prompts": NAMES}, "data": data}, "many")
+    config.validate(loaded)
+    assert config.load(write(tmp_path / "many.toml", tomli_w.dumps(to_dict(loaded)))) == loaded
+
+
+def test_a_hundred_thousand_file_names(tmp_path: Path) -> None:
+    tomli_w = pytest.importorskip("tomli_w")
+    files = [f"/data/corpus/part-{i:07}.jsonl.zst" for i in range(100_000)]
+    loaded = config.from_dict({"name": "many", "data": {"source": "files", "files": files}}, "many")
+    config.validate(loaded)
+    assert config.load(write(tmp_path / "many.toml", tomli_w.dumps(to_dict(loaded)))) == loaded
 
 
 def test_a_cycle_of_bases_ends(tmp_path: Path) -> None:

@@ -215,3 +215,25 @@ def test_names_that_no_file_can_have(
     assert 1 <= len(said.splitlines()) <= 2
     assert max(map(len, said.splitlines())) < 500
     assert not list(tmp_path.iterdir())
+
+
+def test_the_launcher_finds_the_checkouts_own_environment(tmp_path: Path) -> None:
+    """A stand-in for each interpreter says which one was called."""
+    checkout, path = tmp_path / "checkout", tmp_path / "path"
+    script = Path(__file__).parents[2] / "launch_distributed.sh"
+    for place, name in ((checkout / ".venv" / "bin", "python"), (path, "python3"), (path, "other")):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(f"#!/bin/sh\necho {name} $@\n")
+        (place / name).chmod(0o755)
+    (checkout / script.name).write_text(script.read_text())
+
+    def called(**environment: str) -> str:
+        environment = {"PATH": f"{path}:{os.environ['PATH']}", "GPUS": "1", **environment}
+        command = ["bash", str(checkout / script.name), "60m"]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+
+    expected = "-m torch.distributed.run --standalone --nproc-per-node 1 -m p828 train 60m --engine deepspeed\n"
+    assert called() == f"python {expected}"
+    assert called(PYTHON="other") == f"other {expected}"
+    (checkout / ".venv" / "bin" / "python").unlink()
+    assert called() == f"python3 {expected}"

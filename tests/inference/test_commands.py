@@ -55,6 +55,27 @@ def test_one_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 1 < len(capsys.readouterr().out) < 12
 
 
+def test_text_that_begins_with_dashes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(run, "--prompt", "--help me", "--prompt", "---", "--stop", "---", "--max-new-tokens", "2") == 0
+    out = capsys.readouterr().out
+    assert "--- 1: --help me\n" in out
+    assert "--- 2: ---\n" in out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--repetition-penalty", "0.001"), ("--repetition-penalty", "1000"), ("--temperature", "1e-5"),
+        ("--temperature", "1e308"), ("--top-p", "1e-300"), ("--min-p", "1"), ("--top-k", "9" * 30), ("--seed", "-1"),
+        ("--max-new-tokens", "9" * 30), ("--seed", "9" * 4000),
+    ],
+)  # fmt: skip
+def test_numbers_at_their_ends(run: Path, flags: tuple[str, str]) -> None:
+    """What is accepted can be computed with."""
+    few = () if "--max-new-tokens" in flags else ("--max-new-tokens", "4")
+    assert dispatch(["generate", str(run), "--device", "cpu", "--prompt", "the cat", *flags, *few]) == 0
+
+
 def test_several_prompts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate(run, "--prompt", "", "--prompt", "the \x1b[31mcat", "--max-new-tokens", "60") == 0
     out = capsys.readouterr().out
@@ -82,6 +103,13 @@ def test_a_full_context_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -
         (["--prompt", "a", "--temprature", "1"], "unknown flag --temprature; did you mean --temperature?"),
         (["--prompt", "a", "--temperature", "hot"], "--temperature"),
         (["--prompt", "a", "--top-p", "2"], "top_p = 2.0: a share above 0 and up to 1 is accepted"),
+        (["--prompt", "a", "--top-p", "0"], "top_p = 0.0: a share above 0 and up to 1 is accepted"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature = -1.0: a number of at least 0"),
+        (["--prompt", "a", "--temperature", "nan"], "temperature = nan: a number of at least 0"),
+        (["--prompt", "a", "--temperature", "inf"], "temperature = inf: a number of at least 0"),
+        (["--prompt", "a", "--repetition-penalty", "1e-45"], "repetition_penalty = 1e-45: a number from 0.001"),
+        (["--prompt", "a", "--top-k", "1" * 5000], "--top-k '111"),
+        (["--prompt", "a", "--max-new-tokens", "-" + "1" * 4000], "max_new_tokens = -111"),
         (["--prompt", "a", "--device", "tpu"], "tpu"),
         (["--prompt", "a\udcff"], "not valid Unicode"),
     ],
@@ -161,9 +189,38 @@ def test_evaluate_on_other_files(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert "none/*.txt" in capsys.readouterr().err
 
 
+def test_evaluate_measures_all_of_the_given_files(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], byte_level: Tokenizer
+) -> None:
+    """Every row, nothing held out, whatever the run's own data are; --rows bounds it."""
+    texts = [f"{TAUGHT} {number}" for number in range(12)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:02}.txt").write_text(text)
+    ids = [token for text in texts for token in (*byte_level.encode(text), byte_level.eos_id)]
+    rows = [ids[start : start + 17] for start in range(0, len(ids), 17)]
+    targets = sum(max(len(row) - 1, 0) for row in rows)
+    for flag in ("--data.files", "--data.validation.files"):
+        values = evaluation(capsys, run, flag, str(tmp_path / "*.txt"))
+        assert values["on"].startswith(f"{targets} tokens, ")
+        assert values["text"].startswith("all rows of 16 tokens of ['")
+        values = evaluation(capsys, run, flag, str(tmp_path / "*.txt"), "--rows", "2")
+        assert values["on"].startswith("32 tokens, ")
+        assert values["text"].startswith("at most 2 rows of 16 tokens of ['")
+    explicit = evaluation(capsys, run, "--data.source", "files", "--data.files", str(tmp_path / "*.txt"))
+    assert explicit["on"].startswith(f"{targets} tokens, ")
+    assert dispatch(["evaluate", str(run), "--device", "cpu", "--data.files", "none/*.txt"]) == 2
+    assert "none/*.txt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, expected",
     [
+        (["--data.streams", "2"], "--data.streams: of training alone"),
+        (["--data.shuffle-rows", "2"], "--data.shuffle-rows: of training alone"),
+        (["--data.files", "a", "--data.validation.files", "b"], "data.files and data.validation.files"),
+        (["--data.files", "a", "--data.source", "python"], "data.files = ['a']: accepted with data.source"),
+        (["--data.hub-name", "x"], 'data.validation.kind = "files"'),
+        (["--data.validation.kind", "files", "--data.validation.share", "0.5"], "data.validation.share = 0.5"),
         (["--rows", "0"], "rows = 0"),
         (["--micro-batch-size", "-1"], "micro_batch_size = -1"),
         (["--data.sequence-length", "65"], "max_position_embeddings = 64"),

@@ -74,6 +74,8 @@ class _Words:
     values: dict[str, list[str]] = field(default_factory=dict)
     positionals: list[str] = field(default_factory=list)
     is_help: bool = False
+    _due: bool = False
+    """Whether the flag that came last has no value yet."""
 
     def sort(self, arguments: list[str]) -> None:
         self.is_help = any(argument in HELP for argument in arguments)
@@ -82,6 +84,7 @@ class _Words:
             name, equals, value = argument.partition("=")
             name = name.replace("_", "-")
             if name in self.kinds and not argument.startswith("---"):
+                self._check_due(flag)
                 flag = name
                 is_repeated = _is_repeated(self.kinds[flag]) and flag in self.values
                 self.values[flag] = [*(self.values[flag] if is_repeated else []), *([value] if equals else [])]
@@ -96,9 +99,14 @@ class _Words:
                     raise UserError(f"unknown flag {shown_word(name)}{suggestion(name, self.known)} --help lists all")
             else:
                 self.positionals.append(argument)
+        self._check_due(flag)
 
-    _due: bool = False
-    """Whether the flag that came last has no value yet."""
+    def _check_due(self, flag: str) -> None:
+        """Raises UserError if a flag that is given once for each text has none."""
+        if flag and self._due and not self.is_help:
+            kind = self.kinds[flag]
+            if _is_repeated(kind) and not _is_counter(kind):
+                raise UserError(f"{flag}: one text is accepted, again with each {flag}")
 
     def _is_value(self, flag: str, argument: str, name: str) -> bool:
         """Whether an argument that is no flag's name belongs to the flag before it."""
