@@ -66,7 +66,7 @@ class DocumentStream:
         self.bad_records = 0
         """Passed over in the first epoch so far."""
         self.stopped: list[dict[str, Any]] = []
-        """Where reading ended at a bad record: in a state's `stopped`, it lets the state go on with that mended."""
+        """Where reading ended at a bad record: in `stopped` of a state, or here, it lets that go on with it mended."""
         self._bytes_read = 0, 0  # shards of the epoch that are read, and their size
         self._orders: dict[int, list[int]] = {}  # of the shards, by epoch: the current one's
         self._block_characters: float = BLOCK_CHARACTERS
@@ -150,7 +150,6 @@ class DocumentStream:
             self._block_characters = float("inf")
         self.by_end = state.get("by_end", False)
         self.bad_records = self._bad_before = state.get("bad_records", 0)
-        self.stopped.clear()
         self._begin_block(state["epoch"], state["block"], (state["shard"], state["record"]))
         self._given = state["given"]
         self._reader = None
