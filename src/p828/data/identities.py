@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from p828.data.shard import Shard
+from p828.data.shard import EveryNth, Shard
 
 MOST_COMPARED = 10_000  # files whose beginning and end are read, to know them again; of more it is name and size
 BYTES_EACH, BYTES_IN_ALL = 6, 800_000
@@ -57,4 +57,5 @@ class Identities:
 
     def _named(self, numbers: Sequence[int], what: str) -> str:
         others = f" (and {len(numbers) - 1:,} more)" if len(numbers) > 1 else ""
-        return f"{self._shards[numbers[0]].name}{others} {what}"
+        shard = self._shards[numbers[0]]
+        return f"{shard.shard.name if isinstance(shard, EveryNth) else shard.name}{others} {what}"

@@ -333,11 +333,11 @@ def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
     shards, source = _training_shards(config)
     if by_end is None:
         by_end = _is_held_out_by_end(config, shards, NO_RETRY)
-    share = f"{config.validation.share:.3g}"
+    share = f"{100 * config.validation.share:.3g}%"
     if not by_end:
-        return f"held out for validation: a share of {share} of the documents in {source}"
-    few = f"there are fewer than {enough_documents(config.validation.share):,} documents"
-    return f"held out for validation: the end of each document in {source}, a share of {share} ({few})"
+        return f"held out for validation: {share} of the documents in {source}"
+    few = f"there are fewer than {enough_documents(config.validation.share):,}"
+    return f"held out for validation: the last {share} of each document in {source} ({few})"
 
 
 def _training_shards(config: DataConfig) -> tuple[Sequence[Shard], str]:
