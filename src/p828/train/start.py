@@ -52,9 +52,10 @@ def train(config: Config) -> None:
 
 
 def _before(config: Config) -> Config | None:
-    """The configuration that the run has, if there is one."""
+    """The configuration that the run has, if there is one, of data sets on the hub."""
     path = config.run_dir / CONFIG_FILE
-    return load(str(path)) if path.exists() else None
+    is_on_hub = any(data.source == "hf" for data in config.data.sources) or config.data.validation.hub_name
+    return load(str(path)) if is_on_hub and path.exists() else None
 
 
 def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, newer: list[str]) -> None:
