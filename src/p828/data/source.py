@@ -330,9 +330,9 @@ def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
     """
     if config.validation.kind != "held_out":
         return ""
-    shards, source = _training_shards(config)
+    source = _words(config)
     if by_end is None:
-        by_end = _is_held_out_by_end(config, shards, NO_RETRY)
+        by_end = _may_be_few(config) and _is_held_out_by_end(config, _training_shards(config)[0], NO_RETRY)
     share = f"{100 * config.validation.share:.3g}%"
     if not by_end:
         return f"held out for validation: {share} of the documents in {source}"
@@ -342,13 +342,22 @@ def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
 
 def _training_shards(config: DataConfig) -> tuple[Sequence[Shard], str]:
     if config.source == "python":
-        return python_shards(), "the standard library's source"
+        return python_shards(), _words(config)
     if config.source == "files":
         limit = config.max_document_megabytes * 10**6
         files = file_shards(config.files, config.text_field, "data.files", limit, config.bad_records == "skip")
-        return files, f"data.files = {_shown(config.files)}"
+        return files, _words(config)
     shards = _hub_shards(config, config.hub_name, config.hub_subset, config.hub_split, config.hub_revision)
-    return shards, f"split {config.hub_split!r} of {config.hub_name}"
+    return shards, _words(config)
+
+
+def _words(config: DataConfig) -> str:
+    """What the training documents come from."""
+    if config.source == "python":
+        return "the standard library's source"
+    if config.source == "files":
+        return f"data.files = {_shown(config.files)}"
+    return f"split {config.hub_split!r} of {config.hub_name}"
 
 
 def _hub_shards(config: DataConfig, name: str, subset: str, split: str, revision: str) -> list[HubShard]:
@@ -357,11 +366,17 @@ def _hub_shards(config: DataConfig, name: str, subset: str, split: str, revision
 
 
 def _is_held_out_by_end(config: DataConfig, shards: Sequence[Shard], retry: Retry) -> bool:
-    """Whether there are too few documents to hold out whole ones. Never of what has to come over the network."""
-    if config.validation.kind != "held_out" or (config.source == "hf" and not os.path.isdir(config.hub_name)):
+    """Whether there are too few documents to hold out whole ones."""
+    if not _may_be_few(config):
         return False
     local = [shard for shard in shards if isinstance(shard, FileShard | HubShard)]
-    return bool(local) and are_few(local, config.validation.share, retry)
+    return are_few(local, config.validation.share, retry)
+
+
+def _may_be_few(config: DataConfig) -> bool:
+    """The standard library is known not to be; what has to come over the network is not counted."""
+    is_local = config.source == "files" or (config.source == "hf" and os.path.isdir(config.hub_name))
+    return config.validation.kind == "held_out" and is_local
 
 
 def _shown(globs: Sequence[str]) -> str:
