@@ -107,13 +107,15 @@ class ModelConfig:
 @dataclass(frozen=True)
 class ValidationConfig:
     kind: Literal["held_out", "split", "files"] = "held_out"
-    """`held_out`: a share of the training documents, by hash; `split`: a split on the hub; `files`: other files."""
+    """`held_out`: a share of the training text; `split`: a split on the hub; `files`: other files."""
     share: float = 0.01
-    """Share of documents held out."""
+    """Share held out: of the documents, by hash; of few local documents the end of each."""
     files: tuple[str, ...] = ()
-    """Globs of the validation files, from the working directory; given, they imply the kind."""
+    """Validation files: paths, directories or globs, from the working directory; given, they imply the kind."""
     hub_name: str = ""
     """Hub data set of the validation split; empty means the training one."""
+    hub_revision: str = ""
+    """Commit, tag or branch of that data set; empty means the newest, which is then recorded and kept."""
     split: str = "validation"
     """Name of the validation split."""
 
@@ -125,13 +127,15 @@ class SourceConfig:
     source: Literal["python", "files", "hf"] = "python"
     """`python`: this interpreter's standard library; `files`: local files; `hf`: a data set on the Hugging Face hub."""
     files: tuple[str, ...] = ()
-    """Globs of .txt, .py, .md and .jsonl files (.gz, .xz, .zst) from the working directory; they imply the source."""
+    """Paths, directories or globs of .txt, .py, .md, .jsonl (.gz, .xz, .zst), from the working directory."""
     text_field: str = "text"
     """Field that holds the text in .jsonl lines and in hub rows."""
     hub_name: str = ""
     """Hub data set (codeparrot/codeparrot-clean), or a local directory in the hub's layout."""
     hub_subset: str = ""
     """Subset of the hub data set (`en` of allenai/c4)."""
+    hub_revision: str = ""
+    """Commit, tag or branch of the hub data set; empty means the newest, which is then recorded and kept."""
     hub_split: str = "train"
     """Split of the hub data set that is trained on."""
 
@@ -162,6 +166,10 @@ class DataConfig(SourceConfig):
     """Rows that are shuffled together, so that a batch is not one long document; 1 keeps their order."""
     read_retries: int = 6
     """Attempts to read on after a failed read of a file or the hub, 1, 2, 4, ... seconds apart."""
+    bad_records: Literal["stop", "skip"] = "stop"
+    """What is done at a line, row or file that is no document: `stop`, saved, or `skip` it and count it."""
+    max_document_megabytes: int = 16
+    """Largest document: a longer line is a bad record; a larger text file is read in pieces, each a document."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     @property

@@ -1,3 +1,4 @@
+import dataclasses
 import http.server
 import json
 import os
@@ -6,12 +7,14 @@ import sys
 import threading
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data_samples import text, write_jsonl
 
 from p828.config import Config, DataConfig, MixedSource, ValidationConfig
 from p828.data.feed import validation_batches
-from p828.data.hub import hub_shards
+from p828.data.hub import hub_shards, pinned
 from p828.data.source import open_training, open_validation
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
@@ -97,6 +100,46 @@ def test_parquet_is_read(tmp_path: Path) -> None:
     assert list(shard.documents(1)) == ["b", "c"]
 
 
+def test_a_parquet_file_without_rows_holds_no_documents(tmp_path: Path) -> None:
+    for i, rows in enumerate((["a", "b"], [], ["c"])):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        table = pyarrow.table({"text": pyarrow.array(rows, pyarrow.string())})
+        pyarrow.parquet.write_table(table, tmp_path / f"data/train-0000{i}-of-00003.parquet")
+    shards = hub_shards(str(tmp_path), "", "train", "text")
+    assert [list(shard.documents()) for shard in shards] == [["a", "b"], [], ["c"]]
+    assert list(shards[1].documents(1)) == []
+    validation = ValidationConfig(share=0.3)
+    config = DataConfig(source="hf", hub_name=str(tmp_path), validation=validation)
+    assert sorted(open_training(config, 0, epochs=1)) == ["a", "b", "c"]  # of one character nothing can be held out
+
+
+def test_few_documents_of_a_local_directory_have_their_ends_held_out(hub: Path) -> None:
+    config = DataConfig(source="hf", hub_name=str(hub), hub_subset="en", validation=ValidationConfig(share=0.1))
+    training, validation = list(open_training(config, 0, epochs=1)), list(open_validation(config))
+    assert sum(map(len, training + validation)) == sum(len(text(i)) for i in range(18))
+    assert len(training) == 18
+
+
+def test_bad_rows_are_passed_over_and_counted(hub: Path) -> None:
+    write_jsonl(hub / "de/train-00000-of-00001.jsonl", ["eins", "x" * 1_000_001, "zwei"], field="inhalt")
+    config = DataConfig(
+        source="hf", hub_name=str(hub), hub_subset="de", text_field="inhalt", bad_records="skip",
+        max_document_megabytes=1, validation=ValidationConfig(kind="split", hub_name=str(hub)),
+    )  # fmt: skip
+    stream = open_training(config, 0, epochs=2)
+    assert sorted(stream) == ["eins", "eins", "zwei", "zwei"]
+    assert stream.bad_records == 1
+    with pytest.raises(UserError, match=r"row 2: more than data\.max_document_megabytes = 1"):
+        list(open_training(dataclasses.replace(config, bad_records="stop"), 0, epochs=1))
+
+
+def test_a_local_directory_has_no_revisions(hub: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.hub_revision = 'main': .* is a local directory"):
+        hub_shards(str(hub), "en", "train", "text", revision="main")
+    config = Config(data=DataConfig(source="hf", hub_name=str(hub)))
+    assert pinned(config, None) == (config, [])
+
+
 @pytest.mark.parametrize(
     "subset, split, message",
     [
@@ -154,6 +197,64 @@ def test_offline_with_an_empty_cache(tmp_path: Path, kind: str) -> None:
     what, do = ask(kind, "some/name", tmp_path, HF_HUB_OFFLINE="1")
     assert "some/name" in what
     assert "HF_HUB_OFFLINE=1 with a filled cache" in do
+
+
+PIN = """
+import sys
+from dataclasses import replace
+from p828.config import Config, DataConfig, MixedSource, ValidationConfig
+from p828.data.hub import pinned
+validation = ValidationConfig(kind="split", hub_name="some/other")
+sources = tuple(MixedSource(name=n, source="hf", hub_name=n, hub_revision=r) for n, r in (("a/b", ""), ("c/d", "v1")))
+for data in (DataConfig(source="hf", hub_name="some/name", validation=validation), DataConfig(mixture=sources)):
+    first, lines = pinned(Config(data=data), None)
+    print([s.hub_revision for s in first.data.sources], first.data.validation.hub_revision, lines)
+    earlier = replace(first, data=replace(first.data, hub_revision=first.data.hub_revision and "older"))
+    again, lines = pinned(Config(data=data), earlier)
+    print([s.hub_revision for s in again.data.sources], lines)
+    never, lines = pinned(Config(data=data), Config(data=data))
+    print([s.hub_revision for s in never.data.sources], lines)
+"""
+
+
+class Repository(http.server.BaseHTTPRequestHandler):
+    """Answers as the hub does for a data set: its commit is its name."""
+
+    def do_GET(self) -> None:
+        name = self.path.removeprefix("/api/datasets/").split("?")[0]
+        body = json.dumps({"id": name, "sha": f"commit of {name}", "siblings": []}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_run_keeps_to_the_commit_that_it_began_with(tmp_path: Path) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Repository)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        environment = {
+            **inherited, "HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        }  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", PIN], env=environment, capture_output=True, text=True, timeout=60)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    first, again, never, mixed, mixed_again, mixed_never = done.stdout.splitlines()
+    assert first == "['commit of some/name'] commit of some/other []"
+    assert again.startswith("['older'] ['some/name: the hub has a newer commit, commit of some/name; the run goes on")
+    assert never == "[''] []", "a run of an earlier version, which had none"
+    assert mixed == "['commit of a/b', 'v1']  []"
+    assert mixed_again == "['commit of a/b', 'v1'] []"
+    assert mixed_never == "['', 'v1'] []"
 
 
 class NoSuchRepository(http.server.BaseHTTPRequestHandler):

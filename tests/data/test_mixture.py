@@ -1,9 +1,11 @@
+import json
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 
+from p828.data.loader import Batch, Loader
 from p828.data.mixture import Mixture
 from p828.data.row import Row
 
@@ -109,3 +111,32 @@ def test_steps_are_counted_on_when_their_size_changes() -> None:
     after.load_state_dict(before.state_dict())
     assert {row.source for _ in range(10) for row in next(after)} == {0}  # step 4
     assert {row.source for _ in range(10) for row in next(after)} == {0, 1, 2}  # step 5
+
+
+def test_a_run_that_goes_back_has_its_steps_weights_and_the_data_that_comes_next() -> None:
+    """Its batches that were made ahead for later steps are made again: no row is left out or comes twice."""
+    mixed = mixture(CHANGING, rows=4, batches_per_step=5)
+    with Loader(mixed, mask_documents=False, sources=3) as loader:
+        given = [loader.__next__() for _ in range(5 * 7)]
+        assert given[-1].source_targets[0] < 4
+        loader.go_on_at(3)
+        state = loader.state_dict()
+        given += [loader.__next__() for _ in range(5 * 4)]
+        assert loader.state_dict()["step"] == 3 + 4
+    after = given[5 * 7 :]
+    assert all(batch.source_targets == (4, 0, 0) for batch in after[:10]), "steps 3 and 4"
+    assert [sum(counts) for counts in zip(*(batch.source_targets for batch in after[10:15]), strict=True)] == [4, 10, 6]
+    for source in range(3):
+        rows = (row for batch in given for row in source_rows(batch, source))
+        assert list(rows) == list(range(sum(batch.source_targets[source] for batch in given)))
+    resumed = mixture(CHANGING, rows=4, batches_per_step=5)
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+    for batch in after:
+        assert sorted(int(row.tokens[0]) for row in next(resumed)) == sorted(batch.tokens_BS[:, 0].tolist())
+
+
+def source_rows(batch: Batch, source: int) -> list[int]:
+    """Numbers of a source's rows: which row is whose follows from the counts, as a batch has them in this order."""
+    begin = sum(batch.source_targets[:source])
+    numbers: list[int] = batch.tokens_BS[begin : begin + batch.source_targets[source], 0].tolist()
+    return numbers

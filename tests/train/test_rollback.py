@@ -28,7 +28,7 @@ def odd_text(tmp_path: Path) -> Path:
 def train(directory: Path, name: str, *flags: str, **sections: dict[str, object]) -> int:
     path = write_toml(
         directory,
-        data={"shuffle_rows": 1, "block_documents": 1},
+        data=sections.pop("data", {"shuffle_rows": 1, "block_documents": 1}),
         train={"steps": STEPS},
         evaluation={"every": 0},
         **{"checkpoint": {"every": 4, "keep_last": STEPS}, **sections},
@@ -64,6 +64,23 @@ def test_it_goes_on_as_from_that_checkpoint_with_the_data_that_comes_next(odd_te
     checkpoint_writer.save(steps, back, good.tensors, state)
     assert train(odd_text, "by_hand") == 0
     assert_same_run(runs / "by_hand", runs / "back", STEPS)
+
+
+def test_a_mixtures_weights_are_those_of_the_step_that_a_run_went_back_to(odd_text: Path) -> None:
+    other = write_text(odd_text / "other", documents=30)  # the same words, lest the change be a spike
+    sources = [
+        {"name": "odd", "source": "files", "files": [str(odd_text / "text" / "*.txt")], "weights": [1.0, 0.0]},
+        {"name": "other", "source": "files", "files": [str(other / "*.txt")], "weights": [0.0, 1.0]},
+    ]
+    data: dict[str, object] = {"mixture": sources, "mixture_steps": [0, 50], "shuffle_rows": 1, "block_documents": 1}
+    assert train(odd_text, "back", "--rollback.after-steps", "3", data=data) == 0
+    (event,) = events(odd_text / "runs" / "back", "rollback")
+    bad = int(str(event["text"]).split("up to step ")[1].split()[0])
+    assert int(event["step"]) < bad < 50  # type: ignore[call-overload]
+    lines = [line for line in metrics.read(odd_text / "runs" / "back" / "metrics.jsonl") if line["kind"] == "step"]
+    tokens = {line["step"]: line["source_tokens"]["other"] for line in lines}
+    assert [tokens[step] for step in (49, 50)] == [0, 0]
+    assert tokens[51] == lines[0]["tokens"], "the first step with the new weights"
 
 
 def test_a_run_that_is_rolled_back_too_often_ends(odd_text: Path, capsys: pytest.CaptureFixture[str]) -> None:

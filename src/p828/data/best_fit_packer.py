@@ -7,12 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from p828.data.best_fit import Piece, best_fit
-from p828.data.packing import BATCH_DOCUMENTS
+from p828.data.packing import BATCH_CHARACTERS, BATCH_DOCUMENTS
 from p828.data.row import Row
 from p828.data.source import DocumentStream
 from p828.data.tokenizer import Tokenizer
 
 BLOCK_ROWS = 256  # packed together: more would cut few documents less, and a resume packs them again
+MOST_CHARACTERS = 2**26  # of documents that are held as text
 
 
 class BestFitPacker:
@@ -67,6 +68,7 @@ class BestFitPacker:
         tokens = 0
         while tokens < BLOCK_ROWS * self.row_length:
             texts: list[str] = []
+            characters = 0
             before = self.stream.state_dict()
             for text in self.stream:
                 if epoch not in (None, self.stream.epoch):
@@ -74,15 +76,27 @@ class BestFitPacker:
                     break
                 epoch = self.stream.epoch
                 texts.append(text)
-                if len(texts) == BATCH_DOCUMENTS:
+                characters += len(text)
+                if len(texts) == BATCH_DOCUMENTS or characters >= MOST_CHARACTERS:
                     break
                 before = self.stream.state_dict()
-            new = self.tokenizer.encode_documents(texts)
+            new = self._encoded(texts)
             documents += new
             tokens += sum(map(len, new))
-            if len(texts) < BATCH_DOCUMENTS:
+            if len(texts) < BATCH_DOCUMENTS and characters < MOST_CHARACTERS:
                 break
         return documents, epoch or 0
+
+    def _encoded(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
+        """Some at a time, as what the tokenizer makes on the way takes a hundred times a text's memory."""
+        documents: list[npt.NDArray[np.int64]] = []
+        together: list[str] = []
+        for text in texts:
+            together.append(text)
+            if sum(map(len, together)) >= BATCH_CHARACTERS:
+                documents += self.tokenizer.encode_documents(together)
+                together = []
+        return documents + self.tokenizer.encode_documents(together)
 
     def _row(self, pieces: Sequence[Piece], documents: Sequence[npt.NDArray[np.int64]], epoch: int) -> Row:
         tokens = np.concatenate([documents[piece.document][piece.start : piece.end] for piece in pieces])

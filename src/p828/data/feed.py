@@ -1,7 +1,8 @@
 """What a run is fed with, put together from its configuration: training batches, validation batches, plain text."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from p828.data.prepared_directory import check_settings, data_settings
 from p828.data.retry import Retry
 from p828.data.row import Row
 from p828.data.shuffle import RowShuffler
-from p828.data.source import open_training, open_validation
+from p828.data.source import held_out_words, open_in_order, open_training, open_validation
 from p828.data.streams import Streams
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
@@ -54,14 +55,19 @@ def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry
     if data.prepared:
         return PreparedRows(open_prepared(data, tokenizer), data.sequence_length, seed)
     packer: type[Packer] | type[BestFitPacker] = Packer if data.packing == "concatenate" else BestFitPacker
-
-    def rows(part: int) -> RowShuffler:
+    by_end = open_in_order(data, retry).by_end
+    if data.streams > 1 and (data.source != "hf" or Path(data.hub_name).is_dir()):
+        one_by_one = replace(data, block_documents=1)
+        for part in range(data.streams):  # a part without a document would end the run at its first batch from there
+            next(open_training(one_by_one, seed, part=part, parts=data.streams, retry=retry, by_end=by_end))
+    streams, rows = [], []
+    for part in range(data.streams):
         own_seed = _seed(seed, part)
-        documents = open_training(data, own_seed, part=part, parts=data.streams, retry=retry)
+        documents = open_training(data, own_seed, part=part, parts=data.streams, retry=retry, by_end=by_end)
         maker: RowMaker = packer(documents, tokenizer, data.sequence_length)
-        return RowShuffler(maker, max(data.shuffle_rows // data.streams, 1), own_seed)
-
-    return Streams([rows(part) for part in range(data.streams)])
+        streams.append(documents)
+        rows.append(RowShuffler(maker, max(data.shuffle_rows // data.streams, 1), own_seed))
+    return Streams(rows, streams)
 
 
 def _seed(seed: int, number: int) -> int:
@@ -95,11 +101,18 @@ def prepared_tokenizer(config: Config) -> Tokenizer | None:
     return Tokenizer.from_file(directories[0] / TOKENIZER_FILE, config.tokenizer.eos_token)
 
 
-def validation_batches(config: Config, tokenizer: Tokenizer, rows: int, micro_batch_size: int) -> list[Batch]:
+def validation_batches(
+    config: Config,
+    tokenizer: Tokenizer,
+    rows: int,
+    micro_batch_size: int,
+    rules: Sequence[bool | None] = (),
+) -> list[Batch]:
     """The first `rows` rows of the validation documents, fewer if there are fewer, the last one of a source padded.
 
     Of prepared data it is rows from all over them, the same ones in every run. A mixture's sources give equal shares,
     whatever their weights. The rows do not depend on `micro_batch_size`; the last batch may have fewer than that.
+    `rules` say of each source by which rule its text is held out (`mixture.held_out_rules`), if that is settled.
     Raises UserError if there is no validation text.
     """
     sources, validation = config.data.sources, config.data.validation
@@ -108,9 +121,9 @@ def validation_batches(config: Config, tokenizer: Tokenizer, rows: int, micro_ba
     shares = [rows // len(sources) + (i < rows % len(sources)) for i in range(len(sources))]
     chosen = [
         row
-        for data, share in zip(sources, shares, strict=True)
+        for data, share, by_end in zip(sources, shares, rules or [None] * len(sources), strict=False)
         if share
-        for row in _validation_rows(data, tokenizer, share)
+        for row in _validation_rows(data, tokenizer, share, by_end)
     ]
     mask = config.model.mask_documents
     return [make_batch(chosen[i : i + micro_batch_size], mask) for i in range(0, len(chosen), micro_batch_size)]
@@ -121,20 +134,20 @@ def all_validation_batches(config: Config, tokenizer: Tokenizer, micro_batch_siz
 
     Raises UserError if there is no validation text.
     """
-    rows = _read_rows(config.data.sources[0], tokenizer)
+    rows = _read_rows(config.data.sources[0], tokenizer, None)
     while chosen := list(islice(rows, micro_batch_size)):
         yield make_batch(chosen, config.model.mask_documents)
 
 
-def _validation_rows(data: DataConfig, tokenizer: Tokenizer, count: int) -> list[Row]:
+def _validation_rows(data: DataConfig, tokenizer: Tokenizer, count: int, by_end: bool | None) -> list[Row]:
     if data.prepared:
         return open_prepared(data, tokenizer).validation_rows(count, data.sequence_length)
-    return list(islice(_read_rows(data, tokenizer), count))
+    return list(islice(_read_rows(data, tokenizer, by_end), count))
 
 
-def _read_rows(data: DataConfig, tokenizer: Tokenizer) -> Iterator[Row]:
+def _read_rows(data: DataConfig, tokenizer: Tokenizer, by_end: bool | None) -> Iterator[Row]:
     """Raises UserError if there is none."""
-    packer = Packer(open_validation(data, Retry(data.read_retries)), tokenizer, data.sequence_length)
+    packer = Packer(open_validation(data, Retry(data.read_retries), by_end), tokenizer, data.sequence_length)
     is_empty = True
     for row in packer:
         is_empty = False
@@ -145,6 +158,12 @@ def _read_rows(data: DataConfig, tokenizer: Tokenizer) -> Iterator[Row]:
         yield rest.padded(data.sequence_length + 1, tokenizer.eos_id)
     if is_empty:
         raise UserError(f"no text to validate on in {packer.stream.source}")
+
+
+def held_out_lines(config: Config, rules: Sequence[bool | None] = ()) -> list[str]:
+    """What is never trained on, a line for each source that is read as text. `rules` as of `validation_batches`."""
+    pairs = zip(config.data.sources, rules or [None] * len(config.data.sources), strict=False)
+    return [words for data, by_end in pairs if not data.prepared and (words := held_out_words(data, by_end))]
 
 
 def training_rows(config: Config, tokenizer: Tokenizer) -> Iterator[npt.NDArray[np.int64]]:

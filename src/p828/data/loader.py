@@ -12,6 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from p828.data.mixture import at_step
 from p828.data.row import PADDING, Row
 
 NO_TARGET = -100
@@ -162,18 +163,31 @@ class Loader:
         self.rows.load_state_dict(state)
         self._state = state
 
+    def go_on_at(self, step: int) -> None:
+        """Give what comes next in the data, made anew, to the steps of the run after `step`."""
+        self._end_thread()
+        self._stop.clear()
+        self._first = self._error = None
+        self._made = queue.Queue(PREFETCHED_BATCHES)
+        self._state = at_step(self._state, step)
+        self.rows.load_state_dict(self._state)
+
     def stop_waiting(self) -> None:
         """Do not wait for data that cannot be read for now: `next` raises soon what reading it raised."""
         self._hurry.set()
 
     def close(self) -> None:
         """End the thread, after the documents that it is tokenizing."""
-        self._stop.set()
         self._hurry.set()
+        self._end_thread()
+
+    def _end_thread(self) -> None:
+        self._stop.set()
         while not self._made.empty():
             self._made.get_nowait()  # room for the batch that the thread may be waiting to put
         if self._thread is not None:
             self._thread.join()
+            self._thread = None
 
     def __enter__(self) -> "Loader":
         return self

@@ -130,4 +130,29 @@ def _merged_source(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if "streams" not in states[0]:
         return states[0]
     by_stream = zip(*(state["streams"] for state in states), strict=True)
-    return {"streams": [max(of_ranks, key=itemgetter("given")) for of_ranks in by_stream]}
+    streams = [max(of_ranks, key=itemgetter("given")) for of_ranks in by_stream]
+    bad = [max(of_ranks) for of_ranks in zip(*(state["bad_records"] for state in states), strict=True)]
+    return {"streams": streams, "bad_records": bad, "stopped": [at for state in states for at in state["stopped"]]}
+
+
+def at_step(state: dict[str, Any], step: int) -> dict[str, Any]:
+    """The same place in the data for the step after `step` of the run, whose weights a mixture then has."""
+    return {**state, "step": step, "batches_of_step": 0}
+
+
+def is_stopped(state: dict[str, Any]) -> bool:
+    """Whether reading ended at a bad record, which may be mended."""
+    return any(source.get("stopped") for source in state["sources"])
+
+
+def bad_records(state: dict[str, Any]) -> list[int]:
+    """Bad records that were passed over so far, by stream."""
+    return [count for source in state["sources"] for count in source.get("bad_records", [])]
+
+
+def held_out_rules(state: dict[str, Any]) -> list[bool | None]:
+    """Whether the ends of documents are held out of each source (`DocumentStream.by_end`); None of prepared data."""
+    return [
+        source["streams"][0]["rows"]["packer"]["stream"].get("by_end", False) if "streams" in source else None
+        for source in state["sources"]
+    ]

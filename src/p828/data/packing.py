@@ -138,5 +138,10 @@ class Packer:
         elif epochs[-1] > 0:
             raise UserError(
                 f"data.sequence_length = {self.sequence_length}: {self.stream.source} has {self._first_epoch_tokens} "
-                f"tokens in all, less than one row of {self.sequence_length + 1}"
+                f"tokens in all, less than one row of {self.sequence_length + 1}; "
+                + self._remedy(self._first_epoch_tokens)
             )
+
+    @staticmethod
+    def _remedy(tokens: int) -> str:
+        return f"set at most data.sequence_length = {tokens - 1}, or give more text" if tokens > 1 else "give more text"

@@ -109,6 +109,8 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
     """The part of `settings` that training has to have as well."""
     keys = (*OF_THE_TOKENS, "sequence_length") if data.packing == "best_fit" else OF_THE_TOKENS
     values = to_dict(data)
+    if not data.validation.hub_revision:
+        del values["validation"]["hub_revision"]  # which data prepared by an earlier version does not know
     return {key: values[key] for key in keys}
 
 

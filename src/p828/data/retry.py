@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from p828.data.shard import Shard
+from p828.data.shard import BadRecord, Shard
 from p828.errors import ReadFailed
 
 
@@ -17,7 +17,7 @@ class Retry:
     tell: Callable[[str], None] = lambda text: None
     """Is given a line before each wait."""
 
-    def documents(self, shard: Shard, start: int) -> Iterator[str]:
+    def documents(self, shard: Shard, start: int) -> Iterator[str | BadRecord]:
         """A shard's texts from number `start` on. Raises what the shard raises, ReadFailed after the attempts."""
         failures = 0
         while True:

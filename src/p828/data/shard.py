@@ -5,6 +5,17 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
+from p828.errors import UserError
+
+
+class BadRecord(UserError):
+    """A line, row or text that is no document: the rest of its file can still be read."""
+
+    def __init__(self, text: str, record: int) -> None:
+        super().__init__(text)
+        self.record = record
+        """Its number in the shard, from 0."""
+
 
 class Shard(Protocol):
     @property
@@ -12,17 +23,26 @@ class Shard(Protocol):
 
     @property
     def size(self) -> int:
-        """Bytes, to notice on a resume that a file changed; 0 where it is not known."""
+        """Bytes; 0 where they are not known."""
+        ...
+
+    def identity(self, with_contents: bool) -> str:
+        """What stays the same while the shard does, also if it is moved to another directory."""
+        ...
+
+    def prefix(self, records: int) -> str:
+        """A checksum of the first so many records, to know them again; empty where there is none."""
         ...
 
     def share_read(self) -> float:
         """About how much of it the latest reader has read, from 0 to 1; 0 where that is not known."""
         ...
 
-    def documents(self, start: int = 0) -> Iterator[str]:
+    def documents(self, start: int = 0) -> Iterator[str | BadRecord]:
         """The texts from the one numbered `start`; empty ones are given too, so that counting stays simple.
 
-        Raises UserError for content that is wrong, and ReadFailed for a read that may succeed later.
+        Raises UserError for content that is wrong, and ReadFailed for a read that may succeed later. A shard that
+        skips bad records gives the BadRecord in the text's place instead of raising it.
         """
         ...
 
@@ -43,10 +63,16 @@ class EveryNth:
     def size(self) -> int:
         return self.shard.size
 
+    def identity(self, with_contents: bool) -> str:
+        return self.shard.identity(with_contents)
+
+    def prefix(self, records: int) -> str:
+        return self.shard.prefix(records)
+
     def share_read(self) -> float:
         return self.shard.share_read()
 
-    def documents(self, start: int = 0) -> Iterator[str]:
+    def documents(self, start: int = 0) -> Iterator[str | BadRecord]:
         return islice(self.shard.documents(self.part + start * self.parts), 0, None, self.parts)
 
 

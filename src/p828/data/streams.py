@@ -6,6 +6,7 @@ from typing import Any
 
 from p828.data.row import Row
 from p828.data.shuffle import RowShuffler
+from p828.data.source import DocumentStream
 from p828.errors import UserError
 
 
@@ -25,8 +26,15 @@ class Streams:
     rank reads streams of its own. Otherwise several read the same one and pass over what belongs to others.
     """
 
-    def __init__(self, streams: Sequence[RowShuffler]) -> None:
+    def __init__(self, streams: Sequence[RowShuffler], documents: Sequence[DocumentStream] = ()) -> None:
+        """`documents` are what each stream's rows are made of."""
         self.streams = [Stream(rows) for rows in streams]
+        self.documents = documents
+        self._stopped: list[dict[str, Any]] = []
+        for stream in documents:
+            # One list, which all states refer to: where reading ends at a bad record, batches made before have been
+            # read ahead and not trained on, and it is a state of then that the run goes on from.
+            stream.stopped = self._stopped
 
     def take(self, batch: int, count: int) -> list[Row]:
         """The next `count` rows, for micro-batch number `batch`. Raises what reading them raises."""
@@ -47,13 +55,17 @@ class Streams:
             "streams": [
                 {"given": stream.given, "wanted": stream.wanted, "rows": stream.rows.state_dict()}
                 for stream in self.streams
-            ]
+            ],
+            "bad_records": [stream.bad_records for stream in self.documents],
+            "stopped": self._stopped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError as `DocumentStream.load_state_dict`, and if the state is of prepared data."""
         if "streams" not in state:
             raise UserError("data.prepared is empty: the run was trained on prepared data. Give its directory")
+        self._stopped[:] = state.get("stopped", [])
         for stream, saved in zip(self.streams, state["streams"], strict=True):
             stream.rows.load_state_dict(saved["rows"])
             stream.given, stream.wanted = saved["given"], saved["wanted"]
+        self._stopped.clear()  # what was mended now is what it is

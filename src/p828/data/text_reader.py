@@ -6,8 +6,9 @@ from typing import Any
 
 from p828.config import Config
 from p828.data.filters import SeenTexts, reason_to_drop
+from p828.data.held_out import divided
 from p828.data.packing import BATCH_CHARACTERS, BATCH_DOCUMENTS
-from p828.data.source import DocumentStream, is_held_out
+from p828.data.source import DocumentStream
 
 PARTS = ("training", "validation")
 
@@ -38,11 +39,12 @@ class Reader:
         batch = self._empty()
         for text in self.stream:
             reason = self._reason_to_drop(text, batch)
-            kind = reason or self._part_of(text)
-            if reason is None:
-                batch.texts[kind].append(text)
+            parts = {} if reason else self._parts_of(text)
+            for part, piece in parts.items():
+                batch.texts[part].append(piece)
             self.counts["read"] += 1
-            self.counts[kind] = self.counts.get(kind, 0) + 1
+            for kind in [reason] if reason else parts:
+                self.counts[kind] = self.counts.get(kind, 0) + 1
             batch.characters += len(text)
             if batch.characters >= BATCH_CHARACTERS or sum(map(len, batch.texts.values())) == BATCH_DOCUMENTS:
                 yield self._finish(batch)
@@ -70,7 +72,10 @@ class Reader:
             batch.hashes.append(new)
         return None
 
-    def _part_of(self, text: str) -> str:
+    def _parts_of(self, text: str) -> dict[str, str]:
+        """The document, or its beginning and its end, by the part that takes it."""
         validation = self.config.data.validation
-        held_out = validation.kind == "held_out" and is_held_out(text, validation.share)
-        return "validation" if held_out else self.part
+        if validation.kind != "held_out":
+            return {self.part: text}
+        training, held_out = divided(text, validation.share, self.stream.by_end)
+        return {part: piece for part, piece in ((self.part, training), ("validation", held_out)) if piece}

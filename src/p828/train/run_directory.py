@@ -29,7 +29,8 @@ IN_MIXTURE = re.compile(r"mixture\[\d+\]\.")  # a source's own key is as free as
 FIXED = ("model.", "data.", "tokenizer.", "train.seed")
 FREE = (
     "model.attention_backend", "model.dropout", "model.max_position_embeddings", "model.rope_scaling.",
-    "data.prepared", "data.read_retries", "data.weights", "data.mixture_steps",
+    "data.prepared", "data.files", "data.validation.files", "data.read_retries", "data.bad_records",
+    "data.weights", "data.mixture_steps",
 )  # fmt: skip
 
 

@@ -3,9 +3,11 @@
 import warnings
 from pathlib import Path
 
-from p828.config import Config
-from p828.data.feed import open_loader, prepared_tokenizer, training_documents, validation_batches
+from p828.config import Config, load
+from p828.data.feed import held_out_lines, open_loader, prepared_tokenizer, training_documents, validation_batches
+from p828.data.hub import pinned
 from p828.data.manifest import open_manifest
+from p828.data.mixture import held_out_rules
 from p828.data.retry import Retry
 from p828.data.source import open_training, open_validation
 from p828.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,7 +21,7 @@ from p828.train.engine import Engine, PlainEngine
 from p828.train.engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from p828.train.metrics import Recorder
 from p828.train.ranks import Ranks, joined
-from p828.train.run_directory import TOKENIZER_FILE, open_run
+from p828.train.run_directory import CONFIG_FILE, TOKENIZER_FILE, open_run
 from p828.train.stop import noted_signals
 from p828.train.topology import check_topology
 from p828.train.trainer import Trainer
@@ -33,6 +35,8 @@ def train(config: Config) -> None:
     with joined(config) as ranks:
         with ranks.agreed():
             settings = check_deepspeed(config, ranks) if config.engine == "deepspeed" else None
+        config, newer = ranks.first(lambda: pinned(config, _before(config)))
+        with ranks.agreed():
             # A missing file or an empty validation set ends here, before anything is written.
             for data in config.data.sources:
                 if data.prepared:
@@ -44,10 +48,18 @@ def train(config: Config) -> None:
             make_deterministic()
         # Advice to round float32 products to TF32; the router is to stay in float32.
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-        _train(config, ranks, settings)
+        _train(config, ranks, settings, newer)
 
 
-def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> None:
+def _before(config: Config) -> Config | None:
+    """The configuration that the run has, if there is one, of data sets on the hub."""
+    path = config.run_dir / CONFIG_FILE
+    is_on_hub = any(data.source == "hf" for data in config.data.sources) or config.data.validation.hub_name
+    return load(str(path)) if is_on_hub and path.exists() else None
+
+
+def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, newer: list[str]) -> None:
+    """`newer` are lines on hub data sets that have a newer commit than the run's."""
     device, is_quiet = pick_device(config.train.device), not ranks.is_first
     with open_run(config, ranks) as run, Recorder(run.path, config, is_quiet) as recorder:
         first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
@@ -56,8 +68,10 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> 
             with ranks.agreed():
                 tokenizer = _tokenizer(config, console)
                 _check_prompts(config, tokenizer)
+                state = None if run.newest is None else checkpoint.load(run.newest, names=()).state["data"]
+                rules = [] if state is None else held_out_rules(state)
                 validation = validation_batches(
-                    config, tokenizer, config.evaluation.rows, config.train.micro_batch_size
+                    config, tokenizer, config.evaluation.rows, config.train.micro_batch_size, rules
                 )
                 opened = open_loader(
                     config, tokenizer, device.type == "cuda", ranks.rank, ranks.size, tell=console.event
@@ -66,6 +80,8 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> 
                 engine = _engine(config, ranks, settings, console)
                 trainer = Trainer(config, run, tokenizer, loader, validation, engine, recorder, console, ranks)
                 console.print(_describe(config, engine, ranks, settings))
+                for line in (*held_out_lines(config, rules), *newer):
+                    console.print(line)
                 changes = [] if run.newest is None else [*run.changes, *trainer.resume(run.newest)]
                 with ranks.agreed():
                     loader.start()

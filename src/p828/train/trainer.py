@@ -12,7 +12,7 @@ from p828.config_values import to_dict
 from p828.data.bigram import bigram_loss
 from p828.data.feed import training_rows
 from p828.data.loader import DIGESTS, Batch, Loader
-from p828.data.mixture import merged
+from p828.data.mixture import at_step, bad_records, is_stopped, merged
 from p828.data.tokenizer import Tokenizer
 from p828.errors import ReadFailed, RunPaused, RunStopped, UserError
 from p828.inference.evaluate import evaluate
@@ -92,13 +92,13 @@ class Trainer:
     def fetch(self) -> tuple[list[Batch], Counts]:
         """This rank's micro-batches of the next step, and what those of all ranks hold.
 
-        When a rank cannot read its own, for now, or is asked to stop, the run is saved, and RunStopped or RunPaused
-        raised on all of them.
+        When a rank cannot read its own, or they are wrong, or it is asked to stop, the run is saved, and RunStopped or
+        RunPaused raised on all of them.
         """
         before, batches, failure = self.loader.state_dict(), [], ""
         try:
             batches = [next(self.loader) for _ in range(self.config.train.gradient_accumulation)]
-        except ReadFailed as error:
+        except (ReadFailed, UserError) as error:
             failure = str(error)
         own = Counts.of(batches, len(self.config.data.source_names))
         numbers = (
@@ -122,7 +122,8 @@ class Trainer:
     def pause(self, position: dict[str, Any], failure: str) -> NoReturn:
         """End after the last step, saved: by RunPaused if a rank was asked to, else by RunStopped after a failure."""
         self.finish_save()
-        if self.saved_step != self.progress.step:
+        # What the bad record's file was is saved, too: it may be mended then.
+        if self.saved_step != self.progress.step or any(self.ranks.gather(is_stopped(position))):
             self.save(position, is_last=True)
         failure, reason = (next(filter(None, self.ranks.gather(text)), "") for text in (failure, self.stop.reason))
         where = f"after step {self.progress.step}, which is saved; the same command goes on from there"
@@ -169,6 +170,9 @@ class Trainer:
         """What the data was so far: documents, the cut ones among them, and tokens by source of a mixture."""
         progress = self.progress
         counts = {"documents": progress.documents, "cut_documents": progress.cut_documents}
+        if self.config.data.bad_records == "skip":
+            by_stream = zip(*self.ranks.all(bad_records(self.loader.state_dict())), strict=True)
+            counts["bad_records"] = int(sum(map(max, by_stream)))
         if not self.config.data.mixture:
             return counts
         by_name = zip(self.config.data.source_names, progress.source_tokens, strict=True)
@@ -210,6 +214,7 @@ class Trainer:
             self.progress = Progress(**saved.state["progress"])
         self.progress.rollbacks = bad.rollbacks + 1
         back = self.saved_step = self.progress.step
+        self.loader.go_on_at(back)
         self.ranks.first(lambda: checkpoint.forget_after(self.checkpoints, back))
         self.recorder.rewind(back)
         self.tell(
@@ -337,8 +342,8 @@ class Trainer:
         with checkpoint.opened(path) as saved, self.ranks.agreed():
             if saved.state["tokenizer"] != self.tokenizer.fingerprint():
                 raise UserError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
-            self.loader.load_state_dict(saved.state["data"])
             self.progress = Progress(**saved.state["progress"])
+            self.loader.load_state_dict(at_step(saved.state["data"], self.progress.step))
             self.saved_step = self.progress.step
         with checkpoint.opened(path) as saved:
             self.engine.load_tensors(saved.tensors)
