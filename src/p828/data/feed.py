@@ -32,15 +32,17 @@ def open_loader(
     rank: int = 0,
     world_size: int = 1,
     tell: Callable[[str], None] = lambda text: None,
+    part: tuple[int, int] = (0, 1),
 ) -> Loader:
     """A rank's training batches from the beginning. `tell` is given a line when a read has failed and is repeated.
 
+    `part` is the rank's number among those that compare the same prepared files, and theirs; each compares a part.
     Raises UserError if the data cannot be opened.
     """
     hurry = threading.Event()
     retry = Retry(config.data.read_retries, hurry.wait, tell)
     sources = [
-        _open_source(data, _seed(config.train.seed, number), tokenizer, retry)
+        _open_source(data, _seed(config.train.seed, number), tokenizer, retry, part)
         for number, data in enumerate(config.data.sources)
     ]
     weights = zip(*(mixed.weights for mixed in config.data.mixture), strict=True) if config.data.mixture else [(1.0,)]
@@ -50,9 +52,9 @@ def open_loader(
     return Loader(rows, config.model.mask_documents, pin_memory, len(sources), hurry)
 
 
-def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry) -> RowSource:
+def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry, files: tuple[int, int]) -> RowSource:
     if data.prepared:
-        return PreparedRows(open_prepared(data, tokenizer), data.sequence_length, seed)
+        return PreparedRows(open_prepared(data, tokenizer), data.sequence_length, seed, retry, files)
     packer: type[Packer] | type[BestFitPacker] = Packer if data.packing == "concatenate" else BestFitPacker
 
     def rows(part: int) -> RowShuffler:
@@ -95,12 +97,14 @@ def prepared_tokenizer(config: Config) -> Tokenizer | None:
     return Tokenizer.from_file(directories[0] / TOKENIZER_FILE, config.tokenizer.eos_token)
 
 
-def validation_batches(config: Config, tokenizer: Tokenizer, rows: int, micro_batch_size: int) -> list[Batch]:
+def validation_batches(
+    config: Config, tokenizer: Tokenizer, rows: int, micro_batch_size: int, part: tuple[int, int] = (0, 1)
+) -> list[Batch]:
     """The first `rows` rows of the validation documents, fewer if there are fewer, the last one of a source padded.
 
     Of prepared data it is rows from all over them, the same ones in every run. A mixture's sources give equal shares,
     whatever their weights. The rows do not depend on `micro_batch_size`; the last batch may have fewer than that.
-    Raises UserError if there is no validation text.
+    `part` is as in `open_loader`. Raises UserError if there is no validation text.
     """
     sources, validation = config.data.sources, config.data.validation
     if validation.kind == "files" or (validation.kind == "split" and validation.hub_name):
@@ -110,15 +114,16 @@ def validation_batches(config: Config, tokenizer: Tokenizer, rows: int, micro_ba
         row
         for data, share in zip(sources, shares, strict=True)
         if share
-        for row in _validation_rows(data, tokenizer, share)
+        for row in _validation_rows(data, tokenizer, share, part)
     ]
     mask = config.model.mask_documents
     return [make_batch(chosen[i : i + micro_batch_size], mask) for i in range(0, len(chosen), micro_batch_size)]
 
 
-def _validation_rows(data: DataConfig, tokenizer: Tokenizer, count: int) -> list[Row]:
+def _validation_rows(data: DataConfig, tokenizer: Tokenizer, count: int, part: tuple[int, int]) -> list[Row]:
     if data.prepared:
-        return open_prepared(data, tokenizer).validation_rows(count, data.sequence_length)
+        retry = Retry(data.read_retries)
+        return open_prepared(data, tokenizer).validation_rows(count, data.sequence_length, retry, part)
     packer = Packer(open_validation(data, Retry(data.read_retries)), tokenizer, data.sequence_length)
     chosen = list(islice(packer, count))
     rest = packer.remainder() if len(chosen) < count else None

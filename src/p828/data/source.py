@@ -54,6 +54,7 @@ class DocumentStream:
         self.share = share
         self.held_out = held_out
         self.retry = retry
+        self.bad_records = 0
         self._sizes = [max(shard.size, 1) for shard in shards]
         self._bytes_read = 0, 0  # shards of the epoch that are read, and their size
         self._orders: dict[int, list[int]] = {}  # of the shards, by epoch: the current one's
