@@ -28,16 +28,9 @@ INDENT = 1
 LARGEST_SHARD = 2**48  # tokens
 READERS = 8  # threads, each with one file
 FIRST_WORD, NEXT_WORD = 2.0, 30.0  # seconds of comparing after which there is a line, and another
-FOR_GOOD = (
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.EINVAL,
-    errno.ENXIO,
-    errno.ELOOP,
-)
+FOR_GOOD = (  # what waiting does not mend
+    errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ELOOP,
+)  # fmt: skip
 TOKENS, DOCUMENTS = ".tokens", ".documents"
 ENDINGS = {TOKENS, DOCUMENTS}
 

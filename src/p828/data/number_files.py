@@ -1,6 +1,6 @@
 """Numbers in files, read by their place.
 
-The files are read and not mapped into memory: where a mapped file is cut or its disk fails, the system ends the process.
+The files are read and not mapped into memory: the system ends a process whose mapped file is cut or cannot be read.
 """
 
 import os

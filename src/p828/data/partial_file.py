@@ -23,7 +23,8 @@ class PartialFile:
         What comes after the state is cut off before anything is added, and not before. Raises UserError if the file is
         not what it was, and OSError, as for anything but a regular file.
         """
-        self.path, self._pending, self._file = path, bytearray(), None
+        self.path, self._pending = path, bytearray()
+        self._file: BinaryIO | None = None
         self._hash = xxhash.xxh3_128()
         self._written = 0 if state is None else int(state["bytes"])
         self._now = finished if finished is not None and os.path.lexists(finished) else path
@@ -81,9 +82,7 @@ class PartialFile:
                 self._hash.update(data)
         except FileNotFoundError:
             raise UserError(f"{self.path}: gone since the preparation was interrupted. {remove}") from None
-        if size < self._written:
-            raise UserError(f"{self._now}: shorter than when the preparation was interrupted. {remove}")
-        if self._hash.hexdigest() != checksum:
+        if size < self._written or self._hash.hexdigest() != checksum:
             raise UserError(f"{self._now}: changed since the preparation was interrupted. {remove}")
 
     def _begin(self) -> BinaryIO:

@@ -90,7 +90,7 @@ class Preparation:
     def __init__(self, config: Config, directory: Path, tokenizer: Tokenizer, retry: Retry) -> None:
         """Begin, or go on with what was interrupted.
 
-        Raises UserError if that had other settings or has changed since, and RunStopped if it cannot be written for now.
+        Raises UserError if that had other settings or has changed, and RunStopped if it cannot be written for now.
         """
         self.config, self.directory, self.tokenizer = config, directory, tokenizer
         self.seen = SeenTexts()

@@ -8,7 +8,6 @@ from typing import TypeVar
 from p828.data.shard import Shard
 from p828.errors import ReadFailed
 
-
 T = TypeVar("T")
 
 

@@ -85,8 +85,9 @@ class ShardWriter:
         """The last state was saved. It needs all that is there."""
 
     def _open(self, state: dict[str, Any] | None = None) -> None:
-        self._tokens, self._documents = (state["tokens"], state["documents"]) if state else (0, 0)
-        self._files = {}
+        self._tokens: int = state["tokens"] if state else 0
+        self._documents: int = state["documents"] if state else 0
+        self._files: dict[str, PartialFile] = {}
         for ending in (TOKENS, DOCUMENTS):
             finished = self.directory / (self.name + ending)
             partial = finished.with_name(finished.name + PARTIAL)

@@ -38,14 +38,13 @@ class SourceFiles:
             return ""
         if not self.sizes or not now.sizes:
             return f"{now.count:,} files of {now.bytes:,} bytes, where there were {self.count:,} of {self.bytes:,}"
-        new, gone = (
-            [name for name in a if name not in b] for a, b in ((now.sizes, self.sizes), (self.sizes, now.sizes))
-        )
-        other = [name for name, size in now.sizes.items() if self.sizes.get(name, size) != size]
-        said = [
-            _some(names, kind) for names, kind in ((new, "new"), (gone, "gone"), (other, "of another size")) if names
-        ]
-        return "; ".join(said) or "the files come in another order"
+        changes = {
+            "new": [name for name in now.sizes if name not in self.sizes],
+            "gone": [name for name in self.sizes if name not in now.sizes],
+            "of another size": [name for name, size in now.sizes.items() if self.sizes.get(name, size) != size],
+        }
+        said = "; ".join(_some(names, kind) for kind, names in changes.items() if names)
+        return said or "the files come in another order"
 
 
 def _some(names: Sequence[str], kind: str) -> str:
