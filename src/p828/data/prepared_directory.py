@@ -16,7 +16,7 @@ from p828.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, check_tokenizer, o
 from p828.data.sealed import LARGEST_FILE, check_seal
 from p828.data.tokenizer import Tokenizer, load_tokenizer
 from p828.errors import RunStopped, UserError
-from p828.files import locked, open_appended, read_limited
+from p828.files import LOCK_FILE, locked, open_appended, read_limited
 
 PROGRESS_FILE, HASHES_FILE = "progress.json", "hashes.partial"
 OF_THE_TOKENS = (  # keys of the section data that decide them
@@ -44,29 +44,28 @@ def entered(directories: Sequence[Path]) -> Iterator[None]:
     Raises UserError if one cannot be written, is at work or holds other files, and RunStopped if it cannot be written
     for now. If the block raises UserError, what was made since is removed from those that hold nothing of value.
     """
-    before: dict[Path, set[str]] = {}
     made: list[Path] = []
+    before: dict[Path, set[str]] = {}  # what was in those that are locked here
     with contextlib.ExitStack() as locks:
-        for directory in directories:
-            if "\0" in str(directory):
-                raise UserError(
-                    f"data.prepared = {_shown(str(directory))}: a path without the character NUL is accepted"
-                )
-            with writing(directory, at_work=False):
-                if (directory / MANIFEST_FILE).exists():
-                    with contextlib.suppress(OSError):  # it is read where nothing can be written, too
-                        remove(directory, UNFINISHED)
-                        remove(directory, TEMPORARY)
-                    continue
-                made += reversed([path for path in (directory, *directory.parents) if not path.exists()])
-                directory.mkdir(parents=True, exist_ok=True)
-                before[directory] = set(os.listdir(directory))
-                if _is_foreign(directory):
-                    raise UserError(f"{directory}: holds other files; give data.prepared a directory of its own")
-                locks.enter_context(locked(directory, f"{directory}: another p828 prepare is at work there"))
-                remove(directory, TEMPORARY)
-                _try_out(directory)
         try:
+            for directory in directories:
+                if "\0" in str(directory):
+                    raise UserError(f"data.prepared = {_shown(str(directory))}: a path without NUL is accepted")
+                with writing(directory, at_work=False):
+                    if (directory / MANIFEST_FILE).exists():
+                        with contextlib.suppress(OSError):  # it is read where nothing can be written, too
+                            remove(directory, UNFINISHED)
+                            remove(directory, TEMPORARY)
+                        continue
+                    made += reversed([path for path in (directory, *directory.parents) if not path.exists()])
+                    directory.mkdir(parents=True, exist_ok=True)
+                    if _is_foreign(directory):
+                        raise UserError(f"{directory}: holds other files; give data.prepared a directory of its own")
+                    own = set() if (directory / LOCK_FILE).exists() else {LOCK_FILE}
+                    locks.enter_context(locked(directory, f"{directory}: another p828 prepare is at work there"))
+                    before[directory] = set(os.listdir(directory)) - own
+                    remove(directory, TEMPORARY)
+                    _try_out(directory)
             yield
         except UserError:
             for directory, names in before.items():
