@@ -85,11 +85,9 @@ def test_every_changed_byte_is_noticed(config: Config, interrupted: Path, tokeni
             damaged = bytearray(content)
             damaged[at] ^= 1 << at % 8
             (interrupted / name).write_bytes(damaged)
+            read = read_progress if name == "progress.json" else lambda path: make(config, path.parent, tokenizer)
             with pytest.raises(UserError) as error:
-                if name == "progress.json":
-                    read_progress(interrupted / name)
-                else:
-                    make(config, interrupted, tokenizer)
+                read(interrupted / name)
             assert name in str(error.value)
             assert len(str(error.value).splitlines()) == 1
             changed += 1
@@ -166,9 +164,13 @@ def test_a_directory_of_odd_files_is_answered(
     put(tmp_path / "odd" / name)
     directories = [tmp_path / "odd"]
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(directories[0])))
-    with pytest.raises(UserError, match=re.escape(name)), entered(directories):
-        prepared_directory.settle_tokenizer(config, directories, lambda: [text(1)])
-        raise AssertionError(f"{name} was not noticed")
+
+    def settle() -> None:
+        with entered(directories):
+            prepared_directory.settle_tokenizer(config, directories, lambda: [text(1)])
+
+    with pytest.raises(UserError, match=re.escape(name)):
+        settle()
 
 
 def test_what_killed_processes_left_is_swept(
@@ -197,9 +199,11 @@ def test_a_file_system_that_cannot_rename_is_told_at_once(tmp_path: Path, monkey
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(UserError, match="prepared: files cannot be appended to, shortened and renamed"):
-        with entered([tmp_path / "new" / "prepared"]):
-            raise AssertionError("it went on")
+    with (
+        pytest.raises(UserError, match="prepared: files cannot be appended to, shortened and renamed"),
+        entered([tmp_path / "new" / "prepared"]),
+    ):
+        raise AssertionError("it went on")
     assert not (tmp_path / "new").exists()
 
 
@@ -209,31 +213,18 @@ def test_only_what_is_of_no_value_is_removed(tmp_path: Path, holds: str, stays: 
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / ".own").touch()
     directories = [tmp_path / "there", tmp_path / "new" / "prepared"]
-    with pytest.raises(UserError, match="wrong"), entered(directories):
-        for directory in directories:
-            (directory / holds).write_bytes(b"12")
-        raise UserError("wrong")
+
+    def fail() -> None:
+        with entered(directories):
+            for directory in directories:
+                (directory / holds).write_bytes(b"12")
+            raise UserError("wrong")
+
+    with pytest.raises(UserError, match="wrong"):
+        fail()
     assert (tmp_path / "there" / ".own").exists()
     assert (tmp_path / "there" / holds).exists() == stays
     assert (tmp_path / "new").exists() == stays
-
-
-def test_long_documents_of_best_fit_go_on(config: Config, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """What waits there is more than a file of progress may hold."""
-    long = " ".join(text(i) for i in range(375))
-    write_jsonl(tmp_path / "text.jsonl", [f"{i} {long}" for i in range(150)])
-    data = dataclasses.replace(config.data, sequence_length=4096)
-    config = dataclasses.replace(config, data=data, prepare=PrepareConfig())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_writer, "PACKED_ROWS", 1024)
-        with pytest.raises(KeyboardInterrupt):
-            make(config, tmp_path / "interrupted", tokenizer, batches=29)
-        (waiting,) = (tmp_path / "interrupted").glob("training-waiting-*.partial")
-        assert waiting.stat().st_size > 6_300_000
-        assert (tmp_path / "interrupted" / "progress.json").stat().st_size < 10_000
-        make(config, tmp_path / "interrupted", tokenizer)
-        make(config, tmp_path / "whole", tokenizer)
-    assert contents(tmp_path / "interrupted") == contents(tmp_path / "whole")
 
 
 def test_any_number_of_shards_fits_the_manifest(

@@ -54,9 +54,12 @@ class NumberFiles:
             while len(data) < size:  # more than a call gives, or the end of the file
                 more = os.pread(descriptor, size - len(data), at + len(data))
                 if not more:
-                    raise ReadFailed(f"{self.paths[file]}: damaged or changed: cut at byte {at + len(data):,}")
+                    now = os.fstat(descriptor).st_size
+                    raise ReadFailed(f"{self.paths[file]}: damaged or changed: cut to {now:,} bytes")
                 data += more
         except OSError as error:
+            if file in self._open:
+                self._open.pop(file).close()  # the next attempt opens it anew
             raise ReadFailed(f"{self.paths[file]}: cannot be read: {error.strerror}") from None
         else:
             return data
