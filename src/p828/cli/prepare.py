@@ -88,14 +88,11 @@ def _ended_by_signals() -> Iterator[None]:
 def _documents(config: Config) -> Iterator[str]:
     """Text to train a tokenizer on."""
     print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens", flush=True)
-    read = 0
     try:
-        for text in training_documents(config):
-            read += 1
-            yield text
+        yield from training_documents(config)
     except UserError as error:
-        if not read:
-            raise
+        for data in config.data.sources:
+            next(open_in_order(data), None)  # where not even the first document can be read, it is wrong input
         raise RunStopped(f"{error}\nThe same command begins again once that is mended") from error
     except ReadFailed as error:
         raise RunStopped(f"{error}\nThe same command begins again when it can be read") from error
