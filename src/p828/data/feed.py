@@ -98,13 +98,18 @@ def prepared_tokenizer(config: Config) -> Tokenizer | None:
 
 
 def validation_batches(
-    config: Config, tokenizer: Tokenizer, rows: int, micro_batch_size: int, part: tuple[int, int] = (0, 1)
+    config: Config,
+    tokenizer: Tokenizer,
+    rows: int,
+    micro_batch_size: int,
+    part: tuple[int, int] = (0, 1),
+    tell: Callable[[str], None] = lambda text: None,
 ) -> list[Batch]:
     """The first `rows` rows of the validation documents, fewer if there are fewer, the last one of a source padded.
 
     Of prepared data it is rows from all over them, the same ones in every run. A mixture's sources give equal shares,
     whatever their weights. The rows do not depend on `micro_batch_size`; the last batch may have fewer than that.
-    `part` is as in `open_loader`. Raises UserError if there is no validation text.
+    `part` and `tell` are as in `open_loader`. Raises UserError if there is no validation text.
     """
     sources, validation = config.data.sources, config.data.validation
     if validation.kind == "files" or (validation.kind == "split" and validation.hub_name):
@@ -114,17 +119,19 @@ def validation_batches(
         row
         for data, share in zip(sources, shares, strict=True)
         if share
-        for row in _validation_rows(data, tokenizer, share, part)
+        for row in _validation_rows(data, tokenizer, share, part, tell)
     ]
     mask = config.model.mask_documents
     return [make_batch(chosen[i : i + micro_batch_size], mask) for i in range(0, len(chosen), micro_batch_size)]
 
 
-def _validation_rows(data: DataConfig, tokenizer: Tokenizer, count: int, part: tuple[int, int]) -> list[Row]:
+def _validation_rows(
+    data: DataConfig, tokenizer: Tokenizer, count: int, part: tuple[int, int], tell: Callable[[str], None]
+) -> list[Row]:
+    retry = Retry(data.read_retries, tell=tell)
     if data.prepared:
-        retry = Retry(data.read_retries)
         return open_prepared(data, tokenizer).validation_rows(count, data.sequence_length, retry, part)
-    packer = Packer(open_validation(data, Retry(data.read_retries)), tokenizer, data.sequence_length)
+    packer = Packer(open_validation(data, retry), tokenizer, data.sequence_length)
     chosen = list(islice(packer, count))
     rest = packer.remainder() if len(chosen) < count else None
     if rest is not None and len(rest.tokens) > 1:

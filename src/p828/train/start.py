@@ -58,7 +58,7 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> 
                 tokenizer = _tokenizer(config, console)
                 _check_prompts(config, tokenizer)
                 validation = validation_batches(
-                    config, tokenizer, config.evaluation.rows, config.train.micro_batch_size, part
+                    config, tokenizer, config.evaluation.rows, config.train.micro_batch_size, part, console.event
                 )
                 opened = open_loader(
                     config, tokenizer, device.type == "cuda", ranks.rank, ranks.size, tell=console.event, part=part
