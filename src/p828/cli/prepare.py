@@ -18,8 +18,8 @@ from p828 import config as configuration
 from p828.cli.configuration import read_configuration
 from p828.config import Config, DataConfig
 from p828.data.feed import training_documents
-from p828.data.manifest import MANIFEST_FILE, Manifest
-from p828.data.prepare import Preparation, prepare
+from p828.data.manifest import Manifest
+from p828.data.prepare import Preparation, WrongText, prepare
 from p828.data.prepared import Prepared
 from p828.data.prepared_directory import GOES_ON, entered, settle_tokenizer
 from p828.data.retry import Retry
@@ -50,8 +50,8 @@ def run(arguments: list[str]) -> None:
         for number, data in enumerate(wanted):
             try:
                 manifest = _prepare(replace(config, data=data), tokenizer)
-            except UserError as error:
-                if number == 0 or (directories[number] / MANIFEST_FILE).exists():
+            except WrongText as error:
+                if number == 0:
                     raise
                 raise RunStopped(f"{error}\n{GOES_ON}") from error
             print(describe(manifest, data, tokenizer))

@@ -26,6 +26,7 @@ WITHOUT_CHECKSUM = 1  # the version before, which does not say what files the so
 MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
 INDENT = 1
 LARGEST_SHARD = 2**48  # tokens
+LONGEST_PATH = 300  # characters of one that are shown
 READERS = 8  # threads, each with one file
 FIRST_WORD, NEXT_WORD = 2.0, 30.0  # seconds of comparing after which there is a line, and another
 FOR_GOOD = (  # what waiting does not mend
@@ -98,7 +99,9 @@ def open_manifest(directory: Path) -> Manifest:
             check_seal(content, fields, INDENT)
         return manifest
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}. `p828 prepare CONFIG` makes it") from None
+        raise UserError(
+            f"{str(path)[-LONGEST_PATH:]}: cannot be read: {error.strerror}. `p828 prepare CONFIG` makes it"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise

@@ -39,6 +39,10 @@ SAVE_EVERY = 5.0  # seconds
 TOKENIZED_TOGETHER = 2  # batches: while the tokens of one become arrays, which one core does, others are encoded
 
 
+class WrongText(UserError):
+    """Text of which not even the first document can be taken."""
+
+
 def prepare(
     config: Config,
     directory: Path,
@@ -50,7 +54,8 @@ def prepare(
 
     Complete already, its shards are compared with their checksums instead, and the source's files with what they were.
     Raises UserError if it holds data made with other settings, from other files or another tokenizer, a shard is wrong,
-    or it cannot be written, and RunStopped (which ReadFailed is) for what ends it at work: all that was made is kept.
+    or it cannot be written, WrongText, and RunStopped (which ReadFailed is) for what ends it at work, where all that was
+    made is kept.
     """
     if not (directory / MANIFEST_FILE).exists():
         with writing(directory, at_work=False):
@@ -127,7 +132,7 @@ class Preparation:
     def run(self, report: Callable[["Preparation"], None]) -> Manifest:
         """Tokenize what is left and write the manifest. `report` is called after every batch.
 
-        However it ends, what is written by then is saved. Raises RunStopped, and UserError if the source holds nothing.
+        However it ends, what is written by then is saved. Raises RunStopped, WrongText, and UserError if nothing is left.
         """
         try:
             while True:
@@ -154,7 +159,7 @@ class Preparation:
             # Wrong text, met at work: it can be mended.
             if any(reader.counts["read"] for reader in self.readers):
                 raise RunStopped(f"{error}\n{GOES_ON}") from error
-            raise
+            raise WrongText(error) from error
 
     def _tokenized(self, reader: Reader) -> Iterator[tuple[TextBatch, dict[str, list[npt.NDArray[np.int64]]]]]:
         """Batches and their documents' tokens with EOS. Batches are read while those before are tokenized."""
