@@ -54,8 +54,8 @@ def prepare(
 
     Complete already, its shards are compared with their checksums instead, and the source's files with what they were.
     Raises UserError if it holds data made with other settings, from other files or another tokenizer, a shard is wrong,
-    or it cannot be written, WrongText, and RunStopped (which ReadFailed is) for what ends it at work, where all that was
-    made is kept.
+    or it cannot be written, WrongText, and RunStopped (which ReadFailed is) for what ends it at work, which keeps
+    all that was made.
     """
     if not (directory / MANIFEST_FILE).exists():
         with writing(directory, at_work=False):
@@ -132,7 +132,8 @@ class Preparation:
     def run(self, report: Callable[["Preparation"], None]) -> Manifest:
         """Tokenize what is left and write the manifest. `report` is called after every batch.
 
-        However it ends, what is written by then is saved. Raises RunStopped, WrongText, and UserError if nothing is left.
+        However it ends, what is written by then is saved. Raises RunStopped, WrongText, and UserError if nothing is
+        left.
         """
         try:
             while True:
