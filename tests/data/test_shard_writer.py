@@ -1,3 +1,4 @@
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -106,3 +107,27 @@ def test_an_interrupted_writer_leaves_the_same_files(
     files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert len(files) > 6
     assert {path.name: path.read_bytes() for path in (tmp_path / "pieces").iterdir()} == files
+
+
+def test_long_documents_wait_in_a_file_of_their_own(tmp_path: Path) -> None:
+    """The state stays small, and a writer that goes on from it writes the same shards."""
+    draw, row_length = np.random.default_rng(1), 4097
+    some = [np.append(draw.integers(1, 60_000, length), EOS) for length in draw.integers(5_000, 20_000, 400)]
+    for name in ("whole", "pieces"):
+        directory = tmp_path / name
+        directory.mkdir()
+        written = BestFitWriter(ShardWriter(directory, "training", UINT16, 10**9), row_length)
+        for at in range(0, 400, 50):
+            written.write(some[at : at + 50])
+            if name == "pieces":
+                state = json.loads(json.dumps(written.state_dict()))
+                written.saved()
+                assert len(json.dumps(state)) < 1000
+                written = BestFitWriter(ShardWriter(directory, "training", UINT16, 10**9, state), row_length, state)
+        written.close()
+    files, expected = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("training-0*")} for name in ("pieces", "whole")
+    )
+    assert sum(map(len, some)) > shard_writer.PACKED_ROWS * row_length
+    assert files == expected
+    assert sum(len(content) for name, content in files.items() if name.endswith(".tokens")) == 2 * sum(map(len, some))

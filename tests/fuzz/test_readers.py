@@ -24,6 +24,7 @@ from p828.data.files import FileShard
 from p828.data.manifest import Manifest, check_shards, open_manifest
 from p828.data.prepared import Prepared
 from p828.data.prepared_directory import read_progress
+from p828.data.sealed import write_sealed
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
 from p828.train import checkpoint, checkpoint_writer, metrics
@@ -171,9 +172,13 @@ def test_shards_of_prepared_data_whatever_their_checksums_say(place: Path, prepa
 @given(data=st.data())
 def test_the_progress_of_a_preparation(place: Path, data: st.DataObject) -> None:
     path = place / "progress.json"
-    valid = {"settings": {"data": {}, "tokenizer": {}}, "position": {"epoch": 0}}
-    path.write_bytes(data.draw(mutated_values(valid).map(to_json) | mutated_bytes(to_json(valid))))
-    answered(lambda: read_progress(path))
+    tables = {key: {"epoch": 0} for key in ("settings", "position", "hashes", "training", "validation")}
+    write_sealed(path, {"tokenizer": "", "reader": 0, "counts": [], "tokens": 0, **tables})
+    valid = path.read_bytes()
+    content = data.draw(mutated_values(json.loads(valid)).map(to_json) | mutated_bytes(valid))
+    path.write_bytes(content)
+    found = answered(lambda: read_progress(path))
+    assert (found is not None) == (content == valid), "damage is found, and nothing else is"
 
 
 @fuzzed

@@ -1,10 +1,14 @@
 """`p828 prepare`: tokenize a run's text once, into files that training reads."""
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -15,9 +19,9 @@ from p828.cli.configuration import Arguments, read_configuration
 from p828.config import Config, DataConfig
 from p828.data.feed import training_documents
 from p828.data.manifest import Manifest
-from p828.data.prepare import Preparation, prepare
+from p828.data.prepare import Preparation, WrongText, prepare
 from p828.data.prepared import Prepared
-from p828.data.prepared_directory import entered, settle_tokenizer
+from p828.data.prepared_directory import GOES_ON, entered, settle_tokenizer
 from p828.data.retry import Retry
 from p828.data.source import open_in_order
 from p828.data.tokenizer import Tokenizer
@@ -27,6 +31,9 @@ USAGE = "p828 prepare CONFIG --data.prepared DIRECTORY [--section.key VALUE ...]
 
 KEPT = ("read", "training", "validation")  # what is counted and not left out
 SHARE_PER_LINE, SECONDS_PER_LINE = 0.1, 30.0  # a plain line comes after either
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+A_MOMENT = 2.0  # seconds in which a signal may come twice: a terminal that closes sends it, and so does its shell
+SHOW_CURSOR = b"\x1b[?25h"  # the progress bar hides it
 
 
 def run(arguments: list[str]) -> None:
@@ -38,15 +45,57 @@ def run(arguments: list[str]) -> None:
     for data in wanted:
         open_in_order(data)  # a source that is not there ends it here
     directories = [Path(data.prepared) for data in wanted]
-    with entered(directories):
+    with _ended_by_signals(), entered(directories):
         tokenizer = settle_tokenizer(config, directories, lambda: _documents(config))
-        for data in wanted:
-            print(describe(_prepare(replace(config, data=data), tokenizer), data, tokenizer))
+        for number, data in enumerate(wanted):
+            try:
+                manifest = _prepare(replace(config, data=data), tokenizer)
+            except WrongText as error:
+                if number == 0:
+                    raise
+                raise RunStopped(f"{error}\n{GOES_ON}") from error
+            print(describe(manifest, data, tokenizer))
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A signal that asks the command to end ends it with RunStopped, saved; a second one at once, and not saved."""
+    heard: list[float] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if not heard:
+            heard.append(time.monotonic())
+            raise KeyboardInterrupt(signal.Signals(number).name)
+        if number == signal.SIGINT or time.monotonic() > heard[0] + A_MOMENT:
+            if sys.stdout.isatty():
+                os.write(sys.stdout.fileno(), SHOW_CURSOR)
+            os._exit(128 + number)
+
+    # One that is ignored, as after nohup, stays so.
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, note)
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise RunStopped(f"stopped by {interrupt}. {GOES_ON}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _documents(config: Config) -> Iterator[str]:
+    """Text to train a tokenizer on."""
     print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens", flush=True)
-    return training_documents(config)
+    try:
+        yield from training_documents(config)
+    except UserError as error:
+        for data in config.data.sources:
+            next(open_in_order(data), None)  # where not even the first document can be read, it is wrong input
+        raise RunStopped(f"{error}\nThe same command begins again once that is mended") from error
+    except ReadFailed as error:
+        raise RunStopped(f"{error}\nThe same command begins again when it can be read") from error
 
 
 def _prepare(config: Config, tokenizer: Tokenizer) -> Manifest:
@@ -77,7 +126,7 @@ def _prepare(config: Config, tokenizer: Tokenizer) -> Manifest:
         try:
             return prepare(config, directory, tokenizer, report, Retry(config.data.read_retries, tell=tell))
         except ReadFailed as error:
-            raise RunStopped(f"{error}\nThe same command goes on from there") from error
+            raise RunStopped(f"{error}\n{GOES_ON}") from error
 
 
 def _time(seconds: float | None) -> str:

@@ -33,15 +33,17 @@ def open_loader(
     rank: int = 0,
     world_size: int = 1,
     tell: Callable[[str], None] = lambda text: None,
+    part: tuple[int, int] = (0, 1),
 ) -> Loader:
     """A rank's training batches from the beginning. `tell` is given a line when a read has failed and is repeated.
 
+    `part` is the rank's number among those that compare the same prepared files, and theirs; each compares a part.
     Raises UserError if the data cannot be opened.
     """
     hurry = threading.Event()
     retry = Retry(config.data.read_retries, hurry.wait, tell)
     sources = [
-        _open_source(data, _seed(config.train.seed, number), tokenizer, retry)
+        _open_source(data, _seed(config.train.seed, number), tokenizer, retry, part)
         for number, data in enumerate(config.data.sources)
     ]
     weights = zip(*(mixed.weights for mixed in config.data.mixture), strict=True) if config.data.mixture else [(1.0,)]
@@ -51,9 +53,9 @@ def open_loader(
     return Loader(rows, config.model.mask_documents, pin_memory, len(sources), hurry)
 
 
-def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry) -> RowSource:
+def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry, files: tuple[int, int]) -> RowSource:
     if data.prepared:
-        return PreparedRows(open_prepared(data, tokenizer), data.sequence_length, seed)
+        return PreparedRows(open_prepared(data, tokenizer), data.sequence_length, seed, retry, files)
     packer: type[Packer] | type[BestFitPacker] = Packer if data.packing == "concatenate" else BestFitPacker
     by_end = open_in_order(data, retry).by_end
     if data.streams > 1 and (data.source != "hf" or Path(data.hub_name).is_dir()):
@@ -107,13 +109,15 @@ def validation_batches(
     rows: int,
     micro_batch_size: int,
     rules: Sequence[bool | None] = (),
+    part: tuple[int, int] = (0, 1),
+    tell: Callable[[str], None] = lambda text: None,
 ) -> list[Batch]:
     """The first `rows` rows of the validation documents, fewer if there are fewer, the last one of a source padded.
 
     Of prepared data it is rows from all over them, the same ones in every run. A mixture's sources give equal shares,
     whatever their weights. The rows do not depend on `micro_batch_size`; the last batch may have fewer than that.
     `rules` say of each source by which rule its text is held out (`mixture.held_out_rules`), if that is settled.
-    Raises UserError if there is no validation text.
+    `part` and `tell` are as in `open_loader`. Raises UserError if there is no validation text.
     """
     sources, validation = config.data.sources, config.data.validation
     if validation.kind == "files" or (validation.kind == "split" and validation.hub_name):
@@ -123,7 +127,7 @@ def validation_batches(
         row
         for data, share, by_end in zip(sources, shares, rules or [None] * len(sources), strict=False)
         if share
-        for row in _validation_rows(data, tokenizer, share, by_end)
+        for row in _validation_rows(data, tokenizer, share, by_end, part, tell)
     ]
     mask = config.model.mask_documents
     return [make_batch(chosen[i : i + micro_batch_size], mask) for i in range(0, len(chosen), micro_batch_size)]
@@ -134,20 +138,29 @@ def all_validation_batches(config: Config, tokenizer: Tokenizer, micro_batch_siz
 
     Raises UserError if there is no validation text.
     """
-    rows = _read_rows(config.data.sources[0], tokenizer, None)
+    data = config.data.sources[0]
+    rows = _read_rows(data, tokenizer, Retry(data.read_retries))
     while chosen := list(islice(rows, micro_batch_size)):
         yield make_batch(chosen, config.model.mask_documents)
 
 
-def _validation_rows(data: DataConfig, tokenizer: Tokenizer, count: int, by_end: bool | None) -> list[Row]:
+def _validation_rows(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    count: int,
+    by_end: bool | None,
+    part: tuple[int, int],
+    tell: Callable[[str], None],
+) -> list[Row]:
+    retry = Retry(data.read_retries, tell=tell)
     if data.prepared:
-        return open_prepared(data, tokenizer).validation_rows(count, data.sequence_length)
-    return list(islice(_read_rows(data, tokenizer, by_end), count))
+        return open_prepared(data, tokenizer).validation_rows(count, data.sequence_length, retry, part)
+    return list(islice(_read_rows(data, tokenizer, retry, by_end), count))
 
 
-def _read_rows(data: DataConfig, tokenizer: Tokenizer, by_end: bool | None) -> Iterator[Row]:
+def _read_rows(data: DataConfig, tokenizer: Tokenizer, retry: Retry, by_end: bool | None = None) -> Iterator[Row]:
     """Raises UserError if there is none."""
-    packer = Packer(open_validation(data, Retry(data.read_retries), by_end), tokenizer, data.sequence_length)
+    packer = Packer(open_validation(data, retry, by_end), tokenizer, data.sequence_length)
     is_empty = True
     for row in packer:
         is_empty = False

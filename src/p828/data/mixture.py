@@ -126,9 +126,12 @@ def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _merged_source(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Every stream as the rank left it that has read furthest; prepared data is at the same place on all ranks."""
+    """Every stream as the rank left it that has read furthest; prepared data is at the same place on all ranks.
+
+    Each rank has compared a part of its files.
+    """
     if "streams" not in states[0]:
-        return states[0]
+        return {**states[0], "checked": {name: seen for state in states for name, seen in state["checked"].items()}}
     by_stream = zip(*(state["streams"] for state in states), strict=True)
     streams = [max(of_ranks, key=itemgetter("given")) for of_ranks in by_stream]
     bad = [max(of_ranks) for of_ranks in zip(*(state["bad_records"] for state in states), strict=True)]

@@ -1,13 +1,10 @@
 """Tokenizes a source once into prepared data; interrupted, goes on where the disk is known to have everything."""
 
-import json
-import os
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +14,33 @@ import numpy.typing as npt
 from p828.config import Config
 from p828.data.filters import SeenTexts
 from p828.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, check_shards, check_tokenizer, open_manifest
-from p828.data.prepared_directory import HASHES_FILE, PROGRESS_FILE, check_settings, read_progress, settings
+from p828.data.partial_file import PartialFile
+from p828.data.prepared_directory import (
+    GOES_ON,
+    HASHES_FILE,
+    PROGRESS_FILE,
+    UNFINISHED,
+    check_settings,
+    read_progress,
+    remove,
+    settings,
+    writing,
+)
 from p828.data.retry import NO_RETRY, Retry
+from p828.data.sealed import write_sealed
 from p828.data.shard_writer import BestFitWriter, ShardWriter
-from p828.data.source import open_in_order, open_validation
+from p828.data.source import DocumentStream, open_in_order, open_validation
+from p828.data.source_files import SourceFiles
 from p828.data.text_reader import PARTS, Reader, TextBatch
 from p828.data.tokenizer import Tokenizer
-from p828.errors import UserError
-from p828.files import write_atomic
+from p828.errors import RunStopped, UserError
 
 SAVE_EVERY = 5.0  # seconds
 TOKENIZED_TOGETHER = 2  # batches: while the tokens of one become arrays, which one core does, others are encoded
+
+
+class WrongText(UserError):
+    """Text of which not even the first document can be taken."""
 
 
 def prepare(
@@ -39,27 +52,38 @@ def prepare(
 ) -> Manifest:
     """Tokenize the one source of a configuration into a directory, or go on with that.
 
-    Complete already, its shards are compared with their checksums instead. Raises UserError if it holds data made with
-    other settings or another tokenizer, a shard is wrong, or it cannot be written, and ReadFailed.
+    Complete already, its shards are compared with their checksums instead, and the source's files with what they were.
+    Raises UserError if it holds data made with other settings, from other files or another tokenizer, a shard is wrong,
+    or it cannot be written, WrongText, and RunStopped (which ReadFailed is) for what ends it at work, which keeps
+    all that was made.
     """
     if not (directory / MANIFEST_FILE).exists():
-        with _writing(directory):
+        with writing(directory, at_work=False):
             directory.mkdir(parents=True, exist_ok=True)
         return Preparation(config, directory, tokenizer, retry).run(report)
     manifest = open_manifest(directory)
     check_settings(manifest.settings, settings(config), directory / MANIFEST_FILE)
     check_tokenizer(manifest, tokenizer, directory)
-    check_shards(directory, (*manifest.training, *manifest.validation))
+    changes = manifest.files.changes(_files(_streams(config, retry))) if manifest.files else ""
+    if changes:
+        raise UserError(
+            f"{directory / MANIFEST_FILE}: the source's files are not those that were prepared: {changes}.\n"
+            f"Give another directory as data.prepared, or remove {directory} to prepare them again"
+        )
+    check_shards(directory, (*manifest.training, *manifest.validation), retry=retry)
     return manifest
 
 
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """An error of the file system, while nothing is read, as one that the user can mend."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or directory}: cannot be written: {error.strerror}") from None
+def _streams(config: Config, retry: Retry) -> list[DocumentStream]:
+    """The source, and what is validated on, if that is text of its own."""
+    streams = [open_in_order(config.data, retry)]
+    if config.data.validation.kind != "held_out":
+        streams.append(open_validation(config.data, retry))
+    return streams
+
+
+def _files(streams: list[DocumentStream]) -> SourceFiles:
+    return SourceFiles.of([shard for stream in streams for shard in stream.shards])
 
 
 class Preparation:
@@ -69,23 +93,27 @@ class Preparation:
     """
 
     def __init__(self, config: Config, directory: Path, tokenizer: Tokenizer, retry: Retry) -> None:
-        """Begin, or go on with what was interrupted. Raises UserError if that had other settings."""
+        """Begin, or go on with what was interrupted.
+
+        Raises UserError if that had other settings or has changed, and RunStopped if it cannot be written for now.
+        """
         self.config, self.directory, self.tokenizer = config, directory, tokenizer
         self.seen = SeenTexts()
-        self.readers = [Reader(open_in_order(config.data, retry), "training", config, self.seen)]
-        if config.data.validation.kind != "held_out":
-            self.readers.append(Reader(open_validation(config.data, retry), "validation", config, self.seen))
+        streams = _streams(config, retry)
+        self.files = _files(streams)
+        self.readers = [Reader(stream, part, config, self.seen) for stream, part in zip(streams, PARTS, strict=False)]
         self.reader_number = 0
         self._saved_at = 0.0
         self.tokens = self._tokens_before = 0
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        progress = self._load()
-        with _writing(directory):
-            self._hashes = (directory / HASHES_FILE).open("ab")
-            self._hashes.truncate(8 * progress.get("hashes", 0))
-            self._hashes.seek(0, os.SEEK_END)  # its place is still the end that was cut off
+        with writing(directory, at_work=False):
+            progress = self._load()
+            self._hashes = PartialFile(directory / HASHES_FILE, progress.get("hashes"))
+            self.seen.load(np.frombuffer(b"".join(self._hashes.chunks()), "<u8"))
             self.writers = {part: self._writer(part, progress.get(part)) for part in PARTS}
-            self._save(self.readers[self.reader_number].position())
+            self._position = self.readers[self.reader_number].position()  # of what is written
+            self._is_whole = True  # whether what is written is all up to there, and can be saved
+            self._save()
 
     def _writer(self, part: str, state: dict[str, Any] | None) -> ShardWriter | BestFitWriter:
         shards = ShardWriter(self.directory, part, self.dtype, self.config.prepare.shard_tokens, state)
@@ -102,14 +130,37 @@ class Preparation:
         return self.readers[0].stream.share_read()
 
     def run(self, report: Callable[["Preparation"], None]) -> Manifest:
-        """Tokenize what is left and write the manifest. `report` is called after every batch."""
-        while self.reader_number < len(self.readers):
+        """Tokenize what is left and write the manifest. `report` is called after every batch.
+
+        However it ends, what is written by then is saved. Raises RunStopped, WrongText, and UserError if nothing is
+        left.
+        """
+        try:
+            while True:
+                self._read(report)
+                if self.reader_number + 1 == len(self.readers):
+                    return self._conclude()
+                self._is_whole = False
+                self.reader_number += 1
+                self._position = self.readers[self.reader_number].position()
+                self._is_whole = True
+        finally:
+            if self._is_whole:
+                with contextlib.suppress(OSError):  # what was saved before stands
+                    self._save()
+
+    def _read(self, report: Callable[["Preparation"], None]) -> None:
+        """What is left of the current reader's text."""
+        try:
             for batch, documents in self._tokenized(self.readers[self.reader_number]):
-                with _writing(self.directory):
+                with writing(self.directory):
                     self._write(batch, documents)
                 report(self)
-            self.reader_number += 1
-        return self._conclude()
+        except UserError as error:
+            # Wrong text, met at work: it can be mended.
+            if any(reader.counts["read"] for reader in self.readers):
+                raise RunStopped(f"{error}\n{GOES_ON}") from error
+            raise WrongText(error) from error
 
     def _tokenized(self, reader: Reader) -> Iterator[tuple[TextBatch, dict[str, list[npt.NDArray[np.int64]]]]]:
         """Batches and their documents' tokens with EOS. Batches are read while those before are tokenized."""
@@ -128,17 +179,19 @@ class Preparation:
                 yield before, future.result()
 
     def _write(self, batch: TextBatch, documents: dict[str, list[npt.NDArray[np.int64]]]) -> None:
+        self._is_whole = False
         for part, writer in self.writers.items():
             writer.write(documents[part])
             self.tokens += sum(map(len, documents[part]))
-        self._hashes.write(np.array(batch.hashes, dtype="<u8").tobytes())
+        self._hashes.add(np.array(batch.hashes, dtype="<u8").tobytes())
+        self._position, self._is_whole = batch, True
         if time.monotonic() - self._saved_at >= SAVE_EVERY:
-            self._save(batch)
+            self._save()
 
-    def _save(self, batch: TextBatch) -> None:
-        self._saved_at = time.monotonic()
-        self._hashes.flush()
-        os.fsync(self._hashes.fileno())
+    def _save(self) -> None:
+        """Raises OSError, and UserError if the settings are more than a file of progress holds."""
+        self._saved_at, self._is_whole = time.monotonic(), False
+        batch = self._position
         progress = {
             "settings": settings(self.config),
             "tokenizer": self.tokenizer.fingerprint(),
@@ -146,37 +199,37 @@ class Preparation:
             "position": batch.position,
             "counts": [reader.counts for reader in self.readers[: self.reader_number]] + [batch.counts],
             "tokens": self.tokens,
-            "hashes": self._hashes.tell() // 8,
+            "hashes": self._hashes.state_dict(),
             **{part: writer.state_dict() for part, writer in self.writers.items()},
         }
-        write_atomic(self.directory / PROGRESS_FILE, json.dumps(progress))
+        write_sealed(self.directory / PROGRESS_FILE, progress)
+        for writer in self.writers.values():
+            writer.saved()
+        self._is_whole = True
 
     def _load(self) -> dict[str, Any]:
-        """Go back to the saved position, if there is one; the writers' states are left to the caller."""
+        """Go back to the saved position, if there is one; what else is on the disk is left to the caller."""
         path = self.directory / PROGRESS_FILE
         if not path.exists():
             return {}
         progress = read_progress(path)
         check_settings(progress["settings"], settings(self.config), path)
-        hashes = np.fromfile(self.directory / HASHES_FILE, "<u8", progress["hashes"])
-        if progress["tokenizer"] != self.tokenizer.fingerprint() or len(hashes) < progress["hashes"]:
-            what = HASHES_FILE if len(hashes) < progress["hashes"] else TOKENIZER_FILE
+        if progress["tokenizer"] != self.tokenizer.fingerprint():
             raise UserError(
-                f"{self.directory / what}: changed since the preparation was interrupted. Remove "
+                f"{self.directory / TOKENIZER_FILE}: changed since the preparation was interrupted. Remove "
                 f"{self.directory} to begin again"
             )
         self.reader_number = progress["reader"]
         try:
             self.readers[self.reader_number].stream.load_state_dict(progress["position"])
-        except UserError:
+        except UserError as error:
             raise UserError(
-                f"{path}: the source's files changed since the preparation was interrupted. Remove "
+                f"{path}: the preparation cannot go on: {error}\nPut the files back as they were, or remove "
                 f"{self.directory} to begin again"
             ) from None
         for reader, counts in zip(self.readers, progress["counts"], strict=False):
             reader.counts = counts
         self.tokens = self._tokens_before = progress["tokens"]
-        self.seen.load(hashes)
         return progress
 
     def _conclude(self) -> Manifest:
@@ -188,9 +241,12 @@ class Preparation:
         for part in PARTS:
             if not counts[part]:
                 raise UserError(f"{source}: nothing is left for {part}; documents: {counts}")
-        with _writing(self.directory):
+        with writing(self.directory):
+            self._save()
+            self._is_whole = False
             for writer in self.writers.values():
                 writer.close()
+            self._hashes.close()
             manifest = Manifest(
                 source=source,
                 settings=settings(self.config),
@@ -199,9 +255,8 @@ class Preparation:
                 counts=counts,
                 training=tuple(self.writers["training"].complete),
                 validation=tuple(self.writers["validation"].complete),
+                files=self.files,
             )
-            write_atomic(self.directory / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1))
-            self._hashes.close()
-            for name in (PROGRESS_FILE, HASHES_FILE):
-                (self.directory / name).unlink(missing_ok=True)
+            manifest.write(self.directory)
+            remove(self.directory, UNFINISHED)
         return manifest

@@ -3,9 +3,12 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from p828.data.shard import BadRecord, Shard
 from p828.errors import ReadFailed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,22 @@ class Retry:
             except ReadFailed as error:
                 if failures == self.attempts:
                     raise
-                seconds = 2.0**failures
+                self._wait(error, failures)
                 failures += 1
-                self.tell(f"{error}; attempt {failures + 1} of {self.attempts + 1} in {seconds:.0f} s")
-                self.pause(seconds)
+
+    def call(self, read: Callable[[], T]) -> T:
+        """What `read` gives. Raises what it raises, ReadFailed after the attempts."""
+        for failures in range(self.attempts):
+            try:
+                return read()
+            except ReadFailed as error:
+                self._wait(error, failures)
+        return read()
+
+    def _wait(self, error: ReadFailed, failures: int) -> None:
+        seconds = 2.0**failures
+        self.tell(f"{error}; attempt {failures + 2} of {self.attempts + 1} in {seconds:.0f} s")
+        self.pause(seconds)
 
 
 NO_RETRY = Retry()

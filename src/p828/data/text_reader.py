@@ -24,7 +24,7 @@ class TextBatch:
     characters: int
     position: dict[str, Any]
     counts: dict[str, int]
-    """Of documents so far: read, kept for each part, and left out for each reason."""
+    """Of documents so far: read, kept for each part, and left out for each reason; and records passed over."""
 
 
 class Reader:
@@ -59,6 +59,8 @@ class Reader:
         return TextBatch({part: [] for part in PARTS}, [], 0, {}, {})
 
     def _finish(self, batch: TextBatch) -> TextBatch:
+        if self.stream.bad_records:
+            self.counts["bad_records"] = self.stream.bad_records
         batch.position, batch.counts = self.stream.state_dict(), dict(self.counts)
         return batch
 

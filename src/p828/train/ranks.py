@@ -66,6 +66,11 @@ class Ranks:
         self._progressed()
         return found
 
+    def on_host(self) -> tuple[int, int]:
+        """This rank's number among those of its host, and theirs."""
+        own = [rank for rank, host in enumerate(self.gather(socket.gethostname())) if host == socket.gethostname()]
+        return own.index(self.rank), len(own)
+
     def first(self, function: Callable[[], T]) -> T:
         """What the function gives on rank 0, where alone it runs; a UserError or RunStopped there is raised on all."""
         if self.size == 1:

@@ -64,6 +64,7 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, new
     with open_run(config, ranks) as run, Recorder(run.path, config, is_quiet) as recorder:
         first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
         with Console(run.path, config.train.steps, first_step, is_quiet=is_quiet) as console:
+            part = ranks.on_host()  # they compare the files of prepared data together
             ranks.first(lambda: _make_tokenizer(config, console))  # the others wait, and find it in the run's directory
             with ranks.agreed():
                 tokenizer = _tokenizer(config, console)
@@ -71,10 +72,16 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, new
                 state = None if run.newest is None else checkpoint.load(run.newest, names=()).state["data"]
                 rules = [] if state is None else held_out_rules(state)
                 validation = validation_batches(
-                    config, tokenizer, config.evaluation.rows, config.train.micro_batch_size, rules
+                    config,
+                    tokenizer,
+                    config.evaluation.rows,
+                    config.train.micro_batch_size,
+                    rules,
+                    part,
+                    console.event,
                 )
                 opened = open_loader(
-                    config, tokenizer, device.type == "cuda", ranks.rank, ranks.size, tell=console.event
+                    config, tokenizer, device.type == "cuda", ranks.rank, ranks.size, tell=console.event, part=part
                 )
             with opened as loader:
                 engine = _engine(config, ranks, settings, console)
