@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> None:
     )
     validate(config)
     batches = validation_batches(config, loaded.tokenizer, given.rows, given.micro_batch_size)
-    result = evaluate(loaded.model, batches, loaded.tokenizer.token_bytes(), loaded.dtype)
+    result = evaluate(loaded.model, batches, loaded.dtype)
     lines = (
         f"checkpoint     {loaded.path} (step {loaded.step})",
         f"loss           {result.loss:.5f} nats per token",

@@ -20,7 +20,7 @@ from p828.data.prepared import Prepared
 from p828.data.prepared_directory import entered, settle_tokenizer
 from p828.data.retry import Retry
 from p828.data.source import open_in_order
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer import Tokenizer, remarks
 from p828.errors import ReadFailed, RunStopped, UserError
 
 USAGE = "p828 prepare CONFIG --data.prepared DIRECTORY [--section.key VALUE ...]"
@@ -40,6 +40,8 @@ def run(arguments: list[str]) -> None:
     directories = [Path(data.prepared) for data in wanted]
     with entered(directories):
         tokenizer = settle_tokenizer(config, directories, lambda: _documents(config))
+        for line in remarks(config.tokenizer, tokenizer, training_documents(config)):
+            print(line, flush=True)
         for data in wanted:
             print(describe(_prepare(replace(config, data=data), tokenizer), data, tokenizer))
 

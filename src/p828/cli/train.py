@@ -17,6 +17,7 @@ def run(arguments: list[str]) -> None:
     flags = [_ours(argument) for argument in arguments if argument != DRY_RUN]
     config = read_configuration(flags, USAGE, _describe, others=(DRY_RUN, DEEPSPEED_CONFIG))
     if DRY_RUN in arguments:
+        config = configuration.with_vocabulary(config)
         print(tomli_w.dumps(to_dict(config)).rstrip(), _costs(config), sep="\n\n")
         return
     from p828.train.start import train  # imports torch
@@ -40,6 +41,7 @@ def _describe(default: Config) -> str:
 
 def _costs(config: Config) -> str:
     """Total and active parameters and FLOPs of a configuration."""
+    config = configuration.with_vocabulary(config)
     parameters = count_parameters(config.model)
     flops = flops_per_token(config.model, config.data.sequence_length)
     return (

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -118,8 +119,10 @@ def validation_batches(config: Config, tokenizer: Tokenizer, rows: int, micro_ba
 
 def _validation_rows(data: DataConfig, tokenizer: Tokenizer, count: int) -> list[Row]:
     if data.prepared:
-        return open_prepared(data, tokenizer).validation_rows(count, data.sequence_length)
-    packer = Packer(open_validation(data, Retry(data.read_retries)), tokenizer, data.sequence_length)
+        rows = open_prepared(data, tokenizer).validation_rows(count, data.sequence_length)
+        return [replace(row, text_bytes=tokenizer.spelled_bytes(row.tokens, row.document_ids)) for row in rows]
+    documents = open_validation(data, Retry(data.read_retries))
+    packer = Packer(documents, tokenizer, data.sequence_length, counts_bytes=True)
     chosen = list(islice(packer, count))
     rest = packer.remainder() if len(chosen) < count else None
     if rest is not None and len(rest.tokens) > 1:

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from p828.data.tokenizer import Tokenizer
-
-CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what cut-off UTF-8 is decoded to
+from p828.data.tokenizer import CUT_CHARACTER, Tokenizer
 
 
 class TextStream:
@@ -16,8 +14,8 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, stop
-        # Tokens from `_begin` on are decoded together, since a tokenizer may treat the first one specially; those
-        # before `_decoded` have given their text.
+        # Tokens from `_begin` on are decoded together, since a tokenizer may treat the first one that gives text
+        # specially; those before `_decoded` have given theirs.
         self._ids = list(prompt_ids)
         self._begin, self._decoded = 0, len(self._ids)
         self._held = ""
@@ -26,9 +24,11 @@ class TextStream:
         """Text that has become certain with this token, maybe none."""
         self._ids.append(token)
         text = self._undecoded()
-        if text.endswith(CUT_CHARACTER):
+        if text.endswith(CUT_CHARACTER) and not self._tokenizer.ends_whole(self._ids[self._begin :]):
             return ""
-        self._begin, self._decoded = self._decoded, len(self._ids)
+        if self._tokenizer.decode(self._ids[self._decoded :]):
+            self._begin = self._decoded
+        self._decoded = len(self._ids)
         return self._release(text, end=False)
 
     def finish(self) -> str:
