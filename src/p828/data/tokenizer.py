@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +39,7 @@ SAMPLED_CHARACTERS = 200_000  # of a run's text, to see whether it comes back fr
 CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what cut-off UTF-8 is decoded to
 # The same character as whole tokens spell it: byte-level, and in byte tokens.
 WHOLE_REPLACEMENTS = ("ï¿½", "<0xEF><0xBF><0xBD>")
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 FAILS = "the tokenizer fails on a text"
 
 
@@ -176,6 +178,10 @@ class Tokenizer:
         """Whether a U+FFFD at the end of the decoded text is a character of it, and not a cut-off one."""
         tokens = [self.inner.id_to_token(int(i)) or "" for i in ids]
         return bool(tokens) and (CUT_CHARACTER in tokens[-1] or "".join(tokens).endswith(WHOLE_REPLACEMENTS))
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether a token is a single byte, which those behind it decide about: bytes in a row are decoded together."""
+        return BYTE_TOKEN.fullmatch(self.inner.id_to_token(token_id) or "") is not None
 
     def save(self, path: str | Path) -> None:
         """Write the file so that it is there whole or not at all. Raises UserError when it cannot be written."""
