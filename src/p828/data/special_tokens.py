@@ -8,6 +8,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from p828.errors import UserError
 
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # what an unknown character's bytes become in some vocabularies
 SHORTEST = 2  # characters of an end token: where text spells it, it can be divided
 MOST_SHOWN = 5
 
@@ -29,7 +30,8 @@ def settle_end_token(inner: tokenizers.Tokenizer, spec: dict[str, Any], eos_toke
         raise UserError(f"{given}: not in the tokenizer's vocabulary{known}")
     if eos_token not in special:
         is_added = any(token["content"] == eos_token for token in spec["added_tokens"])
-        is_marked = eos_token[0] in "<[" and eos_token[-1] in ">]"  # as vocabularies spell what is not text
+        # As vocabularies spell what is not text.
+        is_marked = eos_token[0] in "<[" and eos_token[-1] in ">]" and not BYTE_TOKEN.fullmatch(eos_token)
         if not is_marked and (is_added or made_by_model(spec["model"], {eos_token})):
             raise UserError(f"{given}: ordinary text becomes this token; one that ends a document is accepted{known}")
         inner.add_special_tokens([eos_token])
@@ -66,4 +68,4 @@ def made_by_model(model: dict[str, Any], tokens: set[str]) -> set[str]:
         return found
     prefix = model.get("continuing_subword_prefix") or ""
     merged = {first + second.removeprefix(prefix) for first, second in model["merges"]}
-    return {token for token in found if len(token) == 1 or token in merged}
+    return {token for token in found if len(token) == 1 or token in merged or BYTE_TOKEN.fullmatch(token)}

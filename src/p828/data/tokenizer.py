@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from p828.config import TokenizerConfig
 from p828.data.hub import download_tokenizer
-from p828.data.special_tokens import keep_out_of_text, settle_end_token
+from p828.data.special_tokens import BYTE_TOKEN, keep_out_of_text, settle_end_token
 from p828.data.tokenizer_trial import LONGEST_CAUSE, SAMPLES, try_out
 from p828.errors import UserError
 from p828.files import MEBIBYTE, read_limited, write_atomic
@@ -34,12 +33,12 @@ LONG_PIECE = r"(?m:.{256})"
 LOOK_EVERY = 0.1  # seconds between looks whether Ctrl-C was pressed
 LONGEST_FAREWELL = 0.5  # seconds that an interrupted training is waited for
 LARGEST_FILE = 256 * MEBIBYTE  # ten times the largest that is in use
-LARGEST_VOCABULARY = 2**24
+LARGEST_VOCABULARY = 2**21  # twice the largest that is in use
 SAMPLED_CHARACTERS = 200_000  # of a run's text, to see whether it comes back from its tokens
 CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what cut-off UTF-8 is decoded to
 # The same character as whole tokens spell it: byte-level, and in byte tokens.
 WHOLE_REPLACEMENTS = ("ï¿½", "<0xEF><0xBF><0xBD>")
-BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+MOST_READINGS = 8  # of a Unigram, whose scores stay after one or two
 FAILS = "the tokenizer fails on a text"
 
 
@@ -54,6 +53,7 @@ class Tokenizer:
         """Raises UserError when `eos_token` is not in the vocabulary, or is what ordinary text becomes."""
         inner.no_truncation()
         inner.no_padding()
+        inner = _settled(inner)
         self._json: str = inner.to_str()
         spec = json.loads(self._json)
         self.dropout: float | None = spec["model"].get("dropout")
@@ -335,6 +335,16 @@ def _read(path: Path) -> str:
         return read_limited(path, LARGEST_FILE).decode("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a tokenizer.json: {error}") from None
+
+
+def _settled(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """As it is read from what it is written to: reading rounds a Unigram's scores, and fingerprints tell the bits."""
+    for _ in range(MOST_READINGS if isinstance(inner.model, models.Unigram) else 0):
+        written = inner.to_str()
+        inner = tokenizers.Tokenizer.from_str(written)
+        if inner.to_str() == written:
+            break
+    return inner
 
 
 @contextmanager

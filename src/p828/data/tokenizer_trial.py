@@ -11,6 +11,7 @@ from p828.files import MEBIBYTE
 SECONDS, SECONDS_PER_MEBIBYTE = 15.0, 2.0  # twenty times what those in use take
 LONGEST_CAUSE = 300  # characters of what a library says
 SAMPLES = (
+    "cat",
     "The cat isn't here: 1234 + 5.\n\tdef f(x):\n        return x  \r\n",
     "naïve Ångström 数据 한국어 🙂 \u0301\u200b\u2028\ufffd\U0010fffd\x00\x07",  # with characters that it may not know
     "",
@@ -29,26 +30,30 @@ def try_out(text: str, where: str) -> None:
             input=text.encode("utf-8", "surrogatepass"), capture_output=True, timeout=limit,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise UserError(f"{where}: not usable as a tokenizer: reading and trying it took over {limit:.0f} s") from None
+        raise UserError(f"{where}: not usable as a tokenizer: trying it out took over {limit:.0f} s") from None
     if tried.returncode:
-        said = " ".join(tried.stdout.decode("utf-8", "replace").split()) or f"exit code {tried.returncode}"
-        raise UserError(f"{where}: not usable as a tokenizer: {said[:LONGEST_CAUSE]}")
+        said = " ".join(tried.stdout.decode("utf-8", "replace").split())
+        raise UserError(f"{where}: {said[:LONGEST_CAUSE] or f'not a tokenizer.json: exit code {tried.returncode}'}")
 
 
 def main() -> None:
     """Try what comes on standard input; what fails is said on standard output, with exit code 1."""
+    stage = "not a tokenizer.json"
     try:
         inner = tokenizers.Tokenizer.from_str(sys.stdin.buffer.read().decode("utf-8"))
+        stage = "not usable as a tokenizer"
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = True
         known = set(inner.get_vocab(with_added_tokens=True).values())
         for sample in SAMPLES:
             ids = inner.encode(sample, add_special_tokens=False).ids
+            if sample is SAMPLES[0] and not ids:
+                raise ValueError("text becomes no tokens")
             if not known.issuperset(ids):
                 raise ValueError("text becomes ids that are not in its vocabulary")
             inner.decode(ids)
         inner.decode(sorted(known)[:1000], skip_special_tokens=True)
     except BaseException as error:  # a panic of the library is no Exception
-        print(str(error) or type(error).__name__)
+        print(f"{stage}: {error or type(error).__name__}")
         sys.exit(1)
