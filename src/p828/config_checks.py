@@ -109,11 +109,6 @@ def check_run(config: Config) -> None:
     shortest, longest = config.prepare.min_characters, config.prepare.max_characters
     if 0 < longest < shortest:
         raise UserError(f"prepare.max_characters = {longest}: at least prepare.min_characters = {shortest} is accepted")
-    if config.tokenizer.name == "train" and 0 < model.vocab_size < config.tokenizer.vocab_size:
-        raise UserError(
-            f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: "
-            f"at most model.vocab_size = {model.vocab_size} is accepted, or model.vocab_size = 0, which follows it"
-        )
     if len(config.tokenizer.eos_token) < 2:
         raise UserError(
             f"tokenizer.eos_token = {config.tokenizer.eos_token!r}: a token of at least two characters is accepted, "

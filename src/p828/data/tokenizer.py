@@ -212,6 +212,11 @@ def load_tokenizer(
     if saved.exists():
         source, tokenizer = str(saved), Tokenizer.from_file(saved, config.eos_token)
     elif config.name == "train":
+        if 0 < model_vocab_size < config.vocab_size:  # a run's own may have come out smaller
+            raise UserError(
+                f"tokenizer.vocab_size = {config.vocab_size}: a vocabulary of {config.vocab_size} exceeds "
+                f"model.vocab_size = {model_vocab_size}; with 0 there the model has what it needs"
+            )
         source, tokenizer = "tokenizer.vocab_size", train_tokenizer(config, documents())
     else:
         path = Path(config.name).expanduser()
