@@ -102,6 +102,8 @@ def test_greedy_takes_the_likeliest_after_the_penalty(temperature: float) -> Non
         ("min_p", -0.1),
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-45),
+        ("repetition_penalty", 1e39),
         ("repetition_penalty", math.inf),
         ("max_new_tokens", 0),
         ("stop", ("a", "")),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from p828.errors import UserError
 
+STRONGEST_PENALTY = 1e4  # and its inverse: logits times more could overflow float32
 GREEDY_BELOW = 1e-5  # logits divided by less could overflow float32
 
 
@@ -40,7 +41,8 @@ class SamplingConfig:
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "a share above 0 and up to 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "a share from 0 to 1")
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, 0 < penalty < infinity, "a number above 0 (1 is off)")
+        in_range = 1 / STRONGEST_PENALTY <= penalty <= STRONGEST_PENALTY
+        _check("repetition_penalty", penalty, in_range, f"a number from 0.0001 to {STRONGEST_PENALTY:.0f} (1 is off)")
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "a whole number of at least 1")
         _check("stop", list(self.stop), "" not in self.stop, "text that is not empty")
 
