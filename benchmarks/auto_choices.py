@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from p828.config import Config, load
+from p828.config import Config, load, with_vocabulary
 from p828.data.loader import Batch
 from p828.train.engine import PlainEngine
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?", default="quickstart")
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
-    config = load(arguments.config)
+    config = with_vocabulary(load(arguments.config))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{config.name} on {device}, torch {torch.__version__}")
     for backend, dtype, compiled in (

@@ -33,6 +33,7 @@ MOST_DOTS = 200  # in a line: what tomllib takes for a key grows with the square
 TEXT = re.compile(r"""\"{3}|'{3}|"(?:[^"\\]|\\.)*"|'[^']*'|\#.*""")
 LONGEST_PATH = 4000
 MAX_BASES = 8  # how deep `base` may nest; a cycle ends here
+VOCABULARY_MULTIPLE = 128  # matrix products are fast with such sizes
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    vocab_size: int = 49152
-    """Rows of the embedding and of the output head; at least the tokenizer's vocabulary."""
+    vocab_size: int = 0
+    """Rows of the embedding and of the output head; 0 takes the tokenizer's vocabulary, up to a multiple of 128."""
     hidden_size: int = 512
     """Width of the residual stream."""
     moe_intermediate_size: int = 768
@@ -205,7 +206,7 @@ class TokenizerConfig:
     name: str = "train"
     """`train` (byte-level BPE from the run's own source), the path of a tokenizer.json, or a name on the hub."""
     vocab_size: int = 4096
-    """Vocabulary of a trained tokenizer."""
+    """Vocabulary of a trained tokenizer; for another, only what sizes are told by before it is there."""
     training_megabytes: int = 64
     """Text that a tokenizer is trained on, at most."""
     eos_token: str = "<|endoftext|>"
@@ -538,6 +539,22 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def with_vocabulary(config: Config, vocab_size: int = 0) -> Config:
+    """The configuration with a `model.vocab_size` of 0 replaced: by a tokenizer's `vocab_size` rounded up.
+
+    Before there is a tokenizer, `tokenizer.vocab_size` stands for it. A number that was given stays.
+    """
+    if config.model.vocab_size:
+        return config
+    rows = rounded_vocabulary(vocab_size or config.tokenizer.vocab_size)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=rows))
+
+
+def rounded_vocabulary(vocab_size: int) -> int:
+    """Rows of the model's embedding for so many tokens."""
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def validate(config: Config) -> None:

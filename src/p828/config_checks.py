@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from p828.config import Config, DataConfig, DeepSpeedConfig, ModelConfig
 
 _AT_LEAST_ZERO = {
-    "model.n_shared_experts", "schedule.warmup_steps", "schedule.decay_steps", "train.seed",
+    "model.vocab_size", "model.n_shared_experts", "schedule.warmup_steps", "schedule.decay_steps", "train.seed",
     "evaluation.every", "evaluation.patience", "data.read_retries", "prepare.min_characters", "prepare.max_characters",
     "rollback.after_steps", "deepspeed.stage",
 }  # fmt: skip
@@ -157,13 +157,8 @@ def check_run(config: Config) -> None:
         raise UserError(f"prepare.max_characters = {longest}: at least prepare.min_characters = {shortest} is accepted")
     if len(config.tokenizer.eos_token) < 2:  # of one letter it would end a document wherever that stands
         raise UserError(
-            f"tokenizer.eos_token = {config.tokenizer.eos_token!r}: a token of its own is accepted, of two characters "
-            'or more, as "<|endoftext|>"'
-        )
-    if config.tokenizer.name == "train" and config.tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: "
-            f"at most model.vocab_size = {model.vocab_size} is accepted"
+            f"tokenizer.eos_token = {config.tokenizer.eos_token!r}: a token of at least two characters is accepted, "
+            "one that text does not become"
         )
     if config.tokenizer.name == "train" and config.tokenizer.vocab_size < 257:
         raise UserError(

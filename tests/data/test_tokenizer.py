@@ -1,18 +1,22 @@
 import hashlib
 import json
+import random
+import signal
+import string
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 from data_samples import text
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, models, pre_tokenizers, trainers
 
 from p828.config import TokenizerConfig
-from p828.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from p828.data.tokenizer import PIECES, Tokenizer, load_tokenizer, train_tokenizer
 from p828.errors import UserError
 
 SAMPLES = [
@@ -29,19 +33,14 @@ def never() -> Iterable[str]:
     raise AssertionError("no text is needed")
 
 
-def test_round_trip_and_bytes(tokenizer: Tokenizer) -> None:
+def test_round_trip(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 320
     assert tokenizer.eos_id == 0
-    token_bytes = tokenizer.token_bytes()
-    assert token_bytes.shape == (320,)
-    assert token_bytes.dtype == np.int64
-    assert token_bytes[tokenizer.eos_id] == 0
     for sample, ids in zip(SAMPLES, tokenizer.encode_documents(SAMPLES), strict=True):
         assert ids.dtype == np.int64
         assert ids.tolist() == [*tokenizer.encode(sample), tokenizer.eos_id]
         assert tokenizer.eos_id not in ids[:-1]
         assert tokenizer.decode(ids) == sample
-        assert token_bytes[ids].sum() == len(sample.encode())
 
 
 def test_pieces_suit_code(tokenizer: Tokenizer) -> None:
@@ -49,19 +48,6 @@ def test_pieces_suit_code(tokenizer: Tokenizer) -> None:
     assert [piece for piece, _ in tokenizer.inner.pre_tokenizer.pre_tokenize_str(code)] == [
         "if", "Ġa", ":Ċ", "ĠĠĠĠĠĠĠ", "Ġreturn", "Ġx", "1", "2", "Ċ",
     ]  # fmt: skip
-
-
-def test_bytes_of_a_vocabulary_that_is_not_byte_level() -> None:
-    vocab = {"<eos>": 0, "▁ä": 1, "b": 2, "<0x0A>": 3, "<gap>": 7}
-    inner = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True))
-    inner.normalizer = normalizers.Replace(" ", "▁")
-    inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    inner.decoder = decoders.Metaspace()
-    inner.add_special_tokens(["<eos>"])
-    inner.add_tokens(["<gap>"])
-    made = Tokenizer(inner, "<eos>")
-    assert made.vocab_size == 8
-    assert made.token_bytes().tolist() == [0, 3, 1, 1, 0, 0, 0, 5]
 
 
 def test_training_is_deterministic(tmp_path: Path) -> None:
@@ -157,3 +143,82 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, tokenizer: Tokenizer) -> 
     with pytest.raises(UserError, match=r"taken: cannot be written"):
         tokenizer.save(tmp_path / "taken")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def untouched_training(config: TokenizerConfig, texts: list[str]) -> dict[str, Any]:
+    """What the library makes of whole pieces, however long."""
+    inner = tokenizers.Tokenizer(models.BPE())
+    split: Any = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size, special_tokens=[config.eos_token], initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(texts, trainer)
+    model: dict[str, Any] = json.loads(inner.to_str())["model"]
+    return model
+
+
+def test_long_pieces_are_cut_and_no_others() -> None:
+    """Of ordinary text, and of words of up to 256 characters, the tokenizer is the one that the library makes."""
+    config = TokenizerConfig(vocab_size=600)
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=length)) for length in (255, 200, 100, 30)]
+    texts = [text(i) for i in range(100)] + [" ".join(words)] * 3 + ["-" * 256, "\n" * 256, "x" + " " * 256]
+    made = train_tokenizer(config, texts)
+    assert json.loads(made.inner.to_str())["model"] == untouched_training(config, texts)
+    # In longer ones no token reaches over a place where they are cut.
+    longer = train_tokenizer(config, ["a" * 255 + "b" + "c" * 256])
+    assert "bc" not in longer.inner.get_vocab()
+    assert "ab" in longer.inner.get_vocab()
+
+
+@pytest.mark.parametrize("character", ["a", "\n", " ", "=", "\u0301", "数", "1"])
+def test_a_text_of_one_character(character: str) -> None:
+    """As one piece it takes minutes."""
+    sample = character * 300_000
+    made = train_tokenizer(TokenizerConfig(vocab_size=1000), [sample])
+    assert made.decode(made.encode(sample)) == sample
+
+
+def test_one_document_of_letters() -> None:
+    letters = "".join(random.Random(0).choices(string.ascii_lowercase, k=300_000))
+    made = train_tokenizer(TokenizerConfig(vocab_size=1000), [letters])
+    assert made.vocab_size == 1000
+    assert made.decode(made.encode(letters)) == letters
+
+
+@pytest.mark.parametrize("moment", ["reading", "training"])
+def test_a_signal_ends_the_training_of_a_tokenizer(moment: str) -> None:
+    """While it takes texts, and while the library is at work on them, which takes half a minute."""
+    program = (
+        "import random, sys\n"
+        "from p828.config import TokenizerConfig\n"
+        "from p828.data.tokenizer import train_tokenizer\n"
+        "def documents():\n"
+        "    for i in range(60):\n"
+        "        yield ''.join(random.choices('abcdefghijklm nop', k=100_000))\n"
+        f"        if i == 3 and {moment == 'reading'}: print('now', flush=True)\n"
+        f"    if {moment == 'training'}: print('now', flush=True)\n"
+        "train_tokenizer(TokenizerConfig(vocab_size=60_000), documents())\n"
+        "print('trained')\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert err.endswith("KeyboardInterrupt\n")
+    assert process.returncode == -signal.SIGINT
+    assert out == ""
+
+
+def test_what_reading_raises_comes_out_of_training() -> None:
+    def documents() -> Iterable[str]:
+        yield "text"
+        raise UserError("line 2 is no JSON")
+
+    with pytest.raises(UserError, match="line 2 is no JSON"):
+        train_tokenizer(TokenizerConfig(vocab_size=300), documents())

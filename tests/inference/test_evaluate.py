@@ -3,7 +3,6 @@ import math
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,8 +38,7 @@ def batches_of(config: Config, tokenizer: Tokenizer, micro_batch_size: int, rows
 def test_the_same_for_every_batch_size(letters: Tokenizer, config: Config, mask_documents: bool) -> None:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, mask_documents=mask_documents))
     model = tiny_model(mask_documents=mask_documents)
-    token_bytes = letters.token_bytes()
-    results = [evaluate(model, batches_of(config, letters, size), token_bytes) for size in (1, 2, 3, 8, 100)]
+    results = [evaluate(model, batches_of(config, letters, size)) for size in (1, 2, 3, 8, 100)]
     assert len(batches_of(config, letters, 1)) > 8
     for result in results[1:]:
         assert (result.tokens, result.bytes) == (results[0].tokens, results[0].bytes)
@@ -53,7 +51,7 @@ def test_against_float64(letters: Tokenizer, config: Config) -> None:
     """One row at a time in float64 (RoPE and the weights excepted, which are float32)."""
     model = tiny_model()
     batches = batches_of(config, letters, 4)
-    result = evaluate(model, batches, letters.token_bytes())
+    result = evaluate(model, batches)
 
     losses, targets = [], []
     double = tiny_model().double()
@@ -85,21 +83,22 @@ def test_bits_per_byte_of_a_uniform_model(byte_level: Tokenizer) -> None:
     rows = torch.tensor([[byte_level.eos_id, *ids, byte_level.eos_id]])
     tokens_BS, targets_BS = rows[:, :-1], rows[:, 1:]
     positions_BS, documents_BS = torch.arange(len(ids) + 1)[None], torch.zeros_like(tokens_BS)
-    batch = Batch(tokens_BS, targets_BS, positions_BS, documents_BS, num_targets=len(ids) + 1)
-    result = evaluate(uniform(tiny_model(vocab_size=288)), [batch], byte_level.token_bytes())
+    size = len(TAUGHT.encode())
+    batch = Batch(tokens_BS, targets_BS, positions_BS, documents_BS, num_targets=len(ids) + 1, text_bytes=size)
+    result = evaluate(uniform(tiny_model(vocab_size=288)), [batch])
     # ln 288 in float32.
     assert result.loss == pytest.approx(math.log(288), rel=1e-6)
     assert result.perplexity == pytest.approx(288, rel=1e-5)
     assert result.tokens == len(ids) + 1
-    assert result.bytes == len(TAUGHT.encode())
-    assert result.bits_per_byte == pytest.approx((len(ids) + 1) * math.log2(288) / len(TAUGHT.encode()), rel=1e-6)
+    assert result.bytes == size
+    assert result.bits_per_byte == pytest.approx((len(ids) + 1) * math.log2(288) / size, rel=1e-6)
 
 
 def test_a_huge_loss_has_an_infinite_perplexity(letters: Tokenizer, config: Config) -> None:
     model = tiny_model()
     with torch.no_grad():
         model.head_weight.mul_(1e5)
-    result = evaluate(model, batches_of(config, letters, 4), letters.token_bytes())
+    result = evaluate(model, batches_of(config, letters, 4))
     assert 1000 < result.loss < math.inf
     assert result.perplexity == math.inf
 
@@ -108,7 +107,7 @@ def test_what_is_not_finite_stays_so(letters: Tokenizer, config: Config) -> None
     model = tiny_model()
     with torch.no_grad():
         model.head_weight.fill_(math.nan)
-    result = evaluate(model, batches_of(config, letters, 4), letters.token_bytes())
+    result = evaluate(model, batches_of(config, letters, 4))
     assert math.isnan(result.loss)
     assert math.isnan(result.perplexity)
     assert math.isnan(result.bits_per_byte)
@@ -118,21 +117,22 @@ def test_nothing_global_changes(letters: Tokenizer, config: Config) -> None:
     model = tiny_model(dropout=0.5).train()
     batches = batches_of(config, letters, 4)
     before = torch.get_rng_state()
-    first = evaluate(model, batches, letters.token_bytes())
+    first = evaluate(model, batches)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert torch.is_grad_enabled()
-    assert evaluate(model.eval(), batches, letters.token_bytes()) == first
+    assert evaluate(model.eval(), batches) == first
     assert not model.training
 
 
 def test_nothing_to_evaluate(letters: Tokenizer) -> None:
     with pytest.raises(UserError, match="no target"):
-        evaluate(tiny_model(), [], letters.token_bytes())
+        evaluate(tiny_model(), [])
 
 
 def test_tokens_without_text(letters: Tokenizer, config: Config) -> None:
     """Bits per byte have no meaning without a byte, but are no error."""
-    result = evaluate(tiny_model(), batches_of(config, letters, 4), np.zeros(97, dtype=np.int64))
+    batches = [dataclasses.replace(batch, text_bytes=0) for batch in batches_of(config, letters, 4)]
+    result = evaluate(tiny_model(), batches)
     assert isinstance(result, Evaluation)
     assert result.bits_per_byte == math.inf

@@ -105,6 +105,7 @@ def test_greedy_takes_the_likeliest_after_the_penalty(temperature: float) -> Non
         ("repetition_penalty", 1e-45),
         ("repetition_penalty", 1e38),
         ("repetition_penalty", math.nan),
+        ("repetition_penalty", 1e39),
         ("repetition_penalty", math.inf),
         ("max_new_tokens", 0),
         ("stop", ("a", "")),

@@ -8,6 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from p828.data.tokenizer import Tokenizer
 from p828.inference.text_stream import TextStream
+from tokenizer_kinds import EOS, KINDS, SPECIAL
 
 TEXT = "The cat 🙂 said naïve things: é, 漢字, 👩‍🚀!\n"
 
@@ -110,3 +111,44 @@ def test_stop_strings_against_a_search_of_the_whole_text(letters: Tokenizer) -> 
                 expected = text[: ends[0] - longest]
             pieces, stopped = stream(letters, letters.encode(text), stop)
             assert ("".join(pieces), stopped) == (expected, bool(ends)), (text, stop)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_stream_is_what_decoding_gives(kind: str) -> None:
+    """With special tokens anywhere, bytes that are no text, and prompts of all lengths."""
+    tokenizer = Tokenizer(KINDS[kind](), EOS)
+    draw = random.Random(0)
+    special = [tokenizer.inner.token_to_id(token) or tokenizer.eos_id for token in SPECIAL]
+    words = tokenizer.encode("The cat and the dog sat on the mat")
+    compared = 0
+    for number in range(150):
+        any_token = range(tokenizer.vocab_size) if number % 2 else words
+        prompt = [draw.choice([*any_token, *special]) for _ in range(draw.randrange(4))] or [tokenizer.eos_id]
+        ids = [draw.choice([draw.choice(any_token), draw.choice(special)]) for _ in range(25)] + words
+        before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + ids)
+        text_stream = TextStream(tokenizer, prompt, ())
+        text = "".join(text_stream.push(token) for token in ids) + text_stream.finish()
+        if whole.startswith(before):  # else bytes of the prompt were no text yet
+            assert text == whole[len(before) :]
+            compared += 1
+    assert compared > 100
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "unigram", "end_of_word"])
+@pytest.mark.parametrize("text", ["\ufffd", "the cat\ufffd", "the \ufffd\ufffd", "\ufffd cat \ufffd"])
+def test_a_replacement_character_that_the_text_has_is_kept(kind: str, text: str) -> None:
+    tokenizer = Tokenizer(KINDS[kind](), EOS)
+    ids = tokenizer.encode(text)
+    pieces, _ = stream(tokenizer, ids)
+    assert "".join(pieces).strip() == tokenizer.decode(ids).strip()
+    assert "".join(pieces).count("\ufffd") == text.count("\ufffd")
+
+
+def test_a_character_that_is_cut_off_behind_one_is_left_out() -> None:
+    """Also where the vocabulary has it as bytes, which the library decodes all together or not at all."""
+    for kind in ("byte_level", "byte_fallback"):
+        tokenizer = Tokenizer(KINDS[kind](), EOS)
+        ids = tokenizer.encode("cat 龘龘")
+        for dropped in (1, 2):
+            pieces, _ = stream(tokenizer, ids[:-dropped])
+            assert "".join(pieces).strip() == "cat 龘"

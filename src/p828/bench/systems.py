@@ -5,7 +5,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from p828.config import Config, from_dict, load, validate
+from p828.config import Config, from_dict, load, validate, with_vocabulary
 from p828.config_values import flatten, to_dict
 from p828.errors import UserError, nearest
 
@@ -51,7 +51,7 @@ def load_shape(name: str, device: str, micro_batch_size: int, gradient_accumulat
     )
     config = dataclasses.replace(config, train=train)
     validate(config)
-    return config
+    return with_vocabulary(config)
 
 
 def common_to_all(config: Config) -> Config:

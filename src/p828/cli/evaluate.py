@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> None:
     validate(config)
     check_given(config, [f"data.{key}" for key in data], loaded.config, in_files=())
     batches = _batches(config, loaded, flags)
-    result = evaluate(loaded.model, batches, loaded.tokenizer.token_bytes(), loaded.dtype)
+    result = evaluate(loaded.model, batches, loaded.dtype)
     lines = [
         f"checkpoint     {loaded.path} (step {loaded.step})",
         f"loss           {result.loss:.5f} nats per token",

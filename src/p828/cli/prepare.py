@@ -24,7 +24,7 @@ from p828.data.prepared import Prepared
 from p828.data.prepared_directory import GOES_ON, entered, settle_tokenizer
 from p828.data.retry import Retry
 from p828.data.source import open_in_order
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer import Tokenizer, remarks
 from p828.errors import ReadFailed, RunStopped, UserError
 
 USAGE = "p828 prepare CONFIG --data.prepared DIRECTORY [--section.key VALUE ...]"
@@ -47,6 +47,8 @@ def run(arguments: list[str]) -> None:
     directories = [Path(data.prepared) for data in wanted]
     with _ended_by_signals(), entered(directories):
         tokenizer = settle_tokenizer(config, directories, lambda: _documents(config))
+        for line in remarks(config.tokenizer, tokenizer, training_documents(config)):
+            print(line, flush=True)
         for number, data in enumerate(wanted):
             try:
                 manifest = _prepare(replace(config, data=data), tokenizer)

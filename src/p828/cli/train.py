@@ -34,6 +34,7 @@ def run(arguments: list[str]) -> None:
         return
     config, given = read_configuration(flags, Arguments, USAGE, _describe, others=(DEEPSPEED_CONFIG,))
     if given.dry_run:
+        config = configuration.with_vocabulary(config)
         print(tomli_w.dumps(to_dict(config)).rstrip(), _costs(config), sep="\n\n")
         return
     warmup, steps = config.schedule.warmup_steps, config.train.steps
@@ -60,6 +61,7 @@ def _describe(default: Config) -> str:
 
 def _costs(config: Config) -> str:
     """Total and active parameters and FLOPs of a configuration."""
+    config = configuration.with_vocabulary(config)
     parameters = count_parameters(config.model)
     flops = flops_per_token(config.model, config.data.sequence_length)
     return (

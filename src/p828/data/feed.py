@@ -154,13 +154,15 @@ def _validation_rows(
 ) -> list[Row]:
     retry = Retry(data.read_retries, tell=tell)
     if data.prepared:
-        return open_prepared(data, tokenizer).validation_rows(count, data.sequence_length, retry, part)
+        rows = open_prepared(data, tokenizer).validation_rows(count, data.sequence_length, retry, part)
+        return [replace(row, text_bytes=tokenizer.spelled_bytes(row.tokens, row.document_ids)) for row in rows]
     return list(islice(_read_rows(data, tokenizer, retry, by_end), count))
 
 
 def _read_rows(data: DataConfig, tokenizer: Tokenizer, retry: Retry, by_end: bool | None = None) -> Iterator[Row]:
     """Raises UserError if there is none."""
-    packer = Packer(open_validation(data, retry, by_end), tokenizer, data.sequence_length)
+    documents = open_validation(data, retry, by_end)
+    packer = Packer(documents, tokenizer, data.sequence_length, counts_bytes=True)
     is_empty = True
     for row in packer:
         is_empty = False

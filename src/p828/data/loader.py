@@ -42,6 +42,8 @@ class Batch:
     """Those of them that have a part in another row."""
     digest: int = 0
     """Sum of a hash of each row's tokens, modulo 2^32: the same rows have the same, in whatever batches they come."""
+    text_bytes: int = 0
+    """Bytes of UTF-8 text that the targets stand for, in validation batches."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting if it is pinned."""
@@ -49,7 +51,7 @@ class Batch:
 
     def without_targets(self) -> "Batch":
         """The same tokens, of which none is to be predicted."""
-        return replace(self, targets_BS=torch.full_like(self.targets_BS, NO_TARGET), num_targets=0)
+        return replace(self, targets_BS=torch.full_like(self.targets_BS, NO_TARGET), num_targets=0, text_bytes=0)
 
     def pin_memory(self) -> "Batch":
         return self._each(Tensor.pin_memory)
@@ -99,6 +101,7 @@ def make_batch(rows: Sequence[Row], mask_documents: bool, sources: int = 1) -> B
         documents=sum(row.documents for row in rows),
         cut_documents=sum(row.cut_documents for row in rows),
         digest=sum(xxhash.xxh3_64_intdigest(row.tokens.tobytes()) for row in rows) % DIGESTS,
+        text_bytes=sum(int(row.text_bytes[1:].sum()) for row in rows if row.text_bytes is not None),
     )
 
 

@@ -32,9 +32,13 @@ class Packer:
     before the document in which the next row starts, and how many of its tokens were given.
     """
 
-    def __init__(self, stream: DocumentStream, tokenizer: Tokenizer, sequence_length: int) -> None:
+    def __init__(
+        self, stream: DocumentStream, tokenizer: Tokenizer, sequence_length: int, counts_bytes: bool = False
+    ) -> None:
+        """With `counts_bytes`, which takes longer, rows have their `text_bytes`."""
         self.stream = stream
         self.tokenizer = tokenizer
+        self.counts_bytes = counts_bytes
         self.sequence_length = sequence_length
         self._first_epoch_tokens: int | None = 0  # None: known to hold a row
         self._clear(consumed=0)
@@ -43,6 +47,7 @@ class Packer:
         # The tokens read and not yet given, and where in them each document starts (the first one's start is
         # below 0 if part of it was given). `_states` has the stream's state before each document and after all.
         self._tokens = np.zeros(0, dtype=np.int64)
+        self._text_bytes = np.zeros(0, dtype=np.int64)  # of the same tokens, if they are counted
         self._starts = np.zeros(0, dtype=np.int64)
         self._states = [self.stream.state_dict()]
         self._epochs: list[int] = []
@@ -87,7 +92,9 @@ class Packer:
         last_end = self._starts[last + 1] if last + 1 < len(self._starts) else len(self._tokens)
         documents = last - first + int(last_end == end)  # that end here
         cut = int(documents > 0 and self._starts[first] < start)
-        return Row(self._tokens[start:end], np.cumsum(steps, dtype=np.int32), self._epochs[first], documents, cut)
+        document_ids = np.cumsum(steps, dtype=np.int32)
+        text_bytes = self._text_bytes[start:end] if self.counts_bytes else None
+        return Row(self._tokens[start:end], document_ids, self._epochs[first], documents, cut, text_bytes=text_bytes)
 
     def _document_at(self, position: int) -> int:
         """Number of the document that the token at `position` belongs to; past the end, the number of documents."""
@@ -108,7 +115,10 @@ class Packer:
                 break
         if not texts:
             return False
-        documents = self.tokenizer.encode_documents(texts)
+        if self.counts_bytes:
+            documents, byte_counts = map(list, zip(*self.tokenizer.encode_counted(texts), strict=True))
+        else:
+            documents, byte_counts = self.tokenizer.encode_documents(texts), []
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
         self._check_first_epoch(lengths, epochs)
         new = np.concatenate(documents)
@@ -126,6 +136,8 @@ class Packer:
         self._states = self._states[kept:] + states
         self._epochs = self._epochs[kept:] + epochs
         self._tokens = np.concatenate([left, new[dropped:]])
+        if self.counts_bytes:
+            self._text_bytes = np.concatenate([self._text_bytes[self._at :], np.concatenate(byte_counts)[dropped:]])
         self._at = 0
         return True
 

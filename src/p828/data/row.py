@@ -22,6 +22,8 @@ class Row:
     """Those of them that have a part in another row."""
     source: int = 0
     """Number of the mixture's source."""
+    text_bytes: npt.NDArray[np.int64] | None = None
+    """[S+1]: bytes of UTF-8 text that each token stands for; 0 where padded. Validation rows have them."""
 
     def padded(self, length: int, eos_id: int) -> "Row":
         missing = length - len(self.tokens)
@@ -31,4 +33,5 @@ class Row:
             self,
             tokens=np.pad(self.tokens, (0, missing), constant_values=eos_id),
             document_ids=np.pad(self.document_ids, (0, missing), constant_values=PADDING),
+            text_bytes=None if self.text_bytes is None else np.pad(self.text_bytes, (0, missing)),
         )

@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from p828.config import TokenizerConfig
 from p828.data.hub import download_tokenizer
+from p828.data.special_tokens import BYTE_TOKEN, keep_out_of_text, settle_end_token
+from p828.data.tokenizer_trial import LONGEST_CAUSE, SAMPLES, try_out
 from p828.errors import UserError
 from p828.files import MEBIBYTE, read_limited, write_atomic
 
@@ -22,87 +28,174 @@ PIECES = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LONGEST_CAUSE = 300  # characters of what a library says
+# Training takes time with the square of a piece's length. No piece of ordinary text is this long.
+LONG_PIECE = r"(?m:.{256})"
+LOOK_EVERY = 0.1  # seconds between looks whether Ctrl-C was pressed
+LONGEST_FAREWELL = 0.5  # seconds that an interrupted training is waited for
 LARGEST_FILE = 256 * MEBIBYTE  # ten times the largest that is in use
-SPECIAL_FREE_SPACE = "▁"  # a space in vocabularies that are not byte-level
+LARGEST_VOCABULARY = 2**21  # twice the largest that is in use
+SAMPLED_CHARACTERS = 200_000  # of a run's text, to see whether it comes back from its tokens
+CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what cut-off UTF-8 is decoded to
+# The same character as whole tokens spell it: byte-level, and in byte tokens.
+WHOLE_REPLACEMENTS = ("ï¿½", "<0xEF><0xBF><0xBD>")
+MOST_READINGS = 8  # of a Unigram, whose scores stay after one or two
+FAILS = "the tokenizer fails on a text"
 
 
 class Tokenizer:
     """Text to token ids and back.
 
-    Text is only ever text: the name of a special token inside a document becomes ordinary tokens.
+    Text is only ever text: the name of a special token inside a document becomes ordinary tokens. Equal text becomes
+    equal tokens: BPE dropout that a file asks for is left out.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, eos_token: str) -> None:
-        """Raises UserError when `eos_token` is not in the vocabulary."""
+        """Raises UserError when `eos_token` is not in the vocabulary, or is what ordinary text becomes."""
         inner.no_truncation()
         inner.no_padding()
-        inner.encode_special_tokens = True
-        eos_id = inner.token_to_id(eos_token)
-        if eos_id is None:
-            raise UserError(f"tokenizer.eos_token = {eos_token!r}: not in the tokenizer's vocabulary")
+        inner = _settled(inner)
+        self._json: str = inner.to_str()
+        spec = json.loads(self._json)
+        self.dropout: float | None = spec["model"].get("dropout")
+        """What the file asks for; it is not done."""
+        if self.dropout is not None:
+            inner.model.dropout = None
+        self.eos_id: int = settle_end_token(inner, spec, eos_token)
+        keep_out_of_text(inner, spec, eos_token)
         self.inner = inner
-        self.eos_id: int = eos_id
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest id."""
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise UserError(f"a token has the id {self.vocab_size - 1}: at most {LARGEST_VOCABULARY - 1} is accepted")
 
     @classmethod
     def from_file(cls, path: str | Path, eos_token: str) -> "Tokenizer":
         """Raises UserError when the file cannot be read, is no tokenizer, or lacks `eos_token`."""
-        try:
-            text = read_limited(Path(path), LARGEST_FILE).decode("utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as a tokenizer.json: {error}") from None
-        try:
+        return cls._from_json(_read(Path(path)), str(path), eos_token)
+
+    @classmethod
+    def tried(cls, path: Path, eos_token: str) -> "Tokenizer":
+        """From a file that was never used before. Raises UserError also when it fails on text, or takes too long."""
+        text = _read(path)
+        try_out(text, str(path))
+        made = cls._from_json(text, str(path), eos_token)
+        for sample in (*SAMPLES, eos_token, made.inner.decode([made.eos_id], skip_special_tokens=False)):
+            if made.eos_id in made.encode(sample):
+                raise UserError(
+                    f"{path}: tokenizer.eos_token = {eos_token!r}: text becomes this token, as {sample[:20]!r} does; "
+                    "one that only ends a document is accepted"
+                )
+        return made
+
+    @classmethod
+    def _from_json(cls, text: str, where: str, eos_token: str) -> "Tokenizer":
+        with _answered(f"{where}: not a tokenizer.json"):
             inner = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{path}: not a tokenizer.json: {str(error)[:LONGEST_CAUSE]}") from None
         try:
-            return cls(inner, eos_token)
+            with _answered("not usable as a tokenizer"):
+                return cls(inner, eos_token)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
-        ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
+        """Token ids without special tokens. Raises UserError when the tokenizer fails on the text."""
+        with _answered(FAILS):
+            ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_documents(self, texts: list[str]) -> list[npt.NDArray[np.int64]]:
-        """Token ids of each text with EOS behind them, on all cores and outside the interpreter's lock."""
-        encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        """Token ids of each text with EOS behind them, on all cores and outside the interpreter's lock.
+
+        Raises UserError when the tokenizer fails on a text.
+        """
+        with _answered(FAILS):
+            encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array([*encoding.ids, self.eos_id], dtype=np.int64) for encoding in encodings]
+
+    def encode_counted(self, texts: list[str]) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """As `encode_documents`, each with the bytes of UTF-8 text that its tokens stand for.
+
+        A token has what lies between the end of the one before and its own, the last one all the rest: so the bytes of
+        a document are those of its text, whatever the tokenizer makes of it. Its end has none.
+        """
+        with _answered(FAILS):
+            encodings = self.inner.encode_batch(texts, add_special_tokens=False)
+        counted = []
+        for text, encoding in zip(texts, encodings, strict=True):
+            code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+            sizes = 1 + sum((code_points >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000))
+            bounds = np.concatenate([[0], np.cumsum(sizes)])
+            ends = np.array([end for _, end in encoding.offsets] or [0], dtype=np.int64)
+            bytes_before = np.maximum.accumulate(bounds[np.minimum(ends, len(text))])
+            bytes_before[-1] = bounds[-1]
+            counts = np.diff(bytes_before, prepend=0)
+            ids = np.array([*encoding.ids, self.eos_id], dtype=np.int64)
+            counted.append((ids, np.append(counts, 0) if encoding.ids else counts))
+        return counted
+
+    def spelled_bytes(
+        self, tokens: npt.NDArray[np.int64], document_ids: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.int64]:
+        """Bytes of text that a row's tokens are decoded to, [S+1], for where the text itself is not at hand.
+
+        Exact for every token of a byte-level vocabulary. With others, what is right is the first token's and the sum of
+        each document's other tokens in the row, which stands at the last of them.
+        """
+        if self._byte_counts is not None:
+            return self._byte_counts[tokens]
+        counts = np.zeros(len(tokens), dtype=np.int64)
+        for document in range(int(document_ids.max()) + 1):
+            places = np.flatnonzero((document_ids == document) & (tokens != self.eos_id))
+            if not len(places):
+                continue
+            if places[0] == 0:
+                counts[0] = _whole_bytes(self.decode(tokens[:1]))
+            first = counts[0] if places[0] == 0 < places[-1] else 0
+            counts[places[-1]] = max(_whole_bytes(self.decode(tokens[places])) - first, 0)
+        return counts
+
+    @cached_property
+    def _byte_counts(self) -> npt.NDArray[np.int64] | None:
+        """Bytes of each id of a byte-level vocabulary, whose tokens are spelled with a character a byte; else None."""
+        spec = json.loads(self._json)
+        if '"ByteLevel"' not in json.dumps(spec["decoder"]):
+            return None
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, token_id in self.inner.get_vocab(with_added_tokens=False).items():
+            counts[token_id] = len(token)
+        for added in spec["added_tokens"]:
+            counts[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+        counts[self.eos_id] = 0
+        return counts
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text, special tokens left out. Cut-off UTF-8 becomes U+FFFD."""
-        text: str = self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
+        with _answered("the tokenizer fails to decode"):
+            text: str = self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
 
-    def token_bytes(self) -> npt.NDArray[np.int64]:
-        """Bytes of UTF-8 text that each token stands for, [vocab_size]; 0 for special tokens and unused ids.
+    def ends_whole(self, ids: Iterable[int]) -> bool:
+        """Whether a U+FFFD at the end of the decoded text is a character of it, and not a cut-off one."""
+        tokens = [self.inner.id_to_token(int(i)) or "" for i in ids]
+        return bool(tokens) and (CUT_CHARACTER in tokens[-1] or "".join(tokens).endswith(WHOLE_REPLACEMENTS))
 
-        Exact for byte-level BPE; other vocabularies are counted by their tokens' spelling.
-        """
-        spec = json.loads(self.inner.to_str())
-        byte_level = '"ByteLevel"' in json.dumps(spec["decoder"])
-        counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, token_id in self.inner.get_vocab(with_added_tokens=False).items():
-            counts[token_id] = len(token) if byte_level else _spelled_bytes(token)
-        for added in spec["added_tokens"]:
-            counts[added["id"]] = 0 if added["special"] else len(added["content"].encode())
-        return counts
+    def is_byte(self, token_id: int) -> bool:
+        """Whether a token is a single byte, which those behind it decide about: bytes in a row are decoded together."""
+        return BYTE_TOKEN.fullmatch(self.inner.id_to_token(token_id) or "") is not None
 
     def save(self, path: str | Path) -> None:
         """Write the file so that it is there whole or not at all. Raises UserError when it cannot be written."""
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, self.inner.to_str(pretty=True))
+            # As it was given: what was changed for the use of it is changed again when it is read.
+            write_atomic(path, tokenizers.Tokenizer.from_str(self._json).to_str(pretty=True))
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error}") from error
 
     def fingerprint(self) -> str:
         """SHA-256 of the serialised tokenizer, in hexadecimal."""
-        return hashlib.sha256(self.inner.to_str().encode()).hexdigest()
+        return hashlib.sha256(self._json.encode()).hexdigest()
 
 
 def load_tokenizer(
@@ -112,13 +205,18 @@ def load_tokenizer(
 
     Args:
         documents: opens the text that a tokenizer is trained on; called for `train` only.
-        model_vocab_size: rows of the model's embedding, which the vocabulary may not exceed.
+        model_vocab_size: rows of the model's embedding, which the vocabulary may not exceed; 0 for as many as it needs.
 
     Raises UserError; `saved` is written only when all is well.
     """
     if saved.exists():
         source, tokenizer = str(saved), Tokenizer.from_file(saved, config.eos_token)
     elif config.name == "train":
+        if 0 < model_vocab_size < config.vocab_size:  # a run's own may have come out smaller
+            raise UserError(
+                f"tokenizer.vocab_size = {config.vocab_size}: a vocabulary of {config.vocab_size} exceeds "
+                f"model.vocab_size = {model_vocab_size}; with 0 there the model has what it needs"
+            )
         source, tokenizer = "tokenizer.vocab_size", train_tokenizer(config, documents())
     else:
         path = Path(config.name).expanduser()
@@ -126,8 +224,8 @@ def load_tokenizer(
             path = path / "tokenizer.json"
         elif path.suffix != ".json" and not path.exists():
             path = download_tokenizer(config.name)
-        source, tokenizer = config.name, Tokenizer.from_file(path, config.eos_token)
-    if tokenizer.vocab_size > model_vocab_size:
+        source, tokenizer = config.name, Tokenizer.tried(path, config.eos_token)
+    if 0 < model_vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"{source}: the tokenizer's vocabulary of {tokenizer.vocab_size} exceeds "
             f"model.vocab_size = {model_vocab_size}"
@@ -137,12 +235,53 @@ def load_tokenizer(
     return tokenizer
 
 
+def remarks(config: TokenizerConfig, tokenizer: Tokenizer, documents: Iterable[str]) -> list[str]:
+    """What a user should know of a tokenizer that is taken over, a line each; the first of the documents are read.
+
+    Raises UserError when it fails on them. One that was trained here has nothing to be said of.
+    """
+    lines = []
+    if tokenizer.dropout:
+        lines.append(
+            f"tokenizer.name = {config.name}: its BPE dropout of {tokenizer.dropout:g} is switched off, so that equal "
+            "text becomes equal tokens"
+        )
+    share = 0.0 if config.name == "train" else lost_share(tokenizer, documents)
+    if share > 0:
+        shown = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
+        lines.append(
+            f"tokenizer.name = {config.name}: {shown} of the text does not come back from its tokens, in a sample of "
+            "the training documents: characters that it does not know or that it changes"
+        )
+    return lines
+
+
+def lost_share(tokenizer: Tokenizer, documents: Iterable[str]) -> float:
+    """Share of the bytes of the first documents that decoding their tokens does not give back, or gives besides."""
+    left, all_bytes, lost_bytes = SAMPLED_CHARACTERS, 0, 0
+    for document in documents:
+        text = document[:left]
+        back = tokenizer.decode(tokenizer.encode(text))
+        all_bytes += len(text.encode())
+        if back != text:
+            before, after = Counter(text), Counter(back)
+            lost_bytes += max(_bytes_of(before - after), _bytes_of(after - before), 1)
+        left -= len(text)
+        if left <= 0:
+            break
+    return min(lost_bytes / all_bytes, 1.0) if all_bytes else 0.0
+
+
 def train_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE on the first `training_megabytes` of the documents; the same text gives the same tokenizer."""
+    """Byte-level BPE on the first `training_megabytes` of the documents; the same text gives the same tokenizer.
+
+    Ctrl-C ends it at once. Raises what reading the documents raises.
+    """
     inner = tokenizers.Tokenizer(models.BPE())
     byte_level: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split: Any = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-    inner.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    cut: Any = pre_tokenizers.Split(Regex(LONG_PIECE), behavior="isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, cut, byte_level])
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
@@ -150,8 +289,40 @@ def train_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokeni
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator(_first_bytes(documents, config.training_megabytes * 10**6), trainer)
+    text = _first_bytes(documents, config.training_megabytes * 10**6)
+    _interruptible(text, lambda given: inner.train_from_iterator(given, trainer))
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])  # encoding takes long pieces as they are
     return Tokenizer(inner, config.eos_token)
+
+
+def _interruptible(texts: Iterable[str], work: Callable[[Iterable[str]], None]) -> None:
+    """Work on the texts in a thread, so that a signal is answered meanwhile. Raises what the thread raises."""
+    failures: list[BaseException] = []
+    is_left, is_done = threading.Event(), threading.Event()
+
+    def given() -> Iterator[str]:
+        for text in texts:
+            if is_left.is_set():
+                raise InterruptedError
+            yield text
+
+    def run() -> None:
+        try:
+            work(given())
+        except BaseException as error:
+            failures.append(error)
+        is_done.set()
+
+    threading.Thread(target=run, name="tokenizer", daemon=True).start()
+    try:
+        while not is_done.wait(LOOK_EVERY):
+            pass
+    finally:
+        # While it takes texts it needs the interpreter, and ends at the next one; later it does not, and is left alone.
+        is_left.set()
+        is_done.wait(LONGEST_FAREWELL)
+    if failures:
+        raise failures[0]
 
 
 def _first_bytes(documents: Iterable[str], limit: int) -> Iterator[str]:
@@ -164,6 +335,39 @@ def _first_bytes(documents: Iterable[str], limit: int) -> Iterator[str]:
             return
 
 
-def _spelled_bytes(token: str) -> int:
-    is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-    return 1 if is_byte else len(token.replace(SPECIAL_FREE_SPACE, " ").encode())
+def _read(path: Path) -> str:
+    try:
+        return read_limited(path, LARGEST_FILE).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a tokenizer.json: {error}") from None
+
+
+def _settled(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """As it is read from what it is written to: reading rounds a Unigram's scores, and fingerprints tell the bits."""
+    for _ in range(MOST_READINGS if isinstance(inner.model, models.Unigram) else 0):
+        written = inner.to_str()
+        inner = tokenizers.Tokenizer.from_str(written)
+        if inner.to_str() == written:
+            break
+    return inner
+
+
+@contextmanager
+def _answered(what: str) -> Iterator[None]:
+    """Raises UserError for what the tokenizers library raises: plain exceptions, and panics, which are none."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {' '.join(str(error).split())[:LONGEST_CAUSE]}") from None
+
+
+def _bytes_of(characters: Counter[str]) -> int:
+    return sum(len(character.encode()) * count for character, count in characters.items())
+
+
+def _whole_bytes(text: str) -> int:
+    """Bytes of decoded text, a byte for each that was cut off at either end."""
+    whole = text.strip(CUT_CHARACTER)
+    return len(whole.encode()) + len(text) - len(whole)

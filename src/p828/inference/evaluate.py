@@ -4,14 +4,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from p828.data.loader import Batch
 from p828.errors import UserError
 from p828.inference.mode import inference
-from p828.model.loss import IGNORE, linear_cross_entropy
+from p828.model.loss import linear_cross_entropy
 from p828.model.transformer import Transformer
 
 
@@ -32,11 +30,10 @@ class Evaluation:
 def evaluate(
     model: Transformer,
     batches: Iterable[Batch],
-    token_bytes: npt.NDArray[np.int64],
     dtype: torch.dtype = torch.float32,
     total: Callable[[Sequence[float]], Sequence[float]] = lambda counts: counts,
 ) -> Evaluation:
-    """Evaluate on all batches, computing in `dtype`. `token_bytes` holds the bytes of each token, [vocabulary].
+    """Evaluate on all batches, computing in `dtype`.
 
     Where processes have some of the batches each, `total` gives the sums of what they counted.
 
@@ -45,19 +42,18 @@ def evaluate(
     Raises UserError when there is no target.
     """
     device = model.head_weight.device
-    bytes_V = torch.from_numpy(token_bytes).to(device)
     nats = torch.zeros((), dtype=torch.float64, device=device)
-    tokens, text_bytes = 0, torch.zeros((), dtype=torch.int64, device=device)
+    tokens = text_bytes = 0
     with inference(model):
         head_VH = model.head_weight.to(dtype)
         for batch in batches:
             tokens += batch.num_targets
+            text_bytes += batch.text_bytes
             batch = batch.to(device)
             hidden_BSH = model(batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, dtype=dtype).hidden_BSH
             for hidden_SH, targets_S in zip(hidden_BSH, batch.targets_BS, strict=True):
                 nats += linear_cross_entropy(hidden_SH, head_VH, targets_S)
-            text_bytes += bytes_V[batch.targets_BS[batch.targets_BS != IGNORE]].sum()
-    all_nats, all_tokens, all_bytes = total((nats.item(), tokens, text_bytes.item()))
+    all_nats, all_tokens, all_bytes = total((nats.item(), tokens, text_bytes))
     if all_tokens == 0:
         raise UserError("nothing to evaluate: the rows hold no target token")
     return _evaluation(all_nats, int(all_tokens), int(all_bytes))

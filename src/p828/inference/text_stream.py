@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer import CUT_CHARACTER, Tokenizer
 
-CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what cut-off UTF-8 is decoded to
+MOST_OF_A_CHARACTER = 4  # tokens of a character that is cut off, and one more
 
 
 class TextStream:
@@ -16,8 +16,8 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, stop
-        # Tokens from `_begin` on are decoded together, since a tokenizer may treat the first one specially; those
-        # before `_decoded` have given their text.
+        # Tokens from `_begin` on are decoded together, since a tokenizer may treat the first one that gives text
+        # specially; those before `_decoded` have given theirs.
         self._ids = list(prompt_ids)
         self._begin, self._decoded = 0, len(self._ids)
         self._held = ""
@@ -25,19 +25,32 @@ class TextStream:
     def push(self, token: int) -> str:
         """Text that has become certain with this token, maybe none."""
         self._ids.append(token)
+        # Without text of its own a token is special, or a space that some tokenizers drop at the end.
+        if self._tokenizer.is_byte(token) or not self._tokenizer.decode([token]):
+            return ""
         text = self._undecoded()
-        if text.endswith(CUT_CHARACTER):
+        if not self._is_whole(text):
             return ""
         self._begin, self._decoded = self._decoded, len(self._ids)
         return self._release(text, end=False)
 
     def finish(self) -> str:
         """The text still held back, for no token follows; a character that was cut off is left out."""
-        return "" if self.stopped else self._release(self._undecoded().rstrip(CUT_CHARACTER), end=True)
+        if self.stopped:
+            return ""
+        for _ in range(MOST_OF_A_CHARACTER):
+            if self._is_whole(text := self._undecoded()) or len(self._ids) == self._decoded:
+                return self._release(text, end=True)
+            self._ids.pop()
+        return self._release(text.rstrip(CUT_CHARACTER), end=True)
 
     def _undecoded(self) -> str:
         before = self._tokenizer.decode(self._ids[self._begin : self._decoded])
         return self._tokenizer.decode(self._ids[self._begin :])[len(before) :]
+
+    def _is_whole(self, text: str) -> bool:
+        """Whether the text of the newest tokens ends with a whole character."""
+        return not text.endswith(CUT_CHARACTER) or self._tokenizer.ends_whole(self._ids[self._begin :])
 
     def _release(self, text: str, end: bool) -> str:
         text = self._held + text

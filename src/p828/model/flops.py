@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from p828.config import ModelConfig
+from p828.config import ModelConfig, rounded_vocabulary
 
 
 class Parameters(NamedTuple):
@@ -27,6 +27,18 @@ def count_parameters(model: ModelConfig) -> Parameters:
         return embeddings + model.num_hidden_layers * per_layer
 
     return Parameters(whole(model.n_routed_experts), whole(model.num_experts_per_tok))
+
+
+def unused_vocabulary(model: ModelConfig, vocab_size: int) -> str:
+    """A line on the parameters of rows that no token uses, where they are a tenth more than a tokenizer needs."""
+    if model.vocab_size <= 1.1 * rounded_vocabulary(vocab_size):
+        return ""
+    rows = (model.vocab_size - vocab_size) * (1 if model.tie_word_embeddings else 2)
+    share = rows * model.hidden_size / count_parameters(model).total
+    return (
+        f"model.vocab_size = {model.vocab_size}: the tokenizer has {vocab_size:,} tokens, so that {share:.0%} of the "
+        "parameters are never used; model.vocab_size = 0 follows the tokenizer"
+    )
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:

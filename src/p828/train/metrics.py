@@ -47,6 +47,11 @@ class Recorder:
         is_mirrored = config.wandb.mode != "off" and not is_quiet
         self.wandb = WandbMirror(run_dir, config) if is_mirrored else None
 
+    def update(self, config: Config) -> None:
+        """Tell Weights & Biases what of the configuration was settled since."""
+        if self.wandb is not None:
+            self.wandb.update(config)
+
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line. `values` are JSON values: loads and balance scores are lists with an entry a layer.
 

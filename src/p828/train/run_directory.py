@@ -1,6 +1,7 @@
 """A run's directory: its resolved configuration, and whether a new command may go on in it."""
 
 import contextlib
+import dataclasses
 import re
 import shutil
 import socket
@@ -11,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
-from p828.config import Config, from_dict, load
+from p828.config import Config, from_dict, load, with_vocabulary
 from p828.config_values import flatten, to_dict
 from p828.errors import ReadFailed, UserError
 from p828.files import locked, write_atomic
@@ -47,10 +49,25 @@ class RunDirectory:
     """Settings that differ from those of the newest checkpoint, a line each."""
     made: list[Path]
     """Directories made just now, innermost first, to be removed again if the run cannot begin."""
+    vocab_size: int = 0
+    """The model's in the newest checkpoint; 0 without one."""
 
     def keep(self) -> None:
         """From here on the directory holds something of value."""
         self.made = []
+
+    def settled(self, config: Config, vocab_size: int) -> Config:
+        """The configuration with a `model.vocab_size` of 0 replaced: by the run's own, else from a tokenizer's."""
+        if not config.model.vocab_size and self.vocab_size:
+            return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=self.vocab_size))
+        return with_vocabulary(config, vocab_size)
+
+    def write(self, config: Config) -> None:
+        """Write config.toml. Raises UserError."""
+        try:
+            _write_config(self.path / CONFIG_FILE, config, self.versions)
+        except OSError as error:
+            raise UserError(f"{error.filename or self.path}: cannot be written: {error.strerror}") from None
 
 
 @contextmanager
@@ -84,20 +101,25 @@ def _entered(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(run_dir, f"{run_dir}: another p828 train is at work on this run"))
-        directory = RunDirectory(run_dir, versions(), *_enter(config), made)
+        newest, damaged, changes, vocab_size = _enter(config)
+        directory = RunDirectory(run_dir, versions(), newest, damaged, changes, made, vocab_size)
         _write_config(run_dir / CONFIG_FILE, config, directory.versions)
     except OSError as error:
         raise UserError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from None
     return directory
 
 
-def _enter(config: Config) -> tuple[Path | None, list[str], list[str]]:
-    """Newest checkpoint, damaged ones, changed settings; what stands in the way of beginning anew is removed."""
+def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
+    """Newest checkpoint, damaged ones, changed settings, the checkpoint's model.vocab_size.
+
+    What stands in the way of beginning anew is removed.
+    """
     run_dir = config.run_dir
     if (run_dir / CHECKPOINTS).exists() and not (run_dir / CHECKPOINTS).is_dir():
         raise UserError(f"{run_dir / CHECKPOINTS} is a file; the run keeps its checkpoints in a directory of that name")
     newest, damaged = checkpoint.find_newest(run_dir / CHECKPOINTS)
-    changes = _changes(config, newest)
+    before = _before(config, newest)
+    changes = _changes(config, before)
     blocking = [line for line in changes if line.startswith(FIXED) and not IN_MIXTURE.sub("", line).startswith(FREE)]
     if blocking and newest is not None:
         raise UserError(
@@ -107,21 +129,32 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str]]:
     if blocking:
         for name in (TOKENIZER_FILE, "metrics.jsonl", "wandb_id"):
             (run_dir / name).unlink(missing_ok=True)
-    return newest, damaged, changes if newest is not None else []
+    if newest is None:
+        return None, damaged, [], 0
+    return newest, damaged, changes, before["model.vocab_size"]
 
 
-def _changes(config: Config, newest: Path | None) -> list[str]:
-    """`key = before, now after` for every key that differs from the checkpoint's, else from config.toml."""
+def _before(config: Config, newest: Path | None) -> dict[str, Any]:
+    """The settings of the checkpoint, else of config.toml, by dotted key; none if the run is a new one."""
     path = config.run_dir / CONFIG_FILE
     if newest is not None:
-        before = flatten(from_dict(checkpoint.load(newest, names=()).state["config"], str(newest)))
-    elif path.exists():
-        before = flatten(load(str(path)))
-    elif any(not entry.name.startswith(".") for entry in config.run_dir.iterdir()):
+        return flatten(from_dict(checkpoint.load(newest, names=()).state["config"], str(newest)))
+    if path.exists():
+        return flatten(load(str(path)))
+    if any(not entry.name.startswith(".") for entry in config.run_dir.iterdir()):
         raise UserError(f"{config.run_dir} is not a run: it holds files but no {CONFIG_FILE}; give another --name")
-    else:
+    return {}
+
+
+def _changes(config: Config, before: dict[str, Any]) -> list[str]:
+    """`key = before, now after` for every key that differs."""
+    if not before:
         return []
     after = flatten(config)
+    if not config.model.vocab_size:  # it follows the tokenizer, as the run's own did
+        after["model.vocab_size"] = before["model.vocab_size"]
+    if config.tokenizer.name != "train" and before["tokenizer.name"] == config.tokenizer.name:
+        after["tokenizer.vocab_size"] = before["tokenizer.vocab_size"]  # of a trained one
     keys = (key for key in {**before, **after} if key not in ("name", "runs_dir"))
     return [f"{key} = {before.get(key)!r}, now {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
 

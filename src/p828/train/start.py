@@ -10,9 +10,9 @@ from p828.data.manifest import open_manifest
 from p828.data.mixture import held_out_rules
 from p828.data.retry import Retry
 from p828.data.source import open_training, open_validation
-from p828.data.tokenizer import Tokenizer, load_tokenizer
+from p828.data.tokenizer import Tokenizer, load_tokenizer, remarks
 from p828.errors import UserError
-from p828.model.flops import count_parameters
+from p828.model.flops import count_parameters, unused_vocabulary
 from p828.train import checkpoint
 from p828.train.console import Console
 from p828.train.deepspeed_settings import DeepSpeedSettings
@@ -68,6 +68,10 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, new
             ranks.first(lambda: _make_tokenizer(config, console))  # the others wait, and find it in the run's directory
             with ranks.agreed():
                 tokenizer = _tokenizer(config, console)
+                config = run.settled(config, tokenizer.vocab_size)
+                if ranks.is_first:
+                    run.write(config)
+                    recorder.update(config)
                 _check_prompts(config, tokenizer)
                 state = None if run.newest is None else checkpoint.load(run.newest, names=()).state["data"]
                 rules = [] if state is None else held_out_rules(state)
@@ -89,6 +93,8 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, new
                 console.print(_describe(config, engine, ranks, settings))
                 for line in (*held_out_lines(config, rules), *newer):
                     console.print(line)
+                if run.newest is None and (line := unused_vocabulary(config.model, tokenizer.vocab_size)):
+                    console.event(line)
                 changes = [] if run.newest is None else [*run.changes, *trainer.resume(run.newest)]
                 with ranks.agreed():
                     loader.start()
@@ -116,7 +122,12 @@ def _engine(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, co
 
 
 def _make_tokenizer(config: Config, console: Console) -> None:
-    _tokenizer(config, console)
+    is_new = not (config.run_dir / TOKENIZER_FILE).exists()
+    tokenizer = _tokenizer(config, console)
+    if is_new:
+        has_text = not any(data.prepared for data in config.data.sources)
+        for line in remarks(config.tokenizer, tokenizer, training_documents(config) if has_text else ()):
+            console.event(line)
 
 
 def _tokenizer(config: Config, console: Console) -> Tokenizer:

@@ -236,9 +236,8 @@ class Trainer:
     def evaluate(self) -> bool:
         """Measure the validation loss and sample the prompts; True when it is the best loss so far."""
         progress = self.progress
-        token_bytes = self.tokenizer.token_bytes()
         with self.engine.model_in_step() as model:
-            result = evaluate(model, self.own_validation(), token_bytes, self.engine.dtype, self.ranks.sum)
+            result = evaluate(model, self.own_validation(), self.engine.dtype, self.ranks.sum)
         samples = self.samples()
         is_better = result.loss < (math.inf if progress.best_loss is None else progress.best_loss)
         progress.validation_loss = result.loss

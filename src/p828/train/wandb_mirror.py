@@ -57,6 +57,14 @@ class WandbMirror:
             self._run = None
             self.problem = f"Weights & Biases is left out from here on: {_line(error)}"
 
+    def update(self, config: Config) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.config.update(to_dict(config), allow_val_change=True)
+        except self._errors as error:
+            self.problem = f"Weights & Biases: {_line(error)}"
+
     def finish(self, exit_code: int) -> None:
         """`exit_code` other than 0 marks the run as failed."""
         if self._run is None:
