@@ -3,9 +3,12 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from p828.data.shard import Shard
 from p828.errors import ReadFailed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,26 @@ class Retry:
                     yield text
                 return
             except ReadFailed as error:
-                if failures == self.attempts:
-                    raise
-                seconds = 2.0**failures
+                self._wait(error, failures)
                 failures += 1
-                self.tell(f"{error}; attempt {failures + 1} of {self.attempts + 1} in {seconds:.0f} s")
-                self.pause(seconds)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What the function gives. Raises what it raises, ReadFailed after the attempts."""
+        failures = 0
+        while True:
+            try:
+                return function()
+            except ReadFailed as error:
+                self._wait(error, failures)
+                failures += 1
+
+    def _wait(self, error: ReadFailed, failures: int) -> None:
+        """Until the next attempt. Raises the error if there is none."""
+        if failures == self.attempts:
+            raise error
+        seconds = 2.0**failures
+        self.tell(f"{error}; attempt {failures + 2} of {self.attempts + 1} in {seconds:.0f} s")
+        self.pause(seconds)
 
 
 NO_RETRY = Retry()
