@@ -91,12 +91,17 @@ class Tokenizer:
             counts[added["id"]] = 0 if added["special"] else len(added["content"].encode())
         return counts
 
+    def to_json(self) -> str:
+        """What `save` writes."""
+        text: str = self.inner.to_str(pretty=True)
+        return text
+
     def save(self, path: str | Path) -> None:
         """Write the file so that it is there whole or not at all. Raises UserError when it cannot be written."""
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, self.inner.to_str(pretty=True))
+            write_atomic(path, self.to_json())
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error}") from error
 

@@ -73,8 +73,6 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> 
                 lines = [*run.damaged, *changes]
                 if run.newest is not None:
                     lines.append(f"resumed from step {trainer.progress.step}")
-                elif run.damaged:
-                    lines.append("no checkpoint is left: the run begins again from step 0")
                 for line in lines:
                     trainer.tell("resume", line)
                 with noted_signals(loader.stop_waiting) as trainer.stop:
