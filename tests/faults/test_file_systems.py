@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -152,76 +151,6 @@ def test_a_checkpoint_that_cannot_be_read_for_now_is_not_damaged(tmp_path: Path,
         assert code == 0, said
         assert "resumed from step 12" in out
         assert all(name.startswith("step_") for name in saved_steps(run))
-
-
-def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
-    path = str(write_toml(tmp_path))
-    assert p828("train", path, "--train.steps", "4", cwd=tmp_path)[0] == 0
-    run = tmp_path / "runs" / "tiny"
-    left = [".config.toml.tmp", ".tokenizer.json.tmp", ".wandb_id.4711", ".config.toml.12"]
-    for name in left:
-        (run / name).write_text("half")
-    (run / "checkpoints" / ".step_00000008.tmp").mkdir()
-    (run / "checkpoints" / ".step_00000008.tmp" / "model.safetensors").write_text("half")
-    (run / ".trial" / "saving").mkdir(parents=True)
-    (run / ".mine").write_text("kept")
-    assert p828("train", path, cwd=tmp_path)[0] == 0
-    assert sorted(found.name for found in run.iterdir() if found.name.startswith(".")) == [".lock", ".mine"]
-    assert all(name.startswith("step_") for name in saved_steps(run))
-
-
-def test_checkpoints_on_another_disk_and_by_themselves(tmp_path: Path) -> None:
-    path = str(write_toml(tmp_path))
-    run, disk = tmp_path / "runs" / "tiny", tmp_path / "large" / "disk"
-    disk.mkdir(parents=True)
-    run.mkdir(parents=True)
-    (run / "checkpoints").symlink_to(disk)
-    code, _, said = p828("train", path, cwd=tmp_path)
-    assert code == 2
-    assert "is not a run" in said
-    (run / "checkpoints").unlink()
-    assert p828("train", path, "--train.steps", "4", cwd=tmp_path)[0] == 0
-    shutil.copytree(run / "checkpoints", disk, dirs_exist_ok=True)
-    shutil.rmtree(run / "checkpoints")
-    (run / "checkpoints").symlink_to(disk)
-    assert p828("train", path, cwd=tmp_path)[0] == 0
-    alone = tmp_path / "alone"
-    shutil.copytree(disk / "step_00000012", alone)
-    said = {}
-    for given in ("runs/tiny", str(disk), "alone"):
-        code, out, error = p828("evaluate", given, cwd=tmp_path)
-        assert code == 0, error
-        said[given] = out.splitlines()[1:]
-        assert p828("generate", given, "--prompt", "ab", "--max-new-tokens", "2", cwd=tmp_path)[0] == 0
-    assert said["runs/tiny"] == said[str(disk)] == said["alone"]
-    make_older(disk / "step_00000012")
-    code, out, error = p828("evaluate", "runs/tiny", cwd=tmp_path)
-    assert code == 0, error
-    assert out.splitlines()[1:] == said["alone"]
-    code, out, error = p828("train", path, "--train.steps", "14", cwd=tmp_path)
-    assert code == 0, error
-    assert "resumed from step 12" in out
-
-
-def make_older(path: Path) -> None:
-    """As it was before checkpoints had their tokenizer."""
-    (path / "tokenizer.json").unlink()
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["sha256"], manifest["files"]["tokenizer.json"]
-    (path / "manifest.json").write_bytes(checkpoint.manifest_bytes(manifest))
-
-
-def test_an_older_checkpoint_is_not_used_without_a_word(tmp_path: Path) -> None:
-    path = str(write_toml(tmp_path))
-    assert p828("train", path, cwd=tmp_path)[0] == 0
-    newest = tmp_path / "runs" / "tiny" / "checkpoints" / "step_00000012"
-    (newest / "optimizer.safetensors").unlink()
-    for command in (("evaluate", "runs/tiny"), ("generate", "runs/tiny", "--prompt", "a", "--max-new-tokens", "1")):
-        code, _, said = p828(*command, cwd=tmp_path)
-        assert code == 0
-        assert said.splitlines()[0] == (
-            "p828: runs/tiny/checkpoints/step_00000012: optimizer.safetensors is missing; step_00000010 is used instead"
-        )
 
 
 @pytest.mark.parametrize("name", ["state.json", "manifest.json", "model.safetensors"])
