@@ -22,7 +22,10 @@ from p828.train.tensor_files import DamagedCheckpoint, Kind
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MOST = 2**63 - 1  # of a whole number
 CUDA_STATE = Kind("U8", (16,))  # of PyTorch's generator on a GPU: its seed and how far it is
-LATER_FIELDS = ("saved_best_step", "bad_steps", "usual_loss", "usual_steps", "rollbacks")  # that older ones lack
+FIRST_FIELDS = {  # of the progress, in every checkpoint of this format; later ones came with the version that has them
+    "step", "tokens", "loss", "validation_loss", "best_loss", "best_step", "evaluations_since_best",
+    "non_finite_steps", "source_tokens", "documents", "cut_documents",
+}  # fmt: skip
 
 
 def config_of(saved: OpenCheckpoint) -> Config:
@@ -33,8 +36,11 @@ def config_of(saved: OpenCheckpoint) -> Config:
     return from_dict(values, str(saved.path))
 
 
-def check_content(saved: OpenCheckpoint, config: Config) -> Progress:
-    """Check all that a run with this configuration goes on from, but the place in the data. Raises DamagedCheckpoint.
+def check_content(saved: OpenCheckpoint, config: Config, first_position: Mapping[str, Any]) -> Progress:
+    """Check all that a run with this configuration goes on from. Raises DamagedCheckpoint.
+
+    Args:
+        first_position: where its data begins, which has the form of any position.
 
     How far the run is.
     """
@@ -42,8 +48,7 @@ def check_content(saved: OpenCheckpoint, config: Config) -> Progress:
     progress = progress_of(saved)
     if len(progress.source_tokens) > len(config.data.source_names):
         raise _wrong(saved, "progress.source_tokens", progress.source_tokens, "a number for each source")
-    if not isinstance(saved.state.get("data"), Mapping):
-        raise _wrong(saved, "data", saved.state.get("data"), "a table")
+    _check_position(saved, saved.state.get("data"), first_position, "data")
     ranks = saved.state.get("ranks", 1)
     if type(ranks) is not int or not 1 <= ranks <= 2**20:
         raise _wrong(saved, "ranks", ranks, "a number of processes")
@@ -62,7 +67,7 @@ def progress_of(saved: OpenCheckpoint) -> Progress:
     for name in [*values, *kinds]:
         if name not in kinds:
             raise DamagedCheckpoint(f"{saved.path}: {STATE}: progress.{shown(name)} is no field of it")
-        if name not in values and name not in LATER_FIELDS:
+        if name not in values and name in FIRST_FIELDS:
             raise DamagedCheckpoint(f"{saved.path}: {STATE}: progress.{name} is missing")
         if name in values and not _is_one(values[name], kinds[name]):
             raise _wrong(saved, f"progress.{name}", values[name], _in_words(kinds[name]))
@@ -73,6 +78,22 @@ def progress_of(saved: OpenCheckpoint) -> Progress:
         if field.name.endswith("_step") and (getattr(progress, field.name) or 0) > progress.step:
             raise _wrong(saved, f"progress.{field.name}", getattr(progress, field.name), "no later step than its own")
     return progress
+
+
+def _check_position(saved: OpenCheckpoint, value: Any, first: Any, key: str) -> None:
+    """Tables, lists, texts and counts have to be where they are in the first one. Its reader looks at the rest."""
+    if isinstance(first, Mapping):
+        if not isinstance(value, Mapping):
+            raise _wrong(saved, key, value, "a table")
+        for name in first.keys() & value.keys():
+            _check_position(saved, value[name], first[name], f"{key}.{name}")
+    elif isinstance(first, list | tuple):
+        if not isinstance(value, list):
+            raise _wrong(saved, key, value, "a list")
+        for number, item in enumerate(value if first else ()):
+            _check_position(saved, item, first[min(number, len(first) - 1)], f"{key}[{number}]")
+    elif type(first) in (int, str) and not _is_one(value, type(first)):
+        raise _wrong(saved, key, value, _in_words(type(first)))
 
 
 def check_weights(saved: OpenCheckpoint, model: ModelConfig) -> None:
@@ -181,11 +202,14 @@ def _is_one(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(_is_one(item, typing.get_args(kind)[0]) for item in value)
     if kind is int:
         return type(value) is int and 0 <= value <= MOST
-    return type(value) is kind
+    if kind is float:
+        return type(value) is float or (type(value) is int and abs(value) <= MOST)
+    return type(value) is (typing.get_origin(kind) or kind)
 
 
 def _in_words(kind: Any) -> str:
-    return {int: "a whole number, 0 or more", list[int]: "a list of whole numbers"}.get(kind, "a number or null")
+    words = {int: "a whole number, 0 or more", str: "a text", list[int]: "a list of whole numbers"}
+    return words.get(kind, "a number or null")
 
 
 def _wrong(saved: OpenCheckpoint, key: str, value: Any, accepted: str) -> DamagedCheckpoint:

@@ -211,7 +211,7 @@ class Trainer:
         if path is None:
             self.stop_for_good(f"{what}, and there is no checkpoint to go back to")
         with self.ranks.agreed(), checkpoint.opened(path, retry=retry) as saved:
-            self.progress = check_content(saved, self.config)
+            self.progress = check_content(saved, self.config, self.loader.state_dict())
         with checkpoint.opened(path, retry=retry) as saved:
             self.engine.load_tensors(saved.tensors)
         self.progress.rollbacks = bad.rollbacks + 1
@@ -346,7 +346,7 @@ class Trainer:
                 raise UserError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
             if saved.step != checkpoint.step_of(path):
                 raise DamagedCheckpoint(f"{path}: its manifest says step {saved.step}")
-            self.progress = check_content(saved, self.config)
+            self.progress = check_content(saved, self.config, self.loader.state_dict())
             self.go_on_in_data(path, saved.state["data"])
             self.saved_step = self.progress.step
         with checkpoint.opened(path, retry=self.retry) as saved:
