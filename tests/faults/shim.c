@@ -3,6 +3,9 @@
    SHIM_FILE   part of the path of the files that are meant
    SHIM_ERRNO  what writing, reading and syncing them gives, SHIM_TIMES times (all, if it is not set)
    SHIM_DELAY  microseconds that each such call takes longer
+   SHIM_DIRECTORIES  what renaming a directory gives
+   SHIM_RENAMES      what renaming anything gives
+   SHIM_FLOCK        what locking a file gives
    SHIM_JUMP   seconds by which the wall clock is off, forward and back in turn, a quarter of a second each */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -11,6 +14,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/time.h>
 #include <time.h>
@@ -54,6 +59,24 @@ ssize_t read(int descriptor, void *data, size_t size) {
 int fsync(int descriptor) {
     NEXT(fsync);
     return meddle(descriptor) ? -1 : next(descriptor);
+}
+
+int flock(int descriptor, int operation) {
+    NEXT(flock);
+    const char *number = getenv("SHIM_FLOCK");
+    if (!number) return next(descriptor, operation);
+    errno = atoi(number);
+    return -1;
+}
+
+int rename(const char *from, const char *to) {
+    NEXT(rename);
+    const char *number = getenv("SHIM_RENAMES"), *of_directories = getenv("SHIM_DIRECTORIES");
+    struct stat found;
+    if (!number && of_directories && lstat(from, &found) == 0 && S_ISDIR(found.st_mode)) number = of_directories;
+    if (!number) return next(from, to);
+    errno = atoi(number);
+    return -1;
 }
 
 int clock_gettime(clockid_t clock, struct timespec *result) {

@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,22 +82,36 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
     assert records(tmp_path / "runs" / "tiny") == before
 
 
-def test_when_every_checkpoint_is_damaged_the_run_says_so_and_begins_again(
+def test_a_run_that_had_checkpoints_never_begins_again_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = str(write_toml(tmp_path))
-    assert dispatch(["train", path, "--name", "whole"]) == 0
-    assert dispatch(["train", path, "--name", "damaged"]) == 0
-    checkpoints = tmp_path / "runs" / "damaged" / "checkpoints"
-    steps = sorted(found.name for found in checkpoints.glob("step_*"))
-    for name in steps:
-        (checkpoints / name / "state.json").unlink()
-    capsys.readouterr()
-    assert dispatch(["train", path, "--name", "damaged"]) == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in steps)
-    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "damaged", step=12)
+    assert dispatch(["train", path]) == 0
+    run = tmp_path / "runs" / "tiny"
+    before, steps = records(run), sorted((run / "checkpoints").iterdir())
+    for step in steps:
+        (step / "state.json").rename(step / "moved.json")
+    for _ in range(2):
+        capsys.readouterr()
+        assert dispatch(["train", path]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert "no complete checkpoint to go on from" in said[0]
+        assert f"{steps[-1].name}: state.json is missing" in said[0]
+        assert said[1:] == ["To begin again, give another --name or remove runs/tiny"]
+    assert sorted((run / "checkpoints").iterdir()) == steps
+    assert records(run) == before
+    (steps[-1] / "moved.json").rename(steps[-1] / "state.json")
+    assert dispatch(["train", path]) == 0
+    shutil.move(run / "checkpoints", tmp_path / "away")
+    assert dispatch(["train", path]) == 2
+    assert "its records tell of one of step 12" in capsys.readouterr().err
+    (run / "checkpoints").symlink_to(tmp_path / "not-mounted")
+    assert dispatch(["train", path]) == 2
+    assert f"is a link to {tmp_path / 'not-mounted'}, which is not there" in capsys.readouterr().err
+    (run / "checkpoints").unlink()
+    (run / "checkpoints").symlink_to(tmp_path / "away")
+    assert dispatch(["train", path]) == 0
 
 
 def test_a_second_process_on_the_same_run_is_refused(tmp_path: Path) -> None:

@@ -30,21 +30,23 @@ class Retry:
                     yield text
                 return
             except ReadFailed as error:
-                if failures == self.attempts:
-                    raise
                 self._wait(error, failures)
                 failures += 1
 
-    def call(self, read: Callable[[], T]) -> T:
-        """What `read` gives. Raises what it raises, ReadFailed after the attempts."""
-        for failures in range(self.attempts):
+    def call(self, function: Callable[[], T]) -> T:
+        """What the function gives. Raises what it raises, ReadFailed after the attempts."""
+        failures = 0
+        while True:
             try:
-                return read()
+                return function()
             except ReadFailed as error:
                 self._wait(error, failures)
-        return read()
+                failures += 1
 
     def _wait(self, error: ReadFailed, failures: int) -> None:
+        """Until the next attempt. Raises the error if there is none."""
+        if failures == self.attempts:
+            raise error
         seconds = 2.0**failures
         self.tell(f"{error}; attempt {failures + 2} of {self.attempts + 1} in {seconds:.0f} s")
         self.pause(seconds)

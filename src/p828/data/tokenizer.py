@@ -183,13 +183,17 @@ class Tokenizer:
         """Whether a token is a single byte, which those behind it decide about: bytes in a row are decoded together."""
         return BYTE_TOKEN.fullmatch(self.inner.id_to_token(token_id) or "") is not None
 
+    def to_json(self) -> str:
+        """What `save` writes: as it was given, since what was changed for its use is changed again when it is read."""
+        text: str = tokenizers.Tokenizer.from_str(self._json).to_str(pretty=True)
+        return text
+
     def save(self, path: str | Path) -> None:
         """Write the file so that it is there whole or not at all. Raises UserError when it cannot be written."""
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # As it was given: what was changed for the use of it is changed again when it is read.
-            write_atomic(path, tokenizers.Tokenizer.from_str(self._json).to_str(pretty=True))
+            write_atomic(path, self.to_json())
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error}") from error
 

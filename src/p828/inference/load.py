@@ -1,20 +1,25 @@
 """A trained model from disk, ready to use."""
 
-from collections.abc import Mapping
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from p828.config import Config, from_dict, validate
+from p828.config import Config, validate
+from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
 from p828.kernels.adamw import split_float32
 from p828.model.precision import matrices
 from p828.model.transformer import Transformer
 from p828.train import checkpoint
+from p828.train.checkpoint_content import check_weights, config_of
 from p828.train.device import pick_device, pick_dtype
+
+TOKENIZER_FILE = "tokenizer.json"
+READ_RETRIES = 4  # 15 seconds of waiting in all
 
 
 @dataclass(frozen=True)
@@ -35,54 +40,54 @@ class LoadedModel:
 def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
     """Load from a run's directory (its newest complete checkpoint) or a checkpoint; `device`: auto, cpu or cuda.
 
+    A newer checkpoint that is damaged is told on stderr, and so is waiting for one that cannot be read for now.
     Raises UserError when there is no checkpoint, it is damaged or does not fit its configuration, the tokenizer is
-    missing or does not fit the model, or there is no GPU although one is asked for.
+    missing or does not fit the model, or there is no GPU although one is asked for; ReadFailed when it cannot be read.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError('device = "cuda": this machine shows no GPU to PyTorch; "auto" or "cpu" is accepted')
-    place = pick_device(device)
-    found = checkpoint.resolve(Path(path)).resolve()
-    loaded = checkpoint.load(found, ["model"])
-    if not isinstance(loaded.state.get("config"), Mapping):
-        raise UserError(f"{found}: holds no configuration (config in {checkpoint.STATE})")
-    config = from_dict(loaded.state["config"], str(found))
-    validate(config)
-    tokenizer = _load_tokenizer(found.parent.parent / "tokenizer.json", config)
-    if loaded.state.get("tokenizer") != tokenizer.fingerprint():
-        raise UserError(f"{found}: trained with another tokenizer than its run's tokenizer.json")
-
+    place, retry = pick_device(device), Retry(READ_RETRIES, tell=_tell)
+    found, notes = checkpoint.resolve_with_notes(Path(path), retry)
+    for note in notes:
+        _tell(note)
+    found = Path(os.path.abspath(found))  # as it was named, since a link to it may lie in the run's directory
+    manifest = checkpoint.verify(found, ["model"], retry)
+    with checkpoint.opened(found, manifest, ["model"], retry=retry) as saved:
+        config = config_of(saved)
+        validate(config)
+        tokenizer = _load_tokenizer(_tokenizer_file(saved), config)
+        if saved.state.get("tokenizer") != tokenizer.fingerprint():
+            raise UserError(f"{found}: trained with another tokenizer than its run's {TOKENIZER_FILE}")
+        check_weights(saved, config.model)
+        weights = saved.tensors["model"]
     model = Transformer(config.model)
-    _check_tensors(found, model.state_dict(), loaded.tensors["model"])
-    model.load_state_dict(loaded.tensors["model"])
+    model.load_state_dict(weights)
     dtype = pick_dtype(config.train.dtype, place)
     _store_in(model, dtype)
-    return LoadedModel(model.to(place).eval(), tokenizer, config, found, loaded.step, dtype)
+    return LoadedModel(model.to(place).eval(), tokenizer, config, found, saved.step, dtype)
+
+
+def _tell(text: str) -> None:
+    print(f"p828: {text}", file=sys.stderr, flush=True)
+
+
+def _tokenizer_file(saved: checkpoint.OpenCheckpoint) -> Path:
+    """The checkpoint's own; older ones have none, and are used from within their run's directory."""
+    if TOKENIZER_FILE in saved.files:
+        return saved.path / TOKENIZER_FILE
+    beside, elsewhere = (path.parent.parent / TOKENIZER_FILE for path in (saved.path, saved.path.resolve()))
+    return elsewhere if elsewhere.exists() and not beside.exists() else beside
 
 
 def _load_tokenizer(path: Path, config: Config) -> Tokenizer:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a checkpoint is used from within its run's directory")
+        raise UserError(f"{path}: no such file; this checkpoint is used from within its run's directory")
     tokenizer = Tokenizer.from_file(path, config.tokenizer.eos_token)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"{path}: its vocabulary of {tokenizer.vocab_size} exceeds model.vocab_size = {config.model.vocab_size}"
         )
     return tokenizer
-
-
-def _check_tensors(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raises UserError naming the first tensor that differs."""
-    for name, tensor in expected.items():
-        shape = list(tensor.shape)
-        if name not in found:
-            raise UserError(f"{path}: the weights lack {name}, which by the configuration has the shape {shape}")
-        if list(found[name].shape) != shape:
-            raise UserError(
-                f"{path}: {name} has the shape {list(found[name].shape)}, by the configuration it is {shape}"
-            )
-    for name in found:
-        if name not in expected:
-            raise UserError(f"{path}: the weights hold {name}, which the configured model does not have")
 
 
 def _store_in(model: Transformer, dtype: torch.dtype) -> None:

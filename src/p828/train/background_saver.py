@@ -8,17 +8,18 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
 from p828.errors import UserError
 from p828.train import checkpoint
 from p828.train.checkpoint_writer import CheckpointWriter, num_bytes
-from p828.train.fragments import Fragment, values_of
+from p828.train.device import machine
+from p828.train.fragments import Saveable, tensors_of, with_tensors
+from p828.train.host_memory import free_host_bytes
 from p828.train.ranks import Ranks
 
-Parts = Mapping[str, Mapping[str, Tensor | Fragment]]
+Parts = Mapping[str, Mapping[str, Saveable]]
 SPARE_BYTES = 2**30  # that a copy must leave free, on its device
 
 
@@ -26,9 +27,9 @@ class Saved(NamedTuple):
     """How a checkpoint came to be complete."""
 
     seconds: float
-    """From the copy to the end of writing."""
+    """From where training stopped for it to the end of writing."""
     waited: float
-    """Seconds of them that training stood still."""
+    """Seconds of them that training stood still: the host, or if that was longer, the device for the copy."""
     copy_bytes: int
     """What the copy takes on this rank; 0 if there was no room for one, and training waited for the disk."""
 
@@ -39,11 +40,18 @@ class BackgroundSaver:
     The copies are kept from one checkpoint to the next, so that what they take is known after the first.
     """
 
-    def __init__(self, directory: Path, ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self, directory: Path, ranks: Ranks, device: torch.device, enclosed: Mapping[str, bytes] | None = None
+    ) -> None:
+        """`enclosed` are files that every checkpoint is to have, too."""
         self.directory, self.ranks, self.device = directory, ranks, device
+        self.enclosed = enclosed or {}
+        self._on_this_host = ranks.gather(machine()).count(machine())
         self._writer: CheckpointWriter | None = None
         self._thread: threading.Thread | None = None
-        self._copies: dict[tuple[str, str], Tensor] = {}
+        self._copies: dict[tuple[str, str, int], Tensor] = {}
+        self._copying: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        """Where on the device's stream the copy began and ended."""
         self._error: BaseException | None = None
         self._started = self._ended = self._waited = 0.0
         self._copy_bytes = 0
@@ -61,26 +69,28 @@ class BackgroundSaver:
         """Whether this rank has done what is to be done for it."""
         return self._writer is not None and (self._thread is None or not self._thread.is_alive())
 
-    def start(self, step: int, tensors: Parts, state: Mapping[str, Any]) -> bool:
+    def start(self, step: int, tensors: Parts, state: Mapping[str, Any], since: float | None = None) -> bool:
         """Begin to write a checkpoint; no other may be on the way. Raises UserError as `CheckpointWriter` does.
+
+        Args:
+            since: `time.monotonic()` when training stopped for it, if that was before this call.
 
         Whether it is written already, on all ranks, as there was no room for a copy on one of them.
         """
         assert self._writer is None
-        self._started = time.monotonic()
+        self._started = time.monotonic() if since is None else since
         self.wait_for_deletion()
-        writer = CheckpointWriter(self.directory, step, tensors, state, self.ranks)
-        self._copy_bytes, self._error = 0, None
-        if self._has_room(tensors):
-            writer.tensors, self._copy_bytes = self._copied(tensors), num_bytes(tensors)
-            copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-            self._thread = threading.Thread(target=self._write, args=(writer, copied), name="saver", daemon=True)
-            self._thread.start()
+        writer = CheckpointWriter(self.directory, step, tensors, state, self.ranks, self.enclosed)
+        self._copy_bytes, self._error, self._copying = 0, None, None
+        copies = self._copied(tensors) if self._has_room(tensors) else None
+        if copies is None:
+            self._write(writer)
         else:
-            self._write(writer, None)
+            writer.tensors, self._copy_bytes = copies, num_bytes(tensors)
+            self._write_beside(writer)
         self._writer = writer
         self._waited = time.monotonic() - self._started
-        return self._thread is None
+        return copies is None
 
     def finish(self) -> Saved:
         """Wait for it. Raises UserError, on all ranks, if it could not be written."""
@@ -90,7 +100,11 @@ class BackgroundSaver:
         self._writer = self._thread = None
         if self._error is not None:
             raise self._error
-        return Saved(self._ended - self._started, self._waited + time.monotonic() - began, self._copy_bytes)
+        waited = self._waited
+        if self._copying is not None:
+            begin, end = self._copying
+            waited = max(waited, begin.elapsed_time(end) / 1000)
+        return Saved(self._ended - self._started, waited + time.monotonic() - began, self._copy_bytes)
 
     def join(self) -> None:
         """Wait for the thread, whatever comes of its work."""
@@ -116,11 +130,19 @@ class BackgroundSaver:
             self._cleaner.join()
             self._cleaner = None
 
-    def _write(self, writer: CheckpointWriter, copied: torch.cuda.Event | None) -> None:
+    def _write_beside(self, writer: CheckpointWriter) -> None:
+        self._thread = threading.Thread(target=self._write, args=(writer,), name="saver", daemon=True)
         try:
-            with nullcontext() if copied is None else torch.cuda.stream(torch.cuda.Stream(self.device)):
-                if copied is not None:  # on a stream of its own it is copied to the host beside the next steps
-                    torch.cuda.current_stream().wait_event(copied)
+            self._thread.start()
+        except RuntimeError:  # the system gives this process no thread more
+            self._thread = None
+            self._write(writer)
+
+    def _write(self, writer: CheckpointWriter) -> None:
+        try:
+            with nullcontext() if self._copying is None else torch.cuda.stream(torch.cuda.Stream(self.device)):
+                if self._copying is not None:  # on a stream of its own it comes to the host beside the next steps
+                    torch.cuda.current_stream().wait_event(self._copying[1])
                 writer.write()
             writer.publish()
         except BaseException as error:  # for `finish`, in the thread that trains
@@ -130,31 +152,61 @@ class BackgroundSaver:
     def _has_room(self, tensors: Parts) -> bool:
         """Whether every rank has; else the next step might find none for itself."""
         missing: Counter[str] = Counter()
-        for part, values in tensors.items():
-            for name, value in values.items():
-                source = values_of(value).detach()
-                if not self._fits((part, name), source):
-                    missing[source.device.type] += source.nbytes
+        for key, source in _sources(tensors).items():
+            if not self._fits(key, source):
+                missing[source.device.type] += source.nbytes
         has = all(self._free_bytes(kind) >= count + SPARE_BYTES for kind, count in missing.items())
-        return all(others for (others,) in self.ranks.all([has]))
+        return self._all_ranks(has)
 
     def _free_bytes(self, kind: str) -> int:
-        return torch.cuda.mem_get_info(self.device)[0] if kind == "cuda" else psutil.virtual_memory().available
+        return torch.cuda.mem_get_info(self.device)[0] if kind == "cuda" else free_host_bytes(self._on_this_host)
 
-    def _fits(self, key: tuple[str, str], source: Tensor) -> bool:
+    def _all_ranks(self, mine: bool) -> bool:
+        return all(others for (others,) in self.ranks.all([mine]))
+
+    def _fits(self, key: tuple[str, str, int], source: Tensor) -> bool:
         """Whether there is a copy to copy into."""
         copy = self._copies.get(key)
         return copy is not None and (copy.shape, copy.dtype) == (source.shape, source.dtype)
 
-    def _copied(self, tensors: Parts) -> dict[str, dict[str, Tensor | Fragment]]:
+    def _copied(self, tensors: Parts) -> dict[str, dict[str, Saveable]] | None:
+        """None if there was less memory than it seemed, on some rank."""
+        has_copy = True
+        try:
+            begun = self._event()
+            for key, source in _sources(tensors).items():
+                if not self._fits(key, source):
+                    self._copies[key] = torch.empty_like(source, memory_format=torch.contiguous_format)
+                self._copies[key].copy_(source)
+            ended = self._event()
+            self._copying = None if begun is None or ended is None else (begun, ended)
+        except (MemoryError, RuntimeError):  # PyTorch's own is one; whatever else it is, writing meets it again
+            has_copy = False
+        if not self._all_ranks(has_copy):
+            self._copies, self._copying = {}, None
+            return None
         return {
-            part: {name: self._copy((part, name), value) for name, value in values.items()}
+            part: {
+                name: with_tensors(value, tuple(self._copies[part, name, i] for i in range(len(tensors_of(value)))))
+                for name, value in values.items()
+            }
             for part, values in tensors.items()
         }
 
-    def _copy(self, key: tuple[str, str], value: Tensor | Fragment) -> Tensor | Fragment:
-        source = values_of(value).detach()
-        if not self._fits(key, source):
-            self._copies[key] = torch.empty_like(source, memory_format=torch.contiguous_format)
-        copy = self._copies[key].copy_(source)
-        return value._replace(values=copy) if isinstance(value, Fragment) else copy
+    def _event(self) -> torch.cuda.Event | None:
+        """Where the device's stream is now."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _sources(tensors: Parts) -> dict[tuple[str, str, int], Tensor]:
+    """All tensors by part, name and number."""
+    return {
+        (part, name, number): tensor.detach()
+        for part, values in tensors.items()
+        for name, value in values.items()
+        for number, tensor in enumerate(tensors_of(value))
+    }

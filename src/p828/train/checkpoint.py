@@ -1,14 +1,18 @@
 """Checkpoints on disk: one directory a step, complete or absent, every byte of it under a checksum.
 
 `step_00000100/` holds the tensors of each part ("model", "optimizer", ...) as `tensor_files` says, from one process or
-from several ranks, `state.json` (progress, data position, metadata) and `manifest.json`, which lists the others with
-size and SHA-256 and is itself checksummed. Nothing is ever unpickled.
+from several ranks, `state.json` (progress, data position, metadata), other files that were enclosed, and
+`manifest.json`, which lists the others with size and SHA-256 and is itself checksummed. Nothing is ever unpickled.
 
 A checkpoint is written as `.step_00000100.tmp` and renamed. A step that is saved again is first renamed to
-`.step_00000100.replaced`. One that is deleted is renamed to `.step_00000100.old` first.
+`.step_00000100.replaced`. One that is deleted is renamed to `.step_00000100.old` first. Where directories cannot be
+renamed, their files are moved one by one, the manifest last, or first from what is deleted: where it is, all is.
 What a killed process leaves of these is mended at the next save, search or pruning.
+
+A wrong size, checksum or content is damage. A file that the system fails to read is not: it may be there tomorrow.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,28 +21,30 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
 from torch import Tensor
 
-from p828.errors import UserError
-from p828.files import MEBIBYTE, read_limited
+from p828.data.retry import NO_RETRY, Retry
+from p828.errors import ReadFailed, UserError
+from p828.files import MEBIBYTE, move_directory, open_regular, read_limited
+from p828.train.tensor_files import DamagedCheckpoint as DamagedCheckpoint
 from p828.train.tensor_files import Tensors, part_of
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
 STEP_NAME = re.compile(r"step_(\d{8,})")
+ASIDE = "damaged_"  # before the name of what was set aside
 NON_FINITE = "$float"  # key of the object that stands for a float that JSON does not have
 FILE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-LARGEST_JSON = 8 * MEBIBYTE
+LARGEST_JSON = 64 * MEBIBYTE
 READ_BYTES = 8 * 2**20
-
-
-class DamagedCheckpoint(UserError):
-    """A checkpoint that is not what was written: the message names it, the file and what is wrong."""
+# What opening gives where something else than a regular file is: not for now, but for good.
+NO_FILE = (errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ELOOP)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -57,67 +63,83 @@ class OpenCheckpoint(NamedTuple):
     step: int
     tensors: Tensors
     state: dict[str, Any]
+    files: frozenset[str]
+    """What its manifest lists."""
 
 
-def load(path: Path, names: Iterable[str] | None = None, device: str = "cpu") -> Checkpoint:
+def load(path: Path, names: Iterable[str] | None = None, device: str = "cpu", retry: Retry = NO_RETRY) -> Checkpoint:
     """Read a checkpoint, all its parts or only those in `names`, onto `device`; what is read is verified first.
 
-    Raises DamagedCheckpoint, or UserError for a part that it does not have or a version that is not read.
+    Raises DamagedCheckpoint, UserError for a part that it does not have or a version that is not read, and ReadFailed.
     """
-    manifest = _verified_manifest(path, names)
+    manifest = verify(path, names, retry)
     wanted = _parts(manifest) if names is None else list(names)
-    with opened(path, manifest, wanted, device) as checkpoint:
+    with opened(path, manifest, wanted, device, retry) as checkpoint:
         tensors = {part: checkpoint.tensors[part] for part in wanted}
     return Checkpoint(path, checkpoint.step, tensors, checkpoint.state)
 
 
 @contextmanager
 def opened(
-    path: Path, manifest: Mapping[str, Any] | None = None, names: Iterable[str] | None = None, device: str = "cpu"
+    path: Path,
+    manifest: Mapping[str, Any] | None = None,
+    names: Iterable[str] | None = None,
+    device: str = "cpu",
+    retry: Retry = NO_RETRY,
 ) -> Iterator[OpenCheckpoint]:
-    """A checkpoint that was verified before, its tensors to be read one by one. Raises DamagedCheckpoint."""
-    manifest = manifest or _read_manifest(path)
+    """A checkpoint that was verified before, its tensors to be read one by one.
+
+    Raises DamagedCheckpoint and ReadFailed; what the block raises is its own.
+    """
+    manifest = manifest or retry.call(partial(_read_manifest, path))
     wanted = set(_parts(manifest) if names is None else names)
-    try:
-        state = json.loads(read_limited(path / STATE, LARGEST_JSON), object_hook=_decode)
-        files = [file for file in manifest["files"] if part_of(file) in wanted]
-        with Tensors(path, files, device) as tensors:
-            yield OpenCheckpoint(path, manifest["step"], tensors, state)
-    except UserError:
-        raise
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
+    state = retry.call(partial(_read_state, path))
+    files = frozenset(manifest["files"])
+    with Tensors(path, sorted(file for file in files if part_of(file) in wanted), device) as tensors:
+        yield OpenCheckpoint(path, manifest["step"], tensors, state, files)
 
 
-def verify(path: Path) -> None:
-    """Check the manifest and every file's size and checksum. Raises DamagedCheckpoint for the first that is wrong."""
-    _verified_manifest(path, None)
+def verify(path: Path, names: Iterable[str] | None = None, retry: Retry = NO_RETRY) -> dict[str, Any]:
+    """Check the manifest and every file's size and checksum, or of tensors only the parts in `names`.
+
+    The manifest. Raises DamagedCheckpoint for the first that is wrong, and ReadFailed after the attempts.
+    """
+    return retry.call(partial(_verified_manifest, path, None if names is None else list(names)))
 
 
-def find_newest(directory: Path, last_step: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint in `directory`, and a line for each damaged one that was met and set aside.
+def find_newest(
+    directory: Path, last_step: int | None = None, retry: Retry = NO_RETRY
+) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint in `directory`, and a line for each damaged one that was met on the way to it.
 
     With `last_step`, the newest up to that step.
 
-    A damaged checkpoint is renamed to `damaged_step_XXXXXXXX` and the one before is tried. Only the process that
-    trains the run may call this (it also removes what a killed save left); readers use `resolve`.
+    A damaged checkpoint is renamed to `damaged_step_XXXXXXXX`, once one before it is found to be complete. Only the
+    process that trains the run may call this (it also removes what a killed save left); readers use `resolve`.
+    Raises ReadFailed where one cannot be read for now: nothing is renamed then.
     """
-    notes: list[str] = []
+    damaged: list[tuple[Path, str]] = []
     try:
         recover(directory)
         for path in reversed(_checkpoints(directory)):
             if last_step is not None and step_of(path) > last_step:
                 continue
             try:
-                verify(path)
-                return path, notes
+                verify(path, retry=retry)
             except DamagedCheckpoint as error:
-                aside = _unused(path.with_name(f"damaged_{path.name}"))
-                path.rename(aside)
-                notes.append(f"{error}; set aside as {aside.name}")
+                damaged.append((path, str(error)))
+                continue
+            return path, [f"{text}; set aside as {_set_aside(bad).name}" for bad, text in damaged]
     except OSError as error:
-        raise UserError(f"{directory}: cannot look for checkpoints: {error}") from None
-    return None, notes
+        text = f"{directory}: cannot look for checkpoints: {error}"
+        raise (UserError(text) if error.errno in REFUSED else ReadFailed(text)) from None
+    return None, [text for _, text in damaged]
+
+
+def _set_aside(path: Path) -> Path:
+    aside = _unused(path.with_name(f"{ASIDE}{path.name}"))
+    move_directory(path, aside)
+    return aside
 
 
 def prune(directory: Path, keep_last: int, best_step: int | None) -> None:
@@ -142,12 +164,18 @@ def forget_after(directory: Path, step: int) -> None:
 
 
 def resolve(path: Path) -> Path:
+    """As `resolve_with_notes`, without the notes."""
+    return resolve_with_notes(path)[0]
+
+
+def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[str]]:
     """The checkpoint that a user means by a run's directory (its newest complete one), its `checkpoints`, or itself.
 
-    Changes nothing on disk, so it is safe beside a running training. Raises UserError saying what was found instead.
+    And a line for each newer one that is damaged. Changes nothing on disk, so it is safe beside a running training.
+    Raises UserError saying what was found instead, and ReadFailed.
     """
     if (path / MANIFEST).is_file() or (STEP_NAME.fullmatch(path.name) and path.is_dir()):
-        return path
+        return path, []
     if not path.exists():
         raise UserError(f"{path}: no such directory; give a run's directory or one of its checkpoints")
     if not path.is_dir():
@@ -159,10 +187,11 @@ def resolve(path: Path) -> Path:
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     for candidate in reversed(_checkpoints(directory)):
         try:
-            verify(candidate)
-            return candidate
+            verify(candidate, retry=retry)
+            return candidate, [f"{text}; {candidate.name} is used instead" for text in damage]
         except DamagedCheckpoint as error:
-            damage.append(str(error))
+            if candidate.exists():  # else the run deleted it meanwhile, as it had newer ones
+                damage.append(str(error))
     if damage:
         raise UserError(f"{path} has no complete checkpoint: {damage[0]}")
     entries = sorted(entry.name for entry in directory.iterdir())
@@ -176,19 +205,30 @@ def recover(directory: Path) -> None:
     """Put back or remove what an unfinished save left, and finish deletions."""
     for path in directory.glob(".step_*.replaced"):
         original = directory / path.name[1:].removesuffix(".replaced")
-        if original.exists():
+        if not path.is_dir():
+            path.unlink()
+        elif (original / MANIFEST).exists():
+            for name in os.listdir(path):  # of files that are moved one by one some may have been
+                if not (original / name).exists():
+                    os.rename(path / name, original / name)
             _delete(path)
         else:
-            path.rename(original)
+            if original.exists():
+                _delete(original)
+            move_directory(path, original, last=MANIFEST)
     for ending in ("tmp", "old"):
         for path in directory.glob(f".step_*.{ending}"):
+            original = directory / path.name[1:].removesuffix(f".{ending}")
+            if original.is_dir() and path.is_dir() and not (original / MANIFEST).exists():
+                _delete(original)  # half of it, on its way here or there
             _delete(path)
 
 
 def _remove(paths: Iterable[Path]) -> None:
     """Each is renamed before it is emptied, so that a kill never leaves half of what looks like a checkpoint."""
     for path in paths:
-        aside = path.rename(path.with_name(f".{path.name}.old"))
+        aside = path.with_name(f".{path.name}.old")
+        move_directory(path, aside, first=MANIFEST)
         _delete(aside)
 
 
@@ -199,43 +239,58 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-def _verified_manifest(path: Path, names: Iterable[str] | None) -> dict[str, Any]:
-    """The manifest, after checking it, `state.json` and the parts in `names` (None: every file)."""
+def _verified_manifest(path: Path, names: list[str] | None) -> dict[str, Any]:
+    """The manifest, after checking it, the files without tensors and the parts in `names` (None: all)."""
     manifest = _read_manifest(path)
     files = manifest["files"]
-    if names is None:
-        checked = list(files)
-    else:
-        for name in names:
-            if name not in _parts(manifest):
-                raise UserError(f"{path}: has no {name}.safetensors; its parts are {', '.join(_parts(manifest))}")
-        checked = [STATE, *(file for file in files if part_of(file) in set(names))]
-    for file in checked:
-        try:
+    parts = _parts(manifest)
+    for name in names or ():
+        if name not in parts:
+            raise UserError(f"{path}: has no {name}.safetensors; its parts are {', '.join(parts)}")
+    for file in files:
+        if names is not None and part_of(file) not in (None, *names):
+            continue
+        with _reading(path, file):
             size = (path / file).stat().st_size
             if size != files[file]["size"]:
                 raise DamagedCheckpoint(f"{path}: {file} has {size} bytes, {files[file]['size']} were written")
             if describe(path / file) != files[file]:
                 raise DamagedCheckpoint(f"{path}: {file} is not what was written: its checksum differs")
-        except FileNotFoundError:
-            raise DamagedCheckpoint(f"{path}: {file} is missing") from None
-        except PermissionError as error:
-            raise UserError(f"{path}: {file} cannot be read: {error.strerror}") from None
-        except OSError as error:
-            raise DamagedCheckpoint(f"{path}: {file} cannot be read: {error.strerror}") from None
     return manifest
+
+
+@contextmanager
+def _reading(path: Path, file: str) -> Iterator[None]:
+    """Turns what the system says when a checkpoint's file is read into what it means for the checkpoint."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path}: {file} is missing") from None
+    except PermissionError as error:
+        raise UserError(f"{path}: {file} cannot be read: {error.strerror}") from None
+    except OSError as error:
+        kind = DamagedCheckpoint if error.errno in NO_FILE else ReadFailed
+        raise kind(f"{path}: {file} cannot be read: {error.strerror}") from None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    with _reading(path, STATE):
+        try:
+            state = json.loads(read_limited(path / STATE, LARGEST_JSON), object_hook=_decode)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DamagedCheckpoint(f"{path}: {STATE} cannot be read: {error}") from None
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(f"{path}: {STATE} is no table of what a checkpoint's has")
+    return state
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest's fields without its checksum. Later versions keep the checksum, so damage is told from newness."""
-    try:
-        content = read_limited(path / MANIFEST, LARGEST_JSON)
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{path}: {MANIFEST} is missing") from None
-    except PermissionError as error:
-        raise UserError(f"{path}: {MANIFEST} cannot be read: {error.strerror}") from None
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path}: {MANIFEST} cannot be read: {error}") from None
+    with _reading(path, MANIFEST):
+        try:
+            content = read_limited(path / MANIFEST, LARGEST_JSON)
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{path}: {MANIFEST} cannot be read: {error}") from None
     try:
         manifest: dict[str, Any] = json.loads(content)
         del manifest["sha256"]
@@ -274,10 +329,11 @@ def manifest_bytes(fields: Mapping[str, Any]) -> bytes:
 
 
 def describe(path: Path, sync: bool = False) -> dict[str, Any]:
+    """Size and SHA-256 of a regular file, which with `sync` is on the disk afterwards. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     buffer = memoryview(bytearray(READ_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+    with open_regular(path) as file:
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
             digest.update(buffer[:count])
             size += count
         if sync:
@@ -315,4 +371,8 @@ def _unused(path: Path) -> Path:
 
 
 def _decode(value: dict[str, Any]) -> Any:
-    return float(value[NON_FINITE]) if value.keys() == {NON_FINITE} else value
+    if value.keys() != {NON_FINITE}:
+        return value
+    if value[NON_FINITE] not in ("nan", "inf", "-inf"):
+        raise ValueError(f"{NON_FINITE} is given for what is no float")
+    return float(value[NON_FINITE])

@@ -1,18 +1,19 @@
 """Writing a checkpoint: all of it or nothing, from one process or several."""
 
+import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from p828.errors import UserError
-from p828.files import fsync
+from p828.files import fsync, move_directory
 from p828.train.checkpoint import (
     FORMAT_VERSION,
+    LARGEST_JSON,
     MANIFEST,
     NON_FINITE,
     STATE,
@@ -21,7 +22,7 @@ from p828.train.checkpoint import (
     name_of,
     recover,
 )
-from p828.train.fragments import Fragment, values_of
+from p828.train.fragments import Saveable, tensors_of
 from p828.train.ranks import Ranks
 from p828.train.tensor_files import file_name, write_tensors
 
@@ -33,7 +34,7 @@ class CheckpointWriter:
 
     All `ranks` make one, `write`, and `publish` once everyone has written. Tensors may be of any dtype and device,
     non-contiguous, or share memory (each is written in full). `state` is the first rank's and holds JSON values; tuples
-    come back as lists, and floats may be NaN or infinite.
+    come back as lists, and floats may be NaN or infinite. `enclosed` are other files, the first rank's, by name.
     Making one and publishing raise UserError, on all ranks and with nothing left behind, when the file system refuses
     (full, read-only, ...).
     """
@@ -42,15 +43,16 @@ class CheckpointWriter:
         self,
         directory: Path,
         step: int,
-        tensors: Mapping[str, Mapping[str, Tensor | Fragment]],
+        tensors: Mapping[str, Mapping[str, Saveable]],
         state: Mapping[str, Any],
         ranks: Ranks,
+        enclosed: Mapping[str, bytes] | None = None,
     ) -> None:
         self.step, self.tensors, self.ranks = step, tensors, ranks
         self.final = directory / name_of(step)
         self._temporary = directory / f".{self.final.name}.tmp"
-        self._state = json.dumps(_encode(state), allow_nan=False)
-        self._needed = len(self._state) + sum(ranks.gather(num_bytes(tensors)))
+        self._small = {**(enclosed or {}), STATE: json.dumps(_encode(state), allow_nan=False).encode()}
+        self._needed = sum(map(len, self._small.values())) + sum(ranks.gather(num_bytes(tensors)))
         self._files: dict[str, Any] = {}
         self._refusal: OSError | None = None
         ranks.first(lambda: self._refusals(lambda: _begin(self._temporary)))
@@ -61,6 +63,8 @@ class CheckpointWriter:
             self._files = _write_own(self._temporary, self.tensors, self.ranks)
         except OSError as error:
             self._refusal = error
+        except MemoryError:
+            self._refusal = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     def publish(self) -> Path:
         """Make it one that is found, durably, and return its path."""
@@ -82,11 +86,13 @@ class CheckpointWriter:
             raise self._refusal
 
     def _complete(self, files: dict[str, Any]) -> None:
-        (self._temporary / STATE).write_text(self._state, encoding="utf-8")
-        files[STATE] = describe(self._temporary / STATE, sync=True)
-        manifest = self._temporary / MANIFEST
-        manifest.write_bytes(manifest_bytes({"format_version": FORMAT_VERSION, "step": self.step, "files": files}))
-        fsync(manifest)
+        if len(self._small[STATE]) > LARGEST_JSON:
+            raise OSError(errno.EFBIG, f"{STATE} would have {len(self._small[STATE]):,} bytes of {LARGEST_JSON:,}")
+        for name, content in self._small.items():
+            _write_new(self._temporary / name, content)
+            files[name] = describe(self._temporary / name)
+        manifest = manifest_bytes({"format_version": FORMAT_VERSION, "step": self.step, "files": files})
+        _write_new(self._temporary / MANIFEST, manifest)
         fsync(self._temporary)
         _publish(self._temporary, self.final)
 
@@ -104,19 +110,21 @@ class CheckpointWriter:
 def save(
     directory: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, Tensor | Fragment]],
+    tensors: Mapping[str, Mapping[str, Saveable]],
     state: Mapping[str, Any],
     ranks: Ranks | None = None,
+    enclosed: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a checkpoint as `CheckpointWriter` says, and return its path."""
-    writer = CheckpointWriter(directory, step, tensors, state, ranks or Ranks())
+    writer = CheckpointWriter(directory, step, tensors, state, ranks or Ranks(), enclosed)
     writer.write()
     return writer.publish()
 
 
-def num_bytes(tensors: Mapping[str, Mapping[str, Tensor | Fragment]]) -> int:
+def num_bytes(tensors: Mapping[str, Mapping[str, Saveable]]) -> int:
     """What they take in a file."""
-    return sum(values_of(value).nbytes for part in tensors.values() for value in part.values())
+    values = (value for part in tensors.values() for value in part.values())
+    return sum(tensor.nbytes for value in values for tensor in tensors_of(value))
 
 
 def _begin(temporary: Path) -> None:
@@ -125,7 +133,7 @@ def _begin(temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _write_own(temporary: Path, tensors: Mapping[str, Mapping[str, Tensor | Fragment]], ranks: Ranks) -> dict[str, Any]:
+def _write_own(temporary: Path, tensors: Mapping[str, Mapping[str, Saveable]], ranks: Ranks) -> dict[str, Any]:
     """One rank's files, and what the manifest says of them."""
     files: dict[str, Any] = {}
     for part, values in tensors.items():
@@ -135,12 +143,19 @@ def _write_own(temporary: Path, tensors: Mapping[str, Mapping[str, Tensor | Frag
     return files
 
 
+def _write_new(path: Path, content: bytes) -> None:
+    """Durably."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _publish(temporary: Path, final: Path) -> None:
     """Rename into place, durably. Between the two renames of a replacement, `recover` restores the older one."""
-    replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():
-        final.rename(replaced)
-    temporary.rename(final)
+        move_directory(final, final.with_name(f".{final.name}.replaced"), last=MANIFEST)
+    move_directory(temporary, final, last=MANIFEST)
     fsync(final.parent)
 
 

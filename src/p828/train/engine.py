@@ -20,7 +20,7 @@ from p828.model.initialisation import initialise
 from p828.model.transformer import Transformer
 from p828.train.balance import update_biases
 from p828.train.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
-from p828.train.fragments import Fragment
+from p828.train.fragments import Saveable
 from p828.train.gradients import GradientSums
 from p828.train.optimizer import Optimizer, pick_moment_dtype
 from p828.train.tensor_files import Tensors
@@ -55,8 +55,8 @@ class Engine(Protocol):
     def model_in_step(self) -> AbstractContextManager[Transformer]:
         """The model for forward passes that all ranks make at once, each as many."""
 
-    def tensors(self) -> Mapping[str, Mapping[str, Tensor | Fragment]]:
-        """Everything a checkpoint needs from this rank, by file and name."""
+    def tensors(self) -> Mapping[str, Mapping[str, Saveable]]:
+        """Everything a checkpoint needs from this rank, by file and name, where it is kept."""
 
     def load_tensors(self, tensors: Tensors) -> None:
         """Go on from what an engine saved."""
@@ -102,12 +102,12 @@ class PlainEngine:
         self.gradients.begin_step()
         return step_result(result.tolist(), self.config)  # the step's one wait for the device
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything a checkpoint needs from here, by file and name."""
+    def tensors(self) -> dict[str, dict[str, Saveable]]:
+        """Everything a checkpoint needs from here, by file and name, where it is kept; masters are not joined."""
         return {
-            "model": {**self.model.state_dict(), **self.optimizer.masters()},
-            "optimizer": self.optimizer.tensors(),
-            "random": random_states(self.device),
+            "model": {**self.model.state_dict(), **self.optimizer.halves()},
+            "optimizer": {**self.optimizer.tensors()},
+            "random": {**random_states(self.device)},
         }
 
     @contextmanager

@@ -24,7 +24,7 @@ from p828.train.balance import update_biases
 from p828.train.deepspeed_settings import DeepSpeedSettings, deepspeed_settings
 from p828.train.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
 from p828.train.engine import StepResult, check_widths, prepare_layers, step_result
-from p828.train.fragments import Fragment
+from p828.train.fragments import Saveable
 from p828.train.gradients import auxiliary_losses
 from p828.train.optimizer import decayed_names
 from p828.train.ranks import Ranks
@@ -191,15 +191,15 @@ class DeepSpeedEngine:
         with deepspeed.zero.GatheredParameters([self.model.head_weight]):
             yield self.model
 
-    def tensors(self) -> dict[str, dict[str, Tensor | Fragment]]:
+    def tensors(self) -> dict[str, dict[str, Saveable]]:
         """This rank's share of what a checkpoint needs from here, by file and name; rank 0 has what is whole, too."""
         held = [part.share(self.ranks.rank, self.ranks.size) if self.stage == 0 else part for part in self.parts]
         held = [part for part in held if part.length]
-        model: dict[str, Tensor | Fragment] = {part.name: part.of(part.flat) for part in held}
-        optimizer: dict[str, Tensor | Fragment] = {
+        model: dict[str, Saveable] = {part.name: part.of(part.flat) for part in held}
+        optimizer: dict[str, Saveable] = {
             f"{key}/{part.name}": part.of(self._state(part.flat)[key]) for key in MOMENTS for part in held
         }
-        random: dict[str, Tensor | Fragment] = {}
+        random: dict[str, Saveable] = {}
         for name, state in random_states(self.device).items():
             random[name if self.ranks.is_first else f"{name}/{self.ranks.rank}"] = state
         if self.ranks.is_first:
@@ -214,12 +214,19 @@ class DeepSpeedEngine:
         buffers = {name: buffer for name, buffer in self.model.state_dict().items() if name not in parameters}
         for name, buffer in buffers.items():
             buffer.copy_(tensors.tensor("model", name))
+        saved = set(tensors.names("optimizer"))  # older ones from before the first step have not all
         for part in self.parts:
             part.of(part.flat).values.copy_(tensors.fragment("model", part.name, part.start, part.length))
             for key in MOMENTS:
-                moments = tensors.fragment("optimizer", f"{key}/{part.name}", part.start, part.length)
-                part.of(self._state(part.flat)[key]).values.copy_(moments)
-        self._updates = int(tensors.tensor("optimizer", f"step/{next(iter(parameters))}").item())
+                moments, moments_name = part.of(self._state(part.flat)[key]).values, f"{key}/{part.name}"
+                if moments_name in saved:
+                    moments.copy_(tensors.fragment("optimizer", moments_name, part.start, part.length))
+                else:
+                    moments.zero_()
+        counts = [
+            tensors.tensor("optimizer", name) for name in (f"step/{name}" for name in parameters) if name in saved
+        ]
+        self._updates = int(counts[0].item()) if counts else 0
         self._set_updates()
         refresh(self._optimizer, self.stage)
         own = {name.partition("/")[0]: name for name in tensors.names("random") if _rank_of(name) == self.ranks.rank}

@@ -1,4 +1,4 @@
-"""Parts of tensors, as ranks hold them and as checkpoints keep them."""
+"""Parts of tensors, as ranks and the optimizer hold them and as checkpoints keep them."""
 
 from typing import NamedTuple
 
@@ -16,6 +16,27 @@ class Fragment(NamedTuple):
     """Of the whole tensor."""
 
 
-def values_of(value: Tensor | Fragment) -> Tensor:
-    """The numbers, whichever it is."""
-    return value.values if isinstance(value, Fragment) else value
+class Master(NamedTuple):
+    """A float32 tensor as training keeps it, in two: `kernels.adamw.join_float32` gives its numbers."""
+
+    weight: Tensor
+    """bfloat16, what the layers compute with."""
+    remainder: Tensor
+    """int16, of the same shape."""
+
+
+Saveable = Tensor | Fragment | Master
+
+
+def tensors_of(value: Saveable) -> tuple[Tensor, ...]:
+    """What it is made of."""
+    if isinstance(value, Fragment):
+        return (value.values,)
+    return tuple(value) if isinstance(value, Master) else (value,)
+
+
+def with_tensors(value: Saveable, tensors: tuple[Tensor, ...]) -> Saveable:
+    """The same made of other tensors."""
+    if isinstance(value, Fragment):
+        return value._replace(values=tensors[0])
+    return Master(*tensors) if isinstance(value, Master) else tensors[0]

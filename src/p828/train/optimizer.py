@@ -17,6 +17,7 @@ from p828.config import OptimizerConfig
 from p828.errors import UserError
 from p828.kernels.adamw import MatrixState, Update, adamw_, bias_corrections, join_float32, split_float32
 from p828.model.precision import matrices
+from p828.train.fragments import Master
 
 
 class Optimizer:
@@ -52,6 +53,12 @@ class Optimizer:
         )
         for parameter in others:
             parameter.grad = sums[parameter]
+            # Made here and not at the first update, so that a checkpoint from before it is complete, too.
+            self._others.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
 
     def gradients(self) -> dict[str, Tensor]:
         """The float32 sums of the step so far, by parameter."""
@@ -81,8 +88,12 @@ class Optimizer:
 
     def masters(self) -> dict[str, Tensor]:
         """Names and float32 values, on the CPU, of the parameters that the model holds in bfloat16."""
+        return {name: join_float32(*master).cpu() for name, master in self.halves().items()}
+
+    def halves(self) -> dict[str, Master]:
+        """The same, not joined and where they are kept."""
         return {
-            name: join_float32(self._matrices[p].weight, self._matrices[p].remainder).cpu()
+            name: Master(self._matrices[p].weight, self._matrices[p].remainder)
             for name, p in self._parameters.items()
             if p in self._matrices
         }
@@ -101,16 +112,16 @@ class Optimizer:
         return {f"{key}/{name}": value for name, p in self._parameters.items() for key, value in self._state(p).items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `tensors` gave, here or where parameters or moments have another dtype."""
-        for key_and_name, value in tensors.items():
-            key, _, name = key_and_name.partition("/")
-            parameter = self._parameters[name]
-            if parameter not in self._matrices:
-                self._others.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
-            elif key == "step":
-                self._updates.copy_(value)
-            else:
-                getattr(self._matrices[parameter], key).copy_(value)
+        """Put back what `tensors` gave, here or where parameters or moments have another dtype.
+
+        What is not there is zero, as before the first update.
+        """
+        for name, parameter in self._parameters.items():
+            for key, own in self._state(parameter).items():
+                value = tensors.get(f"{key}/{name}")
+                if key == "step" and parameter in self._matrices:
+                    own = self._updates
+                own.zero_() if value is None else own.copy_(value)
 
     def _state(self, parameter: Tensor) -> Mapping[str, Tensor]:
         if parameter not in self._matrices:

@@ -16,14 +16,19 @@ from typing import Any
 
 import tomli_w
 
-from p828.config import Config, from_dict, load, with_vocabulary
+from p828.config import Config, load, with_vocabulary
 from p828.config_values import flatten, to_dict
+from p828.data.retry import Retry
 from p828.errors import ReadFailed, UserError
-from p828.files import locked, write_atomic
-from p828.train import checkpoint
+from p828.files import MEBIBYTE, locked, read_limited, write_atomic
+from p828.train import checkpoint, metrics
+from p828.train.checkpoint_content import config_of
+from p828.train.file_system import try_out
 from p828.train.ranks import Ranks
 
 CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.toml", "tokenizer.json", "checkpoints"
+LARGEST_TOKENIZER = 256 * MEBIBYTE
+LEFT_BEHIND = re.compile(r"\.[a-z_]+(\.[a-z]+)?\.(tmp|\d+)")  # a file that was being written when a process was killed
 
 IN_MIXTURE = re.compile(r"mixture\[\d+\]\.")  # a source's own key is as free as the same one of a single source
 
@@ -75,8 +80,10 @@ def open_run(config: Config, ranks: Ranks) -> Iterator[RunDirectory]:
     """Make the run's directory, or enter the existing one, and keep other runs' processes out of it.
 
     Rank 0 does it, and all ranks have what it found. Raises UserError when another process trains the run, and when its
-    newest checkpoint was made with another model, data, tokenizer or seed. Without a checkpoint the run is begun anew
-    if these differ. Directories made here are removed again if the block raises UserError or ReadFailed before `keep`.
+    newest checkpoint was made with another model, data, tokenizer or seed; when the file system cannot hold a run; and
+    when the run had checkpoints and none of them is left. If it never had one, it is begun anew if settings differ.
+    Raises ReadFailed when a checkpoint cannot be read for now.
+    Directories made here are removed again if the block raises UserError or ReadFailed before `keep`.
     """
     with contextlib.ExitStack() as stack:
         directory = ranks.first(lambda: _entered(config, stack))
@@ -95,18 +102,44 @@ def open_run(config: Config, ranks: Ranks) -> Iterator[RunDirectory]:
 
 
 def _entered(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
-    """The directory, made and locked until the stack is closed."""
-    run_dir = config.run_dir
-    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    """The directory, made and locked until the stack is closed. What was made is removed again if it is refused."""
+    run_dir, made = config.run_dir, list[Path]()
+    is_ours = True
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        _make(run_dir, made)
+        is_ours = False  # another process may have locked it
         stack.enter_context(locked(run_dir, f"{run_dir}: another p828 train is at work on this run"))
+        is_ours = True
+        try_out(run_dir)
+        _sweep(run_dir)
         newest, damaged, changes, vocab_size = _enter(config)
         directory = RunDirectory(run_dir, versions(), newest, damaged, changes, made, vocab_size)
         _write_config(run_dir / CONFIG_FILE, config, directory.versions)
-    except OSError as error:
-        raise UserError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from None
+    except (UserError, ReadFailed, OSError) as error:
+        if is_ours or isinstance(error, OSError):
+            _remove(made)
+        if isinstance(error, OSError):
+            raise UserError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from None
+        raise
     return directory
+
+
+def _make(directory: Path, made: list[Path]) -> None:
+    """And its parents. `made` gets those that were not there, innermost first."""
+    for path in (*reversed(directory.parents), directory):
+        try:
+            path.mkdir()
+            made.insert(0, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+
+
+def _sweep(run_dir: Path) -> None:
+    """Remove what killed processes left of files that were to take another's place."""
+    for path in run_dir.iterdir():
+        if LEFT_BEHIND.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
+            path.unlink()
 
 
 def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
@@ -115,10 +148,17 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
     What stands in the way of beginning anew is removed.
     """
     run_dir = config.run_dir
-    if (run_dir / CHECKPOINTS).exists() and not (run_dir / CHECKPOINTS).is_dir():
-        raise UserError(f"{run_dir / CHECKPOINTS} is a file; the run keeps its checkpoints in a directory of that name")
-    newest, damaged = checkpoint.find_newest(run_dir / CHECKPOINTS)
-    before = _before(config, newest)
+    checkpoints, retry = run_dir / CHECKPOINTS, Retry(config.data.read_retries, tell=_tell)
+    if checkpoints.is_symlink() and not checkpoints.exists():
+        raise UserError(f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there")
+    if checkpoints.exists():
+        if not checkpoints.is_dir():
+            raise UserError(f"{checkpoints} is a file; the run keeps its checkpoints in a directory of that name")
+        try_out(checkpoints)  # it may be a link to another disk
+    newest, damaged = checkpoint.find_newest(checkpoints, retry=retry)
+    if newest is None:
+        _refuse_if_there_were_some(run_dir, damaged)
+    before = _before(config, newest, retry)
     changes = _changes(config, before)
     blocking = [line for line in changes if line.startswith(FIXED) and not IN_MIXTURE.sub("", line).startswith(FREE)]
     if blocking and newest is not None:
@@ -129,16 +169,40 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
     if blocking:
         for name in (TOKENIZER_FILE, "metrics.jsonl", "wandb_id"):
             (run_dir / name).unlink(missing_ok=True)
+    if newest is not None and (newest / TOKENIZER_FILE).is_file() and not (run_dir / TOKENIZER_FILE).exists():
+        text = read_limited(newest / TOKENIZER_FILE, LARGEST_TOKENIZER).decode()
+        write_atomic(run_dir / TOKENIZER_FILE, text)
     if newest is None:
         return None, damaged, [], 0
     return newest, damaged, changes, before["model.vocab_size"]
 
 
-def _before(config: Config, newest: Path | None) -> dict[str, Any]:
+def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:
+    """A run is begun again on purpose only, as that overwrites what is left of it."""
+    checkpoints = run_dir / CHECKPOINTS
+    how = f"To begin again, give another --name or remove {run_dir}"
+    if damaged:
+        more = f" ({len(damaged) - 1} more are damaged, too)" if len(damaged) > 1 else ""
+        raise UserError(f"{run_dir} has no complete checkpoint to go on from: {damaged[0]}{more}.\n{how}")
+    aside = checkpoints.is_dir() and any(path.name.startswith(checkpoint.ASIDE) for path in checkpoints.iterdir())
+    records = run_dir / metrics.FILE_NAME
+    saved = (line["step"] for line in metrics.read(records) if line.get("event") == "saved") if records.exists() else ()
+    last = max(saved, default=None)
+    if aside or last is not None:
+        what = "those that are there are damaged" if aside else f"its records tell of one of step {last}"
+        raise UserError(f"{checkpoints} has no checkpoint left to go on from, and {what}.\n{how}")
+
+
+def _tell(text: str) -> None:
+    print(f"p828: {text}", file=sys.stderr, flush=True)
+
+
+def _before(config: Config, newest: Path | None, retry: Retry) -> dict[str, Any]:
     """The settings of the checkpoint, else of config.toml, by dotted key; none if the run is a new one."""
     path = config.run_dir / CONFIG_FILE
     if newest is not None:
-        return flatten(from_dict(checkpoint.load(newest, names=()).state["config"], str(newest)))
+        with checkpoint.opened(newest, names=(), retry=retry) as saved:
+            return flatten(config_of(saved))
     if path.exists():
         return flatten(load(str(path)))
     if any(not entry.name.startswith(".") for entry in config.run_dir.iterdir()):

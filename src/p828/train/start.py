@@ -14,6 +14,7 @@ from p828.data.tokenizer import Tokenizer, load_tokenizer, remarks
 from p828.errors import UserError
 from p828.model.flops import count_parameters, unused_vocabulary
 from p828.train import checkpoint
+from p828.train.checkpoint_content import reading_position
 from p828.train.console import Console
 from p828.train.deepspeed_settings import DeepSpeedSettings
 from p828.train.device import make_deterministic, pick_device
@@ -73,8 +74,7 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, new
                     run.write(config)
                     recorder.update(config)
                 _check_prompts(config, tokenizer)
-                state = None if run.newest is None else checkpoint.load(run.newest, names=()).state["data"]
-                rules = [] if state is None else held_out_rules(state)
+                rules = [] if run.newest is None else _held_out_rules(run.newest)
                 validation = validation_batches(
                     config,
                     tokenizer,
@@ -102,13 +102,17 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, new
                 lines = [*run.damaged, *changes]
                 if run.newest is not None:
                     lines.append(f"resumed from step {trainer.progress.step}")
-                elif run.damaged:
-                    lines.append("no checkpoint is left: the run begins again from step 0")
                 for line in lines:
                     trainer.tell("resume", line)
                 with noted_signals(loader.stop_waiting) as trainer.stop:
                     trainer.run()
                 trainer.conclude()
+
+
+def _held_out_rules(path: Path) -> list[bool | None]:
+    """By which rule the run of a checkpoint holds out text of each source. Raises DamagedCheckpoint."""
+    with checkpoint.opened(path, names=()) as saved, reading_position(path):
+        return held_out_rules(saved.state["data"])
 
 
 def _engine(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, console: Console) -> Engine:

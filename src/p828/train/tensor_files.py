@@ -2,26 +2,40 @@
 
 The tensors of one part ("model", "optimizer", "random") lie in `PART.safetensors`, or in `PART.rank_0003.safetensors`
 and its like, one from each rank. A fragment is stored flat, and the file's metadata says where it belongs.
+
+Files are written here and not by the library, a piece after the other, so that writing takes next to no memory: a
+master in two halves is joined on the way. They are read by the library.
 """
 
 import json
-import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from p828.train.fragments import Fragment
+from p828.config_values import shown
+from p828.errors import UserError
+from p828.kernels.adamw import join_float32
+from p828.train.fragments import Fragment, Master, Saveable, tensors_of
 
 ENDING = ".safetensors"
 PLACES = "fragments"  # in the metadata: JSON, name to [start, *shape]
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+LONGEST_CAUSE = 300  # characters of what a library says
+PIECE = 2**22  # numbers that are written at a time
+MOST_DIMENSIONS, MOST_NUMBERS = 8, 2**48  # of a tensor in fragments
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not what was written: the message names it, the file and what is wrong."""
 
 
 def file_name(part: str, rank: int, size: int) -> str:
@@ -33,29 +47,56 @@ def part_of(file: str) -> str | None:
     return file.split(".")[0] if file.endswith(ENDING) else None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor | Fragment]) -> None:
-    """Write one file; tensors that share memory are written in full. Raises OSError as the file system refuses."""
-    separate: dict[str, Tensor] = {}
-    places: dict[str, list[int]] = {}
-    seen: set[int] = set()
-    for name, value in tensors.items():
-        if isinstance(value, Fragment):
-            # Many are views of one tensor, which the library refuses.
-            separate[name] = value.values.cpu() if value.values.is_cuda else value.values.clone()
-            places[name] = [value.start, *value.shape]
-            continue
-        tensor = value.detach().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    try:
-        save_file(separate, path, metadata={"format": "pt"} | ({PLACES: json.dumps(places)} if places else {}))
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    path.chmod(path.parent.stat().st_mode & 0o666)  # the library's files are their owner's alone
+def write_tensors(path: Path, tensors: Mapping[str, Saveable]) -> None:
+    """Write a new file; tensors that share memory are written in full. Raises OSError as the file system refuses.
+
+    Raises TypeError for a dtype that a checkpoint does not have.
+    """
+    kinds = {name: _kind(value) for name, value in tensors.items()}
+    # Wide numbers come first, so that every tensor begins at a multiple of its numbers' size.
+    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places = {name: [v.start, *v.shape] for name, v in tensors.items() if isinstance(v, Fragment)}
+    if places:
+        header["__metadata__"][PLACES] = json.dumps(places)
+    end = 0
+    for name in names:
+        shape = tensors_of(tensors[name])[0].shape
+        begin, end = end, end + prod(shape) * kinds[name].itemsize
+        header[name] = {"dtype": _code(name, kinds[name]), "shape": list(shape), "data_offsets": [begin, end]}
+    spelled = json.dumps(header).encode()
+    spelled += b" " * (-len(spelled) % 8)
+    with path.open("xb", buffering=0) as file:
+        _write_all(file, len(spelled).to_bytes(8, "little") + spelled)
+        for name in names:
+            for piece in _pieces(tensors[name]):
+                _write_all(file, piece.view(torch.uint8).numpy().data)
+
+
+def _kind(value: Saveable) -> torch.dtype:
+    """What its numbers are in the file."""
+    return torch.float32 if isinstance(value, Master) else tensors_of(value)[0].dtype
+
+
+def _code(name: str, dtype: torch.dtype) -> str:
+    if dtype not in DTYPES:
+        raise TypeError(f"{name}: a checkpoint has no {dtype}")
+    return DTYPES[dtype]
+
+
+def _pieces(value: Saveable) -> Iterator[Tensor]:
+    """Its numbers, flat and on the host, some at a time."""
+    split = (tensor.detach().contiguous().view(-1).split(PIECE) for tensor in tensors_of(value))
+    for pieces in zip(*split, strict=True):
+        on_host = [piece.cpu() for piece in pieces]
+        yield join_float32(*on_host) if isinstance(value, Master) else on_host[0]
+
+
+def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Unbuffered files may take less than they are given."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 class _Place(NamedTuple):
@@ -67,22 +108,32 @@ class _Place(NamedTuple):
     is_whole: bool
 
 
+class Kind(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    dtype: str
+    """As safetensors has it: "F32" and so on."""
+    shape: tuple[int, ...]
+
+
 class Tensors:
     """The tensors of a checkpoint's files, read when asked for. Use in a `with`, which keeps the files open.
 
-    Raises ValueError for metadata that is none, and for a tensor whose fragments do not make it whole.
+    Raises DamagedCheckpoint for metadata that is none, and for a tensor whose fragments do not make it whole.
     """
 
     def __init__(self, directory: Path, files: Iterable[str], device: str = "cpu") -> None:
+        self.directory = directory
         self._stack = ExitStack()
         self._places: dict[tuple[str, str], list[_Place]] = {}
-        self._shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+        self._kinds: dict[tuple[str, str], Kind] = {}
         try:
             for file in files:
                 part = part_of(file)
                 if part is not None:
-                    opened = self._stack.enter_context(safe_open(directory / file, "pt", device=device))
-                    self._add(part, opened, json.loads((opened.metadata() or {}).get(PLACES, "{}")))
+                    with self._reading(file):
+                        opened = self._stack.enter_context(safe_open(directory / file, "pt", device=device))
+                        self._add(part, opened, json.loads((opened.metadata() or {}).get(PLACES, "{}")))
         except BaseException:
             self._stack.close()
             raise
@@ -96,15 +147,24 @@ class Tensors:
     def names(self, part: str) -> list[str]:
         return [name for found, name in self._places if found == part]
 
+    def kind(self, part: str, name: str) -> Kind:
+        """Raises KeyError if there is none of this name."""
+        return self._kinds[part, name]
+
     def tensor(self, part: str, name: str) -> Tensor:
         """A whole one. Raises KeyError if there is none of this name."""
-        places = self._places[part, name]
-        if places[0].is_whole:
+        places, shape = self._places[part, name], self._kinds[part, name].shape
+        if not places[0].is_whole:
+            return self.fragment(part, name, 0, prod(shape)).view(shape)
+        with self._reading(part):
             return places[0].file.get_tensor(name)
-        return self.fragment(part, name, 0, prod(self._shapes[part, name])).view(self._shapes[part, name])
 
     def fragment(self, part: str, name: str, start: int, count: int) -> Tensor:
         """`count` numbers from place `start` on of the flattened tensor."""
+        with self._reading(part):
+            return self._fragment(part, name, start, count)
+
+    def _fragment(self, part: str, name: str, start: int, count: int) -> Tensor:
         pieces: list[Tensor] = []
         place_after = start
         for place in self._places[part, name]:
@@ -122,6 +182,14 @@ class Tensors:
         """All tensors of a part."""
         return {name: self.tensor(part, name) for name in self.names(part)}
 
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Turns what the library finds wrong into a line on the checkpoint."""
+        try:
+            yield
+        except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+            raise DamagedCheckpoint(f"{self.directory}: {what} cannot be read: {str(error)[:LONGEST_CAUSE]}") from None
+
     @staticmethod
     def _piece(place: _Place, name: str, begin: int, end: int) -> Tensor:
         if place.is_whole:
@@ -132,22 +200,29 @@ class Tensors:
         if not isinstance(fragments, dict):
             raise ValueError(f"{PLACES} is no table")
         for name in file.keys():  # noqa: SIM118 (no mapping)
-            shape: Sequence[int] = file.get_slice(name).get_shape()
+            values = file.get_slice(name)
+            shape: Sequence[int] = values.get_shape()
             start, is_whole = 0, name not in fragments
             count = prod(shape)
             if not is_whole:
                 start, *shape = _place(fragments[name], name)
                 if start + count > prod(shape):
                     raise ValueError(f"{name}: a fragment reaches past its end")
-            known = self._shapes.setdefault((part, name), tuple(shape))
+            kind = Kind(values.get_dtype(), tuple(shape))
+            known = self._kinds.setdefault((part, name), kind)
             places = self._places.setdefault((part, name), [])
-            if known != tuple(shape) or (places and (is_whole or places[0].is_whole)):
-                raise ValueError(f"{name}: is there twice, or with two shapes")
+            if known != kind or (places and (is_whole or places[0].is_whole)):
+                raise ValueError(f"{name}: is there twice, or with two shapes or dtypes")
             places.append(_Place(file, start, count, is_whole))
             places.sort(key=lambda place: place.start)
 
 
 def _place(values: Any, name: str) -> list[int]:
-    if not isinstance(values, list) or not values or not all(isinstance(n, int) and n >= 0 for n in values):
-        raise ValueError(f"{name}: {values!r} is no place of a fragment")
+    is_place = (
+        isinstance(values, list)
+        and 1 <= len(values) <= 1 + MOST_DIMENSIONS
+        and all(type(number) is int and 0 <= number <= MOST_NUMBERS for number in values)
+    )
+    if not is_place:
+        raise ValueError(f"{name}: {shown(values)} is no place of a fragment")
     return values

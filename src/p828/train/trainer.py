@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from p828.config import Config
+from p828.config import Config, TrainConfig
 from p828.config_values import to_dict
 from p828.data.bigram import bigram_loss
 from p828.data.feed import training_rows
 from p828.data.loader import DIGESTS, Batch, Loader
 from p828.data.mixture import at_step, bad_records, is_stopped, merged
+from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
 from p828.errors import ReadFailed, RunPaused, RunStopped, UserError
 from p828.inference.evaluate import evaluate
@@ -21,6 +22,8 @@ from p828.inference.sampling import SamplingConfig
 from p828.model.flops import flops_per_token
 from p828.train import checkpoint
 from p828.train.background_saver import BackgroundSaver
+from p828.train.checkpoint import DamagedCheckpoint
+from p828.train.checkpoint_content import check_content, config_of, reading_position
 from p828.train.console import Console
 from p828.train.device import peak_flops, peak_memory
 from p828.train.engine import Engine, StepResult
@@ -55,7 +58,8 @@ class Trainer:
     """Most that a rank has held so far."""
 
     def __post_init__(self) -> None:
-        self.saver = BackgroundSaver(self.checkpoints, self.ranks.apart(), self.engine.device)
+        tokenizer = {TOKENIZER_FILE: self.tokenizer.to_json().encode()}  # so that a checkpoint can be used by itself
+        self.saver = BackgroundSaver(self.checkpoints, self.ranks.apart(), self.engine.device, tokenizer)
 
     def run(self) -> None:
         """Train to the last step, or until patience runs out."""
@@ -204,14 +208,16 @@ class Trainer:
             self.stop_for_good(f"{what}, and the run was rolled back {config.limit} times before")
         self.saver.wait_for_deletion()  # which changes the directory, too
         last_good = bad.step - bad.bad_steps  # a later one is of a run that was asked to end among the bad steps
-        path, damaged = self.ranks.first(lambda: checkpoint.find_newest(self.checkpoints, last_good))
+        retry = self.retry
+        path, damaged = self.ranks.first(lambda: checkpoint.find_newest(self.checkpoints, last_good, retry))
         for line in damaged:
             self.tell("damaged", line)
         if path is None:
             self.stop_for_good(f"{what}, and there is no checkpoint to go back to")
-        with checkpoint.opened(path) as saved:
+        with self.ranks.agreed(), checkpoint.opened(path, retry=retry) as saved:
+            self.progress = check_content(saved, self.config, self.loader.state_dict())
+        with checkpoint.opened(path, retry=retry) as saved:
             self.engine.load_tensors(saved.tensors)
-            self.progress = Progress(**saved.state["progress"])
         self.progress.rollbacks = bad.rollbacks + 1
         back = self.saved_step = self.progress.step
         self.loader.go_on_at(back)
@@ -283,7 +289,7 @@ class Trainer:
         fails, as a later one may not, it is recorded and the run goes on. Raises UserError if it is the last.
         """
         self.finish_save()
-        progress = self.progress
+        began, progress = time.monotonic(), self.progress
         is_last = is_last or self.is_done()
         if progress.bad_steps and self.config.rollback.after_steps and not is_last:
             return  # nothing to go back to
@@ -297,7 +303,7 @@ class Trainer:
             "ranks": self.ranks.size,
         }
         try:
-            is_done = self.saver.start(progress.step, self.engine.tensors(), state)
+            is_done = self.saver.start(progress.step, self.engine.tensors(), state, began)
         except UserError as error:
             self.not_saved(error, progress.step, is_last)
             return
@@ -334,24 +340,33 @@ class Trainer:
         self.console.event(text)
 
     def resume(self, path: Path) -> list[str]:
-        """Go back to where a checkpoint was made. Raises UserError if it was made with another tokenizer.
+        """Go back to where a checkpoint was made.
 
-        What of the step changes with the number of ranks, a line for it.
+        What of the step changes with the number of ranks, a line for it. Raises UserError if it was made with another
+        tokenizer, DamagedCheckpoint if its content cannot be a run's, and ReadFailed.
         """
-        with checkpoint.opened(path) as saved, self.ranks.agreed():
-            if saved.state["tokenizer"] != self.tokenizer.fingerprint():
+        with self.ranks.agreed(), checkpoint.opened(path, retry=self.retry) as saved:
+            if saved.state.get("tokenizer") != self.tokenizer.fingerprint():
                 raise UserError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
-            self.progress = Progress(**saved.state["progress"])
-            self.loader.load_state_dict(at_step(saved.state["data"], self.progress.step))
+            if saved.step != checkpoint.step_of(path):
+                raise DamagedCheckpoint(f"{path}: its manifest says step {saved.step}")
+            self.progress = check_content(saved, self.config, self.loader.state_dict())
+            with reading_position(path):
+                self.loader.load_state_dict(at_step(saved.state["data"], self.progress.step))
             self.saved_step = self.progress.step
-        with checkpoint.opened(path) as saved:
+        with checkpoint.opened(path, retry=self.retry) as saved:
             self.engine.load_tensors(saved.tensors)
-        return self.changed_step(saved.state)
+            before, ranks = config_of(saved).train, saved.state.get("ranks", 1)
+        return self.changed_step(before, ranks)
 
-    def changed_step(self, state: dict[str, Any]) -> list[str]:
-        """Whether a step has as many rows as in the state of a checkpoint from another number of ranks."""
-        before, ranks = state["config"]["train"], state.get("ranks", 1)
-        rows_before = before["micro_batch_size"] * before["gradient_accumulation"] * ranks
+    @property
+    def retry(self) -> Retry:
+        """How checkpoints that cannot be read for now are waited for."""
+        return Retry(self.config.data.read_retries, tell=self.console.event)
+
+    def changed_step(self, before: TrainConfig, ranks: int) -> list[str]:
+        """Whether a step has as many rows as before, on another number of ranks."""
+        rows_before = before.micro_batch_size * before.gradient_accumulation * ranks
         now, size = self.config.train, self.ranks.size
         rows = now.micro_batch_size * now.gradient_accumulation * size
         if ranks == size or rows == rows_before:

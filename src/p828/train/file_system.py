@@ -1,0 +1,44 @@
+"""Whether a directory can hold what a run keeps, tried before anything is computed."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from p828.errors import UserError
+from p828.files import fsync, move_directory, write_atomic
+
+TRIAL = ".trial"
+
+
+def try_out(directory: Path) -> None:
+    """Do there, in small, what a run does: make, write, sync, rename and remove files and directories.
+
+    Raises UserError naming the first that the file system refuses; nothing is left then.
+    """
+    trial = directory / TRIAL
+    saving, saved = trial / "saving", trial / "saved"
+    steps: list[tuple[str, Callable[[], object]]] = [
+        ("make a directory", lambda: saving.mkdir(parents=True)),
+        ("write a file and rename it", lambda: write_atomic(saving / "a", "a")),
+        ("sync a directory", lambda: fsync(saving)),
+        ("rename a directory, nor the files in one", lambda: move_directory(saving, saved)),
+        ("replace a file", lambda: write_atomic(saved / "a", "b")),
+        ("remove a file", lambda: os.unlink(saved / "a")),
+        ("remove a directory", lambda: saved.rmdir()),
+    ]
+    try:
+        if trial.exists():  # what a killed process left
+            shutil.rmtree(trial)
+        for what, do in steps:
+            try:
+                do()
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise UserError(
+                    f"{directory}: a run cannot be kept there, as its file system does not {what}: {reason}"
+                ) from None
+    except OSError as error:
+        raise UserError(f"{trial}: cannot be removed: {error.strerror}") from None
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)

@@ -1,0 +1,106 @@
+"""What lies in a run's directory, and checkpoints that were moved out of it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from p828.cli.main import dispatch
+from p828.train import checkpoint
+from runs import write_toml
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Exit code, standard output and standard error of `p828 ARGUMENTS`."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = dispatch(list(arguments))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def saved_steps(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_what_killed_processes_left_is_swept(here: Path, command: Command) -> None:
+    path = str(write_toml(here))
+    assert command("train", path, "--train.steps", "4")[0] == 0
+    run = here / "runs" / "tiny"
+    left = [".config.toml.tmp", ".tokenizer.json.tmp", ".wandb_id.4711", ".config.toml.12"]
+    for name in left:
+        (run / name).write_text("half")
+    (run / "checkpoints" / ".step_00000008.tmp").mkdir()
+    (run / "checkpoints" / ".step_00000008.tmp" / "model.safetensors").write_text("half")
+    (run / ".trial" / "saving").mkdir(parents=True)
+    (run / ".mine").write_text("kept")
+    assert command("train", path)[0] == 0
+    assert sorted(found.name for found in run.iterdir() if found.name.startswith(".")) == [".lock", ".mine"]
+    assert all(name.startswith("step_") for name in saved_steps(run))
+
+
+def test_checkpoints_on_another_disk_and_by_themselves(here: Path, command: Command) -> None:
+    path = str(write_toml(here))
+    run, disk = here / "runs" / "tiny", here / "disk"
+    disk.mkdir(parents=True)
+    run.mkdir(parents=True)
+    (run / "checkpoints").symlink_to(disk)
+    code, _, said = command("train", path)
+    assert code == 2
+    assert "is not a run" in said
+    (run / "checkpoints").unlink()
+    assert command("train", path, "--train.steps", "4")[0] == 0
+    shutil.copytree(run / "checkpoints", disk, dirs_exist_ok=True)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").symlink_to(disk)
+    assert command("train", path)[0] == 0
+    alone = here / "alone"
+    shutil.copytree(disk / "step_00000012", alone)
+    said = {}
+    for given in ("runs/tiny", str(disk), "alone"):
+        code, out, error = command("evaluate", given)
+        assert code == 0, error
+        said[given] = out.splitlines()[1:]
+        assert command("generate", given, "--prompt", "ab", "--max-new-tokens", "2")[0] == 0
+    assert said["runs/tiny"] == said[str(disk)] == said["alone"]
+    make_older(disk / "step_00000012")
+    code, out, error = command("evaluate", "runs/tiny")
+    assert code == 0, error
+    assert out.splitlines()[1:] == said["alone"]
+    code, out, error = command("train", path, "--train.steps", "14")
+    assert code == 0, error
+    assert "resumed from step 12" in out
+
+
+def make_older(path: Path) -> None:
+    """As it was before checkpoints had their tokenizer."""
+    (path / "tokenizer.json").unlink()
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"], manifest["files"]["tokenizer.json"]
+    (path / "manifest.json").write_bytes(checkpoint.manifest_bytes(manifest))
+
+
+def test_an_older_checkpoint_is_not_used_without_a_word(here: Path, command: Command) -> None:
+    path = str(write_toml(here))
+    assert command("train", path)[0] == 0
+    newest = here / "runs" / "tiny" / "checkpoints" / "step_00000012"
+    (newest / "optimizer.safetensors").unlink()
+    for arguments in (("evaluate", "runs/tiny"), ("generate", "runs/tiny", "--prompt", "a", "--max-new-tokens", "1")):
+        code, _, said = command(*arguments)
+        assert code == 0
+        assert said.splitlines()[0] == (
+            "p828: runs/tiny/checkpoints/step_00000012: optimizer.safetensors is missing; step_00000010 is used instead"
+        )
