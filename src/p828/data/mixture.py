@@ -6,6 +6,7 @@ from operator import itemgetter
 from typing import Any, Protocol
 
 from p828.data.row import Row
+from p828.errors import UserError
 
 
 class RowSource(Protocol):
@@ -89,6 +90,9 @@ class Mixture:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on there, with any number of ranks after a step. Raises UserError if a source is not that of the state."""
+        counts = {len(state[key]) for key in ("sources", "weights", "chosen")}
+        if counts != {len(self.sources)}:
+            raise UserError(f"data: a place in other than {len(self.sources)} sources: the checkpoint is damaged")
         for source, saved in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(saved)
         self._batch = state["batch"]
