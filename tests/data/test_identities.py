@@ -241,3 +241,18 @@ def test_a_preparation_knows_where_it_stopped(folder: Path) -> None:
         list(reader)
     path.write_text("".join(good))
     open_in_order(config(folder)).load_state_dict(json.loads(json.dumps(before)))
+
+
+def test_reading_again_after_a_bad_record_leaves_nothing_out(folder: Path) -> None:
+    whole = list(open_training(config(folder), 1, epochs=1))
+    path = folder / "2.jsonl"
+    good = path.read_text()
+    path.write_text("oops\n" + good)
+    stream = open_training(config(folder), 1, epochs=1)
+    given: list[str] = []
+    with contextlib.suppress(BadRecord):
+        given.extend(stream)
+    with pytest.raises(BadRecord):
+        next(stream)
+    path.write_text(good)
+    assert given + list(stream) == whole

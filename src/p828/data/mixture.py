@@ -156,7 +156,8 @@ def bad_records(state: dict[str, Any]) -> list[int]:
 
 def held_out_rules(state: dict[str, Any]) -> list[bool | None]:
     """Whether the ends of documents are held out of each source (`DocumentStream.by_end`); None of prepared data."""
-    return [
-        source["streams"][0]["rows"]["packer"]["stream"].get("by_end", False) if "streams" in source else None
-        for source in state["sources"]
-    ]
+    rules: list[bool | None] = []
+    for source in state["sources"]:
+        first = source["streams"][0]["rows"]["packer"]["stream"] if "streams" in source else None
+        rules.append(first and first.get("by_end", False))
+    return rules

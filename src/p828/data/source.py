@@ -17,7 +17,7 @@ from p828.data.hub import HubShard, hub_shards
 from p828.data.identities import Identities
 from p828.data.retry import NO_RETRY, Retry
 from p828.data.shard import BadRecord, EveryNth, Shard, deal
-from p828.errors import UserError
+from p828.errors import ReadFailed, UserError
 
 HELD_OUT_ORDER = (0,)  # held-out documents come in one shard order, whatever the run's seed
 BLOCK_CHARACTERS = 2**28  # that are read and shuffled together at most, in however few documents
@@ -199,6 +199,7 @@ class DocumentStream:
         order = self._order()
         documents: list[str] = []
         characters = 0
+        self.bad_records = self._bad_before
         while place < len(order) and len(documents) < self.block_documents and characters < self._block_characters:
             if self._reader is None:
                 self._reader = self.retry.documents(self.shards[order[place]], record)
@@ -212,8 +213,10 @@ class DocumentStream:
                             break
                 else:
                     place, record, self._reader = place + 1, 0, None
-            except BadRecord as bad:
-                self.stopped.append(self._identities.stopped(order[place], bad.record))
+            except (UserError, ReadFailed) as error:
+                self._reader = None
+                if isinstance(error, BadRecord):
+                    self.stopped.append(self._identities.stopped(order[place], error.record))
                 raise
         if documents and self._block == 0 and place == len(order) and all(map(str.isspace, documents)):
             raise UserError(f"no text in {self.source}: nothing but blank lines and spaces")

@@ -51,6 +51,14 @@ def train(config: Config) -> None:
         _train(config, ranks, settings, newer)
 
 
+def _rules(newest: Path | None) -> list[bool | None]:
+    """How a run that goes on holds out text. Of a damaged position the resume says what is wrong with it."""
+    try:
+        return held_out_rules(checkpoint.load(newest, names=()).state["data"]) if newest is not None else []
+    except (LookupError, TypeError, AttributeError):
+        return []
+
+
 def _before(config: Config) -> Config | None:
     """The configuration that the run has, if there is one, of data sets on the hub."""
     path = config.run_dir / CONFIG_FILE
@@ -68,8 +76,7 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, new
             with ranks.agreed():
                 tokenizer = _tokenizer(config, console)
                 _check_prompts(config, tokenizer)
-                state = None if run.newest is None else checkpoint.load(run.newest, names=()).state["data"]
-                rules = [] if state is None else held_out_rules(state)
+                rules = _rules(run.newest)
                 validation = validation_batches(
                     config, tokenizer, config.evaluation.rows, config.train.micro_batch_size, rules
                 )
