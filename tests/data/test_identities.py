@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from data_samples import text, write_bytes, write_jsonl
 
-from p828.config import DataConfig, ValidationConfig
+from p828.config import Config, DataConfig, ValidationConfig
+from p828.data.filters import SeenTexts
 from p828.data.identities import Identities
 from p828.data.shard import BadRecord
-from p828.data.source import DocumentStream, _fingerprint, open_training
+from p828.data.source import DocumentStream, _fingerprint, open_in_order, open_training
+from p828.data.text_reader import Reader
 from p828.errors import UserError
 
 KEEP_ALL = ValidationConfig(kind="files", files=("none",))
@@ -214,3 +216,43 @@ def test_a_link_is_read_as_what_it_links_to(folder: Path, tmp_path: Path) -> Non
     for path in folder.iterdir():
         os.symlink(path, links / path.name)
     open_training(config(links), 1).load_state_dict(state)
+
+
+@pytest.mark.parametrize("key", ["epoch", "block", "shard", "record", "given", "bad_records"])
+@pytest.mark.parametrize("value", [-1, 10**6, "1", None, 0.5, True])
+def test_a_place_that_is_none_is_refused(folder: Path, key: str, value: Any) -> None:
+    _, state = stopped_state(open_training(config(folder), 1, epochs=1), 7)
+    stream = open_training(config(folder), 1, epochs=1)
+    if value == 10**6 and key not in ("shard", "given"):
+        return  # an epoch or block like any other
+    with pytest.raises(UserError, match=r"no place in it|it changed"):
+        [stream.load_state_dict({**state, key: value}), next(stream)]
+
+
+def test_a_preparation_knows_where_it_stopped(folder: Path) -> None:
+    """What its positions refer to is filled when a bad record is met."""
+    path = folder / "2.jsonl"
+    good = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*good[:6], "oops\n", *good[6:]]))
+    stream = open_in_order(config(folder))
+    reader = Reader(stream, "training", Config(data=config(folder)), SeenTexts())
+    before = reader.position().position
+    with pytest.raises(BadRecord):
+        list(reader)
+    path.write_text("".join(good))
+    open_in_order(config(folder)).load_state_dict(json.loads(json.dumps(before)))
+
+
+def test_reading_again_after_a_bad_record_leaves_nothing_out(folder: Path) -> None:
+    whole = list(open_training(config(folder), 1, epochs=1))
+    path = folder / "2.jsonl"
+    good = path.read_text()
+    path.write_text("oops\n" + good)
+    stream = open_training(config(folder), 1, epochs=1)
+    given: list[str] = []
+    with contextlib.suppress(BadRecord):
+        given.extend(stream)
+    with pytest.raises(BadRecord):
+        next(stream)
+    path.write_text(good)
+    assert given + list(stream) == whole

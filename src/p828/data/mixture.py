@@ -6,6 +6,7 @@ from operator import itemgetter
 from typing import Any, Protocol
 
 from p828.data.row import Row
+from p828.errors import UserError
 
 
 class RowSource(Protocol):
@@ -89,6 +90,9 @@ class Mixture:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on there, with any number of ranks after a step. Raises UserError if a source is not that of the state."""
+        counts = {len(state[key]) for key in ("sources", "weights", "chosen")}
+        if counts != {len(self.sources)}:
+            raise UserError(f"data: a place in other than {len(self.sources)} sources: the checkpoint is damaged")
         for source, saved in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(saved)
         self._batch = state["batch"]
@@ -155,7 +159,8 @@ def bad_records(state: dict[str, Any]) -> list[int]:
 
 def held_out_rules(state: dict[str, Any]) -> list[bool | None]:
     """Whether the ends of documents are held out of each source (`DocumentStream.by_end`); None of prepared data."""
-    return [
-        source["streams"][0]["rows"]["packer"]["stream"].get("by_end", False) if "streams" in source else None
-        for source in state["sources"]
-    ]
+    rules: list[bool | None] = []
+    for source in state["sources"]:
+        first = source["streams"][0]["rows"]["packer"]["stream"] if "streams" in source else None
+        rules.append(first and first.get("by_end", False))
+    return rules

@@ -6,6 +6,7 @@ from typing import Any
 from p828.data.packing import RowMaker
 from p828.data.row import Row
 from p828.data.source import permutation
+from p828.errors import UserError
 
 
 class RowShuffler:
@@ -34,6 +35,10 @@ class RowShuffler:
         """Raises what the packer raises."""
         if not self._current:
             self._begin_block()
+            if not 0 <= self._given <= len(self._current):
+                raise UserError(
+                    f"{self._given} rows of a block of {len(self._current)} were given: no place in the data"
+                )
         elif self._given == len(self._current):
             self._block, self._given = self._block + 1, 0
             self._begin_block()

@@ -17,7 +17,7 @@ from p828.data.hub import HubShard, hub_shards
 from p828.data.identities import Identities
 from p828.data.retry import NO_RETRY, Retry
 from p828.data.shard import BadRecord, EveryNth, Shard, deal
-from p828.errors import UserError
+from p828.errors import ReadFailed, UserError
 
 HELD_OUT_ORDER = (0,)  # held-out documents come in one shard order, whatever the run's seed
 BLOCK_CHARACTERS = 2**28  # that are read and shuffled together at most, in however few documents
@@ -108,6 +108,8 @@ class DocumentStream:
                 self._read_block()
             documents = self._documents
             assert documents is not None
+            if self._given > len(documents):
+                raise UserError(f"{self.source}: fewer documents than were given before the checkpoint: it changed")
             if self._given < len(documents):
                 self._given += 1
                 return documents[self._given - 1]
@@ -139,6 +141,12 @@ class DocumentStream:
         The shards may have moved, and one that is in `stopped` may have changed from its bad record on. Raises
         UserError naming a shard that is another, or if the order's seed, the held-out share or the blocks are others.
         """
+        place = [state[key] for key in ("epoch", "block", "shard", "record", "given")]
+        bad_records = state.get("bad_records", 0)
+        if any(type(number) is not int or number < 0 for number in [*place, bad_records]) or place[2] > len(
+            self.shards
+        ):
+            raise UserError(f"{self.source}: no place in it: {str(place)[:80]}: the checkpoint is damaged")
         difference = self._difference(state)
         if difference:
             raise UserError(
@@ -149,9 +157,10 @@ class DocumentStream:
         if "source" in state:
             self._block_characters = float("inf")
         self.by_end = state.get("by_end", False)
-        self.bad_records = self._bad_before = state.get("bad_records", 0)
-        self._begin_block(state["epoch"], state["block"], (state["shard"], state["record"]))
-        self._given = state["given"]
+        self.bad_records = bad_records
+        epoch, block, shard, record, given = place
+        self._begin_block(epoch, block, (shard, record))
+        self._given = given
         self._reader = None
 
     def _difference(self, state: dict[str, Any]) -> str:
@@ -190,6 +199,7 @@ class DocumentStream:
         order = self._order()
         documents: list[str] = []
         characters = 0
+        self.bad_records = self._bad_before
         while place < len(order) and len(documents) < self.block_documents and characters < self._block_characters:
             if self._reader is None:
                 self._reader = self.retry.documents(self.shards[order[place]], record)
@@ -203,8 +213,10 @@ class DocumentStream:
                             break
                 else:
                     place, record, self._reader = place + 1, 0, None
-            except BadRecord as bad:
-                self.stopped.append(self._identities.stopped(order[place], bad.record))
+            except (UserError, ReadFailed) as error:
+                self._reader = None
+                if isinstance(error, BadRecord):
+                    self.stopped.append(self._identities.stopped(order[place], error.record))
                 raise
         if documents and self._block == 0 and place == len(order) and all(map(str.isspace, documents)):
             raise UserError(f"no text in {self.source}: nothing but blank lines and spaces")
