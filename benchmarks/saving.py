@@ -42,7 +42,8 @@ def main() -> None:
         print(f"{config.name} on {engine.device}: {alone * 1e3:.1f} ms a step")
         saver = BackgroundSaver(Path(place), Ranks(), engine.device)
         for number in (1, 2):
-            saver.start(number, engine.tensors(), {})
+            since = time.monotonic()
+            saver.start(number, engine.tensors(), {}, since)
             beside = []
             while not saver.is_written:
                 beside.append(step(config, engine, batches))

@@ -1,5 +1,6 @@
 """What dies on so many ranks at one ZeRO stage goes on on so many others at another, as if nothing had been."""
 
+import dataclasses
 import random
 import re
 import signal
@@ -20,6 +21,13 @@ from launch import (
     train_and_kill,
     write_config,
 )
+
+from p828.train import checkpoint, checkpoint_writer
+from p828.train.engine import PlainEngine
+from p828.train.engine_deepspeed import DeepSpeedEngine, check_deepspeed
+from p828.train.fragments import tensors_of
+from p828.train.ranks import joined
+from runs import run_config
 
 pytestmark = pytest.mark.xdist_group("ranks")
 Copy = Callable[[Path], Path]
@@ -118,3 +126,24 @@ def test_a_run_whose_data_vanishes_is_saved_on_all_ranks_and_goes_on(tmp_path: P
     (tmp_path / "away").rename(text)
     assert "resumed from step" in train(config, stopped, 3, 2)
     assert_same_bits(stopped, whole)
+
+
+def test_a_checkpoint_from_before_the_first_step(tmp_path: Path) -> None:
+    """The plain engine's, with and without the moments that older ones lack, goes on through DeepSpeed."""
+    config = run_config(tmp_path, train={"steps": 2})
+    engine = PlainEngine(config)
+    tensors = engine.tensors()
+    for kind in ("with", "without"):
+        if kind == "without":
+            names = [name for name, _ in engine.model.named_parameters() if name.endswith("norm.weight")]
+            gone = {f"{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq") for name in names}
+            tensors["optimizer"] = {name: v for name, v in tensors["optimizer"].items() if name not in gone}
+        path = checkpoint_writer.save(tmp_path / kind, 0, tensors, {})
+        with joined(dataclasses.replace(config, engine="deepspeed")) as ranks, checkpoint.opened(path) as saved:
+            other = dataclasses.replace(config, engine="deepspeed")
+            settings = check_deepspeed(other, ranks)
+            loaded = DeepSpeedEngine(other, ranks, settings)
+            loaded.load_tensors(saved.tensors)
+            for name, value in loaded.tensors()["optimizer"].items():
+                (tensor,) = tensors_of(value)
+                assert not tensor.any(), name
