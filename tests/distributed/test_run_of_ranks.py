@@ -10,7 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import ENDLESS, MICRO_BATCHES, WITHIN, Run, assert_same_training, flags_of, launched, records, told, torchrun
+from launch import (
+    ENDLESS,
+    MICRO_BATCHES,
+    WITHIN,
+    Run,
+    assert_same_training,
+    flags_of,
+    launched,
+    records,
+    told,
+    torchrun,
+)
 
 from p828.cli.main import dispatch
 

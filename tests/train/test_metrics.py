@@ -5,6 +5,7 @@ import pty
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,31 +203,49 @@ def test_a_run_outlives_wandb(tmp_path: Path) -> None:
 
 OFFLINE = """
 import sys
+from contextlib import suppress
 from pathlib import Path
+from p828 import errors
 from p828.config import Config, WandbConfig
-from p828.train.metrics import Recorder
-with Recorder(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mode="offline"))) as recorder:
-    recorder.write("step", 1, loss=2.5, perplexity=12.2, load=[[1, 2], [3, 4]], balance=[0.5, 0.25])
+from p828.train.metrics import Recorder, loads_record
+error = getattr(errors, sys.argv[2])
+with suppress(error), Recorder(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mode="offline"))) as recorder:
+    assert recorder.wandb.url is None
+    loads = loads_record([[1, 2, 0, 1], [3, 1, 0, 0]], is_whole=True)
+    recorder.write("step", 1, loss=2.5, perplexity=12.2, **loads | {"balance": [0.5, 0.25]})
     recorder.write("eval", 1, loss=2.25)
     recorder.write("event", 1, text="hello")
+    if error is errors.RunStopped:
+        for step in range(2, 7):
+            recorder.write("step", step, loss=1.0 * step)
+        recorder.rewind(3)
+        for step in range(4, 9):
+            recorder.write("step", step, loss=0.5 * step)
+            if step == 6:
+                recorder.write("eval", step, loss=1.25)
+    raise error
 """
 
 
 def test_wandb_offline_gets_flat_names_the_configuration_and_one_id(tmp_path: Path) -> None:
-    for _ in range(2):
-        subprocess.run([sys.executable, "-c", OFFLINE, str(tmp_path)], check=True, capture_output=True, timeout=60)
+    for error in ("RunPaused", "RunStopped"):
+        command = [sys.executable, "-c", OFFLINE, str(tmp_path), error]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
         first = (tmp_path / "wandb_id").read_text().strip()
-    runs = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert {path.name for path in runs} == {f"run-{first}.wandb"}
+    runs = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert [path.name for path in runs] == 2 * [f"run-{first}.wandb"]
+    exit_codes = [record.exit.exit_code for path in runs for record in wandb_records(path) if record.HasField("exit")]
+    assert exit_codes == [0, 1], "paused is no failure"
+    check_rows_after_a_rewind(runs[1])
     logged, config, name = read_wandb(runs[0])
+    assert logged.pop("step") == 1
     assert {key: value for key, value in logged.items() if not key.startswith("_")} == {
         "train/loss": 2.5,
         "train/perplexity": 12.2,
         "validation/loss": 2.25,
-        "load/layer_0/expert_0": 1,
-        "load/layer_0/expert_1": 2,
-        "load/layer_1/expert_0": 3,
-        "load/layer_1/expert_1": 4,
+        "load/min_share": 0,
+        "load/max_share": 3,
+        "load/starved": 3,
         "balance/layer_0": 0.5,
         "balance/layer_1": 0.25,
     }
@@ -235,8 +254,39 @@ def test_wandb_offline_gets_flat_names_the_configuration_and_one_id(tmp_path: Pa
     assert set(config) >= set(Config.__dataclass_fields__)
 
 
+def check_rows_after_a_rewind(path: Path) -> None:
+    """Of the steps that came again both rows are there, the new one later; W&B's own steps only grow."""
+    rows = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in wandb_records(path)
+        if record.HasField("history")
+    ]
+    own = [row["_step"] for row in rows]
+    assert own == sorted(set(own))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8]
+    losses = {row["step"]: row["train/loss"] for row in rows}
+    assert losses == {1: 2.5, 2: 2, 3: 3, 4: 2, 5: 2.5, 6: 3, 7: 3.5, 8: 4}
+    assert [row["step"] for row in rows if "validation/loss" in row] == [1, 6]
+    metrics = {record.metric.glob_name or record.metric.name: record.metric for record in wandb_records(path)}
+    assert metrics["*"].step_metric == "step"
+
+
 def read_wandb(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """The one row of history, the configuration and the run's name.
+    """The one row of history, the configuration and the run's name."""
+    logged: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    name = ""
+    for record in wandb_records(path):
+        for item in record.history.item:
+            logged[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        if record.HasField("run"):
+            name = record.run.display_name
+            config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    return logged, config, name
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """W&B's own messages in one of its files.
 
     The file is LevelDB's log format (7 bytes of ident; then records, in blocks of 32 KiB, with CRC, length and
     type: 1 whole, 2 first, 3 middle, 4 last) of W&B's own messages.
@@ -244,9 +294,6 @@ def read_wandb(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     from wandb.proto import wandb_internal_pb2
 
     content, position, data = path.read_bytes(), 7, b""
-    logged: dict[str, Any] = {}
-    config: dict[str, Any] = {}
-    name = ""
     while position + 7 <= len(content):
         if 32768 - position % 32768 < 7:
             position += 32768 - position % 32768
@@ -259,12 +306,7 @@ def read_wandb(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         data = b""
-        for item in record.history.item:
-            logged[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-        if record.HasField("run"):
-            name = record.run.display_name
-            config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
-    return logged, config, name
+        yield record
 
 
 def test_wandb_is_not_imported_when_off(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ class _Row:
 
 def _uncompiled(model: Transformer) -> AbstractContextManager[None]:
     """Compiled layers run as they were written, since a trainer's would be compiled anew for each length."""
-    return torch.compiler.set_stance("force_eager") if any(map(_is_compiled, model.model.layers)) else nullcontext()
+    return torch.compiler.set_stance("force_eager") if any(map(_is_compiled, model.layers)) else nullcontext()
 
 
 def _is_compiled(layer: Layer) -> bool:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from p828.config import Config
-from p828.errors import OneRanksError, RunPaused, RunStopped, UserError
+from p828.errors import OneRanksError, RunPaused, RunStopped, UserError, closed_after
 from p828.train.lifeline import Lifeline, join_lifeline
 
 T = TypeVar("T")
@@ -139,22 +139,8 @@ def joined(config: Config) -> Iterator[Ranks]:
             world_size=1,
             timeout=timeout,
         )
-    try:
-        ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=timeout), timeout=timeout)
-        if size > 1:
-            ranks.lifeline = join_lifeline(ranks, config.deepspeed.timeout_seconds, config.run_dir)
-        try:
-            yield ranks
-        except BaseException as error:
-            if ranks.lifeline is not None and not getattr(error, "is_everywhere", False):
-                code = ranks.lifeline.failed(error)
-                if code is not None:
-                    raise SystemExit(code) from None
-            raise
-        finally:
-            if ranks.lifeline is not None:
-                ranks.lifeline.close()
-    finally:
+
+    def leave() -> None:
         if not is_launched:
             for name in _OF_ONE_PROCESS:
                 os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
@@ -162,6 +148,20 @@ def joined(config: Config) -> Iterator[Ranks]:
             dist.distributed_c10d._abort_process_group()  # what is under way on the GPU would never end
         else:
             dist.destroy_process_group()
+
+    with closed_after(leave):
+        ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=timeout), timeout=timeout)
+        if size > 1:
+            ranks.lifeline = join_lifeline(ranks, config.deepspeed.timeout_seconds, config.run_dir)
+        with closed_after(ranks.lifeline.close if ranks.lifeline is not None else lambda: None):
+            try:
+                yield ranks
+            except BaseException as error:
+                if ranks.lifeline is not None and not getattr(error, "is_everywhere", False):
+                    code = ranks.lifeline.failed(error)
+                    if code is not None:
+                        raise SystemExit(code) from None
+                raise
 
 
 _OF_ONE_PROCESS = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}  # what DeepSpeed reads
