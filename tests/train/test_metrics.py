@@ -2,6 +2,7 @@ import json
 import math
 import os
 import pty
+import socket
 import struct
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
+from p828.cli.main import dispatch
 from p828.config import Config, WandbConfig
-from p828.errors import UserError
+from p828.errors import RunStopped, UserError, closed_after
 from p828.train import metrics
-from p828.train.metrics import Recorder, balance_score
+from p828.train.metrics import LOADS_A_STEP, Recorder, balance_score, loads_every, loads_record
+from p828.train.wandb_mirror import _run_id
 from runs import p828, start, wait_for_step, write_toml
 
 OFF = Config(name="run")
@@ -138,6 +141,164 @@ def test_balance_score() -> None:
     scores = [balance_score([100 + uneven, 100 - uneven, 100]) for uneven in range(0, 101, 10)]
     assert scores == sorted(scores, reverse=True)
     assert all(0 <= score <= 1 for score in scores)
+
+
+def test_what_a_step_says_of_its_loads() -> None:
+    found = loads_record([[25, 25, 25, 25], [0, 2, 38, 60], [0, 0, 0, 0]], is_whole=False)
+    assert found == {
+        "balance": [1, round(balance_score([0, 2, 38, 60]), 4), 1],
+        "min_share": [1, 0, 0],
+        "max_share": [1, 2.4, 0],
+        "starved": [0, 2, 4],  # a tenth of an even share is 2.5
+    }
+    loads_LE = [[1, 0], [0, 0]]
+    assert loads_record(loads_LE, is_whole=True) == {"load": loads_LE, **loads_record(loads_LE, is_whole=False)}
+
+
+def test_the_loads_of_a_large_model_are_recorded_now_and_then() -> None:
+    assert loads_every(2, 4) == 1
+    assert loads_every(12, 48) == 18
+    for layers, experts in ((1, 4), (12, 8), (24, 64), (61, 256)):
+        every = loads_every(layers, experts)
+        assert (every - 1) * LOADS_A_STEP < layers * experts <= every * LOADS_A_STEP
+
+
+POWER_LOSS = {  # what a file may hold in place of lines when the power has gone
+    "zeros to the end": (b"\0" * 5000, b"", 0),
+    "zeros, and the end of a line": (b"\0" * 5000 + b'"loss": 3}\n', b"\0" * 5000 + b'"loss": 3}\n', 1),
+    "a line in pieces": (b'{"kind": "step", "st\n\n}\n', b'{"kind": "step", "st\n\n}\n', 3),
+    "no text": (b"\xff\xfe\n", b"\xff\xfe\n", 1),
+    "a record without its step": (b'{"kind": "step", "step": "x"}\n', b'{"kind": "step", "step": "x"}\n', 1),
+}
+
+
+@pytest.mark.parametrize("found, moved, count", POWER_LOSS.values(), ids=POWER_LOSS)
+def test_a_run_goes_on_from_damaged_records(tmp_path: Path, found: bytes, moved: bytes, count: int) -> None:
+    record(tmp_path, 1, 4)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    later = b'{"kind": "step", "step": 5}\n' if count else b""
+    path.write_bytes(whole + found + later)
+    with Recorder(tmp_path, OFF) as recorder:
+        said = recorder.rewind(4)
+    assert path.read_bytes() == whole
+    assert (str(tmp_path / "metrics.damaged") in said) == (count > 0)
+    if count:
+        assert (tmp_path / "metrics.damaged").read_bytes() == moved
+    record(tmp_path, 5, 5)
+    assert lines(tmp_path)[-1] == ("step", 5)
+    with Recorder(tmp_path, OFF) as recorder:
+        assert recorder.rewind(4) == ""
+
+
+def test_a_long_partial_line_is_cut_off(tmp_path: Path) -> None:
+    record(tmp_path, 1, 3)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for rest in (b"x" * (metrics.PIECE - 1), b"x" * metrics.PIECE, b"\0" * (3 * metrics.PIECE + 7)):
+        path.write_bytes(whole + rest)
+        Recorder(tmp_path, OFF).close()
+        assert path.read_bytes() == whole
+    path.write_bytes(b"x" * (2 * metrics.PIECE))
+    Recorder(tmp_path, OFF).close()
+    assert path.read_bytes() == b""
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from p828.config import Config
+from p828.train import metrics
+recorder = metrics.Recorder(Path(sys.argv[1]), Config(name="run"))
+os.replace = lambda *paths: os._exit(9)
+recorder.rewind(2)
+"""
+
+
+def test_a_kill_while_records_are_rewound_changes_nothing(tmp_path: Path) -> None:
+    record(tmp_path, 1, 5)
+    before = lines(tmp_path)
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)]).returncode == 9
+    assert lines(tmp_path) == before
+    outside = tmp_path.with_name("outside")
+    outside.write_text("of someone else")
+    (left,) = (path for path in tmp_path.iterdir() if path.name != "metrics.jsonl")
+    left.unlink()
+    left.symlink_to(outside)
+    with Recorder(tmp_path, OFF) as recorder:
+        recorder.rewind(2)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert outside.read_text() == "of someone else"
+
+
+def put(kind: str, path: Path, outside: Path) -> None:
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir(parents=True)
+    elif kind == "link":
+        path.symlink_to(outside)
+    elif kind == "link to nothing":
+        path.symlink_to(outside.with_name("nothing"))
+    else:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt"])
+@pytest.mark.parametrize("kind", ["fifo", "directory", "socket", "link", "link to nothing"])
+def test_records_are_regular_files_of_the_run(
+    tmp_path: Path, kind: str, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket may not be long
+    outside = tmp_path / "outside"
+    outside.write_text("of someone else")
+    assert dispatch(["train", str(write_toml(tmp_path, train={"steps": 1}, evaluation={"every": 0}))]) == 0
+    run = Path("runs/tiny")
+    (run / name).unlink()
+    put(kind, run / name, outside)
+    capsys.readouterr()
+    assert dispatch(["train", str(tmp_path / "tiny.toml"), "--train.steps", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"p828: runs/tiny/{name}: cannot be written: ")
+    assert outside.read_text() == "of someone else"
+    assert not outside.with_name("nothing").exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "socket"])
+def test_only_regular_files_are_read_as_records(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(kind, Path("metrics.jsonl"), tmp_path)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read"):
+        list(metrics.read(Path("metrics.jsonl")))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 12, b"a/b", b"a b", b"x" * 200, "fifo", "directory", "link to nothing"]
+)
+def test_a_wandb_id_that_is_none_is_named(tmp_path: Path, content: bytes | str) -> None:
+    path = tmp_path / "wandb_id"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        put(content, path, tmp_path / "outside")
+    with pytest.raises(UserError, match=r"wandb_id: (holds no id|cannot be read)"):
+        _run_id(path)
+
+
+def test_an_error_in_closing_does_not_hide_the_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError("the second")
+
+    with pytest.raises(RunStopped, match="the first"), closed_after(fail):
+        raise RunStopped("the first")
+    assert capsys.readouterr().err == "and then, in closing: OSError: the second\n"
+    with pytest.raises(OSError, match="the second"), closed_after(fail):
+        pass
+    recorder: Any = Recorder(tmp_path, OFF)
+    recorder.close = lambda exit_code: fail()
+    with pytest.raises(RunStopped, match="the first"), recorder:
+        raise RunStopped("the first")
 
 
 def started_wandb(run_dir: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:

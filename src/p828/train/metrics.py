@@ -261,4 +261,4 @@ def _decode(value: Any) -> Any:
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written: {error.strerror or error}")
+    return UserError(f"{error.filename or path}: cannot be written: {error.strerror or error}")
