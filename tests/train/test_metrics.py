@@ -2,6 +2,7 @@ import json
 import math
 import os
 import pty
+import random
 import socket
 import struct
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from p828 import config as configuration
 from p828.cli.main import dispatch
 from p828.config import Config, WandbConfig
 from p828.errors import RunStopped, UserError, closed_after
@@ -161,6 +163,23 @@ def test_the_loads_of_a_large_model_are_recorded_now_and_then() -> None:
     for layers, experts in ((1, 4), (12, 8), (24, 64), (61, 256)):
         every = loads_every(layers, experts)
         assert (every - 1) * LOADS_A_STEP < layers * experts <= every * LOADS_A_STEP
+
+
+def test_a_step_of_fine_grained_takes_less_than_a_kilobyte(tmp_path: Path) -> None:
+    model, draw, steps = configuration.load("fine-grained").model, random.Random(0), 180
+    layers, experts = model.num_hidden_layers, model.n_routed_experts
+    numbers = ("perplexity", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
+    with Recorder(tmp_path, OFF) as recorder:
+        for step in range(1, steps + 1):
+            loads_LE = [[draw.randrange(2 * 65536 * 6 // experts) for _ in range(experts)] for _ in range(layers)]
+            recorder.write(
+                "step", 400_000 + step, tokens=65536 * (400_000 + step), documents=10**8, cut_documents=10**8,
+                rows="00000000", loss=draw.random() * 1e-5, memory_bytes=10**11,
+                **{key: draw.random() * 1e-5 for key in numbers},
+                **loads_record(loads_LE, is_whole=step % loads_every(layers, experts) == 0),
+            )  # fmt: skip
+    assert sum("load" in line for line in metrics.read(tmp_path / "metrics.jsonl")) == steps // 18
+    assert (tmp_path / "metrics.jsonl").stat().st_size < 1000 * steps
 
 
 POWER_LOSS = {  # what a file may hold in place of lines when the power has gone
