@@ -75,7 +75,8 @@ class Ranks:
                 outcome[0] = function()
             except (UserError, RunStopped) as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        with _not_hiding(outcome[1]):
+            dist.broadcast_object_list(outcome, src=0, group=self.group)
         self._progressed()
         if outcome[1] is not None:
             raise self.everywhere(outcome[1])
@@ -100,7 +101,8 @@ class Ranks:
             yield
         except (UserError, RunStopped) as found:
             error = found
-        errors = self.gather(error)
+        with _not_hiding(error):
+            errors = self.gather(error)
         rank, error = next(((rank, error) for rank, error in enumerate(errors) if error is not None), (0, None))
         if error is not None:
             if rank:
@@ -110,6 +112,17 @@ class Ranks:
     def _progressed(self) -> None:
         if self.lifeline is not None:
             self.lifeline.progressed()
+
+
+@contextmanager
+def _not_hiding(found: BaseException | None) -> Iterator[None]:
+    """Where the block cannot tell the other ranks of an error, as one of them has died, raise that error itself."""
+    try:
+        yield
+    except Exception:
+        if found is None:
+            raise
+        raise found from None
 
 
 @contextmanager

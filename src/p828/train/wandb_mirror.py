@@ -3,6 +3,7 @@
 import os
 import re
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ class WandbMirror:
     """The W&B run, begun or continued, of a run's directory, which holds its id.
 
     Where W&B cannot be reached the run is recorded offline; where it fails later, it is left alone. `problem` says so.
-    Raises UserError when W&B refuses the key, or has none, and when the file with the id has none.
+    Raises UserError when W&B refuses the key, or has none, or a setting, when the file with the id has none, and when
+    the directory cannot be written.
 
     W&B's own steps only grow, and it drops rows of earlier ones. So a row has its step in a column, which is the
     horizontal axis of all charts: after a rollback or a resume the steps that come again are there, and come last.
@@ -55,6 +57,12 @@ class WandbMirror:
                 f'wandb.mode = "{config.wandb.mode}": Weights & Biases does not start: {_line(error)}\n'
                 'run `wandb login` or set WANDB_API_KEY, or give wandb.mode "offline" or "off"'
             ) from None
+        except OSError as error:
+            raise UserError(f"{run_dir / 'wandb'}: cannot be written: {error.strerror or error}") from None
+        except ValueError as error:  # of its settings, which it takes from the environment, too
+            raise UserError(
+                f"Weights & Biases does not take a setting, maybe a variable WANDB_… of the environment: {_line(error)}"
+            ) from None
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self._run is None or kind not in SECTIONS:
@@ -65,8 +73,8 @@ class WandbMirror:
             self._newest, self._row = step, step + self._shift
             self._run.log({STEP: step, **_flat_names(SECTIONS[kind], values)}, step=self._row)
         except self._errors as error:
-            self._run = None
             self.problem = f"Weights & Biases is left out from here on: {_line(error)}"
+            self._leave()
 
     def finish(self, exit_code: int) -> None:
         """An exit code other than 0 marks the run as failed."""
@@ -74,9 +82,18 @@ class WandbMirror:
             return
         try:
             self._run.finish(exit_code=exit_code)
+            self._run = None
         except self._errors as error:
             self.problem = f"Weights & Biases: {_line(error)}"
+            self._leave()
+
+    def _leave(self) -> None:
+        """Part from W&B's process, which does not answer; else its library complains at this one's end."""
+        import wandb
+
         self._run = None
+        with suppress(*self._errors):
+            wandb.teardown()
 
     def _start(self, run_dir: Path, config: Config, mode: str) -> Any:
         import wandb
