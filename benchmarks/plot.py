@@ -1,4 +1,6 @@
-"""Draw a run's record: loss, gradient norm, and each expert's share of the tokens. Needs matplotlib.
+"""Draw a run's record: loss, gradient norm, and the experts' shares of the tokens. Needs matplotlib.
+
+Each expert's share is drawn where the records have all loads, and of every step the least and the greatest of a layer.
 
 usage: python benchmarks/plot.py runs/NAME/metrics.jsonl PICTURE.png
 """
@@ -20,7 +22,8 @@ def main(metrics: Path, picture: Path) -> None:
     steps = [line for line in lines if line["kind"] == "step"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
     step = [line["step"] for line in steps]
-    shares_SLE = np.array([line["load"] for line in steps], dtype=float)
+    loaded = [line for line in steps if "load" in line]  # every step of a small model
+    shares_SLE = np.array([line["load"] for line in loaded], dtype=float)
     shares_SLE /= shares_SLE.mean(axis=2, keepdims=True)
 
     figure, (loss, norm, load) = plt.subplots(3, 1, figsize=(8, 9), sharex=True)
@@ -32,7 +35,10 @@ def main(metrics: Path, picture: Path) -> None:
     norm.set_ylabel("gradient norm before clipping")
     for layer in range(shares_SLE.shape[1]):
         for expert in range(shares_SLE.shape[2]):
-            load.plot(step, shares_SLE[:, layer, expert], linewidth=0.6, label=f"layer {layer}, expert {expert}")
+            label = f"layer {layer}, expert {expert}"
+            load.plot([line["step"] for line in loaded], shares_SLE[:, layer, expert], linewidth=0.6, label=label)
+    for key in ("min_share", "max_share") if len(loaded) < len(steps) else ():
+        load.plot(step, [line.get(key) for line in steps], color="black", linewidth=0.3, alpha=0.3)
     load.axhline(0.1, color="black", linestyle=":", linewidth=0.8)
     load.set_ylabel("expert's tokens / fair share")
     load.set_xlabel("step")

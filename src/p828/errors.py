@@ -1,7 +1,9 @@
 """The errors that are shown without a traceback, and a suggestion for their messages."""
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -31,6 +33,20 @@ class RunPaused(Exception):
 
 class ReadFailed(RunStopped):
     """A file or the hub that cannot be read, for now: the run can be resumed when it can."""
+
+
+@contextmanager
+def closed_after(close: Callable[[], object]) -> Iterator[None]:
+    """Call `close` after the block. If both fail, the block's error is raised and the other one is told in a line."""
+    try:
+        yield
+    except BaseException:
+        try:
+            close()
+        except Exception as error:
+            print(f"and then, in closing: {type(error).__name__}: {error}", file=sys.stderr)
+        raise
+    close()
 
 
 def nearest(word: str, accepted: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import MICRO_BATCHES, WITHIN, Run, assert_same_training, flags_of, launched, records, told, torchrun
+from launch import (
+    ENDLESS,
+    MICRO_BATCHES,
+    WITHIN,
+    Run,
+    assert_same_training,
+    flags_of,
+    launched,
+    records,
+    told,
+    torchrun,
+)
 
 from p828.cli.main import dispatch
 
@@ -109,3 +121,25 @@ def test_deepspeeds_launcher(config: Path, whole: Run, tmp_path: Path, monkeypat
         code, _, err = launch.end()
     assert code == 0, err
     assert_same_training(run, whole(None, 1))
+
+
+OUR_LAUNCHER = ("-m", "p828.train.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "p828")
+
+
+def test_ctrl_c_at_our_launcher_saves_and_says_one_line(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "asked"
+    with launched(config, run, 1, 2, *ENDLESS, launcher=OUR_LAUNCHER) as launch:
+        launch.wait_for_step(1)
+        launch.process.send_signal(signal.SIGINT)
+        code, _, err = launch.end()
+    assert code == 0, err
+    (line,) = filter(None, err.splitlines())
+    assert line.startswith("p828: stopped by SIGINT after step ")
+
+
+@pytest.mark.long
+def test_our_launcher_ends_with_the_ranks_exit_code(config: Path, tmp_path: Path) -> None:
+    with launched(config, tmp_path / "runs" / "wrong", 1, 2, *NO_DATA, launcher=OUR_LAUNCHER) as launch:
+        code, _, err = launch.end()
+    assert code == 2
+    assert len(told(err)) == 1, err

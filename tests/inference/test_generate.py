@@ -220,14 +220,18 @@ def test_no_prompts_no_completions(letters: Tokenizer) -> None:
     assert generate(tiny_model(), letters, [], GREEDY) == []
 
 
-def test_compiled_layers_are_not_compiled_for_each_length(letters: Tokenizer) -> None:
+@pytest.mark.parametrize("engine", ["plain", "deepspeed"])
+def test_compiled_layers_are_not_compiled_for_each_length(letters: Tokenizer, engine: str) -> None:
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> NoReturn:
         raise AssertionError("compiled")
 
     model = tiny_model()
     expected = generate(model, letters, ["ab"], GREEDY)
-    for layer in model.model.layers:
-        layer.compile(backend=backend)
+    for layer in model.layers:
+        if engine == "plain":
+            layer.compile(backend=backend)
+        else:
+            layer.forward = torch.compile(layer.forward, backend=backend)
     assert generate(model, letters, ["ab"], GREEDY) == expected
     with pytest.raises(Exception, match="compiled"):
         model(torch.tensor([[1]]))

@@ -2,19 +2,25 @@ import json
 import math
 import os
 import pty
+import random
+import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from p828 import config as configuration
+from p828.cli.main import dispatch
 from p828.config import Config, WandbConfig
-from p828.errors import UserError
+from p828.errors import RunStopped, UserError, closed_after
 from p828.train import metrics
-from p828.train.metrics import Recorder, balance_score
+from p828.train.metrics import LOADS_A_STEP, Recorder, balance_score, loads_every, loads_record
+from p828.train.wandb_mirror import _run_id
 from runs import p828, start, wait_for_step, write_toml
 
 OFF = Config(name="run")
@@ -139,6 +145,181 @@ def test_balance_score() -> None:
     assert all(0 <= score <= 1 for score in scores)
 
 
+def test_what_a_step_says_of_its_loads() -> None:
+    found = loads_record([[25, 25, 25, 25], [0, 2, 38, 60], [0, 0, 0, 0]], is_whole=False)
+    assert found == {
+        "balance": [1, round(balance_score([0, 2, 38, 60]), 4), 1],
+        "min_share": [1, 0, 0],
+        "max_share": [1, 2.4, 0],
+        "starved": [0, 2, 4],  # a tenth of an even share is 2.5
+    }
+    loads_LE = [[1, 0], [0, 0]]
+    assert loads_record(loads_LE, is_whole=True) == {"load": loads_LE, **loads_record(loads_LE, is_whole=False)}
+
+
+def test_the_loads_of_a_large_model_are_recorded_now_and_then() -> None:
+    assert loads_every(2, 4) == 1
+    assert loads_every(12, 48) == 18
+    for layers, experts in ((1, 4), (12, 8), (24, 64), (61, 256)):
+        every = loads_every(layers, experts)
+        assert (every - 1) * LOADS_A_STEP < layers * experts <= every * LOADS_A_STEP
+
+
+def test_a_step_of_fine_grained_takes_less_than_a_kilobyte(tmp_path: Path) -> None:
+    model, draw, steps = configuration.load("fine-grained").model, random.Random(0), 180
+    layers, experts = model.num_hidden_layers, model.n_routed_experts
+    numbers = ("perplexity", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
+    with Recorder(tmp_path, OFF) as recorder:
+        for step in range(1, steps + 1):
+            loads_LE = [[draw.randrange(2 * 65536 * 6 // experts) for _ in range(experts)] for _ in range(layers)]
+            recorder.write(
+                "step", 400_000 + step, tokens=65536 * (400_000 + step), documents=10**8, cut_documents=10**8,
+                rows="00000000", loss=draw.random() * 1e-5, memory_bytes=10**11,
+                **{key: draw.random() * 1e-5 for key in numbers},
+                **loads_record(loads_LE, is_whole=step % loads_every(layers, experts) == 0),
+            )  # fmt: skip
+    assert sum("load" in line for line in metrics.read(tmp_path / "metrics.jsonl")) == steps // 18
+    assert (tmp_path / "metrics.jsonl").stat().st_size < 1000 * steps
+
+
+POWER_LOSS = {  # what a file may hold in place of lines when the power has gone
+    "zeros to the end": (b"\0" * 5000, b"", 0),
+    "zeros, and the end of a line": (b"\0" * 5000 + b'"loss": 3}\n', b"\0" * 5000 + b'"loss": 3}\n', 1),
+    "a line in pieces": (b'{"kind": "step", "st\n\n}\n', b'{"kind": "step", "st\n\n}\n', 3),
+    "no text": (b"\xff\xfe\n", b"\xff\xfe\n", 1),
+    "a record without its step": (b'{"kind": "step", "step": "x"}\n', b'{"kind": "step", "step": "x"}\n', 1),
+}
+
+
+@pytest.mark.parametrize("found, moved, count", POWER_LOSS.values(), ids=POWER_LOSS)
+def test_a_run_goes_on_from_damaged_records(tmp_path: Path, found: bytes, moved: bytes, count: int) -> None:
+    record(tmp_path, 1, 4)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    later = b'{"kind": "step", "step": 5}\n' if count else b""
+    path.write_bytes(whole + found + later)
+    with Recorder(tmp_path, OFF) as recorder:
+        said = recorder.rewind(4)
+    assert path.read_bytes() == whole
+    assert (str(tmp_path / "metrics.damaged") in said) == (count > 0)
+    if count:
+        assert (tmp_path / "metrics.damaged").read_bytes() == moved
+    record(tmp_path, 5, 5)
+    assert lines(tmp_path)[-1] == ("step", 5)
+    with Recorder(tmp_path, OFF) as recorder:
+        assert recorder.rewind(4) == ""
+
+
+def test_a_long_partial_line_is_cut_off(tmp_path: Path) -> None:
+    record(tmp_path, 1, 3)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for rest in (b"x" * (metrics.PIECE - 1), b"x" * metrics.PIECE, b"\0" * (3 * metrics.PIECE + 7)):
+        path.write_bytes(whole + rest)
+        Recorder(tmp_path, OFF).close()
+        assert path.read_bytes() == whole
+    path.write_bytes(b"x" * (2 * metrics.PIECE))
+    Recorder(tmp_path, OFF).close()
+    assert path.read_bytes() == b""
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from p828.config import Config
+from p828.train import metrics
+recorder = metrics.Recorder(Path(sys.argv[1]), Config(name="run"))
+os.replace = lambda *paths: os._exit(9)
+recorder.rewind(2)
+"""
+
+
+def test_a_kill_while_records_are_rewound_changes_nothing(tmp_path: Path) -> None:
+    record(tmp_path, 1, 5)
+    before = lines(tmp_path)
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)]).returncode == 9
+    assert lines(tmp_path) == before
+    outside = tmp_path.with_name("outside")
+    outside.write_text("of someone else")
+    (left,) = (path for path in tmp_path.iterdir() if path.name != "metrics.jsonl")
+    left.unlink()
+    left.symlink_to(outside)
+    with Recorder(tmp_path, OFF) as recorder:
+        recorder.rewind(2)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert outside.read_text() == "of someone else"
+
+
+def put(kind: str, path: Path, outside: Path) -> None:
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir(parents=True)
+    elif kind == "link":
+        path.symlink_to(outside)
+    elif kind == "link to nothing":
+        path.symlink_to(outside.with_name("nothing"))
+    else:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt"])
+@pytest.mark.parametrize("kind", ["fifo", "directory", "socket", "link", "link to nothing"])
+def test_records_are_regular_files_of_the_run(
+    tmp_path: Path, kind: str, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket may not be long
+    outside = tmp_path / "outside"
+    outside.write_text("of someone else")
+    assert dispatch(["train", str(write_toml(tmp_path, train={"steps": 1}, evaluation={"every": 0}))]) == 0
+    run = Path("runs/tiny")
+    (run / name).unlink()
+    put(kind, run / name, outside)
+    capsys.readouterr()
+    assert dispatch(["train", str(tmp_path / "tiny.toml"), "--train.steps", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"p828: runs/tiny/{name}: cannot be written: ")
+    assert outside.read_text() == "of someone else"
+    assert not outside.with_name("nothing").exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "socket"])
+def test_only_regular_files_are_read_as_records(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(kind, Path("metrics.jsonl"), tmp_path)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read"):
+        list(metrics.read(Path("metrics.jsonl")))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 12, b"a/b", b"a b", b"x" * 200, "fifo", "directory", "link to nothing"]
+)
+def test_a_wandb_id_that_is_none_is_named(tmp_path: Path, content: bytes | str) -> None:
+    path = tmp_path / "wandb_id"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        put(content, path, tmp_path / "outside")
+    with pytest.raises(UserError, match=r"wandb_id: (holds no id|cannot be read)"):
+        _run_id(path)
+
+
+def test_an_error_in_closing_does_not_hide_the_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError("the second")
+
+    with pytest.raises(RunStopped, match="the first"), closed_after(fail):
+        raise RunStopped("the first")
+    assert capsys.readouterr().err == "and then, in closing: OSError: the second\n"
+    with pytest.raises(OSError, match="the second"), closed_after(fail):
+        pass
+    recorder: Any = Recorder(tmp_path, OFF)
+    recorder.close = lambda exit_code: fail()
+    with pytest.raises(RunStopped, match="the first"), recorder:
+        raise RunStopped("the first")
+
+
 def started_wandb(run_dir: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A process of its own, at a terminal, so that a prompt for a key would wait for ever."""
     script = (
@@ -198,35 +379,60 @@ def test_a_run_outlives_wandb(tmp_path: Path) -> None:
     said, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert "Weights & Biases is left out from here on" in said
+    assert "Traceback" not in error
+
+
+def test_wandb_that_has_no_directory_to_write_to_is_told(tmp_path: Path) -> None:
+    (tmp_path / "wandb").write_text("a file")
+    child = started_wandb(tmp_path, "offline")
+    assert (child.returncode, child.stdout) == (2, f"{tmp_path}/wandb: cannot be written: Not a directory\n")
 
 
 OFFLINE = """
 import sys
+from contextlib import suppress
 from pathlib import Path
+from p828 import errors
 from p828.config import Config, WandbConfig
-from p828.train.metrics import Recorder
-with Recorder(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mode="offline"))) as recorder:
-    recorder.write("step", 1, loss=2.5, perplexity=12.2, load=[[1, 2], [3, 4]], balance=[0.5, 0.25])
+from p828.train.metrics import Recorder, loads_record
+error = getattr(errors, sys.argv[2])
+with suppress(error), Recorder(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mode="offline"))) as recorder:
+    assert recorder.wandb.url is None
+    loads = loads_record([[1, 2, 0, 1], [3, 1, 0, 0]], is_whole=True)
+    recorder.write("step", 1, loss=2.5, perplexity=12.2, **loads | {"balance": [0.5, 0.25]})
     recorder.write("eval", 1, loss=2.25)
     recorder.write("event", 1, text="hello")
+    if error is errors.RunStopped:
+        for step in range(2, 7):
+            recorder.write("step", step, loss=1.0 * step)
+        recorder.rewind(3)
+        for step in range(4, 9):
+            recorder.write("step", step, loss=0.5 * step)
+            if step == 6:
+                recorder.write("eval", step, loss=1.25)
+    raise error
 """
 
 
 def test_wandb_offline_gets_flat_names_the_configuration_and_one_id(tmp_path: Path) -> None:
-    for _ in range(2):
-        subprocess.run([sys.executable, "-c", OFFLINE, str(tmp_path)], check=True, capture_output=True, timeout=60)
+    for error in ("RunPaused", "RunStopped"):
+        command = [sys.executable, "-c", OFFLINE, str(tmp_path), error]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
         first = (tmp_path / "wandb_id").read_text().strip()
-    runs = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert {path.name for path in runs} == {f"run-{first}.wandb"}
+    runs = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert [path.name for path in runs] == 2 * [f"run-{first}.wandb"]
+    exit_codes = [record.exit.exit_code for path in runs for record in wandb_records(path) if record.HasField("exit")]
+    assert exit_codes == [0, 1], "paused is no failure"
+    check_rows_after_a_rewind(runs[1])
     logged, config, name = read_wandb(runs[0])
+    assert logged.pop("step") == 1
     assert {key: value for key, value in logged.items() if not key.startswith("_")} == {
         "train/loss": 2.5,
         "train/perplexity": 12.2,
         "validation/loss": 2.25,
-        "load/layer_0/expert_0": 1,
-        "load/layer_0/expert_1": 2,
-        "load/layer_1/expert_0": 3,
-        "load/layer_1/expert_1": 4,
+        "load/min_share": 0,
+        "load/max_share": 3,
+        "load/starved": 3,
         "balance/layer_0": 0.5,
         "balance/layer_1": 0.25,
     }
@@ -235,8 +441,39 @@ def test_wandb_offline_gets_flat_names_the_configuration_and_one_id(tmp_path: Pa
     assert set(config) >= set(Config.__dataclass_fields__)
 
 
+def check_rows_after_a_rewind(path: Path) -> None:
+    """Of the steps that came again both rows are there, the new one later; W&B's own steps only grow."""
+    rows = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in wandb_records(path)
+        if record.HasField("history")
+    ]
+    own = [row["_step"] for row in rows]
+    assert own == sorted(set(own))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8]
+    losses = {row["step"]: row["train/loss"] for row in rows}
+    assert losses == {1: 2.5, 2: 2, 3: 3, 4: 2, 5: 2.5, 6: 3, 7: 3.5, 8: 4}
+    assert [row["step"] for row in rows if "validation/loss" in row] == [1, 6]
+    metrics = {record.metric.glob_name or record.metric.name: record.metric for record in wandb_records(path)}
+    assert metrics["*"].step_metric == "step"
+
+
 def read_wandb(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """The one row of history, the configuration and the run's name.
+    """The one row of history, the configuration and the run's name."""
+    logged: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    name = ""
+    for record in wandb_records(path):
+        for item in record.history.item:
+            logged[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        if record.HasField("run"):
+            name = record.run.display_name
+            config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    return logged, config, name
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """W&B's own messages in one of its files.
 
     The file is LevelDB's log format (7 bytes of ident; then records, in blocks of 32 KiB, with CRC, length and
     type: 1 whole, 2 first, 3 middle, 4 last) of W&B's own messages.
@@ -244,9 +481,6 @@ def read_wandb(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     from wandb.proto import wandb_internal_pb2
 
     content, position, data = path.read_bytes(), 7, b""
-    logged: dict[str, Any] = {}
-    config: dict[str, Any] = {}
-    name = ""
     while position + 7 <= len(content):
         if 32768 - position % 32768 < 7:
             position += 32768 - position % 32768
@@ -259,12 +493,7 @@ def read_wandb(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         data = b""
-        for item in record.history.item:
-            logged[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-        if record.HasField("run"):
-            name = record.run.display_name
-            config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
-    return logged, config, name
+        yield record
 
 
 def test_wandb_is_not_imported_when_off(tmp_path: Path) -> None:

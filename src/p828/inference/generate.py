@@ -18,7 +18,7 @@ from p828.inference.mode import inference
 from p828.inference.sampling import SamplingConfig, sample
 from p828.inference.text_stream import TextStream
 from p828.model.kv_cache import KVCache
-from p828.model.transformer import Transformer
+from p828.model.transformer import Layer, Transformer
 
 OnText = Callable[[int, str], None]
 FinishReason = Literal["end", "stop", "length", "context"]
@@ -133,8 +133,12 @@ class _Row:
 
 def _uncompiled(model: Transformer) -> AbstractContextManager[None]:
     """Compiled layers run as they were written, since a trainer's would be compiled anew for each length."""
-    compiled = any(layer._compiled_call_impl is not None for layer in model.model.layers)
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    return torch.compiler.set_stance("force_eager") if any(map(_is_compiled, model.layers)) else nullcontext()
+
+
+def _is_compiled(layer: Layer) -> bool:
+    """As a whole, by the plain engine, or its `forward` alone, by DeepSpeed's."""
+    return layer._compiled_call_impl is not None or "forward" in vars(layer)
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, context: int) -> list[int]:

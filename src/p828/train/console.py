@@ -19,6 +19,7 @@ from rich.style import Style
 from rich.text import Text
 
 from p828.errors import UserError
+from p828.files import open_appended
 from p828.train.metrics import NO_ROOM
 
 LINES_PER_RUN = 20  # a plain progress line comes at least every this share of the run
@@ -75,7 +76,7 @@ class Console:
         self._log_path = Path(os.devnull) if is_quiet else run_dir / "log.txt"
         try:
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = _open_log(self._log_path)
+            self._log = open_appended(self._log_path) if not is_quiet else _open_nothing()
         except OSError as error:
             raise UserError(f"{self._log_path}: cannot be written: {error.strerror}") from None
 
@@ -193,8 +194,8 @@ class Console:
         return text.encode(self._output.encoding, "backslashreplace").decode(self._output.encoding)
 
 
-def _open_log(path: Path) -> BinaryIO:
-    return open(path, "ab", buffering=0)  # nothing stays behind in a buffer when there is no room on the disk
+def _open_nothing() -> BinaryIO:
+    return open(os.devnull, "ab", buffering=0)
 
 
 def _percent(step: int, total: int) -> str:

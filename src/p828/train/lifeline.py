@@ -7,7 +7,6 @@ dead one in one line and ends the others. When nobody has got on for too long, r
 The connection is watched by a thread, which works while the main thread is inside a collective operation.
 """
 
-import faulthandler
 import hmac
 import json
 import os
@@ -15,17 +14,17 @@ import secrets
 import selectors
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from p828.errors import RunStopped, UserError
+from p828.files import open_appended, write_atomic
 from p828.train.device import machine
 
 if TYPE_CHECKING:
@@ -36,24 +35,24 @@ LOOK_EVERY = 0.5  # seconds
 ANSWER_WITHIN = 15.0  # seconds for a rank's stack
 MOURN_WITHIN = 3.0  # seconds in which a death is noticed that made an operation fail
 CONNECT_WITHIN = 60.0
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))  # a host gone: 30 s
+KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))  # seconds; a host gone is noticed in 30
+LONGEST_GREETING = 4096  # bytes that whoever has not named the token may send
 LAST_OPERATIONS = 5
 INTERRUPTED = 130
 
 
 def join_lifeline(ranks: "Ranks", timeout: float, run_dir: Path) -> "Lifeline":
     """Connect every rank to rank 0; to be called by all."""
-    here, hosts = socket.gethostname(), set(ranks.gather(machine()))
-    server = _listen("127.0.0.1" if len(hosts) == 1 else "") if ranks.is_first else None
+    hosts = set(ranks.gather(machine()))
+    server = socket.create_server(("127.0.0.1" if len(hosts) == 1 else "", 0), backlog=1024) if ranks.is_first else None
     place = None if server is None else (_address(server), secrets.token_hex(16))
-    (address, port), token = next(found for found in ranks.gather(place) if found is not None)
-    about: dict[str, Any] = {"rank": ranks.rank, "host": here, "pid": os.getpid()}
+    address, token = next(found for found in ranks.gather(place) if found is not None)
     if server is None:
-        peers = [_Peer(socket.create_connection((address, port), CONNECT_WITHIN), 0)]
-        peers[0].send(token=token, **about)
+        peers = [_greet(address, token, ranks.rank)]
     else:
-        peers = list(_accept(server, ranks.size - 1, token))
-        server.close()
+        with server:
+            peers = _accept(server, ranks.size, token, CONNECT_WITHIN)
+    about: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
     abouts: dict[int, dict[str, Any]] = dict(enumerate(ranks.gather(about)))
     return Lifeline(ranks.rank, peers, abouts, timeout, run_dir / FILE_NAME)
 
@@ -68,7 +67,7 @@ class Lifeline:
         self._last_progress = time.monotonic()
         self._has_failed = self._has_asked = False
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="p828-lifeline", daemon=True)
+        self._thread = threading.Thread(target=self._watch_or_end, name="p828-lifeline", daemon=True)
         self._thread.start()
 
     def progressed(self) -> None:
@@ -92,10 +91,10 @@ class Lifeline:
             return None
         # Before the others end: a launcher that sees one end may end this process, too.
         if is_ours or code == INTERRUPTED:
-            print(f"p828: {error if is_ours else 'interrupted'}", file=sys.stderr, flush=True)
+            _say(f"p828: {error if is_ours else 'interrupted'}")
         else:
-            traceback.print_exception(error)
-            print(f"p828: {self._name(0)} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            _say("".join(traceback.format_exception(error)).rstrip())
+            _say(f"p828: {self._name(0)} failed: {type(error).__name__}: {error}")
         self._end_others(code)
         return code
 
@@ -108,6 +107,16 @@ class Lifeline:
         self._thread.join()
         for peer in self.peers:
             peer.connection.close()
+
+    def _watch_or_end(self) -> None:
+        """Without its watcher a run could hang for ever: whatever goes wrong in here ends it, and is shown."""
+        try:
+            self._watch()
+        except BaseException:
+            _say(traceback.format_exc().rstrip())
+            _say(f"p828: the watcher of {self._name(self.rank)} failed; the run ends")
+            self._end_others()
+            _exit(1)
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -155,7 +164,7 @@ class Lifeline:
         else:
             text = f"{who} died; the run ends. The same command goes on from the last checkpoint"
         if self.rank == 0 or (self.rank == 1 and peer.rank == 0):
-            print(f"p828: {text}", file=sys.stderr, flush=True)
+            _say(f"p828: {text}")
         self._end_others(peer.code)
         _exit(peer.code)
 
@@ -175,16 +184,13 @@ class Lifeline:
     def _give_up(self) -> None:
         """End without rank 0, which hangs with all its threads. Each rank adds its own stack to the file."""
         stack = stacks()
-        with self.report.open("a", encoding="utf-8") as file:
-            file.write(f"rank {self.rank}\n{stack}\n\n")
+        where = self._reported(stack, is_whole=False)
         # A launcher ends the others as soon as one has ended: first all write, then rank 1 speaks and ends.
         time.sleep(2 * LOOK_EVERY if self.rank == 1 else ANSWER_WITHIN)
         if self.rank == 1:
-            print(
+            _say(
                 f"p828: no progress for {self.timeout:g} s, and no answer from {self._name(0)}; the run ends. "
-                f"Where the others are: {self.report}\n  rank 1: {_where(stack)}",
-                file=sys.stderr,
-                flush=True,
+                f"Where the others are: {where}\n  rank 1: {_where(stack)}"
             )
         _exit(1)
 
@@ -200,14 +206,28 @@ class Lifeline:
                 if key.data.is_closed:
                     selector.unregister(key.data.connection)
             found |= {peer.rank: peer.stack for peer in self.peers if peer.stack}
-        lines = [f"no progress for {self.timeout:g} s; the run ends. Where each rank is (whole stacks: {self.report}):"]
-        for rank in range(len(self.peers) + 1):
-            lines.append(f"  rank {rank}: {_where(found[rank])}" if rank in found else f"  rank {rank}: no answer")
+        lines = [
+            f"  rank {rank}: {_where(found[rank]) if rank in found else 'no answer'}"
+            for rank in range(len(self.peers) + 1)
+        ]
         whole = "\n\n".join(f"rank {rank}\n{text}" for rank, text in sorted(found.items()))
-        self.report.write_text("\n".join(lines) + "\n\n" + whole + "\n", encoding="utf-8")
-        print("p828: " + "\n".join(lines), file=sys.stderr, flush=True)
+        said = f"no progress for {self.timeout:g} s; the run ends. Where each rank is"
+        where = self._reported("\n".join([f"{said}:", *lines]) + "\n\n" + whole, is_whole=True)
+        _say("\n".join([f"p828: {said} (whole stacks: {where}):", *lines]))
         self._end_others()
         _exit(1)
+
+    def _reported(self, text: str, is_whole: bool) -> str:
+        """Write to the report, all of it or this rank's part; in words, where it is, or why it is nowhere."""
+        try:
+            if is_whole:
+                write_atomic(self.report, text + "\n")
+            else:
+                with open_appended(self.report) as file:
+                    file.write(f"rank {self.rank}\n{text}\n\n".encode())
+        except OSError as error:
+            return f"{self.report} cannot be written: {error.strerror or error}"
+        return str(self.report)
 
 
 class _Peer:
@@ -220,9 +240,7 @@ class _Peer:
         self._rest = b""
         self._sending = threading.Lock()
         connection.settimeout(ANSWER_WITHIN)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE:
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        _keep_alive(connection)
 
     def send(self, **message: Any) -> None:
         try:
@@ -243,11 +261,18 @@ class _Peer:
 
 
 def stacks() -> str:
-    """Where every thread of this process is, and the last collective operations that PyTorch's flight recorder saw."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read() + _operations()
+    """Where every thread of this process is, innermost frames first, the main thread last.
+
+    And the last collective operations that PyTorch's flight recorder saw. It needs no file, and so no room on a disk.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main = threading.main_thread().ident
+    parts = []
+    for ident, frame in sorted(sys._current_frames().items(), key=lambda item: item[0] == main):
+        frames = reversed(traceback.extract_stack(frame))
+        lines = (f'  File "{found.filename}", line {found.lineno} in {found.name}' for found in frames)
+        parts.append("\n".join((f"Thread 0x{ident:016x} ({names.get(ident, 'not of Python')}):", *lines)))
+    return "\n\n".join(parts) + _operations()
 
 
 def _operations() -> str:
@@ -261,16 +286,12 @@ def _operations() -> str:
 
 
 def _where(stack: str) -> str:
-    """The innermost frames of the main thread, which `faulthandler` writes last, innermost first."""
-    frames = [line.strip() for line in stack.rpartition("hread 0x")[2].splitlines() if "File" in line]
+    """The innermost frames of the main thread, as `stacks` wrote them."""
+    frames = [line.strip() for line in stack.rpartition("Thread 0x")[2].splitlines() if "File" in line]
     return " < ".join(
         f"{Path(frame.split(chr(34))[1]).name}{frame.rpartition(chr(34))[2].replace(', line ', ':')}"
         for frame in frames[:3]
     )
-
-
-def _listen(address: str) -> socket.socket:
-    return socket.create_server((address, 0), backlog=1024)
 
 
 def _address(server: socket.socket) -> tuple[str, int]:
@@ -279,24 +300,92 @@ def _address(server: socket.socket) -> tuple[str, int]:
     return (host if host == "127.0.0.1" else os.environ["MASTER_ADDR"]), port
 
 
-def _accept(server: socket.socket, count: int, token: str) -> Iterator[_Peer]:
-    """The other ranks, in the order of their coming; what does not know the token is turned away."""
-    server.settimeout(CONNECT_WITHIN)
-    while count:
-        connection, _ = server.accept()
-        peer = _Peer(connection, -1)
-        messages: list[dict[str, Any]] = []
-        while not messages and not peer.is_closed:
-            messages = peer.receive()
-        if messages and hmac.compare_digest(str(messages[0].get("token")), token):
-            peer.rank, count = messages[0]["rank"], count - 1
-            yield peer
-        else:
-            connection.close()
+def _greet(address: tuple[str, int], token: str, rank: int) -> _Peer:
+    """A connection to rank 0. Raises RunStopped if it cannot be reached."""
+    try:
+        peer = _Peer(socket.create_connection(address, CONNECT_WITHIN), 0)
+    except OSError as error:
+        place = f"{address[0]}, port {address[1]}"
+        raise RunStopped(f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {place}: {error}") from None
+    peer.send(token=token, rank=rank)
+    return peer
+
+
+def _accept(server: socket.socket, size: int, token: str, within: float) -> list[_Peer]:
+    """The other ranks, in the order of their coming. Raises RunStopped if some have not come after so many seconds.
+
+    Whoever does not name the token, which only the ranks know, is turned away. All are listened to at once, so that a
+    stranger who says nothing keeps nobody waiting.
+    """
+    until, peers = time.monotonic() + within, list[_Peer]()
+    server.setblocking(False)
+    with selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ)
+        while len(peers) < size - 1:
+            for key, _ in selector.select(max(until - time.monotonic(), 0)):
+                if key.data is None:
+                    with suppress(OSError):  # whoever came has gone already
+                        connection, _ = server.accept()
+                        selector.register(connection, selectors.EVENT_READ, bytearray())
+                elif (is_done := _has_greeted(key.fileobj, key.data)) is not None:  # type: ignore[arg-type]
+                    selector.unregister(key.fileobj)
+                    rank = _greeting(key.data, token) if is_done else None
+                    if rank is None:
+                        key.fileobj.close()  # type: ignore[union-attr]
+                    else:
+                        peers.append(_Peer(key.fileobj, rank))  # type: ignore[arg-type]
+            if time.monotonic() > until and len(peers) < size - 1:
+                missing = sorted(set(range(1, size)) - {peer.rank for peer in peers})
+                raise RunStopped(f"rank 0 waited {within:g} s for the connections of ranks {missing}")
+        for key in list(selector.get_map().values()):  # strangers who have not said anything yet
+            if key.data is not None:
+                key.fileobj.close()  # type: ignore[union-attr]
+    return peers
+
+
+def _has_greeted(connection: socket.socket, heard: bytearray) -> bool | None:
+    """Add what has come. True once a line is whole, False when none will be, None while it may be."""
+    try:
+        data = connection.recv(LONGEST_GREETING - len(heard))
+    except OSError:
+        return False
+    heard += data
+    if b"\n" in data:
+        return True
+    return None if data and len(heard) < LONGEST_GREETING else False
+
+
+def _greeting(line: bytes, token: str) -> int | None:
+    """The rank that a line with the token names, which only a rank knows."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(message, dict) or not isinstance(message.get("token"), str):
+        return None
+    is_known = hmac.compare_digest(message["token"].encode("utf-8", "replace"), token.encode())
+    return message["rank"] if is_known else None
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Have the system notice when the other host is gone, as far as it offers that."""
+    with suppress(OSError):  # a hardened one refuses; a hang is noticed all the same
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE:
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _say(text: str) -> None:
+    """Print it to standard error; where nobody can read that, what follows is done all the same."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _exit(code: int) -> None:
     """End the process from a thread, with the main thread wherever it is."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # also when nobody reads them
+        os._exit(code)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from p828.config import Config
-from p828.errors import OneRanksError, RunPaused, RunStopped, UserError
+from p828.errors import OneRanksError, RunPaused, RunStopped, UserError, closed_after
 from p828.train.launcher import launched
 from p828.train.lifeline import Lifeline, join_lifeline
 
@@ -81,7 +81,8 @@ class Ranks:
                 outcome[0] = function()
             except (UserError, RunStopped) as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        with _not_hiding(outcome[1]):
+            dist.broadcast_object_list(outcome, src=0, group=self.group)
         self._progressed()
         if outcome[1] is not None:
             raise self.everywhere(outcome[1])
@@ -106,7 +107,8 @@ class Ranks:
             yield
         except (UserError, RunStopped) as found:
             error = found
-        errors = self.gather(error)
+        with _not_hiding(error):
+            errors = self.gather(error)
         rank, error = next(((rank, error) for rank, error in enumerate(errors) if error is not None), (0, None))
         if error is not None:
             if rank:
@@ -116,6 +118,17 @@ class Ranks:
     def _progressed(self) -> None:
         if self.lifeline is not None:
             self.lifeline.progressed()
+
+
+@contextmanager
+def _not_hiding(found: BaseException | None) -> Iterator[None]:
+    """Where the block cannot tell the other ranks of an error, as one of them has died, raise that error itself."""
+    try:
+        yield
+    except Exception:
+        if found is None:
+            raise
+        raise found from None
 
 
 @contextmanager
@@ -145,22 +158,8 @@ def joined(config: Config) -> Iterator[Ranks]:
             world_size=1,
             timeout=timeout,
         )
-    try:
-        ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=timeout), timeout=timeout)
-        if size > 1:
-            ranks.lifeline = join_lifeline(ranks, config.deepspeed.timeout_seconds, config.run_dir)
-        try:
-            yield ranks
-        except BaseException as error:
-            if ranks.lifeline is not None and not getattr(error, "is_everywhere", False):
-                code = ranks.lifeline.failed(error)
-                if code is not None:
-                    raise SystemExit(code) from None
-            raise
-        finally:
-            if ranks.lifeline is not None:
-                ranks.lifeline.close()
-    finally:
+
+    def leave() -> None:
         if not is_launched:
             for name in _OF_ONE_PROCESS:
                 os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
@@ -168,6 +167,20 @@ def joined(config: Config) -> Iterator[Ranks]:
             dist.distributed_c10d._abort_process_group()  # what is under way on the GPU would never end
         else:
             dist.destroy_process_group()
+
+    with closed_after(leave):
+        ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=timeout), timeout=timeout)
+        if size > 1:
+            ranks.lifeline = join_lifeline(ranks, config.deepspeed.timeout_seconds, config.run_dir)
+        with closed_after(ranks.lifeline.close if ranks.lifeline is not None else lambda: None):
+            try:
+                yield ranks
+            except BaseException as error:
+                if ranks.lifeline is not None and not getattr(error, "is_everywhere", False):
+                    code = ranks.lifeline.failed(error)
+                    if code is not None:
+                        raise SystemExit(code) from None
+                raise
 
 
 _OF_ONE_PROCESS = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}  # what DeepSpeed reads

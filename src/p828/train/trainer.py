@@ -27,7 +27,7 @@ from p828.train.checkpoint_content import check_content, config_of, reading_posi
 from p828.train.console import Console
 from p828.train.device import peak_flops, peak_memory
 from p828.train.engine import Engine, StepResult
-from p828.train.metrics import Recorder, balance_score
+from p828.train.metrics import Recorder, loads_every, loads_record
 from p828.train.progress import Counts, Progress
 from p828.train.ranks import Ranks
 from p828.train.run_directory import CHECKPOINTS, TOKENIZER_FILE, RunDirectory
@@ -64,7 +64,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or until patience runs out."""
         try:
-            self.recorder.rewind(self.progress.step)
+            self.rewind_records()
             self.train()
         finally:
             self.saver.join()
@@ -92,6 +92,11 @@ class Trainer:
             is_better = self.evaluate() if self.is_due(config.evaluation.every) else False
             if is_better or self.is_due(config.checkpoint.every):
                 self.save()
+
+    def rewind_records(self) -> None:
+        """Drop the records of the steps that come again."""
+        if damage := self.recorder.rewind(self.progress.step):
+            self.tell("damaged_records", damage)
 
     def fetch(self) -> tuple[list[Batch], Counts]:
         """This rank's micro-batches of the next step, and what those of all ranks hold.
@@ -162,13 +167,18 @@ class Trainer:
             mfu=None if peak is None else flops * tokens_per_second / (peak * self.ranks.size),
             memory_bytes=max(self.memory_bytes, peak_memory(self.engine.device)),
             seconds=seconds,
-            load=result.loads,
-            balance=[balance_score(load_E) for load_E in result.loads],
+            **loads_record(result.loads, self.has_whole_loads()),
         )
         if self.recorder.wandb is not None and self.recorder.wandb.problem:
             text, self.recorder.wandb.problem = self.recorder.wandb.problem, ""
             self.tell("wandb", text)
         self.console.step(self.progress.step, loss=result.loss, tokens_per_second=tokens_per_second)
+
+    def has_whole_loads(self) -> bool:
+        """Whether a step's record has every expert's load."""
+        model, step = self.config.model, self.progress.step
+        is_its_turn = step % loads_every(model.num_hidden_layers, model.n_routed_experts) == 0
+        return step == 1 or is_its_turn or self.is_due(self.config.evaluation.every)
 
     def data_record(self) -> dict[str, Any]:
         """What the data was so far: documents, the cut ones among them, and tokens by source of a mixture."""
@@ -222,7 +232,7 @@ class Trainer:
         back = self.saved_step = self.progress.step
         self.loader.go_on_at(back)
         self.ranks.first(lambda: checkpoint.forget_after(self.checkpoints, back))
-        self.recorder.rewind(back)
+        self.rewind_records()
         self.tell(
             "rollback",
             f"back to step {back}: {what} (loss {bad.loss:.3f}, usually {bad.usual_loss:.3f}). "
