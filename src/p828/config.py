@@ -243,6 +243,10 @@ class BalanceConfig:
 class TrainConfig:
     steps: int = 100_000
     """Optimizer updates in the whole run."""
+    tokens: float = 0.0
+    """Tokens of the whole run, on all ranks, as 5e9: decides `train.steps`, rounded up, where it is not 0."""
+    hours: float = 0.0
+    """Hours of training, over all its starts, after which the run is complete, whatever `train.steps`; 0 is no end."""
     micro_batch_size: int = 8
     """Rows put through the model at once."""
     gradient_accumulation: int = 16
@@ -357,6 +361,14 @@ class Config:
         return self.train.micro_batch_size * self.train.gradient_accumulation * self.data.sequence_length
 
 
+def with_steps(config: Config, ranks: int) -> Config:
+    """With the `train.steps` that `train.tokens` asks for, if it does, so that steps alone say how long a run is."""
+    if not config.train.tokens:
+        return config
+    steps = -(-int(config.train.tokens) // (config.tokens_per_step * ranks))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=max(steps, 1), tokens=0.0))
+
+
 def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
@@ -421,4 +433,4 @@ def validate(config: Config) -> None:
     for key, value in flatten(config).items():
         check_range(key, value)
     check_model(config.model)
-    check_run(config)
+    check_run(with_steps(config, 1))

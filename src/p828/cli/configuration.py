@@ -1,5 +1,6 @@
 """What `p828 train` and `p828 prepare` begin with: a preset or TOML file, and flags that change it."""
 
+import dataclasses
 from collections.abc import Callable
 
 from p828 import config as configuration
@@ -22,8 +23,21 @@ def read_configuration(
     config = parse(Config, flags, prog, default, describe(default), others=others)
     if name is None:
         raise UserError(f"no configuration given. Usage: {usage}\nPresets: {', '.join(configuration.preset_names())}")
+    config = _with_length(config, default)
     configuration.validate(config)
     return config
+
+
+def _with_length(config: Config, default: Config) -> Config:
+    """Where flags give `train.steps`, they and not the file's `train.tokens` decide. Raises UserError for both."""
+    train, before = config.train, default.train
+    if not train.tokens or train.steps == before.steps:
+        return config
+    if train.tokens != before.tokens:
+        raise UserError(
+            f"--train.steps {train.steps} and --train.tokens {train.tokens:g}: one of them decides; give one"
+        )
+    return dataclasses.replace(config, train=dataclasses.replace(train, tokens=0.0))
 
 
 def _split(arguments: list[str], usage: str) -> tuple[str | None, list[str]]:

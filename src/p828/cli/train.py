@@ -1,5 +1,7 @@
 """`p828 train`: train a model, or go on with its run."""
 
+import sys
+
 import tomli_w
 
 from p828 import config as configuration
@@ -7,6 +9,7 @@ from p828.cli.configuration import read_configuration
 from p828.config import Config
 from p828.config_values import to_dict
 from p828.model.flops import count_parameters, flops_per_token
+from p828.train.console import say
 
 USAGE = "p828 train CONFIG [--dry-run] [--section.key VALUE ...]"
 DRY_RUN = "--dry-run"
@@ -17,8 +20,10 @@ def run(arguments: list[str]) -> None:
     flags = [_ours(argument) for argument in arguments if argument != DRY_RUN]
     config = read_configuration(flags, USAGE, _describe, others=(DRY_RUN, DEEPSPEED_CONFIG))
     if DRY_RUN in arguments:
-        print(tomli_w.dumps(to_dict(config)).rstrip(), _costs(config), sep="\n\n")
+        print(tomli_w.dumps(to_dict(configuration.with_steps(config, 1))).rstrip(), _costs(config), sep="\n\n")
         return
+    if "torch" not in sys.modules:
+        say(f"{config.name}: loading PyTorch")
     from p828.train.start import train  # imports torch
 
     train(config)

@@ -40,14 +40,14 @@ def open_loader(
     hurry = threading.Event()
     retry = Retry(config.data.read_retries, hurry.wait, tell)
     sources = [
-        _open_source(data, _seed(config.train.seed, number), tokenizer, retry)
+        _open_source(data, source_seed(config.train.seed, number), tokenizer, retry)
         for number, data in enumerate(config.data.sources)
     ]
     weights = zip(*(mixed.weights for mixed in config.data.mixture), strict=True) if config.data.mixture else [(1.0,)]
     schedule = list(zip(config.data.mixture_steps, weights, strict=True))
     batches_per_step = config.train.gradient_accumulation * world_size
     rows = Mixture(sources, schedule, config.train.micro_batch_size, batches_per_step, rank, world_size)
-    return Loader(rows, config.model.mask_documents, pin_memory, len(sources), hurry)
+    return Loader(rows, config.model.mask_documents, pin_memory, len(sources), hurry, tell)
 
 
 def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry) -> RowSource:
@@ -56,7 +56,7 @@ def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry
     packer: type[Packer] | type[BestFitPacker] = Packer if data.packing == "concatenate" else BestFitPacker
 
     def rows(part: int) -> RowShuffler:
-        own_seed = _seed(seed, part)
+        own_seed = source_seed(seed, part)
         documents = open_training(data, own_seed, part=part, parts=data.streams, retry=retry)
         maker: RowMaker = packer(documents, tokenizer, data.sequence_length)
         return RowShuffler(maker, max(data.shuffle_rows // data.streams, 1), own_seed)
@@ -64,7 +64,7 @@ def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry
     return Streams([rows(part) for part in range(data.streams)])
 
 
-def _seed(seed: int, number: int) -> int:
+def source_seed(seed: int, number: int) -> int:
     """A seed for each of several sources or streams, lest all shuffle alike; the run's own for the first."""
     return int(np.random.PCG64((seed, number)).random_raw()) if number else seed
 

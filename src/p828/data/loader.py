@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -13,10 +14,14 @@ import xxhash
 from torch import Tensor
 
 from p828.data.row import PADDING, Row
+from p828.errors import ReadFailed
 
 NO_TARGET = -100
 DIGESTS = 2**32
 PREFETCHED_BATCHES = 8
+LOOK_EVERY = 0.05  # seconds, while a batch is waited for
+TELL_AFTER, TELL_EVERY = 2.0, 60.0  # seconds
+CLOSE_WITHIN = 2.0  # seconds: a thread whose read hangs is left behind
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Batch:
     """Those of them that have a part in another row."""
     digest: int = 0
     """Sum of a hash of each row's tokens, modulo 2^32: the same rows have the same, in whatever batches they come."""
+    epoch: int = 0
+    """The latest that a row is of, from 0."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting if it is pinned."""
@@ -98,6 +105,7 @@ def make_batch(rows: Sequence[Row], mask_documents: bool, sources: int = 1) -> B
         documents=sum(row.documents for row in rows),
         cut_documents=sum(row.cut_documents for row in rows),
         digest=sum(xxhash.xxh3_64_intdigest(row.tokens.tobytes()) for row in rows) % DIGESTS,
+        epoch=max(row.epoch for row in rows),
     )
 
 
@@ -125,8 +133,9 @@ class Loader:
         pin_memory: bool = False,
         sources: int = 1,
         hurry: threading.Event | None = None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`hurry` is set when nothing is to be waited for any more in the thread."""
+        """`hurry` is set when nothing is to be waited for any more. `tell` is given a line when data is waited for."""
         self.rows = rows
         self.sources = sources
         self.mask_documents = mask_documents
@@ -137,6 +146,7 @@ class Loader:
         self._error: BaseException | None = None
         self._stop, self._hurry = threading.Event(), hurry or threading.Event()
         self._thread: threading.Thread | None = None
+        self._tell, self._told = tell, -TELL_EVERY
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -163,17 +173,17 @@ class Loader:
         self._state = state
 
     def stop_waiting(self) -> None:
-        """Do not wait for data that cannot be read for now: `next` raises soon what reading it raised."""
+        """Wait for no data any more: `next` gives what is made, else raises ReadFailed at once."""
         self._hurry.set()
 
     def close(self) -> None:
-        """End the thread, after the documents that it is tokenizing."""
+        """End the thread, after the documents that it is tokenizing; one that takes longer, or hangs, is left alone."""
         self._stop.set()
         self._hurry.set()
         while not self._made.empty():
             self._made.get_nowait()  # room for the batch that the thread may be waiting to put
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CLOSE_WITHIN)
 
     def __enter__(self) -> "Loader":
         return self
@@ -189,11 +199,24 @@ class Loader:
         if self._thread is None:
             self._thread = threading.Thread(target=self._make, name="p828-loader", daemon=True)
             self._thread.start()
-        made = self._made.get()
+        made = self._wait()
         if isinstance(made, BaseException):
             self._error = made
             raise made
         return made
+
+    def _wait(self) -> tuple[Batch, dict[str, Any]] | BaseException:
+        begun = time.monotonic()
+        while True:
+            try:
+                return self._made.get(timeout=LOOK_EVERY)
+            except queue.Empty:
+                if self._hurry.is_set():
+                    raise ReadFailed("data was not waited for, as the run was asked to end") from None
+            now = time.monotonic()
+            if now - begun > TELL_AFTER and now - self._told > TELL_EVERY:
+                self._told = now
+                self._tell("waiting for data: the next rows are not read yet")
 
     def _make(self) -> None:
         try:

@@ -1,9 +1,12 @@
 """Builds a run's parts, in the order in which their inputs can be wrong, and sets the loop off."""
 
+import contextlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
-from p828.config import Config
+from p828.config import Config, validate, with_steps
+from p828.data.amount import amounts, repeated
 from p828.data.feed import open_loader, prepared_tokenizer, training_documents, validation_batches
 from p828.data.manifest import open_manifest
 from p828.data.retry import Retry
@@ -12,7 +15,8 @@ from p828.data.tokenizer import Tokenizer, load_tokenizer
 from p828.errors import UserError
 from p828.model.flops import count_parameters
 from p828.train import checkpoint
-from p828.train.console import Console
+from p828.train.banner import entries
+from p828.train.console import Console, say, waiting
 from p828.train.deepspeed_settings import DeepSpeedSettings
 from p828.train.device import make_deterministic, pick_device
 from p828.train.engine import Engine, PlainEngine
@@ -30,45 +34,61 @@ def train(config: Config) -> None:
 
     Raises UserError for wrong input, leaving no new run behind, and RunStopped when the run's own guard ends it.
     """
-    with joined(config) as ranks:
+    with contextlib.ExitStack() as stack:
+        with waiting("waiting for the other ranks", say):
+            ranks = stack.enter_context(joined(config))
+        tell = say if ranks.is_first else _nothing
         with ranks.agreed():
+            config = with_steps(config, ranks.size)
+            validate(config)
             settings = check_deepspeed(config, ranks) if config.engine == "deepspeed" else None
             # A missing file or an empty validation set ends here, before anything is written.
-            for data in config.data.sources:
-                if data.prepared:
-                    open_manifest(Path(data.prepared))
-                else:
-                    open_training(data, config.train.seed)
-                    next(open_validation(data, Retry(data.read_retries)))
+            with waiting(f"opening the data: {', '.join(config.data.source_names)}", tell):
+                for data in config.data.sources:
+                    if data.prepared:
+                        open_manifest(Path(data.prepared))
+                    else:
+                        open_training(data, config.train.seed)
+                        next(open_validation(data, Retry(data.read_retries)))
         if config.train.deterministic:
             make_deterministic()
         # Advice to round float32 products to TF32; the router is to stay in float32.
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-        _train(config, ranks, settings)
+        _train(config, ranks, settings, tell)
 
 
-def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> None:
+def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, tell: Callable[[str], None]) -> None:
     device, is_quiet = pick_device(config.train.device), not ranks.is_first
-    with open_run(config, ranks) as run, Recorder(run.path, config, is_quiet) as recorder:
+    with contextlib.ExitStack() as stack:
+        with waiting(f"opening {config.run_dir}, and verifying its newest checkpoint if it has one", tell):
+            run = stack.enter_context(open_run(config, ranks))
+        with waiting("starting Weights & Biases" if config.wandb.mode != "off" else "opening the records", tell):
+            recorder = stack.enter_context(Recorder(run.path, config, is_quiet))
         first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
         with Console(run.path, config.train.steps, first_step, is_quiet=is_quiet) as console:
             ranks.first(lambda: _make_tokenizer(config, console))  # the others wait, and find it in the run's directory
             with ranks.agreed():
                 tokenizer = _tokenizer(config, console)
                 _check_prompts(config, tokenizer)
-                validation = validation_batches(
-                    config, tokenizer, config.evaluation.rows, config.train.micro_batch_size
-                )
-                opened = open_loader(
-                    config, tokenizer, device.type == "cuda", ranks.rank, ranks.size, tell=console.event
-                )
+                with console.waiting("reading the validation rows"):
+                    validation = validation_batches(
+                        config, tokenizer, config.evaluation.rows, config.train.micro_batch_size
+                    )
+                with console.waiting("opening the training data"):
+                    opened = open_loader(
+                        config, tokenizer, device.type == "cuda", ranks.rank, ranks.size, tell=console.event
+                    )
             with opened as loader:
-                engine = _engine(config, ranks, settings, console)
+                with console.waiting("making the model"):
+                    engine = _engine(config, ranks, settings, console)
                 trainer = Trainer(config, run, tokenizer, loader, validation, engine, recorder, console, ranks)
-                console.print(_describe(config, engine, ranks, settings))
-                changes = [] if run.newest is None else [*run.changes, *trainer.resume(run.newest)]
+                changes: list[str] = []
+                if run.newest is not None:
+                    with console.waiting(f"loading the checkpoint of step {first_step}"):
+                        changes = [*run.changes, *trainer.resume(run.newest)]
                 with ranks.agreed():
                     loader.start()
+                ranks.first(lambda: _introduce(trainer, settings))
                 run.keep()
                 lines = [*run.damaged, *changes]
                 if run.newest is not None:
@@ -77,9 +97,25 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> 
                     lines.append("no checkpoint is left: the run begins again from step 0")
                 for line in lines:
                     trainer.tell("resume", line)
-                with noted_signals(loader.stop_waiting) as trainer.stop:
+                with noted_signals(loader.stop_waiting, console.event) as trainer.stop:
                     trainer.run()
                 trainer.conclude()
+
+
+def _nothing(text: str) -> None:
+    """In place of `say`, where rank 0 says it."""
+
+
+def _introduce(trainer: Trainer, settings: DeepSpeedSettings | None) -> None:
+    """Say what run this is, and how much data there is for it, which is recorded."""
+    config, ranks, console, recorder = trainer.config, trainer.ranks, trainer.console, trainer.recorder
+    with console.waiting("estimating how much data there is"):
+        found = amounts(config, trainer.tokenizer, ranks.size)
+    console.block(config.name, entries(config, trainer.engine, ranks, settings, found, recorder.wandb))
+    sources = [{"name": a.name, "tokens": a.tokens, "is_exact": a.is_exact, "epochs": a.epochs} for a in found]
+    recorder.write("data", trainer.progress.step, sources=sources)
+    for line in repeated(found):
+        trainer.tell("repeated_data", line)
 
 
 def _engine(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, console: Console) -> Engine:
@@ -101,21 +137,11 @@ def _tokenizer(config: Config, console: Console) -> Tokenizer:
     path = config.run_dir / TOKENIZER_FILE
     if not path.exists() and (prepared := prepared_tokenizer(config)) is not None:
         prepared.save(path)
-    if config.tokenizer.name == "train" and not path.exists():
+    is_trained = config.tokenizer.name == "train" and not path.exists()
+    if is_trained:
         console.print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens")
-    return load_tokenizer(config.tokenizer, lambda: training_documents(config), config.model.vocab_size, path)
-
-
-def _describe(config: Config, engine: Engine, ranks: Ranks, settings: DeepSpeedSettings | None) -> str:
-    device = str(engine.device) if ranks.size == 1 else f"{ranks.size} x {engine.device.type}"
-    if settings is not None:
-        device += f" through DeepSpeed, ZeRO stage {settings.stage},"
-    parameters = count_parameters(config.model)
-    return (
-        f"{config.name}: {parameters.total / 1e6:.1f} M parameters, {parameters.active / 1e6:.1f} M active, "
-        f"on {device} in {str(engine.dtype).removeprefix('torch.')}, "
-        f"{config.tokens_per_step * ranks.size:,} tokens a step, {config.train.steps:,} steps"
-    )
+    with contextlib.nullcontext() if is_trained else console.waiting("loading the tokenizer"):
+        return load_tokenizer(config.tokenizer, lambda: training_documents(config), config.model.vocab_size, path)
 
 
 def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:

@@ -48,6 +48,11 @@ class WandbMirror:
                 'run `wandb login` or set WANDB_API_KEY, or give wandb.mode "offline" or "off"'
             ) from None
 
+    @property
+    def url(self) -> str:
+        """Where the run is seen; empty if it is recorded offline."""
+        return (getattr(self._run, "url", None) or "") if self._run is not None else ""
+
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self._run is None or kind not in SECTIONS:
             return
