@@ -35,7 +35,7 @@ from p828.train.schedule import learning_rate
 from p828.train.stop import StopRequest
 
 NON_FINITE_LIMIT = 3  # steps in a row
-NEAR_GUESSING = 1.0  # nats that a model's first losses may be above those of equal shares for all tokens
+FAR_FROM_GUESSING = 2.0  # times the loss of equal shares for all tokens; a model's first losses are near that
 
 
 @dataclass
@@ -282,7 +282,7 @@ class Trainer:
     def evaluate(self) -> bool:
         """Measure the validation loss and sample the prompts; True when it is the best loss so far.
 
-        That of a step that was not applied says nothing of a better or worse model, nor does one worse than guessing.
+        After a step that was not applied, or from a model that has diverged, none is.
         """
         progress = self.progress
         token_bytes = self.tokenizer.token_bytes()
@@ -294,7 +294,7 @@ class Trainer:
         ):
             result = evaluate(model, self.own_validation(), token_bytes, self.engine.dtype, self.ranks.sum)
         samples = self.samples()
-        is_sound = progress.non_finite_steps == 0 and self.is_better_than_guessing(result.loss)
+        is_sound = progress.non_finite_steps == 0 and self.is_sound(result.loss)
         is_better = is_sound and result.loss < (math.inf if progress.best_loss is None else progress.best_loss)
         progress.validation_loss = result.loss
         if progress.non_finite_steps == 0:
@@ -310,17 +310,15 @@ class Trainer:
             self.console.preview(samples)
         return is_better
 
-    def is_better_than_guessing(self, loss: float) -> bool:
-        """Whether a loss is at most about that of equal shares for all tokens; tells it if not."""
+    def is_sound(self, loss: float) -> bool:
+        """Whether a validation loss is one that a model may have which has not diverged; tells it if not."""
         guessing = math.log(self.config.model.vocab_size)
-        if loss <= guessing + NEAR_GUESSING:
+        if loss <= FAR_FROM_GUESSING * guessing:
             return True
-        text = (
-            f"the validation loss is above that of guessing, {guessing:.2f}"
-            if math.isfinite(loss)
-            else ("the validation loss is no finite number")
-        )
-        self.tell("diverged", f"step {self.progress.step}: {text}: the run has diverged")
+        text = "is no finite number"
+        if math.isfinite(loss):
+            text = f"is {loss:.3g}, far above the {guessing:.2f} of guessing"
+        self.tell("diverged", f"step {self.progress.step}: the validation loss {text}: the run has diverged")
         return False
 
     def own_validation(self) -> list[Batch]:
