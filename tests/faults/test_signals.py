@@ -18,7 +18,7 @@ from same_run import assert_same_run
 
 
 def test_a_launchers_sigterm_after_the_terminals_sigint_is_no_second_wish(tmp_path: Path) -> None:
-    process = start("train", str(write_toml(tmp_path, train={"steps": 100_000})), cwd=tmp_path)
+    process = start("train", str(write_toml(tmp_path, train={"steps": 5_000})), cwd=tmp_path)
     wait_for_step(process, 5)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)

@@ -11,8 +11,8 @@ from p828.data.source import open_training
 from p828.data.tokenizer import Tokenizer
 from p828.errors import ReadFailed, UserError
 
-SAMPLE_DOCUMENTS = 64  # of those that the loader reads first
-SAMPLE_CHARACTERS = 4000  # of each that are tokenized
+SAMPLE_DOCUMENTS = 256  # of those that the loader reads first
+SAMPLE_CHARACTERS = 1000  # of each that are tokenized
 MANY_EPOCHS = 4  # up to which repeated text is worth nearly as much as new (arXiv 2305.16264)
 
 
@@ -74,7 +74,7 @@ def _estimated(data: DataConfig, seed: int, tokenizer: Tokenizer) -> int | None:
     if data.source == "hf":  # which has no sizes
         return None
     block = min(SAMPLE_DOCUMENTS, data.block_documents)
-    stream = open_training(replace(data, block_documents=block), seed, epochs=1, parts=data.streams)
+    stream = open_training(replace(data, block_documents=block), seed, epochs=1)
     tokens, documents = 0.0, 0
     for text in stream:
         beginning = text[:SAMPLE_CHARACTERS]
@@ -83,7 +83,7 @@ def _estimated(data: DataConfig, seed: int, tokenizer: Tokenizer) -> int | None:
         if documents == block:
             break
     share = stream.share_read() if documents == block else 1.0
-    return round(tokens / share * data.streams) if share else None
+    return round(tokens / share) if share else None
 
 
 def describe(amount: Amount) -> str:

@@ -35,6 +35,7 @@ from p828.train.schedule import learning_rate
 from p828.train.stop import StopRequest
 
 NON_FINITE_LIMIT = 3  # steps in a row
+MICRO = 1e6  # microseconds in a second
 FAR_FROM_GUESSING = 2.0  # times the loss of equal shares for all tokens; a model's first losses are near that
 
 
@@ -147,7 +148,7 @@ class Trainer:
             bool(self.stop.reason),
             self.saver.is_written,
             peak_memory(self.engine.device),
-            self.seconds() * 1000,
+            self.seconds() * MICRO,
             own.epoch,
             *dataclasses.astuple(own)[:4],
             *own.by_source,
@@ -157,7 +158,7 @@ class Trainer:
             [int(number) for number in numbers] for numbers in of_ranks
         )
         self.memory_bytes = max(memories)
-        self.trained_seconds = max(times) / 1000
+        self.trained_seconds = max(times) / MICRO
         if all(written):
             self.finish_save()
         if any(failures) or any(stops):
