@@ -10,7 +10,7 @@ UNITS = ((A_DAY, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds")
 
 
 class Pace:
-    """Measures steps, or micro-batches of a long step, from the end of the first on, which may compile."""
+    """Measures steps, or micro-batches of a long step, from the first call on: where one compiles, after that one."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -24,7 +24,7 @@ from p828.train import checkpoint
 from p828.train.background_saver import BackgroundSaver
 from p828.train.changes import changed_rate, changed_rows
 from p828.train.console import A_WAIT, SECONDS_PER_LINE, Console
-from p828.train.device import peak_flops, peak_memory
+from p828.train.device import compiles, peak_flops, peak_memory
 from p828.train.engine import Engine, StepResult
 from p828.train.metrics import Recorder, balance_score
 from p828.train.pace import A_DAY, Pace, in_words
@@ -101,8 +101,12 @@ class Trainer:
 
     def step(self, batches: list[Batch], num_targets: int, rate: float) -> StepResult:
         """What the engine makes of a step's micro-batches; tells how far it is where that takes long."""
-        step = self.progress.step + 1
-        first = f"step {step} is at work; the first one of a start takes longer"
+        is_compiled = compiles(self.config.train, self.engine.device)
+        first = f"step {self.progress.step + 1} is at work" + (
+            ", which compiles the layers first" if is_compiled else ""
+        )
+        if self._is_first_step and not is_compiled:
+            self._pace.seconds_per_step(self.progress.step)  # the first one is like the others
         with self.console.waiting(first) if self._is_first_step else nullcontext():
             for number, batch in enumerate(batches, start=1):
                 self.engine.forward_backward(batch, num_targets)
