@@ -25,7 +25,7 @@ def entries(
     if settings is not None:
         device += f" through DeepSpeed, ZeRO stage {settings.stage},"
     sources = [
-        (f"data {amount.name}" if config.data.mixture else "data", _source(data, amount))
+        ("data", (f"{amount.name}: " if config.data.mixture else "") + _source(data, amount))
         for data, amount in zip(config.data.sources, amounts, strict=True)
     ]
     lines = [

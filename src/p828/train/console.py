@@ -123,7 +123,7 @@ class Console:
         width = max(min(self._output.width, WIDEST_BLOCK) - 2 - keys, 16)
         lines = [title]
         for key, value in entries:
-            parts = textwrap.wrap(_escape(value), width, break_on_hyphens=False) or [""]
+            parts = textwrap.wrap(_escape(value), width, replace_whitespace=False, break_on_hyphens=False) or [""]
             lines += [f"  {key if number == 0 else '':<{keys}}{part}" for number, part in enumerate(parts)]
         self._show("\n".join(lines))
 
