@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from p828 import config
-from p828.config import Config
+from p828.config import Config, from_dict, with_steps
 from p828.config_values import flatten, to_dict
 from p828.errors import UserError
 
@@ -309,3 +309,12 @@ print(sorted({"torch", "numpy", "datasets", "wandb"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_tokens_are_rounded_up_to_whole_steps_of_all_ranks() -> None:
+    config = from_dict({"train": {"tokens": 5e9, "steps": 7}}, "test")
+    assert config.tokens_per_step == 8 * 16 * 2048
+    found = with_steps(config, 4).train
+    assert (found.steps, found.tokens) == (4769, 0)  # 4768.4
+    assert with_steps(with_steps(config, 4), 1).train == found
+    assert with_steps(from_dict({"train": {"steps": 7}}, "test"), 4).train.steps == 7

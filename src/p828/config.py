@@ -257,6 +257,10 @@ class BalanceConfig:
 class TrainConfig:
     steps: int = 100_000
     """Optimizer updates in the whole run."""
+    tokens: float = 0.0
+    """Tokens of the whole run, on all ranks, as 5e9: decides `train.steps`, rounded up, where it is not 0."""
+    hours: float = 0.0
+    """Hours of training, over all its starts, after which the run is complete, whatever `train.steps`; 0 is no end."""
     micro_batch_size: int = 8
     """Rows put through the model at once."""
     gradient_accumulation: int = 16
@@ -369,6 +373,14 @@ class Config:
     def tokens_per_step(self) -> int:
         """On each rank."""
         return self.train.micro_batch_size * self.train.gradient_accumulation * self.data.sequence_length
+
+
+def with_steps(config: Config, ranks: int) -> Config:
+    """With the `train.steps` that `train.tokens` asks for, if it does, so that steps alone say how long a run is."""
+    if not config.train.tokens:
+        return config
+    steps = -(-int(config.train.tokens) // (config.tokens_per_step * ranks))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=max(steps, 1), tokens=0.0))
 
 
 def preset_names() -> list[str]:
@@ -564,4 +576,4 @@ def validate(config: Config) -> None:
         check_range(key, value)
     check_texts(flat)
     check_model(config.model)
-    check_run(config)
+    check_run(with_steps(config, 1))

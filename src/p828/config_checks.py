@@ -20,7 +20,7 @@ _AT_LEAST_ZERO = {
 _SHARES = {"schedule.min_lr_ratio", "data.validation.share"}
 _FLOATS_AT_LEAST_ZERO = {
     "optimizer.weight_decay", "balance.update_rate", "balance.sequence_loss_weight", "balance.z_loss_weight",
-    "evaluation.temperature",
+    "evaluation.temperature", "train.tokens", "train.hours",
 }  # fmt: skip
 LONGEST_NAME = 200  # bytes of UTF-8; file systems take 255, and other names are made of it
 LONGEST_PATH = 3500  # bytes of UTF-8; systems take 4,095, and longer paths are made of it
@@ -134,6 +134,8 @@ def check_model(model: ModelConfig) -> None:
 
 def check_run(config: Config) -> None:
     data, model = config.data, config.model
+    if config.train.steps > LARGEST_INT:
+        raise UserError(f"train.tokens is {config.train.steps:.3g} steps: at most {LARGEST_INT:,} are accepted")
     if not config.name or config.name in (".", "..") or "/" in config.name or "\0" in config.name:
         raise UserError(f"name = {config.name[:80]!r}: one directory name is accepted")
     if len(config.name.encode("utf-8", "replace")) > LONGEST_NAME:

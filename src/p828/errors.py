@@ -17,6 +17,10 @@ class OneRanksError(UserError):
     """What only one of the ranks on a machine may see, before they know of each other."""
 
 
+class NotFinite(UserError):
+    """A model whose logits are no finite numbers."""
+
+
 class RunStopped(Exception):
     """A run that ended by its own guard (three non-finite steps, say): shown as one line, exit code 1."""
 

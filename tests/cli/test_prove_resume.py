@@ -6,6 +6,8 @@ import pytest
 import tomli_w
 
 from p828.cli.main import dispatch
+from p828.config import from_dict
+from p828.train.proof import Proof, shortened
 from runs import write_toml
 
 
@@ -17,11 +19,28 @@ def toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_proof(toml: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert dispatch(["prove-resume", toml, "--kills", "3"]) == 0, capsys.readouterr().err
+    """Beside what a failed one has left, which stays."""
+    evidence = Path("runs/tiny-prove-resume/said.txt")
+    evidence.parent.mkdir(parents=True)
+    evidence.touch()
+    assert dispatch(["prove-resume", toml, "--kills", "3", "--seed", "828"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert len(re.findall(r"^kill \d of 3: at step \d+ of 40(?:, while a checkpoint was written)?$", said, re.M)) == 3
     assert re.search(r"^the same, bit for bit, through 3 kills, \d of them while a checkpoint was written", said, re.M)
-    assert not list(Path("runs").iterdir())
+    assert list(Path("runs").iterdir()) == [evidence.parent]
+    assert evidence.exists()
+    stages = ["is left from another proof", "--seed 828", "training 40 steps at once", "kill 1 of 3", "kill 3 of 3"]
+    places = [said.index(stage) for stage in [*stages, "resumed, to its end", "comparing", "the same, bit for bit"]]
+    assert places == sorted(places)
+
+
+def test_a_seed_draws_the_same_kills(tmp_path: Path) -> None:
+    config = shortened(from_dict({"name": "tiny", "train": {"hours": 3.0}}, "tiny"), tmp_path)
+    assert config.train.hours == 0
+    first, again, other = (Proof(config, tmp_path, 5, seed=seed)._moments() for seed in (1, 1, 2))
+    assert first == again != other
+    unseeded = Proof(config, tmp_path, 5)
+    assert Proof(config, tmp_path, 5, seed=unseeded.seed)._moments() == unseeded._moments()
 
 
 def test_a_difference_is_told_and_kept(
@@ -38,8 +57,6 @@ def test_a_difference_is_told_and_kept(
     said = capsys.readouterr().err
     assert re.search(r"^p828: NOT the same, through 2 kills, .*: model: .* numbers of .* differ$", said, re.M)
     assert Path("runs/tiny-prove-resume/whole/metrics.jsonl").exists()
-    assert dispatch(["prove-resume", toml]) == 2
-    assert "is left from another proof" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -47,6 +64,7 @@ def test_a_difference_is_told_and_kept(
     [
         (["--kills", "1"], "--kills 1: a whole number of at least 2"),
         (["--kills", "many"], "--kills many: a whole number"),
+        (["--seed", "-1"], "--seed -1: a whole number of at least 0"),
         (["--ranks", "2"], '--ranks 2: accepted with --engine deepspeed; engine = "plain"'),
         (["--resume-ranks", "2"], "--resume-ranks: accepted with --ranks"),
         (["--ranks", "2", "--resume-ranks", "3", "--engine", "deepspeed"], "a divisor of a step's 4 micro-batches"),

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from p828.data.feed import open_loader, validation_batches
 from p828.data.loader import Batch, Loader
 from p828.data.mixture import Mixture
 from p828.data.packing import Packer
+from p828.data.row import Row
 from p828.data.shuffle import RowShuffler
 from p828.data.source import open_training, open_validation
 from p828.data.streams import Streams
 from p828.data.tokenizer import Tokenizer
-from p828.errors import UserError
+from p828.errors import ReadFailed, UserError
 
 LENGTH = 31
 
@@ -109,6 +111,40 @@ def test_close_ends_the_thread_while_batches_wait(config: Config, tokenizer: Tok
     with pytest.raises(StopIteration):
         next(loader)
     loader.close()
+
+
+class Hanging:
+    """Micro-batches of which the first alone is ever read."""
+
+    def __init__(self, rows: Mixture) -> None:
+        self.rows, self.may_go_on, self.is_first = rows, threading.Event(), True
+
+    def __next__(self) -> list[Row]:
+        if not self.is_first:
+            self.may_go_on.wait()
+        self.is_first = False
+        return next(self.rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.rows.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows.load_state_dict(state)
+
+
+def test_a_read_that_hangs_is_waited_for_neither_at_a_stop_nor_at_the_end(config: Config, tokenizer: Tokenizer) -> None:
+    rows = Hanging(in_batches(Packer(open_training(config.data, seed=0), tokenizer, LENGTH), 3))
+    with Loader(rows, mask_documents=True) as loader:
+        next(loader)
+        before = loader.state_dict()
+        loader.stop_waiting()
+        with pytest.raises(ReadFailed, match="not waited for"):
+            next(loader)
+        assert loader.state_dict() == before
+    assert loader._thread is not None
+    assert loader._thread.is_alive()
+    rows.may_go_on.set()
+    loader._thread.join()
 
 
 def test_an_exception_in_the_thread_reaches_the_consumer(config: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:

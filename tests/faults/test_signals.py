@@ -1,20 +1,24 @@
 """Runs that are asked to end."""
 
+import os
+import pty
 import re
 import signal
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from shim import Shim
 
-from p828.train import checkpoint
-from runs import p828, start, wait_for_step, write_toml
+from p828.train import checkpoint, metrics
+from runs import p828, start, wait_for_step, write_text, write_toml
 from same_run import assert_same_run
 
 
 def test_a_launchers_sigterm_after_the_terminals_sigint_is_no_second_wish(tmp_path: Path) -> None:
-    process = start("train", str(write_toml(tmp_path, train={"steps": 100_000})), cwd=tmp_path)
+    process = start("train", str(write_toml(tmp_path, train={"steps": 5_000})), cwd=tmp_path)
     wait_for_step(process, 5)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
@@ -23,15 +27,16 @@ def test_a_launchers_sigterm_after_the_terminals_sigint_is_no_second_wish(tmp_pa
     assert "which is saved" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_is_asked_to_end_is_saved_and_goes_on_exactly(tmp_path: Path, number: signal.Signals) -> None:
     path = str(write_toml(tmp_path, model={"dropout": 0.1}, train={"steps": 60}, checkpoint={"every": 1000}))
     assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
     process = start("train", path, "--name", "asked", cwd=tmp_path)
     wait_for_step(process, 9)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    out, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
+    assert f"{number.name}: saving after this step" in out
     found = re.fullmatch(
         rf"p828: stopped by {number.name} after step (\d+), which is saved; the same command goes on from there\n", said
     )
@@ -60,3 +65,83 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGINT
     assert said == ""
     assert not list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step_*"))
+
+
+IN_AN_OPERATION = """
+import signal, sys, threading
+from p828.train.stop import noted_signals
+with noted_signals(lambda: None, lambda text: print(text, flush=True)):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # no call of this thread is interrupted
+    print("ready", flush=True)
+    sys.stdin.buffer.read()
+"""
+
+
+def test_the_first_signal_is_answered_and_the_second_obeyed_within_an_operation() -> None:
+    """Python's handlers run between two operations of the main thread, and a step's may take minutes."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_AN_OPERATION], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT: saving after this step; again to stop now\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    process.communicate()
+
+
+def test_under_nohup_a_hangup_changes_nothing(tmp_path: Path) -> None:
+    path = str(write_toml(tmp_path, train={"steps": 60}))
+    launcher = ("-c", "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+                "os.execv(sys.executable, [sys.executable, '-m', 'p828', *sys.argv[1:]])")  # fmt: skip
+    process = start("train", path, cwd=tmp_path, launcher=launcher)
+    wait_for_step(process, 9)
+    process.send_signal(signal.SIGHUP)
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "is complete at step 60" in out
+
+
+def test_a_run_whose_terminal_goes_is_saved(tmp_path: Path) -> None:
+    path = str(write_toml(tmp_path, train={"steps": 100_000}))
+    main, terminal = pty.openpty()
+    name = os.ttyname(terminal)
+    os.close(terminal)
+    # the leader of a session takes the first terminal that it opens for its own
+    command = f"exec {sys.executable} -m p828 train {path} < {name} > {name} 2>&1"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    process = subprocess.Popen(["sh", "-c", command], cwd=tmp_path, env=environment, start_new_session=True)
+    drawn = b""
+    while b"step 5: validation" not in drawn:
+        drawn += os.read(main, 65536)
+    os.close(main)
+    process.wait(timeout=60)
+    newest = checkpoint.step_of(checkpoint.resolve(tmp_path / "runs" / "tiny"))
+    steps = [line["step"] for line in metrics.read(tmp_path / "runs" / "tiny" / "metrics.jsonl") if "loss" in line]
+    assert newest == max(steps) >= 5
+
+
+def test_a_hung_read_is_left_behind(tmp_path: Path, shim: Shim) -> None:
+    write_text(tmp_path / "more", documents=1500, seed=1)
+    data = {"files": [str(tmp_path / "more" / "*.txt")], "sequence_length": 512, "block_documents": 4}
+    path = write_toml(
+        tmp_path,
+        model={"max_position_embeddings": 512},
+        data={**data, "shuffle_rows": 4},
+        train={"steps": 40, "micro_batch_size": 8, "gradient_accumulation": 1},
+        evaluation={"every": 0},
+        checkpoint={"every": 900},
+    )
+    shim(file="/hung/", delay=2 * 10**9)
+    process = start("train", str(path), cwd=tmp_path)
+    wait_for_step(process, 3)
+    (tmp_path / "more").rename(tmp_path / "hung")
+    (tmp_path / "more").symlink_to(tmp_path / "hung")
+    assert any("waiting for data" in line for line in process.stdout or ())
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    found = re.search(r"stopped by SIGTERM after step (\d+), which is saved", said)
+    assert found
+    assert checkpoint.step_of(checkpoint.resolve(tmp_path / "runs" / "tiny")) == int(found[1])

@@ -204,3 +204,70 @@ def test_a_preview_is_one_line_a_sample(tmp_path: Path, width: int, terminal: bo
         "  def f(x): ⏎ return    x\\x1b[2J",
         "  class " + "A" * (width - 9) + "…",
     ]
+
+
+def test_the_loss_that_is_shown_is_a_mean_of_the_last_steps(tmp_path: Path) -> None:
+    console, file = output(80, terminal=False)
+    with Console(tmp_path, 40, output=console, clock=Clock()) as view:
+        for step in range(1, 41):
+            view.step(step, loss=float(step % 2), tokens_per_second=1.0)
+        view.step(40, loss=float("nan"), tokens_per_second=1.0)
+        view.evaluation(40, loss=1e30, perplexity=float("inf"), best=False)
+    said = shown(file)
+    assert all("loss 0.5" in line for line in said if line.startswith(("step 11/", "step 21/", "step 31/")))
+    assert "loss nan" in said[-3]
+    assert said[-2] == "step 40: validation loss 1e+30, perplexity inf"
+
+
+def test_the_bar_moves_within_a_step(tmp_path: Path) -> None:
+    console, file = output(60, terminal=True)
+    clock = Clock()
+    with Console(tmp_path, 4, output=console, clock=clock) as view:
+        for number in range(1, 9):
+            clock.now += 5.0
+            view.micro_batch(number, 8)
+            view._bar.refresh()  # as its thread does
+        view.step(1, 2.0, 3.0)
+    bars = [line for line in shown(file) if "/4 " in line]
+    lengths = [line.count("━") for line in bars[:-1]]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 3
+    assert [line[:4] for line in bars] == ["0/4 "] * (len(bars) - 1) + ["1/4 "]
+    assert bars[4].endswith("0%  micro-batch 4/8")
+
+
+def test_a_long_step_without_a_bar_is_told(tmp_path: Path) -> None:
+    console, file = output(60, terminal=False)
+    clock = Clock()
+    with Console(tmp_path, 4, output=console, clock=clock) as view:
+        for number in range(1, 17):
+            clock.now += 38.0
+            view.micro_batch(number, 16)
+    told = [1, 3, 5, 7, 9, 11, 13, 15]
+    assert shown(file)[:-1] == [f"step 1: micro-batch {number} of 16" for number in told]
+
+
+def test_a_wait_is_told_while_it_lasts(tmp_path: Path) -> None:
+    console, file = output(60, terminal=False)
+    with Console(tmp_path, 4, output=console) as view:
+        with view.waiting("opening the data", after=0.0):
+            while "opening the data" not in file.getvalue():
+                pass
+        with view.waiting("never"):
+            pass
+    assert shown(file) == ["opening the data", ""]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_block_fits_60_columns(tmp_path: Path, terminal: bool) -> None:
+    console, file = output(60, terminal)
+    long = "/data/books/*.txt " * 4 + "and 97 more: about 1.23 B tokens, 0.4 epochs in this run"
+    with Console(tmp_path, 4, output=console) as view:
+        view.block("mine", [("model", "0.9 M parameters"), ("data", long), ("directory", "/a" * 40)])
+    lines = [line.rstrip() for line in shown(file)]
+    start = lines.index("mine")
+    assert lines[start + 1] == "  model      0.9 M parameters"
+    assert lines[start + 2].startswith("  data       /data/books/*.txt /data/books/*.txt")
+    assert lines[start + 3].startswith(" " * 13 + "/data")
+    assert max(map(len, lines[start:])) <= 60
+    assert "".join(line[13:] for line in lines if "/a/a" in line) == "/a" * 40

@@ -1,13 +1,16 @@
 """The loop's own decisions, on real runs."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from p828.cli.main import dispatch
-from p828.train import metrics
-from runs import write_toml
+from p828.config import load
+from p828.train import checkpoint, metrics
+from runs import write_text, write_toml
 
 
 @pytest.fixture
@@ -82,3 +85,129 @@ def test_three_non_finite_steps_in_a_row_stop_the_run(here: Path, capsys: pytest
 def test_the_bigram_baseline_is_computed_when_asked_for(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["train", str(write_toml(here, evaluation={"bigram_baseline": True}))]) == 0
     assert "bigram" in capsys.readouterr().out
+
+
+DIVERGING = {"optimizer": {"learning_rate": 1e30}, "schedule": {"warmup_steps": 0}}
+
+
+def test_a_diverged_run_is_ended_by_its_guard_and_not_by_its_prompts(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dispatch(["train", str(write_toml(here, evaluation={"every": 1}, **DIVERGING))]) == 1
+    said = capsys.readouterr()
+    assert "3 steps in a row" in said.err
+    assert "(best)" not in said.out
+    assert [line["best"] for line in lines(here, "eval")] == [False] * len(lines(here, "eval"))
+    assert {"diverged", "no_samples"} <= {line["event"] for line in lines(here, "event")}
+
+
+def test_patience_does_not_end_a_run_among_steps_that_are_not_finite(here: Path) -> None:
+    path = write_toml(here, evaluation={"every": 1, "patience": 2, "prompts": []}, **DIVERGING)
+    assert dispatch(["train", str(path)]) == 1
+
+
+def test_a_diverged_run_with_prompts_is_rolled_back(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_toml(
+        here, evaluation={"every": 1}, rollback={"after_steps": 2, "limit": 1}, checkpoint={"every": 1}, **DIVERGING
+    )
+    assert dispatch(["train", str(path)]) == 1
+    assert "rolled back 1 times before" in capsys.readouterr().err
+    assert [line["event"] for line in lines(here, "event")].count("rollback") == 1
+
+
+def test_a_malformed_line_ends_the_run_saved(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a file that is read as far as the line only after some steps."""
+    assert dispatch(["train", str(write_toml(here)), "--name", "first"]) == 0
+    texts = [path.read_text()[:100] for path in sorted(write_text(here / "more", documents=300, seed=1).iterdir())]
+    lines_of_text = [json.dumps({"text": text}) + "\n" for text in texts]
+    lines_of_text[279] = '{"no": "text"}\n'
+    (here / "more.jsonl").write_text("".join(lines_of_text))
+    validation = {"kind": "files", "files": [str(here / "text" / "*.txt")]}
+    data = {"files": [str(here / "more.jsonl")], "validation": validation, "block_documents": 4}
+    path = write_toml(
+        here, data={**data, "sequence_length": 128},
+        tokenizer={"name": str(here / "runs" / "first" / "tokenizer.json")}, model={"max_position_embeddings": 128},
+        train={"steps": 10_000, "micro_batch_size": 4}, evaluation={"every": 0}, checkpoint={"every": 10_000},
+    )  # fmt: skip
+    capsys.readouterr()
+    assert dispatch(["train", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert "more.jsonl:280: no field 'text'" in said
+    found = re.search(r"^The run stops after step (\d+), which is saved", said, re.MULTILINE)
+    assert found
+    assert checkpoints(here) == [int(found[1])]
+    assert int(found[1]) > 1
+
+
+def test_tokens_decide_the_steps(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_toml(here, evaluation={"every": 0}))
+    assert dispatch(["train", path, "--train.tokens", "1e3"]) == 0
+    assert len(lines(here, "step")) == 8  # of 128 tokens
+    written = load(str(here / "runs" / "tiny" / "config.toml")).train
+    assert (written.steps, written.tokens) == (8, 0)
+    assert dispatch(["train", path, "--train.tokens", "1000", "--train.steps", "5"]) == 2
+    assert "one of them decides" in capsys.readouterr().err
+    in_file = str(write_toml(here, train={"tokens": 1000}))
+    assert dispatch(["train", in_file, "--train.steps", "10"]) == 0
+    assert len(lines(here, "step")) == 10, "a flag decides over the file"
+
+
+def test_hours_end_a_run_complete_and_count_over_its_starts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_toml(here))
+    assert dispatch(["train", path, "--train.steps", "2"]) == 0
+    trained = checkpoint.load(checkpoint.resolve(here / "runs" / "tiny"), names=()).state["seconds"]
+    assert trained > 0
+    capsys.readouterr()
+    # the first start took some of it: with what a step takes besides, one more is made
+    assert dispatch(["train", path, "--train.hours", str((trained + 1e-6) / 3600)]) == 0
+    assert "is complete after train.hours = " in capsys.readouterr().out
+    assert [line["step"] for line in lines(here, "step")] == [1, 2, 3]
+    assert [line["step"] for line in lines(here, "eval")] == [2, 3]
+    assert checkpoints(here) == [2, 3]
+    assert dispatch(["train", path, "--train.hours", str(trained / 3600)]) == 0
+    assert len(lines(here, "step")) == 3
+
+
+def test_a_longer_cosine_is_told_to_raise_the_rate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_toml(here, evaluation={"every": 0}))
+    assert dispatch(["train", path]) == 0
+    lowest = lines(here, "step")[-1]["lr"]
+    capsys.readouterr()
+    assert dispatch(["train", path, "--train.steps", "30"]) == 0
+    said = capsys.readouterr().out
+    (found,) = re.findall(
+        r"the learning rate jumps: (\S+) at step 13, where the checkpoint's settings give (\S+),", said
+    )
+    assert float(found[0]) == pytest.approx(lines(here, "step")[12]["lr"], rel=1e-2)
+    assert float(found[1]) == pytest.approx(lowest, rel=1e-2)
+    # the way that it names does not jump
+    (flags,) = re.findall(r"Without a jump: (--schedule.kind constant --optimizer.learning-rate \S+)\. ", said)
+    last = lines(here, "step")[-1]["lr"]
+    assert dispatch(["train", path, "--train.steps", "33", *flags.split()]) == 0
+    assert "jumps" not in capsys.readouterr().out
+    assert lines(here, "step")[-1]["lr"] == pytest.approx(last, rel=1e-2)
+
+
+def test_data_and_epochs_are_told_and_recorded(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(write_text(here / "few", documents=15) / "*.txt")]
+    validation = {"kind": "files", "files": [str(here / "text" / "*.txt")]}
+    data = {"files": files, "validation": validation}
+    path = str(write_toml(here, data=data, evaluation={"every": 0}, train={"steps": 150}))
+    assert dispatch(["train", path]) == 0
+    said = capsys.readouterr().out
+    (line,) = lines(here, "data")
+    (source,) = line["sources"]
+    assert source["epochs"] == pytest.approx(150 * 128 / source["tokens"])
+    assert re.search(r"files: the run goes [45]\.\d times through its \d\.\d+ k tokens\. Above 4 epochs", said)
+    epochs = [line["epoch"] for line in lines(here, "step")]
+    assert epochs == sorted(epochs)
+    assert epochs[0] == 0
+    assert epochs[-1] == int(source["epochs"])
+    for shown in (
+        "tiny\n",
+        "  directory  runs/tiny\n",
+        "  schedule ",
+        "  steps      150 of 128 tokens",
+        "at this rate",
+    ):
+        assert shown in said

@@ -1,7 +1,7 @@
 """What `p828 train` and `p828 prepare` begin with: a preset, TOML file or run, and flags that change it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
@@ -49,7 +49,19 @@ def read_configuration(
     loaded, in_files = configuration.load_given(own.config)
     sections = {f.name for f in dataclasses.fields(Config)}
     flags = {key: value for key, value in flags.items() if key.partition(".")[0] in sections}
-    config = changed(loaded, {**configuration.implied(flags, in_files), **flags})
+    config = _with_length(changed(loaded, {**configuration.implied(flags, in_files), **flags}), flags)
     configuration.validate(config)
-    check_given(config, flags, loaded, in_files)
+    check_given(configuration.with_steps(config, 1), flags, loaded, in_files)
     return config, own
+
+
+def _with_length(config: Config, flags: Collection[str]) -> Config:
+    """Where flags give `train.steps`, they and not the file's `train.tokens` decide. Raises UserError for both."""
+    train = config.train
+    if not train.tokens or "train.steps" not in flags:
+        return config
+    if "train.tokens" in flags:
+        raise UserError(
+            f"--train.steps {train.steps} and --train.tokens {train.tokens:g}: one of them decides; give one"
+        )
+    return dataclasses.replace(config, train=dataclasses.replace(train, tokens=0.0))

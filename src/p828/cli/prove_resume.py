@@ -1,5 +1,6 @@
 """`p828 prove-resume`: show that a run of this configuration survives being killed."""
 
+import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from p828.cli.configuration import read_configuration
 from p828.cli.flags import shown_word
 from p828.config import Config
 from p828.errors import RunStopped, UserError
+from p828.train.console import say
 
-USAGE = "p828 prove-resume CONFIG [--kills N] [--ranks N [--resume-ranks N,N,...]] [--section.key VALUE ...]"
+USAGE = "p828 prove-resume CONFIG [--kills N] [--seed N] [--ranks N [--resume-ranks N,N,...]] [--section.key VALUE ...]"
 KILLS = 3
 TOLERANCE = 0.01  # nats between losses whose sums were in another order; in float32 some 1e-6
 
@@ -20,6 +22,8 @@ TOLERANCE = 0.01  # nats between losses whose sums were in another order; in flo
 class Arguments(named.Arguments):
     kills: int = KILLS
     """Kills, at random moments; at least 2."""
+    seed: int = -1
+    """Draws when the kills come: the same number, the same kills; -1 draws a seed, which is printed."""
     ranks: int = 0
     """Processes that train each run together, with --engine deepspeed; 0 starts no launcher."""
     resume_ranks: str = ""
@@ -38,18 +42,22 @@ def run(arguments: list[str]) -> None:
     for number in ranks_after:
         if micro_batches % number:
             raise UserError(f"--resume-ranks {number}: a divisor of a step's {micro_batches} micro-batches is accepted")
-    _prove(config, kills, ranks, ranks_after)
+    seed = None if given.seed == -1 else _at_least(0, "--seed", given.seed)
+    _prove(configuration.with_steps(config, max(ranks, 1)), kills, seed, ranks, ranks_after)
 
 
-def _prove(config: Config, kills: int, ranks: int, ranks_after: list[int]) -> None:
-    from p828.train.proof import Proof, shortened  # imports torch
+def _prove(config: Config, kills: int, seed: int | None, ranks: int, ranks_after: list[int]) -> None:
+    say(f"{config.name}: loading PyTorch")
+    from p828.train.proof import Proof, shortened
 
-    directory = (Path(config.runs_dir) / f"{config.name}-prove-resume").absolute()
-    if directory.exists():
-        raise UserError(f"{directory} is left from another proof: look at it and remove it")
-    directory.mkdir(parents=True)
-    proof = Proof(shortened(config, directory), directory, kills, ranks, ranks_after)
-    proof.run()
+    directory = _fresh_directory(Path(config.runs_dir).absolute(), f"{config.name}-prove-resume")
+    proof = Proof(shortened(config, directory), directory, kills, ranks, ranks_after, say, seed)
+    try:
+        proof.run()
+    except KeyboardInterrupt:
+        proof.end()
+        shutil.rmtree(directory)
+        raise
     saving = f"{proof.killed} kills, {proof.kills_while_saving} of them while a checkpoint was written"
     if set(ranks_after) <= {ranks}:
         difference = proof.difference()
@@ -60,9 +68,29 @@ def _prove(config: Config, kills: int, ranks: int, ranks_after: list[int]) -> No
             difference = f"losses are up to {distance:.2g} nats apart"
         verdict = f"the same data in the same order, and losses at most {distance:.2g} nats apart, through {saving}"
     if difference is not None:
-        raise RunStopped(f"NOT the same, through {saving}: {difference}\nBoth runs are in {directory}")
+        raise RunStopped(
+            f"NOT the same, through {saving}: {difference}\n"
+            f"Both runs are in {directory}; --seed {proof.seed} draws the same kills"
+        )
     shutil.rmtree(directory)
     print(verdict)
+
+
+def _fresh_directory(runs: Path, name: str) -> Path:
+    """One of its own for this proof, made just now: what a failed one has left is kept. Raises UserError."""
+    for number in itertools.count(1):
+        directory = runs / (name if number == 1 else f"{name}-{number}")
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            if not directory.exists():
+                raise UserError(f"{runs}: a directory is accepted as runs_dir") from None
+            say(f"{directory} is left from another proof, and stays as it is")
+        except OSError as error:
+            raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
+        else:
+            return directory
+    raise AssertionError
 
 
 def _at_least(lowest: int, name: str, number: int) -> int:
@@ -81,7 +109,8 @@ def _describe(default: Config) -> str:
     return (
         f"{USAGE}\n\nCONFIG is a preset ({', '.join(configuration.preset_names())}), a .toml file or a run's "
         f"directory. Trains a short run at once, and again through kills (--kills, {KILLS} unless given) at random "
-        "moments, resumed after each; then compares every bit of weights, optimizer, bias, random states, place in the "
-        "data and records. With --ranks and --engine deepspeed both run on so many processes; resumed on other numbers "
-        "of them (--resume-ranks), data is compared exactly and losses within a tolerance. Exit code 1 if they differ."
+        "moments, which --seed draws again, resumed after each; then compares every bit of weights, optimizer, bias, "
+        "random states, place in the data and records. With --ranks and --engine deepspeed both run on so many "
+        "processes; resumed on other numbers of them (--resume-ranks), data is compared exactly and losses within a "
+        "tolerance. Exit code 1 if they differ."
     )

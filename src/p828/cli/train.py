@@ -1,5 +1,6 @@
 """`p828 train`: train a model, or go on with its run."""
 
+import sys
 from dataclasses import dataclass
 
 import tomli_w
@@ -12,6 +13,7 @@ from p828.config import Config
 from p828.config_values import to_dict
 from p828.errors import UserError
 from p828.model.flops import count_parameters, flops_per_token
+from p828.train.console import say
 
 USAGE = "p828 train CONFIG [--dry-run] [--presets] [--section.key VALUE ...]"
 DEEPSPEED_CONFIG = "--deepspeed-config"
@@ -34,12 +36,14 @@ def run(arguments: list[str]) -> None:
         return
     config, given = read_configuration(flags, Arguments, USAGE, _describe, others=(DEEPSPEED_CONFIG,))
     if given.dry_run:
-        config = configuration.with_vocabulary(config)
+        config = configuration.with_vocabulary(configuration.with_steps(config, 1))
         print(tomli_w.dumps(to_dict(config)).rstrip(), _costs(config), sep="\n\n")
         return
-    warmup, steps = config.schedule.warmup_steps, config.train.steps
+    warmup, steps = config.schedule.warmup_steps, configuration.with_steps(config, 1).train.steps
     if warmup > steps:  # given by other means than a flag: check_given
-        print(f"the run ends at step {steps:,}, within the {warmup:,} steps of its warm-up", flush=True)
+        say(f"the run ends at step {steps:,}, within the {warmup:,} steps of its warm-up")
+    if "torch" not in sys.modules:
+        say(f"{config.name}: loading PyTorch")
     from p828.train.start import train  # imports torch
 
     train(config)

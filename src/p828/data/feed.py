@@ -43,14 +43,14 @@ def open_loader(
     hurry = threading.Event()
     retry = Retry(config.data.read_retries, hurry.wait, tell)
     sources = [
-        _open_source(data, _seed(config.train.seed, number), tokenizer, retry, part)
+        _open_source(data, source_seed(config.train.seed, number), tokenizer, retry, part)
         for number, data in enumerate(config.data.sources)
     ]
     weights = zip(*(mixed.weights for mixed in config.data.mixture), strict=True) if config.data.mixture else [(1.0,)]
     schedule = list(zip(config.data.mixture_steps, weights, strict=True))
     batches_per_step = config.train.gradient_accumulation * world_size
     rows = Mixture(sources, schedule, config.train.micro_batch_size, batches_per_step, rank, world_size)
-    return Loader(rows, config.model.mask_documents, pin_memory, len(sources), hurry)
+    return Loader(rows, config.model.mask_documents, pin_memory, len(sources), hurry, tell)
 
 
 def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry, files: tuple[int, int]) -> RowSource:
@@ -64,7 +64,7 @@ def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry
             next(open_training(one_by_one, seed, part=part, parts=data.streams, retry=retry, by_end=by_end))
     streams, rows = [], []
     for part in range(data.streams):
-        own_seed = _seed(seed, part)
+        own_seed = source_seed(seed, part)
         documents = open_training(data, own_seed, part=part, parts=data.streams, retry=retry, by_end=by_end)
         maker: RowMaker = packer(documents, tokenizer, data.sequence_length)
         streams.append(documents)
@@ -72,7 +72,7 @@ def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry
     return Streams(rows, streams)
 
 
-def _seed(seed: int, number: int) -> int:
+def source_seed(seed: int, number: int) -> int:
     """A seed for each of several sources or streams, lest all shuffle alike; the run's own for the first."""
     return int(np.random.PCG64((seed, number)).random_raw()) if number else seed
 

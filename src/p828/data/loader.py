@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -14,10 +15,14 @@ from torch import Tensor
 
 from p828.data.mixture import at_step
 from p828.data.row import PADDING, Row
+from p828.errors import ReadFailed
 
 NO_TARGET = -100
 DIGESTS = 2**32
 PREFETCHED_BATCHES = 8
+LOOK_EVERY = 0.05  # seconds, while a batch is waited for
+TELL_AFTER, TELL_EVERY = 2.0, 60.0  # seconds
+CLOSE_WITHIN = 2.0  # seconds: a thread whose read hangs is left behind
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Batch:
     """Sum of a hash of each row's tokens, modulo 2^32: the same rows have the same, in whatever batches they come."""
     text_bytes: int = 0
     """Bytes of UTF-8 text that the targets stand for, in validation batches."""
+    epoch: int = 0
+    """The latest that a row is of, from 0."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting if it is pinned."""
@@ -102,6 +109,7 @@ def make_batch(rows: Sequence[Row], mask_documents: bool, sources: int = 1) -> B
         cut_documents=sum(row.cut_documents for row in rows),
         digest=sum(xxhash.xxh3_64_intdigest(row.tokens.tobytes()) for row in rows) % DIGESTS,
         text_bytes=sum(int(row.text_bytes[1:].sum()) for row in rows if row.text_bytes is not None),
+        epoch=max(row.epoch for row in rows),
     )
 
 
@@ -129,8 +137,9 @@ class Loader:
         pin_memory: bool = False,
         sources: int = 1,
         hurry: threading.Event | None = None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`hurry` is set when nothing is to be waited for any more in the thread."""
+        """`hurry` is set when nothing is to be waited for any more. `tell` is given a line when data is waited for."""
         self.rows = rows
         self.sources = sources
         self.mask_documents = mask_documents
@@ -141,6 +150,7 @@ class Loader:
         self._error: BaseException | None = None
         self._stop, self._hurry = threading.Event(), hurry or threading.Event()
         self._thread: threading.Thread | None = None
+        self._tell, self._told = tell, -TELL_EVERY
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -168,7 +178,7 @@ class Loader:
 
     def go_on_at(self, step: int) -> None:
         """Give what comes next in the data, made anew, to the steps of the run after `step`."""
-        self._end_thread()
+        self._end_thread(within=None)  # which must not read on beside the next one
         self._stop.clear()
         self._first = self._error = None
         self._made = queue.Queue(PREFETCHED_BATCHES)
@@ -176,20 +186,20 @@ class Loader:
         self.rows.load_state_dict(self._state)
 
     def stop_waiting(self) -> None:
-        """Do not wait for data that cannot be read for now: `next` raises soon what reading it raised."""
+        """Wait for no data any more: `next` gives what is made, else raises ReadFailed at once."""
         self._hurry.set()
 
     def close(self) -> None:
-        """End the thread, after the documents that it is tokenizing."""
+        """End the thread, after the documents that it is tokenizing; one that takes longer, or hangs, is left alone."""
         self._hurry.set()
-        self._end_thread()
+        self._end_thread(CLOSE_WITHIN)
 
-    def _end_thread(self) -> None:
+    def _end_thread(self, within: float | None) -> None:
         self._stop.set()
         while not self._made.empty():
             self._made.get_nowait()  # room for the batch that the thread may be waiting to put
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(within)
             self._thread = None
 
     def __enter__(self) -> "Loader":
@@ -206,11 +216,24 @@ class Loader:
         if self._thread is None:
             self._thread = threading.Thread(target=self._make, name="p828-loader", daemon=True)
             self._thread.start()
-        made = self._made.get()
+        made = self._wait()
         if isinstance(made, BaseException):
             self._error = made
             raise made
         return made
+
+    def _wait(self) -> tuple[Batch, dict[str, Any]] | BaseException:
+        begun = time.monotonic()
+        while True:
+            try:
+                return self._made.get(timeout=LOOK_EVERY)
+            except queue.Empty:
+                if self._hurry.is_set():
+                    raise ReadFailed("data was not waited for, as the run was asked to end") from None
+            now = time.monotonic()
+            if now - begun > TELL_AFTER and now - self._told > TELL_EVERY:
+                self._told = now
+                self._tell("waiting for data: the next rows are not read yet")
 
     def _make(self) -> None:
         try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from p828.data.tokenizer import Tokenizer
-from p828.errors import UserError
+from p828.errors import NotFinite, UserError
 from p828.inference.mode import inference
 from p828.inference.sampling import SamplingConfig, sample
 from p828.inference.text_stream import TextStream
@@ -184,7 +184,7 @@ def _step(model: Transformer, rows: Sequence[_Row], cache: KVCache, dtype: torch
 
 def _sample(logits_BV: Tensor, config: SamplingConfig, rows: Sequence[_Row]) -> list[int]:
     if not logits_BV.isfinite().all():
-        raise UserError("the model's logits are not finite numbers: its weights diverged; take an earlier checkpoint")
+        raise NotFinite("the model's logits are not finite numbers: its weights diverged; take an earlier checkpoint")
     seen_BV = None
     if config.repetition_penalty != 1:
         seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)

@@ -1,13 +1,18 @@
 """What a training run shows: a progress bar at a terminal, plain lines elsewhere, and both in `run_dir/log.txt`."""
 
+import contextlib
 import errno
 import math
 import os
 import re
 import sys
+import textwrap
+import threading
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +29,12 @@ from p828.train.metrics import NO_ROOM
 
 LINES_PER_RUN = 20  # a plain progress line comes at least every this share of the run
 SECONDS_PER_LINE = 60.0  # and at least this often
+LOSSES = 10  # steps whose mean loss is shown
+A_WAIT = 2.0  # seconds after which a wait is told
+LONG_STEP = 10.0  # seconds after which a step's micro-batches are told
+PER_DRAWING = 0.25  # seconds between movements of the bar within a step
+WIDEST_BLOCK = 100
+LARGEST_PLAIN = 1e4  # a loss above it is shown with an exponent
 SPEED_SECONDS = 600.0  # the time left follows the speed over this long, evaluations included
 ESCAPED_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format, surrogates, private, unassigned
 TAB = "    "
@@ -58,9 +69,13 @@ class Console:
         self._total = total_steps
         self._clock = clock
         self._last_line = (-math.inf, -math.inf)  # step and time
+        self._losses: deque[float] = deque(maxlen=LOSSES)  # of the last steps
+        self._step = first_step
+        self._step_began = clock()
+        self._micro_batch_times = (self._step_began, self._step_began)  # of the last drawing and of the last line
         self._interactive = self._output.is_terminal and not self._output.is_dumb_terminal
         self._bar = Progress(
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[at]}/{task.total:.0f}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[shown]}"),
             console=self._output,
@@ -71,7 +86,7 @@ class Console:
             refresh_per_second=4,
         )
         self._task = self._bar.add_task(
-            "", total=total_steps, completed=first_step, shown=_percent(first_step, total_steps)
+            "", total=total_steps, completed=first_step, at=first_step, shown=_percent(first_step, total_steps)
         )
         self._log_path = Path(os.devnull) if is_quiet else run_dir / "log.txt"
         try:
@@ -91,7 +106,8 @@ class Console:
 
     def close(self) -> None:
         """Stop the bar, restore the cursor and close the log; again is no error."""
-        self._bar.stop()
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            self._bar.stop()
         self._log.close()
 
     def print(self, text: str) -> None:
@@ -102,26 +118,71 @@ class Console:
         """Like `print`, for what a user should not miss."""
         self._show(text, Style(color="yellow"))
 
+    def block(self, title: str, entries: Sequence[tuple[str, str]]) -> None:
+        """Show what belongs together: a line `key  value` for each entry, wrapped at the width."""
+        keys = max(len(key) for key, _ in entries) + 2
+        width = max(min(self._output.width, WIDEST_BLOCK) - 2 - keys, 16)
+        lines = [title]
+        for key, value in entries:
+            parts = textwrap.wrap(_escape(value), width, replace_whitespace=False, break_on_hyphens=False) or [""]
+            lines += [f"  {key if number == 0 else '':<{keys}}{part}" for number, part in enumerate(parts)]
+        self._show("\n".join(lines))
+
+    @contextmanager
+    def waiting(self, text: str, after: float = A_WAIT) -> Iterator[None]:
+        """Show the text if the block takes longer than that."""
+        with waiting(text, self.print, after):
+            yield
+
+    def micro_batch(self, number: int, of: int) -> None:
+        """Move the bar within a step; without one, a line now and then if the step takes long."""
+        now, (drawn, told) = self._clock(), self._micro_batch_times
+        if now - drawn < PER_DRAWING or number == of:
+            return
+        step = self._step + 1
+        self._bar.update(self._task, completed=self._step + number / of)
+        if not self._losses:
+            self._bar.update(self._task, shown=f"{_percent(self._step, self._total)}  micro-batch {number}/{of}")
+        every = LONG_STEP if told == self._step_began else SECONDS_PER_LINE
+        if now - told >= every:
+            told = now
+            line = f"step {step}: micro-batch {number} of {of}"
+            if self._interactive:
+                self._write_log(line)
+            else:
+                self._show(line)
+        self._micro_batch_times = now, told
+
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Move the bar. A plain line goes to the log, and to the output without a bar, now and then."""
+        """Move the bar. A plain line goes to the log, and to the output without a bar, now and then.
+
+        The loss that is shown is the mean of the last steps; one that is no finite number is shown itself.
+        """
+        if step <= self._step:  # the run was rolled back
+            self._losses.clear()
+        self._losses.append(loss)
+        self._step = step
+        shown_loss = _loss(self._losses)
         percent = _percent(step, self._total)
         speed = f"{_short(tokens_per_second)} tok/s"
-        self._bar.update(self._task, completed=step)
+        self._bar.update(self._task, completed=step, at=step)
         left = self._time_left()
-        self._bar.update(self._task, shown=f"{percent}  loss {loss:.3f}  {speed}  {left} left")
+        self._bar.update(self._task, shown=f"{percent}  loss {shown_loss}  {speed}  {left} left")
         line_step, line_time = self._last_line
         now = self._clock()
+        self._step_began, self._micro_batch_times = now, (now, now)
         due = step - line_step >= self._total / LINES_PER_RUN or now - line_time >= SECONDS_PER_LINE
         if due or step == self._total:
             self._last_line = (step, now)
-            line = f"step {step}/{self._total} ({percent})  loss {loss:.3f}  {speed}  {left} left"
+            line = f"step {step}/{self._total} ({percent})  loss {shown_loss}  {speed}  {left} left"
             if self._interactive:
                 self._write_log(line)
             else:
                 self._show(line)
 
     def evaluation(self, step: int, loss: float, perplexity: float, best: bool) -> None:
-        self._show(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}{' (best)' if best else ''}")
+        numbers = f"validation loss {_plain(loss, 4)}, perplexity {_plain(perplexity, 2)}"
+        self._show(f"step {step}: {numbers}{' (best)' if best else ''}")
 
     def sources(self, names: Sequence[str], tokens: Sequence[int]) -> None:
         """Show what each source of a mixture has given so far."""
@@ -192,6 +253,39 @@ class Console:
 
     def _encodable(self, text: str) -> str:
         return text.encode(self._output.encoding, "backslashreplace").decode(self._output.encoding)
+
+
+def say(text: str) -> None:
+    """Print a line where there is no run's console yet; an output that cannot be written is left to that."""
+    if sys.stdout is not None:
+        encoding = sys.stdout.encoding
+        with contextlib.suppress(OSError):
+            print(_escape(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+@contextmanager
+def waiting(text: str, tell: Callable[[str], None], after: float = A_WAIT) -> Iterator[None]:
+    """Tell the text if the block takes longer than so many seconds."""
+    timer = threading.Timer(after, tell, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _loss(losses: Sequence[float]) -> str:
+    """The mean of the finite ones, unless the newest is not."""
+    if not math.isfinite(losses[-1]):
+        return f"{losses[-1]}"
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return _plain(sum(finite) / len(finite), 3)
+
+
+def _plain(number: float, digits: int) -> str:
+    return f"{number:.{digits}f}" if abs(number) < LARGEST_PLAIN else f"{number:.3g}"
 
 
 def _open_nothing() -> BinaryIO:

@@ -21,6 +21,8 @@ class Counts:
     """Of the rows, as `Batch.digest`."""
     by_source: tuple[int, ...]
     """Targets."""
+    epoch: int = 0
+    """The latest that a row is of, from 0."""
 
     @staticmethod
     def of(batches: Sequence[Batch], sources: int) -> "Counts":
@@ -34,6 +36,7 @@ class Counts:
             sum(batch.cut_documents for batch in batches),
             sum(batch.digest for batch in batches) % DIGESTS,
             tuple(by_source),
+            max((batch.epoch for batch in batches), default=0),
         )
 
 

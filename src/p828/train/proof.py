@@ -25,15 +25,20 @@ LOOK_EVERY = 0.005  # seconds
 LEAST_KILLS = 2
 SAVING_SHARE = 3  # every so many kills is meant for a moment in which a checkpoint is written
 LAST_LINES = 8
+TELL_EVERY = 10.0  # seconds
+SEEDS = 1_000_000
 
 
 def shortened(config: Config, directory: Path) -> Config:
-    """The run with at most `STEPS` steps and checkpoints every few of them; on a GPU, only what repeats bit for bit."""
+    """The run with at most `STEPS` steps and checkpoints every few of them; on a GPU, only what repeats bit for bit.
+
+    It ends by steps alone, since hours are no two runs' the same.
+    """
     steps = min(config.train.steps, STEPS)
     return dataclasses.replace(
         config,
         runs_dir=str(directory),
-        train=dataclasses.replace(config.train, steps=steps, deterministic=True),
+        train=dataclasses.replace(config.train, steps=steps, tokens=0.0, hours=0.0, deterministic=True),
         evaluation=dataclasses.replace(config.evaluation, every=max(steps // EVALUATIONS, 1), bigram_baseline=False),
         checkpoint=dataclasses.replace(config.checkpoint, every=max(steps // CHECKPOINTS_IN_ALL, 1)),
         wandb=dataclasses.replace(config.wandb, mode="off"),
@@ -44,7 +49,7 @@ class Proof:
     """A run trained at once, and the same one through `kills`, in `directory`.
 
     With `ranks` above 0 they run under a launcher with so many processes, and the killed one is resumed on each of
-    `ranks_after` in turn.
+    `ranks_after` in turn. `seed` draws the steps of the kills and how long after them they come.
     """
 
     def __init__(
@@ -55,24 +60,29 @@ class Proof:
         ranks: int = 0,
         ranks_after: Sequence[int] = (),
         tell: Callable[[str], None] = print,
+        seed: int | None = None,
     ) -> None:
         self.config, self.directory, self.kills, self.tell = config, directory, kills, tell
         self.ranks, self.ranks_after = ranks, list(ranks_after) or [ranks]
         self.killed = self.kills_while_saving = 0
-        self._draw = random.Random()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.seed = random.SystemRandom().randrange(SEEDS) if seed is None else seed
+        self._draw = random.Random(self.seed)
 
     def run(self) -> None:
         """Train both. Raises RunStopped, with what was said, if one fails by itself."""
+        last = self.config.train.steps
+        self.tell(f"the kills are drawn with --seed {self.seed}; runs are in {self.directory}")
+        self.tell(f"training {last} steps at once")
         started = time.perf_counter()
-        self._finish(self._start("whole", self.ranks))
-        self.tell(f"trained {self.config.train.steps} steps at once in {time.perf_counter() - started:.1f} s")
-        for number in range(self.kills):
+        self._finish(self._start("whole", self.ranks), "whole")
+        self.tell(f"trained {last} steps at once in {time.perf_counter() - started:.1f} s")
+        for number, until, after in self._moments():
             ranks = self.ranks if number == 0 else self.ranks_after[(number - 1) % len(self.ranks_after)]
-            last = self.config.train.steps
-            first = last * number // self.kills
-            end = min(last * (number + 1) // self.kills, last - last // 8)  # before the run comes to its own
-            until = self._draw.randrange(first, max(end, first + 1))
-            if not self._kill(ranks, until, is_for_saving=number % SAVING_SHARE == SAVING_SHARE - 1):
+            is_for_saving = number % SAVING_SHARE == SAVING_SHARE - 1
+            what = "while a checkpoint is written after" if is_for_saving else "after"
+            self.tell(f"training from step {self._step()} on, to be killed {what} step {until}")
+            if not self._kill(ranks, until, after, is_for_saving):
                 self.tell(f"kill {number + 1} of {self.kills}: the run had come to its end")
                 continue
             while_saving = any((self.directory / "killed" / CHECKPOINTS).glob(".step_*.tmp"))
@@ -84,7 +94,19 @@ class Proof:
             raise RunStopped(
                 f"{self.killed} kills met the run before its end, which proves nothing: give more train.steps"
             )
-        self._finish(self._start("killed", self.ranks_after[(self.kills - 1) % len(self.ranks_after)]))
+        self.tell("resumed, to its end")
+        self._finish(self._start("killed", self.ranks_after[(self.kills - 1) % len(self.ranks_after)]), "killed")
+        self.tell("comparing the two")
+
+    def _moments(self) -> list[tuple[int, int, float]]:
+        """Number, step and seconds after it of every kill: what the seed decides."""
+        last, moments = self.config.train.steps, []
+        for number in range(self.kills):
+            first = last * number // self.kills
+            end = min(last * (number + 1) // self.kills, last - last // 8)  # before the run comes to its own
+            until = self._draw.randrange(first, max(end, first + 1))
+            moments.append((number, until, self._draw.random() * 0.05))
+        return moments
 
     def difference(self) -> str | None:
         """In words, the first thing in which the two differ by a bit; None if they are the same."""
@@ -103,18 +125,31 @@ class Proof:
         path.write_text(tomli_w.dumps(to_dict(dataclasses.replace(self.config, name=name, train=train))))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
         with (self.directory / "said.txt").open("wb") as said:
-            return subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, *launcher, "-m", "p828", "train", str(path)],
                 stdin=subprocess.DEVNULL, stdout=said, stderr=said,
             )  # fmt: skip
+        return self.process
 
-    def _finish(self, process: subprocess.Popen[bytes]) -> None:
-        if process.wait():
+    def end(self) -> None:
+        """Kill what is still at work, when the proof is broken off."""
+        if self.process is not None and self.process.poll() is None:
+            _kill_all(self.process)
+            self.process.wait()
+
+    def _finish(self, process: subprocess.Popen[bytes], name: str) -> None:
+        """Wait for a run's end, telling now and then how far it is. Raises RunStopped if it fails."""
+        while process.poll() is None:
+            try:
+                process.wait(TELL_EVERY)
+            except subprocess.TimeoutExpired:
+                self.tell(f"  at step {self._step(name)} of {self.config.train.steps}")
+        if process.returncode:
             said = (self.directory / "said.txt").read_text(errors="replace").splitlines()
             raise RunStopped("a run of the proof ended by itself:\n" + "\n".join(said[-LAST_LINES:]))
 
-    def _kill(self, ranks: int, until: int, is_for_saving: bool) -> bool:
-        """Go on with the run, and `kill -9` it some random moment after a step, or while it writes its next checkpoint.
+    def _kill(self, ranks: int, until: int, after: float, is_for_saving: bool) -> bool:
+        """Go on with the run, and `kill -9` it `after` seconds behind a step, or while it writes its next checkpoint.
 
         Whether it was killed before its end. Raises RunStopped if it failed by itself.
         """
@@ -130,22 +165,27 @@ class Proof:
             while process.poll() is None and not any(checkpoints.glob(".step_*.tmp/*")):
                 time.sleep(LOOK_EVERY / 5)
         else:
-            time.sleep(self._draw.random() * 0.05)
+            time.sleep(after)
         if process.poll() is None:
-            launcher = psutil.Process(process.pid)
-            for each in (*launcher.children(recursive=True), launcher):
-                with suppress(psutil.NoSuchProcess):
-                    each.kill()
+            _kill_all(process)
         if process.wait() == -signal.SIGKILL:
             return True
-        self._finish(process)
+        self._finish(process, "killed")
         return False
 
-    def _records(self) -> Path:
-        return self.directory / "killed" / metrics.FILE_NAME
+    def _records(self, name: str = "killed") -> Path:
+        return self.directory / name / metrics.FILE_NAME
 
-    def _step(self) -> int:
-        """The last one in the killed run's records."""
-        if not self._records().exists():
+    def _step(self, name: str = "killed") -> int:
+        """The last one in a run's records."""
+        if not self._records(name).exists():
             return 0
-        return max((line["step"] for line in metrics.read(self._records()) if line["kind"] == "step"), default=0)
+        return max((line["step"] for line in metrics.read(self._records(name)) if line["kind"] == "step"), default=0)
+
+
+def _kill_all(process: subprocess.Popen[bytes]) -> None:
+    """The launcher, if it is one, and what it has started."""
+    launcher = psutil.Process(process.pid)
+    for each in (*launcher.children(recursive=True), launcher):
+        with suppress(psutil.NoSuchProcess):
+            each.kill()

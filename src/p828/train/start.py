@@ -1,9 +1,12 @@
 """Builds a run's parts, in the order in which their inputs can be wrong, and sets the loop off."""
 
+import contextlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
-from p828.config import Config, load
+from p828.config import Config, load, validate, with_steps
+from p828.data.amount import amounts, repeated
 from p828.data.feed import held_out_lines, open_loader, prepared_tokenizer, training_documents, validation_batches
 from p828.data.hub import pinned
 from p828.data.manifest import open_manifest
@@ -14,8 +17,9 @@ from p828.data.tokenizer import Tokenizer, load_tokenizer, remarks
 from p828.errors import UserError
 from p828.model.flops import count_parameters, unused_vocabulary
 from p828.train import checkpoint
+from p828.train.banner import entries
 from p828.train.checkpoint_content import reading_position
-from p828.train.console import Console
+from p828.train.console import Console, say, waiting
 from p828.train.deepspeed_settings import DeepSpeedSettings
 from p828.train.device import make_deterministic, pick_device
 from p828.train.engine import Engine, PlainEngine
@@ -33,12 +37,17 @@ def train(config: Config) -> None:
 
     Raises UserError for wrong input, leaving no new run behind, and RunStopped when the run's own guard ends it.
     """
-    with joined(config) as ranks:
+    with contextlib.ExitStack() as stack:
+        with waiting("waiting for the other ranks", say):
+            ranks = stack.enter_context(joined(config))
+        tell = say if ranks.is_first else _nothing
         with ranks.agreed():
+            config = with_steps(config, ranks.size)
+            validate(config)
             settings = check_deepspeed(config, ranks) if config.engine == "deepspeed" else None
         config, newer = ranks.first(lambda: pinned(config, _before(config)))
-        with ranks.agreed():
-            # A missing file or an empty validation set ends here, before anything is written.
+        # A missing file or an empty validation set ends here, before anything is written.
+        with ranks.agreed(), waiting(f"opening the data: {', '.join(config.data.source_names)}", tell):
             for data in config.data.sources:
                 if data.prepared:
                     open_manifest(Path(data.prepared))
@@ -49,7 +58,7 @@ def train(config: Config) -> None:
             make_deterministic()
         # Advice to round float32 products to TF32; the router is to stay in float32.
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-        _train(config, ranks, settings, newer)
+        _train(config, ranks, settings, newer, tell)
 
 
 def _before(config: Config) -> Config | None:
@@ -59,10 +68,20 @@ def _before(config: Config) -> Config | None:
     return load(str(path)) if is_on_hub and path.exists() else None
 
 
-def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, newer: list[str]) -> None:
+def _train(
+    config: Config,
+    ranks: Ranks,
+    settings: DeepSpeedSettings | None,
+    newer: list[str],
+    tell: Callable[[str], None],
+) -> None:
     """`newer` are lines on hub data sets that have a newer commit than the run's."""
     device, is_quiet = pick_device(config.train.device), not ranks.is_first
-    with open_run(config, ranks) as run, Recorder(run.path, config, is_quiet) as recorder:
+    with contextlib.ExitStack() as stack:
+        with waiting(f"opening {config.run_dir}, and verifying its newest checkpoint if it has one", tell):
+            run = stack.enter_context(open_run(config, ranks))
+        with waiting("starting Weights & Biases" if config.wandb.mode != "off" else "opening the records", tell):
+            recorder = stack.enter_context(Recorder(run.path, config, is_quiet))
         first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
         with Console(run.path, config.train.steps, first_step, is_quiet=is_quiet) as console:
             part = ranks.on_host()  # they compare the files of prepared data together
@@ -75,36 +94,42 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, new
                     recorder.update(config)
                 _check_prompts(config, tokenizer)
                 rules = [] if run.newest is None else _held_out_rules(run.newest)
-                validation = validation_batches(
-                    config,
-                    tokenizer,
-                    config.evaluation.rows,
-                    config.train.micro_batch_size,
-                    rules,
-                    part,
-                    console.event,
-                )
-                opened = open_loader(
-                    config, tokenizer, device.type == "cuda", ranks.rank, ranks.size, tell=console.event, part=part
-                )
+                with console.waiting("reading the validation rows"):
+                    validation = validation_batches(
+                        config,
+                        tokenizer,
+                        config.evaluation.rows,
+                        config.train.micro_batch_size,
+                        rules,
+                        part,
+                        console.event,
+                    )
+                with console.waiting("opening the training data"):
+                    opened = open_loader(
+                        config, tokenizer, device.type == "cuda", ranks.rank, ranks.size, tell=console.event, part=part
+                    )
             with opened as loader:
-                engine = _engine(config, ranks, settings, console)
+                with console.waiting("making the model"):
+                    engine = _engine(config, ranks, settings, console)
                 trainer = Trainer(config, run, tokenizer, loader, validation, engine, recorder, console, ranks)
-                console.print(_describe(config, engine, ranks, settings))
+                changes: list[str] = []
+                if run.newest is not None:
+                    with console.waiting(f"loading the checkpoint of step {first_step}"):
+                        changes = [*run.changes, *trainer.resume(run.newest)]
+                with ranks.agreed():
+                    loader.start()
+                ranks.first(lambda: _introduce(trainer, settings))
                 for line in (*held_out_lines(config, rules), *newer):
                     console.print(line)
                 if run.newest is None and (line := unused_vocabulary(config.model, tokenizer.vocab_size)):
                     console.event(line)
-                changes = [] if run.newest is None else [*run.changes, *trainer.resume(run.newest)]
-                with ranks.agreed():
-                    loader.start()
                 run.keep()
                 lines = [*run.damaged, *changes]
                 if run.newest is not None:
                     lines.append(f"resumed from step {trainer.progress.step}")
                 for line in lines:
                     trainer.tell("resume", line)
-                with noted_signals(loader.stop_waiting) as trainer.stop:
+                with noted_signals(loader.stop_waiting, console.event) as trainer.stop:
                     trainer.run()
                 trainer.conclude()
 
@@ -113,6 +138,22 @@ def _held_out_rules(path: Path) -> list[bool | None]:
     """By which rule the run of a checkpoint holds out text of each source. Raises DamagedCheckpoint."""
     with checkpoint.opened(path, names=()) as saved, reading_position(path):
         return held_out_rules(saved.state["data"])
+
+
+def _nothing(text: str) -> None:
+    """In place of `say`, where rank 0 says it."""
+
+
+def _introduce(trainer: Trainer, settings: DeepSpeedSettings | None) -> None:
+    """Say what run this is, and how much data there is for it, which is recorded."""
+    config, ranks, console, recorder = trainer.config, trainer.ranks, trainer.console, trainer.recorder
+    with console.waiting("estimating how much data there is"):
+        found = amounts(config, trainer.tokenizer, ranks.size)
+    console.block(config.name, entries(config, trainer.engine, ranks, settings, found, recorder.wandb))
+    sources = [{"name": a.name, "tokens": a.tokens, "is_exact": a.is_exact, "epochs": a.epochs} for a in found]
+    recorder.write("data", trainer.progress.step, sources=sources)
+    for line in repeated(found):
+        trainer.tell("repeated_data", line)
 
 
 def _engine(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, console: Console) -> Engine:
@@ -139,21 +180,11 @@ def _tokenizer(config: Config, console: Console) -> Tokenizer:
     path = config.run_dir / TOKENIZER_FILE
     if not path.exists() and (prepared := prepared_tokenizer(config)) is not None:
         prepared.save(path)
-    if config.tokenizer.name == "train" and not path.exists():
+    is_trained = config.tokenizer.name == "train" and not path.exists()
+    if is_trained:
         console.print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens")
-    return load_tokenizer(config.tokenizer, lambda: training_documents(config), config.model.vocab_size, path)
-
-
-def _describe(config: Config, engine: Engine, ranks: Ranks, settings: DeepSpeedSettings | None) -> str:
-    device = str(engine.device) if ranks.size == 1 else f"{ranks.size} x {engine.device.type}"
-    if settings is not None:
-        device += f" through DeepSpeed, ZeRO stage {settings.stage},"
-    parameters = count_parameters(config.model)
-    return (
-        f"{config.name}: {parameters.total / 1e6:.1f} M parameters, {parameters.active / 1e6:.1f} M active, "
-        f"on {device} in {str(engine.dtype).removeprefix('torch.')}, "
-        f"{config.tokens_per_step * ranks.size:,} tokens a step, {config.train.steps:,} steps"
-    )
+    with contextlib.nullcontext() if is_trained else console.waiting("loading the tokenizer"):
+        return load_tokenizer(config.tokenizer, lambda: training_documents(config), config.model.vocab_size, path)
 
 
 def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:

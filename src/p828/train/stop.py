@@ -2,17 +2,17 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 A_MOMENT = 2.0  # seconds
 SHOW_CURSOR = "\x1b[?25h"  # the progress bar hides it
+NO_SIGNAL = 0  # ends the thread
 
 
 @dataclass
@@ -22,35 +22,65 @@ class StopRequest:
     reason: str = ""
     time: float = 0.0
 
+    def repeats(self, name: str, now: float) -> bool:
+        """Whether a later signal is no second wish.
+
+        Of two different ones in a moment the second is the launcher's, which passes on what the terminal has sent to
+        all. A terminal that closes sends SIGHUP, and so may its shell: nobody asks for anything with that.
+        """
+        return name == "SIGHUP" or (name != self.reason and now - self.time < A_MOMENT)
+
 
 @contextmanager
-def noted_signals(when_asked: Callable[[], None]) -> Iterator[StopRequest]:
-    """In the block, the first SIGINT or SIGTERM is noted, so that the run ends where it can be saved.
+def noted_signals(
+    when_asked: Callable[[], None], answer: Callable[[str], None] = lambda text: None
+) -> Iterator[StopRequest]:
+    """In the block, the first SIGINT, SIGTERM or SIGHUP is noted, so that the run ends where it can be saved.
 
-    `when_asked` is called then: for what would keep the run from getting there.
-
-    A second one ends the process at once, with the exit code that a shell gives it. Of two different ones in a moment
-    the second is the launcher's, which passes on what the terminal has sent to all.
+    `when_asked` is called then, for what would keep the run from getting there, and `answer` is given a line for the
+    user. Both are called by a thread, at once: the main thread may be inside an operation of minutes, and Python calls
+    no handler before that ends. A second signal ends the process, with the exit code that a shell gives it. A SIGHUP
+    that is ignored, as under `nohup`, stays so.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
         yield request
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        if request.reason:
-            if name != request.reason and now - request.time < A_MOMENT:
-                return
+        if not request.reason:
+            request.time, request.reason = now, name
+            when_asked()
+            # by a thread of its own: an output that takes nothing must not keep a second signal from being heard
+            text = f"{name}: saving after this step" + ("" if name == "SIGHUP" else "; again to stop now")
+            threading.Thread(target=answer, args=(text,), name="p828-answer", daemon=True).start()
+        elif not request.repeats(name, now):
             if sys.stdout.isatty():
                 os.write(sys.stdout.fileno(), SHOW_CURSOR.encode())
             os._exit(128 + number)
-        request.reason, request.time = name, now
-        when_asked()
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    def listen() -> None:
+        while (number := heard.recv(1)[0]) != NO_SIGNAL:
+            if number in numbers:  # other handlers' signals come here, too
+                note(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    heard, sent = socket.socketpair()
+    sent.setblocking(False)
+    listener = threading.Thread(target=listen, name="p828-signals", daemon=True)
+    listener.start()
+    wakeup_before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup_before)
+        sent.send(bytes([NO_SIGNAL]))
+        listener.join()
+        sent.close()
+        heard.close()

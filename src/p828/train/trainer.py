@@ -3,11 +3,12 @@
 import dataclasses
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from p828.config import Config, TrainConfig
+from p828.config import Config
 from p828.config_values import to_dict
 from p828.data.bigram import bigram_loss
 from p828.data.feed import training_rows
@@ -15,19 +16,21 @@ from p828.data.loader import DIGESTS, Batch, Loader
 from p828.data.mixture import at_step, bad_records, is_stopped, merged
 from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
-from p828.errors import ReadFailed, RunPaused, RunStopped, UserError
+from p828.errors import NotFinite, ReadFailed, RunPaused, RunStopped, UserError
 from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
 from p828.model.flops import flops_per_token
 from p828.train import checkpoint
 from p828.train.background_saver import BackgroundSaver
+from p828.train.changes import changed_rate, changed_rows
 from p828.train.checkpoint import DamagedCheckpoint
 from p828.train.checkpoint_content import check_content, config_of, reading_position
-from p828.train.console import Console
-from p828.train.device import peak_flops, peak_memory
+from p828.train.console import A_WAIT, SECONDS_PER_LINE, Console
+from p828.train.device import compiles, peak_flops, peak_memory
 from p828.train.engine import Engine, StepResult
 from p828.train.metrics import Recorder, loads_every, loads_record
+from p828.train.pace import A_DAY, Pace, in_words
 from p828.train.progress import Counts, Progress
 from p828.train.ranks import Ranks
 from p828.train.run_directory import CHECKPOINTS, TOKENIZER_FILE, RunDirectory
@@ -35,6 +38,8 @@ from p828.train.schedule import learning_rate
 from p828.train.stop import StopRequest
 
 NON_FINITE_LIMIT = 3  # steps in a row
+MICRO = 1e6  # microseconds in a second
+FAR_FROM_GUESSING = 2.0  # times the loss of equal shares for all tokens; a model's first losses are near that
 
 
 @dataclass
@@ -56,8 +61,13 @@ class Trainer:
     """The newest checkpoint's."""
     memory_bytes: int = 0
     """Most that a rank has held so far."""
+    trained_seconds: float = 0.0
+    """Over all starts, until the current step began; the same on all ranks."""
 
     def __post_init__(self) -> None:
+        self._started, self._seconds_before = time.monotonic(), 0.0
+        self._is_first_step = self._is_first_evaluation = True  # of this start
+        self._pace = Pace()
         tokenizer = {TOKENIZER_FILE: self.tokenizer.to_json().encode()}  # so that a checkpoint can be used by itself
         self.saver = BackgroundSaver(self.checkpoints, self.ranks.apart(), self.engine.device, tokenizer)
 
@@ -65,6 +75,7 @@ class Trainer:
         """Train to the last step, or until patience runs out."""
         try:
             self.rewind_records()
+            self._started, self._seconds_before = time.monotonic(), self.trained_seconds
             self.train()
         finally:
             self.saver.join()
@@ -77,15 +88,14 @@ class Trainer:
             started = time.perf_counter()
             batches, counts = self.fetch()
             num_targets = max(counts.targets, 1)  # a last row may have none
-            for batch in batches:
-                self.engine.forward_backward(batch, num_targets)
             rate = learning_rate(progress.step, config.train.steps, config.optimizer.learning_rate, config.schedule)
-            result = self.engine.step(rate)
+            result = self.step(batches, num_targets, rate)
 
             progress.step += 1
             progress.count(counts)
             progress.judge(result, config.rollback.spike_nats)
             self.record(result, rate, counts, time.perf_counter() - started)
+            self.tell_pace(progress.step)
             if not self.is_kept(result):
                 self.roll_back()
                 continue
@@ -98,11 +108,47 @@ class Trainer:
         if damage := self.recorder.rewind(self.progress.step):
             self.tell("damaged_records", damage)
 
+    def step(self, batches: list[Batch], num_targets: int, rate: float) -> StepResult:
+        """What the engine makes of a step's micro-batches; tells how far it is where that takes long."""
+        is_compiled = compiles(self.config.train, self.engine.device)
+        first = f"step {self.progress.step + 1} is at work" + (
+            ", which compiles the layers first" if is_compiled else ""
+        )
+        if self._is_first_step and not is_compiled:
+            self._pace.seconds_per_step(self.progress.step)  # the first one is like the others
+        with self.console.waiting(first) if self._is_first_step else nullcontext():
+            for number, batch in enumerate(batches, start=1):
+                self.engine.forward_backward(batch, num_targets)
+                self.console.micro_batch(number, len(batches))
+                if self.engine.device.type == "cpu" and number < len(batches):  # a GPU is not waited for here
+                    self.tell_pace(self.progress.step + number / len(batches))
+            result = self.engine.step(rate)
+        self._is_first_step = False
+        return result
+
+    def tell_pace(self, steps: float) -> None:
+        """Tell once, after so many steps, how long the run takes at the rate measured so far."""
+        seconds, train = self._pace.seconds_per_step(steps), self.config.train
+        if seconds is None or steps >= train.steps:
+            return
+        left = seconds * (train.steps - steps)
+        what = "the run takes" if self._seconds_before == 0 else "the rest of the run takes"
+        kind = "CPU" if self.engine.device.type == "cpu" else "GPU"
+        where = f"this {kind}" if self.ranks.size == 1 else f"these {self.ranks.size} {kind}s"
+        text = f"at this rate {what} {in_words(left)} on {where}"
+        if train.hours and self.seconds() + left > train.hours * 3600:
+            text += f"; it ends after train.hours = {train.hours:g}"
+        self.console.event(text) if left > A_DAY else self.console.print(text)
+
+    def seconds(self) -> float:
+        """Trained so far, over all starts, as this rank has it."""
+        return self._seconds_before + time.monotonic() - self._started
+
     def fetch(self) -> tuple[list[Batch], Counts]:
         """This rank's micro-batches of the next step, and what those of all ranks hold.
 
-        When a rank cannot read its own, or they are wrong, or it is asked to stop, the run is saved, and RunStopped or
-        RunPaused raised on all of them.
+        When a rank cannot read its own, or finds them malformed, or is asked to stop, the run is saved, and RunStopped
+        or RunPaused raised on all of them.
         """
         before, batches, failure = self.loader.state_dict(), [], ""
         try:
@@ -115,18 +161,23 @@ class Trainer:
             bool(self.stop.reason),
             self.saver.is_written,
             peak_memory(self.engine.device),
+            self.seconds() * MICRO,
+            own.epoch,
             *dataclasses.astuple(own)[:4],
             *own.by_source,
         )
         of_ranks = zip(*self.ranks.all(numbers), strict=True)
-        failures, stops, written, memories, *counts = ([int(number) for number in numbers] for numbers in of_ranks)
+        failures, stops, written, memories, times, epochs, *counts = (
+            [int(number) for number in numbers] for numbers in of_ranks
+        )
         self.memory_bytes = max(memories)
+        self.trained_seconds = max(times) / MICRO
         if all(written):
             self.finish_save()
         if any(failures) or any(stops):
             self.pause(before, failure)
         targets, documents, cut_documents, digest, *by_source = map(sum, counts)
-        return batches, Counts(targets, documents, cut_documents, digest % DIGESTS, tuple(by_source))
+        return batches, Counts(targets, documents, cut_documents, digest % DIGESTS, tuple(by_source), max(epochs))
 
     def pause(self, position: dict[str, Any], failure: str) -> NoReturn:
         """End after the last step, saved: by RunPaused if a rank was asked to, else by RunStopped after a failure."""
@@ -143,7 +194,11 @@ class Trainer:
     def is_done(self) -> bool:
         patience, progress = self.config.evaluation.patience, self.progress
         out_of_patience = patience > 0 and progress.evaluations_since_best >= patience
-        return progress.step >= self.config.train.steps or out_of_patience
+        return progress.step >= self.config.train.steps or out_of_patience or self.is_out_of_time()
+
+    def is_out_of_time(self) -> bool:
+        hours = self.config.train.hours
+        return hours > 0 and self.trained_seconds >= hours * 3600
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is done now."""
@@ -157,6 +212,7 @@ class Trainer:
             "step",
             self.progress.step,
             tokens=self.progress.tokens,
+            epoch=counts.epoch,
             **self.data_record(),
             rows=f"{counts.digest:08x}",
             loss=result.loss,
@@ -250,14 +306,24 @@ class Trainer:
         )
 
     def evaluate(self) -> bool:
-        """Measure the validation loss and sample the prompts; True when it is the best loss so far."""
+        """Measure the validation loss and sample the prompts; True when it is the best loss so far.
+
+        After a step that was not applied, or from a model that has diverged, none is.
+        """
         progress = self.progress
-        with self.engine.model_in_step() as model:
+        after = A_WAIT if self._is_first_evaluation else SECONDS_PER_LINE
+        self._is_first_evaluation = False
+        with (
+            self.console.waiting(f"step {progress.step}: evaluating", after),
+            self.engine.model_in_step() as model,
+        ):
             result = evaluate(model, self.own_validation(), self.engine.dtype, self.ranks.sum)
         samples = self.samples()
-        is_better = result.loss < (math.inf if progress.best_loss is None else progress.best_loss)
+        is_sound = progress.non_finite_steps == 0 and self.is_sound(result.loss)
+        is_better = is_sound and result.loss < (math.inf if progress.best_loss is None else progress.best_loss)
         progress.validation_loss = result.loss
-        progress.evaluations_since_best = 0 if is_better else progress.evaluations_since_best + 1
+        if progress.non_finite_steps == 0:
+            progress.evaluations_since_best = 0 if is_better else progress.evaluations_since_best + 1
         if is_better:
             progress.best_loss, progress.best_step = result.loss, progress.step
         self.recorder.write("eval", progress.step, **dataclasses.asdict(result), best=is_better)
@@ -268,6 +334,17 @@ class Trainer:
             self.recorder.write("sample", progress.step, samples=[list(sample) for sample in samples])
             self.console.preview(samples)
         return is_better
+
+    def is_sound(self, loss: float) -> bool:
+        """Whether a validation loss is one that a model may have which has not diverged; tells it if not."""
+        guessing = math.log(self.config.model.vocab_size)
+        if loss <= FAR_FROM_GUESSING * guessing:
+            return True
+        text = "is no finite number"
+        if math.isfinite(loss):
+            text = f"is {loss:.3g}, far above the {guessing:.2f} of guessing"
+        self.tell("diverged", f"step {self.progress.step}: the validation loss {text}: the run has diverged")
+        return False
 
     def own_validation(self) -> list[Batch]:
         """Every so-manyth batch; where that is one less than on other ranks, also one that counts for nothing."""
@@ -285,7 +362,11 @@ class Trainer:
         with self.engine.whole_model() as model:
             if not self.ranks.is_first:
                 return []
-            completions = generate(model, self.tokenizer, prompts, sampling, dtype=self.engine.dtype)
+            try:
+                completions = generate(model, self.tokenizer, prompts, sampling, dtype=self.engine.dtype)
+            except NotFinite:
+                self.tell("no_samples", "the prompts are not continued: the model's logits are no finite numbers")
+                return []
         return [(prompt, completion.text) for prompt, completion in zip(prompts, completions, strict=True)]
 
     @property
@@ -311,6 +392,7 @@ class Trainer:
             "versions": self.directory.versions,
             "tokenizer": self.tokenizer.fingerprint(),
             "ranks": self.ranks.size,
+            "seconds": self.seconds(),
         }
         try:
             is_done = self.saver.start(progress.step, self.engine.tensors(), state, began)
@@ -326,7 +408,8 @@ class Trainer:
         if step is None:
             return
         try:
-            saved = self.saver.finish()
+            with self.console.waiting("waiting for the checkpoint to be written") if is_last else nullcontext():
+                saved = self.saver.finish()
         except UserError as error:
             self.not_saved(error, step, is_last)
             return
@@ -352,8 +435,8 @@ class Trainer:
     def resume(self, path: Path) -> list[str]:
         """Go back to where a checkpoint was made.
 
-        What of the step changes with the number of ranks, a line for it. Raises UserError if it was made with another
-        tokenizer, DamagedCheckpoint if its content cannot be a run's, and ReadFailed.
+        A line for what changes about the steps to come: their rows, or a jump of the learning rate. Raises UserError if
+        it was made with another tokenizer, DamagedCheckpoint if its content cannot be a run's, and ReadFailed.
         """
         with self.ranks.agreed(), checkpoint.opened(path, retry=self.retry) as saved:
             if saved.state.get("tokenizer") != self.tokenizer.fingerprint():
@@ -364,26 +447,19 @@ class Trainer:
             with reading_position(path):
                 self.loader.load_state_dict(at_step(saved.state["data"], self.progress.step))
             self.saved_step = self.progress.step
+            self.trained_seconds = _seconds(path, saved.state)
         with checkpoint.opened(path, retry=self.retry) as saved:
             self.engine.load_tensors(saved.tensors)
-            before, ranks = config_of(saved).train, saved.state.get("ranks", 1)
-        return self.changed_step(before, ranks)
+            before, ranks = config_of(saved), saved.state.get("ranks", 1)
+        return [
+            *changed_rows(self.config, self.ranks.size, before, ranks),
+            *changed_rate(self.config, self.progress.step, before),
+        ]
 
     @property
     def retry(self) -> Retry:
         """How checkpoints that cannot be read for now are waited for."""
         return Retry(self.config.data.read_retries, tell=self.console.event)
-
-    def changed_step(self, before: TrainConfig, ranks: int) -> list[str]:
-        """Whether a step has as many rows as before, on another number of ranks."""
-        rows_before = before.micro_batch_size * before.gradient_accumulation * ranks
-        now, size = self.config.train, self.ranks.size
-        rows = now.micro_batch_size * now.gradient_accumulation * size
-        if ranks == size or rows == rows_before:
-            return []
-        accumulation, rest = divmod(rows_before, now.micro_batch_size * size)
-        text = f"ranks = {ranks}, now {size}: a step had {rows_before:,} rows, and has {rows:,}"
-        return [text + (f"; --train.gradient-accumulation {accumulation} keeps that" if not rest else "")]
 
     def conclude(self) -> None:
         """Say what came out: losses, the bigram baseline, samples, and where the run is."""
@@ -395,18 +471,34 @@ class Trainer:
             share = progress.cut_documents / progress.documents
             self.console.print(f"of {progress.documents:,} documents, {share:.1%} were cut into several rows")
         if config.evaluation.bigram_baseline and self.ranks.is_first:
-            bigram = bigram_loss(training_rows(config, self.tokenizer), self.validation, self.tokenizer.vocab_size)
+            with self.console.waiting("counting pairs of tokens for the bigram baseline"):
+                bigram = bigram_loss(training_rows(config, self.tokenizer), self.validation, self.tokenizer.vocab_size)
             self.recorder.write("event", progress.step, event="bigram_baseline", loss=bigram)
             self.console.print(f"a bigram model of the same tokens gets {bigram:.3f}")
         if config.evaluation.prompts:
-            self.console.samples(self.samples())
-        how = "is complete" if progress.step >= config.train.steps else "stopped early, out of patience,"
+            with self.console.waiting("continuing the prompts"):
+                samples = self.samples()
+            if samples:
+                self.console.samples(samples)
+        how = "stopped early, out of patience,"
+        if progress.step >= config.train.steps:
+            how = "is complete"
+        elif self.is_out_of_time():
+            how = f"is complete after train.hours = {config.train.hours:g}"
         self.console.print(f"{config.run_dir} {how} at step {progress.step}")
         if progress.saved_best_step not in (None, progress.step):
             best = self.checkpoints / checkpoint.name_of(progress.saved_best_step)
             is_best_of_all = progress.best_step == progress.saved_best_step
             with_loss = f", with validation loss {progress.best_loss:.3f}," if is_best_of_all else ""
             self.console.print(f"the best checkpoint{with_loss} is {best}")
+
+
+def _seconds(path: Path, state: dict[str, Any]) -> float:
+    """How long the run of a checkpoint was trained; 0 for an older one, which does not say. Raises UserError."""
+    seconds = state.get("seconds", 0.0)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise UserError(f"{path}: state.json: seconds: a number of at least 0 is accepted")
+    return float(seconds)
 
 
 def _perplexity(loss: float) -> float:

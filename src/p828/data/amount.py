@@ -1,0 +1,112 @@
+"""How much there is to train on, and how often a run goes through it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from p828.config import Config, DataConfig
+from p828.data.feed import source_seed
+from p828.data.manifest import open_manifest
+from p828.data.source import open_training
+from p828.data.tokenizer import Tokenizer
+from p828.errors import ReadFailed, UserError
+
+SAMPLE_DOCUMENTS = 256  # of those that the loader reads first
+SAMPLE_CHARACTERS = 1000  # of each that are tokenized
+MANY_EPOCHS = 4  # up to which repeated text is worth nearly as much as new (arXiv 2305.16264)
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Training tokens of one source."""
+
+    name: str
+    """The source's, as in records."""
+    tokens: int | None
+    """None where it is not known."""
+    is_exact: bool
+    """Counted when the data was prepared; else estimated from the first documents and the files' sizes."""
+    planned: float
+    """Tokens that the whole run takes from it."""
+    problem: str = ""
+    """Why it is not known."""
+
+    @property
+    def epochs(self) -> float | None:
+        """How often the whole run goes through it."""
+        return self.planned / self.tokens if self.tokens else None
+
+
+def amounts(config: Config, tokenizer: Tokenizer, ranks: int) -> list[Amount]:
+    """Of every source. Text is read no further than the loader reads it for its first batch."""
+    found = []
+    names, shares = config.data.source_names, planned_shares(config)
+    for number, (name, data, share) in enumerate(zip(names, config.data.sources, shares, strict=True)):
+        planned = share * config.train.steps * config.tokens_per_step * ranks
+        if data.prepared:
+            tokens = sum(shard.tokens for shard in open_manifest(Path(data.prepared)).training)
+            found.append(Amount(name, tokens, True, planned))
+            continue
+        try:
+            estimate, problem = _estimated(data, source_seed(config.train.seed, number), tokenizer), ""
+        except (UserError, ReadFailed) as error:  # training tells it when it comes to it
+            estimate, problem = None, str(error)
+        found.append(Amount(name, estimate, False, planned, problem))
+    return found
+
+
+def planned_shares(config: Config) -> list[float]:
+    """The share of the whole run's tokens that comes from each source."""
+    data, steps = config.data, config.train.steps
+    if not data.mixture:
+        return [1.0]
+    shares = [0.0] * len(data.mixture)
+    for number, begin in enumerate(data.mixture_steps):
+        end = data.mixture_steps[number + 1] if number + 1 < len(data.mixture_steps) else steps
+        weights = [mixed.weights[number] for mixed in data.mixture]
+        for source, weight in enumerate(weights):
+            shares[source] += weight / sum(weights) * max(min(end, steps) - begin, 0) / steps
+    return shares
+
+
+def _estimated(data: DataConfig, seed: int, tokenizer: Tokenizer) -> int | None:
+    """Tokens of an epoch: those of the first documents by the share of the files' bytes that these are."""
+    if data.source == "hf":  # which has no sizes
+        return None
+    block = min(SAMPLE_DOCUMENTS, data.block_documents)
+    stream = open_training(replace(data, block_documents=block), seed, epochs=1)
+    tokens, documents = 0.0, 0
+    for text in stream:
+        beginning = text[:SAMPLE_CHARACTERS]
+        tokens += len(tokenizer.encode(beginning)) * len(text) / len(beginning) + 1  # and EOS
+        documents += 1
+        if documents == block:
+            break
+    share = stream.share_read() if documents == block else 1.0
+    return round(tokens / share) if share else None
+
+
+def describe(amount: Amount) -> str:
+    """`1.2 M tokens`, `about 1.2 M tokens` or `unknown`."""
+    if amount.tokens is None:
+        return f"tokens unknown: {amount.problem}" if amount.problem else "tokens unknown"
+    return ("" if amount.is_exact else "about ") + f"{short(amount.tokens)} tokens"
+
+
+def repeated(found: Sequence[Amount]) -> list[str]:
+    """A line for each source that the run goes through too often."""
+    return [
+        f"{amount.name}: the run goes {amount.epochs:.1f} times through its {short(amount.tokens)} tokens. Above "
+        f"{MANY_EPOCHS} epochs repeated text teaches less and less: give more text, or train fewer steps"
+        for amount in found
+        if amount.tokens and amount.epochs is not None and amount.epochs > MANY_EPOCHS
+    ]
+
+
+def short(count: float) -> str:
+    """`512`, `1.5 k`, `1.2 M`, `3 B`: three digits."""
+    for unit in ("", " k", " M", " B"):
+        if abs(count) < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} T"
