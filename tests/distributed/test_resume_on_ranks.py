@@ -130,20 +130,18 @@ def test_a_run_whose_data_vanishes_is_saved_on_all_ranks_and_goes_on(tmp_path: P
 
 def test_a_checkpoint_from_before_the_first_step(tmp_path: Path) -> None:
     """The plain engine's, with and without the moments that older ones lack, goes on through DeepSpeed."""
-    config = run_config(tmp_path, train={"steps": 2})
+    config = dataclasses.replace(run_config(tmp_path, train={"steps": 2}), engine="deepspeed")
     engine = PlainEngine(config)
     tensors = engine.tensors()
-    for kind in ("with", "without"):
-        if kind == "without":
-            names = [name for name, _ in engine.model.named_parameters() if name.endswith("norm.weight")]
-            gone = {f"{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq") for name in names}
-            tensors["optimizer"] = {name: v for name, v in tensors["optimizer"].items() if name not in gone}
-        path = checkpoint_writer.save(tmp_path / kind, 0, tensors, {})
-        with joined(dataclasses.replace(config, engine="deepspeed")) as ranks, checkpoint.opened(path) as saved:
-            other = dataclasses.replace(config, engine="deepspeed")
-            settings = check_deepspeed(other, ranks)
-            loaded = DeepSpeedEngine(other, ranks, settings)
-            loaded.load_tensors(saved.tensors)
+    names = [name for name, _ in engine.model.named_parameters() if name.endswith("norm.weight")]
+    gone = {f"{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq") for name in names}
+    older = {**tensors, "optimizer": {name: v for name, v in tensors["optimizer"].items() if name not in gone}}
+    with joined(config) as ranks:
+        loaded = DeepSpeedEngine(config, ranks, check_deepspeed(config, ranks))
+        for number, given in enumerate((tensors, older)):
+            path = checkpoint_writer.save(tmp_path / str(number), 0, given, {})
+            with checkpoint.opened(path) as saved:
+                loaded.load_tensors(saved.tensors)
             for name, value in loaded.tensors()["optimizer"].items():
                 (tensor,) = tensors_of(value)
                 assert not tensor.any(), name

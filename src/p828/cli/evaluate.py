@@ -26,8 +26,8 @@ DESCRIPTION = (
 )
 # What decides how text is measured; the other keys of `data` are training's.
 MEASURED = (
-    "prepared", "source", "files", "text_field", "hub_name", "hub_subset", "hub_split", "sequence_length",
-    "read_retries", "validation.",
+    "prepared", "source", "files", "text_field", "hub_", "sequence_length", "read_retries", "bad_records",
+    "max_document_megabytes", "validation.",
 )  # fmt: skip
 
 

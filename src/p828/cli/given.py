@@ -77,7 +77,7 @@ NEEDS = (
         'accepted with data.validation.kind = "files"',
     ),
     Need(
-        ("data.validation.hub_name", "data.validation.split"),
+        ("data.validation.hub_name", "data.validation.hub_revision", "data.validation.split"),
         lambda c: c.data.validation.kind == "split",
         'accepted with data.validation.kind = "split"',
     ),
@@ -110,6 +110,7 @@ _OF_SOURCE = {
     "files": (("files",), 'accepted with {table}source = "files"'),
     "hub_name": (("hf",), 'accepted with {table}source = "hf"'),
     "hub_subset": (("hf",), 'accepted with {table}source = "hf"'),
+    "hub_revision": (("hf",), 'accepted with {table}source = "hf"'),
     "hub_split": (("hf",), 'accepted with {table}source = "hf"'),
     "text_field": (("files", "hf"), 'accepted with {table}source = "files" or "hf"'),
 }
@@ -152,7 +153,7 @@ def _is_validations(data: DataConfig, name: str) -> bool:
     """Whether the validation text is read with this key of a source."""
     if name == "text_field":
         return data.validation.kind != "held_out"
-    return name in ("hub_name", "hub_subset") and data.validation.kind == "split"
+    return name in ("hub_name", "hub_revision", "hub_subset") and data.validation.kind == "split"
 
 
 def _plain(value: object) -> object:
