@@ -96,7 +96,8 @@ def test_gradients_are_those_of_the_loss_by_autograd(tmp_path: Path, tied: bool)
     engine.forward_backward(batch, 54)
     model = PlainEngine(config).model
     model.zero_grad()
-    output = model(batch.tokens_BS, batch.positions_BS, batch.document_ids_BS)
+    valid = batch.targets_BS >= 0
+    output = model(batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, valid_BS=valid)
     loss = linear_cross_entropy(output.hidden_BSH.flatten(0, 1), model.head_weight, batch.targets_BS.flatten())
     (loss + 0.01 * output.router.balance_loss_L.sum() + 0.001 * output.router.z_loss_L.sum()).div(54).backward()
     gradients = engine.optimizer.gradients()
