@@ -41,6 +41,9 @@ class Batch:
     """Those of them that have a part in another row."""
     digest: int = 0
     """Sum of a hash of each row's tokens, modulo 2^32: the same rows have the same, in whatever batches they come."""
+    attended_pairs: int = 0
+    """Pairs of a token and one that its attention sees, itself among them; padding left out. L (L + 1) / 2 for each
+    document of L tokens in a row, or for each row without document masking."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting if it is pinned."""
@@ -98,6 +101,7 @@ def make_batch(rows: Sequence[Row], mask_documents: bool, sources: int = 1) -> B
         documents=sum(row.documents for row in rows),
         cut_documents=sum(row.cut_documents for row in rows),
         digest=sum(xxhash.xxh3_64_intdigest(row.tokens.tobytes()) for row in rows) % DIGESTS,
+        attended_pairs=int((positions_BS + 1).sum(where=document_ids_BS != PADDING)),
     )
 
 

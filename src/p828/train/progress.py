@@ -21,6 +21,8 @@ class Counts:
     """Of the rows, as `Batch.digest`."""
     by_source: tuple[int, ...]
     """Targets."""
+    attended_pairs: int = 0
+    """As `Batch.attended_pairs`."""
 
     @staticmethod
     def of(batches: Sequence[Batch], sources: int) -> "Counts":
@@ -34,6 +36,7 @@ class Counts:
             sum(batch.cut_documents for batch in batches),
             sum(batch.digest for batch in batches) % DIGESTS,
             tuple(by_source),
+            sum(batch.attended_pairs for batch in batches),
         )
 
 

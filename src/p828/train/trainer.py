@@ -18,7 +18,7 @@ from p828.errors import ReadFailed, RunPaused, RunStopped, UserError
 from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
-from p828.model.flops import flops_per_token
+from p828.model.flops import training_flops
 from p828.train import checkpoint
 from p828.train.background_saver import BackgroundSaver
 from p828.train.console import Console
@@ -106,6 +106,7 @@ class Trainer:
             bool(self.stop.reason),
             self.saver.is_written,
             peak_memory(self.engine.device),
+            own.attended_pairs,
             *dataclasses.astuple(own)[:4],
             *own.by_source,
         )
@@ -116,8 +117,8 @@ class Trainer:
             self.finish_save()
         if any(failures) or any(stops):
             self.pause(before, failure)
-        targets, documents, cut_documents, digest, *by_source = map(sum, counts)
-        return batches, Counts(targets, documents, cut_documents, digest % DIGESTS, tuple(by_source))
+        pairs, targets, documents, cut_documents, digest, *by_source = map(sum, counts)
+        return batches, Counts(targets, documents, cut_documents, digest % DIGESTS, tuple(by_source), pairs)
 
     def pause(self, position: dict[str, Any], failure: str) -> NoReturn:
         """End after the last step, saved: by RunPaused if a rank was asked to, else by RunStopped after a failure."""
@@ -141,7 +142,7 @@ class Trainer:
 
     def record(self, result: StepResult, rate: float, counts: Counts, seconds: float) -> None:
         tokens_per_second = counts.targets / seconds
-        flops = flops_per_token(self.config.model, self.config.data.sequence_length)
+        flops = training_flops(self.config.model, counts.targets, counts.attended_pairs)
         peak = peak_flops(self.engine.device)
         self.recorder.write(
             "step",
@@ -154,7 +155,7 @@ class Trainer:
             lr=rate,
             grad_norm=result.grad_norm,
             tokens_per_second=tokens_per_second,
-            mfu=None if peak is None else flops * tokens_per_second / (peak * self.ranks.size),
+            mfu=None if peak is None else flops / (seconds * peak * self.ranks.size),
             memory_bytes=max(self.memory_bytes, peak_memory(self.engine.device)),
             seconds=seconds,
             load=result.loads,
