@@ -7,7 +7,9 @@ import torch
 
 from p828.config import Config
 from p828.data.loader import Batch
+from p828.errors import UserError
 from p828.model.loss import linear_cross_entropy
+from p828.train.device import pick_dtype
 from p828.train.engine import PlainEngine, StepResult
 from runs import run_config
 
@@ -31,6 +33,19 @@ def join(batches: list[Batch]) -> Batch:
     parts = ("tokens_BS", "targets_BS", "positions_BS", "document_ids_BS")
     joined = [torch.cat([getattr(batch, part) for batch in batches]) for part in parts]
     return Batch(*joined, num_targets=sum(batch.num_targets for batch in batches))
+
+
+def test_bfloat16_on_a_gpu_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older GPU")
+    gpu = torch.device("cuda")
+    for capability, auto in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert pick_dtype("auto", gpu) == auto
+        assert pick_dtype("float32", gpu) == torch.float32
+    assert pick_dtype("bfloat16", gpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UserError, match=r'train.dtype = "bfloat16": an older GPU .* "float32"'):
+        pick_dtype("bfloat16", gpu)
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:

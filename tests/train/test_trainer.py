@@ -111,3 +111,12 @@ def test_mfu_counts_the_attention_that_the_mask_leaves(
     for number, line in enumerate(steps):
         flops = training_flops(model, 2 * 2 * 32, sum(pairs[2 * number : 2 * number + 2]))
         assert line["mfu"] == pytest.approx(flops / (line["seconds"] * 1e9))
+
+
+@pytest.mark.parametrize("norm, said", [(True, 1), (False, 0)])
+def test_a_router_that_the_loss_does_not_teach_is_said(here: Path, norm: bool, said: int) -> None:
+    path = write_toml(here, model={"num_experts_per_tok": 1, "norm_topk_prob": norm}, train={"steps": 1})
+    assert dispatch(["train", str(path)]) == 0
+    events = [line["text"] for line in lines(here, "event") if line["event"] == "remark"]
+    assert len(events) == said
+    assert all("model.norm_topk_prob = false" in text for text in events)

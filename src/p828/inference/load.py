@@ -1,13 +1,13 @@
 """A trained model from disk, ready to use."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from p828.config import Config, from_dict, validate
+from p828.config import Config, ModelConfig, from_dict, validate
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
 from p828.kernels.adamw import split_float32
@@ -15,6 +15,7 @@ from p828.model.precision import matrices
 from p828.model.transformer import Transformer
 from p828.train import checkpoint
 from p828.train.device import pick_device, pick_dtype
+from p828.train.engine import check_widths
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,22 @@ def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
     if loaded.state.get("tokenizer") != tokenizer.fingerprint():
         raise UserError(f"{found}: trained with another tokenizer than its run's tokenizer.json")
 
-    model = Transformer(config.model)
+    sizes, dtype = _arithmetic(config, place)
+    model = Transformer(sizes)
     _check_tensors(found, model.state_dict(), loaded.tensors["model"])
     model.load_state_dict(loaded.tensors["model"])
-    dtype = pick_dtype(config.train.dtype, place)
     _store_in(model, dtype)
     return LoadedModel(model.to(place).eval(), tokenizer, config, found, loaded.step, dtype)
+
+
+def _arithmetic(config: Config, device: torch.device) -> tuple[ModelConfig, torch.dtype]:
+    """The run's, or plain code in float32 where this GPU's kernels do not take the model: it may be from a CPU."""
+    try:
+        dtype = pick_dtype(config.train.dtype, device)
+        check_widths(config, device, dtype)
+    except UserError:
+        return replace(config.model, attention_backend="reference"), torch.float32
+    return config.model, dtype
 
 
 def _load_tokenizer(path: Path, config: Config) -> Tokenizer:

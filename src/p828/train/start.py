@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 
 from p828.config import Config
+from p828.config_checks import remarks
 from p828.data.feed import open_loader, prepared_tokenizer, training_documents, validation_batches
 from p828.data.manifest import open_manifest
 from p828.data.retry import Retry
@@ -14,7 +15,7 @@ from p828.model.flops import count_parameters
 from p828.train import checkpoint
 from p828.train.console import Console
 from p828.train.deepspeed_settings import DeepSpeedSettings
-from p828.train.device import make_deterministic, pick_device
+from p828.train.device import lacks_bfloat16, make_deterministic, pick_device
 from p828.train.engine import Engine, PlainEngine
 from p828.train.engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from p828.train.metrics import Recorder
@@ -77,6 +78,10 @@ def _train(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None) -> 
                     lines.append("no checkpoint is left: the run begins again from step 0")
                 for line in lines:
                     trainer.tell("resume", line)
+                for line in remarks(config):
+                    trainer.tell("remark", line)
+                if config.train.dtype == "auto" and lacks_bfloat16(device):
+                    trainer.tell("remark", "this GPU does not compute in bfloat16: the run is in float32")
                 with noted_signals(loader.stop_waiting) as trainer.stop:
                     trainer.run()
                 trainer.conclude()
