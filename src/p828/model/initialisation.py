@@ -12,8 +12,11 @@ from p828.model.transformer import Transformer
 ROUTER_SHARE = 0.1  # a router that starts near even lets the balance bias, not chance, decide the first loads
 
 
+CHUNK = 2**22  # numbers drawn at a time; what is drawn again and again into the same memory stays in the cache
+
+
 def initialise(model: Transformer, seed: int) -> None:
-    """Fill every parameter from `seed`, the same on every device when called before the model is moved.
+    """Fill every parameter from `seed`, where it lies: the same values on every device.
 
     normal(0, initializer_range); what writes to the residual stream (attention's output, W2) is scaled by
     1 / sqrt(2 L) as in GPT-2; the router is a tenth of it; norms are one, sinks and balance bias zero.
@@ -41,8 +44,24 @@ def _fill(name: str, values: Tensor, config: ModelConfig, generator: torch.Gener
     elif name.endswith(("norm.weight", "layernorm.weight")):
         nn.init.ones_(values)
     elif name.endswith("gate.weight"):
-        nn.init.normal_(values, 0.0, std * ROUTER_SHARE, generator=generator)
+        _draw(values, std * ROUTER_SHARE, generator)
     elif "o_proj" in name or "down_proj" in name:
-        nn.init.normal_(values, 0.0, std / math.sqrt(2 * config.num_hidden_layers), generator=generator)
+        _draw(values, std / math.sqrt(2 * config.num_hidden_layers), generator)
     else:
-        nn.init.normal_(values, 0.0, std, generator=generator)
+        _draw(values, std, generator)
+
+
+@torch.no_grad()
+def _draw(values: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill with normal numbers of the CPU's generator, by way of a small buffer if `values` are on a GPU.
+
+    In pieces they are the same as at once: PyTorch makes them sixteen at a time, of a last piece of at least as many.
+    """
+    if values.device.type != "cuda":
+        values.normal_(0.0, std, generator=generator)
+        return
+    flat = values.view(-1)
+    begins = list(range(0, max(len(flat) - 15, 1), CHUNK))
+    buffer = torch.empty(min(len(flat), CHUNK + 15), pin_memory=True)
+    for begin, end in zip(begins, [*begins[1:], len(flat)], strict=True):
+        flat[begin:end].copy_(buffer[: end - begin].normal_(0.0, std, generator=generator))
