@@ -53,15 +53,20 @@ def _fill(name: str, values: Tensor, config: ModelConfig, generator: torch.Gener
 
 @torch.no_grad()
 def _draw(values: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill with normal numbers of the CPU's generator, by way of a small buffer if `values` are on a GPU.
-
-    In pieces they are the same as at once: PyTorch makes them sixteen at a time, of a last piece of at least as many.
-    """
+    """Fill with normal numbers of the CPU's generator, by way of a small buffer if `values` are on a GPU."""
     if values.device.type != "cuda":
         values.normal_(0.0, std, generator=generator)
         return
     flat = values.view(-1)
-    begins = list(range(0, max(len(flat) - 15, 1), CHUNK))
     buffer = torch.empty(min(len(flat), CHUNK + 15), pin_memory=True)
-    for begin, end in zip(begins, [*begins[1:], len(flat)], strict=True):
+    for begin, end in pieces(len(flat), CHUNK):
         flat[begin:end].copy_(buffer[: end - begin].normal_(0.0, std, generator=generator))
+
+
+def pieces(count: int, chunk: int) -> list[tuple[int, int]]:
+    """Begins and ends of pieces of `chunk` numbers, a multiple of 16; drawn one by one they are as drawn at once.
+
+    PyTorch makes normal numbers sixteen at a time, where there are as many: the last piece has up to 15 more.
+    """
+    begins = list(range(0, max(count - 15, 1), chunk))
+    return list(zip(begins, [*begins[1:], count], strict=True))
