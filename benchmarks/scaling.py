@@ -5,8 +5,9 @@ usage: python benchmarks/scaling.py [--shape 800m] [--gpus 1 2 4] [--systems pla
 
 A row each: tokens a second, efficiency against one GPU of the plain engine and of the same system, memory, bytes that
 a rank passes to collective operations in a step, and of the step's time the communication and its part that nothing
-else covers. With `--check` a shape is also trained on text at each stage, on one GPU and on all of them, there with a
-rank killed on the way and the rest on half as many; the losses are compared.
+else covers. MFU is a share of the GPU's datasheet, and counts matrix products and attention within documents. With
+`--check` a shape is also trained on text at each stage, on one GPU and on all of them, there with a rank killed on the
+way and the rest on half as many; the losses are compared.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import psutil
 import tomli_w
 import torch
 
-from p828.bench.batches import random_batches
+from p828.bench.batches import attended_pairs, random_batches
 from p828.bench.collectives import counted, occupation
 from p828.bench.step import rotate
 from p828.bench.systems import load_shape
@@ -34,7 +35,7 @@ from p828.bench.timing import step_seconds
 from p828.config import Config, from_dict
 from p828.config_values import to_dict
 from p828.data.loader import Batch
-from p828.model.flops import count_parameters, flops_per_token
+from p828.model.flops import count_parameters, training_flops
 from p828.train import metrics
 from p828.train.device import peak_flops, peak_memory
 from p828.train.engine import Engine, PlainEngine
@@ -165,7 +166,8 @@ def step(config: Config, engine: Engine, batches: Iterator[Batch], ranks: Ranks)
 def table(config: Config, results: list[dict[str, Any]]) -> str:
     """In Markdown."""
     parameters = count_parameters(config.model).total / 1e6
-    flops = flops_per_token(config.model, config.data.sequence_length)
+    micro_batch = config.train.micro_batch_size * config.data.sequence_length
+    flops = training_flops(config.model, micro_batch, attended_pairs(config)) / micro_batch
     lines = [
         f"{config.name}: {parameters:.0f} M parameters, {config.train.gradient_accumulation} x "
         f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens a step and GPU, "

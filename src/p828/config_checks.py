@@ -181,6 +181,17 @@ def check_run(config: Config) -> None:
         )
 
 
+def remarks(config: Config) -> list[str]:
+    """A line for each setting that is accepted and hardly meant."""
+    model = config.model
+    if model.num_experts_per_tok == 1 < model.n_routed_experts and model.norm_topk_prob:
+        return [
+            "model.num_experts_per_tok = 1 with model.norm_topk_prob = true: every token's weight is 1, so the loss "
+            "does not teach the router; with model.norm_topk_prob = false it does"
+        ]
+    return []
+
+
 def check_deepspeed(deepspeed: DeepSpeedConfig) -> None:
     if deepspeed.stage > 3:
         raise UserError(f"deepspeed.stage = {deepspeed.stage}: 0, 1, 2 or 3 is accepted")

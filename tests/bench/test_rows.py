@@ -10,7 +10,7 @@ from p828.config import Config, DataConfig, ModelConfig, TrainConfig
 MEASURED = {
     "version": "1.2.3", "step_seconds": 0.004, "step_seconds_quartiles": (0.0039, 0.0044), "first_step_seconds": 1.5,
     "peak_memory_bytes": 2_500_000_000, "peak_reserved_bytes": 2_700_000_000, "parameters": 1_234_567,
-    "weights": "bfloat16", "moments": "bfloat16",
+    "weights": "bfloat16", "moments": "bfloat16", "attended_pairs": 50,
 }  # fmt: skip
 
 
@@ -30,12 +30,12 @@ def test_figures() -> None:
     assert row.ms == pytest.approx(1.0)
     assert row.ms_quartiles == pytest.approx((0.975, 1.1))
     assert row.tokens_per_second == pytest.approx(24_000)
-    # Multiply-adds of a token: q and o 4·4 each, k and v 4·2 each = 48; scores and values 2 · 2 heads · 2 · 8/2 = 32;
-    # router 4·5 = 20; 2 + 1 experts of 3·4·3 = 108; two layers of these 208, and the head 4·10. Two FLOPs each,
-    # and backward costs twice the forward.
-    flops = 3 * 2 * (2 * 208 + 40)
-    assert row.tflops == pytest.approx(24_000 * flops / 1e12)
-    assert row.mfu == pytest.approx(24_000 * flops / 1e8)
+    # Multiply-adds of a token: q and o 4·4 each, k and v 4·2 each = 48; router 4·5 = 20; 2 + 1 experts of
+    # 3·4·3 = 108; two layers of these 176, and the head 4·10. Of a pair of tokens, scores and values of 2 heads of 2:
+    # 8 in each layer. Two FLOPs each, and backward costs twice the forward.
+    flops = 3 * 2 * (3 * 8 * (2 * 176 + 40) + 50 * 2 * 8)
+    assert row.tflops == pytest.approx(1000 * flops / 1e12)
+    assert row.mfu == pytest.approx(1000 * flops / 1e8)
 
 
 def test_text_fits_eighty_columns() -> None:

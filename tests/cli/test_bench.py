@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from p828.bench.batches import attended_pairs
+from p828.bench.systems import load_shape
 from p828.cli.main import dispatch
+from p828.model.flops import training_flops
 from runs import p828, start, write_toml
 
 
@@ -57,7 +60,7 @@ def test_rows_with_a_peer_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyP
     broken = tmp_path / "site" / "transformers"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('this installation is broken')\n")
-    monkeypatch.setenv("PYTHONPATH", str(broken.parent))
+    monkeypatch.setenv("PYTHONPATH", str(broken.parent), prepend=os.pathsep)
     path = write_toml(tmp_path)
     code, out, err = p828(
         "bench", "train", "--shape", str(path), "--peers", "transformers", "--steps", "2", "--breakdown",
@@ -68,12 +71,15 @@ def test_rows_with_a_peer_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert out.count("ImportError: this installation is broken") == 2
     assert "head and loss" in out
     assert "sinks, q/k norm and document masking: " in out
+    assert "attention within documents" in out
 
     found = json.loads((tmp_path / "rows.json").read_text())
     assert [failed["system"] for failed in found["failed"]] == [
         "transformers, eager, experts 'eager'", "transformers, eager, experts 'grouped_mm'",
     ]  # fmt: skip
     full, plain = found["rows"]
+    config = load_shape(str(path), "cpu", 0, 3)
+    flops = training_flops(config.model, 2 * 32, attended_pairs(config))  # the same work for both
     assert full["breakdown"]
     assert not plain["breakdown"]
     # A norm for queries and one for keys of 8 numbers, and 4 sinks, in each of two layers.
@@ -83,6 +89,7 @@ def test_rows_with_a_peer_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert row["gradient_accumulation"] == 3
         assert row["tokens_per_second"] * row["ms"] / 1e3 == pytest.approx(2 * 32)
         assert row["mfu"] == pytest.approx(row["tflops"] * 1e12 / found["machine"]["matmul_flops"])
+        assert row["tflops"] * row["ms"] * 1e9 == pytest.approx(flops)
         assert row["first_step_seconds"] > 0
 
 

@@ -11,10 +11,10 @@ from data_samples import text, write_jsonl
 
 from p828.config import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
 from p828.data.feed import open_loader, validation_batches
-from p828.data.loader import Batch, Loader
+from p828.data.loader import Batch, Loader, make_batch
 from p828.data.mixture import Mixture
 from p828.data.packing import Packer
-from p828.data.row import Row
+from p828.data.row import PADDING, Row
 from p828.data.shuffle import RowShuffler
 from p828.data.source import open_training, open_validation
 from p828.data.streams import Streams
@@ -212,3 +212,22 @@ def test_numpy_and_torch_share_no_memory_with_the_packer(config: Config, tokeniz
     again = Packer(open_training(config.data, seed=0), tokenizer, LENGTH)
     rows = [next(again) for _ in range(6)]
     assert np.array_equal(second.tokens_BS.numpy(), np.stack([row.tokens[:-1] for row in rows[3:]]))
+
+
+@pytest.mark.parametrize("mask_documents", [True, False])
+def test_attended_pairs_are_those_that_the_mask_leaves(mask_documents: bool) -> None:
+    """Counted one by one; padding, and the last token of a text, which has no target, left out."""
+    lengths = [[3, 1, 6], [10], [1] * 10, [4, 2]]
+    rows = []
+    for documents in lengths:
+        ids = np.repeat(np.arange(len(documents), dtype=np.int32), documents)
+        rows.append(Row(np.arange(10), np.pad(ids, (0, 10 - len(ids)), constant_values=PADDING)))
+    batch = make_batch(rows, mask_documents)
+    expected = 0
+    for ids_S in batch.document_ids_BS.tolist():
+        for query, document in enumerate(ids_S):
+            keys = ids_S[: query + 1]
+            expected += (keys.count(document) if mask_documents else query + 1) if document != PADDING else 0
+    assert batch.attended_pairs == expected
+    if mask_documents:  # in the last row five tokens have a target, in the others nine
+        assert expected == (6 + 1 + 15) + 45 + 9 + (10 + 1)

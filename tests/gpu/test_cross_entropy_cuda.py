@@ -36,12 +36,26 @@ def test_kernel(cuda: torch.device, dtype: torch.dtype, tolerance: float, vocabu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary, width", [(1, 64), (97, 128), (16384, 16448), (50257, 50304)])
+def test_kernel_on_rows_that_are_filled_up(cuda: torch.device, dtype: torch.dtype, vocabulary: int, width: int) -> None:
+    filled, targets = (3 * torch.randn(20, width)).to(cuda, dtype), torch.randint(vocabulary, (20,)).to(cuda)
+    targets[::5] = IGNORE
+    logits, scale = filled[:, :vocabulary].contiguous(), torch.tensor(SCALE, device=cuda)
+    losses, gradient = oracle(logits, targets.cpu())
+    filled[:, vocabulary:] = 1e4
+    assert_near(softmax_gradient_(filled, targets, scale, vocabulary), losses, FLOAT32)
+    assert_near(filled[:, :vocabulary], gradient, FLOAT32 if dtype == torch.float32 else BFLOAT16)
+    assert torch.equal(filled[:, vocabulary:], torch.zeros_like(filled[:, vocabulary:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 300, CHUNK, CHUNK + 100])
-def test_loss_and_gradients(cuda: torch.device, dtype: torch.dtype, tokens: int) -> None:
+@pytest.mark.parametrize("vocabulary", [1003, 1024, 50])
+def test_loss_and_gradients(cuda: torch.device, dtype: torch.dtype, tokens: int, vocabulary: int) -> None:
     """Full and shorter chunks, targets left out, a vocabulary that is no multiple of anything, twice the same bits."""
-    hidden, weight = torch.randn(tokens, 64).to(cuda, dtype), torch.randn(1003, 64).to(cuda, dtype)
-    targets = torch.randint(1003, (tokens,)).where(torch.rand(tokens) < 0.9, IGNORE)
-    before, scale = torch.randn(1003, 64, device=cuda), torch.tensor(SCALE, device=cuda)
+    hidden, weight = torch.randn(tokens, 64).to(cuda, dtype), torch.randn(vocabulary, 64).to(cuda, dtype)
+    targets = torch.randint(vocabulary, (tokens,)).where(torch.rand(tokens) < 0.9, IGNORE)
+    before, scale = torch.randn(vocabulary, 64, device=cuda), torch.tensor(SCALE, device=cuda)
     torch.use_deterministic_algorithms(True)
     try:
         runs = []

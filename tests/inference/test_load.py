@@ -1,5 +1,6 @@
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from p828.config import Config, DataConfig, TokenizerConfig, TrainConfig
 from p828.config_values import to_dict
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
+from p828.inference import load
 from p828.inference.generate import generate
 from p828.inference.load import load_model
 from p828.inference.sampling import SamplingConfig
@@ -126,3 +128,24 @@ def test_a_tokenizer_beyond_the_model(tmp_path: Path, byte_level: Tokenizer) -> 
 def test_no_gpu_when_one_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'^device = "cuda".*"auto" or "cpu"'):
         load_model(tmp_path, "cuda")
+
+
+@pytest.mark.parametrize(
+    "model, capability, backend, dtype",
+    [
+        ({}, (9, 0), "auto", torch.bfloat16),
+        ({"head_dim": 12}, (9, 0), "reference", torch.float32),
+        ({"hidden_size": 36, "attention_backend": "flash"}, (9, 0), "reference", torch.float32),
+        ({"head_dim": 264}, (9, 0), "reference", torch.float32),
+        ({}, (7, 5), "auto", torch.float32),
+    ],
+)
+def test_what_a_gpus_kernels_do_not_take_is_computed_plainly(
+    monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], capability: tuple[int, int], backend: str,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = dataclasses.replace(CONFIG, model=tiny_config(**model))
+    sizes, chosen = load._arithmetic(config, torch.device("cuda"))
+    assert (sizes.attention_backend, chosen) == (backend, dtype)
+    assert dataclasses.replace(sizes, attention_backend=config.model.attention_backend) == config.model

@@ -35,6 +35,18 @@ def test_values_and_gradients(dtype: torch.dtype, tolerance: float, vocabulary: 
     assert torch.equal(actual[::5], torch.zeros_like(actual[::5]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_fills_up_a_row_is_left_out_and_zero(dtype: torch.dtype) -> None:
+    logits, targets = (3 * torch.randn(20, 64)).to(dtype), torch.randint(50, (20,))
+    filled = logits.clone()
+    filled[:, 50:] = 1e4
+    scale = torch.tensor(SCALE, dtype=torch.promote_types(dtype, torch.float32))
+    logits = logits[:, :50].contiguous()
+    assert torch.equal(softmax_gradient_(filled, targets, scale, 50), softmax_gradient_(logits, targets, scale))
+    assert torch.equal(filled[:, :50], logits)
+    assert torch.equal(filled[:, 50:], torch.zeros_like(filled[:, 50:]))
+
+
 def test_all_targets_ignored() -> None:
     logits = torch.randn(3, 7)
     assert torch.equal(softmax_gradient_(logits, torch.full((3,), -100), torch.tensor(SCALE)), torch.zeros(3))

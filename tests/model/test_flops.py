@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from p828 import config
-from p828.model.flops import count_parameters, flops_per_token
+from p828.model.flops import count_parameters, flops_per_token, training_flops
 from p828.model.loss import linear_cross_entropy
 from p828.model.transformer import Transformer
 from tiny import tiny_config, tiny_model
@@ -74,3 +74,15 @@ def test_flops_against_the_counter_of_torch(variant: str) -> None:
     c = model.config
     masked_half = 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
     assert counter.get_total_flops() == rows * length * (flops_per_token(c, length) + masked_half)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flops_of_documents_are_those_of_each_by_itself(variant: str) -> None:
+    """By torch's counter, which counts every pair of a document, the masked ones too."""
+    model, lengths = tiny_model(attention_backend="reference", **VARIANTS[variant]), (2, 5, 9)
+    with FlopCounterMode(display=False) as counter:
+        for length in lengths:
+            tokens = torch.randint(97, (1, length))
+            hidden = model(tokens).hidden_BSH.flatten(0, 1)
+            linear_cross_entropy(hidden, model.head_weight, tokens.flatten()).backward()
+    assert counter.get_total_flops() == training_flops(model.config, sum(lengths), sum(n**2 for n in lengths))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from p828.model.initialisation import initialise
+from p828.model.initialisation import initialise, pieces
 from p828.model.transformer import Transformer
 from tiny import tiny_config
 
@@ -78,3 +78,15 @@ def test_initial_loss_is_near_that_of_a_uniform_guess() -> None:
     logits = model.logits(model(tokens).hidden_BSH)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.randint(97, (128,)))
     assert loss.item() == pytest.approx(math.log(97), abs=0.1)
+
+
+@pytest.mark.parametrize("count", [3, 15, 16, 17, 63, 64, 65, 79, 80, 81, 127, 128, 200, 1003])
+def test_numbers_drawn_in_pieces_are_those_drawn_at_once(count: int) -> None:
+    """What a GPU's weights rely on: pieces of sixteens, and a last one of at least sixteen."""
+    whole, parts = torch.empty(count), torch.empty(count)
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    whole.normal_(0.0, 0.02, generator=generators[0])
+    for begin, end in pieces(count, 64):
+        parts[begin:end].normal_(0.0, 0.02, generator=generators[1])
+    assert torch.equal(parts, whole)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())

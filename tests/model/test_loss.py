@@ -5,18 +5,18 @@ import torch
 from torch import Tensor
 
 from oracles import BFLOAT16, FLOAT32, FLOAT64, assert_near, leaves, naive_loss
-from p828.model.loss import CHUNK_TOKENS, IGNORE, linear_cross_entropy, loss_and_gradients
+from p828.model.loss import CHUNK_TOKENS, COLUMNS, IGNORE, linear_cross_entropy, loss_and_gradients
 
 CHUNK = CHUNK_TOKENS["cpu"]
 
 VOCABULARY, HIDDEN, SCALE = 50, 8, -0.37
 
 
-def make(tokens: int, ignored: float = 0.2) -> tuple[Tensor, Tensor, Tensor]:
-    targets = torch.randint(VOCABULARY, (tokens,))
+def make(tokens: int, ignored: float = 0.2, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor, Tensor]:
+    targets = torch.randint(vocabulary, (tokens,))
     return (
         torch.randn(tokens, HIDDEN),
-        torch.randn(VOCABULARY, HIDDEN),
+        torch.randn(vocabulary, HIDDEN),
         targets.where(torch.rand(tokens) >= ignored, IGNORE),
     )
 
@@ -49,6 +49,29 @@ def test_values_and_gradients(dtype: torch.dtype, tokens: int) -> None:
     expected = oracle(hidden, weight, targets)
     assert_all_near(ours(hidden, weight, targets), expected, tolerance)
     assert_near(linear_cross_entropy(hidden, weight, targets), expected[0], tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 17, 50, 64])
+def test_logits_that_fill_up_a_row_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, vocabulary: int
+) -> None:
+    """As on a GPU; with hidden states so that theirs, of zero, would be the largest by far."""
+    monkeypatch.setitem(COLUMNS, "cpu", 16)
+    hidden, weight, targets = make(CHUNK + 40, vocabulary=vocabulary)
+    hidden, weight = (50 * hidden.abs()).to(dtype), -weight.abs().to(dtype)
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    before = torch.randn_like(weight, dtype=sum_dtype)
+    loss, dhidden, dweight = ours(hidden, weight, targets, before.clone())
+    assert (loss.dtype, dhidden.shape, dweight.shape) == (sum_dtype, hidden.shape, weight.shape)
+    monkeypatch.setitem(COLUMNS, "cpu", 1)
+    unfilled = ours(hidden, weight, targets, before.clone())
+    assert torch.equal(dhidden, unfilled[1]) or dtype != torch.bfloat16
+    if dtype != torch.bfloat16:  # whose logits of some hundreds are whole numbers
+        expected = oracle(hidden, weight, targets)
+        tolerance = FLOAT64 if dtype == torch.float64 else 1e-4
+        assert_all_near((loss, dhidden, dweight - before), expected, tolerance)
+    assert_all_near((loss, dhidden, dweight), unfilled, FLOAT64 if dtype == torch.float64 else 1e-4)
 
 
 def test_the_weights_gradient_is_added_to_what_is_there() -> None:

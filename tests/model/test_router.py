@@ -1,6 +1,7 @@
 """The router against a twin of one token at a time, its gradient, and the losses and loads made of its choice."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -142,24 +143,28 @@ SHARED_NAMES = (
 
 
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
-def test_sequence_balance_loss(scoring_func: str) -> None:
-    """DeepSeek-V3's equations 17 to 20 in loops, as a sum over the tokens' rows, values and gradient."""
+@pytest.mark.parametrize("valid_of_rows", [None, (7, 7, 7), (7, 1, 0), (0, 0, 0), (3, 5, 2)])
+def test_sequence_balance_loss(scoring_func: str, valid_of_rows: tuple[int, ...] | None) -> None:
+    """DeepSeek-V3's equations 17 to 20 in loops, as a sum over the rows' valid tokens, values and gradient."""
     router = make_router(scoring_func=scoring_func)
     rows, length, experts, per_token = 3, 7, 8, 3
     x = torch.randn(rows * length, 32, dtype=torch.float64)
     routing = router(x)
-    actual = sequence_balance_loss(routing, rows)
+    counts = valid_of_rows or (length,) * rows
+    places = [row * length + torch.randperm(length)[:count] for row, count in enumerate(counts)]
+    valid = torch.zeros(rows * length, dtype=torch.bool)
+    valid[torch.cat(places)] = True
+    actual = sequence_balance_loss(routing, rows, None if valid_of_rows is None else valid)
     (gradient,) = torch.autograd.grad(actual, router.weight)
 
     weight = router.weight.detach().requires_grad_()
     scores = (x @ weight.T).sigmoid() if scoring_func == "sigmoid" else F.softmax(x @ weight.T, dim=-1)
-    expected = torch.zeros((), dtype=torch.float64)
-    for row in range(rows):
-        tokens = range(row * length, (row + 1) * length)
+    expected = 0.0 * weight.sum()
+    for tokens in (place.tolist() for place in places if len(place)):
         for e in range(experts):
             chose = sum(e in routing.experts_TK[t].tolist() for t in tokens)
-            share = sum(scores[t, e] / scores[t].sum() for t in tokens) / length
-            expected = expected + experts / (per_token * length) * chose * share * length
+            share = sum(scores[t, e] / scores[t].sum() for t in tokens) / len(tokens)
+            expected = expected + experts / (per_token * len(tokens)) * chose * share * len(tokens)
     (expected_gradient,) = torch.autograd.grad(expected, weight)
     assert_near(actual, expected, FLOAT64)
     assert_near(gradient, expected_gradient, FLOAT64)
@@ -171,13 +176,16 @@ def test_sequence_balance_loss_is_one_a_token_when_even() -> None:
     assert sequence_balance_loss(Routing(experts, scores[:, :2], scores, scores), 2).item() == pytest.approx(8.0)
 
 
-def test_z_loss() -> None:
+@pytest.mark.parametrize("valid", [None, range(11), (0, 3, 10), ()])
+def test_z_loss(valid: Sequence[int] | None) -> None:
     router = make_router()
     x = torch.randn(11, 32, dtype=torch.float64)
-    actual = z_loss(router(x))
+    valid_T = None if valid is None else torch.tensor([t in valid for t in range(11)])
+    actual = z_loss(router(x), valid_T)
     (gradient,) = torch.autograd.grad(actual, router.weight)
     weight = router.weight.detach().requires_grad_()
-    expected = sum((x[t] @ weight.T).exp().sum().log() ** 2 for t in range(11))
+    tokens = range(11) if valid is None else valid
+    expected = sum(((x[t] @ weight.T).exp().sum().log() ** 2 for t in tokens), 0.0 * weight.sum())
     (expected_gradient,) = torch.autograd.grad(expected, weight)
     assert_near(actual, expected, FLOAT64)
     assert_near(gradient, expected_gradient, FLOAT64)

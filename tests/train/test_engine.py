@@ -7,8 +7,10 @@ import torch
 
 from p828.config import Config
 from p828.data.loader import Batch
+from p828.errors import UserError
 from p828.kernels.adamw import join_float32
 from p828.model.loss import linear_cross_entropy
+from p828.train.device import pick_dtype
 from p828.train.engine import PlainEngine, StepResult
 from p828.train.fragments import Master, Saveable, tensors_of
 from runs import run_config
@@ -33,6 +35,19 @@ def join(batches: list[Batch]) -> Batch:
     parts = ("tokens_BS", "targets_BS", "positions_BS", "document_ids_BS")
     joined = [torch.cat([getattr(batch, part) for batch in batches]) for part in parts]
     return Batch(*joined, num_targets=sum(batch.num_targets for batch in batches))
+
+
+def test_bfloat16_on_a_gpu_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older GPU")
+    gpu = torch.device("cuda")
+    for capability, auto in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert pick_dtype("auto", gpu) == auto
+        assert pick_dtype("float32", gpu) == torch.float32
+    assert pick_dtype("bfloat16", gpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UserError, match=r'train.dtype = "bfloat16": an older GPU .* "float32"'):
+        pick_dtype("bfloat16", gpu)
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
@@ -111,7 +126,8 @@ def test_gradients_are_those_of_the_loss_by_autograd(tmp_path: Path, tied: bool)
     engine.forward_backward(batch, 54)
     model = PlainEngine(config).model
     model.zero_grad()
-    output = model(batch.tokens_BS, batch.positions_BS, batch.document_ids_BS)
+    valid = batch.targets_BS >= 0
+    output = model(batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, valid_BS=valid)
     loss = linear_cross_entropy(output.hidden_BSH.flatten(0, 1), model.head_weight, batch.targets_BS.flatten())
     (loss + 0.01 * output.router.balance_loss_L.sum() + 0.001 * output.router.z_loss_L.sum()).div(54).backward()
     gradients = engine.optimizer.gradients()

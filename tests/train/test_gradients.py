@@ -1,13 +1,16 @@
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from oracles import assert_near
 from p828.config import Config
 from p828.data.loader import Batch
 from p828.model.initialisation import initialise
 from p828.model.precision import matrices
+from p828.model.router import Routing
 from p828.model.transformer import Transformer
 from p828.train.gradients import GradientSums
 from runs import run_config
@@ -30,7 +33,7 @@ def batch_of(config: Config, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.model.vocab_size, (2, 33), generator=generator)
     positions = torch.arange(32).expand(2, -1).contiguous()
-    return Batch(tokens[:, :-1], tokens[:, 1:], positions, torch.zeros_like(positions, dtype=torch.int32), 64)
+    return Batch(tokens[:, :-1], tokens[:, 1:].clone(), positions, torch.zeros_like(positions, dtype=torch.int32), 64)
 
 
 def of_one(gradients: GradientSums, batch: Batch) -> dict[str, Tensor]:
@@ -93,6 +96,55 @@ def test_auxiliary_losses_reach_all_layers_whatever_the_stretches(tmp_path: Path
         gradients.add(batch_of(config, 0))
     for ours, theirs in zip(parts.sums.values(), whole.sums.values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def auxiliary_in_float64(model: Transformer, batch: Batch, weights: tuple[float, float]) -> Tensor:
+    """The two losses' weighted sum over layers and over the tokens that have a target, token by token in float64."""
+    routings: list[Routing] = []
+    for layer in model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, inputs, routing: routings.append(routing))
+    model(batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, dtype=torch.float64)
+    total, rows = 0.0 * sum(layer.mlp.gate.weight.sum() for layer in model.layers), torch.arange(64).view(2, 32)
+    for routing, row in itertools.product(routings, rows):
+        tokens = [t for t in row.tolist() if batch.targets_BS.flatten()[t] >= 0]
+        experts, per_token = routing.scores_TE.shape[1], routing.experts_TK.shape[1]
+        for e in range(experts if tokens else 0):
+            chose = sum(e in routing.experts_TK[t].tolist() for t in tokens)
+            share = sum(routing.scores_TE[t, e] / routing.scores_TE[t].sum() for t in tokens)
+            total = total + weights[0] * experts / (per_token * len(tokens)) * chose * share
+        total = total + weights[1] * sum(routing.logits_TE[t].exp().sum().log() ** 2 for t in tokens)
+    return total
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("targets", [(1, 0), (3, 30), (32, 32), (0, 0)])
+def test_auxiliary_losses_count_the_tokens_that_have_a_target(
+    tmp_path: Path, targets: tuple[int, int], recomputes: bool
+) -> None:
+    """Over two micro-batches, the second with as many targets in its other row, and divided by all of them."""
+    weights = (0.3, 0.1)
+    balance = dict(zip(("sequence_loss_weight", "z_loss_weight"), weights, strict=True))
+    on, off = (build(run_config(tmp_path, balance=values), F32) for values in (balance, {}))
+    batches = [batch_of(on.config, seed) for seed in range(2)]
+    for batch, counts in zip(batches, (targets, targets[::-1]), strict=True):
+        for row, count in enumerate(counts):
+            batch.targets_BS[row, torch.randperm(32)[count:]] = -100
+    for gradients in (on, off):
+        for layer in gradients.model.layers:
+            layer.gradient_checkpointing = recomputes
+            layer.auxiliary_losses = gradients is on
+        gradients.scale.fill_(1 / max(2 * sum(targets), 1))
+        for batch in batches:
+            gradients.add(batch)
+    twin = Transformer(on.config.model)
+    initialise(twin, 0)
+    twin.double()
+    loss = sum((auxiliary_in_float64(twin, batch, weights) for batch in batches), torch.zeros((), dtype=torch.float64))
+    (loss * on.scale).backward()
+    for name, parameter in twin.named_parameters():
+        if name.endswith("gate.weight"):
+            ours = on.sums[dict(on.model.named_parameters())[name]] - off.sums[dict(off.model.named_parameters())[name]]
+            assert_near(ours, parameter.grad, 1e-5)  # float32 gradients of some units, and their difference
 
 
 def test_recomputed_layers_give_the_same_sums(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
@@ -36,11 +38,29 @@ def test_cosine_ends_at_its_lowest_rate() -> None:
     assert falling[10:] == sorted(falling[10:], reverse=True)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+@pytest.mark.parametrize("warmup_steps, steps", [(0, 1), (0, 2), (5, 6), (5, 7), (5, 40), (1, 2)])
+def test_the_last_step_has_the_lowest_rate_and_the_warmup_ends_at_the_peak(
+    kind: Literal["cosine", "wsd"], warmup_steps: int, steps: int
+) -> None:
+    schedule = ScheduleConfig(kind=kind, warmup_steps=warmup_steps, decay_steps=1, min_lr_ratio=0.1)
+    found = rates(schedule, steps)
+    assert found[-1] == pytest.approx(0.1 * PEAK, rel=1e-12)
+    assert max(found) == found[warmup_steps - 1] == pytest.approx(PEAK) or not warmup_steps
+
+
+def test_wsd_falls_in_so_many_equal_parts_below_the_peak() -> None:
+    falling = rates(ScheduleConfig(kind="wsd", warmup_steps=2, decay_steps=4, min_lr_ratio=0.2), 10)
+    assert falling[2:6] == pytest.approx([PEAK] * 4)
+    assert falling[6:] == pytest.approx([0.8 * PEAK, 0.6 * PEAK, 0.4 * PEAK, 0.2 * PEAK])
+
+
 def test_wsd_is_stable_then_falls_linearly_as_in_transformers() -> None:
+    """Theirs has the lowest rate at step `num_training_steps`, ours at the last one that is taken."""
     ours = rates(ScheduleConfig(kind="wsd", warmup_steps=5, decay_steps=10, min_lr_ratio=0.1), 40)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     theirs = get_wsd_schedule(
-        optimizer, num_warmup_steps=5, num_stable_steps=25, num_decay_steps=10, decay_type="linear", min_lr_ratio=0.1
+        optimizer, num_warmup_steps=5, num_stable_steps=24, num_decay_steps=10, decay_type="linear", min_lr_ratio=0.1
     )
     for step in range(40):
         if step >= 5:

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from p828.cli.main import dispatch
 from p828.config import load
+from p828.data.loader import Batch
+from p828.model.flops import training_flops
 from p828.train import checkpoint, metrics
+from p828.train.engine import PlainEngine
 from runs import write_text, write_toml
 
 
@@ -211,3 +215,36 @@ def test_data_and_epochs_are_told_and_recorded(here: Path, capsys: pytest.Captur
         "at this rate",
     ):
         assert shown in said
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_mfu_counts_the_attention_that_the_mask_leaves(
+    here: Path, monkeypatch: pytest.MonkeyPatch, masks: bool
+) -> None:
+    """As a share of a peak that this machine has not: pairs of tokens counted in each micro-batch's own mask."""
+    pairs, forward_backward = [], PlainEngine.forward_backward
+
+    def counting(engine: PlainEngine, batch: Batch, num_targets: int) -> None:
+        ids_BS = batch.document_ids_BS
+        seen_BSS = (ids_BS[:, :, None] == ids_BS[:, None, :]) | torch.tensor(not masks)
+        pairs.append(int(seen_BSS.tril().sum()))
+        forward_backward(engine, batch, num_targets)
+
+    monkeypatch.setattr(PlainEngine, "forward_backward", counting)
+    monkeypatch.setattr("p828.train.trainer.peak_flops", lambda device: 1e9)
+    path = write_toml(here, model={"mask_documents": masks}, train={"steps": 3})
+    assert dispatch(["train", str(path)]) == 0
+    model, steps = load(str(path)).model, lines(here, "step")
+    assert len(pairs) == 2 * len(steps) == 6
+    for number, line in enumerate(steps):
+        flops = training_flops(model, 2 * 2 * 32, sum(pairs[2 * number : 2 * number + 2]))
+        assert line["mfu"] == pytest.approx(flops / (line["seconds"] * 1e9))
+
+
+@pytest.mark.parametrize("norm, said", [(True, 1), (False, 0)])
+def test_a_router_that_the_loss_does_not_teach_is_said(here: Path, norm: bool, said: int) -> None:
+    path = write_toml(here, model={"num_experts_per_tok": 1, "norm_topk_prob": norm}, train={"steps": 1})
+    assert dispatch(["train", str(path)]) == 0
+    events = [line["text"] for line in lines(here, "event") if line["event"] == "remark"]
+    assert len(events) == said
+    assert all("model.norm_topk_prob = false" in text for text in events)

@@ -1,5 +1,7 @@
 """Made-up batches: random tokens in documents of varying length."""
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -23,6 +25,12 @@ def random_batches(config: Config, device: torch.device) -> list[Batch]:
         batch = make_batch(rows, config.model.mask_documents)
         batches.append(batch.pin_memory() if device.type == "cuda" else batch)
     return batches
+
+
+def attended_pairs(config: Config) -> float:
+    """Pairs of a token and one that its attention sees within its document, in the mean of `random_batches`."""
+    masked = dataclasses.replace(config, model=dataclasses.replace(config.model, mask_documents=True))
+    return sum(batch.attended_pairs for batch in random_batches(masked, torch.device("cpu"))) / NUM_BATCHES
 
 
 def _random_row(draw: np.random.Generator, vocab_size: int, length: int) -> Row:

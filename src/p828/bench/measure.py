@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from p828.bench.batches import NUM_BATCHES
+from p828.bench.batches import NUM_BATCHES, attended_pairs
 from p828.bench.breakdown import break_down
 from p828.bench.step import Step, build_step
 from p828.bench.systems import system_from_dict
@@ -52,6 +52,7 @@ def measure_system(job: dict[str, Any]) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in parameters),
         "weights": dtype_name(max(parameters, key=torch.numel).dtype),
         "moments": dtype_name(step.moments_dtype()),
+        "attended_pairs": attended_pairs(system.config),
     }
     if job["breakdown"]:
         result["breakdown"] = break_down(step.run_traceably, seconds, accumulation, step.device)

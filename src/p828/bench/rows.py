@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from p828.config import Config
-from p828.model.flops import flops_per_token
+from p828.model.flops import training_flops
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class Row:
 def make_row(
     shape: str, routing: str, system: str, framework: str, config: Config, measured: dict[str, Any], matmul_flops: float
 ) -> Row:
-    """A row from what the measuring process found. Attention counts as causal over whole rows for every system."""
+    """A row from what the measuring process found. The same work counts for every system: attention within documents,
+    also where a system's attention goes beyond them."""
     accumulation = config.train.gradient_accumulation
     seconds = measured["step_seconds"] / accumulation
     low, high = measured["step_seconds_quartiles"]
-    tokens_per_second = config.train.micro_batch_size * config.data.sequence_length / seconds
-    flops = flops_per_token(config.model, config.data.sequence_length) * tokens_per_second
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    flops = training_flops(config.model, tokens, measured["attended_pairs"]) / seconds
     return Row(
         shape=shape,
         routing=routing,
@@ -60,7 +61,7 @@ def make_row(
         version=measured["version"],
         ms=seconds * 1e3,
         ms_quartiles=(low * 1e3 / accumulation, high * 1e3 / accumulation),
-        tokens_per_second=tokens_per_second,
+        tokens_per_second=tokens / seconds,
         tflops=flops / 1e12,
         mfu=flops / matmul_flops,
         peak_memory_bytes=measured["peak_memory_bytes"],

@@ -49,6 +49,8 @@ class Bench:
         tflops = self.machine["matmul_flops"] / 1e12
         _print(f"{self.machine['device']}, torch {self.machine['torch']}")
         _print(f"{self.machine['matmul']}: {tflops:.3g} TFLOP/s, what MFU is a share of")
+        _print("MFU and TFLOP/s count matrix products and attention within documents, the same")
+        _print("for every system, also where its attention goes beyond them")
         for name, config in shapes.items():
             for routing in self.routings:
                 self._run_shape(name, config, routing)

@@ -18,8 +18,9 @@ USAGE = "p828 bench train --shape NAME [NAME ...] [--peers NAME ...] [--routing 
 DESCRIPTION = (
     f"{USAGE}\n\nTimes a training step on made-up text, every system in a fresh process, one after another: p828 with "
     "and without attention sinks, q/k norm and document masking, and other libraries' models of the same sizes. MFU "
-    "counts causal attention over whole rows and is a share of a large matrix product measured in the same run. First "
-    "steps compile with an empty cache, unless TORCHINDUCTOR_CACHE_DIR names one."
+    "counts matrix products, and causal attention within the text's documents, for every system, and is a share of a "
+    "large matrix product measured in the same run. First steps compile with an empty cache, unless "
+    "TORCHINDUCTOR_CACHE_DIR names one."
 )
 
 

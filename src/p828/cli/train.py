@@ -71,4 +71,5 @@ def _costs(config: Config) -> str:
     return (
         f"# {parameters.total:,} parameters, {parameters.active:,} active for a token\n"
         f"# {flops / 1e6:,.1f} MFLOPs to train on one token, {flops * config.tokens_per_step / 1e12:,.3g} TFLOPs a step"
+        ", with attention over whole rows"
     )

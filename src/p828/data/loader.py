@@ -51,6 +51,9 @@ class Batch:
     """Bytes of UTF-8 text that the targets stand for, in validation batches."""
     epoch: int = 0
     """The latest that a row is of, from 0."""
+    attended_pairs: int = 0
+    """Pairs of a token and one that its attention sees, itself among them; padding left out. L (L + 1) / 2 for each
+    document of L tokens in a row, or for each row without document masking."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting if it is pinned."""
@@ -110,6 +113,7 @@ def make_batch(rows: Sequence[Row], mask_documents: bool, sources: int = 1) -> B
         digest=sum(xxhash.xxh3_64_intdigest(row.tokens.tobytes()) for row in rows) % DIGESTS,
         text_bytes=sum(int(row.text_bytes[1:].sum()) for row in rows if row.text_bytes is not None),
         epoch=max(row.epoch for row in rows),
+        attended_pairs=int((positions_BS + 1).sum(where=document_ids_BS != PADDING)),
     )
 
 

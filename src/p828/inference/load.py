@@ -2,12 +2,12 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from p828.config import Config, validate
+from p828.config import Config, ModelConfig, validate
 from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
@@ -17,6 +17,7 @@ from p828.model.transformer import Transformer
 from p828.train import checkpoint
 from p828.train.checkpoint_content import check_weights, config_of
 from p828.train.device import pick_device, pick_dtype
+from p828.train.engine import check_widths
 
 TOKENIZER_FILE = "tokenizer.json"
 READ_RETRIES = 4  # 15 seconds of waiting in all
@@ -60,9 +61,9 @@ def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
             raise UserError(f"{found}: trained with another tokenizer than its run's {TOKENIZER_FILE}")
         check_weights(saved, config.model)
         weights = saved.tensors["model"]
-    model = Transformer(config.model)
+    sizes, dtype = _arithmetic(config, place)
+    model = Transformer(sizes)
     model.load_state_dict(weights)
-    dtype = pick_dtype(config.train.dtype, place)
     _store_in(model, dtype)
     return LoadedModel(model.to(place).eval(), tokenizer, config, found, saved.step, dtype)
 
@@ -77,6 +78,16 @@ def _tokenizer_file(saved: checkpoint.OpenCheckpoint) -> Path:
         return saved.path / TOKENIZER_FILE
     beside, elsewhere = (path.parent.parent / TOKENIZER_FILE for path in (saved.path, saved.path.resolve()))
     return elsewhere if elsewhere.exists() and not beside.exists() else beside
+
+
+def _arithmetic(config: Config, device: torch.device) -> tuple[ModelConfig, torch.dtype]:
+    """The run's, or plain code in float32 where this GPU's kernels do not take the model: it may be from a CPU."""
+    try:
+        dtype = pick_dtype(config.train.dtype, device)
+        check_widths(config, device, dtype)
+    except UserError:
+        return replace(config.model, attention_backend="reference"), torch.float32
+    return config.model, dtype
 
 
 def _load_tokenizer(path: Path, config: Config) -> Tokenizer:

@@ -7,22 +7,26 @@ import torch
 from torch import Tensor
 
 
-def softmax_gradient_(logits_cV: Tensor, targets_c: Tensor, scale: Tensor) -> Tensor:
+def softmax_gradient_(logits_cX: Tensor, targets_c: Tensor, scale: Tensor, vocabulary: int | None = None) -> Tensor:
     """Overwrite the logits by the gradient of scale · Σ loss, scale · (softmax − onehot(target)); return the losses.
 
-    `logits_cV` is contiguous, of any floating dtype; `targets_c` int64. The losses (c,) are in float32 (float64 for
-    float64), and so is all arithmetic. `scale` is a scalar of that dtype on the same device, so that
+    `logits_cX` is contiguous, of any floating dtype; `targets_c` int64. Of each row the first `vocabulary` (all, unless
+    given) are logits; what fills it up is no part of the softmax, and zero afterwards. The losses (c,) are in float32
+    (float64 for float64), and so is all arithmetic. `scale` is a scalar of that dtype on the same device, so that
     a recorded call can be repeated with another. A negative target has no loss and a gradient of zeros.
     """
-    if logits_cV.is_cuda:
+    vocabulary = logits_cX.shape[1] if vocabulary is None else vocabulary
+    if logits_cX.is_cuda:
         from p828.kernels.cross_entropy_triton import softmax_gradient_triton_
 
-        return softmax_gradient_triton_(logits_cV, targets_c, scale)
-    return softmax_gradient_plain_(logits_cV, targets_c, scale)
+        return softmax_gradient_triton_(logits_cX, targets_c, scale, vocabulary)
+    return softmax_gradient_plain_(logits_cX, targets_c, scale, vocabulary)
 
 
-def softmax_gradient_plain_(logits_cV: Tensor, targets_c: Tensor, scale: Tensor) -> Tensor:
+def softmax_gradient_plain_(logits_cX: Tensor, targets_c: Tensor, scale: Tensor, vocabulary: int) -> Tensor:
     """The plain twin, in as few passes over the logits as a CPU allows."""
+    logits_cV, filled_up = logits_cX.split((vocabulary, logits_cX.shape[1] - vocabulary), dim=1)
+    filled_up.zero_()
     x_cV = logits_cV.to(torch.promote_types(logits_cV.dtype, torch.float32))  # the logits themselves in a float32 run
     is_target_c1 = (targets_c >= 0)[:, None].to(x_cV.dtype)
     target_c1 = targets_c.clamp_min(0)[:, None]

@@ -16,17 +16,20 @@ LARGEST_BLOCK = 16384  # logits read at a time; with fewer, a program waits more
 
 
 @triton.jit
-def loss_softmax_gradient(logits, targets, losses, scale, V, BLOCK: tl.constexpr):
+def loss_softmax_gradient(logits, targets, losses, scale, V, X, BLOCK: tl.constexpr):
+    """Rows of X, of which V are logits. Masks go by X, which is a multiple of 16 where V need not be: only so does the
+    compiler read and write 16 bytes at a time."""
     row = tl.program_id(0).to(tl.int64)
-    logits += row * V
+    logits += row * X
     target = tl.load(targets + row)
     scale = tl.load(scale)
     chosen = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
 
     largest, total = float("-inf"), 0.0
-    for start in range(0, V, BLOCK):
+    for start in range(0, X, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + v, mask=v < X, other=float("-inf")).to(tl.float32)
+        x = tl.where(v < V, x, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(x))
         total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(x - new_largest))
         largest = new_largest
@@ -37,19 +40,20 @@ def loss_softmax_gradient(logits, targets, losses, scale, V, BLOCK: tl.constexpr
     factor = tl.where(target >= 0, scale / total, 0.0)
     scale = tl.where(target >= 0, scale, 0.0)
     tl.debug_barrier()  # every thread has read `chosen` before one overwrites it
-    for start in range(0, V, BLOCK):
+    for start in range(0, X, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + v, mask=v < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(logits + v, mask=v < X, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
         gradient = tl.exp(x - largest) * factor - tl.where(v == target, scale, 0.0)
-        gradient = gradient.to(logits.dtype.element_ty)
-        tl.store(logits + v, gradient, mask=v < V, eviction_policy="evict_first")
+        gradient = tl.where(v < V, gradient, 0.0).to(logits.dtype.element_ty)
+        tl.store(logits + v, gradient, mask=v < X, eviction_policy="evict_first")
 
 
-def softmax_gradient_triton_(logits_cV: Tensor, targets_c: Tensor, scale: Tensor) -> Tensor:
-    rows, vocabulary = logits_cV.shape
-    losses_c = torch.empty(rows, dtype=torch.float32, device=logits_cV.device)
-    block = min(LARGEST_BLOCK, triton.next_power_of_2(vocabulary))
+def softmax_gradient_triton_(logits_cX: Tensor, targets_c: Tensor, scale: Tensor, vocabulary: int) -> Tensor:
+    rows, width = logits_cX.shape
+    losses_c = torch.empty(rows, dtype=torch.float32, device=logits_cX.device)
+    block = min(LARGEST_BLOCK, triton.next_power_of_2(width))
     loss_softmax_gradient[(rows,)](
-        logits_cV, targets_c, losses_c, scale, vocabulary, BLOCK=block, num_warps=min(32, max(4, block // 512))
-    )
+        logits_cX, targets_c, losses_c, scale, vocabulary, width,
+        BLOCK=block, num_warps=min(32, max(4, block // 512)),
+    )  # fmt: skip
     return losses_c

@@ -41,20 +41,27 @@ def unused_vocabulary(model: ModelConfig, vocab_size: int) -> str:
     )
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
-    """Floating-point operations to train on one token: forward and backward of every matrix product.
+def training_flops(model: ModelConfig, tokens: float, attended_pairs: float) -> float:
+    """Floating-point operations to train on so many tokens: forward and backward of every matrix product.
 
-    A product costs 2 operations per weight forward and 4 backward; causal attention reads half the row on average;
-    the embedding is a look-up. Norms, softmax and recomputation are not counted, as is usual for MFU (PaLM, arXiv
-    2204.02311, appendix B).
+    A product costs 2 operations per weight forward and 4 backward. Attention costs as much as the mask leaves: scores
+    and weighted values of `attended_pairs`, queries with a key that they see, L (L + 1) / 2 in a document of L tokens.
+    The embedding is a look-up. Norms, softmax and recomputation are not counted, as is usual for MFU (PaLM, arXiv
+    2204.02311, appendix B). A whole number for whole numbers.
     """
     heads = model.num_attention_heads + model.num_key_value_heads
     projections = 2 * model.hidden_size * heads * model.head_dim
     experts = (model.num_experts_per_tok + model.n_shared_experts) * _expert(model)
     router = model.hidden_size * model.n_routed_experts
-    attention = 2 * model.num_attention_heads * model.head_dim * sequence_length // 2
+    attention = 2 * model.num_attention_heads * model.head_dim
     head = model.vocab_size * model.hidden_size
-    return 6 * (model.num_hidden_layers * (projections + experts + router + attention) + head)
+    layers = model.num_hidden_layers
+    return 6 * (tokens * (layers * (projections + experts + router) + head) + attended_pairs * layers * attention)
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
+    """`training_flops` of a token in rows that are one document each: causal attention reads half of it on average."""
+    return int(training_flops(model, 2, sequence_length)) // 2  # of two, as half a pair is no whole number
 
 
 def _expert(model: ModelConfig) -> int:

@@ -13,6 +13,10 @@ CHUNK_TOKENS = {
     "cpu": 256,  # so that a chunk of a small vocabulary stays in the cache
     "cuda": 4096,  # below that the products with the head do not fill an H100
 }
+COLUMNS = {
+    "cpu": 1,
+    "cuda": 64,  # rows of logits that begin off 16 bytes, as with GPT-2's 50,257, make all three products slow
+}
 
 
 def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
@@ -41,17 +45,28 @@ def loss_and_gradients(
     `weight_VH` has hidden's dtype, `dweight_VH` and the scalar `scale` are float32 (float64 for float64). A chunk's
     gradients are formed while its logits are there, in their place. Its share of dweight is summed in float32 as well;
     on a CPU in bfloat16, for which there is no such product, it is rounded before it is added.
+
+    The products are made with X logits a token, a multiple of COLUMNS: a copy of `weight_VH` is filled up with rows of
+    zeros, whose logits are no part of the softmax and have no gradient. Their rows of dweight are not added.
     """
-    chunk = CHUNK_TOKENS[hidden_TH.device.type]
-    logits_CV = hidden_TH.new_empty(min(chunk, len(hidden_TH)), len(weight_VH))
+    chunk, columns = CHUNK_TOKENS[hidden_TH.device.type], COLUMNS[hidden_TH.device.type]
+    vocabulary, fill = len(weight_VH), -len(weight_VH) % columns
+    whole = vocabulary // columns * columns
+    weight_XH = F.pad(weight_VH, (0, 0, 0, fill)) if fill else weight_VH
+    logits_CX = hidden_TH.new_empty(min(chunk, len(hidden_TH)), vocabulary + fill)
+    dlast_XH = dweight_VH.new_zeros(vocabulary + fill - whole, weight_VH.shape[1])
     dhidden_TH = torch.empty_like(hidden_TH)
     losses = []
     chunks = zip(*(tensor.split(chunk) for tensor in (hidden_TH, targets_T, dhidden_TH)), strict=True)
     for hidden_cH, targets_c, dhidden_cH in chunks:
-        logits_cV = torch.mm(hidden_cH, weight_VH.T, out=logits_CV[: len(hidden_cH)])
-        losses.append(softmax_gradient_(logits_cV, targets_c, scale))  # logits_cV is their gradient now
-        torch.mm(logits_cV, weight_VH, out=dhidden_cH)
-        _add_product_(dweight_VH, logits_cV.T, hidden_cH)
+        logits_cX = torch.mm(hidden_cH, weight_XH.T, out=logits_CX[: len(hidden_cH)])
+        losses.append(softmax_gradient_(logits_cX, targets_c, scale, vocabulary))  # logits_cX is their gradient now
+        torch.mm(logits_cX, weight_XH, out=dhidden_cH)
+        if whole:
+            _add_product_(dweight_VH[:whole], logits_cX[:, :whole].T, hidden_cH)
+        if fill:
+            _add_product_(dlast_XH, logits_cX[:, whole:].T, hidden_cH)
+    dweight_VH[whole:] += dlast_XH[: vocabulary - whole]
     return torch.cat(losses).sum(), dhidden_TH
 
 

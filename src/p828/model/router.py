@@ -63,21 +63,29 @@ def limit_groups(choice_TE: Tensor, n_group: int, topk_group: int) -> Tensor:
     return grouped_TGX.masked_fill(~kept_TG[..., None], float("-inf")).flatten(1)
 
 
-def sequence_balance_loss(routing: Routing, rows: int) -> Tensor:
-    """DeepSeek-V3's sequence-wise auxiliary loss, equations 17–20, times the tokens of a row, summed over rows.
+def sequence_balance_loss(routing: Routing, rows: int, valid_T: Tensor | None = None) -> Tensor:
+    """DeepSeek-V3's sequence-wise auxiliary loss, equations 17–20, times the valid tokens of a row, summed over rows.
 
-    Σ_e f_e P_e of a row, with f_e = E / (K S) · tokens of the row that chose e and P_e the row's mean normalised score;
-    1 when even. Divided by all tokens it is the mean over rows.
+    Σ_e f_e P_e of a row, with f_e = E / (K n) · valid tokens of the row that chose e and P_e the mean of their
+    normalised scores, where n of them are valid; 1 when even. Divided by all valid tokens it is the mean over rows,
+    each weighed by its own. A row without any adds nothing. `valid_T` (bool) defaults to all.
     """
-    tokens, experts = routing.scores_TE.shape
-    per_token = routing.experts_TK.shape[1]
+    experts, per_token = routing.scores_TE.shape[1], routing.experts_TK.shape[1]
     share_TE = routing.scores_TE / routing.scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-    mean_share_BE = share_TE.view(rows, -1, experts).mean(dim=1)
     chosen_TE = torch.zeros_like(routing.scores_TE).scatter(1, routing.experts_TK, 1.0)
-    frequency_BE = chosen_TE.view(rows, -1, experts).mean(dim=1) * experts / per_token
-    return (frequency_BE * mean_share_BE).sum() * (tokens // rows)
+    if valid_T is None:
+        valid_T = torch.ones_like(routing.scores_TE[:, 0], dtype=torch.bool)
+    share_BE, chosen_BE = (
+        x_TE.where(valid_T[:, None], 0.0).view(rows, -1, experts).sum(dim=1) for x_TE in (share_TE, chosen_TE)
+    )
+    valid_B1 = valid_T.view(rows, -1).sum(dim=1, keepdim=True).clamp_min(1)
+    return (chosen_BE * share_BE / valid_B1).sum() * experts / per_token
 
 
-def z_loss(routing: Routing) -> Tensor:
-    """Σ_tokens logsumexp(logits)², which keeps router logits small (ST-MoE, arXiv 2202.08906, equation 5)."""
-    return routing.logits_TE.logsumexp(dim=-1).square().sum()
+def z_loss(routing: Routing, valid_T: Tensor | None = None) -> Tensor:
+    """Σ logsumexp(logits)² over valid tokens, which keeps router logits small (ST-MoE, arXiv 2202.08906, equation 5).
+
+    `valid_T` (bool) defaults to all.
+    """
+    squares_T = routing.logits_TE.logsumexp(dim=-1).square()
+    return (squares_T if valid_T is None else squares_T.where(valid_T, 0.0)).sum()

@@ -31,9 +31,9 @@ class RouterStatistics(NamedTuple):
     loads_LE: Tensor
     """int64: tokens that each expert received, padding left out."""
     balance_loss_L: Tensor
-    """float32: sequence-wise auxiliary loss, summed over tokens; 0 for a layer without `auxiliary_losses`."""
+    """float32: sequence-wise auxiliary loss, summed over valid tokens; 0 for a layer without `auxiliary_losses`."""
     z_loss_L: Tensor
-    """float32: router z-loss, summed over tokens; 0 likewise."""
+    """float32: router z-loss, summed over valid tokens; 0 likewise."""
 
 
 class Output(NamedTuple):
@@ -82,9 +82,11 @@ class Layer(nn.Module):
         angles: tuple[Tensor, Tensor],
         visibility: Visibility,
         counted_T: Tensor | None,
+        valid_T: Tensor | None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor, LayerStatistics]:
-        """x + delta with the attention added, and what the experts add to it.
+        """x + delta with the attention added, and what the experts add to it. Loads count the tokens in `counted_T`,
+        auxiliary losses those in `valid_T`.
 
         That last sum is left to what follows, which has it in one pass over memory with its norm, as this layer has the
         sum of x and delta.
@@ -98,7 +100,7 @@ class Layer(nn.Module):
         order = self.mlp.experts.order(normed_TH, routing.experts_TK, counted_T)
         mixed_BSH = self._recomputed(self.mlp, normed_TH, routing.weights_TK, order).view_as(x_BSH)
         if self.auxiliary_losses:
-            losses = sequence_balance_loss(routing, len(x_BSH)), z_loss(routing)
+            losses = sequence_balance_loss(routing, len(x_BSH), valid_T), z_loss(routing, valid_T)
         else:  # a compiled layer would compute the gradients of unused ones too
             losses = routing.scores_TE.new_zeros(()), routing.scores_TE.new_zeros(())
         return x_BSH, mixed_BSH, LayerStatistics(order.loads_E, *losses)
@@ -156,6 +158,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         embedded_BSH: Tensor | None = None,
         cut_before: Collection[int] = (),
+        valid_BS: Tensor | None = None,
     ) -> Output:
         """Hidden states and router statistics of a batch, computed in `dtype`.
 
@@ -163,11 +166,14 @@ class Transformer(nn.Module):
         `mask_documents` is on; −1 marks padding, which no load counts. With a `cache`, the tokens join those it holds,
         and `positions_BS` says where. `embedded_BSH` is what `embed` gives, from a caller that wants its gradient;
         `cut_before` names layers at which a caller that goes back through the model in several steps begins a new one.
+        `valid_BS` (bool) marks the tokens that have a target: auxiliary losses are sums over these, as the loss is. It
+        defaults to those that are not padding.
         """
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
         visibility = self._visibility(tokens_BS, positions_BS, document_ids_BS, cache, dtype)
         counted_T = None if document_ids_BS is None else document_ids_BS.flatten() >= 0
+        valid_T = counted_T if valid_BS is None else valid_BS.flatten()
         angles = rotary(positions_BS, self.frequencies, self.config.rope_scaling.factor)
         x_BSH = self.embed(tokens_BS, dtype) if embedded_BSH is None else embedded_BSH
         delta_BSH = torch.zeros_like(x_BSH)
@@ -177,7 +183,9 @@ class Transformer(nn.Module):
                 cuts.append(Cut((x_BSH, delta_BSH), (_leaf(x_BSH), _leaf(delta_BSH))))
                 x_BSH, delta_BSH = cuts[-1].after
             layer_cache = None if cache is None else cache.layer(index, positions_BS)
-            x_BSH, delta_BSH, layer_statistics = layer(x_BSH, delta_BSH, angles, visibility, counted_T, layer_cache)
+            x_BSH, delta_BSH, layer_statistics = layer(
+                x_BSH, delta_BSH, angles, visibility, counted_T, valid_T, layer_cache
+            )
             statistics.append(layer_statistics)
         _, normed_BSH = self.model.norm(x_BSH, delta_BSH)
         router = RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True)))

@@ -28,10 +28,23 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The layers' arithmetic: on a CPU without matrix units bfloat16 is many times slower than float32."""
+    """The layers' arithmetic: on a CPU without matrix units bfloat16 is many times slower than float32.
+
+    Raises UserError when bfloat16 is asked for and the GPU lacks it; `auto` takes float32 there.
+    """
+    if wanted == "bfloat16" and lacks_bfloat16(device):
+        raise UserError(
+            f'train.dtype = "bfloat16": {torch.cuda.get_device_name(device)} does not compute in it; '
+            '"auto" or "float32" is accepted'
+        )
     if wanted == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and not lacks_bfloat16(device) else torch.float32
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Whether it is a GPU without matrix units for bfloat16: those before compute capability 8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
 
 
 def compiles(train: TrainConfig, device: torch.device) -> bool:

@@ -71,9 +71,8 @@ class PlainEngine:
         self.dtype = pick_dtype(config.train.dtype, self.device)
         check_widths(config, self.device, self.dtype)
         torch.manual_seed(config.train.seed)  # for dropout; a resume brings the state back
-        self.model = Transformer(config.model)
+        self.model = _empty_model(config, self.device)
         initialise(self.model, config.train.seed)
-        self.model.to(self.device)
         prepare_layers(self.model, config)
         if compiles(config.train, self.device):
             for layer in self.model.layers:
@@ -121,6 +120,17 @@ class PlainEngine:
         self.optimizer.load_masters(tensors["model"])
         self.optimizer.load_tensors(tensors["optimizer"])
         restore_random_states(tensors["random"], self.device)
+
+
+def _empty_model(config: Config, device: torch.device) -> Transformer:
+    """On its device from the start: a large model would take the host most of a minute."""
+    if device.type != "cuda":
+        return Transformer(config.model)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    model.to_empty(device=device)
+    model.reset_buffers(device)
+    return model
 
 
 def step_result(numbers: list[float], config: Config) -> StepResult:

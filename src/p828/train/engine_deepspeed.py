@@ -18,7 +18,7 @@ from p828.config import Config
 from p828.data.loader import Batch
 from p828.errors import UserError
 from p828.model.initialisation import initial_values
-from p828.model.loss import LinearCrossEntropy
+from p828.model.loss import IGNORE, LinearCrossEntropy
 from p828.model.transformer import Layer, Transformer
 from p828.train.balance import update_biases
 from p828.train.deepspeed_settings import DeepSpeedSettings, deepspeed_settings
@@ -316,7 +316,8 @@ class TrainingLoss(nn.Module):
         self, tokens_BS: Tensor, targets_BS: Tensor, positions_BS: Tensor, document_ids_BS: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What to differentiate, the cross-entropy in it, and the loads (L, E); the first two times `scale`."""
-        output = self.model(tokens_BS, positions_BS, document_ids_BS, dtype=self.dtype)
+        valid_BS = targets_BS != IGNORE
+        output = self.model(tokens_BS, positions_BS, document_ids_BS, dtype=self.dtype, valid_BS=valid_BS)
         cross_entropy = self.head_loss(output.hidden_BSH.flatten(0, 1), targets_BS.flatten(), scale)
         loss = cross_entropy + sum(auxiliary_losses(output.router, self.config.balance, scale))
         return loss, cross_entropy.detach(), output.router.loads_LE

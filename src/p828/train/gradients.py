@@ -10,7 +10,7 @@ from torch.profiler import record_function
 from p828.config import BalanceConfig, Config
 from p828.data.loader import Batch
 from p828.kernels.embedding import add_embedding_gradient_
-from p828.model.loss import loss_and_gradients
+from p828.model.loss import IGNORE, loss_and_gradients
 from p828.model.transformer import RouterStatistics, Transformer
 from p828.train.device import compiles
 from p828.train.graph import MicroBatchGraphs
@@ -89,6 +89,7 @@ class GradientSums:
             dtype=self.dtype,
             embedded_BSH=embedded_BSH,
             cut_before=[stretch.first_layer for stretch in self._stretches[1:]],
+            valid_BS=batch.targets_BS != IGNORE,
         )
         with record_function("CrossEntropy"):  # such labels tell a profiler what autograd does not
             loss, dhidden_TH = loss_and_gradients(
@@ -154,6 +155,6 @@ def _stretches(model: Transformer, count: int) -> list[_Stretch]:
 
 
 def auxiliary_losses(router: RouterStatistics, balance: BalanceConfig, scale: Tensor) -> list[Tensor]:
-    """The weighted ones that are on, summed over layers and tokens, times `scale`."""
+    """The weighted ones that are on, summed over layers and valid tokens, times `scale`."""
     weighted = ((balance.sequence_loss_weight, router.balance_loss_L), (balance.z_loss_weight, router.z_loss_L))
     return [weight * loss_L.sum() * scale for weight, loss_L in weighted if weight]

@@ -23,6 +23,8 @@ class Counts:
     """Targets."""
     epoch: int = 0
     """The latest that a row is of, from 0."""
+    attended_pairs: int = 0
+    """As `Batch.attended_pairs`."""
 
     @staticmethod
     def of(batches: Sequence[Batch], sources: int) -> "Counts":
@@ -37,6 +39,7 @@ class Counts:
             sum(batch.digest for batch in batches) % DIGESTS,
             tuple(by_source),
             max((batch.epoch for batch in batches), default=0),
+            sum(batch.attended_pairs for batch in batches),
         )
 
 

@@ -8,16 +8,18 @@ from p828.config import ScheduleConfig
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
     """Learning rate of step `step` (from 0) in a run of `steps`.
 
-    Linear warm-up to the peak, then: `cosine` falls along half a period to `min_lr_ratio` of the peak at the last step;
-    `constant` stays; `wsd` stays and falls linearly over the last `decay_steps`.
+    Linear warm-up, whose last step is the first at the peak, then: `cosine` falls along half a period, `constant`
+    stays, `wsd` stays and falls linearly over the last `decay_steps`. `cosine` and `wsd` have `min_lr_ratio` of the
+    peak at the last step, also where that is the only one after the warm-up.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     lowest = peak * schedule.min_lr_ratio
     if schedule.kind == "cosine":
-        progress = (step - schedule.warmup_steps) / max(steps - 1 - schedule.warmup_steps, 1)
-        return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        falling = steps - 1 - schedule.warmup_steps
+        progress = min((step - schedule.warmup_steps) / falling, 1.0) if falling > 0 else 1.0
+        return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
     if schedule.kind == "wsd":
-        left = (steps - step) / max(schedule.decay_steps, 1)
-        return lowest + (peak - lowest) * min(left, 1.0)
+        left = (steps - 1 - step) / max(schedule.decay_steps, 1)
+        return lowest + (peak - lowest) * min(max(left, 0.0), 1.0)
     return peak

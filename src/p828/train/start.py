@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from p828 import config_checks
 from p828.config import Config, load, validate, with_steps
 from p828.data.amount import amounts, repeated
 from p828.data.feed import held_out_lines, open_loader, prepared_tokenizer, training_documents, validation_batches
@@ -21,7 +22,7 @@ from p828.train.banner import entries
 from p828.train.checkpoint_content import reading_position
 from p828.train.console import Console, say, waiting
 from p828.train.deepspeed_settings import DeepSpeedSettings
-from p828.train.device import make_deterministic, pick_device
+from p828.train.device import lacks_bfloat16, make_deterministic, pick_device
 from p828.train.engine import Engine, PlainEngine
 from p828.train.engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from p828.train.metrics import Recorder
@@ -129,6 +130,10 @@ def _train(
                     lines.append(f"resumed from step {trainer.progress.step}")
                 for line in lines:
                     trainer.tell("resume", line)
+                for line in config_checks.remarks(config):
+                    trainer.tell("remark", line)
+                if config.train.dtype == "auto" and lacks_bfloat16(device):
+                    trainer.tell("remark", "this GPU does not compute in bfloat16: the run is in float32")
                 with noted_signals(loader.stop_waiting, console.event) as trainer.stop:
                     trainer.run()
                 trainer.conclude()

@@ -20,7 +20,7 @@ from p828.errors import NotFinite, ReadFailed, RunPaused, RunStopped, UserError
 from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
-from p828.model.flops import flops_per_token
+from p828.model.flops import training_flops
 from p828.train import checkpoint
 from p828.train.background_saver import BackgroundSaver
 from p828.train.changes import changed_rate, changed_rows
@@ -163,6 +163,7 @@ class Trainer:
             peak_memory(self.engine.device),
             self.seconds() * MICRO,
             own.epoch,
+            own.attended_pairs,
             *dataclasses.astuple(own)[:4],
             *own.by_source,
         )
@@ -176,8 +177,9 @@ class Trainer:
             self.finish_save()
         if any(failures) or any(stops):
             self.pause(before, failure)
-        targets, documents, cut_documents, digest, *by_source = map(sum, counts)
-        return batches, Counts(targets, documents, cut_documents, digest % DIGESTS, tuple(by_source), max(epochs))
+        pairs, targets, documents, cut_documents, digest, *by_source = map(sum, counts)
+        found = Counts(targets, documents, cut_documents, digest % DIGESTS, tuple(by_source), max(epochs), pairs)
+        return batches, found
 
     def pause(self, position: dict[str, Any], failure: str) -> NoReturn:
         """End after the last step, saved: by RunPaused if a rank was asked to, else by RunStopped after a failure."""
@@ -206,7 +208,7 @@ class Trainer:
 
     def record(self, result: StepResult, rate: float, counts: Counts, seconds: float) -> None:
         tokens_per_second = counts.targets / seconds
-        flops = flops_per_token(self.config.model, self.config.data.sequence_length)
+        flops = training_flops(self.config.model, counts.targets, counts.attended_pairs)
         peak = peak_flops(self.engine.device)
         self.recorder.write(
             "step",
@@ -220,7 +222,7 @@ class Trainer:
             lr=rate,
             grad_norm=result.grad_norm,
             tokens_per_second=tokens_per_second,
-            mfu=None if peak is None else flops * tokens_per_second / (peak * self.ranks.size),
+            mfu=None if peak is None else flops / (seconds * peak * self.ranks.size),
             memory_bytes=max(self.memory_bytes, peak_memory(self.engine.device)),
             seconds=seconds,
             **loads_record(result.loads, self.has_whole_loads()),
