@@ -232,7 +232,7 @@ def test_the_launcher_finds_the_checkouts_own_environment(tmp_path: Path) -> Non
         command = ["bash", str(checkout / script.name), "60m"]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
 
-    expected = "-m torch.distributed.run --standalone --nproc-per-node 1 -m p828 train 60m --engine deepspeed\n"
+    expected = "-m p828.train.torchrun --standalone --nproc-per-node 1 -m p828 train 60m --engine deepspeed\n"
     assert called() == f"python {expected}"
     assert called(PYTHON="other") == f"other {expected}"
     (checkout / ".venv" / "bin" / "python").unlink()

@@ -27,7 +27,7 @@ def test_text_is_estimated_from_its_first_documents(
 ) -> None:
     """A reader's buffer is read ahead of the documents: compressed, it holds a good part of files as small as these."""
     for number in range(4):
-        write_jsonl(tmp_path / f"{number}{ending}", [text(1000 * number + i, words=600) for i in range(500)])
+        write_jsonl(tmp_path / f"{number}{ending}", [text(1000 * number + i, words=1500) for i in range(500)])
     config = config_of(str(tmp_path / f"*{ending}"))
     counted = sum(len(tokenizer.encode(words)) + 1 for words in open_training(config.data, seed=0, epochs=1))
     (amount,) = amounts(config, tokenizer, ranks=2)

@@ -131,7 +131,11 @@ def put_directory(path: Path) -> None:
 
 def put_socket(path: Path) -> None:
     path.unlink()
-    socket.socket(socket.AF_UNIX).bind(str(path))
+    here = os.open(".", os.O_RDONLY)
+    os.chdir(path.parent)  # a socket's path may have a hundred bytes only
+    socket.socket(socket.AF_UNIX).bind(path.name)
+    os.fchdir(here)
+    os.close(here)
 
 
 @pytest.mark.parametrize("put", [put_link, put_fifo, put_directory, put_socket])

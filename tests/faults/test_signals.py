@@ -107,7 +107,6 @@ def test_a_run_whose_terminal_goes_is_saved(tmp_path: Path) -> None:
     path = str(write_toml(tmp_path, train={"steps": 100_000}))
     main, terminal = pty.openpty()
     name = os.ttyname(terminal)
-    os.close(terminal)
     # the leader of a session takes the first terminal that it opens for its own
     command = f"exec {sys.executable} -m p828 train {path} < {name} > {name} 2>&1"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
@@ -115,6 +114,7 @@ def test_a_run_whose_terminal_goes_is_saved(tmp_path: Path) -> None:
     drawn = b""
     while b"step 5: validation" not in drawn:
         drawn += os.read(main, 65536)
+    os.close(terminal)
     os.close(main)
     process.wait(timeout=60)
     newest = checkpoint.step_of(checkpoint.resolve(tmp_path / "runs" / "tiny"))

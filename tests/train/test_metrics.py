@@ -272,7 +272,7 @@ def test_records_are_regular_files_of_the_run(
     monkeypatch.chdir(tmp_path)  # the name of a socket may not be long
     outside = tmp_path / "outside"
     outside.write_text("of someone else")
-    assert dispatch(["train", str(write_toml(tmp_path, train={"steps": 1}, evaluation={"every": 0}))]) == 0
+    assert dispatch(["train", str(write_toml(tmp_path, train={"steps": 2}, evaluation={"every": 0}))]) == 0
     run = Path("runs/tiny")
     (run / name).unlink()
     put(kind, run / name, outside)

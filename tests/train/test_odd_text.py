@@ -83,7 +83,7 @@ def test_bad_lines_that_are_passed_over_are_recorded(
     monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 2)
     text = tmp_path / "text.jsonl"
     text.write_text("".join(lines()))
-    assert train(tmp_path, text, "--train.steps", "1", name="other") == 0
+    assert train(tmp_path, text, "--train.steps", "2", name="other") == 0
     tokenizer = {"name": str(tmp_path / "runs/other/tokenizer.json")}
     with_bad_line(text, BAD_LINE)
     assert train(tmp_path, text, tokenizer=tokenizer) == 1

@@ -243,7 +243,7 @@ def test_mfu_counts_the_attention_that_the_mask_leaves(
 
 @pytest.mark.parametrize("norm, said", [(True, 1), (False, 0)])
 def test_a_router_that_the_loss_does_not_teach_is_said(here: Path, norm: bool, said: int) -> None:
-    path = write_toml(here, model={"num_experts_per_tok": 1, "norm_topk_prob": norm}, train={"steps": 1})
+    path = write_toml(here, model={"num_experts_per_tok": 1, "norm_topk_prob": norm}, train={"steps": 2})
     assert dispatch(["train", str(path)]) == 0
     events = [line["text"] for line in lines(here, "event") if line["event"] == "remark"]
     assert len(events) == said

@@ -99,6 +99,7 @@ def test_a_run_that_was_not_saved_begins_again(tmp_path: Path) -> None:
     before = Tokenizer.from_file("runs/tiny/tokenizer.json", EOS).fingerprint()
     for saved in Path("runs/tiny/checkpoints").iterdir():
         saved.rename(tmp_path / saved.name)
+    Path("runs/tiny/metrics.jsonl").unlink()  # which tells of them
     assert dispatch(["train", path, *QUICK]) == 0
     assert vocabulary_of("runs/tiny") == 384
     assert Tokenizer.from_file("runs/tiny/tokenizer.json", EOS).fingerprint() == before
@@ -129,9 +130,12 @@ def test_the_size_of_a_given_tokenizer_is_no_setting(tmp_path: Path, capsys: pyt
     given = ["--name", "given", "--tokenizer.name", "runs/tiny/tokenizer.json"]
     path = write(tmp_path)
     assert dispatch(["train", path, *QUICK, *given]) == 0
-    more = ["--train.steps", "3", "--tokenizer.vocab-size", "49152"]
-    assert dispatch(["train", path, *QUICK, *given, *more]) == 0
+    larger = {**tiny_values(tmp_path), "tokenizer": {"name": "train", "vocab_size": 49152}}
+    del larger["model"]["vocab_size"]
+    (tmp_path / "larger.toml").write_text(tomli_w.dumps(larger))
+    path = "larger.toml"
+    assert dispatch(["train", path, *QUICK, *given, "--train.steps", "3"]) == 0
     prepared = ["--data.prepared", "prepared", "--tokenizer.name", "runs/tiny/tokenizer.json"]
     assert dispatch(["prepare", path, *prepared]) == 0
-    assert dispatch(["prepare", path, *prepared, "--tokenizer.vocab-size", "49152"]) == 0
+    assert dispatch(["prepare", write(tmp_path), *prepared]) == 0
     assert "vocab_size" not in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 import textwrap
 
-from p828.config import PRESETS, load, preset_names
+from p828.config import PRESETS, load, preset_names, with_vocabulary
 from p828.model.flops import count_parameters
 
 WIDTH = 60
@@ -12,7 +12,7 @@ def presets_table() -> str:
     """Of each preset: parameters, those active for a token, longest context, data, and what it is for."""
     lines = [f"{'preset':<13}{'parameters':>10}{'active':>10}{'context':>9}  data"]
     for name in preset_names():
-        config = load(name)
+        config = with_vocabulary(load(name))
         parameters = count_parameters(config.model)
         data = config.data.hub_name.rpartition("/")[2] or {"python": "stdlib"}.get(config.data.source, "files")
         lines.append(

@@ -22,8 +22,8 @@ TOLERANCE = 0.01  # nats between losses whose sums were in another order; in flo
 class Arguments(named.Arguments):
     kills: int = KILLS
     """Kills, at random moments; at least 2."""
-    seed: int = -1
-    """Draws when the kills come: the same number, the same kills; -1 draws a seed, which is printed."""
+    seed: str = ""
+    """A whole number that draws when the kills come, the same ones each time; else one is drawn, and printed."""
     ranks: int = 0
     """Processes that train each run together, with --engine deepspeed; 0 starts no launcher."""
     resume_ranks: str = ""
@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> None:
     for number in ranks_after:
         if micro_batches % number:
             raise UserError(f"--resume-ranks {number}: a divisor of a step's {micro_batches} micro-batches is accepted")
-    seed = None if given.seed == -1 else _at_least(0, "--seed", given.seed)
+    seed = _number("--seed", given.seed, 0) if given.seed else None
     _prove(configuration.with_steps(config, max(ranks, 1)), kills, seed, ranks, ranks_after)
 
 

@@ -73,16 +73,15 @@ def _estimated(data: DataConfig, seed: int, tokenizer: Tokenizer) -> int | None:
     """Tokens of an epoch: those of the first documents by the share of the files' bytes that these are."""
     if data.source == "hf":  # which has no sizes
         return None
-    block = min(SAMPLE_DOCUMENTS, data.block_documents)
-    stream = open_training(replace(data, block_documents=block), seed, epochs=1)
+    stream = open_training(replace(data, block_documents=1), seed, epochs=1)  # which reads no further than it gives
     tokens, documents = 0.0, 0
     for text in stream:
         beginning = text[:SAMPLE_CHARACTERS]
         tokens += len(tokenizer.encode(beginning)) * len(text) / len(beginning) + 1  # and EOS
         documents += 1
-        if documents == block:
+        if documents == SAMPLE_DOCUMENTS:
             break
-    share = stream.share_read() if documents == block else 1.0
+    share = stream.share_read() if documents == SAMPLE_DOCUMENTS else 1.0
     return round(tokens / share) if share else None
 
 

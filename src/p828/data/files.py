@@ -74,6 +74,8 @@ class FileShard:
     skips: bool = False
     """Whether bad records are given in the place of texts, and not raised."""
     _open: BinaryIO | None = field(default=None, repr=False, compare=False)
+    _given: int = field(default=0, repr=False, compare=False)
+    """Bytes of the records so far."""
 
     @property
     def size(self) -> int:
@@ -126,13 +128,18 @@ class FileShard:
     def share_read(self) -> float:
         if self._open is None or self._open.closed:
             return 0.0 if self._open is None else 1.0
-        return self._open.tell() / max(os.fstat(self._open.fileno()).st_size, 1)
+        is_packed = Path(self.name).suffix in COMPRESSIONS
+        place = self._open.tell() if is_packed else self._given  # without what a buffer has read ahead
+        return place / max(os.fstat(self._open.fileno()).st_size, 1)
 
     def _records(self) -> Generator[bytes | None, None, None]:
         """Lines, or pieces; None for a line that is too long. Raises UserError and ReadFailed."""
         try:
             with open_regular(Path(self.name)) as self._open, unpacked(self._open, Path(self.name).suffix) as stream:
-                yield from lines(stream, self.limit) if self.has_lines else pieces(stream, self.limit)
+                self._given = 0
+                for record in lines(stream, self.limit) if self.has_lines else pieces(stream, self.limit):
+                    self._given += len(record or b"")
+                    yield record
         except (OSError, *DAMAGE) as error:
             raise self._unreadable(error) from None
 

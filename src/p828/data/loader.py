@@ -183,6 +183,7 @@ class Loader:
     def go_on_at(self, step: int) -> None:
         """Give what comes next in the data, made anew, to the steps of the run after `step`."""
         self._end_thread(within=None)  # which must not read on beside the next one
+        self._thread = None
         self._stop.clear()
         self._first = self._error = None
         self._made = queue.Queue(PREFETCHED_BATCHES)
@@ -204,7 +205,6 @@ class Loader:
             self._made.get_nowait()  # room for the batch that the thread may be waiting to put
         if self._thread is not None:
             self._thread.join(within)
-            self._thread = None
 
     def __enter__(self) -> "Loader":
         return self

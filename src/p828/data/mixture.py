@@ -6,7 +6,6 @@ from operator import itemgetter
 from typing import Any, Protocol
 
 from p828.data.row import Row
-from p828.errors import UserError
 
 
 class RowSource(Protocol):
@@ -92,7 +91,7 @@ class Mixture:
         """Go on there, with any number of ranks after a step. Raises UserError if a source is not that of the state."""
         counts = {len(state[key]) for key in ("sources", "weights", "chosen")}
         if counts != {len(self.sources)}:
-            raise UserError(f"data: a place in other than {len(self.sources)} sources: the checkpoint is damaged")
+            raise ValueError(f"data: a place in other than {len(self.sources)} sources")
         for source, saved in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(saved)
         self._batch = state["batch"]

@@ -191,12 +191,12 @@ class Preparation:
     def _save(self) -> None:
         """Raises OSError, and UserError if the settings are more than a file of progress holds."""
         self._saved_at, self._is_whole = time.monotonic(), False
-        batch, stream = self._position, self.readers[self.reader_number].stream
+        batch = self._position
         progress = {
             "settings": settings(self.config),
             "tokenizer": self.tokenizer.fingerprint(),
             "reader": self.reader_number,
-            "position": {**batch.position, "stopped": stream.stopped},
+            "position": batch.position,
             "counts": [reader.counts for reader in self.readers[: self.reader_number]] + [batch.counts],
             "tokens": self.tokens,
             "hashes": self._hashes.state_dict(),

@@ -61,7 +61,9 @@ class Reader:
     def _finish(self, batch: TextBatch) -> TextBatch:
         if self.stream.bad_records:
             self.counts["bad_records"] = self.stream.bad_records
-        batch.position, batch.counts = self.stream.state_dict(), dict(self.counts)
+        # `stopped` is one list: where reading ends at a bad record, positions of before know of it.
+        batch.position = {**self.stream.state_dict(), "stopped": self.stream.stopped}
+        batch.counts = dict(self.counts)
         return batch
 
     def _reason_to_drop(self, text: str, batch: TextBatch) -> str | None:

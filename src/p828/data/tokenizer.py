@@ -1,5 +1,6 @@
 """The tokenizer: trained on the run's own source, read from a file, or fetched from the hub."""
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -17,6 +18,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from p828.config import TokenizerConfig
 from p828.data.hub import download_tokenizer
+from p828.data.shard import BadRecord
 from p828.data.special_tokens import BYTE_TOKEN, keep_out_of_text, settle_end_token
 from p828.data.tokenizer_trial import LONGEST_CAUSE, SAMPLES, try_out
 from p828.errors import UserError
@@ -263,7 +265,7 @@ def remarks(config: TokenizerConfig, tokenizer: Tokenizer, documents: Iterable[s
 def lost_share(tokenizer: Tokenizer, documents: Iterable[str]) -> float:
     """Share of the bytes of the first documents that decoding their tokens does not give back, or gives besides."""
     left, all_bytes, lost_bytes = SAMPLED_CHARACTERS, 0, 0
-    for document in documents:
+    for document in _readable(documents):
         text = document[:left]
         back = tokenizer.decode(tokenizer.encode(text))
         all_bytes += len(text.encode())
@@ -274,6 +276,12 @@ def lost_share(tokenizer: Tokenizer, documents: Iterable[str]) -> float:
         if left <= 0:
             break
     return min(lost_bytes / all_bytes, 1.0) if all_bytes else 0.0
+
+
+def _readable(documents: Iterable[str]) -> Iterator[str]:
+    """Those before a bad record, which training tells of when it comes to it."""
+    with contextlib.suppress(BadRecord):
+        yield from documents
 
 
 def train_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:

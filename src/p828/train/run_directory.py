@@ -119,9 +119,15 @@ def _entered(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
         if is_ours or isinstance(error, OSError):
             _remove(made)
         if isinstance(error, OSError):
-            raise UserError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from None
+            raise UserError(f"{run_dir}: cannot be written: {_reason(error, run_dir)}") from None
         raise
     return directory
+
+
+def _reason(error: OSError, run_dir: Path) -> str:
+    """Why the directory cannot be used, with the path that stands in the way if that is another."""
+    path = error.filename or str(run_dir)
+    return str(error.strerror) if path == str(run_dir) else f"{path}: {error.strerror}"
 
 
 def _make(directory: Path, made: list[Path]) -> None:

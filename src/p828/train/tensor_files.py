@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,9 @@ DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 LONGEST_CAUSE = 300  # characters of what a library says
-PIECE = 2**22  # numbers that are written at a time
+PIECE = 2**22  # numbers that are joined at a time
+WRITTEN_TOGETHER = 2**23  # bytes, so that small tensors are not a call each
+FETCHED_TOGETHER = 2**28  # bytes of a device's tensors, which take as much memory of the host
 MOST_DIMENSIONS, MOST_NUMBERS = 8, 2**48  # of a tensor in fragments
 
 
@@ -66,11 +68,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Saveable]) -> None:
         header[name] = {"dtype": _code(name, kinds[name]), "shape": list(shape), "data_offsets": [begin, end]}
     spelled = json.dumps(header).encode()
     spelled += b" " * (-len(spelled) % 8)
-    with path.open("xb", buffering=0) as file:
-        _write_all(file, len(spelled).to_bytes(8, "little") + spelled)
-        for name in names:
-            for piece in _pieces(tensors[name]):
-                _write_all(file, piece.view(torch.uint8).numpy().data)
+    with path.open("xb", buffering=WRITTEN_TOGETHER) as file:
+        file.write(len(spelled).to_bytes(8, "little") + spelled)
+        for piece in _on_host(tensors[name] for name in names):
+            file.write(piece.view(torch.uint8).numpy().data)
 
 
 def _kind(value: Saveable) -> torch.dtype:
@@ -84,19 +85,36 @@ def _code(name: str, dtype: torch.dtype) -> str:
     return DTYPES[dtype]
 
 
-def _pieces(value: Saveable) -> Iterator[Tensor]:
-    """Its numbers, flat and on the host, some at a time."""
-    split = (tensor.detach().contiguous().view(-1).split(PIECE) for tensor in tensors_of(value))
-    for pieces in zip(*split, strict=True):
-        on_host = [piece.cpu() for piece in pieces]
-        yield join_float32(*on_host) if isinstance(value, Master) else on_host[0]
+def _on_host(values: Iterable[Saveable]) -> Iterator[Tensor]:
+    """Their numbers, flat, in pieces on the host.
+
+    Many pieces are fetched from a device together: one that trains meanwhile may let each wait wait for a whole
+    micro-batch.
+    """
+    fetched: list[list[Tensor]] = []
+    waiting = 0
+    for piece in _pieces(values):
+        fetched.append([tensor.to("cpu", non_blocking=True) for tensor in piece])
+        waiting += sum(tensor.nbytes for tensor in piece)
+        if waiting >= FETCHED_TOGETHER or piece[0].device.type == "cpu":
+            yield from _joined(fetched)
+            fetched, waiting = [], 0
+    yield from _joined(fetched)
 
 
-def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
-    """Unbuffered files may take less than they are given."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
+def _pieces(values: Iterable[Saveable]) -> Iterator[tuple[Tensor, ...]]:
+    """What each is made of, flat, some numbers at a time."""
+    for value in values:
+        split = (tensor.detach().contiguous().view(-1).split(PIECE) for tensor in tensors_of(value))
+        yield from zip(*split, strict=True)
+
+
+def _joined(fetched: Iterable[Sequence[Tensor]]) -> Iterator[Tensor]:
+    """The float32 numbers of masters that came in two halves, and others as they are, once they have arrived."""
+    if torch.cuda.is_available():  # the copies are on this thread's stream
+        torch.cuda.current_stream().synchronize()
+    for tensors in fetched:
+        yield join_float32(*tensors) if len(tensors) > 1 else tensors[0]
 
 
 class _Place(NamedTuple):
