@@ -32,7 +32,10 @@ DTYPES = {
 LONGEST_CAUSE = 300  # characters of what a library says
 PIECE = 2**22  # numbers that are joined at a time
 WRITTEN_TOGETHER = 2**23  # bytes, so that small tensors are not a call each
-FETCHED_TOGETHER = 2**28  # bytes of a device's tensors, which take as much memory of the host
+# Beside training, each copy from a GPU costs the host some 7 ms and each wait some 60, however small they are.
+FETCHED_AT_ONCE = 2**25  # numbers of a tensor
+FETCHED_TOGETHER = 2**28  # bytes, in pinned memory
+ALIGNMENT = 16  # bytes, within that
 MOST_DIMENSIONS, MOST_NUMBERS = 8, 2**48  # of a tensor in fragments
 
 
@@ -86,35 +89,48 @@ def _code(name: str, dtype: torch.dtype) -> str:
 
 
 def _on_host(values: Iterable[Saveable]) -> Iterator[Tensor]:
-    """Their numbers, flat, in pieces on the host.
-
-    Many pieces are fetched from a device together: one that trains meanwhile may let each wait wait for a whole
-    micro-batch.
-    """
-    fetched: list[list[Tensor]] = []
-    waiting = 0
-    for piece in _pieces(values):
-        fetched.append([tensor.to("cpu", non_blocking=True) for tensor in piece])
-        waiting += sum(tensor.nbytes for tensor in piece)
-        if waiting >= FETCHED_TOGETHER or piece[0].device.type == "cpu":
-            yield from _joined(fetched)
-            fetched, waiting = [], 0
-    yield from _joined(fetched)
+    """Their numbers, flat, in pieces on the host; masters that are kept in two halves are joined to float32."""
+    buffer: Tensor | None = None
+    group: list[tuple[Tensor, ...]] = []
+    for large in _pieces(values, FETCHED_AT_ONCE):
+        if large[0].device.type == "cuda" and buffer is None:
+            buffer = torch.empty(FETCHED_TOGETHER, dtype=torch.uint8, pin_memory=True)
+        if sum(map(_room, [*group, large])) > FETCHED_TOGETHER:
+            yield from _fetched(group, buffer)
+            group = []
+        group.append(large)
+    yield from _fetched(group, buffer)
 
 
-def _pieces(values: Iterable[Saveable]) -> Iterator[tuple[Tensor, ...]]:
-    """What each is made of, flat, some numbers at a time."""
+def _pieces(values: Iterable[Saveable], count: int) -> Iterator[tuple[Tensor, ...]]:
+    """What each is made of, flat, so many numbers at a time."""
     for value in values:
-        split = (tensor.detach().contiguous().view(-1).split(PIECE) for tensor in tensors_of(value))
+        split = (tensor.detach().contiguous().view(-1).split(count) for tensor in tensors_of(value))
         yield from zip(*split, strict=True)
 
 
-def _joined(fetched: Iterable[Sequence[Tensor]]) -> Iterator[Tensor]:
-    """The float32 numbers of masters that came in two halves, and others as they are, once they have arrived."""
-    if torch.cuda.is_available():  # the copies are on this thread's stream
+def _room(piece: Sequence[Tensor]) -> int:
+    """Bytes that it takes in the buffer."""
+    return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in piece)
+
+
+def _fetched(group: Sequence[Sequence[Tensor]], buffer: Tensor | None) -> Iterator[Tensor]:
+    """A group of pieces by way of the buffer, whose content each yielded one may be."""
+    at = 0
+    on_host: list[list[Tensor]] = []
+    for piece in group:
+        tensors = list(piece)
+        for number, tensor in enumerate(piece):
+            if tensor.device.type == "cuda" and buffer is not None:
+                place = buffer[at : at + tensor.nbytes].view(tensor.dtype)
+                tensors[number] = place.copy_(tensor, non_blocking=True)
+                at += _room([tensor])
+        on_host.append(tensors)
+    if at:
         torch.cuda.current_stream().synchronize()
-    for tensors in fetched:
-        yield join_float32(*tensors) if len(tensors) > 1 else tensors[0]
+    for tensors in on_host:
+        for parts in zip(*(tensor.split(PIECE) for tensor in tensors), strict=True):
+            yield join_float32(*parts) if len(parts) > 1 else parts[0]
 
 
 class _Place(NamedTuple):
