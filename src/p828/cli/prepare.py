@@ -14,9 +14,9 @@ import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from p828 import config as configuration
 from p828.cli.configuration import Arguments, read_configuration
 from p828.config import Config, DataConfig
+from p828.config_files import preset_names
 from p828.data.feed import training_documents
 from p828.data.manifest import Manifest
 from p828.data.prepare import Preparation, WrongText, prepare
@@ -155,7 +155,7 @@ def describe(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) -> str:
 
 def _describe(default: Config) -> str:
     return (
-        f"{USAGE}\n\nCONFIG is a preset ({', '.join(configuration.preset_names())}), a .toml file or a run's "
+        f"{USAGE}\n\nCONFIG is a preset ({', '.join(preset_names())}), a .toml file or a run's "
         "directory. Interrupted, the same command goes on; complete, it compares the files with their checksums. "
         "`p828 train` with the same data.prepared then reads them."
     )
