@@ -45,7 +45,7 @@ def check_content(saved: OpenCheckpoint, config: Config, first_position: Mapping
     Args:
         first_position: where its data begins, which has the form of any position.
 
-    How far the run is.
+    Returns how far the run is.
     """
     config_of(saved)
     progress = progress_of(saved)
@@ -59,6 +59,14 @@ def check_content(saved: OpenCheckpoint, config: Config, first_position: Mapping
     _check_optimizer(saved, config.model, progress.step)
     _check_random(saved, ranks)
     return progress
+
+
+def seconds_of(saved: OpenCheckpoint) -> float:
+    """How long the run was trained; 0 for an older one, which does not say. Raises DamagedCheckpoint."""
+    seconds = saved.state.get("seconds", 0.0)
+    if type(seconds) not in (int, float) or not 0 <= seconds <= MOST:
+        raise _wrong(saved, "seconds", seconds, "a number of at least 0")
+    return float(seconds)
 
 
 def progress_of(saved: OpenCheckpoint) -> Progress:

@@ -19,11 +19,13 @@ from p828.errors import UserError
 from p828.model.flops import count_parameters, unused_vocabulary
 from p828.train import checkpoint
 from p828.train.banner import entries
+from p828.train.conclusion import conclude
 from p828.train.console import Console, say, waiting
 from p828.train.deepspeed_settings import DeepSpeedSettings
 from p828.train.device import lacks_bfloat16, make_deterministic, pick_device
 from p828.train.engine import Engine, PlainEngine
 from p828.train.engine_deepspeed import DeepSpeedEngine, check_deepspeed
+from p828.train.evaluation import Evaluations
 from p828.train.metrics import Recorder
 from p828.train.ranks import Ranks, joined
 from p828.train.run_directory import CONFIG_FILE, TOKENIZER_FILE, open_run
@@ -111,7 +113,8 @@ def _train(
             with opened as loader:
                 with console.waiting("making the model"):
                     engine = _engine(config, ranks, settings, console)
-                trainer = Trainer(config, run, tokenizer, loader, validation, engine, recorder, console, ranks)
+                evaluations = Evaluations(config, tokenizer, validation, engine, recorder, console, ranks)
+                trainer = Trainer(config, run, tokenizer, loader, evaluations, engine, recorder, console, ranks)
                 changes: list[str] = []
                 if run.newest is not None:
                     with console.waiting(f"loading the checkpoint of step {first_step}"):
@@ -135,7 +138,7 @@ def _train(
                     trainer.tell("remark", "this GPU does not compute in bfloat16: the run is in float32")
                 with noted_signals(loader.stop_waiting, console.event) as trainer.stop:
                     trainer.run()
-                trainer.conclude()
+                conclude(trainer)
 
 
 def _held_out_rules(path: Path) -> list[bool | None]:
