@@ -152,7 +152,7 @@ class DataConfig(SourceConfig):
     read_retries: int = 6
     """Attempts to read on after a failed read of a file or the hub, 1, 2, 4, ... seconds apart."""
     bad_records: Literal["stop", "skip"] = "stop"
-    """What is done at a line, row or file that is no document: `stop`, saved, or `skip` it and count it."""
+    """At a line, row or file that is no document: `stop`, with a checkpoint, or `skip` it and count it."""
     max_document_megabytes: int = 16
     """Largest document: a longer line is a bad record; a larger text file is read in pieces, each a document."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -190,7 +190,7 @@ class TokenizerConfig:
     name: str = "train"
     """`train` (byte-level BPE from the run's own source), the path of a tokenizer.json, or a name on the hub."""
     vocab_size: int = 4096
-    """Vocabulary of a trained tokenizer; for another, only what sizes are told by before it is there."""
+    """Vocabulary of a trained tokenizer; of another one, what `--dry-run` assumes before the tokenizer is read."""
     training_megabytes: int = 64
     """Text that a tokenizer is trained on, at most."""
     eos_token: str = "<|endoftext|>"
@@ -244,7 +244,7 @@ class TrainConfig:
     tokens: float = 0.0
     """Tokens of the whole run, on all ranks, as 5e9: decides `train.steps`, rounded up, where it is not 0."""
     hours: float = 0.0
-    """Hours of training, over all its starts, after which the run is complete, whatever `train.steps`; 0 is no end."""
+    """Hours of training, over all its starts, after which the run is complete, whatever `train.steps`; 0: no limit."""
     micro_batch_size: int = 8
     """Rows put through the model at once."""
     gradient_accumulation: int = 16
@@ -419,7 +419,7 @@ def with_vocabulary(config: Config, vocab_size: int = 0) -> Config:
 
 
 def rounded_vocabulary(vocab_size: int) -> int:
-    """Rows of the model's embedding for so many tokens."""
+    """Rows of the model's embedding for a tokenizer of `vocab_size` tokens."""
     return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 

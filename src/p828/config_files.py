@@ -142,7 +142,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def implied(given: Collection[str], before: Collection[str] = ()) -> dict[str, str]:
     """What keys that are given together imply: dotted key to value, for `data.source` and its like.
 
-    `before` are keys given where these stand above. Raises UserError if the given keys imply different kinds.
+    `before` are the keys of files that the given keys change. Raises UserError if the given keys imply different kinds.
     """
     found: dict[str, tuple[str, str]] = {}
     for key in sorted(given):

@@ -111,7 +111,7 @@ def _describe(default: Config) -> str:
         f"{USAGE}\n\nCONFIG is a preset ({', '.join(preset_names())}), a .toml file or a run's "
         f"directory. Trains a short run at once, and again through kills (--kills, {KILLS} unless given) at random "
         "moments, which --seed draws again, resumed after each; then compares every bit of weights, optimizer, bias, "
-        "random states, place in the data and records. With --ranks and --engine deepspeed both run on so many "
-        "processes; resumed on other numbers of them (--resume-ranks), data is compared exactly and losses within a "
-        "tolerance. Exit code 1 if they differ."
+        "random states, place in the data and records. With --ranks and --engine deepspeed both run on that "
+        "number of processes; resumed on other numbers of them (--resume-ranks), data is compared exactly and losses "
+        "within a tolerance. Exit code 1 if they differ."
     )

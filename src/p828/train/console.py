@@ -130,7 +130,7 @@ class Console:
 
     @contextmanager
     def waiting(self, text: str, after: float = A_WAIT) -> Iterator[None]:
-        """Show the text if the block takes longer than that."""
+        """Show the text if the block takes longer than `after` seconds."""
         with waiting(text, self.print, after):
             yield
 
@@ -265,7 +265,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def waiting(text: str, tell: Callable[[str], None], after: float = A_WAIT) -> Iterator[None]:
-    """Tell the text if the block takes longer than so many seconds."""
+    """Tell the text if the block takes longer than `after` seconds."""
     timer = threading.Timer(after, tell, (text,))
     timer.daemon = True
     timer.start()

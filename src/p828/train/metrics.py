@@ -5,7 +5,7 @@ infinity, so these are the strings "NaN", "Infinity" and "-Infinity", which `flo
 JavaScript's `Number()` understand.
 
 A step's line has a few numbers a layer of how its tokens went to the experts; every so many steps, and at evaluations,
-it has the loads of all experts, too (`loads_record`). A file from before has them in every step's line.
+it has the loads of all experts, too (`loads_record`). Files of earlier versions have them in every step's line.
 """
 
 import errno
@@ -166,7 +166,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def loads_every(layers: int, experts: int) -> int:
-    """Every how manyth step's line has the loads of all experts: every one's of a small model."""
+    """One step in this many has the loads of all experts in its line; in a small model every step, which is 1."""
     return math.ceil(layers * experts / LOADS_A_STEP)
 
 

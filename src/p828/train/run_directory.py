@@ -131,7 +131,7 @@ def _reason(error: OSError, run_dir: Path) -> str:
 
 
 def _make(directory: Path, made: list[Path]) -> None:
-    """And its parents. `made` gets those that were not there, innermost first."""
+    """Make a directory and its parents. `made` gets those that were not there, innermost first."""
     for path in (*reversed(directory.parents), directory):
         try:
             path.mkdir()

@@ -64,7 +64,7 @@ def train(config: Config) -> None:
 
 
 def _before(config: Config) -> Config | None:
-    """The configuration that the run has, if there is one, of data sets on the hub."""
+    """The run's own configuration, for the commits of its data sets on the hub; None for a new run or other data."""
     path = config.run_dir / CONFIG_FILE
     is_on_hub = any(data.source == "hf" for data in config.data.sources) or config.data.validation.hub_name
     return load(str(path)) if is_on_hub and path.exists() else None

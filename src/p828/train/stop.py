@@ -24,7 +24,7 @@ class StopRequest:
     time: float = 0.0
 
     def repeats(self, name: str, now: float) -> bool:
-        """Whether a later signal is no second wish.
+        """Whether a later signal asks for nothing new.
 
         Of two different ones in a moment the second is the launcher's, which passes on what the terminal has sent to
         all. A terminal that closes sends SIGHUP, and so may its shell: nobody asks for anything with that.

@@ -86,10 +86,9 @@ def _code(name: str, dtype: torch.dtype) -> str:
 
 
 def _on_host(values: Iterable[Saveable]) -> Iterator[Tensor]:
-    """Their numbers, flat, in pieces on the host.
+    """The numbers of all `values`, flat, in pieces on the host.
 
-    Many pieces are fetched from a device together: one that trains meanwhile may let each wait wait for a whole
-    micro-batch.
+    Many pieces are fetched from a device together: while it trains, a fetch may have to wait for a whole micro-batch.
     """
     fetched: list[list[Tensor]] = []
     waiting = 0
@@ -103,7 +102,7 @@ def _on_host(values: Iterable[Saveable]) -> Iterator[Tensor]:
 
 
 def _pieces(values: Iterable[Saveable]) -> Iterator[tuple[Tensor, ...]]:
-    """What each is made of, flat, some numbers at a time."""
+    """The tensors that each value is made of, flat, `PIECE` numbers of each at a time."""
     for value in values:
         split = (tensor.detach().contiguous().view(-1).split(PIECE) for tensor in tensors_of(value))
         yield from zip(*split, strict=True)

@@ -176,7 +176,7 @@ class Trainer:
     def pause(self, position: dict[str, Any], failure: str) -> NoReturn:
         """End after the last step, saved: by RunPaused if a rank was asked to, else by RunStopped after a failure."""
         self.finish_save()
-        # What the bad record's file was is saved, too: it may be mended then.
+        # A checkpoint knows the file of the bad record again, so that the run goes on with the file mended.
         if self.saved_step != self.progress.step or any(self.ranks.gather(is_stopped(position))):
             self.save(position, is_last=True)
         failure, reason = (next(filter(None, self.ranks.gather(text)), "") for text in (failure, self.stop.reason))
