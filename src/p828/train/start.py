@@ -122,20 +122,8 @@ def _train(
                 with ranks.agreed():
                     loader.start()
                 ranks.first(lambda: _introduce(trainer, settings))
-                for line in (*held_out_lines(config, rules), *newer):
-                    console.print(line)
-                if run.newest is None and (line := unused_vocabulary(config.model, tokenizer.vocab_size)):
-                    console.event(line)
+                _tell_how_it_begins(trainer, [*held_out_lines(config, rules), *newer], changes)
                 run.keep()
-                lines = [*run.damaged, *changes]
-                if run.newest is not None:
-                    lines.append(f"resumed from step {trainer.progress.step}")
-                for line in lines:
-                    trainer.tell("resume", line)
-                for line in config_checks.remarks(config):
-                    trainer.tell("remark", line)
-                if config.train.dtype == "auto" and lacks_bfloat16(device):
-                    trainer.tell("remark", "this GPU does not compute in bfloat16: the run is in float32")
                 with noted_signals(loader.stop_waiting, console.event) as trainer.stop:
                     trainer.run()
                 conclude(trainer)
@@ -165,6 +153,24 @@ def _introduce(trainer: Trainer, settings: DeepSpeedSettings | None) -> None:
     recorder.write("data", trainer.progress.step, sources=sources)
     for line in repeated(found):
         trainer.tell("repeated_data", line)
+
+
+def _tell_how_it_begins(trainer: Trainer, about_data: list[str], changes: list[str]) -> None:
+    """`changes` are lines on what differs from the checkpoint that the run goes on from."""
+    config, run, console = trainer.config, trainer.directory, trainer.console
+    for line in about_data:
+        console.print(line)
+    if run.newest is None and (line := unused_vocabulary(config.model, trainer.tokenizer.vocab_size)):
+        console.event(line)
+    lines = [*run.damaged, *changes]
+    if run.newest is not None:
+        lines.append(f"resumed from step {trainer.progress.step}")
+    for line in lines:
+        trainer.tell("resume", line)
+    for line in config_checks.remarks(config):
+        trainer.tell("remark", line)
+    if config.train.dtype == "auto" and lacks_bfloat16(trainer.engine.device):
+        trainer.tell("remark", "this GPU does not compute in bfloat16: the run is in float32")
 
 
 def _engine(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, console: Console) -> Engine:
