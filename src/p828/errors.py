@@ -39,6 +39,10 @@ class ReadFailed(RunStopped):
     """A file or the hub that cannot be read, for now: the run can be resumed when it can."""
 
 
+class RecordsFailed(UserError):
+    """Records or a log that cannot be written; a run at work makes a RunStopped of it."""
+
+
 @contextmanager
 def closed_after(close: Callable[[], object]) -> Iterator[None]:
     """Call `close` after the block. If both fail, the block's error is raised and the other one is told in a line."""

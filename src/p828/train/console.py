@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.style import Style
 from rich.text import Text
 
-from p828.errors import UserError
+from p828.errors import RecordsFailed, UserError
 from p828.files import open_appended
 from p828.train.metrics import NO_ROOM
 
@@ -239,7 +239,7 @@ class Console:
             self._log.write(lines.encode("utf-8", "backslashreplace"))
         except OSError as error:
             if error.errno not in NO_ROOM:
-                raise UserError(f"{self._log_path}: cannot be written: {error.strerror}") from None
+                raise RecordsFailed(f"{self._log_path}: cannot be written: {error.strerror}") from None
 
     def _time_left(self) -> str:
         seconds = self._bar.tasks[0].time_remaining

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +13,7 @@ from p828.data.loader import DIGESTS, Batch, Loader
 from p828.data.mixture import at_step, bad_records, is_stopped, merged
 from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
-from p828.errors import ReadFailed, RunPaused, RunStopped, UserError
+from p828.errors import ReadFailed, RecordsFailed, RunPaused, RunStopped, UserError
 from p828.inference.evaluate import perplexity
 from p828.model.flops import training_flops
 from p828.train import checkpoint
@@ -72,6 +72,8 @@ class Trainer:
             self.rewind_records()
             self._started, self._seconds_before = time.monotonic(), self.trained_seconds
             self.train()
+        except RecordsFailed as error:
+            self.stop_without_records(error)
         finally:
             self.saver.join()
             self.saver.wait_for_deletion()
@@ -98,6 +100,16 @@ class Trainer:
             if is_better or self.is_due(config.checkpoint.every):
                 self.save()
 
+    def stop_without_records(self, error: RecordsFailed) -> NoReturn:
+        """Save what can be saved without another rank, and end."""
+        if self.ranks.size == 1:
+            for save in (self.finish_save, lambda: self.save(is_last=True)):
+                with suppress(RecordsFailed):  # of the record of a checkpoint that is complete
+                    save()
+        step = self.progress.step
+        saved = ", which is saved; the same command goes on from there" if self.saved_step == step else ""
+        raise RunStopped(f"{error}\nThe run stops after step {step}{saved}") from error
+
     def rewind_records(self) -> None:
         """Drop the records of the steps that come again."""
         if damage := self.recorder.rewind(self.progress.step):
@@ -106,9 +118,8 @@ class Trainer:
     def step(self, batches: list[Batch], num_targets: int, rate: float) -> StepResult:
         """What the engine makes of a step's micro-batches; tells how far it is where that takes long."""
         is_compiled = compiles(self.config.train, self.engine.device)
-        first = f"step {self.progress.step + 1} is at work" + (
-            ", which compiles the layers first" if is_compiled else ""
-        )
+        first = f"step {self.progress.step + 1} is at work"
+        first += ", which compiles the layers first" if is_compiled else ""
         if self._is_first_step and not is_compiled:
             self._pace.seconds_per_step(self.progress.step)  # the first one is like the others
         with self.console.waiting(first) if self._is_first_step else nullcontext():
@@ -191,8 +202,7 @@ class Trainer:
         return progress.step >= self.config.train.steps or out_of_patience or self.is_out_of_time()
 
     def is_out_of_time(self) -> bool:
-        hours = self.config.train.hours
-        return hours > 0 and self.trained_seconds >= hours * 3600
+        return 0 < self.config.train.hours * 3600 <= self.trained_seconds
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is done now."""
@@ -292,12 +302,9 @@ class Trainer:
 
     def stop_for_good(self, what: str) -> NoReturn:
         self.finish_save()
-        raise self.ranks.everywhere(
-            RunStopped(
-                f"{what}; the run stops here; {self.checkpoints} keeps what was saved.\n"
-                "Usual causes: optimizer.learning_rate too high, too short a warm-up, broken data"
-            )
-        )
+        kept = f"the run stops here; {self.checkpoints} keeps what was saved."
+        causes = "Usual causes: optimizer.learning_rate too high, too short a warm-up, broken data"
+        raise self.ranks.everywhere(RunStopped(f"{what}; {kept}\n{causes}"))
 
     @property
     def checkpoints(self) -> Path:
@@ -355,7 +362,8 @@ class Trainer:
     def not_saved(self, error: UserError, step: int, is_last: bool) -> None:
         if is_last:
             raise error
-        self.tell("not_saved", f"{error}. The run goes on; the newest checkpoint is of step {self.saved_step}")
+        newest = "none yet" if self.saved_step is None else f"of step {self.saved_step}"
+        self.tell("not_saved", f"{error}. The run goes on; the newest checkpoint is {newest}")
 
     def tell(self, event: str, text: str) -> None:
         """Record something, and show it."""
@@ -381,10 +389,8 @@ class Trainer:
         with checkpoint.opened(path, retry=self.retry) as saved:
             self.engine.load_tensors(saved.tensors)
             before, ranks = config_of(saved), saved.state.get("ranks", 1)
-        return [
-            *changed_rows(self.config, self.ranks.size, before, ranks),
-            *changed_rate(self.config, self.progress.step, before),
-        ]
+        rows = changed_rows(self.config, self.ranks.size, before, ranks)
+        return rows + changed_rate(self.config, self.progress.step, before)
 
     @property
     def retry(self) -> Retry:
