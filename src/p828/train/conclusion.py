@@ -2,6 +2,7 @@
 
 from p828.data.bigram import bigram_loss
 from p828.data.feed import training_rows
+from p828.errors import ReadFailed, UserError
 from p828.inference.evaluate import perplexity
 from p828.train import checkpoint
 from p828.train.trainer import Trainer
@@ -9,7 +10,7 @@ from p828.train.trainer import Trainer
 
 def conclude(trainer: Trainer) -> None:
     """Say what came out: losses, the bigram baseline, samples, and where the run is."""
-    config, progress, console, evaluations = trainer.config, trainer.progress, trainer.console, trainer.evaluations
+    config, progress, console = trainer.config, trainer.progress, trainer.console
     loss = progress.validation_loss
     if loss is not None:
         console.print(f"validation loss {loss:.3f}, perplexity {perplexity(loss):.1f}")
@@ -17,14 +18,10 @@ def conclude(trainer: Trainer) -> None:
         share = progress.cut_documents / progress.documents
         console.print(f"of {progress.documents:,} documents, {share:.1%} were cut into several rows")
     if config.evaluation.bigram_baseline and trainer.ranks.is_first:
-        with console.waiting("counting pairs of tokens for the bigram baseline"):
-            rows = training_rows(config, trainer.tokenizer)
-            bigram = bigram_loss(rows, evaluations.batches, trainer.tokenizer.vocab_size)
-        trainer.recorder.write("event", progress.step, event="bigram_baseline", loss=bigram)
-        console.print(f"a bigram model of the same tokens gets {bigram:.3f}")
+        _compare_with_bigram(trainer)
     if config.evaluation.prompts:
         with console.waiting("continuing the prompts"):
-            samples = evaluations.samples(progress.step)
+            samples = trainer.evaluations.samples(progress.step)
         if samples:
             console.samples(samples)
     how = "stopped early, out of patience,"
@@ -38,3 +35,16 @@ def conclude(trainer: Trainer) -> None:
         is_best_of_all = progress.best_step == progress.saved_best_step
         with_loss = f", with validation loss {progress.best_loss:.3f}," if is_best_of_all else ""
         console.print(f"the best checkpoint{with_loss} is {best}")
+
+
+def _compare_with_bigram(trainer: Trainer) -> None:
+    """Tell the baseline's loss. It reads an epoch of text, more than the run may have read, which can fail."""
+    try:
+        with trainer.console.waiting("counting pairs of tokens for the bigram baseline"):
+            rows = training_rows(trainer.config, trainer.tokenizer)
+            bigram = bigram_loss(rows, trainer.evaluations.batches, trainer.tokenizer.vocab_size)
+    except (UserError, ReadFailed) as error:
+        trainer.tell("no_bigram_baseline", f"there is no bigram baseline: {error}")
+        return
+    trainer.recorder.write("event", trainer.progress.step, event="bigram_baseline", loss=bigram)
+    trainer.console.print(f"a bigram model of the same tokens gets {bigram:.3f}")

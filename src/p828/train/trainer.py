@@ -19,7 +19,6 @@ from p828.model.flops import training_flops
 from p828.train import checkpoint
 from p828.train.background_saver import BackgroundSaver
 from p828.train.changes import changed_rate, changed_rows
-from p828.train.checkpoint import DamagedCheckpoint
 from p828.train.checkpoint_content import check_content, config_of, reading_position, seconds_of
 from p828.train.console import Console
 from p828.train.device import compiles, peak_flops, peak_memory
@@ -61,8 +60,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._started, self._seconds_before = time.monotonic(), 0.0
-        self._is_first_step = True  # of this start
-        self._pace = Pace()
+        self._is_first_step, self._pace = True, Pace()  # of this start
         tokenizer = {TOKENIZER_FILE: self.tokenizer.to_json().encode()}  # so that a checkpoint can be used by itself
         self.saver = BackgroundSaver(self.checkpoints, self.ranks.apart(), self.engine.device, tokenizer)
 
@@ -72,8 +70,8 @@ class Trainer:
             self.rewind_records()
             self._started, self._seconds_before = time.monotonic(), self.trained_seconds
             self.train()
-        except RecordsFailed as error:
-            self.stop_without_records(error)
+        except UserError as error:
+            self.stop_after(error)
         finally:
             self.saver.join()
             self.saver.wait_for_deletion()
@@ -100,15 +98,19 @@ class Trainer:
             if is_better or self.is_due(config.checkpoint.every):
                 self.save()
 
-    def stop_without_records(self, error: RecordsFailed) -> NoReturn:
-        """Save what can be saved without another rank, and end."""
-        if self.ranks.size == 1:
+    def stop_after(self, error: UserError) -> NoReturn:
+        """End a run at work that cannot go on; if records fail, save first what can be saved without another rank."""
+        if isinstance(error, RecordsFailed) and self.ranks.size == 1:
             for save in (self.finish_save, lambda: self.save(is_last=True)):
-                with suppress(RecordsFailed):  # of the record of a checkpoint that is complete
+                with suppress(UserError):  # also of the record of a checkpoint that is complete
                     save()
+        elif self.is_done():  # its last checkpoint cannot be saved
+            raise error
         step = self.progress.step
         saved = ", which is saved; the same command goes on from there" if self.saved_step == step else ""
-        raise RunStopped(f"{error}\nThe run stops after step {step}{saved}") from error
+        stopped = RunStopped(f"{error}\nThe run stops after step {step}{saved}")
+        stopped.is_everywhere = error.is_everywhere
+        raise stopped from error
 
     def rewind_records(self) -> None:
         """Drop the records of the steps that come again."""
@@ -264,9 +266,8 @@ class Trainer:
         if after_steps:
             return progress.bad_steps < after_steps
         if progress.non_finite_steps == NON_FINITE_LIMIT:
-            self.stop_for_good(
-                f"{NON_FINITE_LIMIT} steps in a row up to step {progress.step} had a non-finite loss or gradient"
-            )
+            what = f"{NON_FINITE_LIMIT} steps in a row up to step {progress.step} had a non-finite loss or gradient"
+            self.stop_for_good(what)
         return True
 
     def roll_back(self) -> None:
@@ -380,7 +381,7 @@ class Trainer:
             if saved.state.get("tokenizer") != self.tokenizer.fingerprint():
                 raise UserError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
             if saved.step != checkpoint.step_of(path):
-                raise DamagedCheckpoint(f"{path}: its manifest says step {saved.step}")
+                raise checkpoint.DamagedCheckpoint(f"{path}: its manifest says step {saved.step}")
             self.progress = check_content(saved, self.config, self.loader.state_dict())
             with reading_position(path):
                 self.loader.load_state_dict(at_step(saved.state["data"], self.progress.step))
