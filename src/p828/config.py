@@ -1,38 +1,22 @@
-"""Every setting of a run: frozen dataclasses, read from TOML, overridden by flags, checked once.
+"""Every setting of a run: frozen dataclasses, made from files (`config_files`), overridden by flags, checked once.
 
-The attribute docstrings are the command line's help. A TOML may name another with `base = "60m"` and
-changes only what it lists. Nothing here imports torch.
+The attribute docstrings are the command line's help. Nothing here imports torch.
 """
 
-import codecs
 import dataclasses
-import re
-import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro.conf
 
-from p828.config_checks import MOST_TEXT, check_model, check_range, check_run, check_texts
-from p828.config_values import build, flatten, shown, shown_path
-from p828.errors import UserError, nearest
-from p828.files import read_limited
+from p828.config_checks import check_model, check_range, check_run, check_texts
+from p828.config_files import preset_names, read_with_bases
+from p828.config_values import build, flatten, shown
+from p828.errors import UserError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-PRESETS = Path(__file__).parent / "configs"
 RUN_FILE = "config.toml"  # in a run's directory
-LARGEST_FILE = 2 * MOST_TEXT  # any configuration that `validate` accepts is shorter
-MOST_DOTS = 200  # in a line: what tomllib takes for a key grows with the square of its parts
-# The beginning of a text of several lines; a text of one line; a comment.
-TEXT = re.compile(r"""\"{3}|'{3}|"(?:[^"\\]|\\.)*"|'[^']*'|\#.*""")
-LONGEST_PATH = 4000
-MAX_BASES = 8  # how deep `base` may nest; a cycle ends here
 VOCABULARY_MULTIPLE = 128  # matrix products are fast with such sizes
 
 
@@ -168,7 +152,7 @@ class DataConfig(SourceConfig):
     read_retries: int = 6
     """Attempts to read on after a failed read of a file or the hub, 1, 2, 4, ... seconds apart."""
     bad_records: Literal["stop", "skip"] = "stop"
-    """What is done at a line, row or file that is no document: `stop`, saved, or `skip` it and count it."""
+    """At a line, row or file that is no document: `stop`, with a checkpoint, or `skip` it and count it."""
     max_document_megabytes: int = 16
     """Largest document: a longer line is a bad record; a larger text file is read in pieces, each a document."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -206,7 +190,7 @@ class TokenizerConfig:
     name: str = "train"
     """`train` (byte-level BPE from the run's own source), the path of a tokenizer.json, or a name on the hub."""
     vocab_size: int = 4096
-    """Vocabulary of a trained tokenizer; for another, only what sizes are told by before it is there."""
+    """Vocabulary of a trained tokenizer; of another one, what `--dry-run` assumes before the tokenizer is read."""
     training_megabytes: int = 64
     """Text that a tokenizer is trained on, at most."""
     eos_token: str = "<|endoftext|>"
@@ -260,7 +244,7 @@ class TrainConfig:
     tokens: float = 0.0
     """Tokens of the whole run, on all ranks, as 5e9: decides `train.steps`, rounded up, where it is not 0."""
     hours: float = 0.0
-    """Hours of training, over all its starts, after which the run is complete, whatever `train.steps`; 0 is no end."""
+    """Hours of training, over all its starts, after which the run is complete, whatever `train.steps`; 0: no limit."""
     micro_batch_size: int = 8
     """Rows put through the model at once."""
     gradient_accumulation: int = 16
@@ -383,10 +367,6 @@ def with_steps(config: Config, ranks: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=max(steps, 1), tokens=0.0))
 
 
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.toml"))
-
-
 def load(name_or_path: str) -> Config:
     """Read a preset, a TOML file with its bases, or a run's directory. Raises UserError; does not `validate`."""
     return load_given(name_or_path)[0]
@@ -404,7 +384,8 @@ def load_given(name_or_path: str) -> tuple[Config, frozenset[str]]:
     if is_run and not (path / RUN_FILE).is_file():
         raise UserError(f"{shown(name_or_path)} is a directory, but no run: it holds no {RUN_FILE}")
     try:
-        values, given = _merged_toml(str(path / RUN_FILE) if is_run else name_or_path)
+        num_keys = len(flatten(Config()))
+        values, given = read_with_bases(str(path / RUN_FILE) if is_run else name_or_path, num_keys)
         config = from_dict(values, RUN_FILE if is_run else path.name)
     except RecursionError:
         raise UserError(f"{name_or_path}: cannot be read: nested too deeply") from None
@@ -426,133 +407,6 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
     return build(Config, values, where)
 
 
-# What a source's or the validation's key says about its kind when that is not given.
-_SOURCE_IS = {"files": "files", "hub_name": "hf"}
-_VALIDATION_IS = {"files": "files", "hub_name": "split", "split": "split", "share": "held_out"}
-
-
-def implied(given: Collection[str], before: Collection[str] = ()) -> dict[str, str]:
-    """What keys that are given together imply: dotted key to value, for `data.source` and its like.
-
-    `before` are keys given where these stand above. Raises UserError if the given keys imply different kinds.
-    """
-    found: dict[str, tuple[str, str]] = {}
-    for key in sorted(given):
-        table, _, name = key.rpartition(".")
-        if table == "data.validation":
-            kind, value = "data.validation.kind", _VALIDATION_IS.get(name)
-        elif table == "data" or table.startswith("data.mixture["):
-            kind, value = f"{table}.source", _SOURCE_IS.get(name)
-        else:
-            continue
-        if value is None or kind in given:
-            continue
-        if kind in found and found[kind][0] != value:
-            raise UserError(f"{found[kind][1]} and {key} are both given: {kind} says which one is meant")
-        found[kind] = value, key
-    is_validation_given = any(key.startswith("data.validation.") for key in (*given, *before))
-    if "data.files" in given and not is_validation_given:  # a preset's split belongs to the preset's source
-        found["data.validation.kind"] = "held_out", "data.files"
-    return {kind: value for kind, (value, _) in found.items()}
-
-
-def _merged_toml(name_or_path: str, depth: int = 0) -> tuple[dict[str, Any], frozenset[str]]:
-    """The values of a preset or file over those of its bases, and the dotted keys that the user's own files give."""
-    if len(name_or_path) > LONGEST_PATH:
-        raise UserError(f"no file {shown(name_or_path)}: at most {LONGEST_PATH} characters are accepted")
-    path, known = Path(name_or_path), preset_names()
-    is_preset = path.suffix != ".toml"
-    if is_preset:
-        path = PRESETS / f"{name_or_path}.toml"
-        if name_or_path not in known:
-            raise UserError(
-                f"no preset {shown(name_or_path)}{nearest(name_or_path[:80], known)} Presets: {', '.join(known)}; "
-                "or give the path of a .toml file or a run's directory"
-            )
-    values = _read_toml(path)
-    base = values.pop("base", None)
-    if base is not None and (not isinstance(base, str) or depth == MAX_BASES):
-        raise UserError(
-            f"{path}: base = {shown(base)}: give a preset's name or a .toml file, nested at most {MAX_BASES} deep"
-        )
-    given = frozenset(_keys(values))
-    is_whole = len(given) > len(flatten(Config())) / 2
-    if base is None:
-        below: dict[str, Any] = {}
-        before: frozenset[str] = frozenset()
-    else:
-        below, before = _merged_toml(str(path.parent / base) if base.endswith(".toml") else base, depth + 1)
-    if not is_whole:
-        _set(values, implied(given, before))
-    return _merge(below, values), before if is_whole or is_preset else before | given
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        content = read_limited(path, LARGEST_FILE)
-        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
-            raise ValueError("it is UTF-16 or no text; TOML is UTF-8 text")
-        text = content.decode("utf-8-sig")  # some editors put a byte order mark before it
-        _check_dots(text)
-        return tomllib.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"no file {shown_path(path)}") from None
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}: cannot be read as TOML: line {line} holds the byte 0x{content[error.start]:02x}, "
-            "which is not UTF-8; save the file as UTF-8"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{shown_path(path)}: cannot be read as TOML: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:  # not TOML, a number too long, or a name that no file can have
-        raise UserError(f"{shown_path(path)}: cannot be read as TOML: {error}") from None
-
-
-def _check_dots(text: str) -> None:
-    """Raises ValueError if a line has more than `MOST_DOTS` in its keys; after a text of several lines, anywhere."""
-    is_plain = True
-    for line in text.split("\n"):
-        if is_plain:
-            keys = TEXT.sub(lambda found: found[0] if found[0] in ('"""', "'''") else "", line)
-            is_plain = '"""' not in keys and "'''" not in keys
-        if (keys if is_plain else line).count(".") > MOST_DOTS:
-            raise ValueError(f"a line has more than {MOST_DOTS} dots")
-
-
-def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys of nested tables; `key[0].inner` in a list of tables."""
-    keys: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            keys += _keys(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            for i, item in enumerate(value):
-                keys += _keys(item, f"{prefix}{name}[{i}].")
-        else:
-            keys.append(prefix + name)
-    return keys
-
-
-def _set(values: dict[str, Any], changes: Mapping[str, str]) -> None:
-    """Put values at dotted keys, making the tables that they need."""
-    for key, value in changes.items():
-        *tables, last = key.split(".")
-        table = values
-        for name in tables:
-            list_name, _, number = name.rstrip("]").partition("[")
-            table = table[list_name][int(number)] if number else table.setdefault(name, {})
-        table[last] = value
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
 def with_vocabulary(config: Config, vocab_size: int = 0) -> Config:
     """The configuration with a `model.vocab_size` of 0 replaced: by a tokenizer's `vocab_size` rounded up.
 
@@ -565,7 +419,7 @@ def with_vocabulary(config: Config, vocab_size: int = 0) -> Config:
 
 
 def rounded_vocabulary(vocab_size: int) -> int:
-    """Rows of the model's embedding for so many tokens."""
+    """Rows of the model's embedding for a tokenizer of `vocab_size` tokens."""
     return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 

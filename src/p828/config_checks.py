@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from p828.config_values import shown
 from p828.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def check_range(key: str, value: Any) -> None:
     if isinstance(value, int):
         lowest = 0 if key in _AT_LEAST_ZERO else 1
         if not lowest <= value <= LARGEST_INT:
-            raise UserError(f"{key} = {_short(value)}: a whole number from {lowest} to {LARGEST_INT} is accepted")
+            raise UserError(f"{key} = {shown(value)}: a whole number from {lowest} to {LARGEST_INT} is accepted")
     if isinstance(value, float):
         if key == "model.dropout":
             accepted, words = 0 <= value < 1, "a share from 0 to below 1"
@@ -51,7 +52,7 @@ def check_range(key: str, value: Any) -> None:
 
 
 def check_texts(flat: Mapping[str, Any]) -> None:
-    """Texts of which names of files can be made, and which records and checkpoints hold and read back."""
+    """Raises UserError for a text that no file's name can hold, and for more text than a checkpoint's reader takes."""
     size = 0
     for key, value in flat.items():
         for text in value if isinstance(value, tuple) else (value,):
@@ -68,26 +69,18 @@ def check_texts(flat: Mapping[str, Any]) -> None:
 def check_text(key: str, text: str) -> None:
     """Raises UserError if the text cannot be a file's name on any system."""
     if "\0" in text:
-        raise UserError(f"{key} = {_short(text)}: text without NUL characters is accepted")
+        raise UserError(f"{key} = {shown(text)}: text without NUL characters is accepted")
     try:
         content = text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{key} = {_short(text)}: valid Unicode text is accepted") from None
+        raise UserError(f"{key} = {shown(text)}: valid Unicode text is accepted") from None
     if len(content) > LONGEST_PATH:
-        raise UserError(f"{key} = {_short(text)}: at most {LONGEST_PATH:,} bytes are accepted, not {len(content):,}")
+        raise UserError(f"{key} = {shown(text)}: at most {LONGEST_PATH:,} bytes are accepted, not {len(content):,}")
     longest = max(map(len, content.split(b"/")))
     if longest > LONGEST_PART:
         raise UserError(
-            f"{key} = {_short(text)}: at most {LONGEST_PART} bytes between two slashes are accepted, not {longest:,}"
+            f"{key} = {shown(text)}: at most {LONGEST_PART} bytes between two slashes are accepted, not {longest:,}"
         )
-
-
-def _short(value: Any) -> str:
-    """For a line; Python writes no number of more than some thousand digits."""
-    if isinstance(value, int):
-        return str(value) if value.bit_length() <= 256 else "a number of many digits"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def check_model(model: ModelConfig) -> None:

@@ -61,13 +61,13 @@ def _convert_list(kinds: tuple[Any, ...], values: Any, where: str, key: str) -> 
     return tuple(_convert(k, v, where, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, values, strict=True)))
 
 
-def shown(value: Any) -> str:
-    """A value as TOML spells it, more or less, and short enough for a line."""
+def shown(value: Any, longest: int = LONGEST_SHOWN) -> str:
+    """A value as TOML spells it, more or less, of at most `longest` characters."""
     try:
         text = str(value).lower() if isinstance(value, bool) else repr(value)
     except (ValueError, RecursionError):  # a number of more digits than Python writes, a list in a list in a list …
         return "…"
-    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def shown_path(path: object) -> str:

@@ -1,4 +1,4 @@
-"""The errors that are shown without a traceback, and a suggestion for their messages."""
+"""The errors that are shown without a traceback, how they are shown, and a suggestion for their messages."""
 
 import difflib
 import sys
@@ -39,6 +39,10 @@ class ReadFailed(RunStopped):
     """A file or the hub that cannot be read, for now: the run can be resumed when it can."""
 
 
+class RecordsFailed(UserError):
+    """Records or a log that cannot be written; a run at work makes a RunStopped of it."""
+
+
 @contextmanager
 def closed_after(close: Callable[[], object]) -> Iterator[None]:
     """Call `close` after the block. If both fail, the block's error is raised and the other one is told in a line."""
@@ -51,6 +55,11 @@ def closed_after(close: Callable[[], object]) -> Iterator[None]:
             print(f"and then, in closing: {type(error).__name__}: {error}", file=sys.stderr)
         raise
     close()
+
+
+def warn(text: str) -> None:
+    """Print a line beside a command's own output, on standard error."""
+    print(f"p828: {text}", file=sys.stderr, flush=True)
 
 
 def nearest(word: str, accepted: Iterable[str]) -> str:

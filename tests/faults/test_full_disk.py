@@ -1,5 +1,8 @@
 """A run on a disk that fills up, and has room again."""
 
+import json
+import re
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,3 +68,27 @@ def test_a_run_that_cannot_be_saved_at_its_end_says_so(small_disk: Path, tmp_pat
     _, said = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "step_00000200: the checkpoint cannot be saved: No space left on device" in said
+
+
+def test_records_that_cannot_be_written_end_the_run_saved(tmp_path: Path) -> None:
+    """At a limit on the size of files, which those of a checkpoint keep below."""
+    path = str(write_toml(tmp_path, train={"steps": 200}, evaluation={"every": 0}, checkpoint={"every": 1000}))
+    assert p828("train", path, "--train.steps", "2", cwd=tmp_path)[0] == 0
+    run, limit = tmp_path / "runs" / "tiny", 1_000_000
+    long = json.dumps({"kind": "event", "step": 0, "text": "long"})
+    size = limit - 5_000 - (run / "metrics.jsonl").stat().st_size
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(long.replace("long", "x" * size) + "\n")
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    code, _, said = p828("train", path, cwd=tmp_path, preexec_fn=limited)
+    assert code == 1
+    found = re.fullmatch(
+        r"p828: .*metrics.jsonl: cannot be written: File too large\n"
+        r"The run stops after step (\d+), which is saved; the same command goes on from there\n",
+        said,
+    )
+    assert found, said
+    assert checkpoint.step_of(checkpoint.resolve(run)) == int(found[1]) > 2

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from p828 import config
+from p828 import config, config_files
 from p828.config import Config
 from p828.errors import UserError
 from p828.train.deepspeed_settings import KEYS, LARGEST_FILE, deepspeed_settings, read_strictly
@@ -94,7 +94,7 @@ def test_presets_agree_with_a_run_and_are_filled(preset: str, dtype: str) -> Non
 
 
 def test_there_are_no_other_presets() -> None:
-    directory = config.PRESETS / "deepspeed"
+    directory = config_files.PRESETS / "deepspeed"
     assert sorted(file.stem for file in directory.iterdir()) == sorted(PRESETS)
 
 

@@ -91,6 +91,25 @@ def test_the_bigram_baseline_is_computed_when_asked_for(here: Path, capsys: pyte
     assert "bigram" in capsys.readouterr().out
 
 
+def test_a_complete_run_whose_text_cannot_be_read_for_the_bigram_baseline_stays_complete(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"text": f"abc def {number}" * 20}) + "\n" for number in range(2000)]
+    text = here / "text.jsonl"
+    text.write_text("".join([*lines, "no JSON\n"]))
+    data = {"files": [str(text)], "block_documents": 8, "validation": {"kind": "files", "files": [str(here / "v.txt")]}}
+    (here / "v.txt").write_text("abc def " * 200)
+    path = str(write_toml(here, data=data, train={"steps": 2}, evaluation={"bigram_baseline": True, "every": 0}))
+    assert dispatch(["train", path, "--name", "other", "--data.files", str(here / "v.txt")]) == 0
+    tokenizer = str(here / "runs" / "other" / "tokenizer.json")
+    capsys.readouterr()
+    assert dispatch(["train", path, "--tokenizer.name", tokenizer]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "there is no bigram baseline: " in said
+    assert "text.jsonl:2001: not a line of JSON" in said
+    assert "is complete at step 2" in said
+
+
 DIVERGING = {"optimizer": {"learning_rate": 1e30}, "schedule": {"warmup_steps": 0}}
 
 

@@ -9,8 +9,8 @@ import tyro
 from p828.bench.systems import ROUTINGS, check_peers, load_shape
 from p828.bench.train import Bench
 from p828.cli.flags import HELP, parse, shown_word
-from p828.config import preset_names
 from p828.config_checks import LARGEST_INT, check_text
+from p828.config_files import preset_names
 from p828.config_values import shown
 from p828.errors import UserError, nearest
 

@@ -11,6 +11,7 @@ from p828 import config as configuration
 from p828.cli.flags import HELP, changed, parse_given
 from p828.cli.given import check_given
 from p828.config import Config
+from p828.config_files import implied, preset_names
 from p828.errors import UserError
 
 
@@ -45,11 +46,11 @@ def read_configuration(
         parse_given(cls, arguments, prog, cls(**values, config=name), describe(default), others)  # ends with the help
     own, flags = parse_given(cls, arguments, prog, cls(), others=others)
     if not own.config:
-        raise UserError(f"no configuration given. Usage: {usage}\nPresets: {', '.join(configuration.preset_names())}")
+        raise UserError(f"no configuration given. Usage: {usage}\nPresets: {', '.join(preset_names())}")
     loaded, in_files = configuration.load_given(own.config)
     sections = {f.name for f in dataclasses.fields(Config)}
     flags = {key: value for key, value in flags.items() if key.partition(".")[0] in sections}
-    config = _with_length(changed(loaded, {**configuration.implied(flags, in_files), **flags}), flags)
+    config = _with_length(changed(loaded, {**implied(flags, in_files), **flags}), flags)
     configuration.validate(config)
     check_given(configuration.with_steps(config, 1), flags, loaded, in_files)
     return config, own

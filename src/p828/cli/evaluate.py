@@ -9,8 +9,9 @@ import tyro
 
 from p828.cli.flags import changed, parse_given
 from p828.cli.given import check_given
-from p828.config import Config, DataConfig, implied, validate
+from p828.config import Config, DataConfig, validate
 from p828.config_checks import check_text
+from p828.config_files import implied
 from p828.config_values import shown
 from p828.data.feed import all_validation_batches, validation_batches
 from p828.data.loader import Batch

@@ -16,7 +16,7 @@ from p828.errors import UserError
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
-CLOSE = 0.85  # how like a flag a text must be to be taken for a misspelt one, where a text is due
+CLOSE = 0.85  # similarity from which an argument with a dash is a misspelt flag, and not the text of the flag before it
 FLAG = re.compile(r"--?[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
 BOOLEANS = {"true": True, "false": False, "True": True, "False": False}
 

@@ -9,7 +9,7 @@ import tyro
 from p828.cli.flags import parse
 from p828.cli.output import show
 from p828.config_checks import check_text
-from p828.errors import UserError
+from p828.errors import UserError, warn
 from p828.inference.generate import Completion, generate
 from p828.inference.load import LoadedModel, load_model
 from p828.inference.sampling import SamplingConfig
@@ -75,10 +75,10 @@ def _converse(loaded: LoadedModel, sampling: SamplingConfig) -> None:
         try:
             _stream(loaded, line.removesuffix("\n"), sampling)
         except UserError as error:
-            print(f"p828: {error}", file=sys.stderr)
+            warn(str(error))
 
 
 def _note(loaded: LoadedModel, completion: Completion) -> None:
     if completion.finish_reason == "context":
         context = loaded.config.model.max_position_embeddings
-        print(f"p828: ended there: the model's context of {context} tokens is full", file=sys.stderr)
+        warn(f"ended there: the model's context of {context} tokens is full")

@@ -120,7 +120,7 @@ _IN_SOURCE = re.compile(r"(data\.(?:mixture\[\d+\]\.)?)(\w+)")
 def check_given(config: Config, flags: Collection[str], loaded: Config, in_files: Collection[str]) -> None:
     """Raises UserError for a key that changes nothing, of those given by flags or in the user's own files.
 
-    `loaded` is the configuration without the flags: what had an effect there may have none under a flag.
+    `loaded` is the configuration without the flags. A file's key that has an effect there is accepted.
     """
     idle = dict(_idle(config, [*flags, *in_files], flags))
     idle_before = dict(_idle(loaded, in_files, flags=()))

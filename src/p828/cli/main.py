@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from p828.cli.output import escape_what_output_lacks
 from p828.config_values import shown
-from p828.errors import OneRanksError, RunPaused, RunStopped, UserError, nearest
+from p828.errors import OneRanksError, RunPaused, RunStopped, UserError, nearest, warn
 from p828.train.launcher import launched
 
 COMMANDS = {
@@ -52,7 +52,7 @@ def dispatch(arguments: list[str]) -> int:
         importlib.import_module(f"p828.cli.{command.replace('-', '_')}").run(rest)
     except (UserError, RunStopped) as error:
         if isinstance(error, OneRanksError):
-            print(f"p828: {_cut(str(error))}", file=sys.stderr)
+            warn(_cut(str(error)))
         else:
             _tell(error, error.is_everywhere)
         return 2 if isinstance(error, UserError) else 1
@@ -78,7 +78,7 @@ def _tell(text: object, is_everywhere: bool) -> None:
     """Print it, but of many processes that train one run and end with the same, once on each machine or once in all."""
     process = launched()
     if (process.rank if is_everywhere else process.local_rank) == 0:
-        print(f"p828: {_cut(str(text))}", file=sys.stderr)
+        warn(_cut(str(text)))
 
 
 def _cut(text: str) -> str:

@@ -1,6 +1,5 @@
 """`p828 prepare`: tokenize a run's text once, into files that training reads."""
 
-import os
 import signal
 import sys
 import time
@@ -14,9 +13,9 @@ import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from p828 import config as configuration
 from p828.cli.configuration import Arguments, read_configuration
 from p828.config import Config, DataConfig
+from p828.config_files import preset_names
 from p828.data.feed import training_documents
 from p828.data.manifest import Manifest
 from p828.data.prepare import Preparation, WrongText, prepare
@@ -26,14 +25,13 @@ from p828.data.retry import Retry
 from p828.data.source import open_in_order
 from p828.data.tokenizer import Tokenizer, remarks
 from p828.errors import ReadFailed, RunStopped, UserError
+from p828.train.stop import A_MOMENT, end_now
 
 USAGE = "p828 prepare CONFIG --data.prepared DIRECTORY [--section.key VALUE ...]"
 
 KEPT = ("read", "training", "validation")  # what is counted and not left out
 SHARE_PER_LINE, SECONDS_PER_LINE = 0.1, 30.0  # a plain line comes after either
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-A_MOMENT = 2.0  # seconds in which a signal may come twice: a terminal that closes sends it, and so does its shell
-SHOW_CURSOR = b"\x1b[?25h"  # the progress bar hides it
 
 
 def run(arguments: list[str]) -> None:
@@ -69,9 +67,7 @@ def _ended_by_signals() -> Iterator[None]:
             heard.append(time.monotonic())
             raise KeyboardInterrupt(signal.Signals(number).name)
         if number == signal.SIGINT or time.monotonic() > heard[0] + A_MOMENT:
-            if sys.stdout.isatty():
-                os.write(sys.stdout.fileno(), SHOW_CURSOR)
-            os._exit(128 + number)
+            end_now(number)
 
     # One that is ignored, as after nohup, stays so.
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -155,7 +151,7 @@ def describe(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) -> str:
 
 def _describe(default: Config) -> str:
     return (
-        f"{USAGE}\n\nCONFIG is a preset ({', '.join(configuration.preset_names())}), a .toml file or a run's "
+        f"{USAGE}\n\nCONFIG is a preset ({', '.join(preset_names())}), a .toml file or a run's "
         "directory. Interrupted, the same command goes on; complete, it compares the files with their checksums. "
         "`p828 train` with the same data.prepared then reads them."
     )

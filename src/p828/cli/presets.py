@@ -2,7 +2,8 @@
 
 import textwrap
 
-from p828.config import PRESETS, load, preset_names, with_vocabulary
+from p828.config import load, with_vocabulary
+from p828.config_files import PRESETS, preset_names
 from p828.model.flops import count_parameters
 
 WIDTH = 60

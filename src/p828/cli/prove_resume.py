@@ -10,6 +10,7 @@ from p828.cli import configuration as named
 from p828.cli.configuration import read_configuration
 from p828.cli.flags import shown_word
 from p828.config import Config
+from p828.config_files import preset_names
 from p828.errors import RunStopped, UserError
 from p828.train.console import say
 
@@ -107,10 +108,10 @@ def _number(name: str, text: str, lowest: int) -> int:
 
 def _describe(default: Config) -> str:
     return (
-        f"{USAGE}\n\nCONFIG is a preset ({', '.join(configuration.preset_names())}), a .toml file or a run's "
+        f"{USAGE}\n\nCONFIG is a preset ({', '.join(preset_names())}), a .toml file or a run's "
         f"directory. Trains a short run at once, and again through kills (--kills, {KILLS} unless given) at random "
         "moments, which --seed draws again, resumed after each; then compares every bit of weights, optimizer, bias, "
-        "random states, place in the data and records. With --ranks and --engine deepspeed both run on so many "
-        "processes; resumed on other numbers of them (--resume-ranks), data is compared exactly and losses within a "
-        "tolerance. Exit code 1 if they differ."
+        "random states, place in the data and records. With --ranks and --engine deepspeed both run on that "
+        "number of processes; resumed on other numbers of them (--resume-ranks), data is compared exactly and losses "
+        "within a tolerance. Exit code 1 if they differ."
     )

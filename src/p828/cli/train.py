@@ -10,6 +10,7 @@ from p828.cli import configuration as named
 from p828.cli.configuration import read_configuration
 from p828.cli.presets import presets_table
 from p828.config import Config
+from p828.config_files import preset_names
 from p828.config_values import to_dict
 from p828.errors import UserError
 from p828.model.flops import count_parameters, flops_per_token
@@ -57,7 +58,7 @@ def _ours(argument: str) -> str:
 
 def _describe(default: Config) -> str:
     return (
-        f"{USAGE}\n\nCONFIG is a preset ({', '.join(configuration.preset_names())}), a .toml file or a run's "
+        f"{USAGE}\n\nCONFIG is a preset ({', '.join(preset_names())}), a .toml file or a run's "
         "directory, as runs/NAME. A run that has checkpoints goes on from the newest one.\n\n"
         f"{_costs(default)}"
     )

@@ -21,9 +21,9 @@ class Amount:
     """Training tokens of one source."""
 
     name: str
-    """The source's, as in records."""
+    """The source's name, as in records."""
     tokens: int | None
-    """None where it is not known."""
+    """Of one epoch; None where the number is not known."""
     is_exact: bool
     """Counted when the data was prepared; else estimated from the first documents and the files' sizes."""
     planned: float
@@ -38,7 +38,7 @@ class Amount:
 
 
 def amounts(config: Config, tokenizer: Tokenizer, ranks: int) -> list[Amount]:
-    """Of every source. Text is read no further than the loader reads it for its first batch."""
+    """The amount of every source. Text is read no further than the loader reads it for its first batch."""
     found = []
     names, shares = config.data.source_names, planned_shares(config)
     for number, (name, data, share) in enumerate(zip(names, config.data.sources, shares, strict=True)):

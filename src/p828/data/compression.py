@@ -95,7 +95,7 @@ def pieces(stream: BinaryIO, limit: int) -> Iterator[bytes]:
 
 
 def _read(stream: BinaryIO, count: int) -> bytes:
-    """So many bytes, fewer at the end."""
+    """`count` bytes, or fewer at the end."""
     content = bytearray()
     while len(content) < count and (data := stream.read(min(count - len(content), MEBIBYTE))):
         content += data

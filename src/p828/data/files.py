@@ -227,7 +227,7 @@ def file_shards(
 
 
 def _matches(pattern: str, key: str) -> list[str]:
-    """What is there under this very name goes before what it matches as a glob."""
+    """The files of a path, or of a glob if no such path exists. Raises UserError if there are none."""
     path, shown = os.path.expanduser(pattern), repr(pattern[:LONGEST_SHOWN])
     if os.path.isfile(path):
         return [str(Path(path))]
@@ -241,7 +241,7 @@ def _matches(pattern: str, key: str) -> list[str]:
         raise UserError(f"{key}: {shown}: {str(error)[:LONGEST_SHOWN]}") from None
     files = [name for name in matches if os.path.isfile(name)]
     if not files:
-        what = f", but {matches[0]}, which is none" if matches else ""
+        what = f", but {matches[0]}, which is no regular file" if matches else ""
         raise UserError(f"{key}: {shown} matches no file{what}")
     return files
 

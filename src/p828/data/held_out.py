@@ -32,7 +32,7 @@ def enough_documents(share: float) -> int:
 
 
 def are_few(shards: Sequence[FileShard | HubShard], share: float, retry: Retry) -> bool:
-    """Whether there are fewer. No more of them are read than that; of text files not even those."""
+    """Whether there are fewer than `enough_documents`. No more than those are read, and of text files none."""
     enough, count = enough_documents(share), 0
     for shard in shards:
         if isinstance(shard, FileShard) and not shard.has_lines:

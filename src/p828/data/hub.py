@@ -117,9 +117,9 @@ def hub_shards(
 
 
 def pinned(config: Config, before: Config | None) -> tuple[Config, list[str]]:
-    """The configuration with every hub data set at one commit, and a line for each that the hub has a newer one of.
+    """The configuration with every hub data set at one commit, and a line for each that has a newer commit on the hub.
 
-    A run goes on with the commits of its own configuration, `before`; one that has none goes on without. Without the
+    A run goes on with the commits in its own configuration, `before`, and without one where that has none. Without the
     network nothing is pinned. Raises UserError as `hub_shards`.
     """
     lines: list[str] = []

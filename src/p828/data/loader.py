@@ -50,7 +50,7 @@ class Batch:
     text_bytes: int = 0
     """Bytes of UTF-8 text that the targets stand for, in validation batches."""
     epoch: int = 0
-    """The latest that a row is of, from 0."""
+    """The latest epoch that a row belongs to; the first epoch is 0."""
     attended_pairs: int = 0
     """Pairs of a token and one that its attention sees, itself among them; padding left out. L (L + 1) / 2 for each
     document of L tokens in a row, or for each row without document masking."""

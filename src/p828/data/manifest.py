@@ -26,7 +26,7 @@ WITHOUT_CHECKSUM = 1  # the version before, which does not say what files the so
 MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
 INDENT = 1
 LARGEST_SHARD = 2**48  # tokens
-LONGEST_PATH = 300  # characters of one that are shown
+LONGEST_PATH = 300  # characters of a path that are shown
 READERS = 8  # threads, each with one file
 FIRST_WORD, NEXT_WORD = 2.0, 30.0  # seconds of comparing after which there is a line, and another
 FOR_GOOD = (  # what waiting does not mend
@@ -62,7 +62,7 @@ class Manifest:
     training: tuple[ShardEntry, ...]
     validation: tuple[ShardEntry, ...]
     files: SourceFiles | None = None
-    """Of the source, as they were then."""
+    """The source's files, as they were when it was prepared."""
     format_version: int = FORMAT_VERSION
 
     @property

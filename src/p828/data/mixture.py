@@ -129,9 +129,9 @@ def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _merged_source(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Every stream as the rank left it that has read furthest; prepared data is at the same place on all ranks.
+    """Each stream's state from the rank that has read furthest in it.
 
-    Each rank has compared a part of its files.
+    Prepared data is at the same place on all ranks; each of them has compared a part of its files.
     """
     if "streams" not in states[0]:
         return {**states[0], "checked": {name: seen for state in states for name, seen in state["checked"].items()}}

@@ -15,8 +15,8 @@ from p828.data.retry import Retry
 from p828.errors import ReadFailed, UserError
 from p828.files import open_regular
 
-MOST_OPEN = 1024  # files of one `NumberFiles`,
-SHARE_OPEN = 16  # and one of so many that the process may open
+MOST_OPEN = 1024  # files that one `NumberFiles` keeps open at most
+SHARE_OPEN = 16  # it also keeps no more open than a 16th of the files that the process may open
 
 
 class NumberFiles:

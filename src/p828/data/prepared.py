@@ -23,7 +23,7 @@ from p828.errors import UserError
 VALIDATION_ORDER = (0,)  # the key of an order that no seed changes
 DOCUMENT_ENDS = np.dtype("<u8")
 NUMBERS_AT_ONCE = 1024  # of rows: computing so many takes little more time than one
-INDEXED = 512  # the end of every so many documents is in memory; those between are read at once
+INDEXED = 512  # the end of every 512th document is in memory; the ends between two of them are read together
 COUNTED_TOGETHER = 1 << 16  # documents
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from p828.config import Config, DataConfig
-from p828.config_values import to_dict
+from p828.config_values import shown, to_dict
 from p828.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, check_tokenizer, open_manifest
 from p828.data.sealed import LARGEST_FILE, check_seal
 from p828.data.tokenizer import Tokenizer, load_tokenizer
@@ -50,7 +50,7 @@ def entered(directories: Sequence[Path]) -> Iterator[None]:
         try:
             for directory in directories:
                 if "\0" in str(directory):
-                    raise UserError(f"data.prepared = {_shown(str(directory))}: a path without NUL is accepted")
+                    raise UserError(f"data.prepared = {shown(str(directory))}: a path without NUL is accepted")
                 with writing(directory, at_work=False):
                     if (directory / MANIFEST_FILE).exists():
                         with contextlib.suppress(OSError):  # it is read where nothing can be written, too
@@ -232,12 +232,8 @@ def check_settings(before: dict[str, Any], now: dict[str, Any], path: Path) -> N
             if (section, key) == ("tokenizer", "vocab_size") and values["name"] != "train":
                 continue  # of a trained one
             if made != value:
+                old, new = shown(made, LONGEST_VALUE), shown(value, LONGEST_VALUE)
                 raise UserError(
-                    f"{path}: made with {section}.{key} = {_shown(made)}, not {_shown(value)}. Set it back, or give "
-                    "another directory as data.prepared"
+                    f"{path}: made with {section}.{key} = {old}, not {new}. Set it back, or give another directory "
+                    "as data.prepared"
                 )
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + " …"

@@ -31,7 +31,7 @@ class Shard(Protocol):
         ...
 
     def prefix(self, records: int) -> str:
-        """A checksum of the first so many records, to know them again; empty where there is none."""
+        """A checksum of the first `records` records, to know them again; empty where there is none."""
         ...
 
     def share_read(self) -> float:

@@ -164,7 +164,7 @@ class DocumentStream:
         self._reader = None
 
     def _difference(self, state: dict[str, Any]) -> str:
-        """Between the state's data and this, in words; empty if there is none."""
+        """What differs between the state's data and this data, in words; empty if nothing does."""
         settings = "data.block_documents, data.validation or train.seed changed"
         if "source" in state:  # of a version that held out by hash only, and kept one hash of all
             return "" if state["source"] == self._old_fingerprint() else f"its files, shards, {settings}"
@@ -224,7 +224,7 @@ class DocumentStream:
         self._end = (place, record)
 
     def _kept(self, text: str | BadRecord) -> str:
-        """What of a document this stream gives."""
+        """The part of a document that this stream gives."""
         if isinstance(text, BadRecord):
             self.bad_records += self._epoch == 0
             return ""
@@ -364,7 +364,7 @@ def _training_shards(config: DataConfig) -> tuple[Sequence[Shard], str]:
 
 
 def _words(config: DataConfig) -> str:
-    """What the training documents come from."""
+    """Where the training documents come from, in words."""
     if config.source == "python":
         return "the standard library's source"
     if config.source == "files":

@@ -60,7 +60,7 @@ def keep_out_of_text(inner: tokenizers.Tokenizer, spec: dict[str, Any], eos_toke
 
 
 def made_by_model(model: dict[str, Any], tokens: set[str]) -> set[str]:
-    """Those of the tokens that the model, as in a tokenizer.json, makes of text that spells them."""
+    """The special tokens that `model`, as a tokenizer.json has it, would itself make of text that spells them."""
     if model["type"] == "Unigram":
         return tokens & {piece for piece, _ in model["vocab"]}
     found: set[str] = tokens & model["vocab"].keys()

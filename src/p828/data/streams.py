@@ -32,8 +32,8 @@ class Streams:
         self.documents = documents
         self._stopped: list[dict[str, Any]] = []
         for stream in documents:
-            # One list, which all states refer to: where reading ends at a bad record, batches made before have been
-            # read ahead and not trained on, and it is a state of then that the run goes on from.
+            # All states share one list. Reading ends at a bad record ahead of the step that is trained, and the run
+            # goes on from an earlier batch's state, which has to know of that record, too.
             stream.stopped = self._stopped
 
     def take(self, batch: int, count: int) -> list[Row]:
@@ -68,4 +68,4 @@ class Streams:
         for stream, saved in zip(self.streams, state["streams"], strict=True):
             stream.rows.load_state_dict(saved["rows"])
             stream.given, stream.wanted = saved["given"], saved["wanted"]
-        self._stopped.clear()  # what was mended now is what it is
+        self._stopped.clear()  # the record that was mended is an ordinary one now

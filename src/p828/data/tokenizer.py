@@ -40,7 +40,7 @@ SAMPLED_CHARACTERS = 200_000  # of a run's text, to see whether it comes back fr
 CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what cut-off UTF-8 is decoded to
 # The same character as whole tokens spell it: byte-level, and in byte tokens.
 WHOLE_REPLACEMENTS = ("ï¿½", "<0xEF><0xBF><0xBD>")
-MOST_READINGS = 8  # of a Unigram, whose scores stay after one or two
+MOST_READINGS = 8  # after which a Unigram's scores no longer change; one or two are usual
 FAILS = "the tokenizer fails on a text"
 
 
@@ -59,7 +59,7 @@ class Tokenizer:
         self._json: str = inner.to_str()
         spec = json.loads(self._json)
         self.dropout: float | None = spec["model"].get("dropout")
-        """What the file asks for; it is not done."""
+        """The BPE dropout that the file asks for, which is switched off."""
         if self.dropout is not None:
             inner.model.dropout = None
         self.eos_id: int = settle_end_token(inner, spec, eos_token)
@@ -355,7 +355,7 @@ def _read(path: Path) -> str:
 
 
 def _settled(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """As it is read from what it is written to: reading rounds a Unigram's scores, and fingerprints tell the bits."""
+    """The tokenizer as it comes back from its file: reading rounds a Unigram's scores, which fingerprints see."""
     for _ in range(MOST_READINGS if isinstance(inner.model, models.Unigram) else 0):
         written = inner.to_str()
         inner = tokenizers.Tokenizer.from_str(written)

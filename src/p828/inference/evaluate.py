@@ -18,7 +18,7 @@ class Evaluation:
     loss: float
     """Mean nats per target token."""
     perplexity: float
-    """exp(loss); infinite where a float cannot hold it."""
+    """As `perplexity` gives it."""
     bits_per_byte: float
     """All targets' bits over the bytes of text they stand for: comparable between tokenizers, unlike the loss."""
     tokens: int
@@ -59,8 +59,13 @@ def evaluate(
     return _evaluation(all_nats, int(all_tokens), int(all_bytes))
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where a float cannot hold it."""
+    return torch.tensor(loss, dtype=torch.float64).exp().item()
+
+
 def _evaluation(nats: float, tokens: int, text_bytes: int) -> Evaluation:
     loss = nats / tokens
-    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
     bits = nats / math.log(2)
-    return Evaluation(loss, perplexity, bits / text_bytes if text_bytes else math.inf, tokens, text_bytes)
+    bits_per_byte = bits / text_bytes if text_bytes else math.inf
+    return Evaluation(loss, perplexity(loss), bits_per_byte, tokens, text_bytes)

@@ -1,7 +1,6 @@
 """A trained model from disk, ready to use."""
 
 import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from p828.config import Config, ModelConfig, validate
 from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
-from p828.errors import UserError
+from p828.errors import UserError, warn
 from p828.kernels.adamw import split_float32
 from p828.model.precision import matrices
 from p828.model.transformer import Transformer
@@ -47,10 +46,10 @@ def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError('device = "cuda": this machine shows no GPU to PyTorch; "auto" or "cpu" is accepted')
-    place, retry = pick_device(device), Retry(READ_RETRIES, tell=_tell)
+    place, retry = pick_device(device), Retry(READ_RETRIES, tell=warn)
     found, notes = checkpoint.resolve_with_notes(Path(path), retry)
     for note in notes:
-        _tell(note)
+        warn(note)
     found = Path(os.path.abspath(found))  # as it was named, since a link to it may lie in the run's directory
     manifest = checkpoint.verify(found, ["model"], retry)
     with checkpoint.opened(found, manifest, ["model"], retry=retry) as saved:
@@ -66,10 +65,6 @@ def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
     model.load_state_dict(weights)
     _store_in(model, dtype)
     return LoadedModel(model.to(place).eval(), tokenizer, config, found, saved.step, dtype)
-
-
-def _tell(text: str) -> None:
-    print(f"p828: {text}", file=sys.stderr, flush=True)
 
 
 def _tokenizer_file(saved: checkpoint.OpenCheckpoint) -> Path:

@@ -10,7 +10,7 @@ from torch import Tensor
 from p828.errors import UserError
 
 GREEDY_BELOW = 1e-5  # logits divided by less could overflow float32
-PENALTIES = 0.001, 1000.0  # as could logits that are multiplied or divided by others; those in use are near 1
+PENALTIES = 0.001, 1000.0  # with others logits could overflow, too; those in use are near 1
 
 
 @dataclass(frozen=True)

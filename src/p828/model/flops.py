@@ -42,7 +42,7 @@ def unused_vocabulary(model: ModelConfig, vocab_size: int) -> str:
 
 
 def training_flops(model: ModelConfig, tokens: float, attended_pairs: float) -> float:
-    """Floating-point operations to train on so many tokens: forward and backward of every matrix product.
+    """Floating-point operations to train on this number of tokens: forward and backward of every matrix product.
 
     A product costs 2 operations per weight forward and 4 backward. Attention costs as much as the mask leaves: scores
     and weighted values of `attended_pairs`, queries with a key that they see, L (L + 1) / 2 in a document of L tokens.

@@ -29,7 +29,7 @@ class Saved(NamedTuple):
     seconds: float
     """From where training stopped for it to the end of writing."""
     waited: float
-    """Seconds of them that training stood still: the host, or if that was longer, the device for the copy."""
+    """Seconds of these in which training stood still: the host, or the device for the copy if that took longer."""
     copy_bytes: int
     """What the copy takes on this rank; 0 if there was no room for one, and training waited for the disk."""
 

@@ -21,8 +21,8 @@ def changed_rows(config: Config, size: int, before: Config, ranks: int) -> list[
 def changed_rate(config: Config, step: int, before: Config) -> list[str]:
     """Whether the learning rate jumps after `step`, as the schedule is drawn anew over other steps or of another kind.
 
-    `before` is the configuration of the checkpoint of that step. A change of `optimizer.learning_rate` alone is meant
-    so.
+    `before` is the configuration of the checkpoint of that step. A change of `optimizer.learning_rate` alone is
+    what the user wants, and is not told.
     """
     if step >= config.train.steps:
         return []

@@ -64,7 +64,7 @@ class OpenCheckpoint(NamedTuple):
     tensors: Tensors
     state: dict[str, Any]
     files: frozenset[str]
-    """What its manifest lists."""
+    """The files that the checkpoint's manifest lists."""
 
 
 def load(path: Path, names: Iterable[str] | None = None, device: str = "cpu", retry: Retry = NO_RETRY) -> Checkpoint:
@@ -220,7 +220,7 @@ def recover(directory: Path) -> None:
         for path in directory.glob(f".step_*.{ending}"):
             original = directory / path.name[1:].removesuffix(f".{ending}")
             if original.is_dir() and path.is_dir() and not (original / MANIFEST).exists():
-                _delete(original)  # half of it, on its way here or there
+                _delete(original)  # the part of it that a killed process had moved
             _delete(path)
 
 

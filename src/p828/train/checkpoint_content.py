@@ -1,6 +1,6 @@
 """Whether what a checkpoint says can be what a run wrote, field by field, before anything is made of it.
 
-Checksums tell that the files are those that were written; whoever wrote them could sum anything.
+Checksums tell that a file is what its writer wrote. They tell nothing of who the writer was.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def check_content(saved: OpenCheckpoint, config: Config, first_position: Mapping
     Args:
         first_position: where its data begins, which has the form of any position.
 
-    How far the run is.
+    Returns how far the run is.
     """
     config_of(saved)
     progress = progress_of(saved)
@@ -59,6 +59,14 @@ def check_content(saved: OpenCheckpoint, config: Config, first_position: Mapping
     _check_optimizer(saved, config.model, progress.step)
     _check_random(saved, ranks)
     return progress
+
+
+def seconds_of(saved: OpenCheckpoint) -> float:
+    """How long the run was trained; 0 for an older one, which does not say. Raises DamagedCheckpoint."""
+    seconds = saved.state.get("seconds", 0.0)
+    if type(seconds) not in (int, float) or not 0 <= seconds <= MOST:
+        raise _wrong(saved, "seconds", seconds, "a number of at least 0")
+    return float(seconds)
 
 
 def progress_of(saved: OpenCheckpoint) -> Progress:
@@ -101,7 +109,7 @@ def _check_position(saved: OpenCheckpoint, value: Any, first: Any, key: str) -> 
 
 @contextmanager
 def reading_position(path: Path) -> Iterator[None]:
-    """What fails because a place in the data is none is raised as DamagedCheckpoint."""
+    """Raise DamagedCheckpoint where the block fails because the checkpoint's position is no place in the data."""
     try:
         yield
     except UserError:
@@ -115,7 +123,7 @@ def reading_position(path: Path) -> Iterator[None]:
 def check_weights(saved: OpenCheckpoint, model: ModelConfig) -> None:
     """Whether they are those of the configured model. Raises DamagedCheckpoint naming the first that differs."""
     names = saved.tensors.names("model")
-    if model.num_hidden_layers > len(names):  # a model of so many layers would only be made to be refused
+    if model.num_hidden_layers > len(names):  # without making such a model
         raise DamagedCheckpoint(
             f"{saved.path}: the weights are {len(names)} tensors, "
             f"fewer than model.num_hidden_layers = {model.num_hidden_layers}"

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.style import Style
 from rich.text import Text
 
-from p828.errors import UserError
+from p828.errors import RecordsFailed, UserError
 from p828.files import open_appended
 from p828.train.metrics import NO_ROOM
 
@@ -130,7 +130,7 @@ class Console:
 
     @contextmanager
     def waiting(self, text: str, after: float = A_WAIT) -> Iterator[None]:
-        """Show the text if the block takes longer than that."""
+        """Show the text if the block takes longer than `after` seconds."""
         with waiting(text, self.print, after):
             yield
 
@@ -239,7 +239,7 @@ class Console:
             self._log.write(lines.encode("utf-8", "backslashreplace"))
         except OSError as error:
             if error.errno not in NO_ROOM:
-                raise UserError(f"{self._log_path}: cannot be written: {error.strerror}") from None
+                raise RecordsFailed(f"{self._log_path}: cannot be written: {error.strerror}") from None
 
     def _time_left(self) -> str:
         seconds = self._bar.tasks[0].time_remaining
@@ -265,7 +265,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def waiting(text: str, tell: Callable[[str], None], after: float = A_WAIT) -> Iterator[None]:
-    """Tell the text if the block takes longer than so many seconds."""
+    """Tell the text if the block takes longer than `after` seconds."""
     timer = threading.Timer(after, tell, (text,))
     timer.daemon = True
     timer.start()

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p828.config import PRESETS, Config
+from p828.config import Config
+from p828.config_files import PRESETS
 from p828.config_values import flatten
 from p828.errors import UserError, nearest
 from p828.files import MEBIBYTE, read_limited

@@ -29,14 +29,14 @@ Saveable = Tensor | Fragment | Master
 
 
 def tensors_of(value: Saveable) -> tuple[Tensor, ...]:
-    """What it is made of."""
+    """The tensors that a value is made of."""
     if isinstance(value, Fragment):
         return (value.values,)
     return tuple(value) if isinstance(value, Master) else (value,)
 
 
 def with_tensors(value: Saveable, tensors: tuple[Tensor, ...]) -> Saveable:
-    """The same made of other tensors."""
+    """The same kind of value, made of other tensors."""
     if isinstance(value, Fragment):
         return value._replace(values=tensors[0])
     return Master(*tensors) if isinstance(value, Master) else tensors[0]

@@ -312,7 +312,7 @@ def _greet(address: tuple[str, int], token: str, rank: int) -> _Peer:
 
 
 def _accept(server: socket.socket, size: int, token: str, within: float) -> list[_Peer]:
-    """The other ranks, in the order of their coming. Raises RunStopped if some have not come after so many seconds.
+    """The other ranks, in the order of their coming. Raises RunStopped if some have not come `within` these seconds.
 
     Whoever does not name the token, which only the ranks know, is turned away. All are listened to at once, so that a
     stranger who says nothing keeps nobody waiting.
@@ -344,7 +344,7 @@ def _accept(server: socket.socket, size: int, token: str, within: float) -> list
 
 
 def _has_greeted(connection: socket.socket, heard: bytearray) -> bool | None:
-    """Add what has come. True once a line is whole, False when none will be, None while it may be."""
+    """Add what has come to `heard`. True once it is a whole line, False if it cannot become one, None until then."""
     try:
         data = connection.recv(LONGEST_GREETING - len(heard))
     except OSError:

@@ -5,7 +5,7 @@ infinity, so these are the strings "NaN", "Infinity" and "-Infinity", which `flo
 JavaScript's `Number()` understand.
 
 A step's line has a few numbers a layer of how its tokens went to the experts; every so many steps, and at evaluations,
-it has the loads of all experts, too (`loads_record`). A file from before has them in every step's line.
+it has the loads of all experts, too (`loads_record`). Files of earlier versions have them in every step's line.
 """
 
 import errno
@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 from p828.config import Config
-from p828.errors import RunPaused, UserError, closed_after
+from p828.errors import RecordsFailed, RunPaused, UserError, closed_after
 from p828.files import fsync, open_appended, open_regular
 from p828.train.wandb_mirror import WandbMirror
 
@@ -66,7 +66,7 @@ class Recorder:
         """Append one line. `values` are JSON values: loads and balance scores are lists with an entry a layer.
 
         The line goes out in one call of the operating system, so a killed process leaves at most a partial last line.
-        On a full disk it waits for room.
+        On a full disk it waits for room. Raises RecordsFailed where the file cannot be written for another reason.
         """
         if self.is_quiet:
             return
@@ -76,7 +76,7 @@ class Recorder:
             while self.waiting and self._append(self.waiting[0]):
                 del self.waiting[0]
         except OSError as error:
-            raise _unwritable(self.path, error) from None
+            raise RecordsFailed(str(_unwritable(self.path, error))) from None
         if self.wandb is not None:
             self.wandb.write(kind, step, values)
 
@@ -166,7 +166,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def loads_every(layers: int, experts: int) -> int:
-    """Every how manyth step's line has the loads of all experts: every one's of a small model."""
+    """One step in this many has the loads of all experts in its line; in a small model every step, which is 1."""
     return math.ceil(layers * experts / LOADS_A_STEP)
 
 

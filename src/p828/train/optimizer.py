@@ -91,7 +91,7 @@ class Optimizer:
         return {name: join_float32(*master).cpu() for name, master in self.halves().items()}
 
     def halves(self) -> dict[str, Master]:
-        """The same, not joined and where they are kept."""
+        """The same masters in their two halves, on the device where they are kept."""
         return {
             name: Master(self._matrices[p].weight, self._matrices[p].remainder)
             for name, p in self._parameters.items()

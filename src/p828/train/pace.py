@@ -10,7 +10,10 @@ UNITS = ((A_DAY, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds")
 
 
 class Pace:
-    """Measures steps, or micro-batches of a long step, from the first call on: where one compiles, after that one."""
+    """Measures steps, or micro-batches of a long step, from the first call on.
+
+    A run whose first step compiles makes that call after it.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -18,7 +21,7 @@ class Pace:
         self._is_told = False
 
     def seconds_per_step(self, steps: float) -> float | None:
-        """To be called with how many steps are done; what a step takes, once, as soon as that is known."""
+        """The seconds of a step, once, as soon as they are known; to be called often, with the steps done so far."""
         if self._is_told:
             return None
         now = self._clock()
@@ -30,6 +33,14 @@ class Pace:
             return None
         self._is_told = True
         return seconds / done
+
+
+def how_long(seconds: float, is_rest: bool, device: str, ranks: int) -> str:
+    """In words, what a run takes, or the rest of a run that goes on, on its devices, of type `cpu` or `cuda`."""
+    what = "the rest of the run takes" if is_rest else "the run takes"
+    kind = "CPU" if device == "cpu" else "GPU"
+    where = f"this {kind}" if ranks == 1 else f"these {ranks} {kind}s"
+    return f"at this rate {what} {in_words(seconds)} on {where}"
 
 
 def in_words(seconds: float) -> str:

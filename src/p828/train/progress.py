@@ -22,7 +22,7 @@ class Counts:
     by_source: tuple[int, ...]
     """Targets."""
     epoch: int = 0
-    """The latest that a row is of, from 0."""
+    """The latest epoch that a row belongs to; the first epoch is 0."""
     attended_pairs: int = 0
     """As `Batch.attended_pairs`."""
 

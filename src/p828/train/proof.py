@@ -32,7 +32,7 @@ SEEDS = 1_000_000
 def shortened(config: Config, directory: Path) -> Config:
     """The run with at most `STEPS` steps and checkpoints every few of them; on a GPU, only what repeats bit for bit.
 
-    It ends by steps alone, since hours are no two runs' the same.
+    It ends by steps alone: two runs do not make the same steps in an hour.
     """
     steps = min(config.train.steps, STEPS)
     return dataclasses.replace(
@@ -103,7 +103,7 @@ class Proof:
         last, moments = self.config.train.steps, []
         for number in range(self.kills):
             first = last * number // self.kills
-            end = min(last * (number + 1) // self.kills, last - last // 8)  # before the run comes to its own
+            end = min(last * (number + 1) // self.kills, last - last // 8)  # before the end of the run
             until = self._draw.randrange(first, max(end, first + 1))
             moments.append((number, until, self._draw.random() * 0.05))
         return moments

@@ -67,7 +67,7 @@ class Ranks:
         return found
 
     def on_host(self) -> tuple[int, int]:
-        """This rank's number among those of its host, and theirs."""
+        """This rank's number among the ranks of its host, and how many ranks the host has."""
         own = [rank for rank, host in enumerate(self.gather(socket.gethostname())) if host == socket.gethostname()]
         return own.index(self.rank), len(own)
 

@@ -19,7 +19,7 @@ import tomli_w
 from p828.config import Config, load, with_vocabulary
 from p828.config_values import flatten, to_dict
 from p828.data.retry import Retry
-from p828.errors import ReadFailed, UserError
+from p828.errors import ReadFailed, UserError, warn
 from p828.files import MEBIBYTE, locked, read_limited, write_atomic
 from p828.train import checkpoint, metrics
 from p828.train.checkpoint_content import config_of
@@ -131,7 +131,7 @@ def _reason(error: OSError, run_dir: Path) -> str:
 
 
 def _make(directory: Path, made: list[Path]) -> None:
-    """And its parents. `made` gets those that were not there, innermost first."""
+    """Make a directory and its parents. `made` gets those that were not there, innermost first."""
     for path in (*reversed(directory.parents), directory):
         try:
             path.mkdir()
@@ -154,7 +154,7 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
     What stands in the way of beginning anew is removed.
     """
     run_dir = config.run_dir
-    checkpoints, retry = run_dir / CHECKPOINTS, Retry(config.data.read_retries, tell=_tell)
+    checkpoints, retry = run_dir / CHECKPOINTS, Retry(config.data.read_retries, tell=warn)
     if checkpoints.is_symlink() and not checkpoints.exists():
         raise UserError(f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there")
     if checkpoints.exists():
@@ -197,10 +197,6 @@ def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:
     if aside or last is not None:
         what = "those that are there are damaged" if aside else f"its records tell of one of step {last}"
         raise UserError(f"{checkpoints} has no checkpoint left to go on from, and {what}.\n{how}")
-
-
-def _tell(text: str) -> None:
-    print(f"p828: {text}", file=sys.stderr, flush=True)
 
 
 def _before(config: Config, newest: Path | None, retry: Retry) -> dict[str, Any]:

@@ -19,11 +19,13 @@ from p828.errors import UserError
 from p828.model.flops import count_parameters, unused_vocabulary
 from p828.train import checkpoint
 from p828.train.banner import entries
+from p828.train.conclusion import conclude
 from p828.train.console import Console, say, waiting
 from p828.train.deepspeed_settings import DeepSpeedSettings
 from p828.train.device import lacks_bfloat16, make_deterministic, pick_device
 from p828.train.engine import Engine, PlainEngine
 from p828.train.engine_deepspeed import DeepSpeedEngine, check_deepspeed
+from p828.train.evaluation import Evaluations
 from p828.train.metrics import Recorder
 from p828.train.ranks import Ranks, joined
 from p828.train.run_directory import CONFIG_FILE, TOKENIZER_FILE, open_run
@@ -62,7 +64,7 @@ def train(config: Config) -> None:
 
 
 def _before(config: Config) -> Config | None:
-    """The configuration that the run has, if there is one, of data sets on the hub."""
+    """The run's own configuration, for the commits of its data sets on the hub; None for a new run or other data."""
     path = config.run_dir / CONFIG_FILE
     is_on_hub = any(data.source == "hf" for data in config.data.sources) or config.data.validation.hub_name
     return load(str(path)) if is_on_hub and path.exists() else None
@@ -111,7 +113,8 @@ def _train(
             with opened as loader:
                 with console.waiting("making the model"):
                     engine = _engine(config, ranks, settings, console)
-                trainer = Trainer(config, run, tokenizer, loader, validation, engine, recorder, console, ranks)
+                evaluations = Evaluations(config, tokenizer, validation, engine, recorder, console, ranks)
+                trainer = Trainer(config, run, tokenizer, loader, evaluations, engine, recorder, console, ranks)
                 changes: list[str] = []
                 if run.newest is not None:
                     with console.waiting(f"loading the checkpoint of step {first_step}"):
@@ -119,23 +122,11 @@ def _train(
                 with ranks.agreed():
                     loader.start()
                 ranks.first(lambda: _introduce(trainer, settings))
-                for line in (*held_out_lines(config, rules), *newer):
-                    console.print(line)
-                if run.newest is None and (line := unused_vocabulary(config.model, tokenizer.vocab_size)):
-                    console.event(line)
+                _tell_how_it_begins(trainer, [*held_out_lines(config, rules), *newer], changes)
                 run.keep()
-                lines = [*run.damaged, *changes]
-                if run.newest is not None:
-                    lines.append(f"resumed from step {trainer.progress.step}")
-                for line in lines:
-                    trainer.tell("resume", line)
-                for line in config_checks.remarks(config):
-                    trainer.tell("remark", line)
-                if config.train.dtype == "auto" and lacks_bfloat16(device):
-                    trainer.tell("remark", "this GPU does not compute in bfloat16: the run is in float32")
                 with noted_signals(loader.stop_waiting, console.event) as trainer.stop:
                     trainer.run()
-                trainer.conclude()
+                conclude(trainer)
 
 
 def _held_out_rules(path: Path) -> list[bool | None]:
@@ -162,6 +153,24 @@ def _introduce(trainer: Trainer, settings: DeepSpeedSettings | None) -> None:
     recorder.write("data", trainer.progress.step, sources=sources)
     for line in repeated(found):
         trainer.tell("repeated_data", line)
+
+
+def _tell_how_it_begins(trainer: Trainer, about_data: list[str], changes: list[str]) -> None:
+    """`changes` are lines on what differs from the checkpoint that the run goes on from."""
+    config, run, console = trainer.config, trainer.directory, trainer.console
+    for line in about_data:
+        console.print(line)
+    if run.newest is None and (line := unused_vocabulary(config.model, trainer.tokenizer.vocab_size)):
+        console.event(line)
+    lines = [*run.damaged, *changes]
+    if run.newest is not None:
+        lines.append(f"resumed from step {trainer.progress.step}")
+    for line in lines:
+        trainer.tell("resume", line)
+    for line in config_checks.remarks(config):
+        trainer.tell("remark", line)
+    if config.train.dtype == "auto" and lacks_bfloat16(trainer.engine.device):
+        trainer.tell("remark", "this GPU does not compute in bfloat16: the run is in float32")
 
 
 def _engine(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, console: Console) -> Engine:

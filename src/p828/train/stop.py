@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
-A_MOMENT = 2.0  # seconds
-SHOW_CURSOR = "\x1b[?25h"  # the progress bar hides it
+A_MOMENT = 2.0  # seconds in which a signal may come twice: a terminal that closes sends it, and so does its shell
+SHOW_CURSOR = b"\x1b[?25h"  # the progress bar hides it
 NO_SIGNAL = 0  # ends the thread
 
 
@@ -23,12 +24,19 @@ class StopRequest:
     time: float = 0.0
 
     def repeats(self, name: str, now: float) -> bool:
-        """Whether a later signal is no second wish.
+        """Whether a later signal asks for nothing new.
 
         Of two different ones in a moment the second is the launcher's, which passes on what the terminal has sent to
         all. A terminal that closes sends SIGHUP, and so may its shell: nobody asks for anything with that.
         """
         return name == "SIGHUP" or (name != self.reason and now - self.time < A_MOMENT)
+
+
+def end_now(number: int) -> NoReturn:
+    """End the process where it is, with the exit code that a shell gives to a signal."""
+    if sys.stdout.isatty():
+        os.write(sys.stdout.fileno(), SHOW_CURSOR)
+    os._exit(128 + number)
 
 
 @contextmanager
@@ -56,9 +64,7 @@ def noted_signals(
             text = f"{name}: saving after this step" + ("" if name == "SIGHUP" else "; again to stop now")
             threading.Thread(target=answer, args=(text,), name="p828-answer", daemon=True).start()
         elif not request.repeats(name, now):
-            if sys.stdout.isatty():
-                os.write(sys.stdout.fileno(), SHOW_CURSOR.encode())
-            os._exit(128 + number)
+            end_now(number)
 
     def listen() -> None:
         while (number := heard.recv(1)[0]) != NO_SIGNAL:

@@ -103,7 +103,7 @@ def _on_host(values: Iterable[Saveable]) -> Iterator[Tensor]:
 
 
 def _pieces(values: Iterable[Saveable], count: int) -> Iterator[tuple[Tensor, ...]]:
-    """What each is made of, flat, so many numbers at a time."""
+    """The tensors that each value is made of, flat, `count` numbers of each at a time."""
     for value in values:
         split = (tensor.detach().contiguous().view(-1).split(count) for tensor in tensors_of(value))
         yield from zip(*split, strict=True)

@@ -1,36 +1,31 @@
 """The training loop."""
 
 import dataclasses
-import math
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from p828.config import Config
 from p828.config_values import to_dict
-from p828.data.bigram import bigram_loss
-from p828.data.feed import training_rows
 from p828.data.loader import DIGESTS, Batch, Loader
 from p828.data.mixture import at_step, bad_records, is_stopped, merged
 from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
-from p828.errors import NotFinite, ReadFailed, RunPaused, RunStopped, UserError
-from p828.inference.evaluate import evaluate
-from p828.inference.generate import generate
-from p828.inference.sampling import SamplingConfig
+from p828.errors import ReadFailed, RecordsFailed, RunPaused, RunStopped, UserError
+from p828.inference.evaluate import perplexity
 from p828.model.flops import training_flops
 from p828.train import checkpoint
 from p828.train.background_saver import BackgroundSaver
 from p828.train.changes import changed_rate, changed_rows
-from p828.train.checkpoint import DamagedCheckpoint
-from p828.train.checkpoint_content import check_content, config_of, reading_position
-from p828.train.console import A_WAIT, SECONDS_PER_LINE, Console
+from p828.train.checkpoint_content import check_content, config_of, reading_position, seconds_of
+from p828.train.console import Console
 from p828.train.device import compiles, peak_flops, peak_memory
 from p828.train.engine import Engine, StepResult
+from p828.train.evaluation import Evaluations
 from p828.train.metrics import Recorder, loads_every, loads_record
-from p828.train.pace import A_DAY, Pace, in_words
+from p828.train.pace import A_DAY, Pace, how_long
 from p828.train.progress import Counts, Progress
 from p828.train.ranks import Ranks
 from p828.train.run_directory import CHECKPOINTS, TOKENIZER_FILE, RunDirectory
@@ -39,7 +34,6 @@ from p828.train.stop import StopRequest
 
 NON_FINITE_LIMIT = 3  # steps in a row
 MICRO = 1e6  # microseconds in a second
-FAR_FROM_GUESSING = 2.0  # times the loss of equal shares for all tokens; a model's first losses are near that
 
 
 @dataclass
@@ -50,7 +44,7 @@ class Trainer:
     directory: RunDirectory
     tokenizer: Tokenizer
     loader: Loader
-    validation: list[Batch]
+    evaluations: Evaluations
     engine: Engine
     recorder: Recorder
     console: Console
@@ -66,8 +60,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._started, self._seconds_before = time.monotonic(), 0.0
-        self._is_first_step = self._is_first_evaluation = True  # of this start
-        self._pace = Pace()
+        self._is_first_step, self._pace = True, Pace()  # of this start
         tokenizer = {TOKENIZER_FILE: self.tokenizer.to_json().encode()}  # so that a checkpoint can be used by itself
         self.saver = BackgroundSaver(self.checkpoints, self.ranks.apart(), self.engine.device, tokenizer)
 
@@ -77,6 +70,8 @@ class Trainer:
             self.rewind_records()
             self._started, self._seconds_before = time.monotonic(), self.trained_seconds
             self.train()
+        except UserError as error:
+            self.stop_after(error)
         finally:
             self.saver.join()
             self.saver.wait_for_deletion()
@@ -99,9 +94,23 @@ class Trainer:
             if not self.is_kept(result):
                 self.roll_back()
                 continue
-            is_better = self.evaluate() if self.is_due(config.evaluation.every) else False
+            is_better = self.evaluations.make(progress) if self.is_due(config.evaluation.every) else False
             if is_better or self.is_due(config.checkpoint.every):
                 self.save()
+
+    def stop_after(self, error: UserError) -> NoReturn:
+        """End a run at work that cannot go on; if records fail, save first what can be saved without another rank."""
+        if isinstance(error, RecordsFailed) and self.ranks.size == 1:
+            for save in (self.finish_save, lambda: self.save(is_last=True)):
+                with suppress(UserError):  # also of the record of a checkpoint that is complete
+                    save()
+        elif self.is_done():  # its last checkpoint cannot be saved
+            raise error
+        step = self.progress.step
+        saved = ", which is saved; the same command goes on from there" if self.saved_step == step else ""
+        stopped = RunStopped(f"{error}\nThe run stops after step {step}{saved}")
+        stopped.is_everywhere = error.is_everywhere
+        raise stopped from error
 
     def rewind_records(self) -> None:
         """Drop the records of the steps that come again."""
@@ -111,9 +120,8 @@ class Trainer:
     def step(self, batches: list[Batch], num_targets: int, rate: float) -> StepResult:
         """What the engine makes of a step's micro-batches; tells how far it is where that takes long."""
         is_compiled = compiles(self.config.train, self.engine.device)
-        first = f"step {self.progress.step + 1} is at work" + (
-            ", which compiles the layers first" if is_compiled else ""
-        )
+        first = f"step {self.progress.step + 1} is at work"
+        first += ", which compiles the layers first" if is_compiled else ""
         if self._is_first_step and not is_compiled:
             self._pace.seconds_per_step(self.progress.step)  # the first one is like the others
         with self.console.waiting(first) if self._is_first_step else nullcontext():
@@ -127,15 +135,12 @@ class Trainer:
         return result
 
     def tell_pace(self, steps: float) -> None:
-        """Tell once, after so many steps, how long the run takes at the rate measured so far."""
+        """Tell once how long the run takes at the rate of its first steps; `steps` are done, the last one in part."""
         seconds, train = self._pace.seconds_per_step(steps), self.config.train
         if seconds is None or steps >= train.steps:
             return
         left = seconds * (train.steps - steps)
-        what = "the run takes" if self._seconds_before == 0 else "the rest of the run takes"
-        kind = "CPU" if self.engine.device.type == "cpu" else "GPU"
-        where = f"this {kind}" if self.ranks.size == 1 else f"these {self.ranks.size} {kind}s"
-        text = f"at this rate {what} {in_words(left)} on {where}"
+        text = how_long(left, self._seconds_before > 0, self.engine.device.type, self.ranks.size)
         if train.hours and self.seconds() + left > train.hours * 3600:
             text += f"; it ends after train.hours = {train.hours:g}"
         self.console.event(text) if left > A_DAY else self.console.print(text)
@@ -184,7 +189,7 @@ class Trainer:
     def pause(self, position: dict[str, Any], failure: str) -> NoReturn:
         """End after the last step, saved: by RunPaused if a rank was asked to, else by RunStopped after a failure."""
         self.finish_save()
-        # What the bad record's file was is saved, too: it may be mended then.
+        # A checkpoint knows the file of the bad record again, so that the run goes on with the file mended.
         if self.saved_step != self.progress.step or any(self.ranks.gather(is_stopped(position))):
             self.save(position, is_last=True)
         failure, reason = (next(filter(None, self.ranks.gather(text)), "") for text in (failure, self.stop.reason))
@@ -199,8 +204,7 @@ class Trainer:
         return progress.step >= self.config.train.steps or out_of_patience or self.is_out_of_time()
 
     def is_out_of_time(self) -> bool:
-        hours = self.config.train.hours
-        return hours > 0 and self.trained_seconds >= hours * 3600
+        return 0 < self.config.train.hours * 3600 <= self.trained_seconds
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is done now."""
@@ -218,7 +222,7 @@ class Trainer:
             **self.data_record(),
             rows=f"{counts.digest:08x}",
             loss=result.loss,
-            perplexity=_perplexity(result.loss),
+            perplexity=perplexity(result.loss),
             lr=rate,
             grad_norm=result.grad_norm,
             tokens_per_second=tokens_per_second,
@@ -262,9 +266,8 @@ class Trainer:
         if after_steps:
             return progress.bad_steps < after_steps
         if progress.non_finite_steps == NON_FINITE_LIMIT:
-            self.stop_for_good(
-                f"{NON_FINITE_LIMIT} steps in a row up to step {progress.step} had a non-finite loss or gradient"
-            )
+            what = f"{NON_FINITE_LIMIT} steps in a row up to step {progress.step} had a non-finite loss or gradient"
+            self.stop_for_good(what)
         return True
 
     def roll_back(self) -> None:
@@ -300,76 +303,9 @@ class Trainer:
 
     def stop_for_good(self, what: str) -> NoReturn:
         self.finish_save()
-        raise self.ranks.everywhere(
-            RunStopped(
-                f"{what}; the run stops here; {self.checkpoints} keeps what was saved.\n"
-                "Usual causes: optimizer.learning_rate too high, too short a warm-up, broken data"
-            )
-        )
-
-    def evaluate(self) -> bool:
-        """Measure the validation loss and sample the prompts; True when it is the best loss so far.
-
-        After a step that was not applied, or from a model that has diverged, none is.
-        """
-        progress = self.progress
-        after = A_WAIT if self._is_first_evaluation else SECONDS_PER_LINE
-        self._is_first_evaluation = False
-        with (
-            self.console.waiting(f"step {progress.step}: evaluating", after),
-            self.engine.model_in_step() as model,
-        ):
-            result = evaluate(model, self.own_validation(), self.engine.dtype, self.ranks.sum)
-        samples = self.samples()
-        is_sound = progress.non_finite_steps == 0 and self.is_sound(result.loss)
-        is_better = is_sound and result.loss < (math.inf if progress.best_loss is None else progress.best_loss)
-        progress.validation_loss = result.loss
-        if progress.non_finite_steps == 0:
-            progress.evaluations_since_best = 0 if is_better else progress.evaluations_since_best + 1
-        if is_better:
-            progress.best_loss, progress.best_step = result.loss, progress.step
-        self.recorder.write("eval", progress.step, **dataclasses.asdict(result), best=is_better)
-        self.console.evaluation(progress.step, loss=result.loss, perplexity=result.perplexity, best=is_better)
-        if self.config.data.mixture:
-            self.console.sources(self.config.data.source_names, progress.source_tokens)
-        if samples:
-            self.recorder.write("sample", progress.step, samples=[list(sample) for sample in samples])
-            self.console.preview(samples)
-        return is_better
-
-    def is_sound(self, loss: float) -> bool:
-        """Whether a validation loss is one that a model may have which has not diverged; tells it if not."""
-        guessing = math.log(self.config.model.vocab_size)
-        if loss <= FAR_FROM_GUESSING * guessing:
-            return True
-        text = "is no finite number"
-        if math.isfinite(loss):
-            text = f"is {loss:.3g}, far above the {guessing:.2f} of guessing"
-        self.tell("diverged", f"step {self.progress.step}: the validation loss {text}: the run has diverged")
-        return False
-
-    def own_validation(self) -> list[Batch]:
-        """Every so-manyth batch; where that is one less than on other ranks, also one that counts for nothing."""
-        own = self.validation[self.ranks.rank :: self.ranks.size]
-        missing = math.ceil(len(self.validation) / self.ranks.size) - len(own)
-        return own + [self.validation[0].without_targets()] * missing
-
-    def samples(self) -> list[tuple[str, str]]:
-        """Each prompt with its continuation; nothing on ranks but the first."""
-        config = self.config.evaluation
-        if not config.prompts:
-            return []
-        sampling = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
-        prompts = list(config.prompts)
-        with self.engine.whole_model() as model:
-            if not self.ranks.is_first:
-                return []
-            try:
-                completions = generate(model, self.tokenizer, prompts, sampling, dtype=self.engine.dtype)
-            except NotFinite:
-                self.tell("no_samples", "the prompts are not continued: the model's logits are no finite numbers")
-                return []
-        return [(prompt, completion.text) for prompt, completion in zip(prompts, completions, strict=True)]
+        kept = f"the run stops here; {self.checkpoints} keeps what was saved."
+        causes = "Usual causes: optimizer.learning_rate too high, too short a warm-up, broken data"
+        raise self.ranks.everywhere(RunStopped(f"{what}; {kept}\n{causes}"))
 
     @property
     def checkpoints(self) -> Path:
@@ -427,7 +363,8 @@ class Trainer:
     def not_saved(self, error: UserError, step: int, is_last: bool) -> None:
         if is_last:
             raise error
-        self.tell("not_saved", f"{error}. The run goes on; the newest checkpoint is of step {self.saved_step}")
+        newest = "none yet" if self.saved_step is None else f"of step {self.saved_step}"
+        self.tell("not_saved", f"{error}. The run goes on; the newest checkpoint is {newest}")
 
     def tell(self, event: str, text: str) -> None:
         """Record something, and show it."""
@@ -444,64 +381,19 @@ class Trainer:
             if saved.state.get("tokenizer") != self.tokenizer.fingerprint():
                 raise UserError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
             if saved.step != checkpoint.step_of(path):
-                raise DamagedCheckpoint(f"{path}: its manifest says step {saved.step}")
+                raise checkpoint.DamagedCheckpoint(f"{path}: its manifest says step {saved.step}")
             self.progress = check_content(saved, self.config, self.loader.state_dict())
             with reading_position(path):
                 self.loader.load_state_dict(at_step(saved.state["data"], self.progress.step))
             self.saved_step = self.progress.step
-            self.trained_seconds = _seconds(path, saved.state)
+            self.trained_seconds = seconds_of(saved)
         with checkpoint.opened(path, retry=self.retry) as saved:
             self.engine.load_tensors(saved.tensors)
             before, ranks = config_of(saved), saved.state.get("ranks", 1)
-        return [
-            *changed_rows(self.config, self.ranks.size, before, ranks),
-            *changed_rate(self.config, self.progress.step, before),
-        ]
+        rows = changed_rows(self.config, self.ranks.size, before, ranks)
+        return rows + changed_rate(self.config, self.progress.step, before)
 
     @property
     def retry(self) -> Retry:
         """How checkpoints that cannot be read for now are waited for."""
         return Retry(self.config.data.read_retries, tell=self.console.event)
-
-    def conclude(self) -> None:
-        """Say what came out: losses, the bigram baseline, samples, and where the run is."""
-        progress, config = self.progress, self.config
-        loss = progress.validation_loss
-        if loss is not None:
-            self.console.print(f"validation loss {loss:.3f}, perplexity {_perplexity(loss):.1f}")
-        if progress.cut_documents:
-            share = progress.cut_documents / progress.documents
-            self.console.print(f"of {progress.documents:,} documents, {share:.1%} were cut into several rows")
-        if config.evaluation.bigram_baseline and self.ranks.is_first:
-            with self.console.waiting("counting pairs of tokens for the bigram baseline"):
-                bigram = bigram_loss(training_rows(config, self.tokenizer), self.validation, self.tokenizer.vocab_size)
-            self.recorder.write("event", progress.step, event="bigram_baseline", loss=bigram)
-            self.console.print(f"a bigram model of the same tokens gets {bigram:.3f}")
-        if config.evaluation.prompts:
-            with self.console.waiting("continuing the prompts"):
-                samples = self.samples()
-            if samples:
-                self.console.samples(samples)
-        how = "stopped early, out of patience,"
-        if progress.step >= config.train.steps:
-            how = "is complete"
-        elif self.is_out_of_time():
-            how = f"is complete after train.hours = {config.train.hours:g}"
-        self.console.print(f"{config.run_dir} {how} at step {progress.step}")
-        if progress.saved_best_step not in (None, progress.step):
-            best = self.checkpoints / checkpoint.name_of(progress.saved_best_step)
-            is_best_of_all = progress.best_step == progress.saved_best_step
-            with_loss = f", with validation loss {progress.best_loss:.3f}," if is_best_of_all else ""
-            self.console.print(f"the best checkpoint{with_loss} is {best}")
-
-
-def _seconds(path: Path, state: dict[str, Any]) -> float:
-    """How long the run of a checkpoint was trained; 0 for an older one, which does not say. Raises UserError."""
-    seconds = state.get("seconds", 0.0)
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
-        raise UserError(f"{path}: state.json: seconds: a number of at least 0 is accepted")
-    return float(seconds)
-
-
-def _perplexity(loss: float) -> float:
-    return math.inf if loss > 700 else math.exp(loss)

@@ -34,7 +34,9 @@ class WandbMirror:
         import wandb
 
         self._run: Any = None
-        self._newest = self._shift = self._row = 0  # the last row's step, what to add to it for W&B's own, and that
+        self._newest = 0  # step of the run in the last row
+        self._shift = 0  # what is added to a step of the run for a step of W&B's, which never goes back
+        self._row = 0  # step of W&B's in the last row
         self.url: str | None = None
         """Where the run is shown; None offline."""
         self._errors = (wandb.errors.Error, OSError)
@@ -96,7 +98,7 @@ class WandbMirror:
             self._leave()
 
     def _leave(self) -> None:
-        """Part from W&B's process, which does not answer; else its library complains at this one's end."""
+        """Leave W&B's process, which does not answer, so that its library does not wait for it when p828 ends."""
         import wandb
 
         self._run = None

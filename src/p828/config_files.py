@@ -1,0 +1,164 @@
+"""The files of a configuration: presets and TOML files, each over the one that its `base` names.
+
+What is read here are plain values under the keys that the files give; `config` makes settings of them.
+"""
+
+import codecs
+import re
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from p828.config_checks import MOST_TEXT
+from p828.config_values import shown, shown_path
+from p828.errors import UserError, nearest
+from p828.files import read_limited
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).parent / "configs"
+LARGEST_FILE = 2 * MOST_TEXT  # any configuration that `validate` accepts is shorter
+MOST_DOTS = 200  # in a line: what tomllib takes for a key grows with the square of its parts
+# The beginning of a text of several lines; a text of one line; a comment.
+TEXT = re.compile(r"""\"{3}|'{3}|"(?:[^"\\]|\\.)*"|'[^']*'|\#.*""")
+LONGEST_PATH = 4000
+MAX_BASES = 8  # how deep `base` may nest; a cycle ends here
+# What a source's or the validation's key says about its kind when that is not given.
+_SOURCE_IS = {"files": "files", "hub_name": "hf"}
+_VALIDATION_IS = {"files": "files", "hub_name": "split", "split": "split", "share": "held_out"}
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def read_with_bases(name_or_path: str, num_keys: int, depth: int = 0) -> tuple[dict[str, Any], frozenset[str]]:
+    """The values of a preset or file over those of its bases, and the dotted keys that the user's own files give.
+
+    `num_keys` is how many keys a configuration has. A file with more than half of them was written by p828: its keys do
+    not count as the user's. Raises UserError, and RecursionError for tables nested too deeply.
+    """
+    if len(name_or_path) > LONGEST_PATH:
+        raise UserError(f"no file {shown(name_or_path)}: at most {LONGEST_PATH} characters are accepted")
+    path, known = Path(name_or_path), preset_names()
+    is_preset = path.suffix != ".toml"
+    if is_preset:
+        path = PRESETS / f"{name_or_path}.toml"
+        if name_or_path not in known:
+            raise UserError(
+                f"no preset {shown(name_or_path)}{nearest(name_or_path[:80], known)} Presets: {', '.join(known)}; "
+                "or give the path of a .toml file or a run's directory"
+            )
+    values = _read_toml(path)
+    base = values.pop("base", None)
+    if base is not None and (not isinstance(base, str) or depth == MAX_BASES):
+        raise UserError(
+            f"{path}: base = {shown(base)}: give a preset's name or a .toml file, nested at most {MAX_BASES} deep"
+        )
+    given = frozenset(_keys(values))
+    is_whole = len(given) > num_keys / 2
+    if base is None:
+        below: dict[str, Any] = {}
+        before: frozenset[str] = frozenset()
+    else:
+        below, before = read_with_bases(
+            str(path.parent / base) if base.endswith(".toml") else base, num_keys, depth + 1
+        )
+    if not is_whole:
+        _set(values, implied(given, before))
+    return _merge(below, values), before if is_whole or is_preset else before | given
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        content = read_limited(path, LARGEST_FILE)
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+            raise ValueError("it is UTF-16 or no text; TOML is UTF-8 text")
+        text = content.decode("utf-8-sig")  # some editors put a byte order mark before it
+        _check_dots(text)
+        return tomllib.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"no file {shown_path(path)}") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}: cannot be read as TOML: line {line} holds the byte 0x{content[error.start]:02x}, "
+            "which is not UTF-8; save the file as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{shown_path(path)}: cannot be read as TOML: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # not TOML, a number too long, or a name that no file can have
+        raise UserError(f"{shown_path(path)}: cannot be read as TOML: {error}") from None
+
+
+def _check_dots(text: str) -> None:
+    """Raises ValueError if a line has more than `MOST_DOTS` in its keys; after a text of several lines, anywhere."""
+    is_plain = True
+    for line in text.split("\n"):
+        if is_plain:
+            keys = TEXT.sub(lambda found: found[0] if found[0] in ('"""', "'''") else "", line)
+            is_plain = '"""' not in keys and "'''" not in keys
+        if (keys if is_plain else line).count(".") > MOST_DOTS:
+            raise ValueError(f"a line has more than {MOST_DOTS} dots")
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of nested tables; `key[0].inner` in a list of tables."""
+    keys: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            keys += _keys(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            for i, item in enumerate(value):
+                keys += _keys(item, f"{prefix}{name}[{i}].")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _set(values: dict[str, Any], changes: Mapping[str, str]) -> None:
+    """Put values at dotted keys, making the tables that they need."""
+    for key, value in changes.items():
+        *tables, last = key.split(".")
+        table = values
+        for name in tables:
+            list_name, _, number = name.rstrip("]").partition("[")
+            table = table[list_name][int(number)] if number else table.setdefault(name, {})
+        table[last] = value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def implied(given: Collection[str], before: Collection[str] = ()) -> dict[str, str]:
+    """What keys that are given together imply: dotted key to value, for `data.source` and its like.
+
+    `before` are the keys of files that the given keys change. Raises UserError if the given keys imply different kinds.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for key in sorted(given):
+        table, _, name = key.rpartition(".")
+        if table == "data.validation":
+            kind, value = "data.validation.kind", _VALIDATION_IS.get(name)
+        elif table == "data" or table.startswith("data.mixture["):
+            kind, value = f"{table}.source", _SOURCE_IS.get(name)
+        else:
+            continue
+        if value is None or kind in given:
+            continue
+        if kind in found and found[kind][0] != value:
+            raise UserError(f"{found[kind][1]} and {key} are both given: {kind} says which one is meant")
+        found[kind] = value, key
+    is_validation_given = any(key.startswith("data.validation.") for key in (*given, *before))
+    if "data.files" in given and not is_validation_given:  # a preset's split belongs to the preset's source
+        found["data.validation.kind"] = "held_out", "data.files"
+    return {kind: value for kind, (value, _) in found.items()}
