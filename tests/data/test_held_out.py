@@ -44,6 +44,11 @@ def test_ten_documents_held_out_decide(tmp_path: Path) -> None:
     assert len(list(open_validation(config(few)))) == 99
 
 
+def test_a_share_that_leaves_hardly_a_document_takes_the_end_of_each(tmp_path: Path) -> None:
+    data = config(write_jsonl(tmp_path / "a.jsonl", [text(i, 300) for i in range(40)]), share=0.99)
+    assert len(list(open_training(data, 0, epochs=1))) == len(list(open_validation(data))) == 40
+
+
 @pytest.mark.parametrize("count", [3, 200])
 def test_every_reader_keeps_to_the_same_rule(tmp_path: Path, count: int) -> None:
     data = config(write_jsonl(tmp_path / "a.jsonl", [text(i, 300) for i in range(count)]))
