@@ -6,7 +6,7 @@ from data_samples import text, write_jsonl
 
 from p828.config import Config, DataConfig, ValidationConfig
 from p828.data.feed import held_out_lines, training_documents
-from p828.data.held_out import divided, is_held_out
+from p828.data.held_out import divided, is_held_out, trained_on_too
 from p828.data.source import open_in_order, open_training, open_validation
 from p828.data.text_reader import Reader
 
@@ -75,6 +75,18 @@ def test_a_rule_is_kept(tmp_path: Path) -> None:
     stream.load_state_dict(state)
     assert not is_held_out(next(stream), 0.1)
     assert not stream.by_end
+
+
+def test_validation_files_that_are_trained_on_are_told(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(book(9))
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    trained = (str(tmp_path / "[ab].txt"),)
+    for files, count in (((str(tmp_path),), 2), ((str(tmp_path / "link.txt"),), 1), ((str(tmp_path / "c.txt"),), 0)):
+        validation = ValidationConfig(kind="files", files=files)
+        lines = trained_on_too(DataConfig(source="files", files=trained, validation=validation))
+        assert [line.startswith(f"data.validation.files: {count} of ") for line in lines] == [True] * bool(count)
+    assert not trained_on_too(config(tmp_path))
 
 
 def test_it_is_said(tmp_path: Path) -> None:

@@ -37,12 +37,12 @@ def main() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """End with this exit code, whatever threads are left behind.
+    """End with this exit code, at once after Ctrl-C, and whatever threads are left behind.
 
     One inside a library's call, as of a tokenizer's training that was broken off, crashes where it comes back to an
     interpreter that is going.
     """
-    if not any(thread.daemon for thread in threading.enumerate()):
+    if code != INTERRUPTED and not any(thread.daemon for thread in threading.enumerate()):
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # its reader has gone
