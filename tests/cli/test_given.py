@@ -109,6 +109,11 @@ def test_keys_of_a_toml_that_would_change_nothing(
     assert key in complaint(capsys, "train", str(write_toml(here, **sections)))
 
 
+def test_a_mixture_has_no_revision_of_its_own(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_toml(here, data={"mixture": [{"name": "a", "source": "python"}]}))
+    assert "data.hub_revision = 'x': accepted without" in complaint(capsys, "train", path, "--data.hub-revision", "x")
+
+
 def test_a_base_that_the_user_wrote_counts_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("base.toml").write_text('base = "quickstart"\n[deepspeed]\nstage = 2\n')
     Path("mine.toml").write_text('base = "base.toml"\n')

@@ -69,6 +69,13 @@ def test_a_difference_is_told_and_kept(
         (["--resume-ranks", "2"], "--resume-ranks: accepted with --ranks"),
         (["--ranks", "2", "--resume-ranks", "3", "--engine", "deepspeed"], "a divisor of a step's 4 micro-batches"),
         (["--kill", "3"], "unknown flag --kill; did you mean --kills?"),
+        (["--train.steps", "61"], "train.steps = 61: in a proof at most 60 is accepted"),
+        (["--train.tokens", "1e6"], "train.steps = 7813: in a proof at most 60 is accepted"),
+        (["--train.hours", "1"], "train.hours = 1.0: in a proof 0.0 is accepted"),
+        (["--train.deterministic", "false"], "train.deterministic = false: in a proof true is accepted"),
+        (["--checkpoint.every", "7"], "checkpoint.every = 7: in a proof 3 is accepted"),
+        (["--evaluation.every", "7"], "evaluation.every = 7: in a proof 13 is accepted"),
+        (["--wandb.mode", "offline"], "wandb.mode = 'offline': in a proof 'off' is accepted"),
     ],
 )
 def test_wrong_input(toml: str, capsys: pytest.CaptureFixture[str], flags: list[str], says: str) -> None:

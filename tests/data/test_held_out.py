@@ -6,7 +6,7 @@ from data_samples import text, write_jsonl
 
 from p828.config import Config, DataConfig, ValidationConfig
 from p828.data.feed import held_out_lines, training_documents
-from p828.data.held_out import divided, is_held_out
+from p828.data.held_out import divided, is_held_out, trained_on_too
 from p828.data.source import open_in_order, open_training, open_validation
 from p828.data.text_reader import Reader
 
@@ -44,6 +44,11 @@ def test_ten_documents_held_out_decide(tmp_path: Path) -> None:
     assert len(list(open_validation(config(few)))) == 99
 
 
+def test_a_share_that_leaves_hardly_a_document_takes_the_end_of_each(tmp_path: Path) -> None:
+    data = config(write_jsonl(tmp_path / "a.jsonl", [text(i, 300) for i in range(40)]), share=0.99)
+    assert len(list(open_training(data, 0, epochs=1))) == len(list(open_validation(data))) == 40
+
+
 @pytest.mark.parametrize("count", [3, 200])
 def test_every_reader_keeps_to_the_same_rule(tmp_path: Path, count: int) -> None:
     data = config(write_jsonl(tmp_path / "a.jsonl", [text(i, 300) for i in range(count)]))
@@ -70,6 +75,18 @@ def test_a_rule_is_kept(tmp_path: Path) -> None:
     stream.load_state_dict(state)
     assert not is_held_out(next(stream), 0.1)
     assert not stream.by_end
+
+
+def test_validation_files_that_are_trained_on_are_told(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(book(9))
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    trained = (str(tmp_path / "[ab].txt"),)
+    for files, count in (((str(tmp_path),), 2), ((str(tmp_path / "link.txt"),), 1), ((str(tmp_path / "c.txt"),), 0)):
+        validation = ValidationConfig(kind="files", files=files)
+        lines = trained_on_too(DataConfig(source="files", files=trained, validation=validation))
+        assert [line.startswith(f"data.validation.files: {count} of ") for line in lines] == [True] * bool(count)
+    assert not trained_on_too(config(tmp_path))
 
 
 def test_it_is_said(tmp_path: Path) -> None:

@@ -64,11 +64,14 @@ def test_a_disk_that_fails_loses_nothing(
 def test_asked_to_end_it_saves_and_goes_on(toml: str, number: int) -> None:
     assert dispatch(["prepare", toml, *FLAGS, "--data.prepared", "whole"]) == 0
     arguments = [toml, *FLAGS, "--data.prepared", "prepared"]
-    process = subprocess.Popen([sys.executable, "-c", SLOWLY, *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while not Path("prepared/progress.json").exists():
         assert process.poll() is None
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    out, said = process.communicate(timeout=60)
+    assert f"{signal.Signals(number).name}: saving what is made" in out
     assert said == f"p828: stopped by {signal.Signals(number).name}. {GOES_ON}\n"
     assert process.returncode == 1
     assert Path("prepared/progress.json").exists()

@@ -67,6 +67,16 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     assert not list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step_*"))
 
 
+def test_ctrl_c_in_the_training_of_a_tokenizer_ends_the_run_at_once(tmp_path: Path) -> None:
+    """The library's thread comes back for more text, and would crash an interpreter that takes its time to end."""
+    process = start("train", "quickstart", "--train.device", "cpu", cwd=tmp_path)
+    assert process.stdout is not None
+    assert any("training a tokenizer" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "p828: interrupted\n")
+
+
 IN_AN_OPERATION = """
 import signal, sys, threading
 from p828.train.stop import noted_signals

@@ -9,6 +9,7 @@ import tyro
 
 from p828.cli.flags import changed, parse_given
 from p828.cli.given import check_given
+from p828.cli.output import note
 from p828.config import Config, DataConfig, validate
 from p828.config_checks import check_text
 from p828.config_files import implied
@@ -18,6 +19,7 @@ from p828.data.loader import Batch
 from p828.errors import UserError
 from p828.inference.evaluate import evaluate
 from p828.inference.load import LoadedModel, load_model
+from p828.train.console import waiting
 
 USAGE = "p828 evaluate CHECKPOINT [--rows N] [--micro-batch-size N] [--device DEVICE] [--data.key VALUE ...]"
 DESCRIPTION = (
@@ -51,7 +53,8 @@ def run(arguments: list[str]) -> None:
     for key in flags:
         if key.startswith("data.") and not key.removeprefix("data.").startswith(MEASURED):
             raise UserError(f"--{key.replace('_', '-')}: of training alone; it changes nothing that is measured")
-    loaded = load_model(own.checkpoint, own.device)
+    with waiting("loading the model", note):
+        loaded = load_model(own.checkpoint, own.device)
     data = _data_flags(flags)
     config = dataclasses.replace(
         loaded.config,
@@ -64,8 +67,8 @@ def run(arguments: list[str]) -> None:
     )
     validate(config)
     check_given(config, [f"data.{key}" for key in data], loaded.config, in_files=())
-    batches = _batches(config, loaded, flags)
-    result = evaluate(loaded.model, batches, loaded.dtype)
+    with waiting("measuring", note):
+        result = evaluate(loaded.model, _batches(config, loaded, flags), loaded.dtype)
     lines = [
         f"checkpoint     {loaded.path} (step {loaded.step})",
         f"loss           {result.loss:.5f} nats per token",

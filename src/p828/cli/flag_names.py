@@ -113,7 +113,8 @@ def suggestion(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
     word = name.lstrip("-")
     found = list(spelt)
     if not found:
-        found = [flag for flag in OTHER_NAMES.get(word, ()) if flag in known][:1]
+        names = (*OTHER_NAMES.get(word, ()), *OTHER_NAMES.get(word.rpartition(".")[2], ()))
+        found = [flag for flag in names if flag in known][:1]
     if not found:
         found = [flag for flag in known if flag.rpartition(".")[2] == word and "." in flag]
     if not found and cutoff < 0.85:

@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 import tyro
 
 from p828.cli.flags import parse
-from p828.cli.output import show
+from p828.cli.output import note, show
 from p828.config_checks import check_text
 from p828.errors import UserError, warn
 from p828.inference.generate import Completion, generate
 from p828.inference.load import LoadedModel, load_model
 from p828.inference.sampling import SamplingConfig
+from p828.train.console import waiting
 
 USAGE = "p828 generate CHECKPOINT --prompt TEXT [--prompt TEXT ...] [--interactive] [--temperature T ...]"
 DESCRIPTION = f"{USAGE}\n\nOne prompt's text is shown as it is generated; several are continued together."
@@ -37,7 +38,8 @@ def run(arguments: list[str]) -> None:
     if not given.prompt and not given.interactive:
         raise UserError("nothing to continue: give --prompt TEXT or --interactive")
     check_text("CHECKPOINT", given.checkpoint)
-    loaded = load_model(given.checkpoint, given.device)
+    with waiting("loading the model", note):
+        loaded = load_model(given.checkpoint, given.device)
     if len(given.prompt) == 1:
         _stream(loaded, given.prompt[0], given)
     elif given.prompt:

@@ -61,7 +61,15 @@ NEEDS = (
         of_flags=True,
     ),
     Need(
-        ("data.source", "data.files", "data.text_field", "data.hub_name", "data.hub_subset", "data.hub_split"),
+        (
+            "data.source",
+            "data.files",
+            "data.text_field",
+            "data.hub_name",
+            "data.hub_subset",
+            "data.hub_revision",
+            "data.hub_split",
+        ),
         lambda c: not c.data.mixture,
         "accepted without [[data.mixture]], whose sources each have this key",
         of_flags=True,

@@ -3,10 +3,12 @@
 import importlib
 import os
 import sys
-from contextlib import nullcontext, redirect_stdout
-from importlib.metadata import version
+import threading
+from contextlib import nullcontext, redirect_stdout, suppress
+from types import ModuleType
+from typing import NoReturn
 
-from p828.cli.output import escape_what_output_lacks
+from p828.cli.output import escape_what_output_lacks, note
 from p828.config_values import shown
 from p828.errors import OneRanksError, RunPaused, RunStopped, UserError, nearest, warn
 from p828.train.launcher import launched
@@ -31,7 +33,21 @@ def main() -> None:
     nowhere = redirect_stdout(open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
     with nowhere if launched().rank else nullcontext():
         code = dispatch(arguments)
-    sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End with this exit code, at once after Ctrl-C, and whatever threads are left behind.
+
+    One inside a library's call, as of a tokenizer's training that was broken off, crashes where it comes back to an
+    interpreter that is going.
+    """
+    if code != INTERRUPTED and not any(thread.daemon for thread in threading.enumerate()):
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader has gone
+            stream.flush()
+    os._exit(code)
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -39,6 +55,8 @@ def dispatch(arguments: list[str]) -> int:
         print(_usage())
         return 0
     if arguments == ["--version"]:
+        from importlib.metadata import version  # takes long, and Ctrl-C is answered once this file is imported
+
         print(f"p828 {version('p828')}")
         return 0
     command, *rest = arguments
@@ -48,8 +66,7 @@ def dispatch(arguments: list[str]) -> int:
         if command not in COMMANDS:
             near = nearest(command[:80], [*COMMANDS, "--help", "--version"])
             raise UserError(f"no command {shown(command)}{near} Commands: {', '.join(COMMANDS)}")
-        # Imported here, since most commands import torch, which takes seconds.
-        importlib.import_module(f"p828.cli.{command.replace('-', '_')}").run(rest)
+        _module(command).run(rest)
     except (UserError, RunStopped) as error:
         if isinstance(error, OneRanksError):
             warn(_cut(str(error)))
@@ -65,6 +82,20 @@ def dispatch(arguments: list[str]) -> int:
         # The reader of our output has gone; point stdout elsewhere so that its flush at exit does not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _module(command: str) -> ModuleType:
+    """The command's own; imported late, since most of them import PyTorch, which takes seconds."""
+    from p828.train.console import say, waiting
+
+    def tell(text: str) -> None:
+        if command == "prepare":
+            say(text)
+        elif sys.stderr.isatty():  # standard output is for what the others find out
+            note(text)
+
+    with waiting("loading PyTorch", tell):
+        return importlib.import_module(f"p828.cli.{command.replace('-', '_')}")
 
 
 def _check_unicode(argument: str) -> None:

@@ -1,10 +1,11 @@
 """`p828 prepare`: tokenize a run's text once, into files that training reads."""
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from p828.cli.configuration import Arguments, read_configuration
 from p828.config import Config, DataConfig
 from p828.config_files import preset_names
 from p828.data.feed import training_documents
+from p828.data.held_out import trained_on_too
 from p828.data.manifest import Manifest
 from p828.data.prepare import Preparation, WrongText, prepare
 from p828.data.prepared import Prepared
@@ -42,6 +44,8 @@ def run(arguments: list[str]) -> None:
         raise UserError(f"{key} is empty: give the directory to write to. Usage: {USAGE}")
     for data in wanted:
         open_in_order(data)  # a source that is not there ends it here
+        for line in trained_on_too(data):
+            print(line, flush=True)
     directories = [Path(data.prepared) for data in wanted]
     with _ended_by_signals(), entered(directories):
         tokenizer = settle_tokenizer(config, directories, lambda: _documents(config))
@@ -65,6 +69,7 @@ def _ended_by_signals() -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         if not heard:
             heard.append(time.monotonic())
+            _answer(signal.Signals(number))
             raise KeyboardInterrupt(signal.Signals(number).name)
         if number == signal.SIGINT or time.monotonic() > heard[0] + A_MOMENT:
             end_now(number)
@@ -81,6 +86,13 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _answer(number: signal.Signals) -> None:
+    """At once, from within a signal's handler: what is being tokenized is waited for, and then saved."""
+    text = f"{number.name}: saving what is made" + ("" if number == signal.SIGHUP else "; again to stop now")
+    with suppress(OSError, ValueError):  # an output that is gone
+        os.write(sys.stdout.fileno(), f"{chr(10) if sys.stdout.isatty() else ''}{text}\n".encode())
 
 
 def _documents(config: Config) -> Iterator[str]:

@@ -2,15 +2,17 @@
 
 import itertools
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from p828 import config as configuration
 from p828.cli import configuration as named
 from p828.cli.configuration import read_configuration
-from p828.cli.flags import shown_word
+from p828.cli.flags import parse_given, shown_word
 from p828.config import Config
 from p828.config_files import preset_names
+from p828.config_values import flatten, shown
 from p828.errors import RunStopped, UserError
 from p828.train.console import say
 
@@ -44,13 +46,17 @@ def run(arguments: list[str]) -> None:
         if micro_batches % number:
             raise UserError(f"--resume-ranks {number}: a divisor of a step's {micro_batches} micro-batches is accepted")
     seed = _number("--seed", given.seed, 0) if given.seed else None
-    _prove(configuration.with_steps(config, max(ranks, 1)), kills, seed, ranks, ranks_after)
+    _, flags = parse_given(Arguments, arguments, "p828 prove-resume", Arguments())
+    _prove(configuration.with_steps(config, max(ranks, 1)), flags, kills, seed, ranks, ranks_after)
 
 
-def _prove(config: Config, kills: int, seed: int | None, ranks: int, ranks_after: list[int]) -> None:
+def _prove(
+    config: Config, flags: Collection[str], kills: int, seed: int | None, ranks: int, ranks_after: list[int]
+) -> None:
     say(f"{config.name}: loading PyTorch")
     from p828.train.proof import Proof, shortened
 
+    _check_given(config, shortened(config, Path()), flags)
     directory = _fresh_directory(Path(config.runs_dir).absolute(), f"{config.name}-prove-resume")
     proof = Proof(shortened(config, directory), directory, kills, ranks, ranks_after, say, seed)
     try:
@@ -75,6 +81,16 @@ def _prove(config: Config, kills: int, seed: int | None, ranks: int, ranks_after
         )
     shutil.rmtree(directory)
     print(verdict)
+
+
+def _check_given(config: Config, proved: Config, flags: Collection[str]) -> None:
+    """Raises UserError for a flag that the proof has a value of its own for."""
+    given, own = flatten(config), flatten(proved)
+    for key in given:
+        is_given = key in flags or (key == "train.steps" and "train.tokens" in flags)
+        if is_given and key != "runs_dir" and given[key] != own[key]:
+            accepted = f"at most {own[key]}" if key == "train.steps" else shown(own[key])
+            raise UserError(f"{key} = {shown(given[key])}: in a proof {accepted} is accepted")
 
 
 def _fresh_directory(runs: Path, name: str) -> Path:

@@ -152,7 +152,7 @@ class FileShard:
         try:
             text = _decoded(record, number)
         except UnicodeDecodeError as error:
-            raise BadRecord(f"{self.name}: cannot be read: {error}", number) from None
+            raise BadRecord(f"{self.name}: cannot be read: {_not_utf8(error)}", number) from None
         return text.replace("\r\n", "\n").replace("\r", "\n")
 
     def _line(self, record: bytes | None, number: int) -> str:
@@ -165,7 +165,7 @@ class FileShard:
         try:
             line = _decoded(record, number)
         except UnicodeDecodeError as error:
-            raise BadRecord(f"{where}: not UTF-8: {error}", number) from None
+            raise BadRecord(f"{where}: not UTF-8: {_not_utf8(error)}", number) from None
         if not line.strip():
             return ""
         try:
@@ -173,6 +173,10 @@ class FileShard:
         except (ValueError, RecursionError) as error:
             raise BadRecord(f"{where}: not a line of JSON: {error}", number) from None
         return text_of(fields, self.text_field, where, number)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"{error}; save it as UTF-8, as iconv does"
 
 
 def text_of(fields: object, text_field: str, where: str, record: int) -> str:

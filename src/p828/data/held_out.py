@@ -2,14 +2,16 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from p828.data.files import FileShard
+from p828.config import DataConfig
+from p828.data.files import FileShard, file_shards
 from p828.data.hub import HubShard
 from p828.data.retry import Retry
 
-EXPECTED_DOCUMENTS = 10  # held out whole: where they would be fewer, it is the end of each one
+EXPECTED_DOCUMENTS = 10  # held out whole, and trained on: where they would be fewer, it is the end of each one
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -27,8 +29,8 @@ def divided(text: str, share: float, by_end: bool) -> tuple[str, str]:
 
 
 def enough_documents(share: float) -> int:
-    """How many documents there must be for the share of them to be held out whole."""
-    return math.ceil(EXPECTED_DOCUMENTS / share)
+    """How many documents there must be for the share of them to be held out whole, and for the others to be enough."""
+    return math.ceil(EXPECTED_DOCUMENTS / min(share, 1 - share))
 
 
 def are_few(shards: Sequence[FileShard | HubShard], share: float, retry: Retry) -> bool:
@@ -45,6 +47,21 @@ def are_few(shards: Sequence[FileShard | HubShard], share: float, retry: Retry) 
         if count >= enough:
             return False
     return True
+
+
+def trained_on_too(config: DataConfig) -> list[str]:
+    """A line if validation files are among the training files. Raises UserError as `file_shards`."""
+    if config.source != "files" or config.validation.kind != "files":
+        return []
+    training = {os.path.realpath(shard.name) for shard in file_shards(config.files, config.text_field, "data.files")}
+    validation = file_shards(config.validation.files, config.text_field, "data.validation.files")
+    both = [shard.name for shard in validation if os.path.realpath(shard.name) in training]
+    if not both:
+        return []
+    return [
+        f"data.validation.files: {len(both):,} of {len(validation):,} files are in data.files too, as {both[0]}: "
+        "they are trained on, so the validation loss does not tell how the model does on other text"
+    ]
 
 
 def _place_to_cut(text: str, share: float) -> int:

@@ -9,6 +9,7 @@ from p828 import config_checks
 from p828.config import Config, load, validate, with_steps
 from p828.data.amount import amounts, repeated
 from p828.data.feed import held_out_lines, open_loader, prepared_tokenizer, training_documents, validation_batches
+from p828.data.held_out import trained_on_too
 from p828.data.hub import pinned
 from p828.data.manifest import open_manifest
 from p828.data.mixture import held_out_rules
@@ -167,7 +168,8 @@ def _tell_how_it_begins(trainer: Trainer, about_data: list[str], changes: list[s
         lines.append(f"resumed from step {trainer.progress.step}")
     for line in lines:
         trainer.tell("resume", line)
-    for line in config_checks.remarks(config):
+    read = [data for data in config.data.sources if not data.prepared]
+    for line in (*config_checks.remarks(config), *(line for data in read for line in trained_on_too(data))):
         trainer.tell("remark", line)
     if config.train.dtype == "auto" and lacks_bfloat16(trainer.engine.device):
         trainer.tell("remark", "this GPU does not compute in bfloat16: the run is in float32")
