@@ -6,6 +6,7 @@ changes only what it lists. Nothing here imports torch.
 
 import codecs
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Collection, Mapping
@@ -465,6 +466,11 @@ def _merged_toml(name_or_path: str, depth: int = 0) -> tuple[dict[str, Any], fro
     if is_preset:
         path = PRESETS / f"{name_or_path}.toml"
         if name_or_path not in known:
+            if os.path.isfile(name_or_path):
+                raise UserError(
+                    f"{shown(name_or_path)} is no configuration: a preset, a .toml file or a run's directory is "
+                    "accepted. Text is given besides, as in p828 train quickstart --data.files FILE"
+                )
             raise UserError(
                 f"no preset {shown(name_or_path)}{nearest(name_or_path[:80], known)} Presets: {', '.join(known)}; "
                 "or give the path of a .toml file or a run's directory"

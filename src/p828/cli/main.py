@@ -19,6 +19,7 @@ COMMANDS = {
     "prove-resume": "whether a run that is killed and resumed is the run that was not",
     "bench": "how fast this machine trains, beside other libraries",
 }
+LOADING = ("prepare", "generate", "evaluate")  # these import torch at once
 LONGEST_LINE = 1200  # characters of a message; what is longer holds a value that goes on and on
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -48,7 +49,9 @@ def dispatch(arguments: list[str]) -> int:
         if command not in COMMANDS:
             near = nearest(command[:80], [*COMMANDS, "--help", "--version"])
             raise UserError(f"no command {shown(command)}{near} Commands: {', '.join(COMMANDS)}")
-        # Imported here, since most commands import torch, which takes seconds.
+        # Imported here, since most commands import torch, which takes seconds. The other ones say so themselves.
+        if command in LOADING and "torch" not in sys.modules and sys.stderr is not None and sys.stderr.isatty():
+            print(f"{command}: loading PyTorch", file=sys.stderr, flush=True)
         importlib.import_module(f"p828.cli.{command.replace('-', '_')}").run(rest)
     except (UserError, RunStopped) as error:
         if isinstance(error, OneRanksError):

@@ -233,8 +233,8 @@ def check_settings(before: dict[str, Any], now: dict[str, Any], path: Path) -> N
                 continue  # of a trained one
             if made != value:
                 raise UserError(
-                    f"{path}: made with {section}.{key} = {_shown(made)}, not {_shown(value)}. Set it back, or give "
-                    "another directory as data.prepared"
+                    f"{path}: made with {section}.{key} = {_shown(made)}, not {_shown(value)}. Give the "
+                    "configuration and flags that it was prepared with, or another directory as data.prepared"
                 )
 
 
