@@ -90,7 +90,6 @@ def _train(
                 tokenizer = _tokenizer(config, console)
                 config = run.settled(config, tokenizer.vocab_size)
                 if ranks.is_first:
-                    run.write(config)
                     recorder.update(config)
                 _check_prompts(config, tokenizer)
                 rules = [] if run.newest is None else _held_out_rules(run.newest)
@@ -118,6 +117,8 @@ def _train(
                         changes = [*run.changes, *trainer.resume(run.newest)]
                 with ranks.agreed():
                     loader.start()
+                    if ranks.is_first:
+                        run.write(config)
                 ranks.first(lambda: _introduce(trainer, settings))
                 for line in (*held_out_lines(config, rules), *newer):
                     console.print(line)
