@@ -6,7 +6,7 @@ import sys
 from contextlib import nullcontext, redirect_stdout
 from importlib.metadata import version
 
-from p828.cli.output import escape_what_output_lacks
+from p828.cli.output import escape_what_output_lacks, say_loading
 from p828.config_values import shown
 from p828.errors import OneRanksError, RunPaused, RunStopped, UserError, nearest
 from p828.train.launcher import launched
@@ -50,8 +50,8 @@ def dispatch(arguments: list[str]) -> int:
             near = nearest(command[:80], [*COMMANDS, "--help", "--version"])
             raise UserError(f"no command {shown(command)}{near} Commands: {', '.join(COMMANDS)}")
         # Imported here, since most commands import torch, which takes seconds. The other ones say so themselves.
-        if command in LOADING and "torch" not in sys.modules and sys.stderr is not None and sys.stderr.isatty():
-            print(f"{command}: loading PyTorch", file=sys.stderr, flush=True)
+        if command in LOADING:
+            say_loading(command)
         importlib.import_module(f"p828.cli.{command.replace('-', '_')}").run(rest)
     except (UserError, RunStopped) as error:
         if isinstance(error, OneRanksError):

@@ -12,6 +12,12 @@ def escape_what_output_lacks() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def say_loading(command: str) -> None:
+    """At a terminal, say what takes the seconds before the command begins; beside its output, which may be piped."""
+    if "torch" not in sys.modules and sys.stderr is not None and sys.stderr.isatty():
+        print(f"{command}: loading PyTorch", file=sys.stderr, flush=True)
+
+
 def printable(text: str) -> str:
     """`text` with control characters (Unicode's category Cc) other than newline and tab as \\xNN."""
     return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
