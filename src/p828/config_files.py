@@ -4,6 +4,7 @@ What is read here are plain values under the keys that the files give; `config` 
 """
 
 import codecs
+import os
 import re
 import sys
 from collections.abc import Collection, Mapping
@@ -49,6 +50,11 @@ def read_with_bases(name_or_path: str, num_keys: int, depth: int = 0) -> tuple[d
     if is_preset:
         path = PRESETS / f"{name_or_path}.toml"
         if name_or_path not in known:
+            if os.path.isfile(name_or_path):
+                raise UserError(
+                    f"{shown(name_or_path)} is no configuration: a preset, a .toml file or a run's directory is "
+                    "accepted. Text is given besides, as in p828 train quickstart --data.files FILE"
+                )
             raise UserError(
                 f"no preset {shown(name_or_path)}{nearest(name_or_path[:80], known)} Presets: {', '.join(known)}; "
                 "or give the path of a .toml file or a run's directory"

@@ -41,6 +41,26 @@ except SystemExit as stop:
     assert done.stdout.endswith("EXIT 0 set()\n")
 
 
+@pytest.mark.parametrize("command", ["generate", "evaluate", "prepare"])
+def test_at_a_terminal_a_command_says_that_it_loads_pytorch(command: str, tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "p828", command, "nothing.toml"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs
+    )
+    said = os.read(ours, 10_000).decode()
+    os.close(theirs)
+    os.close(ours)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert said.startswith(f"{command}: loading PyTorch\r\np828: ")
+
+
+def test_the_sizes_in_the_help_are_of_the_configuration_given(capsys: pytest.CaptureFixture[str]) -> None:
+    for named, shown in ((["quickstart"], True), ([], False)):
+        with pytest.raises(SystemExit):
+            dispatch(["train", *named, "--help"])
+        assert ("MFLOPs" in capsys.readouterr().out) == shown
+
+
 @pytest.mark.parametrize(
     "command, parts",
     [

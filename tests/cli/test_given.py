@@ -207,3 +207,10 @@ def test_a_directory_that_is_no_run(here: Path, capsys: pytest.CaptureFixture[st
     Path("books").mkdir()
     assert "books' is a directory, but no run: it holds no config.toml" in complaint(capsys, "train", "books")
     assert "runs/gone" in complaint(capsys, "train", "runs/gone")
+
+
+def test_text_in_place_of_a_configuration(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("book.txt").write_text("text")
+    said = complaint(capsys, "train", "book.txt")
+    assert "'book.txt' is no configuration" in said
+    assert "p828 train quickstart --data.files FILE" in said

@@ -92,8 +92,11 @@ def test_validation_files_that_are_trained_on_are_told(tmp_path: Path) -> None:
 def test_it_is_said(tmp_path: Path) -> None:
     few = config(write_jsonl(tmp_path / "few.jsonl", ["one", "two"]), share=0.02)
     many = config(write_jsonl(tmp_path / "many.jsonl", [text(i) for i in range(500)]), share=0.02)
-    assert "the last 2% of each document in data.files" in held_out_lines(Config(data=few))[0]
-    assert "2% of the documents in data.files" in held_out_lines(Config(data=many))[0]
+    few_words = f"the last 2% of each document in {tmp_path}/few.jsonl, as it has fewer than 500 documents"
+    assert held_out_lines(Config(data=few)) == [f"held out for validation: {few_words}"]
+    assert held_out_lines(Config(data=many)) == [
+        f"held out for validation: 2% of the documents in {tmp_path}/many.jsonl"
+    ]
     assert held_out_lines(Config(data=few), [False])[0].startswith("held out for validation: 2% of the documents")
 
 

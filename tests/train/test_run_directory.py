@@ -9,7 +9,7 @@ import pytest
 
 from p828.cli.main import dispatch
 from p828.train import checkpoint
-from runs import write_toml
+from runs import write_text, write_toml
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -104,3 +104,26 @@ def test_an_older_checkpoint_is_not_used_without_a_word(here: Path, command: Com
         assert said.splitlines()[0] == (
             "p828: runs/tiny/checkpoints/step_00000012: optimizer.safetensors is missing; step_00000010 is used instead"
         )
+
+
+def test_a_refused_resume_leaves_the_configuration(here: Path, command: Command) -> None:
+    path = str(write_toml(here))
+    assert command("train", path)[0] == 0
+    before = (here / "runs" / "tiny" / "config.toml").read_bytes()
+    other = write_text(here / "other", seed=1)
+    code, _, said = command("train", path, "--train.steps", "14", "--data.files", str(other))
+    assert code == 2
+    assert "not the data of the checkpoint" in said
+    assert (here / "runs" / "tiny" / "config.toml").read_bytes() == before
+    assert command("train", "runs/tiny", "--train.steps", "14")[0] == 0
+    assert b"steps = 14" in (here / "runs" / "tiny" / "config.toml").read_bytes()
+
+
+def test_a_run_with_nothing_left_to_train_says_so(here: Path, command: Command) -> None:
+    path = str(write_toml(here))
+    assert "nothing is left" not in command("train", path)[1]
+    for steps in ("12", "8"):
+        code, out, _ = command("train", "runs/tiny", "--train.steps", steps)
+        assert code == 0
+        assert f"nothing is left to train with train.steps = {steps}: a larger number trains the run longer" in out
+    assert "nothing is left" not in command("train", "runs/tiny", "--train.steps", "13")[1]

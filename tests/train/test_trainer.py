@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from p828.cli.main import dispatch
-from p828.config import load
+from p828.config import Config, from_dict, load
 from p828.data.loader import Batch
 from p828.model.flops import training_flops
 from p828.train import checkpoint, metrics
+from p828.train.changes import changed_rate
 from p828.train.engine import PlainEngine
 from runs import write_text, write_toml
 
@@ -209,6 +210,23 @@ def test_a_longer_cosine_is_told_to_raise_the_rate(here: Path, capsys: pytest.Ca
     assert dispatch(["train", path, "--train.steps", "33", *flags.split()]) == 0
     assert "jumps" not in capsys.readouterr().out
     assert lines(here, "step")[-1]["lr"] == pytest.approx(last, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "after, jumps",
+    [
+        ((12, "constant", 1e-3), False),
+        ((13, "constant", 1e-3), False),  # the learning rate is another on purpose, and only that
+        ((13, "constant", 1e-2), False),
+        ((13, "cosine", 1e-3), True),
+    ],
+)
+def test_another_learning_rate_is_no_jump_of_the_schedule(after: tuple[int, str, float], jumps: bool) -> None:
+    def config(steps: int, kind: str, rate: float) -> Config:
+        schedule = {"kind": kind, "warmup_steps": 2}
+        return from_dict({"train": {"steps": steps}, "schedule": schedule, "optimizer": {"learning_rate": rate}}, "")
+
+    assert bool(changed_rate(config(*after), 6, config(12, "constant", 1e-2))) == jumps
 
 
 def test_data_and_epochs_are_told_and_recorded(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,8 @@ def run(arguments: list[str]) -> None:
     if what in HELP:
         flags = [what]
     elif what != "train":
-        raise UserError(f"bench times one thing, `train`, and was given {shown(what)}. Usage: {USAGE}")
+        given_words = f"was given {shown(what)}" if what else "the word is missing"
+        raise UserError(f"bench times one thing, `train`; {given_words}. Usage: {USAGE}")
     given = parse(Arguments, flags, prog="p828 bench train", description=DESCRIPTION)
     if not given.shape:
         raise UserError(f"no --shape given. Usage: {USAGE}\nPresets: {', '.join(preset_names())}")

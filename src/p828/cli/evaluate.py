@@ -38,9 +38,9 @@ MEASURED = (
 class Arguments:
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run's directory, for its newest checkpoint, or one checkpoint's."""
-    rows: int = 64
+    rows: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: the run's)")] = 64
     """Rows of data.sequence_length tokens, fewer if the text is shorter."""
-    micro_batch_size: int = 8
+    micro_batch_size: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: the run's)")] = 8
     """Rows put through the model at once; changes speed and memory, not the result."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU if there is one."""

@@ -17,6 +17,7 @@ from rich.text import Text
 from p828.cli.configuration import Arguments, read_configuration
 from p828.config import Config, DataConfig
 from p828.config_files import preset_names
+from p828.data.amount import short
 from p828.data.feed import training_documents
 from p828.data.held_out import trained_on_too
 from p828.data.manifest import Manifest
@@ -122,7 +123,7 @@ def _prepare(config: Config, tokenizer: Tokenizer) -> Manifest:
         first = share if first < 0 else first  # what an interrupted command had done before
         left = (1 - share) * (now - started) / (share - first) if share > first else None
         rate = preparation.rate(now - started)
-        shown = f"{preparation.tokens / 1e6:,.0f} M tokens  {rate / 1e6:.2f} M/s  {_time(left)} left"
+        shown = f"{short(preparation.tokens)} tokens  {rate / 1e6:.2f} M/s  {_time(left)} left"
         bar.update(task, completed=share, shown=shown)
         if not output.is_terminal and (share >= said[0] + SHARE_PER_LINE or now > said[1] + SECONDS_PER_LINE):
             said = share, now

@@ -57,10 +57,12 @@ def _ours(argument: str) -> str:
 
 
 def _describe(default: Config) -> str:
+    """With the sizes of the configuration that was named, if one was."""
+    sizes = f"\n\n{_costs(default)}" if default != Config() else ""
     return (
         f"{USAGE}\n\nCONFIG is a preset ({', '.join(preset_names())}), a .toml file or a run's "
-        "directory, as runs/NAME. A run that has checkpoints goes on from the newest one.\n\n"
-        f"{_costs(default)}"
+        "directory, as runs/NAME. A run that has checkpoints goes on from the newest one."
+        f"{sizes}"
     )
 
 

@@ -234,6 +234,6 @@ def check_settings(before: dict[str, Any], now: dict[str, Any], path: Path) -> N
             if made != value:
                 old, new = shown(made, LONGEST_VALUE), shown(value, LONGEST_VALUE)
                 raise UserError(
-                    f"{path}: made with {section}.{key} = {old}, not {new}. Set it back, or give another directory "
-                    "as data.prepared"
+                    f"{path}: made with {section}.{key} = {old}, not {new}. Give the configuration and flags that it "
+                    "was prepared with, or another directory as data.prepared"
                 )

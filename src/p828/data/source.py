@@ -342,14 +342,14 @@ def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
     """
     if config.validation.kind != "held_out":
         return ""
-    source = _words(config)
+    source = " ".join(config.files) if config.source == "files" and len(config.files) <= 3 else _words(config)
     if by_end is None:
         by_end = _may_be_few(config) and _is_held_out_by_end(config, _training_shards(config)[0], NO_RETRY)
     share = f"{100 * config.validation.share:.3g}%"
     if not by_end:
         return f"held out for validation: {share} of the documents in {source}"
-    few = f"there are fewer than {enough_documents(config.validation.share):,}"
-    return f"held out for validation: the last {share} of each document in {source} ({few})"
+    few = f"it has fewer than {enough_documents(config.validation.share):,} documents"
+    return f"held out for validation: the last {share} of each document in {source}, as {few}"
 
 
 def _training_shards(config: DataConfig) -> tuple[Sequence[Shard], str]:

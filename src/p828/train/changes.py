@@ -33,7 +33,9 @@ def changed_rate(config: Config, step: int, before: Config) -> list[str]:
         min(step, steps - 1), steps, before.optimizer.learning_rate, schedule
     )  # after the last step, that step's
     now = learning_rate(step, config.train.steps, config.optimizer.learning_rate, config.schedule)
-    if abs(now - was) <= A_JUMP * max(now, was):
+    # By the schedule alone: the rest is another optimizer.learning_rate.
+    as_was = learning_rate(min(step, steps - 1), steps, config.optimizer.learning_rate, schedule)
+    if any(abs(now - rate) <= A_JUMP * max(now, rate) for rate in (was, as_was)):
         return []
     text = (
         f"the learning rate jumps: {now:.3g} at step {step + 1}, where the checkpoint's settings give {was:.3g}, since "

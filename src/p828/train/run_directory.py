@@ -114,7 +114,8 @@ def _entered(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
         _sweep(run_dir)
         newest, damaged, changes, vocab_size = _enter(config)
         directory = RunDirectory(run_dir, versions(), newest, damaged, changes, made, vocab_size)
-        _write_config(run_dir / CONFIG_FILE, config, directory.versions)
+        if newest is None or not (run_dir / CONFIG_FILE).exists():  # else `write`, once the run can go on with it
+            _write_config(run_dir / CONFIG_FILE, config, directory.versions)
     except (UserError, ReadFailed, OSError) as error:
         if is_ours or isinstance(error, OSError):
             _remove(made)

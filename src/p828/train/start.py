@@ -86,14 +86,13 @@ def _train(
         with waiting("starting Weights & Biases" if config.wandb.mode != "off" else "opening the records", tell):
             recorder = stack.enter_context(Recorder(run.path, config, is_quiet))
         first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
-        with Console(run.path, config.train.steps, first_step, is_quiet=is_quiet) as console:
+        with Console(run.path, max(config.train.steps, first_step), first_step, is_quiet=is_quiet) as console:
             part = ranks.on_host()  # they compare the files of prepared data together
             ranks.first(lambda: _make_tokenizer(config, console))  # the others wait, and find it in the run's directory
             with ranks.agreed():
                 tokenizer = _tokenizer(config, console)
                 config = run.settled(config, tokenizer.vocab_size)
                 if ranks.is_first:
-                    run.write(config)
                     recorder.update(config)
                 _check_prompts(config, tokenizer)
                 rules = [] if run.newest is None else _held_out_rules(run.newest)
@@ -122,6 +121,8 @@ def _train(
                         changes = [*run.changes, *trainer.resume(run.newest)]
                 with ranks.agreed():
                     loader.start()
+                    if ranks.is_first:
+                        run.write(config)
                 ranks.first(lambda: _introduce(trainer, settings))
                 _tell_how_it_begins(trainer, [*held_out_lines(config, rules), *newer], changes)
                 run.keep()
@@ -138,6 +139,18 @@ def _held_out_rules(path: Path) -> list[bool | None]:
     with checkpoint.opened(path, names=()) as saved, contextlib.suppress(LookupError, TypeError, AttributeError):
         return held_out_rules(saved.state["data"])
     return []
+
+
+def _nothing_left(trainer: Trainer) -> list[str]:
+    """A line where a run that is resumed has been trained for as long as it shall be."""
+    train = trainer.config.train
+    if trainer.progress.step >= train.steps:
+        longer = f"train.tokens = {train.tokens:g}" if train.tokens else f"train.steps = {train.steps:,}"
+    elif trainer.is_out_of_time():
+        longer = f"train.hours = {train.hours:g}"
+    else:
+        return []
+    return [f"nothing is left to train with {longer}: a larger number trains the run longer"]
 
 
 def _nothing(text: str) -> None:
@@ -165,7 +178,7 @@ def _tell_how_it_begins(trainer: Trainer, about_data: list[str], changes: list[s
         console.event(line)
     lines = [*run.damaged, *changes]
     if run.newest is not None:
-        lines.append(f"resumed from step {trainer.progress.step}")
+        lines += [f"resumed from step {trainer.progress.step}", *_nothing_left(trainer)]
     for line in lines:
         trainer.tell("resume", line)
     read = [data for data in config.data.sources if not data.prepared]
