@@ -258,7 +258,7 @@ class Console:
 def say(text: str) -> None:
     """Print a line where there is no run's console yet; an output that cannot be written is left to that."""
     if sys.stdout is not None:
-        encoding = sys.stdout.encoding
+        encoding = sys.stdout.encoding or "utf-8"  # none where text is kept in memory
         with contextlib.suppress(OSError):
             print(_escape(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
