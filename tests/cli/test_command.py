@@ -145,6 +145,7 @@ def test_an_output_without_accents(tmp_path: Path, environment: dict[str, str]) 
     assert "Traceback" not in wrong.stderr
 
 
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 LEFT_BEHIND = ({"RANK": "1"}, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "x"})
 
 
@@ -159,14 +160,21 @@ def test_a_lone_process_speaks(tmp_path: Path, environment: dict[str, str]) -> N
     assert wrong.stderr.startswith("p828: unknown flag --lr")
 
 
+@pytest.mark.parametrize("command", ["prepare", "generate", "evaluate", "prove-resume", "bench"])
+def test_only_training_heeds_a_launcher(tmp_path: Path, command: str) -> None:
+    second = {**ADDRESS, "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    asked = run(command, "--help", cwd=tmp_path, **second)
+    assert command in asked.stdout
+    wrong = run(command, "--nonsense", cwd=tmp_path, **second)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("p828: ")
+
+
 def test_a_lone_process_trains_whatever_rank_was_left_behind(tmp_path: Path) -> None:
     path = str(write_toml(tmp_path))
     done = run("train", path, *QUICK, cwd=tmp_path, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", SLURM_PROCID="1")
     assert done.returncode == 0, done.stderr
     assert "is complete at step 2" in done.stdout
-
-
-ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
@@ -177,6 +185,8 @@ ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "RANK": "1"}, Process()),
         (ADDRESS, Process()),
         ({**ADDRESS, "RANK": "3", "WORLD_SIZE": "x"}, Process()),
+        ({**ADDRESS, "RANK": "1", "WORLD_SIZE": "1"}, Process()),
+        ({**ADDRESS, "RANK": "5", "WORLD_SIZE": "2"}, Process()),
         ({**ADDRESS, "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Process(3, 8, 1, True)),
         ({**ADDRESS, "RANK": "0", "WORLD_SIZE": "1"}, Process(0, 1, 0, True)),
     ],

@@ -100,7 +100,7 @@ def test_parquet_is_read(tmp_path: Path) -> None:
     assert list(shard.documents(1)) == ["b", "c"]
 
 
-def test_a_parquet_file_without_rows_holds_no_documents(tmp_path: Path) -> None:
+def test_a_parquet_file_without_rows_holds_no_documents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i, rows in enumerate((["a", "b"], [], ["c"])):
         (tmp_path / "data").mkdir(exist_ok=True)
         table = pyarrow.table({"text": pyarrow.array(rows, pyarrow.string())})
@@ -108,6 +108,7 @@ def test_a_parquet_file_without_rows_holds_no_documents(tmp_path: Path) -> None:
     shards = hub_shards(str(tmp_path), "", "train", "text")
     assert [list(shard.documents()) for shard in shards] == [["a", "b"], [], ["c"]]
     assert list(shards[1].documents(1)) == []
+    assert not caplog.records  # nothing that looks like an error
     validation = ValidationConfig(share=0.3)
     config = DataConfig(source="hf", hub_name=str(tmp_path), validation=validation)
     assert sorted(open_training(config, 0, epochs=1)) == ["a", "b", "c"]  # of one character nothing can be held out

@@ -163,6 +163,9 @@ def test_other_settings_are_refused(config: Config, tokenizer: Tokenizer, tmp_pa
     other = dataclasses.replace(config, prepare=PrepareConfig(min_characters=3))
     with pytest.raises(UserError, match=r"prepare\.min_characters = 0, not 3"):
         make(other, tmp_path / "prepared", tokenizer)
+    shorter = dataclasses.replace(config, data=dataclasses.replace(config.data, max_document_megabytes=2))
+    with pytest.raises(UserError, match=r"data\.max_document_megabytes = 16, not 2"):
+        make(shorter, tmp_path / "prepared", tokenizer)
 
 
 def test_another_tokenizer_is_refused(config: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import fcntl
 import io
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import rich.console
 
-from p828.train.console import Console
+from p828.train.console import Console, say
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -145,7 +146,7 @@ def test_an_output_of_another_encoding_takes_any_text(tmp_path: Path) -> None:
 AT_A_TERMINAL = """
 import os, signal, sys
 from pathlib import Path
-from p828.train.console import Console
+from p828.train.console import Console, say
 with Console(Path(sys.argv[1]), 10) as view:
     view.step(1, 1.0, 2.0)
     print("from elsewhere")
@@ -271,3 +272,10 @@ def test_a_block_fits_60_columns(tmp_path: Path, terminal: bool) -> None:
     assert lines[start + 3].startswith(" " * 13 + "/data")
     assert max(map(len, lines[start:])) <= 60
     assert "".join(line[13:] for line in lines if "/a/a" in line) == "/a" * 40
+
+
+def test_a_line_where_output_is_kept_in_memory() -> None:
+    kept = io.StringIO()  # which has no encoding
+    with contextlib.redirect_stdout(kept):
+        say("né: loading")
+    assert kept.getvalue() == "né: loading\n"

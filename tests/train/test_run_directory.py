@@ -85,6 +85,14 @@ def test_checkpoints_on_another_disk_and_by_themselves(here: Path, command: Comm
     assert "resumed from step 12" in out
 
 
+def test_a_link_to_a_disk_that_is_not_there_is_named(here: Path, command: Command) -> None:
+    (here / "runs" / "tiny").mkdir(parents=True)
+    (here / "runs" / "tiny" / "checkpoints").symlink_to(here / "unmounted")
+    for wanted in (["evaluate", "runs/tiny"], ["generate", "runs/tiny", "--prompt", "ab"]):
+        said = (2, "", f"p828: runs/tiny/checkpoints is a link to {here}/unmounted, which is not there\n")
+        assert command(*wanted) == said
+
+
 def make_older(path: Path) -> None:
     """As it was before checkpoints had their tokenizer."""
     (path / "tokenizer.json").unlink()

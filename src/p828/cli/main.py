@@ -11,7 +11,7 @@ from typing import NoReturn
 from p828.cli.output import escape_what_output_lacks, note
 from p828.config_values import shown
 from p828.errors import OneRanksError, RunPaused, RunStopped, UserError, nearest, warn
-from p828.train.launcher import launched
+from p828.train.launcher import Process, launched
 
 COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",
@@ -31,7 +31,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     escape_what_output_lacks()
     nowhere = redirect_stdout(open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
-    with nowhere if launched().rank else nullcontext():
+    with nowhere if _place(arguments).rank else nullcontext():
         code = dispatch(arguments)
     _leave(code)
 
@@ -71,12 +71,12 @@ def dispatch(arguments: list[str]) -> int:
         if isinstance(error, OneRanksError):
             warn(_cut(str(error)))
         else:
-            _tell(error, error.is_everywhere)
+            _tell(error, error.is_everywhere, _place(arguments))
         return 2 if isinstance(error, UserError) else 1
     except RunPaused as paused:
-        _tell(paused, paused.is_everywhere)
+        _tell(paused, paused.is_everywhere, _place(arguments))
     except KeyboardInterrupt:
-        _tell("interrupted", is_everywhere=True)
+        _tell("interrupted", is_everywhere=True, process=_place(arguments))
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone; point stdout elsewhere so that its flush at exit does not complain.
@@ -105,9 +105,13 @@ def _check_unicode(argument: str) -> None:
         raise UserError(f"{shown(argument)} is not valid Unicode text") from None
 
 
-def _tell(text: object, is_everywhere: bool) -> None:
+def _place(arguments: list[str]) -> Process:
+    """This process among those that train one run; any other command is by itself, whatever the environment says."""
+    return launched() if arguments[:1] == ["train"] else Process()
+
+
+def _tell(text: object, is_everywhere: bool, process: Process) -> None:
     """Print it, but of many processes that train one run and end with the same, once on each machine or once in all."""
-    process = launched()
     if (process.rank if is_everywhere else process.local_rank) == 0:
         warn(_cut(str(text)))
 

@@ -1,5 +1,6 @@
 """Shards of a data set on the Hugging Face hub, or of a local directory in the hub's layout, streamed."""
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -100,6 +101,8 @@ def hub_shards(
     import datasets
     from datasets.exceptions import DatasetsError
 
+    # It logs what it then raises, also of files without rows, which are passed over here.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     place = f"{name}/{subset}" if subset else name
     place += f" at {revision}" if revision else ""
     try:

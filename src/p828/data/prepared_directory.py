@@ -22,6 +22,7 @@ PROGRESS_FILE, HASHES_FILE = "progress.json", "hashes.partial"
 OF_THE_TOKENS = (  # keys of the section data that decide them
     "source", "files", "text_field", "hub_name", "hub_subset", "hub_split", "packing", "validation",
 )  # fmt: skip
+LONGEST_DOCUMENT = "max_document_megabytes"  # decides them, too: what is longer is divided, or no document
 PROGRESS_TYPES = {
     "settings": dict, "tokenizer": str, "reader": int, "position": dict, "counts": list, "tokens": int, "hashes": dict,
     "training": dict, "validation": dict,
@@ -208,8 +209,9 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 def settings(config: Config, data: DataConfig | None = None) -> dict[str, Any]:
     """What decides the tokens of prepared data, their order and their division into files."""
+    data = config.data if data is None else data
     return {
-        "data": data_settings(config.data if data is None else data),
+        "data": {**data_settings(data), LONGEST_DOCUMENT: getattr(data, LONGEST_DOCUMENT)},
         "tokenizer": to_dict(config.tokenizer),
         "prepare": to_dict(config.prepare),
     }
@@ -231,6 +233,8 @@ def check_settings(before: dict[str, Any], now: dict[str, Any], path: Path) -> N
             made = before[section].get(key)
             if (section, key) == ("tokenizer", "vocab_size") and values["name"] != "train":
                 continue  # of a trained one
+            if key == LONGEST_DOCUMENT and key not in before[section]:
+                continue  # prepared by a version that did not keep it
             if made != value:
                 old, new = shown(made, LONGEST_VALUE), shown(value, LONGEST_VALUE)
                 raise UserError(

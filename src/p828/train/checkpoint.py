@@ -183,6 +183,9 @@ def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[
     for entry in (path, path / "checkpoints"):
         if entry.is_dir() and not os.access(entry, os.R_OK | os.X_OK):
             raise UserError(f"{entry}: no permission to read it")
+    linked = path / "checkpoints"
+    if linked.is_symlink() and not linked.exists():
+        raise UserError(f"{linked} is a link to {os.readlink(linked)}, which is not there")
     damage: list[str] = []
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     for candidate in reversed(_checkpoints(directory)):

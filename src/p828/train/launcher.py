@@ -21,7 +21,8 @@ def launched() -> Process:
     """This process's place among those that a launcher started.
 
     A launcher is at work where `ALL_SET` are. Fewer of them, as a RANK that some other program left behind or what
-    srun sets, say nothing: the process is alone. So it is where they are no whole numbers.
+    srun sets, say nothing: the process is alone. So it is where they are no whole numbers, or no place among
+    so many.
     """
     if not all(name in os.environ for name in ALL_SET):
         return Process()
@@ -29,4 +30,6 @@ def launched() -> Process:
     if not all(number.isdecimal() for number in numbers):
         return Process()
     rank, size, local_rank = map(int, numbers)
+    if rank >= size:
+        return Process()
     return Process(rank, size, local_rank, is_launched=True)
