@@ -13,7 +13,7 @@ from p828.config_values import to_dict
 from p828.data.bigram import bigram_loss
 from p828.data.feed import training_rows
 from p828.data.loader import DIGESTS, Batch, Loader
-from p828.data.mixture import at_step, bad_records, is_stopped, merged
+from p828.data.mixture import at_step, bad_records, held_out_rules, is_stopped, merged
 from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
 from p828.errors import NotFinite, ReadFailed, RunPaused, RunStopped, UserError
@@ -474,7 +474,8 @@ class Trainer:
             self.console.print(f"of {progress.documents:,} documents, {share:.1%} were cut into several rows")
         if config.evaluation.bigram_baseline and self.ranks.is_first:
             with self.console.waiting("counting pairs of tokens for the bigram baseline"):
-                bigram = bigram_loss(training_rows(config, self.tokenizer), self.validation, self.tokenizer.vocab_size)
+                rows = training_rows(config, self.tokenizer, held_out_rules(self.loader.state_dict()))
+                bigram = bigram_loss(rows, self.validation, self.tokenizer.vocab_size)
             self.recorder.write("event", progress.step, event="bigram_baseline", loss=bigram)
             self.console.print(f"a bigram model of the same tokens gets {bigram:.3f}")
         if config.evaluation.prompts:
