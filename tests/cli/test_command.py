@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from p828 import config
 from p828.cli.main import dispatch
 from p828.train.launcher import Process, launched
 from runs import write_toml
@@ -143,6 +144,15 @@ def test_an_output_without_accents(tmp_path: Path, environment: dict[str, str]) 
     wrong = run("generate", "runs/né", "--prompt", "é" * 200, cwd=tmp_path, **environment)
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
+
+
+def test_a_dry_run_says_what_is_hardly_meant(tmp_path: Path) -> None:
+    path = str(write_toml(tmp_path))
+    done = run("train", path, "--dry-run", "--model.num-experts-per-tok", "1", cwd=tmp_path)
+    assert "# model.num_experts_per_tok = 1 with model.norm_topk_prob = true: " in done.stdout
+    (tmp_path / "again.toml").write_text(done.stdout)
+    assert config.load(str(tmp_path / "again.toml")).model.num_experts_per_tok == 1
+    assert "norm_topk_prob = true:" not in run("train", path, "--dry-run", cwd=tmp_path).stdout
 
 
 ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

@@ -1,5 +1,6 @@
 """`p828 generate` and `p828 evaluate`, in this process and as a command with a pipe."""
 
+import dataclasses
 import io
 import re
 import subprocess
@@ -16,7 +17,9 @@ from p828.config import Config, DataConfig, EvaluationConfig, TokenizerConfig, V
 from p828.config_values import to_dict
 from p828.data.tokenizer import Tokenizer
 from p828.model.transformer import Transformer
-from p828.train import checkpoint_writer
+from p828.train import checkpoint_writer, metrics
+from p828.train.start import train
+from runs import run_config, write_text
 from tiny import tiny_model
 
 
@@ -230,3 +233,31 @@ def test_evaluate_measures_all_of_the_given_files(
 def test_evaluate_wrong_flags(run: Path, capsys: pytest.CaptureFixture[str], flags: list[str], expected: str) -> None:
     assert dispatch(["evaluate", str(run), "--device", "cpu", *flags]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_the_text_that_the_run_held_out_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier version held out whole documents, however few there were."""
+    config = run_config(
+        tmp_path,
+        data={"files": [str(write_text(tmp_path / "few", 6))], "validation": {"kind": "held_out", "share": 0.3}},
+        train={"steps": 2},
+        evaluation={"bigram_baseline": True},
+    )
+    with monkeypatch.context() as earlier:
+        earlier.setattr("p828.data.held_out.EXPECTED_DOCUMENTS", 0)
+        train(config)
+        first = read_kinds(config)
+    train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3)))
+    second = read_kinds(config)
+    assert second["bigram_baseline"] == first["bigram_baseline"]
+    capsys.readouterr()
+    assert dispatch(["evaluate", str(config.run_dir), "--rows", str(config.evaluation.rows)]) == 0
+    assert f"loss           {second['eval']:.5f} nats" in capsys.readouterr().out
+
+
+def read_kinds(config: Config) -> dict[str, float]:
+    """The last loss of each kind of records, and of events."""
+    lines = metrics.read(config.run_dir / metrics.FILE_NAME)
+    return {line.get("event", line["kind"]): line["loss"] for line in lines if "loss" in line}

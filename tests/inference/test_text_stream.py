@@ -152,3 +152,15 @@ def test_a_character_that_is_cut_off_behind_one_is_left_out() -> None:
         for dropped in (1, 2):
             pieces, _ = stream(tokenizer, ids[:-dropped])
             assert "".join(pieces).strip() == "cat 龘"
+
+
+def test_text_in_the_token_of_a_cut_off_character_stays() -> None:
+    """A token may be a space, or letters, with the first bytes of the next character behind them."""
+    first_byte = "Ã"  # as byte-level vocabularies spell 0xC3
+    inner = tokenizers.Tokenizer(models.BPE({"<eos>": 0, "a": 1, "na" + first_byte: 2, "Ġ" + first_byte: 3}, []))
+    decoder: Any = decoders.ByteLevel()
+    inner.decoder = decoder
+    tokenizer = Tokenizer(inner, "<eos>")
+    for last, text in ((2, "ana"), (3, "a ")):
+        text_stream = TextStream(tokenizer, [0], ())
+        assert "".join(map(text_stream.push, [1, last])) + text_stream.finish() == text

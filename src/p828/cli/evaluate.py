@@ -129,7 +129,13 @@ def _batches(config: Config, loaded: LoadedModel, flags: Collection[str]) -> Ite
     size = config.train.micro_batch_size
     if _is_every_row(config, flags):
         return all_validation_batches(config, loaded.tokenizer, size)
-    return validation_batches(config, loaded.tokenizer, config.evaluation.rows, size)
+    rules = loaded.rules if _texts(config) == _texts(loaded.config) else []
+    return validation_batches(config, loaded.tokenizer, config.evaluation.rows, size, rules)
+
+
+def _texts(config: Config) -> list[tuple[Any, ...]]:
+    """What text the sources are."""
+    return [(s.source, s.files, s.text_field, s.hub_name, s.hub_subset, s.hub_split) for s in config.data.sources]
 
 
 def _text(config: Config, flags: Collection[str]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import tomli_w
 
 from p828 import config as configuration
+from p828 import config_checks
 from p828.cli import configuration as named
 from p828.cli.configuration import read_configuration
 from p828.cli.presets import presets_table
@@ -38,7 +39,8 @@ def run(arguments: list[str]) -> None:
     config, given = read_configuration(flags, Arguments, USAGE, _describe, others=(DEEPSPEED_CONFIG,))
     if given.dry_run:
         config = configuration.with_vocabulary(configuration.with_steps(config, 1))
-        print(tomli_w.dumps(to_dict(config)).rstrip(), _costs(config), sep="\n\n")
+        lines = "\n".join([_costs(config), *(f"# {line}" for line in config_checks.remarks(config))])
+        print(tomli_w.dumps(to_dict(config)).rstrip(), lines, sep="\n\n")
         return
     warmup, steps = config.schedule.warmup_steps, configuration.with_steps(config, 1).train.steps
     if warmup > steps:  # given by other means than a flag: check_given

@@ -181,15 +181,18 @@ def held_out_lines(config: Config, rules: Sequence[bool | None] = ()) -> list[st
     return [words for data, by_end in pairs if not data.prepared and (words := held_out_words(data, by_end))]
 
 
-def training_rows(config: Config, tokenizer: Tokenizer) -> Iterator[npt.NDArray[np.int64]]:
-    """The tokens of one epoch of every source, in rows."""
-    for data in config.data.sources:
+def training_rows(
+    config: Config, tokenizer: Tokenizer, rules: Sequence[bool | None]
+) -> Iterator[npt.NDArray[np.int64]]:
+    """The tokens of one epoch of every source, in rows. `rules` as of `validation_batches`, one for each source."""
+    for data, by_end in zip(config.data.sources, rules, strict=True):
         if data.prepared:
             tokens = open_prepared(data, tokenizer).tokens("training")
             length = data.sequence_length + 1
             yield from (tokens.row(start, length, 0).tokens for start in range(0, len(tokens) - length + 1, length))
         else:
-            packer = Packer(open_training(data, config.train.seed, epochs=1), tokenizer, data.sequence_length)
+            documents = open_training(data, config.train.seed, epochs=1, by_end=by_end)
+            packer = Packer(documents, tokenizer, data.sequence_length)
             yield from (row.tokens for row in packer)
 
 

@@ -14,7 +14,7 @@ from p828.kernels.adamw import split_float32
 from p828.model.precision import matrices
 from p828.model.transformer import Transformer
 from p828.train import checkpoint
-from p828.train.checkpoint_content import check_weights, config_of
+from p828.train.checkpoint_content import check_weights, config_of, rules_of
 from p828.train.device import pick_device, pick_dtype
 from p828.train.engine import check_widths
 
@@ -35,6 +35,8 @@ class LoadedModel:
     """Optimizer updates that made it."""
     dtype: torch.dtype
     """What to compute in."""
+    rules: list[bool | None]
+    """By which rule the run holds out text of each source (`mixture.held_out_rules`)."""
 
 
 def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
@@ -59,12 +61,13 @@ def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
         if saved.state.get("tokenizer") != tokenizer.fingerprint():
             raise UserError(f"{found}: trained with another tokenizer than its run's {TOKENIZER_FILE}")
         check_weights(saved, config.model)
+        rules = rules_of(saved)
         weights = saved.tensors["model"]
     sizes, dtype = _arithmetic(config, place)
     model = Transformer(sizes)
     model.load_state_dict(weights)
     _store_in(model, dtype)
-    return LoadedModel(model.to(place).eval(), tokenizer, config, found, saved.step, dtype)
+    return LoadedModel(model.to(place).eval(), tokenizer, config, found, saved.step, dtype, rules)
 
 
 def _tokenizer_file(saved: checkpoint.OpenCheckpoint) -> Path:

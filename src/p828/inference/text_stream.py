@@ -38,11 +38,17 @@ class TextStream:
         """The text still held back, for no token follows; a character that was cut off is left out."""
         if self.stopped:
             return ""
+        text = whole = self._undecoded()
         for _ in range(MOST_OF_A_CHARACTER):
-            if self._is_whole(text := self._undecoded()) or len(self._ids) == self._decoded:
-                return self._release(text, end=True)
+            if self._is_whole(whole) or len(self._ids) == self._decoded:
+                break
             self._ids.pop()
-        return self._release(text.rstrip(CUT_CHARACTER), end=True)
+            whole = self._undecoded()
+        else:
+            whole = whole.rstrip(CUT_CHARACTER)
+        # The token in which the cut-off character begins may have text before it.
+        rest = text.removeprefix(whole).rstrip(CUT_CHARACTER) if text.startswith(whole) else ""
+        return self._release(whole + rest, end=True)
 
     def _undecoded(self) -> str:
         before = self._tokenizer.decode(self._ids[self._begin : self._decoded])

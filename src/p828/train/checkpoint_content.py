@@ -3,6 +3,7 @@
 Checksums tell that a file is what its writer wrote. They tell nothing of who the writer was.
 """
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -16,6 +17,7 @@ import torch
 
 from p828.config import Config, ModelConfig, from_dict
 from p828.config_values import shown
+from p828.data.mixture import held_out_rules
 from p828.errors import UserError
 from p828.model.transformer import Transformer
 from p828.train.checkpoint import STATE, OpenCheckpoint
@@ -37,6 +39,13 @@ def config_of(saved: OpenCheckpoint) -> Config:
     if not isinstance(values, Mapping):
         raise DamagedCheckpoint(f"{saved.path}: holds no configuration (config in {STATE})")
     return from_dict(values, str(saved.path))
+
+
+def rules_of(saved: OpenCheckpoint) -> list[bool | None]:
+    """By which rule its run holds out text of each source; none where its position is none, which a resume tells of."""
+    with contextlib.suppress(LookupError, TypeError, AttributeError):
+        return held_out_rules(saved.state["data"])
+    return []
 
 
 def check_content(saved: OpenCheckpoint, config: Config, first_position: Mapping[str, Any]) -> Progress:

@@ -2,6 +2,7 @@
 
 from p828.data.bigram import bigram_loss
 from p828.data.feed import training_rows
+from p828.data.mixture import held_out_rules
 from p828.errors import ReadFailed, UserError
 from p828.inference.evaluate import perplexity
 from p828.train import checkpoint
@@ -41,7 +42,8 @@ def _compare_with_bigram(trainer: Trainer) -> None:
     """Tell the baseline's loss. It reads an epoch of text, more than the run may have read, which can fail."""
     try:
         with trainer.console.waiting("counting pairs of tokens for the bigram baseline"):
-            rows = training_rows(trainer.config, trainer.tokenizer)
+            rules = held_out_rules(trainer.loader.state_dict())
+            rows = training_rows(trainer.config, trainer.tokenizer, rules)
             bigram = bigram_loss(rows, trainer.evaluations.batches, trainer.tokenizer.vocab_size)
     except (UserError, ReadFailed) as error:
         trainer.tell("no_bigram_baseline", f"there is no bigram baseline: {error}")

@@ -12,7 +12,6 @@ from p828.data.feed import held_out_lines, open_loader, prepared_tokenizer, trai
 from p828.data.held_out import trained_on_too
 from p828.data.hub import pinned
 from p828.data.manifest import open_manifest
-from p828.data.mixture import held_out_rules
 from p828.data.retry import Retry
 from p828.data.source import open_training, open_validation
 from p828.data.tokenizer import Tokenizer, load_tokenizer, remarks
@@ -20,6 +19,7 @@ from p828.errors import UserError
 from p828.model.flops import count_parameters, unused_vocabulary
 from p828.train import checkpoint
 from p828.train.banner import entries
+from p828.train.checkpoint_content import rules_of
 from p828.train.conclusion import conclude
 from p828.train.console import Console, say, waiting
 from p828.train.deepspeed_settings import DeepSpeedSettings
@@ -95,7 +95,10 @@ def _train(
                 if ranks.is_first:
                     recorder.update(config)
                 _check_prompts(config, tokenizer)
-                rules = [] if run.newest is None else _held_out_rules(run.newest)
+                rules: list[bool | None] = []
+                if run.newest is not None:
+                    with checkpoint.opened(run.newest, names=()) as saved:
+                        rules = rules_of(saved)
                 with console.waiting("reading the validation rows"):
                     validation = validation_batches(
                         config,
@@ -129,16 +132,6 @@ def _train(
                 with noted_signals(loader.stop_waiting, console.event) as trainer.stop:
                     trainer.run()
                 conclude(trainer)
-
-
-def _held_out_rules(path: Path) -> list[bool | None]:
-    """By which rule the run of a checkpoint holds out text of each source.
-
-    None where its position is no position, which the resume tells of.
-    """
-    with checkpoint.opened(path, names=()) as saved, contextlib.suppress(LookupError, TypeError, AttributeError):
-        return held_out_rules(saved.state["data"])
-    return []
 
 
 def _nothing_left(trainer: Trainer) -> list[str]:
