@@ -209,6 +209,14 @@ def test_a_launcher_sets_all(environment: dict[str, str], expected: Process, mon
     assert launched() == expected
 
 
+def test_too_little_memory_is_told_in_two_lines(tmp_path: Path) -> None:
+    huge = ("--model.vocab-size", "2000000000", "--model.hidden-size", "65536")
+    done = run("train", str(write_toml(tmp_path)), *QUICK, *huge, cwd=tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 2, done.stderr
+    assert done.stderr.startswith("p828: out of memory: ")
+
+
 def test_torchruns_second_process_is_the_second(tmp_path: Path) -> None:
     """What the rule takes for a launcher is one."""
     script = tmp_path / "say.py"
