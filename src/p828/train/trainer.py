@@ -104,8 +104,6 @@ class Trainer:
             for save in (self.finish_save, lambda: self.save(is_last=True)):
                 with suppress(UserError):  # also of the record of a checkpoint that is complete
                     save()
-        elif self.is_done():  # its last checkpoint cannot be saved
-            raise error
         step = self.progress.step
         saved = ", which is saved; the same command goes on from there" if self.saved_step == step else ""
         stopped = RunStopped(f"{error}\nThe run stops after step {step}{saved}")
