@@ -76,7 +76,7 @@ def read_with_bases(name_or_path: str, num_keys: int, depth: int = 0) -> tuple[d
         )
     if not is_whole:
         _set(values, implied(given, before))
-    return _merge(below, values), before if is_whole or is_preset else before | given
+    return merged(below, values), before if is_whole or is_preset else before | given
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -137,12 +137,13 @@ def _set(values: dict[str, Any], changes: Mapping[str, str]) -> None:
         table[last] = value
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables with the values of `over` in place of those of `base`."""
+    result = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
 
 
 def implied(given: Collection[str], before: Collection[str] = ()) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from p828.config import Config
-from p828.config_files import PRESETS
+from p828.config_files import PRESETS, merged
 from p828.config_values import flatten
 from p828.errors import UserError, nearest
 from p828.files import MEBIBYTE, read_limited
@@ -94,7 +94,7 @@ def deepspeed_settings(config: Config, dtype: str, world_size: int) -> DeepSpeed
         given = _checked(read_strictly(path), KEYS, _of_run(config, dtype, world_size), problems)
         if problems:
             raise UserError(_listed([f"{path}: {problem}" for problem in problems]))
-        values = _merged(values, {key: value for key, value in given.items() if key not in FOR_US})
+        values = merged(values, {key: value for key, value in given.items() if key not in FOR_US})
     zero = values["zero_optimization"]
     offloads = {key: zero.get(key, {}).get("device") == "cpu" for key in LEAST_STAGE}
     for key, least in LEAST_STAGE.items():
@@ -267,14 +267,6 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, list) and isinstance(second, list):
         return len(first) == len(second) and all(map(_same, first, second))
     return first == second and isinstance(first, bool) == isinstance(second, bool)
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
 
 
 def _shown(value: Any) -> str:
