@@ -1,6 +1,7 @@
 """Files that are no usable tokenizer end in a line, whatever the library does with them."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from p828.errors import UserError
 from runs import p828, write_toml
 from tokenizer_kinds import EOS, KINDS
 
+MEMORIES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 Change = Callable[[dict[str, Any]], object]
 ODD: dict[str, tuple[str, Change]] = {
     "a panic when it is read": ("byte_level", lambda spec: spec["model"].update(continuing_subword_prefix="##")),
@@ -78,3 +80,16 @@ def test_a_run_with_one_that_panics_ends_in_a_line(tmp_path: Path) -> None:
     assert len(err.strip().splitlines()) == 1
     assert str(odd) in err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("make", [Tokenizer.tried, Tokenizer.from_file])
+def test_an_id_that_would_take_all_memory_is_refused(tmp_path: Path, make: Callable[[Path, str], Tokenizer]) -> None:
+    spec = json.loads(KINDS["byte_level"]().to_str())
+    spec["model"]["vocab"]["zz"] = 2**26  # 2 GB of room for the ids below it
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(spec))
+    before = [resource.getrusage(whose).ru_maxrss for whose in MEMORIES]
+    with pytest.raises(UserError, match=r"the id 67108864: at most 2097151 is accepted"):
+        make(path, EOS)
+    after = [resource.getrusage(whose).ru_maxrss for whose in MEMORIES]
+    assert max(new - old for new, old in zip(after, before, strict=True)) < 500_000  # kilobytes
