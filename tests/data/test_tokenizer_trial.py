@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from p828.cli.main import dispatch
 from p828.data import tokenizer_trial
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
@@ -83,15 +84,14 @@ def test_a_run_with_one_that_panics_ends_in_a_line(tmp_path: Path) -> None:
 
 
 def test_an_id_that_would_take_all_memory_is_refused(tmp_path: Path) -> None:
-    """Of a run's own tokenizer, too, which is not tried out again; the library ends the process."""
-    spec = json.loads(KINDS["byte_level"]().to_str())
+    """Of a run's own tokenizer, too, which is not tried out again: the library would end the process."""
+    train = ["train", str(write_toml(tmp_path, train={"steps": 2})), "--runs-dir", str(tmp_path)]
+    assert dispatch(train) == 0
+    path = tmp_path / "tiny" / "tokenizer.json"
+    spec = json.loads(path.read_text())
     spec["model"]["vocab"]["zz"] = 2**31
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "tokenizer.json").write_text(json.dumps(spec))
+    path.write_text(json.dumps(spec))
     limits = (ADDRESS_SPACE, ADDRESS_SPACE)
-    code, _, err = p828(
-        "train", str(write_toml(tmp_path)), "--runs-dir", str(tmp_path), cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limits),
-    )  # fmt: skip
+    code, _, err = p828(*train, cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limits))
     assert code == 2, err
-    assert "tokenizer.json: a token has the id 2147483648: at most 2097151 is accepted" in err
+    assert f"{path}: a token has the id 2147483648: at most 2097151 is accepted" in err
