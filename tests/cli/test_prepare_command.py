@@ -114,6 +114,15 @@ def test_a_command_that_came_to_nothing_leaves_nothing(toml: str, capsys: pytest
     assert dispatch(["prepare", toml, *flags]) == 0, capsys.readouterr().err
 
 
+def test_text_of_blank_lines_alone_is_wrong_input(
+    toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "blank.txt").write_text("\n" * 1000)
+    assert dispatch(["prepare", toml, "--data.files", str(tmp_path / "blank.txt"), "--data.prepared", "blank"]) == 2
+    assert "nothing but blank lines and spaces" in capsys.readouterr().err
+    assert not Path("blank").exists()
+
+
 def test_a_directory_of_other_files_is_left_alone(toml: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("home").mkdir()
     Path("home/thesis.tex").write_text("ten years")

@@ -6,7 +6,8 @@ from data_samples import text, write_jsonl
 
 from p828.config import Config, DataConfig, ValidationConfig
 from p828.data.feed import held_out_lines, training_documents
-from p828.data.held_out import divided, is_held_out, trained_on_too
+from p828.data.held_out import are_few, divided, is_held_out, trained_on_too
+from p828.data.retry import NO_RETRY
 from p828.data.source import open_in_order, open_training, open_validation
 from p828.data.text_reader import Reader
 
@@ -107,3 +108,7 @@ def test_nothing_is_lost_in_dividing() -> None:
         training, held_out = divided(whole, draw.random(), by_end=True)
         assert training + held_out == whole
         assert training
+
+
+def test_a_share_next_to_nothing_is_of_few_documents() -> None:
+    assert are_few([], 1e-320, NO_RETRY)

@@ -157,6 +157,11 @@ def test_unknown_subsets_and_splits_are_named(hub: Path, subset: str, split: str
     assert "data.hub_subset" in advice
 
 
+def test_a_name_without_a_last_part_is_no_data_set() -> None:
+    with pytest.raises(UserError, match="data set /, split 'train'"):
+        hub_shards("/", "", "train", "text")
+
+
 def test_wrong_rows_are_named(hub: Path) -> None:
     (shard,) = hub_shards(str(hub), "de", "train", "text")
     with pytest.raises(UserError, match=r"shard 1 of 1, row 1: no field 'text' \(data\.text_field\); .* id, inhalt"):

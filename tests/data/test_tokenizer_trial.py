@@ -1,18 +1,21 @@
 """Files that are no usable tokenizer end in a line, whatever the library does with them."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from p828.cli.main import dispatch
 from p828.data import tokenizer_trial
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError
 from runs import p828, write_toml
 from tokenizer_kinds import EOS, KINDS
 
+ADDRESS_SPACE = 4 * 2**30  # bytes
 Change = Callable[[dict[str, Any]], object]
 ODD: dict[str, tuple[str, Change]] = {
     "a panic when it is read": ("byte_level", lambda spec: spec["model"].update(continuing_subword_prefix="##")),
@@ -78,3 +81,17 @@ def test_a_run_with_one_that_panics_ends_in_a_line(tmp_path: Path) -> None:
     assert len(err.strip().splitlines()) == 1
     assert str(odd) in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_id_that_would_take_all_memory_is_refused(tmp_path: Path) -> None:
+    """Of a run's own tokenizer, too, which is not tried out again: the library would end the process."""
+    train = ["train", str(write_toml(tmp_path, train={"steps": 2})), "--runs-dir", str(tmp_path)]
+    assert dispatch(train) == 0
+    path = tmp_path / "tiny" / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    spec["model"]["vocab"]["zz"] = 2**31
+    path.write_text(json.dumps(spec))
+    limits = (ADDRESS_SPACE, ADDRESS_SPACE)
+    code, _, err = p828(*train, cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limits))
+    assert code == 2, err
+    assert f"{path}: a token has the id 2147483648: at most 2097151 is accepted" in err

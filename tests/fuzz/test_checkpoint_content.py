@@ -196,3 +196,14 @@ def test_the_callers_own_error_stays_its_own(changed: Changed) -> None:
     with pytest.raises(ValueError, match="mine") as raised, checkpoint.opened(changed.path):
         raise ValueError("mine")
     assert raised.type is ValueError
+
+
+def test_the_rule_by_which_text_is_held_out_is_a_boolean(changed: Changed) -> None:
+    """It is in the position of few documents only."""
+    first = {"by_end": True, "given": 0}
+    changed.write(lambda state, tensors: state.update(data={"by_end": [[1]], "given": 0}))
+    with (
+        checkpoint.opened(changed.path) as saved,
+        pytest.raises(checkpoint.DamagedCheckpoint, match=r"data\.by_end = \[\[1\]\]: true or false"),
+    ):
+        check_content(saved, load(str(changed.place / "tiny.toml")), first)

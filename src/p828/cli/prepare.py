@@ -99,9 +99,14 @@ def _answer(number: signal.Signals) -> None:
 def _documents(config: Config) -> Iterator[str]:
     """Text to train a tokenizer on."""
     print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens", flush=True)
+    is_begun = False
     try:
-        yield from training_documents(config)
+        for text in training_documents(config):
+            is_begun = True
+            yield text
     except UserError as error:
+        if not is_begun:
+            raise
         for data in config.data.sources:
             next(open_in_order(data), None)  # where not even the first document can be read, it is wrong input
         raise RunStopped(f"{error}\nThe same command begins again once that is mended") from error

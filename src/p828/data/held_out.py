@@ -12,6 +12,7 @@ from p828.data.hub import HubShard
 from p828.data.retry import Retry
 
 EXPECTED_DOCUMENTS = 10  # held out whole, and trained on: where they would be fewer, it is the end of each one
+MOST_DOCUMENTS = 2**53  # that are counted with; a share can be so small that it would be infinitely many
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -30,7 +31,7 @@ def divided(text: str, share: float, by_end: bool) -> tuple[str, str]:
 
 def enough_documents(share: float) -> int:
     """How many documents there must be for the share of them to be held out whole, and for the others to be enough."""
-    return math.ceil(EXPECTED_DOCUMENTS / min(share, 1 - share))
+    return math.ceil(min(EXPECTED_DOCUMENTS / min(share, 1 - share), MOST_DOCUMENTS))
 
 
 def are_few(shards: Sequence[FileShard | HubShard], share: float, retry: Retry) -> bool:

@@ -107,7 +107,7 @@ def hub_shards(
     place += f" at {revision}" if revision else ""
     try:
         dataset = datasets.load_dataset(name, subset or None, split=split, streaming=True, revision=revision or None)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, LookupError, DatasetsError) as error:  # LookupError: the name has no last part, as /
         advice = "Check the name, the subset (data.hub_subset) and the split (data.hub_split, data.validation.split)"
         if isinstance(error, ConnectionError):
             advice = without_network("dataset")

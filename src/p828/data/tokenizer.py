@@ -79,6 +79,7 @@ class Tokenizer:
     def tried(cls, path: Path, eos_token: str) -> "Tokenizer":
         """From a file that was never used before. Raises UserError also when it fails on text, or takes too long."""
         text = _read(path)
+        _check_ids(text, str(path))
         try_out(text, str(path))
         made = cls._from_json(text, str(path), eos_token)
         for sample in (*SAMPLES, eos_token, made.inner.decode([made.eos_id], skip_special_tokens=False)):
@@ -91,6 +92,7 @@ class Tokenizer:
 
     @classmethod
     def _from_json(cls, text: str, where: str, eos_token: str) -> "Tokenizer":
+        _check_ids(text, where)
         with _answered(f"{where}: not a tokenizer.json"):
             inner = tokenizers.Tokenizer.from_str(text)
         try:
@@ -352,6 +354,20 @@ def _read(path: Path) -> str:
         return read_limited(path, LARGEST_FILE).decode("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a tokenizer.json: {error}") from None
+
+
+def _check_ids(text: str, where: str) -> None:
+    """Raises UserError for an id that no vocabulary has: the library takes memory for every id up to the largest."""
+    try:
+        spec = json.loads(text)
+        vocabulary = spec["model"].get("vocab")
+        ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else ())]
+        ids += [token["id"] for token in spec.get("added_tokens") or ()]
+        largest = max((number for number in ids if isinstance(number, int)), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return  # no tokenizer.json; the library says what is wrong with it
+    if largest >= LARGEST_VOCABULARY:
+        raise UserError(f"{where}: a token has the id {largest}: at most {LARGEST_VOCABULARY - 1} is accepted")
 
 
 def _settled(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

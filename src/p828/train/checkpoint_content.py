@@ -112,7 +112,7 @@ def _check_position(saved: OpenCheckpoint, value: Any, first: Any, key: str) -> 
             raise _wrong(saved, key, value, "a list")
         for number, item in enumerate(value if first else ()):
             _check_position(saved, item, first[min(number, len(first) - 1)], f"{key}[{number}]")
-    elif type(first) in (int, str) and not _is_one(value, type(first)):
+    elif type(first) in (int, str, bool) and not _is_one(value, type(first)):
         raise _wrong(saved, key, value, _in_words(type(first)))
 
 
@@ -241,7 +241,12 @@ def _is_one(value: Any, kind: Any) -> bool:
 
 
 def _in_words(kind: Any) -> str:
-    words = {int: "a whole number, 0 or more", str: "a text", list[int]: "a list of whole numbers"}
+    words = {
+        int: "a whole number, 0 or more",
+        str: "a text",
+        bool: "true or false",
+        list[int]: "a list of whole numbers",
+    }
     return words.get(kind, "a number or null")
 
 

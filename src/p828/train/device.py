@@ -4,13 +4,19 @@ import os
 import resource
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from p828.config import TrainConfig
-from p828.errors import UserError
+from p828.errors import RunStopped, UserError
+from p828.train.host_memory import free_host_bytes
 
+LEAST_BYTES = 8  # of a parameter that is trained: its master and its gradient; moments come on top
+NO_HOST_MEMORY = "can't allocate memory"
+LONGEST_CAUSE = 200  # characters of what PyTorch says
 # Dense bfloat16 peak in FLOP/s from the vendor's datasheets, by what torch.cuda.get_device_name() contains.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
@@ -73,6 +79,36 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_room(parameters: int, device: torch.device) -> None:
+    """Raises UserError for a model that cannot be trained in the device's free memory, before any is taken."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    if parameters * LEAST_BYTES > free:
+        raise UserError(
+            f"a model of {parameters:,} parameters takes more than {parameters * LEAST_BYTES / 1e9:,.0f} GB to train; "
+            f"{free / 1e9:,.1f} GB are free on this {'GPU' if device.type == 'cuda' else 'machine'}"
+        )
+
+
+@contextmanager
+def out_of_memory_told(what: str) -> Iterator[None]:
+    """Where the block takes more memory than there is, raise RunStopped with what to change.
+
+    PyTorch has an error of its own for a GPU, and a RuntimeError for the host.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and NO_HOST_MEMORY not in text:
+            raise
+        cause = text[max(text.find(NO_HOST_MEMORY), 0) :][:LONGEST_CAUSE] or "of the host"
+        raise RunStopped(
+            f"{what}: out of memory: {cause}\n"
+            "Lower train.micro_batch_size and raise train.gradient_accumulation as much, or set "
+            "train.gradient_checkpointing"
+        ) from error
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from p828.train.checkpoint_content import rules_of
 from p828.train.conclusion import conclude
 from p828.train.console import Console, say, waiting
 from p828.train.deepspeed_settings import DeepSpeedSettings
-from p828.train.device import lacks_bfloat16, make_deterministic, pick_device
+from p828.train.device import check_room, lacks_bfloat16, make_deterministic, pick_device
 from p828.train.engine import Engine, PlainEngine
 from p828.train.engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from p828.train.evaluation import Evaluations
@@ -183,9 +183,11 @@ def _tell_how_it_begins(trainer: Trainer, about_data: list[str], changes: list[s
 
 def _engine(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, console: Console) -> Engine:
     """With a word on the links between the ranks' devices, if there is one."""
+    parameters = count_parameters(config.model).total
     if settings is None:
+        check_room(parameters, pick_device(config.train.device))
         return PlainEngine(config)
-    engine, parameters = DeepSpeedEngine(config, ranks, settings), count_parameters(config.model).total
+    engine = DeepSpeedEngine(config, ranks, settings)
     for line in check_topology(ranks, engine.device, parameters, engine.reduced_dtype, engine.reductions):
         console.event(line)
     return engine

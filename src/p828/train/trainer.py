@@ -21,7 +21,7 @@ from p828.train.background_saver import BackgroundSaver
 from p828.train.changes import changed_rate, changed_rows
 from p828.train.checkpoint_content import check_content, config_of, reading_position, seconds_of
 from p828.train.console import Console
-from p828.train.device import compiles, peak_flops, peak_memory
+from p828.train.device import compiles, out_of_memory_told, peak_flops, peak_memory
 from p828.train.engine import Engine, StepResult
 from p828.train.evaluation import Evaluations
 from p828.train.metrics import Recorder, loads_every, loads_record
@@ -84,7 +84,8 @@ class Trainer:
             batches, counts = self.fetch()
             num_targets = max(counts.targets, 1)  # a last row may have none
             rate = learning_rate(progress.step, config.train.steps, config.optimizer.learning_rate, config.schedule)
-            result = self.step(batches, num_targets, rate)
+            with out_of_memory_told(f"step {progress.step + 1}"):
+                result = self.step(batches, num_targets, rate)
 
             progress.step += 1
             progress.count(counts)
@@ -94,7 +95,8 @@ class Trainer:
             if not self.is_kept(result):
                 self.roll_back()
                 continue
-            is_better = self.evaluations.make(progress) if self.is_due(config.evaluation.every) else False
+            with out_of_memory_told(f"the evaluation of step {progress.step}"):
+                is_better = self.evaluations.make(progress) if self.is_due(config.evaluation.every) else False
             if is_better or self.is_due(config.checkpoint.every):
                 self.save()
 
