@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import signal
+
 import hypothesis
 import pytest
 import torch
@@ -10,6 +12,13 @@ hypothesis.settings.load_profile("p828")
 
 # The products here are too small to share between threads, and pytest-xdist has a process for every core.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heeds_signals() -> None:
+    """Shells start what runs in the background with SIGINT ignored, which the processes that are tested would heed."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

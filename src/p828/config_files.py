@@ -4,6 +4,7 @@ What is read here are plain values under the keys that the files give; `config` 
 """
 
 import codecs
+import contextlib
 import os
 import re
 import sys
@@ -131,10 +132,11 @@ def _set(values: dict[str, Any], changes: Mapping[str, str]) -> None:
     for key, value in changes.items():
         *tables, last = key.split(".")
         table = values
-        for name in tables:
-            list_name, _, number = name.rstrip("]").partition("[")
-            table = table[list_name][int(number)] if number else table.setdefault(name, {})
-        table[last] = value
+        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # no table: told where it is read
+            for name in tables:
+                list_name, _, number = name.rstrip("]").partition("[")
+                table = table[list_name][int(number)] if number else table.setdefault(name, {})
+            table[last] = value
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

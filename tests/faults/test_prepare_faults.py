@@ -114,8 +114,9 @@ def test_wrong_text_met_by_the_tokenizer_leaves_nothing_half_made(
     toml: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("bad.jsonl").write_text('{"text": "one"}\n{"text": ')
-    assert dispatch(["prepare", toml, "--data.files", "bad.jsonl", "--data.prepared", "prepared"]) == 1
+    assert dispatch(["prepare", toml, "--data.files", "bad.jsonl", "--data.prepared", "prepared"]) == 2
     assert "bad.jsonl:2: not a line of JSON" in capsys.readouterr().err
+    assert not Path("prepared").exists()
     assert dispatch(["prepare", toml, "--data.prepared", "prepared"]) == 0
 
 

@@ -123,7 +123,7 @@ def test_one_text_file_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     validation = {"kind": "held_out", "share": float(share)}
     assert train(tmp_path, tmp_path / "book", data={"validation": validation}) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"the last {float(share) * 100:g}% of each document in data.files" in said
+    assert f"the last {float(share) * 100:g}% of each document in" in said
     assert "validation loss" in said
     assert train(tmp_path, text, "--train.steps", "14", data={"validation": validation}) == 0  # the file for its folder
 
