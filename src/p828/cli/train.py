@@ -13,7 +13,7 @@ from p828.cli.presets import presets_table
 from p828.config import Config
 from p828.config_files import preset_names
 from p828.config_values import to_dict
-from p828.errors import RunStopped, UserError
+from p828.errors import UserError
 from p828.model.flops import count_parameters, flops_per_token
 from p828.train.console import say
 
@@ -47,23 +47,11 @@ def run(arguments: list[str]) -> None:
         say(f"the run ends at step {steps:,}, within the {warmup:,} steps of its warm-up")
     if "torch" not in sys.modules:
         say(f"{config.name}: loading PyTorch")
-    from p828.train.start import train  # imports torch
+    from p828.train.device import out_of_memory_told  # imports torch
+    from p828.train.start import train
 
-    try:
+    with out_of_memory_told(config.name):
         train(config)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise RunStopped(
-            f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more can be had'}\n"
-            "A smaller train.micro_batch_size with more train.gradient_accumulation takes less"
-        ) from error
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """PyTorch has a class for it on a GPU alone."""
-    kind = type(error).__name__
-    return isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _ours(argument: str) -> str:
