@@ -29,7 +29,7 @@ def counts(short: int, campaign: int) -> Any:
 def test_kills(tmp_path: Path, shim: Shim, capsys: pytest.CaptureFixture[str], count: int) -> None:
     """At random moments, a third of them while a checkpoint is written, which takes its time on a slow disk."""
     path = write_toml(tmp_path, model={"dropout": 0.1}, evaluation={"every": 0})
-    shim(file=".tmp/", delay=2_000)
+    shim(file=".tmp/", delay=40_000)
     config = shortened(dataclasses.replace(load(str(path)), name="killed"), tmp_path)
     steps = {"train": dataclasses.replace(config.train, steps=12 * count)}
     every = {"checkpoint": dataclasses.replace(config.checkpoint, every=5)}
