@@ -30,5 +30,5 @@ if [ "$nodes" -gt 1 ]; then
 else
     where=(--standalone)
 fi
-exec "$python" -m p828.train.torchrun "${where[@]}" --nproc-per-node "$gpus" \
+exec "$python" -m p828.distributed.torchrun "${where[@]}" --nproc-per-node "$gpus" \
     -m p828 train "$@" --engine deepspeed

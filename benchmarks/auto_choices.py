@@ -12,7 +12,7 @@ import torch
 
 from p828.config import Config, load, with_vocabulary
 from p828.data.loader import Batch
-from p828.train.engine import PlainEngine
+from p828.engine.plain import PlainEngine
 
 
 def random_batch(config: Config) -> Batch:

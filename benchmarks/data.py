@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from p828.config import Config, load
-from p828.data.feed import open_loader
-from p828.data.prepare import prepare
+from p828.data.build import open_loader
 from p828.data.tokenizer import Tokenizer
+from p828.data.tokens.prepare import prepare
 
 SECONDS = 5.0
 TIMES_MORE = (1, 10, 100)

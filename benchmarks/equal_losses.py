@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 
-from p828.train.metrics import read
+from p828.runs.records import read
 
 RUNS = Path("runs-equal-losses")
 PATHS = {

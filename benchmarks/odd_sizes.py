@@ -16,9 +16,9 @@ import torch
 from p828.bench.process import measure_apart
 from p828.bench.rows import Row, make_row
 from p828.bench.systems import System, load_shape
-from p828.bench.timing import step_seconds
 from p828.config import Config
 from p828.model.loss import CHUNK_TOKENS, COLUMNS, loss_and_gradients
+from p828.system.timing import step_seconds
 
 VOCABULARIES = (50304, 50264, 50257)
 TOKENS = 4  # chunks of the head that are timed

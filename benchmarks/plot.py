@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from p828.train.metrics import read
+from p828.runs.records import read
 
 
 def main(metrics: Path, picture: Path) -> None:

@@ -18,10 +18,10 @@ from p828.bench.step import rotate
 from p828.bench.systems import load_shape
 from p828.config import Config
 from p828.data.loader import Batch
-from p828.train.background_saver import BackgroundSaver
+from p828.distributed.group import Ranks
+from p828.engine.plain import PlainEngine
 from p828.train.checkpoint_writer import save
-from p828.train.engine import PlainEngine
-from p828.train.ranks import Ranks
+from p828.train.checkpointing import BackgroundSaver
 
 STEPS_ALONE = 8
 

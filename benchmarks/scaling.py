@@ -31,16 +31,16 @@ from p828.bench.batches import attended_pairs, random_batches
 from p828.bench.collectives import counted, occupation
 from p828.bench.step import rotate
 from p828.bench.systems import load_shape
-from p828.bench.timing import step_seconds
 from p828.config import Config, from_dict
-from p828.config_values import to_dict
+from p828.config.values import to_dict
 from p828.data.loader import Batch
-from p828.model.flops import count_parameters, training_flops
-from p828.train import metrics
-from p828.train.device import peak_flops, peak_memory
-from p828.train.engine import Engine, PlainEngine
-from p828.train.engine_deepspeed import DeepSpeedEngine, check_deepspeed
-from p828.train.ranks import Ranks, joined
+from p828.distributed.group import Ranks, joined
+from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
+from p828.engine.plain import Engine, PlainEngine
+from p828.model.costs import count_parameters, training_flops
+from p828.runs import records as metrics
+from p828.system.device import peak_flops, peak_memory
+from p828.system.timing import step_seconds
 
 WARM_UP = 3
 COLUMNS = (

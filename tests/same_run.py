@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from p828.train import checkpoint, metrics
+from p828.runs import checkpoint
+from p828.runs import records as metrics
 
 KEPT = ("loss", "grad_norm", "lr", "tokens", "load", "balance", "perplexity")
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from p828 import config
-from p828.config import Config, from_dict, with_steps
-from p828.config_values import flatten, to_dict
+from p828.config import Config, from_dict, schema, with_steps
+from p828.config.values import flatten, to_dict
 from p828.errors import UserError
 
 DOCUMENTED = ["60m", "800m", "fine-grained", "planned", "quickstart"]
@@ -34,7 +34,7 @@ def test_defaults_validate() -> None:
 
 def test_every_setting_has_help() -> None:
     """The attribute docstrings are the command line's help; each follows its field."""
-    lines = Path(config.__file__).read_text(encoding="utf-8").splitlines()
+    lines = Path(schema.__file__).read_text(encoding="utf-8").splitlines()
     for key in flatten(Config()):
         name = key.rsplit(".", 1)[-1]
         places = [i for i, line in enumerate(lines) if line.startswith(f"    {name}: ")]
@@ -302,7 +302,7 @@ def test_configuration_is_read_without_torch() -> None:
     code = """
 import sys
 from p828 import config
-from p828.model.flops import count_parameters
+from p828.model.costs import count_parameters
 config.validate(config.load("quickstart"))
 count_parameters(config.load("60m").model)
 print(sorted({"torch", "numpy", "datasets", "wandb"} & set(sys.modules)))

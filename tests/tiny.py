@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from p828.config import ModelConfig
-from p828.model.initialisation import initialise
+from p828.model.init import initialise
 from p828.model.transformer import Transformer
 
 TINY: dict[str, Any] = {

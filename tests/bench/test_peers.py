@@ -6,7 +6,7 @@ import torch
 from p828.bench.step import PeerStep
 from p828.bench.systems import System, common_to_all, describe_changes, has_liger, peer_systems
 from p828.config import Config, DataConfig, TrainConfig
-from p828.model.flops import count_parameters
+from p828.model.costs import count_parameters
 from tiny import tiny_config
 
 

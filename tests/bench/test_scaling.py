@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from p828.config import load
-from p828.model.flops import count_parameters
+from p828.model.costs import count_parameters
 from runs import write_toml
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scaling.py"

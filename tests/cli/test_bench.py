@@ -14,7 +14,7 @@ import pytest
 from p828.bench.batches import attended_pairs
 from p828.bench.systems import load_shape
 from p828.cli.main import dispatch
-from p828.model.flops import training_flops
+from p828.model.costs import training_flops
 from runs import p828, start, write_toml
 
 

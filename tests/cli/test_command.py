@@ -11,7 +11,7 @@ import pytest
 
 from p828 import config
 from p828.cli.main import dispatch
-from p828.train.launcher import Process, launched
+from p828.distributed.launcher import Process, launched
 from runs import write_toml
 
 QUICK = ("--train.steps", "2", "--evaluation.every", "0")
@@ -209,7 +209,7 @@ def test_a_model_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
 def test_torchruns_second_process_is_the_second(tmp_path: Path) -> None:
     """What the rule takes for a launcher is one."""
     script = tmp_path / "say.py"
-    script.write_text("from p828.train.launcher import launched\nprint(tuple(launched()), flush=True)\n")
+    script.write_text("from p828.distributed.launcher import launched\nprint(tuple(launched()), flush=True)\n")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
     assert sorted(re.findall(r"\(.*?\)", done.stdout)) == ["(0, 2, 0, True)", "(1, 2, 1, True)"]
@@ -270,7 +270,7 @@ def test_the_launcher_finds_the_checkouts_own_environment(tmp_path: Path) -> Non
         command = ["bash", str(checkout / script.name), "60m"]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
 
-    expected = "-m p828.train.torchrun --standalone --nproc-per-node 1 -m p828 train 60m --engine deepspeed\n"
+    expected = "-m p828.distributed.torchrun --standalone --nproc-per-node 1 -m p828 train 60m --engine deepspeed\n"
     assert called() == f"python {expected}"
     assert called(PYTHON="other") == f"other {expected}"
     (checkout / ".venv" / "bin" / "python").unlink()

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from p828 import config
 from p828.cli.main import dispatch
 from p828.config import Config
+from p828.distributed.group import Ranks
+from p828.engine.deepspeed.engine import check_deepspeed
+from p828.engine.deepspeed.settings import AS_RUN, KEYS
 from p828.errors import UserError
-from p828.train.deepspeed_settings import AS_RUN, KEYS
-from p828.train.engine_deepspeed import check_deepspeed
-from p828.train.ranks import Ranks
 from runs import run_config, write_toml
 
 pytest.importorskip("deepspeed")

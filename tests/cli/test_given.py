@@ -9,7 +9,7 @@ import tomli_w
 from p828 import config
 from p828.cli.main import dispatch
 from p828.config import Config
-from p828.config_values import to_dict
+from p828.config.values import to_dict
 from runs import write_text, write_toml
 
 

@@ -5,9 +5,9 @@ import pytest
 
 from p828.cli.main import dispatch
 from p828.config import TokenizerConfig
-from p828.data.source import is_held_out
+from p828.data.text.documents import is_held_out
 from p828.data.tokenizer import train_tokenizer
-from p828.train import metrics
+from p828.runs import records as metrics
 from runs import write_text, write_toml
 
 

@@ -7,7 +7,7 @@ import tomli_w
 
 from p828.cli.main import dispatch
 from p828.config import from_dict
-from p828.train.proof import Proof, shortened
+from p828.verify.kill_resume import Proof, shortened
 from runs import write_toml
 
 

@@ -10,7 +10,7 @@ from p828.cli.main import dispatch
 from p828.config import Config, DataConfig, MixedSource, TrainConfig, ValidationConfig
 from p828.data.amount import Amount, amounts, describe, planned_shares, repeated
 from p828.data.mixture import Mixture
-from p828.data.source import open_training
+from p828.data.text.documents import open_training
 from p828.data.tokenizer import Tokenizer
 from runs import run_config, write_toml
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p828.config import DataConfig, ValidationConfig
-from p828.data import best_fit_packer
 from p828.data.best_fit import best_fit
-from p828.data.best_fit_packer import BestFitPacker
 from p828.data.row import PADDING
-from p828.data.source import DocumentStream, open_training
+from p828.data.text import best_fit_packer
+from p828.data.text.best_fit_packer import BestFitPacker
+from p828.data.text.documents import DocumentStream, open_training
 from p828.data.tokenizer import Tokenizer
 
 LENGTH = 31

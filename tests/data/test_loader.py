@@ -10,14 +10,14 @@ import torch
 from data_samples import text, write_jsonl
 
 from p828.config import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
-from p828.data.feed import open_loader, validation_batches
+from p828.data.build import open_loader, validation_batches
 from p828.data.loader import Batch, Loader, make_batch
 from p828.data.mixture import Mixture
-from p828.data.packing import Packer
 from p828.data.row import PADDING, Row
 from p828.data.shuffle import RowShuffler
-from p828.data.source import open_training, open_validation
 from p828.data.streams import Streams
+from p828.data.text.documents import open_training, open_validation
+from p828.data.text.packing import Packer
 from p828.data.tokenizer import Tokenizer
 from p828.errors import ReadFailed, UserError
 

@@ -12,13 +12,13 @@ import pytest
 from data_samples import text, write_jsonl
 
 from p828.config import Config, DataConfig, MixedSource, TrainConfig, ValidationConfig
-from p828.data import packing
-from p828.data.feed import open_loader, open_prepared
+from p828.data.build import open_loader, open_prepared
 from p828.data.mixture import merged
-from p828.data.prepare import prepare
 from p828.data.row import PADDING, Row
-from p828.data.source import is_held_out
+from p828.data.text import packing
+from p828.data.text.documents import is_held_out
 from p828.data.tokenizer import Tokenizer
+from p828.data.tokens.prepare import prepare
 from p828.errors import UserError
 
 LENGTH = 31

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from data_samples import write_bytes, write_jsonl
 
-from p828.data.files import FileShard
 from p828.data.retry import Retry
+from p828.data.text.files import FileShard
 from p828.errors import ReadFailed, UserError
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from p828.config import Config
-from p828.data.packing import Packer
 from p828.data.row import Row
 from p828.data.shuffle import RowShuffler
-from p828.data.source import open_training
+from p828.data.text.documents import open_training
+from p828.data.text.packing import Packer
 from p828.data.tokenizer import Tokenizer, train_tokenizer
 from runs import run_config
 

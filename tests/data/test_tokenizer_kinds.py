@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from p828.config import Config, DataConfig, TokenizerConfig, ValidationConfig
-from p828.data.feed import validation_batches
+from p828.data.build import validation_batches
 from p828.data.tokenizer import Tokenizer, load_tokenizer, lost_share, remarks
 from p828.errors import UserError
 from tokenizer_kinds import EOS, KINDS, SPECIAL

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import p828
-from p828.train import checkpoint, metrics
+from p828.runs import checkpoint
+from p828.runs import records as metrics
 from runs import start, wait_for_step, write_text, write_toml
 
 Run = Callable[[int | None, int], Path]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launch import ENDLESS, Launch, cases, config_that_reads_on, launched, the_message, told, torchrun
 
-from p828.train.lifeline import FILE_NAME
+from p828.distributed.watchdog import FILE_NAME
 
 pytestmark = pytest.mark.xdist_group("ranks")
 A_MINUTE = 60
@@ -103,7 +103,7 @@ RANK_0_FAILS = """
 import os
 import sys
 from p828.cli.main import dispatch
-from p828.train.engine_deepspeed import DeepSpeedEngine
+from p828.engine.deepspeed.engine import DeepSpeedEngine
 
 step = DeepSpeedEngine.step
 

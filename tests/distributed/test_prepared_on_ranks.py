@@ -6,7 +6,7 @@ import pytest
 from launch import final_state, launched, the_message, train
 
 from p828.cli.main import dispatch
-from p828.data.manifest import open_manifest
+from p828.data.tokens.format import open_manifest
 
 pytestmark = pytest.mark.xdist_group("ranks")
 

@@ -22,11 +22,12 @@ from launch import (
     write_config,
 )
 
-from p828.train import checkpoint, checkpoint_writer
-from p828.train.engine import PlainEngine
-from p828.train.engine_deepspeed import DeepSpeedEngine, check_deepspeed
-from p828.train.fragments import tensors_of
-from p828.train.ranks import joined
+from p828.distributed.group import joined
+from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
+from p828.engine.plain import PlainEngine
+from p828.runs import checkpoint
+from p828.runs.fragments import tensors_of
+from p828.train import checkpoint_writer
 from runs import run_config
 
 pytestmark = pytest.mark.xdist_group("ranks")

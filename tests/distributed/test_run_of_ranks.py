@@ -123,7 +123,7 @@ def test_deepspeeds_launcher(config: Path, whole: Run, tmp_path: Path, monkeypat
     assert_same_training(run, whole(None, 1))
 
 
-OUR_LAUNCHER = ("-m", "p828.train.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "p828")
+OUR_LAUNCHER = ("-m", "p828.distributed.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "p828")
 
 
 def test_ctrl_c_at_our_launcher_saves_and_says_one_line(config: Path, tmp_path: Path) -> None:

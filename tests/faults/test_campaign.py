@@ -14,9 +14,9 @@ from shim import Shim
 
 from p828.cli.main import dispatch
 from p828.config import Config, load
-from p828.config_values import flatten
-from p828.train import checkpoint
-from p828.train.proof import Proof, shortened
+from p828.config.values import flatten
+from p828.runs import checkpoint
+from p828.verify.kill_resume import Proof, shortened
 from runs import p828, tiny_values, write_toml
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from shim import Shim
 
-from p828.train import checkpoint, checkpoint_writer, metrics
+from p828.runs import checkpoint
+from p828.runs import records as metrics
+from p828.train import checkpoint_writer
 from runs import p828, start, wait_for_step, write_toml
 from same_run import assert_same_run, records
 
@@ -60,7 +62,9 @@ def run_python(program: str, place: Path) -> tuple[int, str]:
 MOVED = """
 import json, os, signal, sys, torch
 from pathlib import Path
-from p828.train import checkpoint, checkpoint_writer, metrics
+from p828.runs import checkpoint
+from p828.runs import records as metrics
+from p828.train import checkpoint_writer
 top, outcomes = Path(sys.argv[1]), []
 
 def save(directory, value):

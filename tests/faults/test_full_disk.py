@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from p828.train import checkpoint, metrics
+from p828.runs import checkpoint
+from p828.runs import records as metrics
 from runs import p828, start, wait_for_step, write_toml
 from same_run import assert_same_run
 

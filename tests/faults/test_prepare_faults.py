@@ -13,15 +13,15 @@ import pytest
 from shim import Shim
 
 from p828.cli.main import dispatch
-from p828.data.prepared_directory import GOES_ON
-from p828.train import checkpoint
+from p828.data.tokens.directory import GOES_ON
+from p828.runs import checkpoint
 from runs import p828, start, wait_for_step, write_toml
 
 FLAGS = ["--data.packing", "best_fit", "--prepare.shard-tokens", "2000"]
 SLOWLY = """
 import sys, time
-import p828.data.prepare, p828.data.text_reader
-p828.data.prepare.SAVE_EVERY, p828.data.text_reader.BATCH_DOCUMENTS = 0.0, 3
+import p828.data.tokens.prepare, p828.data.tokens.text_reader
+p828.data.tokens.prepare.SAVE_EVERY, p828.data.tokens.text_reader.BATCH_DOCUMENTS = 0.0, 3
 from p828.cli.main import dispatch
 sys.exit(dispatch(["prepare", *sys.argv[1:]]))
 """

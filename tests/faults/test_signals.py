@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from shim import Shim
 
-from p828.train import checkpoint, metrics
+from p828.runs import checkpoint
+from p828.runs import records as metrics
 from runs import p828, start, wait_for_step, write_text, write_toml
 from same_run import assert_same_run
 
@@ -79,7 +80,7 @@ def test_ctrl_c_in_the_training_of_a_tokenizer_ends_the_run_at_once(tmp_path: Pa
 
 IN_AN_OPERATION = """
 import signal, sys, threading
-from p828.train.stop import noted_signals
+from p828.train.signals import noted_signals
 with noted_signals(lambda: None, lambda text: print(text, flush=True)):
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # no call of this thread is interrupted
     print("ready", flush=True)

@@ -17,9 +17,9 @@ from torch import Tensor
 from p828.cli.main import dispatch
 from p828.config import load
 from p828.errors import UserError
-from p828.train import checkpoint
-from p828.train.checkpoint_content import check_content
-from p828.train.tensor_files import write_tensors
+from p828.runs import checkpoint
+from p828.runs.checkpoint_content import check_content
+from p828.runs.tensors import write_tensors
 from runs import write_toml
 
 Parts = dict[str, dict[str, Tensor]]

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from p828.kernels.adamw import MatrixState, Update, adamw_, bias_corrections, split_float32
+from p828.kernels.adamw import adamw_, bias_corrections, split_float32
+from p828.kernels.adamw_state import MatrixState, Update
 
 
 def to(state: MatrixState, device: torch.device) -> MatrixState:

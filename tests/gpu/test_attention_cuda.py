@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oracles import BFLOAT16, assert_near, leaves
 from p828.config import RopeScaling
-from p828.kernels.attention import attention
+from p828.kernels.attention.ops import attention
 from p828.model.attention import Attention, Visibility, reference_attention
 from p828.model.rope import inverse_frequencies, rotary
 from p828.model.transformer import document_borders
@@ -139,7 +139,7 @@ def test_against_float64(cuda: torch.device, key_heads: int, rows: str, with_sin
 @pytest.mark.parametrize("tiles", ["own", "small"])
 def test_head_sizes(cuda: torch.device, monkeypatch: pytest.MonkeyPatch, heads: int, head_dim: int, tiles: str) -> None:
     if tiles == "small":  # what GPUs without the tensor memory accelerator run
-        from p828.kernels import attention_triton
+        from p828.kernels.attention import flash_triton as attention_triton
 
         monkeypatch.setattr(attention_triton, "uses_tma", lambda device: False)
     check(make_inputs(cuda, [[500, 77], [77, 500]], heads, 2, head_dim, True))

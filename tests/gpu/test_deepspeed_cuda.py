@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from p828.train import checkpoint, metrics
+from p828.runs import checkpoint
+from p828.runs import records as metrics
 from runs import p828, write_text, write_toml
 
 pytest.importorskip("deepspeed")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from oracles import BFLOAT16, assert_near, leaves
-from p828.kernels.activated_linear import activated_linear
-from p828.kernels.experts import TILE
+from p828.kernels.moe.swiglu_down import activated_linear
+from p828.kernels.moe.tiles import TILE
 from p828.model.experts import Experts, Order, SharedExperts, is_fused, sort_by_expert
 from tiny import tiny_config
 
@@ -61,7 +61,7 @@ def test_against_float64(
     cuda: torch.device, monkeypatch: pytest.MonkeyPatch, hidden_act: str, sizes: str, choice: str, generation: object
 ) -> None:
     if generation != "own":  # tiles of other GPUs, loaded through pointers or the tensor memory accelerator
-        from p828.kernels import expert_products_triton
+        from p828.kernels.moe import grouped_gemm_triton as expert_products_triton
 
         monkeypatch.setattr(expert_products_triton, "generation", lambda device: generation)
     hidden, inner = SIZES[sizes]

@@ -9,7 +9,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from p828.config import TokenizerConfig
 from p828.data.tokenizer import Tokenizer, train_tokenizer
-from p828.model.initialisation import initialise
+from p828.model.init import initialise
 from p828.model.loss import linear_cross_entropy
 from p828.model.transformer import Transformer
 from tiny import tiny_config

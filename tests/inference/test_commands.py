@@ -14,11 +14,12 @@ from taught_text import TAUGHT
 from p828.cli.main import dispatch
 from p828.cli.output import printable
 from p828.config import Config, DataConfig, EvaluationConfig, TokenizerConfig, ValidationConfig
-from p828.config_values import to_dict
+from p828.config.values import to_dict
 from p828.data.tokenizer import Tokenizer
 from p828.model.transformer import Transformer
-from p828.train import checkpoint_writer, metrics
-from p828.train.start import train
+from p828.runs import records as metrics
+from p828.train import checkpoint_writer
+from p828.train.build import train
 from runs import run_config, write_text
 from tiny import tiny_model
 
@@ -246,7 +247,7 @@ def test_the_text_that_the_run_held_out_is_measured(
         evaluation={"bigram_baseline": True},
     )
     with monkeypatch.context() as earlier:
-        earlier.setattr("p828.data.held_out.EXPECTED_DOCUMENTS", 0)
+        earlier.setattr("p828.data.text.held_out.EXPECTED_DOCUMENTS", 0)
         train(config)
         first = read_kinds(config)
     train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3)))

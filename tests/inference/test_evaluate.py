@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from taught_text import TAUGHT
 
 from p828.config import Config, DataConfig, ValidationConfig
-from p828.data.feed import validation_batches
+from p828.data.build import validation_batches
 from p828.data.loader import Batch
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError

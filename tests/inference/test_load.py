@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from p828.config import Config, DataConfig, TokenizerConfig, TrainConfig
-from p828.config_values import to_dict
+from p828.config.values import to_dict
 from p828.data.tokenizer import Tokenizer
+from p828.engine.plain import PlainEngine
 from p828.errors import UserError
 from p828.inference import load
 from p828.inference.generate import generate
 from p828.inference.load import load_model
 from p828.inference.sampling import SamplingConfig
 from p828.train import checkpoint_writer
-from p828.train.engine import PlainEngine
 from tiny import tiny_config, tiny_model
 
 CONFIG = Config(

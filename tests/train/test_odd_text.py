@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from p828.cli.main import dispatch
-from p828.data import packing
-from p828.train import metrics
+from p828.data.text import packing
+from p828.runs import records as metrics
 from runs import write_toml
 from same_run import assert_same_run, final_state
 

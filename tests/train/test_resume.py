@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from p828.cli.main import dispatch
-from p828.train import metrics
+from p828.runs import records as metrics
 from runs import p828, start, wait_for_step, write_text, write_toml
 from same_run import assert_same_run, final_state, records
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from p828.cli.main import dispatch
-from p828.train import checkpoint, checkpoint_writer, metrics
-from p828.train.engine import StepResult
-from p828.train.progress import USUAL_STEPS, Progress
+from p828.runs import checkpoint
+from p828.runs import records as metrics
+from p828.runs.progress import USUAL_STEPS, Progress
+from p828.train import checkpoint_writer
 from runs import write_text, write_toml
 from same_run import assert_same_run
 
@@ -107,7 +108,7 @@ def test_what_counts_as_bad() -> None:
     progress = Progress()
 
     def judge(loss: float, applied: bool = True) -> int:
-        progress.judge(StepResult(loss, 1.0, [], applied), spike_nats=1.0)
+        progress.judge(loss, applied, spike_nats=1.0)
         return progress.bad_steps
 
     assert [judge(loss) for loss in (4.0, 2.0, 3.0)] == [0, 0, 0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from p828.cli.main import dispatch
-from p828.train import checkpoint
+from p828.runs import checkpoint
 from runs import write_text, write_toml
 
 Command = Callable[..., tuple[int, str, str]]

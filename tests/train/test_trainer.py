@@ -11,10 +11,11 @@ import torch
 from p828.cli.main import dispatch
 from p828.config import Config, from_dict, load
 from p828.data.loader import Batch
-from p828.model.flops import training_flops
-from p828.train import checkpoint, metrics
+from p828.engine.plain import PlainEngine
+from p828.model.costs import training_flops
+from p828.runs import checkpoint
+from p828.runs import records as metrics
 from p828.train.changes import changed_rate
-from p828.train.engine import PlainEngine
 from runs import write_text, write_toml
 
 

@@ -11,8 +11,8 @@ from p828.cli.main import dispatch
 from p828.config import Config, ModelConfig, load, rounded_vocabulary, with_vocabulary
 from p828.data.tokenizer import Tokenizer
 from p828.inference.load import load_model
-from p828.model.flops import count_parameters, unused_vocabulary
-from p828.train import checkpoint
+from p828.model.costs import count_parameters, unused_vocabulary
+from p828.runs import checkpoint
 from runs import tiny_values
 
 QUICK = ("--train.steps", "2", "--evaluation.every", "0", "--schedule.warmup-steps", "0")

@@ -11,8 +11,8 @@ from p828.bench.batches import NUM_BATCHES, attended_pairs
 from p828.bench.breakdown import break_down
 from p828.bench.step import Step, build_step
 from p828.bench.systems import system_from_dict
-from p828.bench.timing import matmul_flops, step_seconds
-from p828.train.device import make_deterministic, peak_memory, pick_device
+from p828.system.device import make_deterministic, peak_memory, pick_device
+from p828.system.timing import matmul_flops, step_seconds
 
 
 def describe_machine(device_name: str) -> dict[str, Any]:

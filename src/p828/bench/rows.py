@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from p828.config import Config
-from p828.model.flops import training_flops
+from p828.model.costs import training_flops
 
 
 @dataclass(frozen=True)

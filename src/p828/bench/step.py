@@ -12,8 +12,8 @@ from p828.bench.routing import GivenRouter, balanced_experts, random_experts
 from p828.bench.systems import System
 from p828.config import Config
 from p828.data.loader import Batch
-from p828.train.device import pick_device
-from p828.train.engine import PlainEngine
+from p828.engine.plain import PlainEngine
+from p828.system.device import pick_device
 
 
 class Step(Protocol):

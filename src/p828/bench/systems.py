@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from p828.config import Config, from_dict, load, validate, with_vocabulary
-from p828.config_values import flatten, to_dict
+from p828.config.values import flatten, to_dict
 from p828.errors import UserError, nearest
 
 PEERS = ("transformers", "torchtitan")

@@ -9,9 +9,9 @@ import tyro
 from p828.bench.systems import ROUTINGS, check_peers, load_shape
 from p828.bench.train import Bench
 from p828.cli.flags import HELP, parse, shown_word
-from p828.config_checks import LARGEST_INT, check_text
-from p828.config_files import preset_names
-from p828.config_values import shown
+from p828.config.files import preset_names
+from p828.config.rules import LARGEST_INT, check_text
+from p828.config.values import shown
 from p828.errors import UserError, nearest
 
 USAGE = "p828 bench train --shape NAME [NAME ...] [--peers NAME ...] [--routing NAME ...] [--breakdown] [--json FILE]"
@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> None:
     if not 1 <= given.steps <= LARGEST_INT:
         raise UserError(f"--steps {shown(given.steps)}: a whole number from 1 to {LARGEST_INT} is accepted")
     check_text("--json", given.json)
-    from p828.train.device import pick_device  # imports torch
+    from p828.system.device import pick_device  # imports torch
 
     device = pick_device(given.device).type
     check_peers(given.peers, device)

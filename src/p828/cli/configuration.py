@@ -11,7 +11,7 @@ from p828 import config as configuration
 from p828.cli.flags import HELP, changed, parse_given
 from p828.cli.given import check_given
 from p828.config import Config
-from p828.config_files import implied, preset_names
+from p828.config.files import implied, preset_names
 from p828.errors import UserError
 
 

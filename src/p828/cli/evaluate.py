@@ -11,10 +11,10 @@ from p828.cli.flags import changed, parse_given
 from p828.cli.given import check_given
 from p828.cli.output import note
 from p828.config import Config, DataConfig, validate
-from p828.config_checks import check_text
-from p828.config_files import implied
-from p828.config_values import shown
-from p828.data.feed import all_validation_batches, validation_batches
+from p828.config.files import implied
+from p828.config.rules import check_text
+from p828.config.values import shown
+from p828.data.build import all_validation_batches, validation_batches
 from p828.data.loader import Batch
 from p828.errors import UserError
 from p828.inference.evaluate import evaluate

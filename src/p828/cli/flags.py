@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from p828.cli.flag_names import suggestion
-from p828.config_values import shown
+from p828.config.values import shown
 from p828.errors import UserError
 
 T = TypeVar("T")

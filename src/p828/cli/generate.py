@@ -8,7 +8,7 @@ import tyro
 
 from p828.cli.flags import parse
 from p828.cli.output import note, show
-from p828.config_checks import check_text
+from p828.config.rules import check_text
 from p828.errors import UserError, warn
 from p828.inference.generate import Completion, generate
 from p828.inference.load import LoadedModel, load_model

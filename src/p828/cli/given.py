@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from p828.config import Config, DataConfig
-from p828.config_values import flatten, shown
+from p828.config.values import flatten, shown
 from p828.errors import UserError
 
 

@@ -9,9 +9,9 @@ from types import ModuleType
 from typing import NoReturn
 
 from p828.cli.output import escape_what_output_lacks, note
-from p828.config_values import shown
+from p828.config.values import shown
+from p828.distributed.launcher import Process, launched
 from p828.errors import OneRanksError, RunPaused, RunStopped, UserError, nearest, warn
-from p828.train.launcher import Process, launched
 
 COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",

@@ -16,19 +16,19 @@ from rich.text import Text
 
 from p828.cli.configuration import Arguments, read_configuration
 from p828.config import Config, DataConfig
-from p828.config_files import preset_names
+from p828.config.files import preset_names
 from p828.data.amount import short
-from p828.data.feed import training_documents
-from p828.data.held_out import trained_on_too
-from p828.data.manifest import Manifest
-from p828.data.prepare import Preparation, WrongText, prepare
-from p828.data.prepared import Prepared
-from p828.data.prepared_directory import GOES_ON, entered, settle_tokenizer
+from p828.data.build import training_documents
 from p828.data.retry import Retry
-from p828.data.source import open_in_order
+from p828.data.text.documents import open_in_order
+from p828.data.text.held_out import trained_on_too
 from p828.data.tokenizer import Tokenizer, remarks
+from p828.data.tokens.directory import GOES_ON, entered, settle_tokenizer
+from p828.data.tokens.format import Manifest
+from p828.data.tokens.prepare import Preparation, WrongText, prepare
+from p828.data.tokens.read import Prepared
 from p828.errors import ReadFailed, RunStopped, UserError
-from p828.train.stop import A_MOMENT, end_now
+from p828.train.signals import A_MOMENT, end_now
 
 USAGE = "p828 prepare CONFIG --data.prepared DIRECTORY [--section.key VALUE ...]"
 

@@ -3,8 +3,8 @@
 import textwrap
 
 from p828.config import load, with_vocabulary
-from p828.config_files import PRESETS, preset_names
-from p828.model.flops import count_parameters
+from p828.config.files import PRESETS, preset_names
+from p828.model.costs import count_parameters
 
 WIDTH = 60
 

@@ -11,8 +11,8 @@ from p828.cli import configuration as named
 from p828.cli.configuration import read_configuration
 from p828.cli.flags import parse_given, shown_word
 from p828.config import Config
-from p828.config_files import preset_names
-from p828.config_values import flatten, shown
+from p828.config.files import preset_names
+from p828.config.values import flatten, shown
 from p828.errors import RunStopped, UserError
 from p828.train.console import say
 
@@ -54,7 +54,7 @@ def _prove(
     config: Config, flags: Collection[str], kills: int, seed: int | None, ranks: int, ranks_after: list[int]
 ) -> None:
     say(f"{config.name}: loading PyTorch")
-    from p828.train.proof import Proof, shortened
+    from p828.verify.kill_resume import Proof, shortened
 
     _check_given(config, shortened(config, Path()), flags)
     directory = _fresh_directory(Path(config.runs_dir).absolute(), f"{config.name}-prove-resume")

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 import tomli_w
 
 from p828 import config as configuration
-from p828 import config_checks
 from p828.cli import configuration as named
 from p828.cli.configuration import read_configuration
 from p828.cli.presets import presets_table
-from p828.config import Config
-from p828.config_files import preset_names
-from p828.config_values import to_dict
+from p828.config import Config, rules
+from p828.config.files import preset_names
+from p828.config.values import to_dict
 from p828.errors import UserError
-from p828.model.flops import count_parameters, flops_per_token
+from p828.model.costs import count_parameters, flops_per_token
 from p828.train.console import say
 
 USAGE = "p828 train CONFIG [--dry-run] [--presets] [--section.key VALUE ...]"
@@ -39,7 +38,7 @@ def run(arguments: list[str]) -> None:
     config, given = read_configuration(flags, Arguments, USAGE, _describe, others=(DEEPSPEED_CONFIG,))
     if given.dry_run:
         config = configuration.with_vocabulary(configuration.with_steps(config, 1))
-        lines = "\n".join([_costs(config), *(f"# {line}" for line in config_checks.remarks(config))])
+        lines = "\n".join([_costs(config), *(f"# {line}" for line in rules.remarks(config))])
         print(tomli_w.dumps(to_dict(config)).rstrip(), lines, sep="\n\n")
         return
     warmup, steps = config.schedule.warmup_steps, configuration.with_steps(config, 1).train.steps
@@ -47,8 +46,8 @@ def run(arguments: list[str]) -> None:
         say(f"the run ends at step {steps:,}, within the {warmup:,} steps of its warm-up")
     if "torch" not in sys.modules:
         say(f"{config.name}: loading PyTorch")
-    from p828.train.device import out_of_memory_told  # imports torch
-    from p828.train.start import train
+    from p828.system.device import out_of_memory_told  # imports torch
+    from p828.train.build import train
 
     with out_of_memory_told(config.name):
         train(config)

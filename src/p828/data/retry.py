@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from p828.data.shard import BadRecord, Shard
+from p828.data.text.shard import BadRecord, Shard
 from p828.errors import ReadFailed
 
 T = TypeVar("T")

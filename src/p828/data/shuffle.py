@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from p828.data.packing import RowMaker
 from p828.data.row import Row
-from p828.data.source import permutation
+from p828.data.text.documents import permutation
+from p828.data.text.packing import RowMaker
 from p828.errors import UserError
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from p828.data.row import Row
 from p828.data.shuffle import RowShuffler
-from p828.data.source import DocumentStream
+from p828.data.text.documents import DocumentStream
 from p828.errors import UserError
 
 

@@ -17,9 +17,9 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from p828.config import TokenizerConfig
-from p828.data.hub import download_tokenizer
-from p828.data.shard import BadRecord
 from p828.data.special_tokens import BYTE_TOKEN, keep_out_of_text, settle_end_token
+from p828.data.text.hub import download_tokenizer
+from p828.data.text.shard import BadRecord
 from p828.data.tokenizer_trial import LONGEST_CAUSE, SAMPLES, try_out
 from p828.errors import UserError
 from p828.files import MEBIBYTE, read_limited, write_atomic

@@ -16,7 +16,7 @@ from p828.data.tokenizer import Tokenizer
 from p828.errors import NotFinite, UserError
 from p828.inference.mode import inference
 from p828.inference.sampling import SamplingConfig, sample
-from p828.inference.text_stream import TextStream
+from p828.inference.text import TextStream
 from p828.model.kv_cache import KVCache
 from p828.model.transformer import Layer, Transformer
 

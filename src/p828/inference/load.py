@@ -11,12 +11,12 @@ from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
 from p828.errors import UserError, warn
 from p828.kernels.adamw import split_float32
+from p828.model.backend import check_widths
 from p828.model.precision import matrices
 from p828.model.transformer import Transformer
-from p828.train import checkpoint
-from p828.train.checkpoint_content import check_weights, config_of, rules_of
-from p828.train.device import pick_device, pick_dtype
-from p828.train.engine import check_widths
+from p828.runs import checkpoint
+from p828.runs.checkpoint_content import check_weights, config_of, rules_of
+from p828.system.device import pick_device, pick_dtype
 
 TOKENIZER_FILE = "tokenizer.json"
 READ_RETRIES = 4  # 15 seconds of waiting in all
@@ -82,7 +82,7 @@ def _arithmetic(config: Config, device: torch.device) -> tuple[ModelConfig, torc
     """The run's, or plain code in float32 where this GPU's kernels do not take the model: it may be from a CPU."""
     try:
         dtype = pick_dtype(config.train.dtype, device)
-        check_widths(config, device, dtype)
+        check_widths(config.model, device, dtype)
     except UserError:
         return replace(config.model, attention_backend="reference"), torch.float32
     return config.model, dtype

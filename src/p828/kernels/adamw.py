@@ -11,44 +11,13 @@ same noise, also after a resume.
 The Triton form is in `adamw_triton`, imported only when the matrix is on a GPU.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from p828.kernels.adamw_state import MatrixState, Update
+
 PLAIN_BLOCK = 2**18  # elements that the plain twin works on at a time, so that its many passes stay in the cache
 LOW_32_BITS = 0xFFFFFFFF
-
-
-class MatrixState(NamedTuple):
-    """One matrix and what its update needs; contiguous, of equal shape."""
-
-    weight: Tensor
-    """bfloat16: what the layers compute with."""
-    remainder: Tensor
-    """int16: what the float32 master has beyond it, in units of the master's last place."""
-    gradient: Tensor
-    """float32: the sum over a step's micro-batches."""
-    exp_avg: Tensor
-    """First moment, bfloat16 or float32."""
-    exp_avg_sq: Tensor
-    """Second moment, in the same dtype."""
-
-
-class Update(NamedTuple):
-    """What one update of all matrices has in common. The tensors are on the device: the host need not know them."""
-
-    learning_rate: float
-    betas: tuple[float, float]
-    eps: float
-    clip: Tensor
-    """float32 scalar: gradients are multiplied by it."""
-    found_inf: Tensor
-    """float32 scalar: 1 where something was not finite; nothing changes then."""
-    updates: Tensor
-    """int64 scalar: how many updates came before."""
-    corrections: Tensor
-    """float32 (2,), `bias_corrections`."""
 
 
 def adamw_(state: MatrixState, update: Update, weight_decay: float, number: int) -> None:

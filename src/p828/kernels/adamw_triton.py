@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.adamw import MatrixState, Update
+from p828.kernels.adamw_state import MatrixState, Update
 
 BLOCK = 1024  # elements of a program: 8 for each thread of 4 warps, 16 bytes in bfloat16
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p828.config import ModelConfig
-from p828.kernels.attention import attention
-from p828.kernels.flash_attention import FlashAttentionCPU
+from p828.kernels.attention.flash_cpu import FlashAttentionCPU
+from p828.kernels.attention.ops import attention
 from p828.model.kv_cache import LayerCache
 from p828.model.linear import Linear
 from p828.model.norm import RMSNorm

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p828.config import ModelConfig
-from p828.kernels import experts as kernels
-from p828.kernels.activated_linear import activated_linear
-from p828.kernels.grouped_linear import grouped_linear
+from p828.kernels.moe import ops as kernels
+from p828.kernels.moe.grouped_gemm_cpu import grouped_linear
+from p828.kernels.moe.swiglu_down import activated_linear
+from p828.kernels.moe.tiles import TILE
 from p828.model.linear import Linear
 
 
@@ -49,8 +50,8 @@ class Experts(nn.Module):
             counted_T = torch.ones(len(x_TH), dtype=torch.bool, device=x_TH.device)
         if not is_fused(x_TH, self):
             return sort_by_expert(experts_TK, counted_T, experts)
-        tiles = -(-experts_TK.numel() // kernels.TILE) + experts  # no expert pads more than a tile
-        return Order(*kernels.sort_rows(experts_TK, counted_T, experts, tiles * kernels.TILE))
+        tiles = -(-experts_TK.numel() // TILE) + experts  # no expert pads more than a tile
+        return Order(*kernels.sort_rows(experts_TK, counted_T, experts, tiles * TILE))
 
     def forward(self, x_TH: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
         gate_up, down = self.gate_up_proj.to(x_TH.dtype), self.down_proj.to(x_TH.dtype)

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from p828.config import Config, DataConfig
 from p828.data.amount import Amount, describe, short
-from p828.model.flops import count_parameters
-from p828.train.deepspeed_settings import DeepSpeedSettings
-from p828.train.engine import Engine
-from p828.train.ranks import Ranks
-from p828.train.wandb_mirror import WandbMirror
+from p828.distributed.group import Ranks
+from p828.engine.deepspeed.settings import DeepSpeedSettings
+from p828.engine.plain import Engine
+from p828.model.costs import count_parameters
+from p828.train.wandb import WandbMirror
 
 
 def entries(

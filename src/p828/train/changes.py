@@ -1,7 +1,7 @@
 """What a resume changes about the steps to come, a line each."""
 
 from p828.config import Config
-from p828.train.schedule import learning_rate
+from p828.optim.schedule import learning_rate
 
 A_JUMP = 0.05  # of the larger one of two learning rates
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from p828.distributed.group import Ranks
 from p828.errors import UserError
 from p828.files import fsync, move_directory
-from p828.train.checkpoint import (
+from p828.runs.checkpoint import (
     FORMAT_VERSION,
     LARGEST_JSON,
     MANIFEST,
@@ -22,9 +23,8 @@ from p828.train.checkpoint import (
     name_of,
     recover,
 )
-from p828.train.fragments import Saveable, tensors_of
-from p828.train.ranks import Ranks
-from p828.train.tensor_files import file_name, write_tensors
+from p828.runs.fragments import Saveable, tensors_of
+from p828.runs.tensors import file_name, write_tensors
 
 T = TypeVar("T")
 

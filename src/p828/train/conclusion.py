@@ -1,11 +1,11 @@
 """What a run says when it is over."""
 
 from p828.data.bigram import bigram_loss
-from p828.data.feed import training_rows
+from p828.data.build import training_rows
 from p828.data.mixture import held_out_rules
 from p828.errors import ReadFailed, UserError
 from p828.inference.evaluate import perplexity
-from p828.train import checkpoint
+from p828.runs import checkpoint
 from p828.train.trainer import Trainer
 
 

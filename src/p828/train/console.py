@@ -25,7 +25,7 @@ from rich.text import Text
 
 from p828.errors import RecordsFailed, UserError
 from p828.files import open_appended
-from p828.train.metrics import NO_ROOM
+from p828.runs.records import NO_ROOM
 
 LINES_PER_RUN = 20  # a plain progress line comes at least every this share of the run
 SECONDS_PER_LINE = 60.0  # and at least this often

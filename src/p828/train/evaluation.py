@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from p828.config import Config
 from p828.data.loader import Batch
 from p828.data.tokenizer import Tokenizer
+from p828.distributed.group import Ranks
+from p828.engine.plain import Engine
 from p828.errors import NotFinite
 from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
+from p828.runs.progress import Progress
+from p828.runs.records import Recorder
 from p828.train.console import A_WAIT, SECONDS_PER_LINE, Console
-from p828.train.engine import Engine
-from p828.train.metrics import Recorder
-from p828.train.progress import Progress
-from p828.train.ranks import Ranks
 
 FAR_FROM_GUESSING = 2.0  # times the loss of equal shares for all tokens; a model's first losses are near that
 

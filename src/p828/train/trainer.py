@@ -8,29 +8,29 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from p828.config import Config
-from p828.config_values import to_dict
+from p828.config.values import to_dict
 from p828.data.loader import DIGESTS, Batch, Loader
 from p828.data.mixture import at_step, bad_records, is_stopped, merged
 from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
+from p828.distributed.group import Ranks
+from p828.engine.plain import Engine, StepResult
 from p828.errors import ReadFailed, RecordsFailed, RunPaused, RunStopped, UserError
 from p828.inference.evaluate import perplexity
-from p828.model.flops import training_flops
-from p828.train import checkpoint
-from p828.train.background_saver import BackgroundSaver
+from p828.model.costs import training_flops
+from p828.optim.schedule import learning_rate
+from p828.runs import checkpoint
+from p828.runs.checkpoint_content import check_content, config_of, reading_position, seconds_of
+from p828.runs.progress import Counts, Progress
+from p828.runs.records import Recorder, loads_every, loads_record
+from p828.system.device import compiles, out_of_memory_told, peak_flops, peak_memory
 from p828.train.changes import changed_rate, changed_rows
-from p828.train.checkpoint_content import check_content, config_of, reading_position, seconds_of
+from p828.train.checkpointing import BackgroundSaver
 from p828.train.console import Console
-from p828.train.device import compiles, out_of_memory_told, peak_flops, peak_memory
-from p828.train.engine import Engine, StepResult
 from p828.train.evaluation import Evaluations
-from p828.train.metrics import Recorder, loads_every, loads_record
 from p828.train.pace import A_DAY, Pace, how_long
-from p828.train.progress import Counts, Progress
-from p828.train.ranks import Ranks
-from p828.train.run_directory import CHECKPOINTS, TOKENIZER_FILE, RunDirectory
-from p828.train.schedule import learning_rate
-from p828.train.stop import StopRequest
+from p828.train.resume import CHECKPOINTS, TOKENIZER_FILE, RunDirectory
+from p828.train.signals import StopRequest
 
 NON_FINITE_LIMIT = 3  # steps in a row
 MICRO = 1e6  # microseconds in a second
@@ -89,7 +89,7 @@ class Trainer:
 
             progress.step += 1
             progress.count(counts)
-            progress.judge(result, config.rollback.spike_nats)
+            progress.judge(result.loss, result.applied, config.rollback.spike_nats)
             self.record(result, rate, counts, time.perf_counter() - started)
             self.tell_pace(progress.step)
             if not self.is_kept(result):
@@ -231,8 +231,8 @@ class Trainer:
             seconds=seconds,
             **loads_record(result.loads, self.has_whole_loads()),
         )
-        if self.recorder.wandb is not None and self.recorder.wandb.problem:
-            text, self.recorder.wandb.problem = self.recorder.wandb.problem, ""
+        if self.recorder.mirror is not None and self.recorder.mirror.problem:
+            text, self.recorder.mirror.problem = self.recorder.mirror.problem, ""
             self.tell("wandb", text)
         self.console.step(self.progress.step, loss=result.loss, tokens_per_second=tokens_per_second)
 

@@ -1,0 +1,55 @@
+"""The configuration of a run: its settings (`schema`), the files they come from, and the rules they keep."""
+
+from p828.config.files import RUN_FILE, from_dict, load, load_given, preset_names
+from p828.config.resolve import rounded_vocabulary, with_steps, with_vocabulary
+from p828.config.rules import validate
+from p828.config.schema import (
+    BalanceConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DeepSpeedConfig,
+    EvaluationConfig,
+    MixedSource,
+    ModelConfig,
+    OptimizerConfig,
+    PrepareConfig,
+    RollbackConfig,
+    RopeScaling,
+    ScheduleConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainConfig,
+    ValidationConfig,
+    WandbConfig,
+)
+
+__all__ = [
+    "RUN_FILE",
+    "BalanceConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "EvaluationConfig",
+    "MixedSource",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PrepareConfig",
+    "RollbackConfig",
+    "RopeScaling",
+    "ScheduleConfig",
+    "SourceConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "WandbConfig",
+    "from_dict",
+    "load",
+    "load_given",
+    "preset_names",
+    "rounded_vocabulary",
+    "validate",
+    "with_steps",
+    "with_vocabulary",
+]

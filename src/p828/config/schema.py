@@ -1,0 +1,350 @@
+"""Every setting of a run: frozen dataclasses, made from files (`config_files`), overridden by flags, checked once.
+
+The attribute docstrings are the command line's help. Nothing here imports torch.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro.conf
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    factor: float = 1.0
+    """YaRN's context extension s; 1 is plain RoPE."""
+    original_max_position_embeddings: int = 2048
+    """Context, in tokens, that the unscaled frequencies were trained for."""
+    beta_fast: float = 32.0
+    """Dimensions that turn at least this often over the original context keep their frequency."""
+    beta_slow: float = 1.0
+    """Dimensions that turn at most this often over the original context are interpolated fully."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = 0
+    """Rows of the embedding and of the output head; 0 takes the tokenizer's vocabulary, up to a multiple of 128."""
+    hidden_size: int = 512
+    """Width of the residual stream."""
+    moe_intermediate_size: int = 768
+    """Inner width of one expert."""
+    num_hidden_layers: int = 1
+    """Transformer layers."""
+    num_attention_heads: int = 8
+    """Query heads."""
+    num_key_value_heads: int = 2
+    """Key and value heads; each serves an equal share of the query heads."""
+    head_dim: int = 64
+    """Width of one head; even, for RoPE."""
+    use_qk_norm: bool = False
+    """RMSNorm on each head's queries and keys before RoPE."""
+    attention_sinks: bool = True
+    """One learned logit a head in the softmax's denominator."""
+    attention_backend: Literal["auto", "reference", "flash"] = "auto"
+    """`reference` is plain math, `flash` is fused; `auto` takes the fused one where the device has it."""
+    mask_documents: bool = True
+    """Documents packed into one row do not see each other."""
+    max_position_embeddings: int = 4096
+    """Longest context in tokens, in training and in generation."""
+    rope_theta: float = 10000.0
+    """RoPE's base."""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    n_routed_experts: int = 4
+    """Experts the router chooses from, in every layer."""
+    n_shared_experts: int = 1
+    """Experts applied to every token, computed as one of this many times the width."""
+    num_experts_per_tok: int = 2
+    """Routed experts chosen for a token."""
+    n_group: int = 1
+    """Groups the routed experts are split into."""
+    topk_group: int = 1
+    """Groups a token may choose from."""
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    """How router logits become scores."""
+    norm_topk_prob: bool = True
+    """Normalise the chosen experts' weights to sum to one."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the routed experts' weights."""
+    hidden_act: Literal["swiglu", "swiglu_of_product"] = "swiglu"
+    """`swiglu`: silu(W1 x) * W3 x. `swiglu_of_product`: SwiGLU over the halves of W1 x * W3 x, both twice as wide."""
+    dropout: float = 0.0
+    """Share of an expert's inner activations dropped in training."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square in every RMSNorm."""
+    tie_word_embeddings: bool = False
+    """Use the embedding as the output head."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    kind: Literal["held_out", "split", "files"] = "held_out"
+    """`held_out`: a share of the training text; `split`: a split on the hub; `files`: other files."""
+    share: float = 0.01
+    """Share held out: of the documents, by hash; of few local documents the end of each."""
+    files: tuple[str, ...] = ()
+    """Validation files: paths, directories or globs, from the working directory; given, they imply the kind."""
+    hub_name: str = ""
+    """Hub data set of the validation split; empty means the training one."""
+    hub_revision: str = ""
+    """Commit, tag or branch of that data set; empty means the newest, which is then recorded and kept."""
+    split: str = "validation"
+    """Name of the validation split."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    prepared: str = ""
+    """Directory of tokens that `p828 prepare` writes and `p828 train` then reads in place of the source."""
+    source: Literal["python", "files", "hf"] = "python"
+    """`python`: this interpreter's standard library; `files`: local files; `hf`: a data set on the Hugging Face hub."""
+    files: tuple[str, ...] = ()
+    """Paths, directories or globs of .txt, .py, .md, .jsonl (.gz, .xz, .zst), from the working directory."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl lines and in hub rows."""
+    hub_name: str = ""
+    """Hub data set (codeparrot/codeparrot-clean), or a local directory in the hub's layout."""
+    hub_subset: str = ""
+    """Subset of the hub data set (`en` of allenai/c4)."""
+    hub_revision: str = ""
+    """Commit, tag or branch of the hub data set; empty means the newest, which is then recorded and kept."""
+    hub_split: str = "train"
+    """Split of the hub data set that is trained on."""
+
+
+@dataclass(frozen=True)
+class MixedSource(SourceConfig):
+    name: str = ""
+    """What records and console call the source."""
+    weights: tuple[float, ...] = (1.0,)
+    """Shares of the tokens, relative to the other sources' weights: one for each of `data.mixture_steps`."""
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    mixture: Annotated[tuple[MixedSource, ...], tyro.conf.Suppress] = ()
+    """Several sources in place of the one above, each a [[data.mixture]] with its keys, a name and weights."""
+    mixture_steps: tuple[int, ...] = (0,)
+    """Steps after which the mixture's next weights hold; the first is 0."""
+    sequence_length: int = 2048
+    """Tokens of a row that the model predicts; a row holds one more."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """`concatenate`: documents end to end; `best_fit`: as many as possible whole, the others in pieces that fill."""
+    streams: int = 1
+    """Parts that a source read as text is dealt to; give a multiple of the ranks, and each reads parts of its own."""
+    block_documents: int = 1024
+    """Documents that are read and shuffled together."""
+    shuffle_rows: int = 1024
+    """Rows that are shuffled together, so that a batch is not one long document; 1 keeps their order."""
+    read_retries: int = 6
+    """Attempts to read on after a failed read of a file or the hub, 1, 2, 4, ... seconds apart."""
+    bad_records: Literal["stop", "skip"] = "stop"
+    """At a line, row or file that is no document: `stop`, with a checkpoint, or `skip` it and count it."""
+    max_document_megabytes: int = 16
+    """Largest document: a longer line is a bad record; a larger text file is read in pieces, each a document."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    @property
+    def sources(self) -> tuple["DataConfig", ...]:
+        """Every source of the mixture as if it were the only one; without a mixture, this one."""
+        keys = [f.name for f in dataclasses.fields(SourceConfig)]
+        return tuple(
+            dataclasses.replace(self, mixture=(), mixture_steps=(0,), **{key: getattr(mixed, key) for key in keys})
+            for mixed in self.mixture
+        ) or (self,)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return tuple(mixed.name for mixed in self.mixture) or (self.source,)
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    min_characters: int = 0
+    """Shorter documents are left out."""
+    max_characters: int = 0
+    """Longer documents are left out; 0 keeps any."""
+    drop_duplicates: bool = False
+    """Of documents with the same text keep the first."""
+    only_code: bool = False
+    """Keep documents with lines of at most 1,000 characters, 100 in the mean, a quarter of all letters or digits."""
+    shard_tokens: int = 100_000_000
+    """Tokens after which a new shard begins."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    name: str = "train"
+    """`train` (byte-level BPE from the run's own source), the path of a tokenizer.json, or a name on the hub."""
+    vocab_size: int = 4096
+    """Vocabulary of a trained tokenizer; of another one, what `--dry-run` assumes before the tokenizer is read."""
+    training_megabytes: int = 64
+    """Text that a tokenizer is trained on, at most."""
+    eos_token: str = "<|endoftext|>"
+    """Token that ends a document."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices; norms, biases and sinks have none."""
+    decay_embeddings: bool = False
+    """Decay the embedding too."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    moment_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What AdamW's moments are kept in; bfloat16 needs `train.dtype` bfloat16. `auto`: that, on CUDA, if it can be."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    kind: Literal["cosine", "constant", "wsd"] = "cosine"
+    """Shape after the linear warm-up; `wsd` is warm-up, stable, linear decay."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up."""
+    decay_steps: int = 0
+    """Last steps over which `wsd` decays."""
+    min_lr_ratio: float = 0.1
+    """Where `cosine` ends and `wsd` falls to, as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    update_rate: float = 1e-3
+    """Change of an expert's selection bias after a step."""
+    sequence_loss_weight: float = 0.0
+    """Weight of the sequence-wise auxiliary loss, for comparison."""
+    z_loss_weight: float = 0.0
+    """Weight of the router's z-loss, for comparison."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 100_000
+    """Optimizer updates in the whole run."""
+    tokens: float = 0.0
+    """Tokens of the whole run, on all ranks, as 5e9: decides `train.steps`, rounded up, where it is not 0."""
+    hours: float = 0.0
+    """Hours of training, over all its starts, after which the run is complete, whatever `train.steps`; 0: no limit."""
+    micro_batch_size: int = 8
+    """Rows put through the model at once."""
+    gradient_accumulation: int = 16
+    """Micro-batches of a step, on each rank."""
+    seed: int = 0
+    """Seed of the weights, the data order and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the layers; master weights and router are float32. `auto`: bfloat16 on CUDA, float32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; `auto` compiles on CUDA."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    deterministic: bool = False
+    """Only algorithms that give bit-equal results when repeated: p828's kernels all do, and cost no more for it."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = 500
+    """Steps between evaluations; 0 evaluates at the end only."""
+    rows: int = 64
+    """Validation rows, the same at every evaluation."""
+    prompts: tuple[str, ...] = ()
+    """Prompts continued at every evaluation."""
+    max_new_tokens: int = 64
+    """Tokens sampled for each prompt."""
+    temperature: float = 0.8
+    """Temperature of those samples; 0 is greedy."""
+    patience: int = 0
+    """Stop after this many evaluations without a better validation loss; 0 never stops early."""
+    bigram_baseline: bool = False
+    """Also compute what a bigram model of one epoch of training tokens, held in memory, gets on the validation rows."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000
+    """Steps between checkpoints; the last step always makes one."""
+    keep_last: int = 3
+    """Newest checkpoints kept; the best one is kept besides."""
+
+
+@dataclass(frozen=True)
+class RollbackConfig:
+    after_steps: int = 0
+    """Bad steps in a row after which the run goes back to its newest checkpoint and past the data since; 0: never."""
+    spike_nats: float = 1.0
+    """A step is bad whose loss is that much above the usual of late, and one that is not finite."""
+    limit: int = 3
+    """Rollbacks in a run; where one more is due, it ends instead."""
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    config: str = ""
+    """A DeepSpeed configuration (a .json file, or zero1, zero2, zero3, zero3-offload) over the keys below."""
+    stage: int = 1
+    """ZeRO: 0 every rank holds all, 1 a share of the optimizer's state, 2 of gradients too, 3 of weights too."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """`cpu` keeps the optimizer's state in main memory and updates there; from stage 1 on."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """`cpu` keeps the weights in main memory and fetches each layer's for its use; stage 3 only."""
+    reduce_bucket_size: int = 50_000_000
+    """Gradients, in numbers, that are reduced together."""
+    allgather_bucket_size: int = 500_000_000
+    """Updated weights, in numbers, that are gathered together."""
+    overlap_comm: bool = True
+    """Reduce gradients while the backward pass goes on."""
+    timeout_seconds: int = 1800
+    """Longest time without progress: then every rank's stack is written down and the run ended."""
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: Literal["off", "online", "offline"] = "off"
+    """Weights & Biases: `online` needs an account, `offline` writes into the run's directory."""
+    project: str = "p828"
+    """Weights & Biases project."""
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = ""
+    """The run's name; empty means the configuration's."""
+    runs_dir: str = "runs"
+    """Directory that holds the runs."""
+    engine: Literal["plain", "deepspeed"] = "plain"
+    """`plain` trains on one device; `deepspeed` on one or more, each with a process of its own."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    rollback: RollbackConfig = field(default_factory=RollbackConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        """On each rank."""
+        return self.train.micro_batch_size * self.train.gradient_accumulation * self.data.sequence_length

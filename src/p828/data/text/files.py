@@ -1,0 +1,286 @@
+"""Shards that lie on this machine: text files, JSON Lines, and the standard library's own source."""
+
+import errno
+import glob
+import json
+import os
+import sysconfig
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+from p828.data.text.compression import COMPRESSIONS, DAMAGE, lines, pieces, unpacked
+from p828.data.text.shard import BadRecord
+from p828.errors import ReadFailed, UserError
+from p828.files import open_regular
+
+ENDINGS = (".txt", ".py", ".md", ".jsonl")
+NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+TABLES = {"encodings", "pydoc_data"}  # generated: character maps and the text of the manual
+# What waiting does not mend; EINVAL and ENXIO are of what is no regular file.
+FOR_GOOD = (
+    errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ELOOP, errno.ENAMETOOLONG,
+)  # fmt: skip
+LARGEST_DOCUMENT = 16 * 10**6  # bytes, unless the configuration says another number
+IDENTIFIED_BY = 4096  # bytes, of a file's beginning and of its end
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LONGEST_SHOWN = 200  # characters of what was given
+
+
+@dataclass(frozen=True)
+class PythonShard:
+    """One file of the standard library; a file that is not UTF-8 counts as empty."""
+
+    root: Path
+    name: str
+
+    @property
+    def size(self) -> int:
+        return (self.root / self.name).stat().st_size
+
+    def identity(self, with_contents: bool) -> str:
+        return f"{self.name} {self.size}"
+
+    def prefix(self, records: int) -> str:
+        return ""
+
+    def share_read(self) -> float:
+        return 0.0
+
+    def documents(self, start: int = 0) -> Iterator[str]:
+        """Raises ReadFailed."""
+        if start > 0:
+            return
+        try:
+            yield (self.root / self.name).read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            yield ""
+        except OSError as error:
+            raise ReadFailed(f"{self.root / self.name}: cannot be read: {error}") from None
+
+
+@dataclass
+class FileShard:
+    """One local file: a JSON Lines file holds a document a line, any other file is one, or several if it is large."""
+
+    name: str
+    text_field: str
+    limit: int = LARGEST_DOCUMENT
+    """Bytes of a document: a longer line is a bad record, a larger text file is read in pieces."""
+    skips: bool = False
+    """Whether bad records are given in the place of texts, and not raised."""
+    _open: BinaryIO | None = field(default=None, repr=False, compare=False)
+    _given: int = field(default=0, repr=False, compare=False)
+    """Bytes of the records so far."""
+
+    @property
+    def size(self) -> int:
+        try:
+            return Path(self.name).stat().st_size
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    @property
+    def has_lines(self) -> bool:
+        return _ending(Path(self.name)) == ".jsonl"
+
+    def identity(self, with_contents: bool) -> str:
+        """Name, size and, if wanted, a checksum of the first and last bytes."""
+        size = self.size
+        known = f"{Path(self.name).name} {size}"
+        if not with_contents:
+            return known
+        try:
+            with open_regular(Path(self.name)) as file:
+                head = file.read(IDENTIFIED_BY)
+                file.seek(max(size - IDENTIFIED_BY, 0))
+                return f"{known} {xxhash.xxh3_64_hexdigest(head + file.read(IDENTIFIED_BY))}"
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def prefix(self, records: int) -> str:
+        checksum, count = xxhash.xxh3_64(), 0
+        with closing(self._records()) as all_records:
+            while count < records and (record := next(all_records, b"")):
+                checksum.update(record)
+                count += 1
+        return f"{count} {checksum.hexdigest()}"
+
+    def documents(self, start: int = 0) -> Iterator[str | BadRecord]:
+        """Raises UserError naming the file, and the line of a JSON Lines file, that is wrong, and ReadFailed."""
+        with closing(self._records()) as records:
+            for number, record in enumerate(records):
+                if number < start:
+                    continue
+                try:
+                    text = self._line(record, number) if self.has_lines else self._text(record, number)
+                except BadRecord as bad:
+                    if not self.skips:
+                        raise
+                    yield bad
+                else:
+                    yield text
+
+    def share_read(self) -> float:
+        if self._open is None or self._open.closed:
+            return 0.0 if self._open is None else 1.0
+        is_packed = Path(self.name).suffix in COMPRESSIONS
+        place = self._open.tell() if is_packed else self._given  # without what a buffer has read ahead
+        return place / max(os.fstat(self._open.fileno()).st_size, 1)
+
+    def _records(self) -> Generator[bytes | None, None, None]:
+        """Lines, or pieces; None for a line that is too long. Raises UserError and ReadFailed."""
+        try:
+            with open_regular(Path(self.name)) as self._open, unpacked(self._open, Path(self.name).suffix) as stream:
+                self._given = 0
+                for record in lines(stream, self.limit) if self.has_lines else pieces(stream, self.limit):
+                    self._given += len(record or b"")
+                    yield record
+        except (OSError, *DAMAGE) as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> UserError | ReadFailed:
+        kind = ReadFailed if _may_pass(error) else UserError
+        return kind(f"{self.name}: cannot be read: {error}")
+
+    def _text(self, record: bytes | None, number: int) -> str:
+        assert record is not None
+        try:
+            text = _decoded(record, number)
+        except UnicodeDecodeError as error:
+            raise BadRecord(f"{self.name}: cannot be read: {_not_utf8(error)}", number) from None
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+
+    def _line(self, record: bytes | None, number: int) -> str:
+        where = f"{self.name}:{number + 1}"
+        if record is None:
+            raise BadRecord(
+                f"{where}: a line of more than data.max_document_megabytes = {self.limit / 10**6:g} is not accepted",
+                number,
+            )
+        try:
+            line = _decoded(record, number)
+        except UnicodeDecodeError as error:
+            raise BadRecord(f"{where}: not UTF-8: {_not_utf8(error)}", number) from None
+        if not line.strip():
+            return ""
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadRecord(f"{where}: not a line of JSON: {error}", number) from None
+        return text_of(fields, self.text_field, where, number)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"{error}; save it as UTF-8, as iconv does"
+
+
+def text_of(fields: object, text_field: str, where: str, record: int) -> str:
+    """The document in one JSON object or hub row. Raises BadRecord naming the place and the fields that exist."""
+    if not isinstance(fields, dict):
+        raise BadRecord(
+            f"{where}: a JSON object with the field {text_field!r} is accepted, not {type(fields).__name__}", record
+        )
+    if text_field not in fields:
+        existing = ", ".join(map(str, fields))[:200] or "none"
+        raise BadRecord(f"{where}: no field {text_field!r} (data.text_field); fields here: {existing}", record)
+    text = fields[text_field]
+    if not isinstance(text, str):
+        raise BadRecord(
+            f"{where}: field {text_field!r} (data.text_field) holds {type(text).__name__}, not text", record
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can escape and no tokenizer takes
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
+def python_shards() -> list[PythonShard]:
+    """The .py files of this interpreter's standard library, without tests, generated tables and installed packages."""
+    root = Path(sysconfig.get_path("stdlib"))
+    names: list[Path] = []
+    for directory, subdirectories, files in os.walk(root):
+        subdirectories[:] = set(subdirectories) - NOT_SOURCE - TABLES
+        here = Path(directory).relative_to(root)
+        python = (here / file for file in files if file.endswith(".py"))
+        names += [name for name in python if os.access(root / name, os.R_OK)]  # not links to what is not there
+    return [PythonShard(root, name.as_posix()) for name in sorted(names)]
+
+
+def file_shards(
+    globs: tuple[str, ...], text_field: str, key: str, limit: int = LARGEST_DOCUMENT, skips: bool = False
+) -> list[FileShard]:
+    """The files that are named, match or lie in a directory that is named, each once, in the order of their paths.
+
+    `key` is the setting that holds the globs. Raises UserError naming a glob that matches no file, a directory without
+    one, and a file whose ending is not supported.
+    """
+    found: dict[str, str] = {}  # by where a file really is: the name that it was found under
+    names = [name for pattern in globs for name in _matches(pattern, key)]
+    for name in sorted(names, key=os.path.abspath):
+        found.setdefault(os.path.realpath(name), name)
+    for name in found.values():
+        if not _is_accepted(name):
+            raise UserError(f"{key}: {name}: files ending in {_accepted()}")
+    return [FileShard(name, text_field, limit, skips) for name in found.values()]
+
+
+def _matches(pattern: str, key: str) -> list[str]:
+    """The files of a path, or of a glob if no such path exists. Raises UserError if there are none."""
+    path, shown = os.path.expanduser(pattern), repr(pattern[:LONGEST_SHOWN])
+    if os.path.isfile(path):
+        return [str(Path(path))]
+    if os.path.isdir(path):
+        return _files_below(path, f"{key}: {shown}")
+    if os.path.exists(path):
+        raise UserError(f"{key}: {shown} is neither a regular file nor a directory")
+    try:
+        matches = glob.glob(str(Path(path)), recursive=True)
+    except (OSError, ValueError) as error:  # a name that is too long, or no glob
+        raise UserError(f"{key}: {shown}: {str(error)[:LONGEST_SHOWN]}") from None
+    files = [name for name in matches if os.path.isfile(name)]
+    if not files:
+        what = f", but {matches[0]}, which is no regular file" if matches else ""
+        raise UserError(f"{key}: {shown} matches no file{what}")
+    return files
+
+
+def _files_below(directory: str, where: str) -> list[str]:
+    """The supported files of a directory and those in it, without hidden ones. Raises UserError if there are none."""
+    found: list[str] = []
+    others: list[str] = []
+    for here, subdirectories, files in os.walk(directory):
+        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
+        for name in sorted(name for name in files if not name.startswith(".")):
+            path = os.path.join(here, name)
+            (found if _is_accepted(name) and os.path.isfile(path) else others).append(path)
+    if not found:
+        there = ", ".join(others[:3])[:LONGEST_SHOWN] + (" and so on" if len(others) > 3 else "") or "no file"
+        raise UserError(f"{where}: no file ending in {_accepted()}; there is {there}")
+    return found
+
+
+def _is_accepted(name: str) -> bool:
+    return _ending(Path(name)) in ENDINGS
+
+
+def _accepted() -> str:
+    return f"{', '.join(ENDINGS)} are accepted, also with {', '.join(COMPRESSIONS)}"
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error of reading may be gone in a while, as a damaged file's is not: those carry no errno."""
+    return isinstance(error, OSError) and error.errno not in (None, *FOR_GOOD)
+
+
+def _ending(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def _decoded(record: bytes, number: int) -> str:
+    return (record.removeprefix(BYTE_ORDER_MARK) if number == 0 else record).decode("utf-8")

@@ -1,0 +1,159 @@
+"""Documents to rows of tokens: end to end, each followed by EOS, cut every sequence_length + 1 tokens."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from p828.data.row import Row
+from p828.data.text.documents import DocumentStream
+from p828.data.tokenizer import Tokenizer
+from p828.errors import UserError
+
+BATCH_DOCUMENTS = 256  # tokenized together: enough to keep all cores busy,
+BATCH_CHARACTERS = 1_000_000  # and little enough to hold
+
+
+class RowMaker(Protocol):
+    """Rows in the order of their text: a `Packer` or a `BestFitPacker`."""
+
+    def __next__(self) -> Row: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Packer:
+    """Iterator of `Row`s: every token of every document once, in order.
+
+    Ends when the stream ends; the tokens that fill no row are then `remainder()`. The state is the stream's
+    before the document in which the next row starts, and how many of its tokens were given.
+    """
+
+    def __init__(
+        self, stream: DocumentStream, tokenizer: Tokenizer, sequence_length: int, counts_bytes: bool = False
+    ) -> None:
+        """With `counts_bytes`, which takes longer, rows have their `text_bytes`."""
+        self.stream = stream
+        self.tokenizer = tokenizer
+        self.counts_bytes = counts_bytes
+        self.sequence_length = sequence_length
+        self._first_epoch_tokens: int | None = 0  # None: known to hold a row
+        self._clear(consumed=0)
+
+    def _clear(self, consumed: int) -> None:
+        # The tokens read and not yet given, and where in them each document starts (the first one's start is
+        # below 0 if part of it was given). `_states` has the stream's state before each document and after all.
+        self._tokens = np.zeros(0, dtype=np.int64)
+        self._text_bytes = np.zeros(0, dtype=np.int64)  # of the same tokens, if they are counted
+        self._starts = np.zeros(0, dtype=np.int64)
+        self._states = [self.stream.state_dict()]
+        self._epochs: list[int] = []
+        self._at = 0
+        self._consumed = consumed  # tokens of the next document to drop: they were given before a resume
+
+    def __iter__(self) -> Iterator[Row]:
+        return self
+
+    def __next__(self) -> Row:
+        """Raises UserError when a whole epoch of an endless stream fills no row."""
+        size = self.sequence_length + 1
+        while len(self._tokens) - self._at < size:
+            if not self._read():
+                raise StopIteration
+        row = self._row(self._at, self._at + size)
+        self._at += size
+        return row
+
+    def remainder(self) -> Row | None:
+        """After the last row of a stream that ends: the tokens left over, fewer than S+1; None if there are none."""
+        return self._row(self._at, len(self._tokens)) if self._at < len(self._tokens) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last row given."""
+        document = self._document_at(self._at)
+        if document == len(self._starts):
+            return {"stream": self._states[document], "tokens": self._consumed}
+        return {"stream": self._states[document], "tokens": int(self._at - self._starts[document])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError as `DocumentStream.load_state_dict`."""
+        self.stream.load_state_dict(state["stream"])
+        self._first_epoch_tokens = None
+        self._clear(state["tokens"])
+
+    def _row(self, start: int, end: int) -> Row:
+        first, last = self._document_at(start), self._document_at(end - 1)
+        inner_starts = self._starts[first + 1 : last + 1] - start
+        steps = np.zeros(end - start, dtype=np.int32)
+        steps[inner_starts] = 1
+        last_end = self._starts[last + 1] if last + 1 < len(self._starts) else len(self._tokens)
+        documents = last - first + int(last_end == end)  # that end here
+        cut = int(documents > 0 and self._starts[first] < start)
+        document_ids = np.cumsum(steps, dtype=np.int32)
+        text_bytes = self._text_bytes[start:end] if self.counts_bytes else None
+        return Row(self._tokens[start:end], document_ids, self._epochs[first], documents, cut, text_bytes=text_bytes)
+
+    def _document_at(self, position: int) -> int:
+        """Number of the document that the token at `position` belongs to; past the end, the number of documents."""
+        if position == len(self._tokens):
+            return len(self._starts)
+        return int(np.searchsorted(self._starts, position, side="right")) - 1
+
+    def _read(self) -> bool:
+        """Tokenize the next documents and put them behind the tokens not yet given; False if the stream has ended."""
+        texts, states, characters = [], [], 0
+        epochs = []
+        for text in self.stream:
+            texts.append(text)
+            epochs.append(self.stream.epoch)
+            states.append(self.stream.state_dict())
+            characters += len(text)
+            if len(texts) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+                break
+        if not texts:
+            return False
+        if self.counts_bytes:
+            documents, byte_counts = map(list, zip(*self.tokenizer.encode_counted(texts), strict=True))
+        else:
+            documents, byte_counts = self.tokenizer.encode_documents(texts), []
+        lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        self._check_first_epoch(lengths, epochs)
+        new = np.concatenate(documents)
+        starts = np.cumsum(lengths) - lengths
+
+        dropped, self._consumed = self._consumed, 0
+        if dropped >= lengths[0]:
+            raise UserError(
+                f"{self.stream.source}: a document ends before the place of the checkpoint in it: the data changed. "
+                "Restore it, or start a new run"
+            )
+        kept = self._document_at(self._at)
+        left = self._tokens[self._at :]
+        self._starts = np.concatenate([self._starts[kept:] - self._at, starts - dropped + len(left)])
+        self._states = self._states[kept:] + states
+        self._epochs = self._epochs[kept:] + epochs
+        self._tokens = np.concatenate([left, new[dropped:]])
+        if self.counts_bytes:
+            self._text_bytes = np.concatenate([self._text_bytes[self._at :], np.concatenate(byte_counts)[dropped:]])
+        self._at = 0
+        return True
+
+    def _check_first_epoch(self, lengths: npt.NDArray[np.int64], epochs: list[int]) -> None:
+        if self._first_epoch_tokens is None:
+            return
+        self._first_epoch_tokens += int(lengths[np.array(epochs) == 0].sum())
+        if self._first_epoch_tokens > self.sequence_length:
+            self._first_epoch_tokens = None
+        elif epochs[-1] > 0:
+            raise UserError(
+                f"data.sequence_length = {self.sequence_length}: {self.stream.source} has {self._first_epoch_tokens} "
+                f"tokens in all, less than one row of {self.sequence_length + 1}; "
+                + self._remedy(self._first_epoch_tokens)
+            )
+
+    @staticmethod
+    def _remedy(tokens: int) -> str:
+        return f"set at most data.sequence_length = {tokens - 1}, or give more text" if tokens > 1 else "give more text"

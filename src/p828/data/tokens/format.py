@@ -1,0 +1,206 @@
+"""The manifest of prepared data: what its shards are, and whether they still are that."""
+
+import errno
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from p828.data.retry import NO_RETRY, Retry
+from p828.data.tokenizer import Tokenizer
+from p828.data.tokens.sealed import CHECKSUM, LARGEST_FILE, check_seal, write_sealed
+from p828.data.tokens.source_files import SourceFiles
+from p828.errors import ReadFailed, UserError
+from p828.files import MEBIBYTE, open_regular, read_limited
+
+FORMAT_VERSION = 2
+WITHOUT_CHECKSUM = 1  # the version before, which does not say what files the source had either
+MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
+INDENT = 1
+LARGEST_SHARD = 2**48  # tokens
+LONGEST_PATH = 300  # characters of a path that are shown
+READERS = 8  # threads, each with one file
+FIRST_WORD, NEXT_WORD = 2.0, 30.0  # seconds of comparing after which there is a line, and another
+FOR_GOOD = (  # what waiting does not mend
+    errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ELOOP,
+)  # fmt: skip
+TOKENS, DOCUMENTS = ".tokens", ".documents"
+ENDINGS = {TOKENS, DOCUMENTS}
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the manifest says of a shard."""
+
+    name: str
+    tokens: int
+    documents: int
+    checksums: dict[str, str]
+    """xxh3-128 in hexadecimal, by file ending."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    source: str
+    """Where the text came from, in words."""
+    settings: dict[str, Any]
+    """The sections of the configuration that it was made with."""
+    tokenizer: str
+    """SHA-256 of the serialised tokenizer."""
+    dtype: str
+    """`uint16` or `uint32`."""
+    counts: dict[str, int]
+    """Documents read, kept, dropped by each filter, and records that were passed over."""
+    training: tuple[ShardEntry, ...]
+    validation: tuple[ShardEntry, ...]
+    files: SourceFiles | None = None
+    """The source's files, as they were when it was prepared."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def token_dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    def fingerprint(self) -> str:
+        """Of everything that says what it holds: two directories with equal fingerprints hold the same rows."""
+        fields = {key: value for key, value in asdict(self).items() if key != "files"}
+        return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())
+
+    def write(self, directory: Path) -> None:
+        """Raises OSError, and UserError if it is too large to be read again."""
+        write_sealed(directory / MANIFEST_FILE, asdict(self), INDENT)
+
+
+def open_manifest(directory: Path) -> Manifest:
+    """Read the manifest. Raises UserError if there is none, or it is none of this version."""
+    path = directory / MANIFEST_FILE
+    try:
+        content = read_limited(path, LARGEST_FILE)
+        fields = json.loads(content)
+        version = fields["format_version"]
+        if version not in (WITHOUT_CHECKSUM, FORMAT_VERSION):
+            raise UserError(f"{path}: format version {str(version)[:20]}; this program reads {FORMAT_VERSION}")
+        values = {key: value for key, value in fields.items() if version == WITHOUT_CHECKSUM or key != CHECKSUM}
+        for part in ("training", "validation"):
+            values[part] = tuple(ShardEntry(**shard) for shard in values[part])
+        if version == FORMAT_VERSION:
+            values["files"] = SourceFiles(**values["files"])
+        manifest = Manifest(**values)
+        _check(manifest)
+        if version == FORMAT_VERSION:
+            check_seal(content, fields, INDENT)
+        return manifest
+    except OSError as error:
+        raise UserError(
+            f"{str(path)[-LONGEST_PATH:]}: cannot be read: {error.strerror}. `p828 prepare CONFIG` makes it"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a manifest of prepared data: {str(error)[:300]}") from None
+
+
+def _check(manifest: Manifest) -> None:
+    """Raises ValueError, KeyError or TypeError if its fields are not what their types say."""
+    if manifest.dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype is {manifest.dtype!r}")
+    for part in (manifest.training, manifest.validation):
+        numbers = [number for shard in part for number in (shard.tokens, shard.documents)]
+        if not all(type(number) is int and 0 < number < LARGEST_SHARD for number in numbers) or not part:
+            raise ValueError("a shard has no tokens or documents, or no possible number of them")
+        if any(not re.fullmatch(r"[a-z]+-\d{5,}", shard.name) or shard.checksums.keys() != ENDINGS for shard in part):
+            raise ValueError("a shard has another name or other files")
+        if not all(isinstance(checksum, str) for shard in part for checksum in shard.checksums.values()):
+            raise ValueError("a checksum is no text")
+    tables = (manifest.counts, *(manifest.settings[section] for section in ("data", "tokenizer", "prepare")))
+    if not all(isinstance(table, dict) for table in tables):
+        raise ValueError("counts or settings are no tables")
+    counts = manifest.counts
+    if not all(type(count) is int and count >= 0 for count in counts.values()) or not counts["training"]:
+        raise ValueError("counts are no numbers, or no document was kept")
+    if not {"name", "vocab_size", "eos_token"} <= manifest.settings["tokenizer"].keys():
+        raise ValueError("the tokenizer's settings are not all there")
+    if not isinstance(manifest.files, SourceFiles | None):
+        raise ValueError("files are no files of a source")
+    if not isinstance(manifest.source, str) or not isinstance(manifest.tokenizer, str) or "validation" not in counts:
+        raise ValueError("a field is missing or no text")
+
+
+def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer, directory: Path) -> None:
+    """Raises UserError if the shards hold another tokenizer's ids."""
+    if tokenizer.fingerprint() != manifest.tokenizer:
+        name = manifest.settings["tokenizer"].get("name")
+        raise UserError(
+            f"{directory}: prepared with another tokenizer, tokenizer.name = {name!r} as it was then. Give that one, "
+            "or prepare the data again into another directory"
+        )
+
+
+def check_shards(
+    directory: Path,
+    shards: Sequence[ShardEntry],
+    known: Mapping[str, list[int]] | None = None,
+    retry: Retry = NO_RETRY,
+    part: tuple[int, int] = (0, 1),
+) -> dict[str, list[int]]:
+    """Compare the shards' files with the manifest. Returns each one's size and time of change, in nanoseconds.
+
+    A file that is still as `known` says is not read again, so that a run resumes at once. Of several that compare the
+    same files, each takes a part: its number and theirs. The retry's `tell` is given a line when it takes long. Raises
+    UserError naming a wrong file, and ReadFailed.
+    """
+    number, parts = part
+    files = [(shard.name + ending, checksum) for shard in shards for ending, checksum in shard.checksums.items()]
+
+    def check(name: str, checksum: str) -> list[int]:
+        path = directory / name
+        try:
+            stat = path.stat()
+            seen = [stat.st_size, stat.st_mtime_ns]
+            if (known or {}).get(name) != seen and checksum_of(path) != checksum:
+                raise UserError(f"{path}: damaged or changed: its checksum is not that of {MANIFEST_FILE}")
+        except OSError as error:
+            kind = UserError if error.errno in FOR_GOOD else ReadFailed
+            raise kind(f"{path}: cannot be read: {error.strerror}") from None
+        return seen
+
+    with ThreadPoolExecutor(READERS) as pool:
+        checks = {
+            name: pool.submit(retry.call, partial(check, name, checksum)) for name, checksum in files[number::parts]
+        }
+        try:
+            _wait(directory, list(checks.values()), retry)
+            return {name: check.result() for name, check in checks.items()}
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _wait(directory: Path, checks: Sequence[Future[list[int]]], retry: Retry) -> None:
+    """Until all are done or one has failed, which is raised. A line says so when it takes long."""
+    left, patience, done = set(checks), FIRST_WORD, 0
+    begun = time.monotonic()
+    while left:
+        finished, left = wait(left, max(begun + patience - time.monotonic(), 0), return_when=FIRST_EXCEPTION)
+        for check in finished:
+            check.result()
+        done += len(finished)
+        if left:
+            retry.tell(f"{directory}: comparing its files with their checksums: {done} of {len(checks)} done")
+            patience += NEXT_WORD
+
+
+def checksum_of(path: Path) -> str:
+    """Outside the interpreter's lock, at about the memory's speed. Raises OSError."""
+    state = xxhash.xxh3_128()
+    with open_regular(path) as file:
+        while data := file.read(MEBIBYTE):
+            state.update(data)
+    return state.hexdigest()

@@ -1,0 +1,269 @@
+"""Tokenizes a source once into prepared data; interrupted, goes on where the disk is known to have everything."""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from p828.config import Config
+from p828.data.retry import NO_RETRY, Retry
+from p828.data.text.documents import DocumentStream, open_in_order, open_validation
+from p828.data.tokenizer import Tokenizer
+from p828.data.tokens.directory import (
+    GOES_ON,
+    HASHES_FILE,
+    PROGRESS_FILE,
+    UNFINISHED,
+    check_settings,
+    read_progress,
+    remove,
+    settings,
+    writing,
+)
+from p828.data.tokens.filters import SeenTexts
+from p828.data.tokens.format import (
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    Manifest,
+    check_shards,
+    check_tokenizer,
+    open_manifest,
+)
+from p828.data.tokens.partial_file import PartialFile
+from p828.data.tokens.sealed import write_sealed
+from p828.data.tokens.source_files import SourceFiles
+from p828.data.tokens.text_reader import PARTS, Reader, TextBatch
+from p828.data.tokens.write import BestFitWriter, ShardWriter
+from p828.errors import RunStopped, UserError
+
+SAVE_EVERY = 5.0  # seconds
+TOKENIZED_TOGETHER = 2  # batches: while the tokens of one become arrays, which one core does, others are encoded
+
+
+class WrongText(UserError):
+    """Text of which not even the first document can be taken."""
+
+
+def prepare(
+    config: Config,
+    directory: Path,
+    tokenizer: Tokenizer,
+    report: Callable[["Preparation"], None],
+    retry: Retry = NO_RETRY,
+) -> Manifest:
+    """Tokenize the one source of a configuration into a directory, or go on with that.
+
+    Complete already, its shards are compared with their checksums instead, and the source's files with what they were.
+    Raises UserError if it holds data made with other settings, from other files or another tokenizer, a shard is wrong,
+    or it cannot be written, WrongText, and RunStopped (which ReadFailed is) for what ends it at work, which keeps
+    all that was made.
+    """
+    if not (directory / MANIFEST_FILE).exists():
+        with writing(directory, at_work=False):
+            directory.mkdir(parents=True, exist_ok=True)
+        return Preparation(config, directory, tokenizer, retry).run(report)
+    manifest = open_manifest(directory)
+    check_settings(manifest.settings, settings(config), directory / MANIFEST_FILE)
+    check_tokenizer(manifest, tokenizer, directory)
+    changes = manifest.files.changes(_files(_streams(config, retry))) if manifest.files else ""
+    if changes:
+        raise UserError(
+            f"{directory / MANIFEST_FILE}: the source's files are not those that were prepared: {changes}.\n"
+            f"Give another directory as data.prepared, or remove {directory} to prepare them again"
+        )
+    check_shards(directory, (*manifest.training, *manifest.validation), retry=retry)
+    return manifest
+
+
+def _streams(config: Config, retry: Retry) -> list[DocumentStream]:
+    """The source, and what is validated on, if that is text of its own."""
+    streams = [open_in_order(config.data, retry)]
+    if config.data.validation.kind != "held_out":
+        streams.append(open_validation(config.data, retry))
+    return streams
+
+
+def _files(streams: list[DocumentStream]) -> SourceFiles:
+    return SourceFiles.of([shard for stream in streams for shard in stream.shards])
+
+
+class Preparation:
+    """A directory of prepared data in the making.
+
+    What is on the disk belongs to the position in `progress.json`, or comes after it and is cut off before going on.
+    """
+
+    def __init__(self, config: Config, directory: Path, tokenizer: Tokenizer, retry: Retry) -> None:
+        """Begin, or go on with what was interrupted.
+
+        Raises UserError if that had other settings or has changed, and RunStopped if it cannot be written for now.
+        """
+        self.config, self.directory, self.tokenizer = config, directory, tokenizer
+        self.seen = SeenTexts()
+        streams = _streams(config, retry)
+        self.files = _files(streams)
+        self.readers = [Reader(stream, part, config, self.seen) for stream, part in zip(streams, PARTS, strict=False)]
+        self.reader_number = 0
+        self._saved_at = 0.0
+        self.tokens = self._tokens_before = 0
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        with writing(directory, at_work=False):
+            progress = self._load()
+            self._hashes = PartialFile(directory / HASHES_FILE, progress.get("hashes"))
+            self.seen.load(np.frombuffer(b"".join(self._hashes.chunks()), "<u8"))
+            self.writers = {part: self._writer(part, progress.get(part)) for part in PARTS}
+            self._position = self.readers[self.reader_number].position()  # of what is written
+            self._is_whole = True  # whether what is written is all up to there, and can be saved
+            self._save()
+
+    def _writer(self, part: str, state: dict[str, Any] | None) -> ShardWriter | BestFitWriter:
+        shards = ShardWriter(self.directory, part, self.dtype, self.config.prepare.shard_tokens, state)
+        if self.config.data.packing == "concatenate":
+            return shards
+        return BestFitWriter(shards, self.config.data.sequence_length + 1, state)
+
+    def rate(self, seconds: float) -> float:
+        """Tokens a second, if this process has been at work for so many seconds."""
+        return (self.tokens - self._tokens_before) / seconds
+
+    def share_done(self) -> float:
+        """About how much of the text has been read, from 0 to 1; of validation text of its own it is not known."""
+        return self.readers[0].stream.share_read()
+
+    def run(self, report: Callable[["Preparation"], None]) -> Manifest:
+        """Tokenize what is left and write the manifest. `report` is called after every batch.
+
+        However it ends, what is written by then is saved. Raises RunStopped, WrongText, and UserError if nothing is
+        left.
+        """
+        try:
+            while True:
+                self._read(report)
+                if self.reader_number + 1 == len(self.readers):
+                    return self._conclude()
+                self._is_whole = False
+                self.reader_number += 1
+                self._position = self.readers[self.reader_number].position()
+                self._is_whole = True
+        finally:
+            if self._is_whole:
+                with contextlib.suppress(OSError):  # what was saved before stands
+                    self._save()
+
+    def _read(self, report: Callable[["Preparation"], None]) -> None:
+        """What is left of the current reader's text."""
+        try:
+            for batch, documents in self._tokenized(self.readers[self.reader_number]):
+                with writing(self.directory):
+                    self._write(batch, documents)
+                report(self)
+        except UserError as error:
+            # Wrong text, met at work: it can be mended.
+            if any(reader.counts["read"] for reader in self.readers):
+                raise RunStopped(f"{error}\n{GOES_ON}") from error
+            raise WrongText(error) from error
+
+    def _tokenized(self, reader: Reader) -> Iterator[tuple[TextBatch, dict[str, list[npt.NDArray[np.int64]]]]]:
+        """Batches and their documents' tokens with EOS. Batches are read while those before are tokenized."""
+
+        def tokenize(texts: dict[str, list[str]]) -> dict[str, list[npt.NDArray[np.int64]]]:
+            return {part: self.tokenizer.encode_documents(some) for part, some in texts.items()}
+
+        ahead: deque[tuple[TextBatch, Future[dict[str, list[npt.NDArray[np.int64]]]]]] = deque()
+        with ThreadPoolExecutor(TOKENIZED_TOGETHER) as pool:
+            for batch in reader:
+                ahead.append((batch, pool.submit(tokenize, batch.texts)))
+                if len(ahead) > TOKENIZED_TOGETHER:
+                    before, future = ahead.popleft()
+                    yield before, future.result()
+            for before, future in ahead:
+                yield before, future.result()
+
+    def _write(self, batch: TextBatch, documents: dict[str, list[npt.NDArray[np.int64]]]) -> None:
+        self._is_whole = False
+        for part, writer in self.writers.items():
+            writer.write(documents[part])
+            self.tokens += sum(map(len, documents[part]))
+        self._hashes.add(np.array(batch.hashes, dtype="<u8").tobytes())
+        self._position, self._is_whole = batch, True
+        if time.monotonic() - self._saved_at >= SAVE_EVERY:
+            self._save()
+
+    def _save(self) -> None:
+        """Raises OSError, and UserError if the settings are more than a file of progress holds."""
+        self._saved_at, self._is_whole = time.monotonic(), False
+        batch = self._position
+        progress = {
+            "settings": settings(self.config),
+            "tokenizer": self.tokenizer.fingerprint(),
+            "reader": self.reader_number,
+            "position": batch.position,
+            "counts": [reader.counts for reader in self.readers[: self.reader_number]] + [batch.counts],
+            "tokens": self.tokens,
+            "hashes": self._hashes.state_dict(),
+            **{part: writer.state_dict() for part, writer in self.writers.items()},
+        }
+        write_sealed(self.directory / PROGRESS_FILE, progress)
+        for writer in self.writers.values():
+            writer.saved()
+        self._is_whole = True
+
+    def _load(self) -> dict[str, Any]:
+        """Go back to the saved position, if there is one; what else is on the disk is left to the caller."""
+        path = self.directory / PROGRESS_FILE
+        if not path.exists():
+            return {}
+        progress = read_progress(path)
+        check_settings(progress["settings"], settings(self.config), path)
+        if progress["tokenizer"] != self.tokenizer.fingerprint():
+            raise UserError(
+                f"{self.directory / TOKENIZER_FILE}: changed since the preparation was interrupted. Remove "
+                f"{self.directory} to begin again"
+            )
+        self.reader_number = progress["reader"]
+        try:
+            self.readers[self.reader_number].stream.load_state_dict(progress["position"])
+        except UserError as error:
+            raise UserError(
+                f"{path}: the preparation cannot go on: {error}\nPut the files back as they were, or remove "
+                f"{self.directory} to begin again"
+            ) from None
+        for reader, counts in zip(self.readers, progress["counts"], strict=False):
+            reader.counts = counts
+        self.tokens = self._tokens_before = progress["tokens"]
+        return progress
+
+    def _conclude(self) -> Manifest:
+        counts: dict[str, int] = {}
+        for reader in self.readers:
+            for kind, count in reader.counts.items():
+                counts[kind] = counts.get(kind, 0) + count
+        source = self.readers[0].stream.source
+        for part in PARTS:
+            if not counts[part]:
+                raise UserError(f"{source}: nothing is left for {part}; documents: {counts}")
+        with writing(self.directory):
+            self._save()
+            self._is_whole = False
+            for writer in self.writers.values():
+                writer.close()
+            self._hashes.close()
+            manifest = Manifest(
+                source=source,
+                settings=settings(self.config),
+                tokenizer=self.tokenizer.fingerprint(),
+                dtype=self.dtype.name,
+                counts=counts,
+                training=tuple(self.writers["training"].complete),
+                validation=tuple(self.writers["validation"].complete),
+                files=self.files,
+            )
+            manifest.write(self.directory)
+            remove(self.directory, UNFINISHED)
+        return manifest

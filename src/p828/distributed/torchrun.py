@@ -1,0 +1,43 @@
+"""`python -m p828.distributed.torchrun`: torchrun, but that it passes on what asks a run to end, and lets it.
+
+torchrun itself ends the ranks half a minute after Ctrl-C or SIGTERM, saved or not, and then with a traceback. Here the
+ranks get the signal and end by themselves; the exit code is theirs.
+"""
+
+import signal
+import sys
+from types import FrameType
+
+import psutil
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main() -> None:
+    for number in PASSED_ON:
+        signal.signal(number, _pass_on)
+    try:
+        # torchrun would put handlers of its own in place of these.
+        run.main(["--signals-to-handle", "SIGQUIT", *sys.argv[1:]])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        code = failure.exitcode
+        sys.exit(code if code > 0 else 128 - code)  # as shells report a signal
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Send it to every rank, each of which is in a session of its own, where a terminal's signals do not get."""
+    ranks = psutil.Process().children()
+    for rank in ranks:
+        try:
+            rank.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue  # it has ended
+    if not ranks:
+        sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()

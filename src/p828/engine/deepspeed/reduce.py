@@ -1,0 +1,120 @@
+"""A step's gradients at ZeRO stages 0 and 1: summed by each rank over its micro-batches, then reduced over ranks.
+
+Below stage 2 a rank has room for a whole gradient. So its micro-batches need no collective operation but in the last
+one, and run as on one device: recorded, summed in float32. In the last micro-batch the sums of a stretch of layers are
+reduced while the backward pass goes on with the one before. DeepSpeed's own way starts every kernel of a micro-batch,
+and a hook for each parameter, from the host, which takes longer than the GPU needs.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from p828.config import Config
+from p828.data.loader import Batch
+from p828.engine.microbatch import GradientSums
+from p828.model.transformer import Transformer
+
+STRETCHES = 4  # the more, the less of the last reduction is left to wait for; each is a graph to record and to start
+
+
+class _Place(NamedTuple):
+    """Where a parameter's sum lies."""
+
+    flat: int
+    start: int
+    end: int
+
+
+class ReducedSums:
+    """`GradientSums` in one tensor, or at stage 1 one for each of DeepSpeed's parameter groups, laid out like it.
+
+    At stage 0 every rank gets all sums over ranks; at stage 1 those of the share that it updates.
+    """
+
+    def __init__(
+        self, optimizer: Any, zero: Mapping[str, Any], model: Transformer, config: Config, dtype: torch.dtype
+    ) -> None:
+        """`zero` is the `zero_optimization` of DeepSpeed's settings."""
+        self.rank, self.size, self.stage = dist.get_rank(), dist.get_world_size(), zero["stage"]
+        if self.stage == 0:
+            self._places, lengths = _end_to_end(list(model.parameters()))
+        else:
+            self._places, lengths = _as_in_groups(optimizer.bit16_groups, optimizer.bit16_groups_flat)
+        device = model.head_weight.device
+        self._flats = [torch.zeros(length, dtype=torch.float32, device=device) for length in lengths]
+        sums = {p: self._flats[place.flat][place.start : place.end].view(p.shape) for p, place in self._places.items()}
+        stretches = STRETCHES if zero["overlap_comm"] and self.size > 1 else 1
+        self.gradients = GradientSums(model, config, dtype, sums, stretches)
+        self.shares = [flat.chunk(self.size)[self.rank] if self.stage else flat for flat in self._flats]
+        """Of every tensor what this rank updates: complete after `finish`."""
+        self._bucket = zero["reduce_bucket_size"]
+        self._reductions: list[dist.Work] = []
+
+    def add(self, batch: Batch, is_last: bool) -> None:
+        """Add a micro-batch's; after the step's last one, begin to reduce them."""
+        if is_last and self.size > 1:
+            self.gradients.add(batch, self._reduce)
+        else:
+            self.gradients.add(batch)
+
+    def finish(self) -> Tensor:
+        """Wait for the reductions. The share's part of the gradient's squared norm, a float64 scalar."""
+        for reduction in self._reductions:
+            reduction.wait()
+        self._reductions.clear()
+        norms = torch.stack([torch.linalg.vector_norm(share) for share in self.shares]).double()
+        return norms.square().sum() / (1 if self.stage else self.size)
+
+    def _reduce(self, parameters: Sequence[Tensor]) -> None:
+        for place in _joined(sorted(self._places[parameter] for parameter in parameters)):
+            flat = self._flats[place.flat]
+            for start in range(place.start, place.end, self._bucket):
+                end = min(start + self._bucket, place.end)
+                if self.stage == 0:
+                    self._reductions.append(dist.all_reduce(flat[start:end], async_op=True))
+                    continue
+                for owner, begin, stop in _by_owner(start, end, len(flat) // self.size):
+                    self._reductions.append(dist.reduce(flat[begin:stop], dst=owner, async_op=True))
+
+
+def _end_to_end(parameters: Sequence[Tensor]) -> tuple[dict[Tensor, _Place], list[int]]:
+    """All in one tensor; and its length, in a list."""
+    places, end = {}, 0
+    for parameter in parameters:
+        places[parameter] = _Place(0, end, end + parameter.numel())
+        end += parameter.numel()
+    return places, [end]
+
+
+def _as_in_groups(
+    groups: Sequence[Sequence[Tensor]], flats: Sequence[Tensor]
+) -> tuple[dict[Tensor, _Place], list[int]]:
+    """Where DeepSpeed has each parameter in its groups' tensors, and how long these are."""
+    places = {}
+    for number, (parameters, flat) in enumerate(zip(groups, flats, strict=True)):
+        for parameter in parameters:
+            start = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+            places[parameter] = _Place(number, start, start + parameter.numel())
+    return places, [flat.numel() for flat in flats]
+
+
+def _joined(places: Sequence[_Place]) -> Iterator[_Place]:
+    """Neighbours as one."""
+    current = places[0]
+    for place in places[1:]:
+        if place.flat == current.flat and place.start == current.end:
+            current = current._replace(end=place.end)
+        else:
+            yield current
+            current = place
+    yield current
+
+
+def _by_owner(start: int, end: int, share: int) -> Iterator[tuple[int, int, int]]:
+    """The rank and the part of start … end of each rank that owns some of it."""
+    for owner in range(start // share, (end - 1) // share + 1):
+        yield owner, max(start, owner * share), min(end, (owner + 1) * share)

@@ -1,0 +1,275 @@
+"""What DeepSpeed is told: from the run's configuration, or from a DeepSpeed file that must agree with it."""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from p828.config import Config
+from p828.config.files import PRESETS, merged
+from p828.config.values import flatten
+from p828.errors import UserError, nearest
+from p828.files import MEBIBYTE, read_limited
+
+LARGEST_FILE = MEBIBYTE
+MOST_PROBLEMS = 10  # that are told at once
+FOR_US = ("optimizer", "scheduler", "data_types", "fp16")  # checked, and then left out of what DeepSpeed reads
+LEAST_STAGE = {"offload_optimizer": 1, "offload_param": 3}
+
+FROM_0, FROM_1 = range(2**63), range(1, 2**63)
+AS_RUN = object  # the run's own value, no other
+_STAGE_3_SIZES = (
+    "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_module_granularity_threshold",
+)  # fmt: skip
+_SWITCHES = (
+    "overlap_comm", "contiguous_gradients", "reduce_scatter", "allgather_partitions", "use_multi_rank_bucket_allreduce",
+    "load_from_fp32_weights", "ignore_unused_parameters", "log_trace_cache_warnings", "enable_sanity_checks",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_use_all_reduce_for_fetch_params",
+    "stage3_allgather_sequential",
+)  # fmt: skip
+_OFFLOAD = {"device": ("none", "cpu"), "pin_memory": bool, "buffer_count": FROM_0}
+# Of DeepSpeed's keys those that mean something here, and what they take: a type, whole numbers, one of some values.
+# The rest of what it knows is another trainer's, or changes what the engine takes for granted.
+KEYS: dict[str, Any] = {
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), AS_RUN),
+    **dict.fromkeys(("gradient_clipping", "scheduler"), AS_RUN),
+    "bf16": {"enabled": AS_RUN, "check_grad_overflow": (True,)},
+    "fp16": {
+        "enabled": AS_RUN, "loss_scale": float, "min_loss_scale": float,
+        **dict.fromkeys(("initial_scale_power", "loss_scale_window", "hysteresis"), FROM_0),
+    },
+    "optimizer": {"type": ("AdamW",), "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), AS_RUN)},
+    "data_types": {"grad_accum_dtype": ("fp32",)},
+    "communication_data_type": ("fp32", "bf16"),
+    "prescale_gradients": (False,),
+    "gradient_predivide_factor": (1,),
+    "zero_optimization": {
+        "stage": (0, 1, 2, 3), "reduce_bucket_size": FROM_1, "allgather_bucket_size": FROM_0, "sub_group_size": FROM_0,
+        **dict.fromkeys(_STAGE_3_SIZES, FROM_0), **dict.fromkeys(_SWITCHES, bool),
+        "offload_optimizer": {**_OFFLOAD, "fast_init": bool},
+        "offload_param": {**_OFFLOAD, "buffer_size": FROM_0, "max_in_cpu": FROM_0},
+        "round_robin_gradients": (False,), "zero_hpz_partition_size": (1,), "memory_efficient_linear": (False,),
+    },
+    **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), bool),
+    "steps_per_print": FROM_1,
+    **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state"), bool),
+    "comms_logger": {"prof_ops": list, **dict.fromkeys(("enabled", "verbose", "prof_all", "debug"), bool)},
+    "flops_profiler": {"enabled": (False,)},  # metrics.jsonl has a step's FLOPs, and `p828 bench` a profile of it
+}  # fmt: skip
+# A dotted key of DeepSpeed to ours of the same meaning.
+OURS = {
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer.params.lr": "optimizer.learning_rate",
+    **{f"optimizer.params.{key}": f"optimizer.{key}" for key in ("betas", "eps", "weight_decay")},
+}
+OURS_IN_ZERO = ("stage", "overlap_comm", "reduce_bucket_size", "allgather_bucket_size")  # deepspeed.* of ours
+
+
+@dataclass(frozen=True)
+class DeepSpeedSettings:
+    """`values` is a DeepSpeed configuration; `stage` and the rest stand in it too."""
+
+    values: dict[str, Any]
+    stage: int
+    offload_optimizer: bool
+    offload_param: bool
+
+
+def deepspeed_settings(config: Config, dtype: str, world_size: int) -> DeepSpeedSettings:
+    """For a run whose layers compute in `dtype`, "float32" or "bfloat16".
+
+    Raises UserError naming file and key: for a file that cannot be read, a key given twice or unknown, a value that is
+    not accepted and one that contradicts the run's configuration.
+    """
+    values, name = _own_settings(config, dtype, world_size), config.deepspeed.config
+    if name:
+        path = preset_files().get(name, Path(name))
+        problems: list[str] = []
+        given = _checked(read_strictly(path), KEYS, _of_run(config, dtype, world_size), problems)
+        if problems:
+            raise UserError(_listed([f"{path}: {problem}" for problem in problems]))
+        values = merged(values, {key: value for key, value in given.items() if key not in FOR_US})
+    zero = values["zero_optimization"]
+    offloads = {key: zero.get(key, {}).get("device") == "cpu" for key in LEAST_STAGE}
+    for key, least in LEAST_STAGE.items():
+        if offloads[key] and zero["stage"] < least:
+            where = f"{name}: zero_optimization.{key}.device" if name else f"deepspeed.{key}"
+            raise UserError(f'{where} = "cpu": accepted from stage {least} on; the stage is {zero["stage"]}')
+    if zero["stage"] < 2 and not offloads["offload_optimizer"] and values.get("communication_data_type") == "bf16":
+        raise UserError(f'{name}: communication_data_type = "bf16": below stage 2 gradients are reduced in float32')
+    if zero["stage"] >= 2 and dtype == "bfloat16":
+        values["data_types"] = {"grad_accum_dtype": "fp32"}
+    return DeepSpeedSettings(values, zero["stage"], **offloads)
+
+
+def preset_files() -> dict[str, Path]:
+    """The DeepSpeed files that come with p828, by name."""
+    files = sorted((PRESETS / "deepspeed").glob("*.json"), key=lambda file: file.stem)
+    return {file.stem: file for file in files}
+
+
+def read_strictly(path: Path) -> dict[str, Any]:
+    """A JSON object, as RFC 8259 has it. Raises UserError; a key that is given twice is named."""
+    try:
+        text = read_limited(path, LARGEST_FILE).decode(
+            "utf-8-sig"
+        )  # some editors put a mark first, which RFC 8259 lets us ignore
+        values = json.loads(text, object_pairs_hook=_without_duplicates, parse_float=_finite, parse_constant=_finite)
+    except FileNotFoundError:
+        near = nearest(str(path), preset_files())
+        raise UserError(f"no file {path}{near} Accepted: a .json file, {', '.join(preset_files())}") from None
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read as JSON: nested too deeply") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {_shown(values)}; an object with DeepSpeed's keys is accepted")
+    return values
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{_shown(key)} is given twice, as {_shown(found[key])} and as {_shown(value)}")
+        found[key] = value
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return float(text)
+
+
+def _own_settings(config: Config, dtype: str, world_size: int) -> dict[str, Any]:
+    own, train = config.deepspeed, config.train
+    zero: dict[str, Any] = {
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "use_multi_rank_bucket_allreduce": False,  # a rank's share goes to that rank, not to all
+        "memory_efficient_linear": False,  # would replace torch.nn.functional.linear in the whole process
+    }
+    zero |= {key: getattr(own, key) for key in OURS_IN_ZERO}
+    for key in LEAST_STAGE:
+        if getattr(own, key) == "cpu":
+            zero[key] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_batch_size": train.micro_batch_size * train.gradient_accumulation * world_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": zero,
+    }
+
+
+def _of_run(config: Config, dtype: str, world_size: int) -> dict[str, tuple[Any, str]]:
+    """Dotted key of a DeepSpeed file to the run's value, and to where that stands if a file may have no other."""
+    flat, unset, found = flatten(config), flatten(Config()), dict[str, tuple[Any, str]]()
+    for key, ours in OURS.items():
+        value = list(flat[ours]) if isinstance(flat[ours], tuple) else flat[ours]
+        found[key] = value, f"{ours} = {_shown(value)}"
+    for key in (*OURS_IN_ZERO, *LEAST_STAGE):
+        # Nothing tells a default from the same value given: a file may have another.
+        ours = f"deepspeed.{key}"
+        because = f"{ours} = {_shown(flat[ours])}" if flat[ours] != unset[ours] else ""
+        found[f"zero_optimization.{key}{'.device' if key in LEAST_STAGE else ''}"] = flat[ours], because
+    sizes = (config.train.micro_batch_size, config.train.gradient_accumulation, world_size)
+    product = f"{' x '.join(map(str, sizes))} = {math.prod(sizes)}"
+    of_dtype = f"train.dtype = {_shown(config.train.dtype)}, here {_shown(dtype)}"
+    return found | {
+        "train_batch_size": (
+            math.prod(sizes),
+            f"train.micro_batch_size x train.gradient_accumulation x ranks = {product}",
+        ),
+        "bf16.enabled": (dtype == "bfloat16", of_dtype),
+        "fp16.enabled": (False, of_dtype),
+        "scheduler": (None, f"schedule.kind = {_shown(config.schedule.kind)}"),
+        # What DeepSpeed has by itself.
+        "zero_optimization.stage3_prefetch_bucket_size": (50_000_000, ""),
+        "zero_optimization.stage3_param_persistence_threshold": (100_000, ""),
+    }
+
+
+def _checked(
+    given: Mapping[str, Any],
+    keys: Mapping[str, Any],
+    of_run: Mapping[str, tuple[Any, str]],
+    problems: list[str],
+    section: str = "",
+) -> dict[str, Any]:
+    """`given` with every "auto" filled in; what is not accepted is left out, and a line on it added to `problems`."""
+    checked: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in keys:
+            near = nearest(key, keys)
+            problems.append(f"unknown key {_shown(section + key)}{near} Accepted: {', '.join(keys)}")
+            continue
+        name, kind = section + key, keys[key]
+        if isinstance(kind, dict):
+            value = {"device": "none"} if value is None and key in LEAST_STAGE else value
+            if isinstance(value, dict):
+                checked[key] = _checked(value, kind, of_run, problems, f"{name}.")
+            else:
+                problems.append(f"{name} = {_shown(value)}: an object is accepted")
+            continue
+        own, because = of_run.get(name, (None, ""))
+        if problem := _problem(name, value, kind, of_run):
+            problems.append(f"{name} = {_shown(value)}{problem}")
+        elif value == "auto" or because:
+            checked[key] = own
+        else:
+            checked[key] = int(value) if isinstance(kind, range) else value
+    return checked
+
+
+def _problem(name: str, value: Any, kind: Any, of_run: Mapping[str, tuple[Any, str]]) -> str:
+    """What is wrong with a key's value; nothing where it is accepted."""
+    own, because = of_run.get(name, (None, ""))
+    if value == "auto":
+        return "" if name in of_run else ": the run says nothing of it; give a value or leave the key out"
+    if because:
+        return "" if _same(value, own) else f' contradicts {because}: {_shown(own)} or "auto" is accepted'
+    return "" if _fits(value, kind) else f": {_words(kind)} is accepted"
+
+
+def _listed(problems: list[str]) -> str:
+    more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+    return "\n".join(problems[:MOST_PROBLEMS] + more)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(kind, tuple):
+        return any(_same(value, one) for one in kind)
+    if isinstance(kind, range):
+        return is_number and kind.start <= value < kind.stop and value == int(value)  # 5e8 is one, too
+    return is_number if kind is float else isinstance(value, kind)
+
+
+def _words(kind: Any) -> str:
+    if isinstance(kind, range):
+        return f"a whole number from {kind.start}"
+    if isinstance(kind, tuple):
+        return " or ".join(map(_shown, kind))
+    return {bool: "true or false", float: "a number", list: "a list"}[kind]
+
+
+def _same(first: Any, second: Any) -> bool:
+    """1 is 1.0 but not true."""
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return first == second and isinstance(first, bool) == isinstance(second, bool)
+
+
+def _shown(value: Any) -> str:
+    """As JSON, its beginning; the rest may nest more deeply than can be written."""
+    text = "".join(itertools.islice(json.JSONEncoder().iterencode(value), 61))
+    return text if len(text) <= 60 else text[:59] + "…"

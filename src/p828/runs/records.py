@@ -1,0 +1,271 @@
+"""A run's one record, `metrics.jsonl`.
+
+Every line is an object with `kind` ("step", "eval", "sample", "event", ...) and `step`. JSON has no NaN and no
+infinity, so these are the strings "NaN", "Infinity" and "-Infinity", which `float()` of Python, pandas and
+JavaScript's `Number()` understand.
+
+A step's line has a few numbers a layer of how its tokens went to the experts; every so many steps, and at evaluations,
+it has the loads of all experts, too (`loads_record`). Files of earlier versions have them in every step's line.
+"""
+
+import errno
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Protocol, cast
+
+from p828.errors import RecordsFailed, RunPaused, UserError, closed_after
+from p828.files import fsync, open_appended, open_regular
+
+FILE_NAME = "metrics.jsonl"
+DAMAGED_NAME = "metrics.damaged"
+LOADS_A_STEP = 32  # experts' loads that a step's line has on average at most, but for those of evaluations
+STARVED_UNDER = 0.1  # of an even share of a layer's tokens
+PIECE = 2**20  # bytes
+LONGEST_LINE = 16 * 2**20  # bytes; a step of a thousand layers of a thousand experts has half of it
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)  # or not for now
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+REPEATED_KINDS = ("step", "eval", "sample")  # a resumed run writes these again
+
+
+class Mirror(Protocol):
+    """Where records are shown besides, as in Weights & Biases."""
+
+    problem: str
+    """What the run should be told of it; empty when there is nothing, or once that is done."""
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None: ...
+
+    def finish(self, exit_code: int) -> None: ...
+
+
+class Recorder:
+    """Appends to `run_dir/metrics.jsonl`, and gives every record to a mirror, if there is one.
+
+    Use as a context manager, or call `close`. A quiet one, for ranks but the first, records nothing. Raises UserError
+    when the file cannot be written.
+    """
+
+    def __init__(self, run_dir: Path, is_quiet: bool = False, mirror: Mirror | None = None) -> None:
+        self.is_quiet, self.mirror = is_quiet, mirror
+        self.waiting: list[bytes] = []
+        """Lines for which there was no room on the disk; they are written when there is."""
+        self.path = run_dir / FILE_NAME
+        self._file: BinaryIO | None = None
+        try:
+            if not is_quiet:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                self._file = open_appended(self.path)
+                _mend_last_line(self.path)
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line. `values` are JSON values: loads and balance scores are lists with an entry a layer.
+
+        The line goes out in one call of the operating system, so a killed process leaves at most a partial last line.
+        On a full disk it waits for room. Raises RecordsFailed where the file cannot be written for another reason.
+        """
+        if self.is_quiet:
+            return
+        record = _encode({"kind": kind, "step": step, **values})
+        self.waiting.append(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        try:
+            while self.waiting and self._append(self.waiting[0]):
+                del self.waiting[0]
+        except OSError as error:
+            raise RecordsFailed(str(_unwritable(self.path, error))) from None
+        if self.mirror is not None:
+            self.mirror.write(kind, step, values)
+
+    def _append(self, line: bytes) -> bool:
+        """Whether there was room for the line, of which else nothing is written."""
+        assert self._file is not None
+        end, written = os.fstat(self._file.fileno()).st_size, 0
+        try:
+            while written < len(line):  # at the second attempt a full disk says so
+                written += self._file.write(line[written:])
+        except OSError as error:
+            os.truncate(self._file.fileno(), end)
+            if error.errno not in NO_ROOM:
+                raise
+            return False
+        return True
+
+    def rewind(self, step: int) -> str:
+        """Drop what the run will write again when it continues after `step`; lines of other kinds stay.
+
+        Lines that are no records, as a loss of power leaves, are moved to `metrics.damaged`; in words, where and how
+        many, or nothing. Memory is for one line at a time, and a process that is killed leaves the file as it was.
+        """
+        if self.is_quiet:
+            return ""
+        beside, damaged = self.path.with_name(f".{FILE_NAME}.tmp"), self.path.with_name(DAMAGED_NAME)
+        moved = 0
+        try:
+            beside.unlink(missing_ok=True)  # what a killed process left
+            with beside.open("xb") as file:
+                for line in _lines(self.path):
+                    record = _parsed(line)
+                    if record is None:
+                        with open_appended(damaged) as other:
+                            other.write(line)
+                        moved += 1
+                    elif _is_kept(record, step):
+                        file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, self.path)
+            fsync(self.path.parent)
+            self.waiting = [line for line in self.waiting if _is_kept(json.loads(line), step)]
+            if self._file is not None:
+                self._file.close()
+            self._file = open_appended(self.path)
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+        finally:
+            beside.unlink(missing_ok=True)
+        lines = "1 line was no record and is" if moved == 1 else f"{moved:,} lines were no records and are"
+        return f"{self.path}: {lines} now in {damaged}" if moved else ""
+
+    def close(self, exit_code: int = 0) -> None:
+        """`exit_code` other than 0 marks the run as failed in the mirror."""
+        try:
+            if self.mirror is not None:
+                self.mirror.finish(exit_code)
+        finally:
+            if self._file is not None:
+                self._file.close()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with closed_after(lambda: self.close(exit_code=0 if error is None or isinstance(error, RunPaused) else 1)):
+            if error is not None:
+                raise error
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file, in order; a partial last line, which a killed process leaves, is left out.
+
+    Raises UserError naming the line for anything else that is no record.
+    """
+    try:
+        for number, line in enumerate(_lines(path), start=1):
+            record = _parsed(line)
+            if record is None:
+                raise UserError(f"{path}: line {number} is not a record; mend or remove that line")
+            yield record
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def loads_every(layers: int, experts: int) -> int:
+    """One step in this many has the loads of all experts in its line; in a small model every step, which is 1."""
+    return math.ceil(layers * experts / LOADS_A_STEP)
+
+
+def loads_record(loads_LE: Sequence[Sequence[int]], is_whole: bool) -> dict[str, list[Any]]:
+    """What a step's line says of the tokens that each of E experts got, in each of L layers; lists of L.
+
+    `balance` is `balance_score`. `min_share` and `max_share` are the least and the greatest load over the mean one,
+    `starved` counts the experts under a tenth of it. `load` has all of them, if it is to be whole. A dead expert shows
+    in every step's `starved`, and in the next `load` which one it is.
+    """
+    shares_LE = [[load * len(load_E) / max(sum(load_E), 1) for load in load_E] for load_E in loads_LE]
+    found: dict[str, list[Any]] = {"load": [list(load_E) for load_E in loads_LE]} if is_whole else {}
+    return found | {
+        "balance": [round(balance_score(load_E), 4) for load_E in loads_LE],
+        "min_share": [round(min(share_E), 3) for share_E in shares_LE],
+        "max_share": [round(max(share_E), 3) for share_E in shares_LE],
+        "starved": [sum(share < STARVED_UNDER for share in share_E) for share_E in shares_LE],
+    }
+
+
+def balance_score(load_E: Sequence[int]) -> float:
+    """How evenly a layer's tokens went to its E experts: 1 perfectly even, 0 all on one.
+
+    The entropy of the shares p_e = load_e / sum(load) over its greatest value: -sum(p_e ln p_e) / ln E.
+    Unlike max/mean it sees every expert and not the busiest alone, and 1 and 0 mean the same for any E.
+    An empty load, as one expert has, is even.
+    """
+    total = sum(load_E)
+    if len(load_E) < 2 or total == 0:
+        return 1.0
+    entropy = -sum(load / total * math.log(load / total) for load in load_E if load)
+    return min(max(entropy / math.log(len(load_E)), 0.0), 1.0)
+
+
+def _is_kept(record: dict[str, Any], step: int) -> bool:
+    """Whether a run that goes on after `step` does not write it again."""
+    return record["kind"] not in REPEATED_KINDS or record["step"] <= step
+
+
+def _mend_last_line(path: Path) -> None:
+    """Cut a partial last line off, so that the next one starts on its own."""
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        end = size = os.fstat(descriptor).st_size
+        while end:  # from behind, a piece at a time, to the last end of a line
+            start = max(end - PIECE, 0)
+            found = os.pread(descriptor, end - start, start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end < size:
+            os.ftruncate(descriptor, end)
+    finally:
+        os.close(descriptor)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Each complete line, or piece of LONGEST_LINE bytes of a longer one. Raises OSError."""
+    with io.BufferedReader(cast(io.RawIOBase, open_regular(path))) as file:
+        while line := file.readline(LONGEST_LINE):
+            if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                return
+            yield line
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None if it is no record."""
+    try:
+        record = json.loads(line)
+        if isinstance(record, dict) and record.get("kind") != "sample":  # these are texts, and a text may be "NaN"
+            record = _decode(record)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
+    return record if is_record else None
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, str):
+        return NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return value
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{error.filename or path}: cannot be written: {error.strerror or error}")

@@ -1,0 +1,262 @@
+"""A checkpoint's tensors in safetensors files: whole ones, and fragments of those that ranks share.
+
+The tensors of one part ("model", "optimizer", "random") lie in `PART.safetensors`, or in `PART.rank_0003.safetensors`
+and its like, one from each rank. A fragment is stored flat, and the file's metadata says where it belongs.
+
+Files are written here and not by the library, a piece after the other, so that writing takes next to no memory: a
+master in two halves is joined on the way. They are read by the library.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from p828.config.values import shown
+from p828.errors import UserError
+from p828.kernels.adamw import join_float32
+from p828.runs.fragments import Fragment, Master, Saveable, tensors_of
+
+ENDING = ".safetensors"
+PLACES = "fragments"  # in the metadata: JSON, name to [start, *shape]
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+LONGEST_CAUSE = 300  # characters of what a library says
+PIECE = 2**22  # numbers that are joined at a time
+WRITTEN_TOGETHER = 2**23  # bytes, so that small tensors are not a call each
+# Beside training, each copy from a GPU costs the host some 7 ms and each wait some 60, however small they are.
+FETCHED_AT_ONCE = 2**25  # numbers of a tensor
+FETCHED_TOGETHER = 2**28  # bytes, in pinned memory
+ALIGNMENT = 16  # bytes, within that
+MOST_DIMENSIONS, MOST_NUMBERS = 8, 2**48  # of a tensor in fragments
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not what was written: the message names it, the file and what is wrong."""
+
+
+def file_name(part: str, rank: int, size: int) -> str:
+    return f"{part}{ENDING}" if size == 1 else f"{part}.rank_{rank:04d}{ENDING}"
+
+
+def part_of(file: str) -> str | None:
+    """The part that a file of a checkpoint belongs to; None for another file."""
+    return file.split(".")[0] if file.endswith(ENDING) else None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Saveable]) -> None:
+    """Write a new file; tensors that share memory are written in full. Raises OSError as the file system refuses.
+
+    Raises TypeError for a dtype that a checkpoint does not have.
+    """
+    kinds = {name: _kind(value) for name, value in tensors.items()}
+    # Wide numbers come first, so that every tensor begins at a multiple of its numbers' size.
+    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places = {name: [v.start, *v.shape] for name, v in tensors.items() if isinstance(v, Fragment)}
+    if places:
+        header["__metadata__"][PLACES] = json.dumps(places)
+    end = 0
+    for name in names:
+        shape = tensors_of(tensors[name])[0].shape
+        begin, end = end, end + prod(shape) * kinds[name].itemsize
+        header[name] = {"dtype": _code(name, kinds[name]), "shape": list(shape), "data_offsets": [begin, end]}
+    spelled = json.dumps(header).encode()
+    spelled += b" " * (-len(spelled) % 8)
+    with path.open("xb", buffering=WRITTEN_TOGETHER) as file:
+        file.write(len(spelled).to_bytes(8, "little") + spelled)
+        for piece in _on_host(tensors[name] for name in names):
+            file.write(piece.view(torch.uint8).numpy().data)
+
+
+def _kind(value: Saveable) -> torch.dtype:
+    """What its numbers are in the file."""
+    return torch.float32 if isinstance(value, Master) else tensors_of(value)[0].dtype
+
+
+def _code(name: str, dtype: torch.dtype) -> str:
+    if dtype not in DTYPES:
+        raise TypeError(f"{name}: a checkpoint has no {dtype}")
+    return DTYPES[dtype]
+
+
+def _on_host(values: Iterable[Saveable]) -> Iterator[Tensor]:
+    """Their numbers, flat, in pieces on the host; masters that are kept in two halves are joined to float32."""
+    buffer: Tensor | None = None
+    group: list[tuple[Tensor, ...]] = []
+    for large in _pieces(values, FETCHED_AT_ONCE):
+        if large[0].device.type == "cuda" and buffer is None:
+            buffer = torch.empty(FETCHED_TOGETHER, dtype=torch.uint8, pin_memory=True)
+        if sum(map(_room, [*group, large])) > FETCHED_TOGETHER:
+            yield from _fetched(group, buffer)
+            group = []
+        group.append(large)
+    yield from _fetched(group, buffer)
+
+
+def _pieces(values: Iterable[Saveable], count: int) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors that each value is made of, flat, `count` numbers of each at a time."""
+    for value in values:
+        split = (tensor.detach().contiguous().view(-1).split(count) for tensor in tensors_of(value))
+        yield from zip(*split, strict=True)
+
+
+def _room(piece: Sequence[Tensor]) -> int:
+    """Bytes that it takes in the buffer."""
+    return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in piece)
+
+
+def _fetched(group: Sequence[Sequence[Tensor]], buffer: Tensor | None) -> Iterator[Tensor]:
+    """A group of pieces by way of the buffer, whose content each yielded one may be."""
+    at = 0
+    on_host: list[list[Tensor]] = []
+    for piece in group:
+        tensors = list(piece)
+        for number, tensor in enumerate(piece):
+            if tensor.device.type == "cuda" and buffer is not None:
+                place = buffer[at : at + tensor.nbytes].view(tensor.dtype)
+                tensors[number] = place.copy_(tensor, non_blocking=True)
+                at += _room([tensor])
+        on_host.append(tensors)
+    if at:
+        torch.cuda.current_stream().synchronize()
+    for tensors in on_host:
+        for parts in zip(*(tensor.split(PIECE) for tensor in tensors), strict=True):
+            yield join_float32(*parts) if len(parts) > 1 else parts[0]
+
+
+class _Place(NamedTuple):
+    """Where a tensor, or some of it, lies."""
+
+    file: Any
+    start: int
+    length: int
+    is_whole: bool
+
+
+class Kind(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    dtype: str
+    """As safetensors has it: "F32" and so on."""
+    shape: tuple[int, ...]
+
+
+class Tensors:
+    """The tensors of a checkpoint's files, read when asked for. Use in a `with`, which keeps the files open.
+
+    Raises DamagedCheckpoint for metadata that is none, and for a tensor whose fragments do not make it whole.
+    """
+
+    def __init__(self, directory: Path, files: Iterable[str], device: str = "cpu") -> None:
+        self.directory = directory
+        self._stack = ExitStack()
+        self._places: dict[tuple[str, str], list[_Place]] = {}
+        self._kinds: dict[tuple[str, str], Kind] = {}
+        try:
+            for file in files:
+                part = part_of(file)
+                if part is not None:
+                    with self._reading(file):
+                        opened = self._stack.enter_context(safe_open(directory / file, "pt", device=device))
+                        self._add(part, opened, json.loads((opened.metadata() or {}).get(PLACES, "{}")))
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> "Tensors":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def names(self, part: str) -> list[str]:
+        return [name for found, name in self._places if found == part]
+
+    def kind(self, part: str, name: str) -> Kind:
+        """Raises KeyError if there is none of this name."""
+        return self._kinds[part, name]
+
+    def tensor(self, part: str, name: str) -> Tensor:
+        """A whole one. Raises KeyError if there is none of this name."""
+        places, shape = self._places[part, name], self._kinds[part, name].shape
+        if not places[0].is_whole:
+            return self.fragment(part, name, 0, prod(shape)).view(shape)
+        with self._reading(part):
+            return places[0].file.get_tensor(name)
+
+    def fragment(self, part: str, name: str, start: int, count: int) -> Tensor:
+        """`count` numbers from place `start` on of the flattened tensor."""
+        with self._reading(part):
+            return self._fragment(part, name, start, count)
+
+    def _fragment(self, part: str, name: str, start: int, count: int) -> Tensor:
+        pieces: list[Tensor] = []
+        place_after = start
+        for place in self._places[part, name]:
+            begin, end = max(start, place.start), min(start + count, place.start + place.length)
+            if begin < end:
+                if begin != place_after:
+                    raise ValueError(f"{name}: its fragments leave a gap or overlap at {min(begin, place_after)}")
+                pieces.append(self._piece(place, name, begin - place.start, end - place.start))
+                place_after = end
+        if place_after != start + count:
+            raise ValueError(f"{name}: its fragments end at {place_after}, {start + count} was to be read")
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
+
+    def __getitem__(self, part: str) -> dict[str, Tensor]:
+        """All tensors of a part."""
+        return {name: self.tensor(part, name) for name in self.names(part)}
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Turns what the library finds wrong into a line on the checkpoint."""
+        try:
+            yield
+        except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+            raise DamagedCheckpoint(f"{self.directory}: {what} cannot be read: {str(error)[:LONGEST_CAUSE]}") from None
+
+    @staticmethod
+    def _piece(place: _Place, name: str, begin: int, end: int) -> Tensor:
+        if place.is_whole:
+            return place.file.get_tensor(name).flatten()[begin:end]
+        return place.file.get_slice(name)[begin:end]
+
+    def _add(self, part: str, file: Any, fragments: Any) -> None:
+        if not isinstance(fragments, dict):
+            raise ValueError(f"{PLACES} is no table")
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            values = file.get_slice(name)
+            shape: Sequence[int] = values.get_shape()
+            start, is_whole = 0, name not in fragments
+            count = prod(shape)
+            if not is_whole:
+                start, *shape = _place(fragments[name], name)
+                if start + count > prod(shape):
+                    raise ValueError(f"{name}: a fragment reaches past its end")
+            kind = Kind(values.get_dtype(), tuple(shape))
+            known = self._kinds.setdefault((part, name), kind)
+            places = self._places.setdefault((part, name), [])
+            if known != kind or (places and (is_whole or places[0].is_whole)):
+                raise ValueError(f"{name}: is there twice, or with two shapes or dtypes")
+            places.append(_Place(file, start, count, is_whole))
+            places.sort(key=lambda place: place.start)
+
+
+def _place(values: Any, name: str) -> list[int]:
+    is_place = (
+        isinstance(values, list)
+        and 1 <= len(values) <= 1 + MOST_DIMENSIONS
+        and all(type(number) is int and 0 <= number <= MOST_NUMBERS for number in values)
+    )
+    if not is_place:
+        raise ValueError(f"{name}: {shown(values)} is no place of a fragment")
+    return values

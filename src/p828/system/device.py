@@ -1,0 +1,134 @@
+"""Which device and arithmetic a run gets, and what that device can do at most."""
+
+import os
+import resource
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from p828.config import TrainConfig
+from p828.errors import RunStopped, UserError
+from p828.system.host_memory import free_host_bytes
+
+LEAST_BYTES = 8  # of a parameter that is trained: its master and its gradient; moments come on top
+NO_HOST_MEMORY = "can't allocate memory"
+LONGEST_CAUSE = 200  # characters of what PyTorch says
+# Dense bfloat16 peak in FLOP/s from the vendor's datasheets, by what torch.cuda.get_device_name() contains.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
+    "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device for `auto`, `cpu` or `cuda`. Raises UserError when a GPU is asked for and there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError('train.device = "cuda": this machine shows no GPU to PyTorch; "auto" or "cpu" is accepted')
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The layers' arithmetic: on a CPU without matrix units bfloat16 is many times slower than float32.
+
+    Raises UserError when bfloat16 is asked for and the GPU lacks it; `auto` takes float32 there.
+    """
+    if wanted == "bfloat16" and lacks_bfloat16(device):
+        raise UserError(
+            f'train.dtype = "bfloat16": {torch.cuda.get_device_name(device)} does not compute in it; '
+            '"auto" or "float32" is accepted'
+        )
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" and not lacks_bfloat16(device) else torch.float32
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Whether it is a GPU without matrix units for bfloat16: those before compute capability 8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+
+
+def compiles(train: TrainConfig, device: torch.device) -> bool:
+    return train.compile == "on" or (train.compile == "auto" and device.type == "cuda")
+
+
+def make_deterministic() -> None:
+    """Only algorithms that repeat bit for bit; operations without one raise."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS wants for repeatable sums
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads what was not written; filling every new tensor with NaN to show that would take time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of the device's datasheet, None where it is not known (MFU is then left out)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by PyTorch on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_room(parameters: int, device: torch.device) -> None:
+    """Raises UserError for a model that cannot be trained in the device's free memory, before any is taken."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    if parameters * LEAST_BYTES > free:
+        raise UserError(
+            f"a model of {parameters:,} parameters takes more than {parameters * LEAST_BYTES / 1e9:,.0f} GB to train; "
+            f"{free / 1e9:,.1f} GB are free on this {'GPU' if device.type == 'cuda' else 'machine'}"
+        )
+
+
+@contextmanager
+def out_of_memory_told(what: str) -> Iterator[None]:
+    """Where the block takes more memory than there is, raise RunStopped with what to change.
+
+    PyTorch has an error of its own for a GPU, and a RuntimeError for the host.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and NO_HOST_MEMORY not in text:
+            raise
+        cause = text[max(text.find(NO_HOST_MEMORY), 0) :][:LONGEST_CAUSE] or "of the host"
+        raise RunStopped(
+            f"{what}: out of memory: {cause}\n"
+            "Lower train.micro_batch_size and raise train.gradient_accumulation as much, or set "
+            "train.gradient_checkpointing"
+        ) from error
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of the generators that dropout draws from, uint8."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def machine() -> tuple[str, str]:
+    """The host's name, and what tells it from another of that name where the system has it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return socket.gethostname(), boot

@@ -1,0 +1,258 @@
+"""A run's directory: its resolved configuration, and whether a new command may go on in it."""
+
+import contextlib
+import dataclasses
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from p828.config import Config, load, with_vocabulary
+from p828.config.values import flatten, to_dict
+from p828.data.retry import Retry
+from p828.distributed.group import Ranks
+from p828.errors import ReadFailed, UserError, warn
+from p828.files import MEBIBYTE, locked, read_limited, write_atomic
+from p828.runs import checkpoint
+from p828.runs import records as metrics
+from p828.runs.checkpoint_content import config_of
+from p828.runs.file_system import try_out
+
+CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.toml", "tokenizer.json", "checkpoints"
+LARGEST_TOKENIZER = 256 * MEBIBYTE
+LEFT_BEHIND = re.compile(r"\.[a-z_]+(\.[a-z]+)?\.(tmp|\d+)")  # a file that was being written when a process was killed
+
+IN_MIXTURE = re.compile(r"mixture\[\d+\]\.")  # a source's own key is as free as the same one of a single source
+
+# A resumed run must have the same weights' shapes and the same rows in the same order; all else may change on the way.
+FIXED = ("model.", "data.", "tokenizer.", "train.seed")
+FREE = (
+    "model.attention_backend", "model.dropout", "model.max_position_embeddings", "model.rope_scaling.",
+    "data.prepared", "data.files", "data.validation.files", "data.read_retries", "data.bad_records",
+    "data.weights", "data.mixture_steps",
+)  # fmt: skip
+
+
+@dataclass
+class RunDirectory:
+    path: Path
+    versions: dict[str, str]
+    """What runs: p828, torch, Python and, if its source is under version control, the commit."""
+    newest: Path | None
+    """The newest complete checkpoint."""
+    damaged: list[str]
+    """Checkpoints that were set aside, a line each."""
+    changes: list[str]
+    """Settings that differ from those of the newest checkpoint, a line each."""
+    made: list[Path]
+    """Directories made just now, innermost first, to be removed again if the run cannot begin."""
+    vocab_size: int = 0
+    """The model's in the newest checkpoint; 0 without one."""
+
+    def keep(self) -> None:
+        """From here on the directory holds something of value."""
+        self.made = []
+
+    def settled(self, config: Config, vocab_size: int) -> Config:
+        """The configuration with a `model.vocab_size` of 0 replaced: by the run's own, else from a tokenizer's."""
+        if not config.model.vocab_size and self.vocab_size:
+            return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=self.vocab_size))
+        return with_vocabulary(config, vocab_size)
+
+    def write(self, config: Config) -> None:
+        """Write config.toml. Raises UserError."""
+        try:
+            _write_config(self.path / CONFIG_FILE, config, self.versions)
+        except OSError as error:
+            raise UserError(f"{error.filename or self.path}: cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def open_run(config: Config, ranks: Ranks) -> Iterator[RunDirectory]:
+    """Make the run's directory, or enter the existing one, and keep other runs' processes out of it.
+
+    Rank 0 does it, and all ranks have what it found. Raises UserError when another process trains the run, and when its
+    newest checkpoint was made with another model, data, tokenizer or seed; when the file system cannot hold a run; and
+    when the run had checkpoints and none of them is left. If it never had one, it is begun anew if settings differ.
+    Raises ReadFailed when a checkpoint cannot be read for now.
+    Directories made here are removed again if the block raises UserError or ReadFailed before `keep`.
+    """
+    with contextlib.ExitStack() as stack:
+        directory = ranks.first(lambda: _entered(config, stack))
+        try:
+            with ranks.agreed():
+                if not (directory.path / CONFIG_FILE).exists():
+                    raise UserError(
+                        f"{directory.path}: {socket.gethostname()} does not see what rank 0 wrote there: "
+                        "runs_dir must be on a file system that all hosts share"
+                    )
+            yield directory
+        except (UserError, ReadFailed):
+            if ranks.is_first:
+                _remove(directory.made)
+            raise
+
+
+def _entered(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
+    """The directory, made and locked until the stack is closed. What was made is removed again if it is refused."""
+    run_dir, made = config.run_dir, list[Path]()
+    is_ours = True
+    try:
+        _make(run_dir, made)
+        is_ours = False  # another process may have locked it
+        stack.enter_context(locked(run_dir, f"{run_dir}: another p828 train is at work on this run"))
+        is_ours = True
+        try_out(run_dir)
+        _sweep(run_dir)
+        newest, damaged, changes, vocab_size = _enter(config)
+        directory = RunDirectory(run_dir, versions(), newest, damaged, changes, made, vocab_size)
+        if newest is None or not (run_dir / CONFIG_FILE).exists():  # else `write`, once the run can go on with it
+            _write_config(run_dir / CONFIG_FILE, config, directory.versions)
+    except (UserError, ReadFailed, OSError) as error:
+        if is_ours or isinstance(error, OSError):
+            _remove(made)
+        if isinstance(error, OSError):
+            raise UserError(f"{run_dir}: cannot be written: {_reason(error, run_dir)}") from None
+        raise
+    return directory
+
+
+def _reason(error: OSError, run_dir: Path) -> str:
+    """Why the directory cannot be used, with the path that stands in the way if that is another."""
+    path = error.filename or str(run_dir)
+    return str(error.strerror) if path == str(run_dir) else f"{path}: {error.strerror}"
+
+
+def _make(directory: Path, made: list[Path]) -> None:
+    """Make a directory and its parents. `made` gets those that were not there, innermost first."""
+    for path in (*reversed(directory.parents), directory):
+        try:
+            path.mkdir()
+            made.insert(0, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+
+
+def _sweep(run_dir: Path) -> None:
+    """Remove what killed processes left of files that were to take another's place."""
+    for path in run_dir.iterdir():
+        if LEFT_BEHIND.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
+            path.unlink()
+
+
+def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
+    """Newest checkpoint, damaged ones, changed settings, the checkpoint's model.vocab_size.
+
+    What stands in the way of beginning anew is removed.
+    """
+    run_dir = config.run_dir
+    checkpoints, retry = run_dir / CHECKPOINTS, Retry(config.data.read_retries, tell=warn)
+    if checkpoints.is_symlink() and not checkpoints.exists():
+        raise UserError(f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there")
+    if checkpoints.exists():
+        if not checkpoints.is_dir():
+            raise UserError(f"{checkpoints} is a file; the run keeps its checkpoints in a directory of that name")
+        try_out(checkpoints)  # it may be a link to another disk
+    newest, damaged = checkpoint.find_newest(checkpoints, retry=retry)
+    if newest is None:
+        _refuse_if_there_were_some(run_dir, damaged)
+    before = _before(config, newest, retry)
+    changes = _changes(config, before)
+    blocking = [line for line in changes if line.startswith(FIXED) and not IN_MIXTURE.sub("", line).startswith(FREE)]
+    if blocking and newest is not None:
+        raise UserError(
+            f"{run_dir} was started with other settings: {'; '.join(blocking)}.\n"
+            "Set them back to go on with that run, or give this one another --name"
+        )
+    if blocking:
+        for name in (TOKENIZER_FILE, "metrics.jsonl", "wandb_id"):
+            (run_dir / name).unlink(missing_ok=True)
+    if newest is not None and (newest / TOKENIZER_FILE).is_file() and not (run_dir / TOKENIZER_FILE).exists():
+        text = read_limited(newest / TOKENIZER_FILE, LARGEST_TOKENIZER).decode()
+        write_atomic(run_dir / TOKENIZER_FILE, text)
+    if newest is None:
+        return None, damaged, [], 0
+    return newest, damaged, changes, before["model.vocab_size"]
+
+
+def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:
+    """A run is begun again on purpose only, as that overwrites what is left of it."""
+    checkpoints = run_dir / CHECKPOINTS
+    how = f"To begin again, give another --name or remove {run_dir}"
+    if damaged:
+        more = f" ({len(damaged) - 1} more are damaged, too)" if len(damaged) > 1 else ""
+        raise UserError(f"{run_dir} has no complete checkpoint to go on from: {damaged[0]}{more}.\n{how}")
+    aside = checkpoints.is_dir() and any(path.name.startswith(checkpoint.ASIDE) for path in checkpoints.iterdir())
+    records = run_dir / metrics.FILE_NAME
+    saved = (line["step"] for line in metrics.read(records) if line.get("event") == "saved") if records.exists() else ()
+    last = max(saved, default=None)
+    if aside or last is not None:
+        what = "those that are there are damaged" if aside else f"its records tell of one of step {last}"
+        raise UserError(f"{checkpoints} has no checkpoint left to go on from, and {what}.\n{how}")
+
+
+def _before(config: Config, newest: Path | None, retry: Retry) -> dict[str, Any]:
+    """The settings of the checkpoint, else of config.toml, by dotted key; none if the run is a new one."""
+    path = config.run_dir / CONFIG_FILE
+    if newest is not None:
+        with checkpoint.opened(newest, names=(), retry=retry) as saved:
+            return flatten(config_of(saved))
+    if path.exists():
+        return flatten(load(str(path)))
+    if any(not entry.name.startswith(".") for entry in config.run_dir.iterdir()):
+        raise UserError(f"{config.run_dir} is not a run: it holds files but no {CONFIG_FILE}; give another --name")
+    return {}
+
+
+def _changes(config: Config, before: dict[str, Any]) -> list[str]:
+    """`key = before, now after` for every key that differs."""
+    if not before:
+        return []
+    after = flatten(config)
+    if not config.model.vocab_size:  # it follows the tokenizer, as the run's own did
+        after["model.vocab_size"] = before["model.vocab_size"]
+    if config.tokenizer.name != "train" and before["tokenizer.name"] == config.tokenizer.name:
+        after["tokenizer.vocab_size"] = before["tokenizer.vocab_size"]  # of a trained one
+    keys = (key for key in {**before, **after} if key not in ("name", "runs_dir"))
+    return [f"{key} = {before.get(key)!r}, now {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
+
+
+def _remove(made: list[Path]) -> None:
+    if made:
+        shutil.rmtree(made[0])
+    for parent in made[1:]:
+        with contextlib.suppress(OSError):  # another run was begun in there meanwhile
+            parent.rmdir()
+
+
+def _write_config(path: Path, config: Config, versions: dict[str, str]) -> None:
+    header = "# " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "\n\n"
+    write_atomic(path, header + tomli_w.dumps(to_dict(config)))
+
+
+def versions() -> dict[str, str]:
+    """What runs: p828, torch, Python and, if its source is under version control, the commit."""
+    found = {"p828": version("p828"), "torch": version("torch"), "Python": sys.version.split()[0]}
+    commit = _git_commit()
+    return {**found, "git": commit} if commit else found
+
+
+def _git_commit() -> str | None:
+    """The commit of the source that runs; None when it is not in a repository, or in one that does not track it."""
+    if shutil.which("git") is None:
+        return None
+    git = ["git", "-C", str(Path(__file__).parent)]
+    if subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True).returncode:
+        return None
+    found = subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return found.stdout.strip() or None

@@ -1,0 +1,82 @@
+"""Checkpoints that are written beside the training, on one process."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from p828.distributed.group import Ranks
+from p828.errors import UserError
+from p828.runs import checkpoint
+from p828.runs.fragments import Fragment
+from p828.train import checkpointing as background_saver
+from p828.train.checkpointing import BackgroundSaver
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def saver(tmp_path: Path) -> BackgroundSaver:
+    return BackgroundSaver(tmp_path, Ranks(), CPU)
+
+
+def parts(value: float) -> dict[str, dict[str, torch.Tensor | Fragment]]:
+    flat = torch.full((300_000,), value)
+    return {"model": {"a": torch.full((500, 600), value).t(), "b": Fragment(flat[:100_000], 0, (100, 1000))}}
+
+
+def test_what_is_written_is_what_was_there_at_the_start(saver: BackgroundSaver, tmp_path: Path) -> None:
+    tensors = parts(1.0)
+    for step in (1, 2):  # the second time into the copies of the first
+        saver.start(step, tensors, {"step": step})
+        expected = float(step)
+        for value in tensors["model"].values():
+            (value.values if isinstance(value, Fragment) else value).add_(1.0)
+        saved = saver.finish()
+        loaded = checkpoint.load(tmp_path / checkpoint.name_of(step))
+        assert loaded.state == {"step": step}
+        assert torch.equal(loaded.tensors["model"]["a"], torch.full((600, 500), expected))
+        assert torch.equal(loaded.tensors["model"]["b"], torch.full((100, 1000), expected))
+        assert saved.copy_bytes == 4 * (300_000 + 100_000)
+        assert saved.waited > 0
+
+
+def test_without_room_for_a_copy_training_waits(saver: BackgroundSaver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background_saver, "SPARE_BYTES", 2**60)
+    saver.start(1, parts(1.0), {})
+    assert saver.is_written
+    saved = saver.finish()
+    assert saved.copy_bytes == 0
+    assert saved.waited >= saved.seconds
+    checkpoint.verify(saver.directory / checkpoint.name_of(1))
+
+
+def test_a_file_system_that_refuses_is_told_at_the_end(saver: BackgroundSaver, tmp_path: Path) -> None:
+    saver.start(1, parts(1.0), {})
+    saver.finish()
+    saver.directory = tmp_path / "gone"
+    saver.start(2, {}, {})
+    shutil.rmtree(tmp_path / "gone")
+    with pytest.raises(UserError, match="cannot be saved: No such file"):
+        saver.finish()
+    assert saver.step is None
+    checkpoint.verify(tmp_path / checkpoint.name_of(1))
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_an_error_of_ours_in_the_thread_is_raised_and_nothing_published(saver: BackgroundSaver, tmp_path: Path) -> None:
+    saver.start(1, {"model": {"a": torch.zeros(3, dtype=torch.complex32)}}, {})  # which no file format here has
+    with pytest.raises(Exception, match="complex32"):
+        saver.finish()
+    assert checkpoint.find_newest(tmp_path) == (None, [])
+
+
+def test_old_ones_are_deleted_beside_the_training(saver: BackgroundSaver, tmp_path: Path) -> None:
+    for step in range(1, 6):
+        saver.start(step, parts(step), {})
+        saver.finish()
+        saver.delete_old(keep_last=2, best_step=1)
+    saver.wait_for_deletion()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.name_of(step) for step in (1, 4, 5)]
+    assert saver.problem == ""
