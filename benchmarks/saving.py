@@ -18,10 +18,10 @@ from p828.bench.step import rotate
 from p828.bench.systems import load_shape
 from p828.config import Config
 from p828.data.loader import Batch
-from p828.distributed.group import Ranks
+from p828.distributed.group import ProcessGroup
 from p828.engine.plain import PlainEngine
 from p828.train.checkpoint_writer import save
-from p828.train.checkpointing import BackgroundSaver
+from p828.train.checkpointing import AsyncCheckpointer
 
 STEPS_ALONE = 8
 
@@ -40,10 +40,10 @@ def main() -> None:
         step(config, engine, batches)
         alone = statistics.median(step(config, engine, batches) for _ in range(STEPS_ALONE))
         print(f"{config.name} on {engine.device}: {alone * 1e3:.1f} ms a step")
-        saver = BackgroundSaver(Path(place), Ranks(), engine.device)
+        saver = AsyncCheckpointer(Path(place), ProcessGroup(), engine.device)
         for number in (1, 2):
             since = time.monotonic()
-            saver.start(number, engine.tensors(), {}, since)
+            saver.start(number, engine.state_dict(), {}, since)
             beside = []
             while not saver.is_written:
                 beside.append(step(config, engine, batches))
@@ -55,7 +55,7 @@ def main() -> None:
                 f"{saved.copy_bytes / 1e9:.2f} GB; {len(beside)} steps meanwhile, each {slower}"
             )
         started = time.monotonic()
-        save(Path(place), 3, engine.tensors(), {})
+        save(Path(place), 3, engine.state_dict(), {})
         print(f"save 3, training waiting: {time.monotonic() - started:.2f} s")
 
 

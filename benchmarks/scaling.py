@@ -34,7 +34,7 @@ from p828.bench.systems import load_shape
 from p828.config import Config, from_dict
 from p828.config.values import to_dict
 from p828.data.loader import Batch
-from p828.distributed.group import Ranks, joined
+from p828.distributed.group import ProcessGroup, joined
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
 from p828.engine.plain import Engine, PlainEngine
 from p828.model.costs import count_parameters, training_flops
@@ -132,7 +132,7 @@ def work(job: dict[str, Any], result: Path) -> None:
         run()
         in_a_step = dict(passed)
         seconds = statistics.median(step_seconds(run, job["steps"], engine.device))
-        seconds, memory = map(max, zip(*ranks.all([seconds, peak_memory(engine.device)]), strict=True))
+        seconds, memory = map(max, zip(*ranks.all_gather([seconds, peak_memory(engine.device)]), strict=True))
         is_gpu = engine.device.type == "cuda"
         busy = occupation(run) if is_gpu else None
         if ranks.is_first:
@@ -148,16 +148,16 @@ def work(job: dict[str, Any], result: Path) -> None:
             result.write_text(json.dumps(found))
 
 
-def build(config: Config, ranks: Ranks) -> Engine:
+def build(config: Config, ranks: ProcessGroup) -> Engine:
     if config.engine == "plain":
         return PlainEngine(config)
     return DeepSpeedEngine(config, ranks, check_deepspeed(config, ranks))
 
 
-def step(config: Config, engine: Engine, batches: Iterator[Batch], ranks: Ranks) -> None:
+def step(config: Config, engine: Engine, batches: Iterator[Batch], ranks: ProcessGroup) -> None:
     """What the training loop does."""
     own = [next(batches) for _ in range(config.train.gradient_accumulation)]
-    num_targets = int(ranks.sum([sum(batch.num_targets for batch in own)])[0])
+    num_targets = int(ranks.all_reduce([sum(batch.num_targets for batch in own)])[0])
     for batch in own:
         engine.forward_backward(batch, num_targets)
     engine.step(config.optimizer.learning_rate)

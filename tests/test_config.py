@@ -11,7 +11,7 @@ import pytest
 from p828 import config
 from p828.config import Config, from_dict, schema, with_steps
 from p828.config.values import flatten, to_dict
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 DOCUMENTED = ["60m", "800m", "fine-grained", "planned", "quickstart"]
 
@@ -90,7 +90,7 @@ def message_of(values: dict[str, Any]) -> str:
         for name in tables:
             table = table.setdefault(name, {})
         table[last] = value
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ConfigError) as error:
         config.validate(config.from_dict(nested, "test.toml"))
     message = str(error.value)
     assert "\n" not in message
@@ -239,7 +239,7 @@ def test_wrong_files(case: str, tmp_path: Path) -> None:
     content, says = FILES[case]
     path = tmp_path / "wrong.toml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ConfigError) as error:
         config.load(str(path))
     message = str(error.value)
     assert "\n" not in message
@@ -280,21 +280,21 @@ def test_a_hundred_thousand_file_names(tmp_path: Path) -> None:
 def test_a_cycle_of_bases_ends(tmp_path: Path) -> None:
     write(tmp_path / "a.toml", 'base = "b.toml"\n')
     write(tmp_path / "b.toml", 'base = "a.toml"\n')
-    with pytest.raises(UserError, match="8 deep"):
+    with pytest.raises(ConfigError, match="8 deep"):
         config.load(str(tmp_path / "a.toml"))
 
 
 @pytest.mark.parametrize("name", ["60mm", "x" * 300, "", "nested/60m"])
 def test_unknown_preset(name: str) -> None:
-    with pytest.raises(UserError, match=r"no preset .* Presets: 60m, 800m, .*\.toml file"):
+    with pytest.raises(ConfigError, match=r"no preset .* Presets: 60m, 800m, .*\.toml file"):
         config.load(name)
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no file .*gone\.toml"):
+    with pytest.raises(ConfigError, match=r"no file .*gone\.toml"):
         config.load(str(tmp_path / "gone.toml"))
     (tmp_path / "dir.toml").mkdir()
-    with pytest.raises(UserError, match=r"dir\.toml"):
+    with pytest.raises(ConfigError, match=r"dir\.toml"):
         config.load(str(tmp_path / "dir.toml"))
 
 

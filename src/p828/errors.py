@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 
-class UserError(ValueError):
+class ConfigError(ValueError):
     """Wrong input: the message names the key or file, what was given and what is accepted."""
 
     is_everywhere = False
     """Whether all ranks of a run end with this very error, so that one of them need show it."""
 
 
-class OneRanksError(UserError):
+class LocalRankError(ConfigError):
     """What only one of the ranks on a machine may see, before they know of each other."""
 
 
-class NotFinite(UserError):
+class NotFinite(ConfigError):
     """A model whose logits are no finite numbers."""
 
 
@@ -25,21 +25,21 @@ class RunStopped(Exception):
     """A run that ended by its own guard (three non-finite steps, say): shown as one line, exit code 1."""
 
     is_everywhere = False
-    """As of a UserError."""
+    """As of a ConfigError."""
 
 
 class RunPaused(Exception):
     """A run that ended, saved, because it was asked to: shown as one line, exit code 0."""
 
     is_everywhere = False
-    """As of a UserError."""
+    """As of a ConfigError."""
 
 
-class ReadFailed(RunStopped):
+class TransientReadError(RunStopped):
     """A file or the hub that cannot be read, for now: the run can be resumed when it can."""
 
 
-class RecordsFailed(UserError):
+class RecordsFailed(ConfigError):
     """Records or a log that cannot be written; a run at work makes a RunStopped of it."""
 
 
@@ -62,7 +62,7 @@ def warn(text: str) -> None:
     print(f"p828: {text}", file=sys.stderr, flush=True)
 
 
-def nearest(word: str, accepted: Iterable[str]) -> str:
+def did_you_mean(word: str, accepted: Iterable[str]) -> str:
     """`; did you mean X?`, or just a full stop when no accepted word is near."""
     close = difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else "."

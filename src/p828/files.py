@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 MEBIBYTE = 2**20
 LOCK_FILE = ".lock"
@@ -112,7 +112,7 @@ def locked(directory: Path, complaint: str) -> Iterator[None]:
     """Hold the directory's lock, which the system gives back however the process ends.
 
     Where the file system has no locks, a file that names the process takes its place; what a process of this machine
-    left of it when it died is replaced. Raises UserError with the complaint while another process holds it, and
+    left of it when it died is replaced. Raises ConfigError with the complaint while another process holds it, and
     OSError.
     """
     with open_appended(directory / LOCK_FILE) as file:
@@ -120,7 +120,7 @@ def locked(directory: Path, complaint: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(complaint) from None
+            raise ConfigError(complaint) from None
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise
@@ -137,7 +137,7 @@ def _owned(path: Path, complaint: str) -> Iterator[None]:
         try:
             found = read_limited(path, MEBIBYTE)
             if not _is_left_behind(found):
-                raise UserError(f"{complaint}, as {path} says; if its process is no more, remove that file")
+                raise ConfigError(f"{complaint}, as {path} says; if its process is no more, remove that file")
             aside = path.with_name(f"{path.name}.{os.getpid()}")
             os.rename(path, aside)
             if read_limited(aside, MEBIBYTE) == found:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from p828 import config
 from p828.cli.main import dispatch
 from p828.config import Config
-from p828.distributed.group import Ranks
+from p828.distributed.group import ProcessGroup
 from p828.engine.deepspeed.engine import check_deepspeed
 from p828.engine.deepspeed.settings import AS_RUN, KEYS
-from p828.errors import UserError
+from p828.errors import ConfigError
 from runs import run_config, write_toml
 
 pytest.importorskip("deepspeed")
@@ -148,7 +148,7 @@ def with_file(run: Config, path: str | Path) -> Config:
 
 @pytest.mark.parametrize("preset", ["zero1", "zero2", "zero3", "zero3-offload"])
 def test_deepspeed_takes_the_presets(preset: str) -> None:
-    assert check_deepspeed(with_file(config.load("quickstart"), preset), Ranks()).stage == int(preset[4])
+    assert check_deepspeed(with_file(config.load("quickstart"), preset), ProcessGroup()).stage == int(preset[4])
 
 
 def accepted(kind: Any) -> st.SearchStrategy[Any]:
@@ -181,8 +181,8 @@ def test_deepspeed_takes_what_is_accepted(tiny: Config, values: dict[str, Any]) 
     path = Path(tiny.runs_dir).with_name("ds.json")
     path.write_text(json.dumps(values))
     try:
-        settings = check_deepspeed(with_file(tiny, path), Ranks())
-    except UserError as error:
+        settings = check_deepspeed(with_file(tiny, path), ProcessGroup())
+    except ConfigError as error:
         if not any(text in str(error) for text in ("accepted from stage", "below stage 2")):
             raise
         return

@@ -5,7 +5,7 @@ import pytest
 import tyro
 
 from p828.cli.flags import parse, parse_given
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def test_flags_override_the_default_and_take_both_spellings() -> None:
     ],
 )
 def test_wrong_flags_are_answered_in_a_line(arguments: list[str], message: str) -> None:
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(ConfigError) as raised:
         parse(Outer, arguments, "p", others=("--dry-run",))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -134,7 +134,7 @@ def test_what_was_given_is_told_apart_from_defaults() -> None:
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str) -> None:
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(ConfigError) as raised:
         parse(Speech, arguments, "p")
     assert message in str(raised.value)
     assert len(str(raised.value)) < 300

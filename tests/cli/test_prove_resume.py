@@ -7,7 +7,7 @@ import tomli_w
 
 from p828.cli.main import dispatch
 from p828.config import from_dict
-from p828.verify.kill_resume import Proof, shortened
+from p828.verify.kill_resume import KillResumeCheck, shortened
 from runs import write_toml
 
 
@@ -37,10 +37,10 @@ def test_a_proof(toml: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_seed_draws_the_same_kills(tmp_path: Path) -> None:
     config = shortened(from_dict({"name": "tiny", "train": {"hours": 3.0}}, "tiny"), tmp_path)
     assert config.train.hours == 0
-    first, again, other = (Proof(config, tmp_path, 5, seed=seed)._moments() for seed in (1, 1, 2))
+    first, again, other = (KillResumeCheck(config, tmp_path, 5, seed=seed)._moments() for seed in (1, 1, 2))
     assert first == again != other
-    unseeded = Proof(config, tmp_path, 5)
-    assert Proof(config, tmp_path, 5, seed=unseeded.seed)._moments() == unseeded._moments()
+    unseeded = KillResumeCheck(config, tmp_path, 5)
+    assert KillResumeCheck(config, tmp_path, 5, seed=unseeded.seed)._moments() == unseeded._moments()
 
 
 def test_a_difference_is_told_and_kept(

@@ -9,7 +9,7 @@ from data_samples import text, write_jsonl
 from p828.cli.main import dispatch
 from p828.config import Config, DataConfig, MixedSource, TrainConfig, ValidationConfig
 from p828.data.amount import Amount, amounts, describe, planned_shares, repeated
-from p828.data.mixture import Mixture
+from p828.data.mixture import SampleOrder
 from p828.data.text.documents import open_training
 from p828.data.tokenizer import Tokenizer
 from runs import run_config, write_toml
@@ -61,7 +61,7 @@ def test_the_shares_of_a_mixture_are_those_of_its_rows() -> None:
     weights = [(3.0, 0.0), (1.0, 5.0)]
     mixture = tuple(MixedSource(name=str(i), weights=weights[i]) for i in range(2))
     config = Config(data=DataConfig(mixture=mixture, mixture_steps=(0, 40)), train=TrainConfig(steps=100))
-    rows = Mixture([Rows(), Rows()], [(0, (3.0, 1.0)), (40, (0.0, 5.0))], 4, batches_per_step=1)
+    rows = SampleOrder([Rows(), Rows()], [(0, (3.0, 1.0)), (40, (0.0, 5.0))], 4, batches_per_step=1)
     for _ in range(100):
         next(rows)
     given = [source.count for source in rows.sources]  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ def test_the_shares_of_a_mixture_are_those_of_its_rows() -> None:
 
 
 class Rows:
-    """Counts what is taken."""
+    """BatchStats what is taken."""
 
     count = 0
 

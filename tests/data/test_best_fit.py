@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from p828.config import DataConfig, ValidationConfig
 from p828.data.best_fit import best_fit
-from p828.data.row import PADDING
+from p828.data.sample import PADDING
 from p828.data.text import best_fit_packer
 from p828.data.text.best_fit_packer import BestFitPacker
 from p828.data.text.documents import DocumentStream, open_training

@@ -12,14 +12,14 @@ from data_samples import text, write_jsonl
 from p828.config import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
 from p828.data.build import open_loader, validation_batches
 from p828.data.loader import Batch, Loader, make_batch
-from p828.data.mixture import Mixture
-from p828.data.row import PADDING, Row
-from p828.data.shuffle import RowShuffler
+from p828.data.mixture import SampleOrder
+from p828.data.sample import PADDING, Sample
+from p828.data.shuffle import SampleShuffler
 from p828.data.streams import Streams
 from p828.data.text.documents import open_training, open_validation
 from p828.data.text.packing import Packer
 from p828.data.tokenizer import Tokenizer
-from p828.errors import ReadFailed, UserError
+from p828.errors import ConfigError, TransientReadError
 
 LENGTH = 31
 
@@ -39,9 +39,9 @@ def config(tmp_path: Path) -> Config:
     return Config(data=data, train=TrainConfig(micro_batch_size=3))
 
 
-def in_batches(packer: Packer, micro_batch_size: int) -> Mixture:
-    unshuffled = Streams([RowShuffler(packer, 1, seed=0)])
-    return Mixture([unshuffled], [(0, [1.0])], micro_batch_size, batches_per_step=1)
+def in_batches(packer: Packer, micro_batch_size: int) -> SampleOrder:
+    unshuffled = Streams([SampleShuffler(packer, 1, seed=0)])
+    return SampleOrder([unshuffled], [(0, [1.0])], micro_batch_size, batches_per_step=1)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -53,7 +53,7 @@ def equal(one: Batch, other: Batch) -> bool:
 
 def test_batches_are_the_rows(config: Config, tokenizer: Tokenizer) -> None:
     packer = Packer(open_training(config.data, seed=0), tokenizer, LENGTH)
-    shuffler = RowShuffler(packer, config.data.shuffle_rows, config.train.seed)
+    shuffler = SampleShuffler(packer, config.data.shuffle_rows, config.train.seed)
     with open_loader(config, tokenizer) as loader:
         for batch, _ in zip(loader, range(20), strict=False):
             rows = [next(shuffler) for _ in range(3)]
@@ -116,10 +116,10 @@ def test_close_ends_the_thread_while_batches_wait(config: Config, tokenizer: Tok
 class Hanging:
     """Micro-batches of which the first alone is ever read."""
 
-    def __init__(self, rows: Mixture) -> None:
+    def __init__(self, rows: SampleOrder) -> None:
         self.rows, self.may_go_on, self.is_first = rows, threading.Event(), True
 
-    def __next__(self) -> list[Row]:
+    def __next__(self) -> list[Sample]:
         if not self.is_first:
             self.may_go_on.wait()
         self.is_first = False
@@ -137,8 +137,8 @@ def test_a_read_that_hangs_is_waited_for_neither_at_a_stop_nor_at_the_end(config
     with Loader(rows, mask_documents=True) as loader:
         next(loader)
         before = loader.state_dict()
-        loader.stop_waiting()
-        with pytest.raises(ReadFailed, match="not waited for"):
+        loader.cancel()
+        with pytest.raises(TransientReadError, match="not waited for"):
             next(loader)
         assert loader.state_dict() == before
     assert loader._thread is not None
@@ -152,7 +152,7 @@ def test_an_exception_in_the_thread_reaches_the_consumer(config: Config, tokeniz
         file.write('{"no": "text"}\n')
     with open_loader(config, tokenizer) as loader:
         for _ in range(2):
-            with pytest.raises(UserError, match=r"a\.jsonl:61: no field 'text'"):
+            with pytest.raises(ConfigError, match=r"a\.jsonl:61: no field 'text'"):
                 for _ in loader:
                     pass
 
@@ -198,7 +198,7 @@ def test_validation_rows_do_not_depend_on_the_batch(config: Config, tokenizer: T
 def test_no_text_to_validate_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "v.txt").write_text("")
     data = DataConfig(validation=ValidationConfig(kind="files", files=(str(tmp_path / "v.txt"),)))
-    with pytest.raises(UserError, match=r"no documents in data\.validation\.files"):
+    with pytest.raises(ConfigError, match=r"no documents in data\.validation\.files"):
         validation_batches(Config(data=data, model=ModelConfig()), tokenizer, 4, 2)
 
 
@@ -221,7 +221,7 @@ def test_attended_pairs_are_those_that_the_mask_leaves(mask_documents: bool) -> 
     rows = []
     for documents in lengths:
         ids = np.repeat(np.arange(len(documents), dtype=np.int32), documents)
-        rows.append(Row(np.arange(10), np.pad(ids, (0, 10 - len(ids)), constant_values=PADDING)))
+        rows.append(Sample(np.arange(10), np.pad(ids, (0, 10 - len(ids)), constant_values=PADDING)))
     batch = make_batch(rows, mask_documents)
     expected = 0
     for ids_S in batch.document_ids_BS.tolist():

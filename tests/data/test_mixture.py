@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from p828.data.loader import Batch, Loader
-from p828.data.mixture import Mixture
-from p828.data.row import Row
+from p828.data.mixture import SampleOrder
+from p828.data.sample import Sample
 
 
 class Numbered:
@@ -16,10 +16,10 @@ class Numbered:
     def __init__(self) -> None:
         self.given = 0
 
-    def take(self, batch: int, count: int) -> list[Row]:
+    def take(self, batch: int, count: int) -> list[Sample]:
         self.given += count
         numbers = range(self.given - count, self.given)
-        return [Row(np.array([n, n]), np.zeros(2, dtype=np.int32)) for n in numbers]
+        return [Sample(np.array([n, n]), np.zeros(2, dtype=np.int32)) for n in numbers]
 
     def skip(self, batch: int, count: int) -> None:
         self.given += count
@@ -35,12 +35,12 @@ Schedule = list[tuple[int, list[float]]]
 CHANGING: Schedule = [(0, [1.0, 0.0, 0.0]), (5, [0.2, 0.5, 0.3]), (9, [0.0, 1.0, 3.0])]
 
 
-def mixture(schedule: Schedule, rows: int, batches_per_step: int, rank: int = 0, world_size: int = 1) -> Mixture:
+def mixture(schedule: Schedule, rows: int, batches_per_step: int, rank: int = 0, world_size: int = 1) -> SampleOrder:
     sources = [Numbered() for _ in schedule[0][1]]
-    return Mixture(sources, schedule, rows, batches_per_step, rank, world_size)
+    return SampleOrder(sources, schedule, rows, batches_per_step, rank, world_size)
 
 
-def seen(rows: list[Row]) -> list[tuple[int, int]]:
+def seen(rows: list[Sample]) -> list[tuple[int, int]]:
     return sorted((row.source, int(row.tokens[0])) for row in rows)
 
 

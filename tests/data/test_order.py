@@ -14,12 +14,12 @@ from data_samples import text, write_jsonl
 from p828.config import Config, DataConfig, MixedSource, TrainConfig, ValidationConfig
 from p828.data.build import open_loader, open_prepared
 from p828.data.mixture import merged
-from p828.data.row import PADDING, Row
+from p828.data.sample import PADDING, Sample
 from p828.data.text import packing
 from p828.data.text.documents import is_held_out
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.prepare import prepare
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 LENGTH = 31
 BATCHES_PER_STEP = 24  # over all ranks
@@ -96,13 +96,13 @@ def ranks(config: Config, tokenizer: Tokenizer, world_size: int, state: dict[str
     return opened
 
 
-def steps(opened: list[Any]) -> Iterator[list[Row]]:
+def steps(opened: list[Any]) -> Iterator[list[Sample]]:
     """The rows of each step, in the global order of micro-batches."""
     while True:
         yield [row for i in range(BATCHES_PER_STEP) for row in next(opened[i % len(opened)])]
 
 
-def content(rows: list[Row]) -> list[tuple[bytes, bytes, int]]:
+def content(rows: list[Sample]) -> list[tuple[bytes, bytes, int]]:
     return [(row.tokens.tobytes(), row.document_ids.tobytes(), row.epoch) for row in rows]
 
 
@@ -186,5 +186,5 @@ def test_prepared_rows_of_an_epoch_are_a_permutation(configs: dict[str, Config],
 
 def test_other_prepared_data_is_refused(configs: dict[str, Config], tokenizer: Tokenizer) -> None:
     state = ranks(configs["prepared"], tokenizer, 1, None)[0].state_dict()
-    with pytest.raises(UserError, match="not the data of the checkpoint"):
+    with pytest.raises(ConfigError, match="not the data of the checkpoint"):
         ranks(configs["prepared by best fit"], tokenizer, 1, state)

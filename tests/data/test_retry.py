@@ -7,7 +7,7 @@ from data_samples import write_bytes, write_jsonl
 
 from p828.data.retry import Retry
 from p828.data.text.files import FileShard
-from p828.errors import ReadFailed, UserError
+from p828.errors import ConfigError, TransientReadError
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Unsteady:
         for number in range(start, 10):
             if self.failures.get(number, 0):
                 self.failures[number] -= 1
-                raise ReadFailed(f"before {number}")
+                raise TransientReadError(f"before {number}")
             yield str(number)
 
 
@@ -42,7 +42,7 @@ def test_failed_reads_are_repeated_from_where_they_failed() -> None:
 def test_after_the_last_attempt_the_failure_is_raised() -> None:
     waits: list[float] = []
     given: list[str] = []
-    with pytest.raises(ReadFailed, match="before 3"):
+    with pytest.raises(TransientReadError, match="before 3"):
         given.extend(Retry(2, waits.append).documents(Unsteady({3: 3}), 1))
     assert waits == [1, 2]
 
@@ -61,5 +61,5 @@ def test_a_damaged_file_is_not_read_again(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"a.txt{ending}"
     write_bytes(path, b"some text " * 1000)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"a\.txt.*cannot be read"):
+    with pytest.raises(ConfigError, match=r"a\.txt.*cannot be read"):
         list(Retry(5, pytest.fail).documents(FileShard(str(path), "text"), 0))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from p828.config import Config
-from p828.data.row import Row
-from p828.data.shuffle import RowShuffler
+from p828.data.sample import Sample
+from p828.data.shuffle import SampleShuffler
 from p828.data.text.documents import open_training
 from p828.data.text.packing import Packer
 from p828.data.tokenizer import Tokenizer, train_tokenizer
@@ -30,16 +30,16 @@ def packer(config: Config, tokenizer: Tokenizer) -> Packer:
     return Packer(open_training(config.data, seed=0), tokenizer, config.data.sequence_length)
 
 
-def take(rows: Packer | RowShuffler, count: int) -> list[bytes]:
+def take(rows: Packer | SampleShuffler, count: int) -> list[bytes]:
     return [_bytes(next(rows)) for _ in range(count)]
 
 
-def _bytes(row: Row) -> bytes:
+def _bytes(row: Sample) -> bytes:
     return row.tokens.tobytes() + row.document_ids.tobytes()
 
 
 def test_every_block_holds_the_packers_rows_once_in_another_order(config: Config, tokenizer: Tokenizer) -> None:
-    shuffler, plain = RowShuffler(packer(config, tokenizer), ROWS, seed=0), packer(config, tokenizer)
+    shuffler, plain = SampleShuffler(packer(config, tokenizer), ROWS, seed=0), packer(config, tokenizer)
     orders = []
     for _ in range(5):
         shuffled, expected = take(shuffler, ROWS), take(plain, ROWS)
@@ -55,25 +55,25 @@ def test_no_row_comes_again_before_all_have_come(config: Config, tokenizer: Toke
     rows = list(itertools.takewhile(lambda row: row.epoch < 2, plain))
     epochs = [[_bytes(row) for row in rows if row.epoch == epoch] for epoch in (0, 1)]
     for size in (7, ROWS, len(epochs[0]), 1000):
-        shuffler = RowShuffler(packer(config, tokenizer), size, seed=0)
+        shuffler = SampleShuffler(packer(config, tokenizer), size, seed=0)
         for epoch in epochs:
             assert sorted(take(shuffler, len(epoch))) == sorted(epoch)
 
 
 def test_the_seed_decides_the_order(config: Config, tokenizer: Tokenizer) -> None:
-    first, again, other = (take(RowShuffler(packer(config, tokenizer), ROWS, seed), ROWS) for seed in (0, 0, 1))
+    first, again, other = (take(SampleShuffler(packer(config, tokenizer), ROWS, seed), ROWS) for seed in (0, 0, 1))
     assert first == again
     assert first != other
 
 
 def test_blocks_of_one_keep_the_order(config: Config, tokenizer: Tokenizer) -> None:
-    assert take(RowShuffler(packer(config, tokenizer), 1, seed=0), 20) == take(packer(config, tokenizer), 20)
+    assert take(SampleShuffler(packer(config, tokenizer), 1, seed=0), 20) == take(packer(config, tokenizer), 20)
 
 
 @pytest.mark.parametrize("rows", [ROWS, 50, 1000])
 def test_two_resumes_give_the_same_rows(config: Config, tokenizer: Tokenizer, rows: int) -> None:
-    def shuffler() -> RowShuffler:
-        return RowShuffler(packer(config, tokenizer), rows, seed=0)
+    def shuffler() -> SampleShuffler:
+        return SampleShuffler(packer(config, tokenizer), rows, seed=0)
 
     whole = take(shuffler(), 230)
     draw = random.Random(0)
@@ -87,7 +87,7 @@ def test_two_resumes_give_the_same_rows(config: Config, tokenizer: Tokenizer, ro
 
 
 def test_rows_do_not_change_after_they_were_given(config: Config, tokenizer: Tokenizer) -> None:
-    shuffler = RowShuffler(packer(config, tokenizer), ROWS, seed=0)
+    shuffler = SampleShuffler(packer(config, tokenizer), ROWS, seed=0)
     row = next(shuffler)
     copy = np.array(row.tokens)
     take(shuffler, 50)

@@ -17,7 +17,7 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 
 from p828.config import TokenizerConfig
 from p828.data.tokenizer import PIECES, Tokenizer, load_tokenizer, train_tokenizer
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 SAMPLES = [
     "",
@@ -117,30 +117,30 @@ def test_what_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
         config = TokenizerConfig(**{"name": str(given), **fields})  # type: ignore[arg-type]
         load_tokenizer(config, lambda: ["some text"], model_vocab_size, saved)
 
-    with pytest.raises(UserError, match=r"vocabulary of 320 exceeds model\.vocab_size = 319"):
+    with pytest.raises(ConfigError, match=r"vocabulary of 320 exceeds model\.vocab_size = 319"):
         load(model_vocab_size=319)
-    with pytest.raises(UserError, match=r"tokenizer\.eos_token = '<eos>': not in the tokenizer's vocabulary"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.eos_token = '<eos>': not in the tokenizer's vocabulary"):
         load(eos_token="<eos>")
-    with pytest.raises(UserError, match=r"missing\.json: cannot be read as a tokenizer\.json: .*No such file"):
+    with pytest.raises(ConfigError, match=r"missing\.json: cannot be read as a tokenizer\.json: .*No such file"):
         load(name=str(tmp_path / "missing.json"))
     given.write_text('{"not": "a tokenizer"}')
-    with pytest.raises(UserError, match=r"given\.json: not a tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"given\.json: not a tokenizer\.json"):
         load()
     given.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"given\.json: cannot be read"):
+    with pytest.raises(ConfigError, match=r"given\.json: cannot be read"):
         load()
     assert not saved.parent.exists()
-    with pytest.raises(UserError, match="vocabulary of 257 exceeds"):
+    with pytest.raises(ConfigError, match="vocabulary of 257 exceeds"):
         load(name="train", vocab_size=257, model_vocab_size=256)
     assert not saved.parent.exists()
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written"):
+    with pytest.raises(ConfigError, match=r"cannot be written"):
         tokenizer.save(tmp_path / "file" / "tokenizer.json")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(UserError, match=r"taken: cannot be written"):
+    with pytest.raises(ConfigError, match=r"taken: cannot be written"):
         tokenizer.save(tmp_path / "taken")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
 
@@ -218,7 +218,7 @@ def test_a_signal_ends_the_training_of_a_tokenizer(moment: str) -> None:
 def test_what_reading_raises_comes_out_of_training() -> None:
     def documents() -> Iterable[str]:
         yield "text"
-        raise UserError("line 2 is no JSON")
+        raise ConfigError("line 2 is no JSON")
 
-    with pytest.raises(UserError, match="line 2 is no JSON"):
+    with pytest.raises(ConfigError, match="line 2 is no JSON"):
         train_tokenizer(TokenizerConfig(vocab_size=300), documents())

@@ -11,7 +11,7 @@ from tokenizers import models, pre_tokenizers
 from p828.config import Config, DataConfig, TokenizerConfig, ValidationConfig
 from p828.data.build import validation_batches
 from p828.data.tokenizer import Tokenizer, load_tokenizer, lost_share, remarks
-from p828.errors import UserError
+from p828.errors import ConfigError
 from tokenizer_kinds import EOS, KINDS, SPECIAL
 
 HOSTILE = [
@@ -161,7 +161,9 @@ def test_what_is_saved_is_what_was_given(tmp_path: Path, kind: str) -> None:
 )
 def test_an_end_token_that_text_becomes_is_refused(tmp_path: Path, kind: str, eos_token: str) -> None:
     KINDS[kind]().save(str(tmp_path / "t.json"))
-    with pytest.raises(UserError, match=r"tokenizer\.eos_token = .*: (ordinary text|text becomes|at least|a token of)"):
+    with pytest.raises(
+        ConfigError, match=r"tokenizer\.eos_token = .*: (ordinary text|text becomes|at least|a token of)"
+    ):
         Tokenizer.tried(tmp_path / "t.json", eos_token)
 
 

@@ -11,7 +11,7 @@ import pytest
 from p828.cli.main import dispatch
 from p828.data import tokenizer_trial
 from p828.data.tokenizer import Tokenizer
-from p828.errors import UserError
+from p828.errors import ConfigError
 from runs import p828, write_toml
 from tokenizer_kinds import EOS, KINDS
 
@@ -52,7 +52,7 @@ def write_odd(path: Path, case: str) -> Path:
 @pytest.mark.parametrize("case", ODD)
 def test_what_cannot_be_used_is_refused(tmp_path: Path, case: str) -> None:
     path = write_odd(tmp_path / "odd.json", case)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(ConfigError) as refused:
         Tokenizer.tried(path, EOS)
     message = str(refused.value)
     assert message.startswith(str(path))
@@ -69,7 +69,7 @@ def test_every_kind_is_taken(tmp_path: Path) -> None:
 
 def test_a_trial_without_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_trial, "SECONDS", 0.001)
-    with pytest.raises(UserError, match=r"t\.json: not usable as a tokenizer: trying it out took over 0 s"):
+    with pytest.raises(ConfigError, match=r"t\.json: not usable as a tokenizer: trying it out took over 0 s"):
         tokenizer_trial.try_out(KINDS["unigram"]().to_str(), "t.json")
 
 

@@ -2,19 +2,19 @@
 
 import pytest
 
-from p828.distributed.group import Ranks
-from p828.errors import UserError
+from p828.distributed.group import ProcessGroup
+from p828.errors import ConfigError
 
 
 def fail() -> None:
-    raise UserError("the first")
+    raise ConfigError("the first")
 
 
 def test_an_error_is_not_hidden_by_that_of_telling_it() -> None:
-    alone = Ranks(0, 2)  # of two, without the process group that would join them
-    with pytest.raises(UserError, match="the first"), alone.agreed():
+    alone = ProcessGroup(0, 2)  # of two, without the process group that would join them
+    with pytest.raises(ConfigError, match="the first"), alone.raise_together():
         fail()
-    with pytest.raises(UserError, match="the first"):
-        alone.first(fail)
-    with pytest.raises(ValueError, match="process group"), alone.agreed():
+    with pytest.raises(ConfigError, match="the first"):
+        alone.on_rank_0(fail)
+    with pytest.raises(ValueError, match="process group"), alone.raise_together():
         pass

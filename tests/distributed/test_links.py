@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from p828.bench.collectives import counted
-from p828.distributed.group import Ranks
+from p828.distributed.group import ProcessGroup
 from p828.distributed.links import (
     FIRST_BYTES,
     REPEATS,
@@ -195,8 +195,8 @@ def test_one_gpu_is_offered_where_it_is_faster() -> None:
 
 
 def test_one_rank_or_cpus_have_nothing_to_check() -> None:
-    assert check_topology(Ranks(), torch.device("cuda"), 10**6, torch.float32) == []
-    assert check_topology(Ranks(0, 2), torch.device("cpu"), 10**6, torch.float32) == []
+    assert check_topology(ProcessGroup(), torch.device("cuda"), 10**6, torch.float32) == []
+    assert check_topology(ProcessGroup(0, 2), torch.device("cpu"), 10**6, torch.float32) == []
 
 
 def time_on_a_rank(rank: int, store: str) -> None:
@@ -204,7 +204,7 @@ def time_on_a_rank(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     try:
-        ranks, cpu = Ranks(rank, 2), torch.device("cpu")
+        ranks, cpu = ProcessGroup(rank, 2), torch.device("cpu")
         # number of numbers, seconds for it, and bytes that are summed for one measurement
         first = (1 + REPEATS) * FIRST_BYTES
         for numbers, most_seconds, expected in (
@@ -215,7 +215,7 @@ def time_on_a_rank(rank: int, store: str) -> None:
             with counted() as found:
                 seconds = time_all_reduce(numbers, torch.float32, cpu, ranks, most_seconds)
             assert found["all_reduce"] == expected + 4, (numbers, found)  # one number to connect
-            assert ranks.gather(seconds) == [seconds, seconds]
+            assert ranks.all_gather_object(seconds) == [seconds, seconds]
             assert math.isfinite(seconds)
             assert seconds > 0
         assert seconds > 1, "four terabytes in the time of a mebibyte"
@@ -231,12 +231,12 @@ def check_on_a_gpu(rank: int, store: str) -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     try:
-        ranks, device = Ranks(rank, 2, dist.new_group(backend="gloo")), torch.device("cuda", rank)
-        uuids = ranks.gather(str(torch.cuda.get_device_properties(device).uuid))
+        ranks, device = ProcessGroup(rank, 2, dist.new_group(backend="gloo")), torch.device("cuda", rank)
+        uuids = ranks.all_gather_object(str(torch.cuda.get_device_properties(device).uuid))
         links = links_between(uuids)
         assert len(links) == 1, (uuids, links)
         lines = check_topology(ranks, device, 10**8, torch.bfloat16)
-        assert ranks.gather(lines) == [lines, lines]
+        assert ranks.all_gather_object(lines) == [lines, lines]
         if next(iter(links.values())).startswith("NV"):
             assert lines == []
     finally:

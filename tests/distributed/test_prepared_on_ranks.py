@@ -1,4 +1,4 @@
-"""Ranks of one host compare each file of prepared data once, and end together if one is wrong."""
+"""ProcessGroup of one host compare each file of prepared data once, and end together if one is wrong."""
 
 from pathlib import Path
 

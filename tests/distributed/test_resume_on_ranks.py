@@ -133,7 +133,7 @@ def test_a_checkpoint_from_before_the_first_step(tmp_path: Path) -> None:
     """The plain engine's, with and without the moments that older ones lack, goes on through DeepSpeed."""
     config = dataclasses.replace(run_config(tmp_path, train={"steps": 2}), engine="deepspeed")
     engine = PlainEngine(config)
-    tensors = engine.tensors()
+    tensors = engine.state_dict()
     names = [name for name, _ in engine.model.named_parameters() if name.endswith("norm.weight")]
     gone = {f"{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq") for name in names}
     older = {**tensors, "optimizer": {name: v for name, v in tensors["optimizer"].items() if name not in gone}}
@@ -142,7 +142,7 @@ def test_a_checkpoint_from_before_the_first_step(tmp_path: Path) -> None:
         for number, given in enumerate((tensors, older)):
             path = checkpoint_writer.save(tmp_path / str(number), 0, given, {})
             with checkpoint.opened(path) as saved:
-                loaded.load_tensors(saved.tensors)
-            for name, value in loaded.tensors()["optimizer"].items():
+                loaded.load_state_dict(saved.tensors)
+            for name, value in loaded.state_dict()["optimizer"].items():
                 (tensor,) = tensors_of(value)
                 assert not tensor.any(), name

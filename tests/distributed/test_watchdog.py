@@ -78,10 +78,10 @@ WATCHER = """
 import socket, sys, time
 from pathlib import Path
 del socket.TCP_KEEPIDLE  # which not every system has
-from p828.distributed.watchdog import Lifeline, _Peer
+from p828.distributed.watchdog import Watchdog, _Peer
 peer = _Peer(socket.create_connection(("127.0.0.1", int(sys.argv[2]))), int(sys.argv[1] == "0"))
 about = {rank: {"host": "here", "pid": rank} for rank in (0, 1)}
-lifeline = Lifeline(int(sys.argv[1]), [peer], about, 0.2, Path(sys.argv[3]))
+watchdog = Watchdog(int(sys.argv[1]), [peer], about, 0.2, Path(sys.argv[3]))
 time.sleep(60)
 """
 

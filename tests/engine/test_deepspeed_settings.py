@@ -13,7 +13,7 @@ from p828 import config
 from p828.config import Config
 from p828.config import files as config_files
 from p828.engine.deepspeed.settings import KEYS, LARGEST_FILE, deepspeed_settings, read_strictly
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 PRESETS = {"zero1": (1, False), "zero2": (2, False), "zero3": (3, False), "zero3-offload": (3, True)}
 RUN = config.load("60m")
@@ -40,12 +40,12 @@ def settings_of(path: Path, values: dict[str, Any], dtype: str = "bfloat16", **o
 
 def complaint(path: Path, values: dict[str, Any], dtype: str = "bfloat16", **own: Any) -> str:
     """What is said about a file with these values, checked to be a line that names the file."""
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ConfigError) as error:
         settings_of(path, values, dtype, **own)
     return line_about(path, error)
 
 
-def line_about(path: Path, error: pytest.ExceptionInfo[UserError]) -> str:
+def line_about(path: Path, error: pytest.ExceptionInfo[ConfigError]) -> str:
     message = str(error.value)
     assert len(message.splitlines()) == 1, message
     assert str(path) in message
@@ -102,7 +102,7 @@ def test_there_are_no_other_presets() -> None:
 def test_a_file_of_its_own_beside_a_presets_name(tmp_path: Path) -> None:
     """A path is never completed to a preset's or another file's name."""
     (tmp_path / "mine.json").write_text("{}")
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(ConfigError, match="no file"):
         deepspeed_settings(run(config=str(tmp_path / "mine")), "float32", 1)
 
 
@@ -167,7 +167,7 @@ UNREADABLE: dict[str, tuple[str | bytes, list[str]]] = {
 def test_files_that_cannot_be_read(case: str, ds: Path) -> None:
     content, says = UNREADABLE[case]
     ds.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ConfigError) as error:
         deepspeed_settings(run(config=str(ds)), "bfloat16", 1)
     said = line_about(ds, error)
     assert len(said) < 400, said
@@ -181,21 +181,21 @@ def test_the_largest_file_is_read(ds: Path) -> None:
 
 
 def test_a_directory(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="directory") as error:
+    with pytest.raises(ConfigError, match="directory") as error:
         read_strictly(tmp_path)
     line_about(tmp_path, error)
 
 
 @pytest.mark.parametrize("name", ["zero3-ofload", "zero3_offload"])
 def test_no_file_but_a_near_preset(name: str) -> None:
-    with pytest.raises(UserError, match=rf"no file {name}; did you mean zero3-offload\? Accepted: .*zero1, zero2"):
+    with pytest.raises(ConfigError, match=rf"no file {name}; did you mean zero3-offload\? Accepted: .*zero1, zero2"):
         deepspeed_settings(run(config=name), "float32", 1)
 
 
 @pytest.mark.parametrize("name", ["gone.json", "x" * 300, "a\0b", "zero1.json"])
 def test_no_such_file(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ConfigError) as error:
         deepspeed_settings(run(config=str(path)), "float32", 1)
     line_about(path, error)
 
@@ -275,7 +275,7 @@ def test_contradictions_name_both_sides(key: str, value: Any, source: str, right
 def test_everything_wrong_is_told_in_a_line_each(ds: Path) -> None:
     wrong = {"gradient_clipping": 7, "bf16": {"enabled": 3}, "zero_optimization": {"stage": 9, "nothing": 1}}
     ds.write_text(json.dumps(wrong))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ConfigError) as error:
         deepspeed_settings(run(config=str(ds)), "bfloat16", 2)
     lines = str(error.value).splitlines()
     assert [line.split(":")[0] for line in lines] == [str(ds)] * 4
@@ -285,7 +285,7 @@ def test_everything_wrong_is_told_in_a_line_each(ds: Path) -> None:
 
 def test_very_much_wrong_is_counted(ds: Path) -> None:
     ds.write_text(json.dumps({f"key{number}": number for number in range(30)}))
-    with pytest.raises(UserError, match=r"and 20 more$"):
+    with pytest.raises(ConfigError, match=r"and 20 more$"):
         deepspeed_settings(run(config=str(ds)), "bfloat16", 2)
 
 
@@ -305,7 +305,7 @@ def test_a_whole_number_may_be_written_as_a_fraction(ds: Path) -> None:
 def test_true_is_not_one(ds: Path) -> None:
     single = dataclasses.replace(RUN.train, micro_batch_size=1)
     ds.write_text('{"train_micro_batch_size_per_gpu": true}')
-    with pytest.raises(UserError, match=r"= true contradicts train\.micro_batch_size = 1"):
+    with pytest.raises(ConfigError, match=r"= true contradicts train\.micro_batch_size = 1"):
         deepspeed_settings(dataclasses.replace(run(config=str(ds)), train=single), "float32", 1)
 
 
@@ -440,18 +440,18 @@ def test_the_stage_may_come_from_the_file_and_the_offload_from_toml(ds: Path) ->
     ds.write_text('{"zero_optimization": {"stage": 3}}')
     assert deepspeed_settings(own, "float32", 1).offload_param
     ds.write_text('{"zero_optimization": {"stage": 2}}')
-    with pytest.raises(UserError, match="accepted from stage 3 on; the stage is 2"):
+    with pytest.raises(ConfigError, match="accepted from stage 3 on; the stage is 2"):
         deepspeed_settings(own, "float32", 1)
 
 
 def test_a_file_for_the_plain_engine_is_refused(ds: Path) -> None:
-    with pytest.raises(UserError, match=r'accepted with engine = "deepspeed"'):
+    with pytest.raises(ConfigError, match=r'accepted with engine = "deepspeed"'):
         config.validate(run(config=str(ds)))
 
 
 def test_below_stage_2_sums_are_reduced_in_float32(ds: Path) -> None:
     ds.write_text('{"communication_data_type": "bf16", "zero_optimization": {"stage": 1}}')
-    with pytest.raises(UserError, match="below stage 2 gradients are reduced in float32"):
+    with pytest.raises(ConfigError, match="below stage 2 gradients are reduced in float32"):
         deepspeed_settings(run(config=str(ds)), "bfloat16", 2)
     ds.write_text('{"communication_data_type": "bf16", "zero_optimization": {"stage": 2}}')
     assert deepspeed_settings(run(config=str(ds)), "bfloat16", 2).values["communication_data_type"] == "bf16"
@@ -470,7 +470,7 @@ def test_below_stage_2_sums_are_reduced_in_float32(ds: Path) -> None:
     ],
 )
 def test_the_tables_own_values(own: dict[str, Any], says: list[str]) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ConfigError) as error:
         config.validate(run(**own))
     assert all(part in str(error.value) for part in says), error.value
 
@@ -508,7 +508,7 @@ def test_any_content_gives_settings_or_complaints(any_file: Path, content: Any) 
     try:
         found = deepspeed_settings(run(config=str(any_file)), "bfloat16", 2)
         stage, batch = found.stage, found.values["train_batch_size"]
-    except UserError as error:
+    except ConfigError as error:
         said = str(error)
     assert len(said.splitlines()) <= 11
     assert (stage in (0, 1, 2, 3), batch) == (True, 256)

@@ -8,7 +8,7 @@ from torch import Tensor
 from oracles import assert_near
 from p828.config import Config
 from p828.data.loader import Batch
-from p828.engine.microbatch import GradientSums
+from p828.engine.microbatch import GradientAccumulator
 from p828.model.init import initialise
 from p828.model.precision import matrices
 from p828.model.router import Routing
@@ -18,13 +18,13 @@ from runs import run_config
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-def build(config: Config, dtype: torch.dtype, stretches: int = 1) -> GradientSums:
+def build(config: Config, dtype: torch.dtype, segments: int = 1) -> GradientAccumulator:
     model = Transformer(config.model)
     initialise(model, 0)
     if dtype == BF16:
         for _, parameter in matrices(model):
             parameter.data = parameter.data.to(dtype)
-    gradients = GradientSums(model, config, dtype, stretches=stretches)
+    gradients = GradientAccumulator(model, config, dtype, segments=segments)
     gradients.scale.fill_(1 / 192)
     return gradients
 
@@ -36,7 +36,7 @@ def batch_of(config: Config, seed: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:].clone(), positions, torch.zeros_like(positions, dtype=torch.int32), 64)
 
 
-def of_one(gradients: GradientSums, batch: Batch) -> dict[str, Tensor]:
+def of_one(gradients: GradientAccumulator, batch: Batch) -> dict[str, Tensor]:
     gradients.begin_step()
     gradients.add(batch)
     return {name: gradients.sums[p].clone() for name, p in gradients.model.named_parameters()}
@@ -68,7 +68,7 @@ def test_they_are_summed_in_float32_over_a_steps_micro_batches(tmp_path: Path, d
 def test_going_back_in_stretches_changes_nothing(tmp_path: Path, tied: bool) -> None:
     """Each parameter's sum is complete when it is said to be; and all of them are said, once."""
     config = run_config(tmp_path, model={"tie_word_embeddings": tied, "num_hidden_layers": 5})
-    whole, parts = build(config, F32), build(config, F32, stretches=3)
+    whole, parts = build(config, F32), build(config, F32, segments=3)
     when_added: dict[str, Tensor] = {}
     names = {parameter: name for name, parameter in parts.model.named_parameters()}
 
@@ -91,7 +91,7 @@ def test_going_back_in_stretches_changes_nothing(tmp_path: Path, tied: bool) -> 
 
 def test_auxiliary_losses_reach_all_layers_whatever_the_stretches(tmp_path: Path) -> None:
     config = run_config(tmp_path, balance={"sequence_loss_weight": 0.1, "z_loss_weight": 0.1})
-    whole, parts = build(config, F32), build(config, F32, stretches=2)
+    whole, parts = build(config, F32), build(config, F32, segments=2)
     for gradients in (whole, parts):
         gradients.add(batch_of(config, 0))
     for ours, theirs in zip(parts.sums.values(), whole.sums.values(), strict=True):
@@ -149,7 +149,7 @@ def test_auxiliary_losses_count_the_tokens_that_have_a_target(
 
 def test_recomputed_layers_give_the_same_sums(tmp_path: Path) -> None:
     config = run_config(tmp_path)
-    kept, recomputed = build(config, F32), build(config, F32, stretches=2)
+    kept, recomputed = build(config, F32), build(config, F32, segments=2)
     for layer in recomputed.model.layers:
         layer.gradient_checkpointing = True
     for gradients in (kept, recomputed):

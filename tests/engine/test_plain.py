@@ -8,7 +8,7 @@ import torch
 from p828.config import Config
 from p828.data.loader import Batch
 from p828.engine.plain import PlainEngine, StepResult
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.kernels.adamw import join_float32
 from p828.model.loss import linear_cross_entropy
 from p828.runs.fragments import Master, Saveable, tensors_of
@@ -46,7 +46,7 @@ def test_bfloat16_on_a_gpu_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> Non
         assert pick_dtype("float32", gpu) == torch.float32
     assert pick_dtype("bfloat16", gpu) == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(UserError, match=r'train.dtype = "bfloat16": an older GPU .* "float32"'):
+    with pytest.raises(ConfigError, match=r'train.dtype = "bfloat16": an older GPU .* "float32"'):
         pick_dtype("bfloat16", gpu)
 
 
@@ -101,7 +101,7 @@ def saved_tensors(engine: PlainEngine) -> dict[str, dict[str, torch.Tensor]]:
     """What a checkpoint of it holds."""
     return {
         part: {key: join_float32(*v) if isinstance(v, Master) else values(v).clone() for key, v in tensors.items()}
-        for part, tensors in engine.tensors().items()
+        for part, tensors in engine.state_dict().items()
     }
 
 
@@ -160,7 +160,7 @@ def test_gradients_are_clipped_to_the_global_norm(tmp_path: Path, dtype: str, mo
     assert unclipped > 0.1
     assert engine.step(1e-3).grad_norm == pytest.approx(unclipped, rel=1e-5)
     # After one step the first moment is 1 − beta1 of the clipped gradient.
-    found = engine.optimizer.tensors()
+    found = engine.optimizer.state_dict()
     moments = [value.flatten().float() for name, value in found.items() if "exp_avg/" in name]
     assert torch.cat(moments).norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
@@ -193,7 +193,7 @@ def test_a_loaded_engine_goes_on_bit_for_bit(tmp_path: Path, dtype: str, moment_
     assert all(value.dtype == torch.float32 for value in saved["model"].values())
     expected = train(engine, range(3, 6))
     loaded = PlainEngine(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=7)))
-    loaded.load_tensors(saved)
+    loaded.load_state_dict(saved)
     assert train(loaded, range(3, 6)) == expected
     assert_equal_tensors(all_tensors(loaded), all_tensors(engine))
 

@@ -16,7 +16,7 @@ from p828.cli.main import dispatch
 from p828.config import Config, load
 from p828.config.values import flatten
 from p828.runs import checkpoint
-from p828.verify.kill_resume import Proof, shortened
+from p828.verify.kill_resume import KillResumeCheck, shortened
 from runs import p828, tiny_values, write_toml
 
 
@@ -33,7 +33,7 @@ def test_kills(tmp_path: Path, shim: Shim, capsys: pytest.CaptureFixture[str], c
     config = shortened(dataclasses.replace(load(str(path)), name="killed"), tmp_path)
     steps = {"train": dataclasses.replace(config.train, steps=12 * count)}
     every = {"checkpoint": dataclasses.replace(config.checkpoint, every=5)}
-    proof = Proof(dataclasses.replace(config, **steps, **every), tmp_path, kills=count)
+    proof = KillResumeCheck(dataclasses.replace(config, **steps, **every), tmp_path, kills=count)
     proof.run()
     assert proof.difference() is None
     assert proof.killed >= 0.9 * count

@@ -80,8 +80,8 @@ def test_ctrl_c_in_the_training_of_a_tokenizer_ends_the_run_at_once(tmp_path: Pa
 
 IN_AN_OPERATION = """
 import signal, sys, threading
-from p828.train.signals import noted_signals
-with noted_signals(lambda: None, lambda text: print(text, flush=True)):
+from p828.train.signals import graceful_shutdown
+with graceful_shutdown(lambda: None, lambda text: print(text, flush=True)):
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # no call of this thread is interrupted
     print("ready", flush=True)
     sys.stdin.buffer.read()

@@ -28,10 +28,10 @@ from p828.data.tokens.format import Manifest, check_shards, open_manifest
 from p828.data.tokens.read import Prepared
 from p828.data.tokens.sealed import write_sealed
 from p828.engine.deepspeed.settings import read_strictly
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.runs import checkpoint
 from p828.runs import records as metrics
-from p828.runs.fragments import Fragment
+from p828.runs.fragments import TensorShard
 from p828.train import checkpoint_writer
 from runs import tiny_values, write_toml
 from tokenizer_kinds import EOS, KINDS
@@ -67,7 +67,7 @@ def prepared(place: Path) -> Path:
 def saved(place: Path) -> Path:
     """A checkpoint with whole tensors and fragments."""
     tensors = {
-        "model": {"a": torch.randn(4, 6), "b": Fragment(torch.randn(12), 0, (3, 4))},
+        "model": {"a": torch.randn(4, 6), "b": TensorShard(torch.randn(12), 0, (3, 4))},
         "random": {"cpu": torch.zeros(16, dtype=torch.uint8)},
     }
     return checkpoint_writer.save(place / "checkpoints", 5, tensors, {"progress": {"step": 5}, "data": {"a": [1]}})
@@ -78,7 +78,7 @@ def answered(read: Callable[[], Any]) -> Any:
     tracemalloc.start()
     try:
         return read()
-    except UserError as error:
+    except ConfigError as error:
         message = str(error)
         assert 0 < len(message.splitlines()) <= 12
         assert len(message) < 20_000
@@ -311,7 +311,7 @@ def endless(tmp_path: Path) -> Callable[[str], Path]:
 @pytest.mark.parametrize("name", READERS)
 def test_a_file_without_end_is_refused_at_once(endless: Callable[[str], Path], name: str) -> None:
     path = endless(name)
-    with pytest.raises(UserError, match=r"more than [0-9,]+ bytes"):
+    with pytest.raises(ConfigError, match=r"more than [0-9,]+ bytes"):
         READERS[name](path)
 
 
@@ -342,6 +342,6 @@ def test_a_manifest_cannot_name_a_place_outside(prepared: Path, tmp_path: Path) 
     fields = json.loads(path.read_bytes())
     fields["training"][0]["name"] = "../training-00000"
     path.write_text(json.dumps(fields))
-    with pytest.raises(UserError, match="a shard has another name"):
+    with pytest.raises(ConfigError, match="a shard has another name"):
         open_manifest(tmp_path / "prepared")
     assert isinstance(open_manifest(prepared), Manifest)

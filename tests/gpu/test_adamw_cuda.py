@@ -36,7 +36,7 @@ def test_bits(cuda: torch.device, moment_dtype: torch.dtype, shape: tuple[int, .
             assert torch.equal(ours.cpu(), theirs), f"{name} after update {updates}"
     state.gradient[0] = math.nan
     adamw_(state, make_update(6, True, cuda), weight_decay, number=17)
-    for name in ("weight", "remainder", "exp_avg", "exp_avg_sq"):
+    for name in ("weight", "low_bits", "exp_avg", "exp_avg_sq"):
         assert torch.equal(getattr(state, name).cpu(), getattr(twin, name)), name
 
 

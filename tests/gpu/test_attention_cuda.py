@@ -15,7 +15,7 @@ from torch import Tensor
 from oracles import BFLOAT16, assert_near, leaves
 from p828.config import RopeScaling
 from p828.kernels.attention.ops import attention
-from p828.model.attention import Attention, Visibility, reference_attention
+from p828.model.attention import Attention, AttentionMask, reference_attention
 from p828.model.rope import inverse_frequencies, rotary
 from p828.model.transformer import document_borders
 from tiny import make_documents, tiny_config
@@ -113,12 +113,12 @@ def test_norms_and_rotation(cuda: torch.device, head_dim: int, with_norms: bool)
     twin.double()
     (theirs,) = leaves(x, dtype=torch.float64)
     mask_BSC = (documents_BS[:, :, None] == documents_BS[:, None, :]).tril()
-    expected = twin(theirs, angles, Visibility("reference", mask_BSC))
+    expected = twin(theirs, angles, AttentionMask("reference", mask_BSC))
     expected.backward(upstream.double())
     layer.to(cuda)
     (our,) = leaves(x, dtype=torch.bfloat16, device=cuda)
     borders = (border.to(cuda) for border in document_borders(documents_BS))
-    actual = layer(our, tuple(angle.to(cuda) for angle in angles), Visibility("flash", None, *borders))
+    actual = layer(our, tuple(angle.to(cuda) for angle in angles), AttentionMask("flash", None, *borders))
     actual.backward(upstream.to(cuda))
     # Two projections more than attention alone, and softmax over scores of size ten.
     assert_near(actual, expected, 3 * BFLOAT16)

@@ -5,22 +5,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from p828.distributed.group import Ranks
+from p828.distributed.group import ProcessGroup
 from p828.runs import checkpoint
-from p828.runs.fragments import Fragment
-from p828.train.checkpointing import BackgroundSaver
+from p828.runs.fragments import TensorShard
+from p828.train.checkpointing import AsyncCheckpointer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def test_what_is_written_is_what_the_device_had_computed_at_the_start(cuda: torch.device, tmp_path: Path) -> None:
-    saver = BackgroundSaver(tmp_path, Ranks(), cuda)
+    saver = AsyncCheckpointer(tmp_path, ProcessGroup(), cuda)
     weights, matrix = torch.zeros(64 * 2**20, device=cuda), torch.randn(8192, 8192, device=cuda)
     for step in (1, 2):  # the second time into the copies of the first
         for _ in range(10):
             matrix @ matrix  # keeps the device busy, so that the host is ahead of it
         weights += 1
-        saver.start(step, {"model": {"a": weights, "b": Fragment(weights[:1000], 0, (10, 100))}}, {})
+        saver.start(step, {"model": {"a": weights, "b": TensorShard(weights[:1000], 0, (10, 100))}}, {})
         for _ in range(10):
             matrix @ matrix
             weights += 0.25
@@ -33,7 +33,7 @@ def test_what_is_written_is_what_the_device_had_computed_at_the_start(cuda: torc
 
 
 def test_a_gpu_without_room_makes_training_wait(cuda: torch.device, tmp_path: Path) -> None:
-    saver = BackgroundSaver(tmp_path, Ranks(), cuda)
+    saver = AsyncCheckpointer(tmp_path, ProcessGroup(), cuda)
     weights = torch.ones(2**20, device=cuda)
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(cuda)[0]

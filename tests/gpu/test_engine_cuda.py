@@ -52,7 +52,7 @@ def saved(engine: PlainEngine) -> dict[str, dict[str, Tensor]]:
             key: join_float32(*value).cpu() if isinstance(value, Master) else value.cpu().clone()
             for key, value in tensors.items()
         }
-        for part, tensors in engine.tensors().items()
+        for part, tensors in engine.state_dict().items()
     }
 
 
@@ -66,10 +66,10 @@ def assert_equal_engines(first: PlainEngine, second: PlainEngine) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_steps_repeat_and_resume_bit_for_bit(cuda: torch.device, tmp_path: Path, tied: bool) -> None:
     first, second = make_engine(tmp_path, tied=tied), make_engine(tmp_path, tied=tied)
-    assert first.optimizer.tensors()["exp_avg/model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert first.optimizer.state_dict()["exp_avg/model.embed_tokens.weight"].dtype == torch.bfloat16
     assert train(first, range(3)) == train(second, range(3))
     third = make_engine(tmp_path, tied=tied)
-    third.load_tensors(saved(first))
+    third.load_state_dict(saved(first))
     expected = train(first, range(3, 6))
     assert train(second, range(3, 6)) == expected
     assert train(third, range(3, 6)) == expected
@@ -93,8 +93,8 @@ def test_recorded_micro_batches_compute_what_unrecorded_ones_do(cuda: torch.devi
         engine.forward_backward(batch_of(0, rows=3), 192)
         engine.step(1e-2)
     assert_equal_engines(recording, plain)
-    recording.load_tensors(saved(make_engine(tmp_path)))
-    plain.load_tensors(saved(make_engine(tmp_path)))
+    recording.load_state_dict(saved(make_engine(tmp_path)))
+    plain.load_state_dict(saved(make_engine(tmp_path)))
     assert train(recording, range(4, 6)) == train(plain, range(4, 6))
     assert_equal_engines(recording, plain)
 
@@ -145,7 +145,7 @@ def test_it_learns(cuda: torch.device, tmp_path: Path, moment_dtype: str) -> Non
 def test_a_run_goes_on_on_the_cpu(cuda: torch.device, tmp_path: Path) -> None:
     engine, on_cpu = make_engine(tmp_path), make_engine(tmp_path, device="cpu")
     train(engine, range(3))
-    on_cpu.load_tensors(saved(engine))
+    on_cpu.load_state_dict(saved(engine))
     masters = engine.optimizer.masters()
     assert all(torch.equal(value, masters[name]) for name, value in on_cpu.optimizer.masters().items())
     assert torch.equal(on_cpu.model.head_weight, engine.model.head_weight.cpu())

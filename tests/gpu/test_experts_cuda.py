@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from oracles import BFLOAT16, assert_near, leaves
-from p828.kernels.moe.swiglu_down import activated_linear
+from p828.kernels.moe.swiglu_down import swiglu_down
 from p828.kernels.moe.tiles import TILE
-from p828.model.experts import Experts, Order, SharedExperts, is_fused, sort_by_expert
+from p828.model.experts import Experts, SharedExperts, TokenPermutation, sort_by_expert, uses_triton
 from tiny import tiny_config
 
 EXPERTS = 5
@@ -99,7 +99,7 @@ def test_shared_experts_against_float64(cuda: torch.device, hidden_act: str, siz
     ours = shared.to(cuda, torch.bfloat16)
     x, upstream = (torch.randn(tokens, hidden).bfloat16() for _ in range(2))
     (our_x,), (their_x,) = leaves(x, dtype=torch.bfloat16, device=cuda), leaves(x, dtype=torch.float64)
-    assert is_fused(our_x, ours)
+    assert uses_triton(our_x, ours)
     our_out, their_out = ours(our_x), twin(their_x)
     our_out.backward(upstream.to(cuda))
     their_out.backward(upstream.double())
@@ -117,7 +117,7 @@ def test_order(cuda: torch.device, choice: str, experts: int) -> None:
     plain = sort_by_expert(experts_TK, counted_T, experts)
     layer = Experts(tiny_config(n_routed_experts=experts))
     x = torch.empty(len(experts_TK), 8, dtype=torch.bfloat16, device=cuda)
-    padded = Order(*(field.cpu() for field in layer.order(x, experts_TK.to(cuda), counted_T.to(cuda))))
+    padded = TokenPermutation(*(field.cpu() for field in layer.order(x, experts_TK.to(cuda), counted_T.to(cuda))))
     assert torch.equal(padded.loads_E, plain.loads_E)
     sizes = -(plain.offsets_E1.diff() // -TILE) * TILE
     assert torch.equal(padded.offsets_E1.diff(), sizes.int())
@@ -125,9 +125,9 @@ def test_order(cuda: torch.device, choice: str, experts: int) -> None:
     assert torch.equal(
         padded.tile_expert[: sizes.sum() // TILE], torch.arange(experts).repeat_interleave(sizes // TILE)
     )
-    assert torch.equal(padded.entry_R[padded.entry_R >= 0], plain.entry_R.int())
-    assert torch.equal(padded.entry_R[padded.row_TK.flatten()], torch.arange(experts_TK.numel()))
-    assert torch.equal(padded.tile_expert[padded.row_TK // TILE], experts_TK.int())
+    assert torch.equal(padded.source_R[padded.source_R >= 0], plain.source_R.int())
+    assert torch.equal(padded.source_R[padded.destination_TK.flatten()], torch.arange(experts_TK.numel()))
+    assert torch.equal(padded.tile_expert[padded.destination_TK // TILE], experts_TK.int())
 
 
 def test_strided_inputs(cuda: torch.device) -> None:
@@ -136,7 +136,7 @@ def test_strided_inputs(cuda: torch.device) -> None:
     gate, up = gate_up.chunk(2, dim=1)
     actual = leaves(gate_up, down, dtype=torch.bfloat16, device=cuda)
     expected = leaves(gate, up, down, dtype=torch.bfloat16, device=cuda)
-    actual_out, expected_out = activated_linear(*actual[0].chunk(2, dim=1), actual[1]), activated_linear(*expected)
+    actual_out, expected_out = swiglu_down(*actual[0].chunk(2, dim=1), actual[1]), swiglu_down(*expected)
     assert torch.equal(actual_out, expected_out)
     for out in (actual_out, expected_out):
         out.sum().backward()

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from p828.data.tokenizer import Tokenizer
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.inference.generate import Completion, generate
 from p828.inference.sampling import SamplingConfig
 from p828.model.kv_cache import KVCache
@@ -171,12 +171,12 @@ def test_the_context_ends_the_text(letters: Tokenizer) -> None:
 
 
 def test_a_prompt_that_fills_the_context_is_refused(letters: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"the prompt has 64 tokens: at most 63 are accepted.*is 64"):
+    with pytest.raises(ConfigError, match=r"the prompt has 64 tokens: at most 63 are accepted.*is 64"):
         generate(tiny_model(), letters, ["a", "b" * 64], GREEDY)
 
 
 def test_a_prompt_that_is_no_unicode_is_refused(letters: Tokenizer) -> None:
-    with pytest.raises(UserError, match="not valid Unicode"):
+    with pytest.raises(ConfigError, match="not valid Unicode"):
         generate(tiny_model(), letters, ["a\udce9"], GREEDY)
 
 
@@ -212,7 +212,7 @@ def test_diverged_weights_are_named(letters: Tokenizer) -> None:
     model = tiny_model()
     with torch.no_grad():
         model.head_weight[3] = math.nan
-    with pytest.raises(UserError, match="diverged"):
+    with pytest.raises(ConfigError, match="diverged"):
         generate(model, letters, ["ab"], GREEDY)
 
 

@@ -10,7 +10,7 @@ from p828.config import Config, DataConfig, TokenizerConfig, TrainConfig
 from p828.config.values import to_dict
 from p828.data.tokenizer import Tokenizer
 from p828.engine.plain import PlainEngine
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.inference import load
 from p828.inference.generate import generate
 from p828.inference.load import load_model
@@ -60,7 +60,7 @@ def test_in_bfloat16_it_is_what_training_computed_with(tmp_path: Path, letters: 
     train = TrainConfig(dtype="bfloat16", device="cpu")
     config = dataclasses.replace(CONFIG, train=train)
     engine = PlainEngine(config)
-    loaded = load_model(save_run(tmp_path / "run", letters, engine.tensors()["model"], config), "cpu")
+    loaded = load_model(save_run(tmp_path / "run", letters, engine.state_dict()["model"], config), "cpu")
     assert loaded.dtype == loaded.model.head_weight.dtype == torch.bfloat16
     expected = engine.model.state_dict()
     for name, tensor in loaded.model.state_dict().items():
@@ -84,7 +84,7 @@ def test_the_first_tensor_that_differs_is_named(
     tmp_path: Path, letters: Tokenizer, name: str, tensor: Tensor | None, message: str
 ) -> None:
     run = save_run(tmp_path / "run", letters, changed(tiny_model().state_dict(), name, tensor))
-    with pytest.raises(UserError, match=message) as raised:
+    with pytest.raises(ConfigError, match=message) as raised:
         load_model(run, "cpu")
     assert "step_00000020" in str(raised.value)
     assert name in str(raised.value)
@@ -92,19 +92,19 @@ def test_the_first_tensor_that_differs_is_named(
 
 def test_a_checkpoint_of_another_shape(tmp_path: Path, letters: Tokenizer) -> None:
     run = save_run(tmp_path / "run", letters, tiny_model(hidden_size=16).state_dict())
-    with pytest.raises(UserError, match=r"model.embed_tokens.weight has the shape \[97, 16\], .* \[97, 32\]"):
+    with pytest.raises(ConfigError, match=r"model.embed_tokens.weight has the shape \[97, 16\], .* \[97, 32\]"):
         load_model(run, "cpu")
 
 
 def test_what_is_missing_is_named(tmp_path: Path, letters: Tokenizer) -> None:
-    with pytest.raises(UserError, match="nowhere"):
+    with pytest.raises(ConfigError, match="nowhere"):
         load_model(tmp_path / "nowhere", "cpu")
     run = save_run(tmp_path / "run", letters, tiny_model().state_dict())
     (run / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"run/tokenizer.json: no such file"):
+    with pytest.raises(ConfigError, match=r"run/tokenizer.json: no such file"):
         load_model(run, "cpu")
     checkpoint_writer.save(tmp_path / "bare" / "checkpoints", 1, {"model": {}}, {})
-    with pytest.raises(UserError, match="step_00000001: holds no configuration"):
+    with pytest.raises(ConfigError, match="step_00000001: holds no configuration"):
         load_model(tmp_path / "bare", "cpu")
 
 
@@ -114,19 +114,19 @@ def test_another_tokenizer_than_the_checkpoint_was_trained_with(
     model = tiny_model(vocab_size=300)
     run = save_run(tmp_path / "run", letters, model.state_dict(), dataclasses.replace(CONFIG, model=model.config))
     byte_level.save(run / "tokenizer.json")
-    with pytest.raises(UserError, match=r"step_00000020: trained with another tokenizer"):
+    with pytest.raises(ConfigError, match=r"step_00000020: trained with another tokenizer"):
         load_model(run, "cpu")
 
 
 def test_a_tokenizer_beyond_the_model(tmp_path: Path, byte_level: Tokenizer) -> None:
     run = save_run(tmp_path / "run", byte_level, tiny_model().state_dict())
-    with pytest.raises(UserError, match=r"tokenizer.json: its vocabulary of 275 exceeds model.vocab_size = 97"):
+    with pytest.raises(ConfigError, match=r"tokenizer.json: its vocabulary of 275 exceeds model.vocab_size = 97"):
         load_model(run, "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_when_one_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'^device = "cuda".*"auto" or "cpu"'):
+    with pytest.raises(ConfigError, match=r'^device = "cuda".*"auto" or "cpu"'):
         load_model(tmp_path, "cuda")
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process
 
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.inference.sampling import SamplingConfig, filter_logits, sample
 
 ROWS, VOCABULARY = 5, 40
@@ -112,5 +112,5 @@ def test_greedy_takes_the_likeliest_after_the_penalty(temperature: float) -> Non
     ],
 )
 def test_values_out_of_range_are_named(name: str, value: object) -> None:
-    with pytest.raises(UserError, match=rf"^{name} = .* is accepted$"):
+    with pytest.raises(ConfigError, match=rf"^{name} = .* is accepted$"):
         SamplingConfig(**{name: value})  # type: ignore[arg-type]

@@ -43,17 +43,17 @@ def some_floats() -> Tensor:
 
 def test_split_and_join_are_exact_for_any_bits() -> None:
     floats = some_floats()
-    weight, remainder = split_float32(floats)
-    assert (weight.dtype, remainder.dtype) == (torch.bfloat16, torch.int16)
-    assert torch.equal(join_float32(weight, remainder).view(torch.int32), floats.view(torch.int32))
+    weight, low_bits = split_float32(floats)
+    assert (weight.dtype, low_bits.dtype) == (torch.bfloat16, torch.int16)
+    assert torch.equal(join_float32(weight, low_bits).view(torch.int32), floats.view(torch.int32))
 
 
 def test_the_weight_is_the_nearest_bfloat16() -> None:
     """As PyTorch rounds, but for halves, which go away from zero."""
     floats = some_floats()
     floats = floats[floats.isfinite()]
-    weight, remainder = split_float32(floats)
-    is_half = remainder == -0x8000
+    weight, low_bits = split_float32(floats)
+    is_half = low_bits == -0x8000
     assert 500 < is_half.sum() < 2000
     assert torch.equal(weight[~is_half], floats[~is_half].bfloat16())
     assert (weight[is_half].double().abs() > floats[is_half].double().abs()).all()

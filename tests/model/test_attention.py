@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from oracles import FLOAT32, FLOAT64, assert_near, leaves, naive_attention
-from p828.model.attention import Attention, Visibility, attend
+from p828.model.attention import Attention, AttentionMask, attend
 from p828.model.rope import inverse_frequencies, rotary
 from tiny import tiny_config, tiny_model
 
@@ -33,7 +33,7 @@ def check(
 
     ours = leaves(q, k, v, sinks, dtype=dtype)
     mask_BSC = (documents_BS[:, :, None] == documents_BS[:, None, :]).tril() if mask else None
-    actual = attend(*ours, Visibility(backend, mask_BSC, None))
+    actual = attend(*ours, AttentionMask(backend, mask_BSC, None))
     assert actual.dtype == dtype
     actual.backward(upstream.to(dtype))
 
@@ -68,7 +68,7 @@ def test_scores_that_overflow_a_plain_exponential() -> None:
     q, k, v = torch.randn(3, 1, 5, HEADS, HEAD_DIM).unbind()
     expected = naive_attention(300 * q.double(), k.double(), v.double(), SINKS.double(), torch.zeros(1, 5))
     for backend in ("reference", "flash"):
-        assert_near(attend(300 * q, k, v, SINKS, Visibility(backend, None, None)), expected, 3e-4)
+        assert_near(attend(300 * q, k, v, SINKS, AttentionMask(backend, None, None)), expected, 3e-4)
 
 
 @pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
@@ -77,7 +77,7 @@ def test_gradients_by_finite_differences(sinks: Tensor | None) -> None:
         torch.randn(1, 5, 4, 4), torch.randn(1, 5, 2, 4), torch.randn(1, 5, 2, 4), sinks, dtype=torch.float64
     )
     mask_BSC = torch.tensor([[0, 0, 1, 1, 1]]).mT.eq(torch.tensor([0, 0, 1, 1, 1])).tril()[None]
-    assert torch.autograd.gradcheck(lambda *x: attend(*x, Visibility("reference", mask_BSC, None)), inputs)
+    assert torch.autograd.gradcheck(lambda *x: attend(*x, AttentionMask("reference", mask_BSC, None)), inputs)
 
 
 @pytest.mark.parametrize("backend", ["reference", "flash"])
@@ -86,7 +86,7 @@ def test_repeats_bit_for_bit(backend: str) -> None:
 
     def once() -> list[Tensor]:
         inputs = leaves(q, k, v, SINKS, dtype=torch.float32)
-        out = attend(*inputs, Visibility(backend, None, None))
+        out = attend(*inputs, AttentionMask(backend, None, None))
         out.square().sum().backward()
         return [out, *(x.grad for x in inputs)]
 
@@ -105,7 +105,7 @@ def test_attention_layer(use_qk_norm: bool, backend: str) -> None:
     x = torch.randn(2, 6, config.hidden_size)
     positions = torch.arange(6).expand(2, -1)
     angles = rotary(positions, inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling), 1.0)
-    actual = layer(x, angles, Visibility(backend, None, None))
+    actual = layer(x, angles, AttentionMask(backend, None, None))
 
     weights = {name: parameter.detach().double() for name, parameter in layer.named_parameters()}
     half = config.head_dim // 2

@@ -11,8 +11,8 @@ from p828.model.experts import (
     Combine,
     Dispatch,
     Experts,
-    Order,
     SharedExperts,
+    TokenPermutation,
     activate,
     projected_width,
     sort_by_expert,
@@ -83,15 +83,15 @@ def test_an_empty_expert_gets_a_zero_gradient() -> None:
         assert (parameter.grad[1:4].flatten(1).norm(dim=1) > 0).all()
 
 
-def order_of(experts_TK: Tensor) -> Order:
+def order_of(experts_TK: Tensor) -> TokenPermutation:
     return sort_by_expert(experts_TK, torch.ones(len(experts_TK), dtype=torch.bool), EXPERTS)
 
 
 def test_dispatch_and_combine_by_finite_differences() -> None:
-    row_TK, entry_R, *_ = order_of(torch.tensor(CHOICES["one empty"]))
+    destination_TK, source_R, *_ = order_of(torch.tensor(CHOICES["one empty"]))
     x, y = torch.randn(4, 3).double().requires_grad_(), torch.randn(8, 3).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, row_TK, entry_R), x)
-    assert torch.autograd.gradcheck(lambda y: Combine.apply(y, row_TK, entry_R), y)
+    assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, destination_TK, source_R), x)
+    assert torch.autograd.gradcheck(lambda y: Combine.apply(y, destination_TK, source_R), y)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -99,8 +99,8 @@ def test_order(choice: str) -> None:
     experts_TK = torch.tensor(CHOICES[choice])
     flat = experts_TK.flatten().tolist()
     order = order_of(experts_TK)
-    assert order.entry_R.tolist() == sorted(range(len(flat)), key=lambda i: (flat[i], i))
-    assert order.entry_R[order.row_TK.flatten()].tolist() == list(range(len(flat)))
+    assert order.source_R.tolist() == sorted(range(len(flat)), key=lambda i: (flat[i], i))
+    assert order.source_R[order.destination_TK.flatten()].tolist() == list(range(len(flat)))
     assert order.loads_E.tolist() == [flat.count(e) for e in range(EXPERTS)]
     assert order.offsets_E1.tolist() == [sum(e < n for e in flat) for n in range(EXPERTS + 1)]
 

@@ -10,7 +10,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
 from oracles import assert_near
 from p828.config import ModelConfig, RopeScaling
-from p828.model.attention import Attention, Visibility
+from p828.model.attention import Attention, AttentionMask
 from p828.model.rope import inverse_frequencies, rotary
 from p828.model.transformer import Transformer
 from tiny import tiny_config, tiny_model
@@ -121,7 +121,7 @@ def test_gpt_oss_attention_with_sinks(backend: str, scaling: RopeScaling) -> Non
         out.backward(upstream)
         return {name: parameter.grad for name, parameter in module.named_parameters()}
 
-    actual = ours(x, (cos, sin), Visibility(backend, None, None))
+    actual = ours(x, (cos, sin), AttentionMask(backend, None, None))
     causal = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
     expected, _ = theirs(x, (cos[:, :, 0], sin[:, :, 0]), causal)
     assert_near(actual, expected, TOLERANCE)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from p828.config import OptimizerConfig
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.model.init import initialise
 from p828.model.transformer import Transformer
 from p828.optim.adamw import Optimizer, pick_moment_dtype
@@ -102,15 +102,15 @@ def test_saved_state_continues_bit_for_bit(dtype: torch.dtype, moment_dtype: tor
     step(optimizer, 1)
     twin.load_state_dict(model.state_dict())
     twin_optimizer.load_masters(optimizer.masters())
-    twin_optimizer.load_tensors({name: value.clone() for name, value in optimizer.tensors().items()})
+    twin_optimizer.load_state_dict({name: value.clone() for name, value in optimizer.state_dict().items()})
     for seed in (2, 3):
         step(optimizer, seed)
         step(twin_optimizer, seed)
     theirs = weights(twin, twin_optimizer)
     for name, ours in weights(model, optimizer).items():
         assert torch.equal(ours, theirs[name]), name
-    for name, ours in optimizer.tensors().items():
-        assert torch.equal(ours, twin_optimizer.tensors()[name]), name
+    for name, ours in optimizer.state_dict().items():
+        assert torch.equal(ours, twin_optimizer.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("to", [(F32, F32), (BF16, F32), (BF16, BF16)])
@@ -126,11 +126,11 @@ def test_saved_state_continues_in_other_dtypes(
     saved = {**model.state_dict(), **optimizer.masters()}
     twin.load_state_dict(saved)
     twin_optimizer.load_masters(saved)
-    twin_optimizer.load_tensors(optimizer.tensors())
+    twin_optimizer.load_state_dict(optimizer.state_dict())
     assert all(
         torch.equal(value, weights(twin, twin_optimizer)[name]) for name, value in weights(model, optimizer).items()
     )
-    found, before = twin_optimizer.tensors(), optimizer.tensors()
+    found, before = twin_optimizer.state_dict(), optimizer.state_dict()
     assert found.keys() == before.keys()
     for name, value in found.items():
         torch.testing.assert_close(value.float(), before[name].float(), rtol=2**-8, atol=0, msg=name)
@@ -140,7 +140,7 @@ def test_saved_state_continues_in_other_dtypes(
 def test_what_is_kept_in_which_dtype(dtype: torch.dtype, moment_dtype: torch.dtype) -> None:
     model, optimizer = build(dtype, moment_dtype)
     step(optimizer, 0)
-    moments = optimizer.tensors()
+    moments = optimizer.state_dict()
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1 and not name.endswith("gate.weight")
         assert parameter.dtype == (dtype if is_matrix else F32)
@@ -153,7 +153,7 @@ def test_moment_dtypes() -> None:
     assert pick_moment_dtype("auto", BF16, CUDA) == pick_moment_dtype("bfloat16", BF16, CPU) == BF16
     for wanted, dtype, device in (("auto", F32, CUDA), ("auto", BF16, CPU), ("float32", BF16, CUDA)):
         assert pick_moment_dtype(wanted, dtype, device) == F32
-    with pytest.raises(UserError, match=r'optimizer.moment_dtype = "bfloat16": accepted in bfloat16 runs'):
+    with pytest.raises(ConfigError, match=r'optimizer.moment_dtype = "bfloat16": accepted in bfloat16 runs'):
         pick_moment_dtype("bfloat16", F32, CPU)
 
 
@@ -163,7 +163,7 @@ def test_equal_matrices_are_rounded_by_different_noise() -> None:
         for gradient in optimizer.gradients().values():
             gradient.fill_(1e-3)
         optimizer.update(0.1, optimizer.gradient_norm(), YES)
-    moments = [tensor for key, tensor in optimizer.tensors().items() if "exp_avg/" in key and ".k_proj" in key]
-    moments += [tensor for key, tensor in optimizer.tensors().items() if "exp_avg/" in key and ".v_proj" in key]
+    moments = [tensor for key, tensor in optimizer.state_dict().items() if "exp_avg/" in key and ".k_proj" in key]
+    moments += [tensor for key, tensor in optimizer.state_dict().items() if "exp_avg/" in key and ".v_proj" in key]
     assert len({tensor.shape for tensor in moments}) == 1
     assert all(not torch.equal(first, second) for first, second in itertools.combinations(moments, 2))

@@ -17,9 +17,9 @@ import pytest
 from p828 import config as configuration
 from p828.cli.main import dispatch
 from p828.config import Config, WandbConfig
-from p828.errors import RunStopped, UserError, closed_after
+from p828.errors import ConfigError, RunStopped, closed_after
 from p828.runs import records as metrics
-from p828.runs.records import LOADS_A_STEP, Recorder, balance_score, loads_every, loads_record
+from p828.runs.records import LOADS_A_STEP, Recorder, load_entropy, loads_every, loads_record
 from p828.train.wandb import _run_id
 from runs import p828, start, wait_for_step, write_toml
 
@@ -83,7 +83,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, bad: str) -> None:
     record(tmp_path, 1, 1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(bad + "\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is not a record"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: line 2 is not a record"):
         lines(tmp_path)
 
 
@@ -110,7 +110,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from p828.config import Config
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.runs import records as metrics
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 recorder = metrics.Recorder(Path(sys.argv[1]))
@@ -118,7 +118,7 @@ recorder.write("step", 1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40, resource.RLIM_INFINITY))
 try:
     recorder.write("step", 2, loss=1.0)
-except UserError as error:
+except ConfigError as error:
     print(error)
 """
 
@@ -132,13 +132,13 @@ def test_a_full_disk_is_named_and_the_lines_before_stay(tmp_path: Path) -> None:
 
 
 def test_balance_score() -> None:
-    assert balance_score([7, 7, 7, 7]) == pytest.approx(1)
-    assert balance_score([0, 28, 0, 0]) == 0
-    assert balance_score([5, 5, 0, 0]) == pytest.approx(0.5)  # ln 2 / ln 4
-    assert balance_score([3, 1]) == pytest.approx(2 - 0.75 * math.log2(3))  # entropy in bits, of at most one bit
-    assert balance_score([9]) == 1
-    assert balance_score([0, 0]) == 1
-    scores = [balance_score([100 + uneven, 100 - uneven, 100]) for uneven in range(0, 101, 10)]
+    assert load_entropy([7, 7, 7, 7]) == pytest.approx(1)
+    assert load_entropy([0, 28, 0, 0]) == 0
+    assert load_entropy([5, 5, 0, 0]) == pytest.approx(0.5)  # ln 2 / ln 4
+    assert load_entropy([3, 1]) == pytest.approx(2 - 0.75 * math.log2(3))  # entropy in bits, of at most one bit
+    assert load_entropy([9]) == 1
+    assert load_entropy([0, 0]) == 1
+    scores = [load_entropy([100 + uneven, 100 - uneven, 100]) for uneven in range(0, 101, 10)]
     assert scores == sorted(scores, reverse=True)
     assert all(0 <= score <= 1 for score in scores)
 
@@ -146,7 +146,7 @@ def test_balance_score() -> None:
 def test_what_a_step_says_of_its_loads() -> None:
     found = loads_record([[25, 25, 25, 25], [0, 2, 38, 60], [0, 0, 0, 0]], is_whole=False)
     assert found == {
-        "balance": [1, round(balance_score([0, 2, 38, 60]), 4), 1],
+        "balance": [1, round(load_entropy([0, 2, 38, 60]), 4), 1],
         "min_share": [1, 0, 0],
         "max_share": [1, 2.4, 0],
         "starved": [0, 2, 4],  # a tenth of an even share is 2.5
@@ -286,7 +286,7 @@ def test_records_are_regular_files_of_the_run(
 def test_only_regular_files_are_read_as_records(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     put(kind, Path("metrics.jsonl"), tmp_path)
-    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be read"):
         list(metrics.read(Path("metrics.jsonl")))
 
 
@@ -299,7 +299,7 @@ def test_a_wandb_id_that_is_none_is_named(tmp_path: Path, content: bytes | str) 
         path.write_bytes(content)
     else:
         put(content, path, tmp_path / "outside")
-    with pytest.raises(UserError, match=r"wandb_id: (holds no id|cannot be read)"):
+    with pytest.raises(ConfigError, match=r"wandb_id: (holds no id|cannot be read)"):
         _run_id(path)
 
 
@@ -322,10 +322,10 @@ def started_wandb(run_dir: Path, mode: str, **environment: str) -> subprocess.Co
     """A process of its own, at a terminal, so that a prompt for a key would wait for ever."""
     script = (
         "import sys; from pathlib import Path\n"
-        "from p828.config import Config, WandbConfig; from p828.errors import UserError\n"
+        "from p828.config import Config, WandbConfig; from p828.errors import ConfigError\n"
         "from p828.train.wandb import WandbMirror\n"
         "try: WandbMirror(Path(sys.argv[1]), Config(name='run', wandb=WandbConfig(mode=sys.argv[2]))).finish(0)\n"
-        "except UserError as error: print(error); sys.exit(2)\n"
+        "except ConfigError as error: print(error); sys.exit(2)\n"
     )
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     main, terminal = pty.openpty()

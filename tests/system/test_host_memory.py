@@ -55,13 +55,13 @@ import json, resource, sys, psutil, torch
 from pathlib import Path
 from p828.runs import checkpoint
 from p828.train import checkpointing as background_saver
-from p828.train.checkpointing import BackgroundSaver
+from p828.train.checkpointing import AsyncCheckpointer
 from p828.system.host_memory import free_host_bytes
-from p828.distributed.group import Ranks
+from p828.distributed.group import ProcessGroup
 
 directory, free, spare = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 tensors = {"model": {"a": torch.ones(16 * 2**20)}}  # 64 MiB
-saver = BackgroundSaver(directory, Ranks(), torch.device("cpu"))
+saver = AsyncCheckpointer(directory, ProcessGroup(), torch.device("cpu"))
 background_saver.SPARE_BYTES = spare
 limit = psutil.Process().memory_info().vms + free
 resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))

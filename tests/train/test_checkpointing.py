@@ -6,33 +6,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from p828.distributed.group import Ranks
-from p828.errors import UserError
+from p828.distributed.group import ProcessGroup
+from p828.errors import ConfigError
 from p828.runs import checkpoint
-from p828.runs.fragments import Fragment
+from p828.runs.fragments import TensorShard
 from p828.train import checkpointing as background_saver
-from p828.train.checkpointing import BackgroundSaver
+from p828.train.checkpointing import AsyncCheckpointer
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def saver(tmp_path: Path) -> BackgroundSaver:
-    return BackgroundSaver(tmp_path, Ranks(), CPU)
+def saver(tmp_path: Path) -> AsyncCheckpointer:
+    return AsyncCheckpointer(tmp_path, ProcessGroup(), CPU)
 
 
-def parts(value: float) -> dict[str, dict[str, torch.Tensor | Fragment]]:
+def parts(value: float) -> dict[str, dict[str, torch.Tensor | TensorShard]]:
     flat = torch.full((300_000,), value)
-    return {"model": {"a": torch.full((500, 600), value).t(), "b": Fragment(flat[:100_000], 0, (100, 1000))}}
+    return {"model": {"a": torch.full((500, 600), value).t(), "b": TensorShard(flat[:100_000], 0, (100, 1000))}}
 
 
-def test_what_is_written_is_what_was_there_at_the_start(saver: BackgroundSaver, tmp_path: Path) -> None:
+def test_what_is_written_is_what_was_there_at_the_start(saver: AsyncCheckpointer, tmp_path: Path) -> None:
     tensors = parts(1.0)
     for step in (1, 2):  # the second time into the copies of the first
         saver.start(step, tensors, {"step": step})
         expected = float(step)
         for value in tensors["model"].values():
-            (value.values if isinstance(value, Fragment) else value).add_(1.0)
+            (value.values if isinstance(value, TensorShard) else value).add_(1.0)
         saved = saver.finish()
         loaded = checkpoint.load(tmp_path / checkpoint.name_of(step))
         assert loaded.state == {"step": step}
@@ -42,7 +42,7 @@ def test_what_is_written_is_what_was_there_at_the_start(saver: BackgroundSaver, 
         assert saved.waited > 0
 
 
-def test_without_room_for_a_copy_training_waits(saver: BackgroundSaver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_for_a_copy_training_waits(saver: AsyncCheckpointer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background_saver, "SPARE_BYTES", 2**60)
     saver.start(1, parts(1.0), {})
     assert saver.is_written
@@ -52,27 +52,29 @@ def test_without_room_for_a_copy_training_waits(saver: BackgroundSaver, monkeypa
     checkpoint.verify(saver.directory / checkpoint.name_of(1))
 
 
-def test_a_file_system_that_refuses_is_told_at_the_end(saver: BackgroundSaver, tmp_path: Path) -> None:
+def test_a_file_system_that_refuses_is_told_at_the_end(saver: AsyncCheckpointer, tmp_path: Path) -> None:
     saver.start(1, parts(1.0), {})
     saver.finish()
     saver.directory = tmp_path / "gone"
     saver.start(2, {}, {})
     shutil.rmtree(tmp_path / "gone")
-    with pytest.raises(UserError, match="cannot be saved: No such file"):
+    with pytest.raises(ConfigError, match="cannot be saved: No such file"):
         saver.finish()
     assert saver.step is None
     checkpoint.verify(tmp_path / checkpoint.name_of(1))
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
-def test_an_error_of_ours_in_the_thread_is_raised_and_nothing_published(saver: BackgroundSaver, tmp_path: Path) -> None:
+def test_an_error_of_ours_in_the_thread_is_raised_and_nothing_published(
+    saver: AsyncCheckpointer, tmp_path: Path
+) -> None:
     saver.start(1, {"model": {"a": torch.zeros(3, dtype=torch.complex32)}}, {})  # which no file format here has
     with pytest.raises(Exception, match="complex32"):
         saver.finish()
     assert checkpoint.find_newest(tmp_path) == (None, [])
 
 
-def test_old_ones_are_deleted_beside_the_training(saver: BackgroundSaver, tmp_path: Path) -> None:
+def test_old_ones_are_deleted_beside_the_training(saver: AsyncCheckpointer, tmp_path: Path) -> None:
     for step in range(1, 6):
         saver.start(step, parts(step), {})
         saver.finish()

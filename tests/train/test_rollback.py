@@ -9,7 +9,7 @@ import pytest
 from p828.cli.main import dispatch
 from p828.runs import checkpoint
 from p828.runs import records as metrics
-from p828.runs.progress import USUAL_STEPS, Progress
+from p828.runs.train_state import USUAL_STEPS, TrainState
 from p828.train import checkpoint_writer
 from runs import write_text, write_toml
 from same_run import assert_same_run
@@ -105,10 +105,10 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(
 
 
 def test_what_counts_as_bad() -> None:
-    progress = Progress()
+    progress = TrainState()
 
     def judge(loss: float, applied: bool = True) -> int:
-        progress.judge(loss, applied, spike_nats=1.0)
+        progress.update(loss, applied, spike_nats=1.0)
         return progress.bad_steps
 
     assert [judge(loss) for loss in (4.0, 2.0, 3.0)] == [0, 0, 0]

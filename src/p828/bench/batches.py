@@ -7,7 +7,7 @@ import torch
 
 from p828.config import Config
 from p828.data.loader import Batch, make_batch
-from p828.data.row import Row
+from p828.data.sample import Sample
 
 NUM_BATCHES = 4  # rotated, so that the experts' loads and the documents change from one micro-batch to the next
 MEAN_DOCUMENT = 300
@@ -33,7 +33,7 @@ def attended_pairs(config: Config) -> float:
     return sum(batch.attended_pairs for batch in random_batches(masked, torch.device("cpu"))) / NUM_BATCHES
 
 
-def _random_row(draw: np.random.Generator, vocab_size: int, length: int) -> Row:
+def _random_row(draw: np.random.Generator, vocab_size: int, length: int) -> Sample:
     lengths = draw.geometric(1 / MEAN_DOCUMENT, size=length)
     document_ids = np.repeat(np.arange(length, dtype=np.int32), lengths)[:length]
-    return Row(draw.integers(vocab_size, size=length), document_ids)
+    return Sample(draw.integers(vocab_size, size=length), document_ids)

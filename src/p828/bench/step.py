@@ -54,7 +54,7 @@ class OwnStep:
         self.run()
 
     def moments_dtype(self) -> torch.dtype:
-        return most_common_dtype(self.engine.optimizer.tensors().values())
+        return most_common_dtype(self.engine.optimizer.state_dict().values())
 
 
 class PeerStep:

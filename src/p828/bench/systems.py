@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from p828.config import Config, from_dict, load, validate, with_vocabulary
 from p828.config.values import flatten, to_dict
-from p828.errors import UserError, nearest
+from p828.errors import ConfigError, did_you_mean
 
 PEERS = ("transformers", "torchtitan")
 ROUTINGS = {
@@ -41,7 +41,7 @@ def system_from_dict(values: dict[str, Any]) -> System:
 
 
 def load_shape(name: str, device: str, micro_batch_size: int, gradient_accumulation: int) -> Config:
-    """A preset or TOML file on a device; the sizes, unless 0, in place of its own. Raises UserError."""
+    """A preset or TOML file on a device; the sizes, unless 0, in place of its own. Raises ConfigError."""
     config = load(name)
     train = dataclasses.replace(
         config.train,
@@ -115,11 +115,11 @@ def has_liger() -> bool:
 
 
 def check_peers(peers: tuple[str, ...], device: str) -> None:
-    """Raises UserError for a peer that is unknown, not installed, or cannot run here."""
+    """Raises ConfigError for a peer that is unknown, not installed, or cannot run here."""
     for peer in peers:
         if peer not in PEERS:
-            raise UserError(f"--peers {peer}{nearest(peer, PEERS)} Accepted: {', '.join(PEERS)}")
+            raise ConfigError(f"--peers {peer}{did_you_mean(peer, PEERS)} Accepted: {', '.join(PEERS)}")
         if importlib.util.find_spec(peer) is None:
-            raise UserError(f"--peers {peer}: it is not installed. pip install {peer}")
+            raise ConfigError(f"--peers {peer}: it is not installed. pip install {peer}")
         if peer == "torchtitan" and device != "cuda":
-            raise UserError("--peers torchtitan: its experts need a GPU. On a CPU transformers is accepted")
+            raise ConfigError("--peers torchtitan: its experts need a GPU. On a CPU transformers is accepted")

@@ -19,7 +19,7 @@ from p828.bench.systems import (
 )
 from p828.bench.table import best_of, header, show_breakdown, show_failure, show_ratios, show_row
 from p828.config import Config
-from p828.errors import RunStopped, UserError
+from p828.errors import ConfigError, RunStopped
 from p828.files import write_atomic
 
 
@@ -38,7 +38,8 @@ class Bench:
     failed: list[dict[str, str]] = field(default_factory=list)
 
     def run(self, shapes: dict[str, Config]) -> None:
-        """Measure the machine, then every shape. Raises UserError if the rows cannot be written, RunStopped at the end
+        """Measure the machine, then every shape. Raises ConfigError if the rows cannot be written, RunStopped at the
+        end
         if a system failed."""
         if self.json_path is not None:
             _check_writable(self.json_path)
@@ -109,11 +110,11 @@ class Bench:
 
 
 def _check_writable(path: Path) -> None:
-    """Raises UserError now, and not after the first minutes of measuring."""
+    """Raises ConfigError now, and not after the first minutes of measuring."""
     if path.is_dir():
-        raise UserError(f"--json {path}: is a directory; a file is accepted")
+        raise ConfigError(f"--json {path}: is a directory; a file is accepted")
     if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--json {path}: cannot be written: {path.parent} is no directory to write in")
+        raise ConfigError(f"--json {path}: cannot be written: {path.parent} is no directory to write in")
 
 
 def _print(text: str = "") -> None:

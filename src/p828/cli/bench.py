@@ -12,7 +12,7 @@ from p828.cli.flags import HELP, parse, shown_word
 from p828.config.files import preset_names
 from p828.config.rules import LARGEST_INT, check_text
 from p828.config.values import shown
-from p828.errors import UserError, nearest
+from p828.errors import ConfigError, did_you_mean
 
 USAGE = "p828 bench train --shape NAME [NAME ...] [--peers NAME ...] [--routing NAME ...] [--breakdown] [--json FILE]"
 DESCRIPTION = (
@@ -52,16 +52,16 @@ def run(arguments: list[str]) -> None:
         flags = [what]
     elif what != "train":
         given_words = f"was given {shown(what)}" if what else "the word is missing"
-        raise UserError(f"bench times one thing, `train`; {given_words}. Usage: {USAGE}")
+        raise ConfigError(f"bench times one thing, `train`; {given_words}. Usage: {USAGE}")
     given = parse(Arguments, flags, prog="p828 bench train", description=DESCRIPTION)
     if not given.shape:
-        raise UserError(f"no --shape given. Usage: {USAGE}\nPresets: {', '.join(preset_names())}")
+        raise ConfigError(f"no --shape given. Usage: {USAGE}\nPresets: {', '.join(preset_names())}")
     for routing in given.routing:
         if routing not in ROUTINGS:
-            near = nearest(routing[:80], ROUTINGS)
-            raise UserError(f"--routing {shown_word(routing)}{near} Accepted: {', '.join(ROUTINGS)}")
+            near = did_you_mean(routing[:80], ROUTINGS)
+            raise ConfigError(f"--routing {shown_word(routing)}{near} Accepted: {', '.join(ROUTINGS)}")
     if not 1 <= given.steps <= LARGEST_INT:
-        raise UserError(f"--steps {shown(given.steps)}: a whole number from 1 to {LARGEST_INT} is accepted")
+        raise ConfigError(f"--steps {shown(given.steps)}: a whole number from 1 to {LARGEST_INT} is accepted")
     check_text("--json", given.json)
     from p828.system.device import pick_device  # imports torch
 

@@ -12,7 +12,7 @@ from p828.cli.flags import HELP, changed, parse_given
 from p828.cli.given import check_given
 from p828.config import Config
 from p828.config.files import implied, preset_names
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def read_configuration(
     """The named configuration, changed by flags and validated, and all arguments, for the command's own flags.
 
     `describe` gives the help's text for the unchanged configuration. `others` are flags that the caller has taken out
-    before. Raises UserError, also for a key that is given and changes nothing.
+    before. Raises ConfigError, also for a key that is given and changes nothing.
     """
     prog = " ".join(usage.split()[:2])
     if any(argument in HELP for argument in arguments):
@@ -46,7 +46,7 @@ def read_configuration(
         parse_given(cls, arguments, prog, cls(**values, config=name), describe(default), others)  # ends with the help
     own, flags = parse_given(cls, arguments, prog, cls(), others=others)
     if not own.config:
-        raise UserError(f"no configuration given. Usage: {usage}\nPresets: {', '.join(preset_names())}")
+        raise ConfigError(f"no configuration given. Usage: {usage}\nPresets: {', '.join(preset_names())}")
     loaded, in_files = configuration.load_given(own.config)
     sections = {f.name for f in dataclasses.fields(Config)}
     flags = {key: value for key, value in flags.items() if key.partition(".")[0] in sections}
@@ -57,12 +57,12 @@ def read_configuration(
 
 
 def _with_length(config: Config, flags: Collection[str]) -> Config:
-    """Where flags give `train.steps`, they and not the file's `train.tokens` decide. Raises UserError for both."""
+    """Where flags give `train.steps`, they and not the file's `train.tokens` decide. Raises ConfigError for both."""
     train = config.train
     if not train.tokens or "train.steps" not in flags:
         return config
     if "train.tokens" in flags:
-        raise UserError(
+        raise ConfigError(
             f"--train.steps {train.steps} and --train.tokens {train.tokens:g}: one of them decides; give one"
         )
     return dataclasses.replace(config, train=dataclasses.replace(train, tokens=0.0))

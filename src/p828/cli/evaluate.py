@@ -16,7 +16,7 @@ from p828.config.rules import check_text
 from p828.config.values import shown
 from p828.data.build import all_validation_batches, validation_batches
 from p828.data.loader import Batch
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.inference.evaluate import evaluate
 from p828.inference.load import LoadedModel, load_model
 from p828.train.console import waiting
@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> None:
     check_text("CHECKPOINT", own.checkpoint)
     for key in flags:
         if key.startswith("data.") and not key.removeprefix("data.").startswith(MEASURED):
-            raise UserError(f"--{key.replace('_', '-')}: of training alone; it changes nothing that is measured")
+            raise ConfigError(f"--{key.replace('_', '-')}: of training alone; it changes nothing that is measured")
     with waiting("loading the model", note):
         loaded = load_model(own.checkpoint, own.device)
     data = _data_flags(flags)
@@ -87,7 +87,7 @@ def _data_flags(flags: dict[str, Any]) -> dict[str, Any]:
     if "data.files" in data and not any(key.startswith("data.validation.") for key in data):
         files = data.pop("data.files")
         if data.pop("data.source", "files") != "files":
-            raise UserError(f'data.files = {shown(list(files))}: accepted with data.source = "files"')
+            raise ConfigError(f'data.files = {shown(list(files))}: accepted with data.source = "files"')
         data["data.validation.files"] = files
     data = {**implied(data), **data}
     return {key.removeprefix("data."): value for key, value in data.items()}
@@ -97,11 +97,11 @@ def _data(run: DataConfig, flags: dict[str, Any]) -> DataConfig:
     """The run's data with what is given of it."""
     data: DataConfig = changed(run, flags)
     if "files" in flags and "validation.files" in flags:
-        raise UserError("data.files and data.validation.files are both given: either names the files to measure")
+        raise ConfigError("data.files and data.validation.files are both given: either names the files to measure")
     validation = data.validation
     is_other = validation.kind == "files" or (validation.kind == "split" and validation.hub_name)
     if is_other and not {*flags}.isdisjoint(("hub_name", "hub_subset", "hub_split")):
-        raise UserError(
+        raise ConfigError(
             f'data.hub_name and its like: with data.validation.kind = "{validation.kind}", other text is measured; '
             "give --data.validation.hub-name and --data.validation.split"
         )

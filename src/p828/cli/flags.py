@@ -12,7 +12,7 @@ import tyro
 
 from p828.cli.flag_names import suggestion
 from p828.config.values import shown
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
@@ -32,8 +32,8 @@ def parse(
     """An instance of the dataclass `cls` from `--section.key value` flags over `default`.
 
     `--help` prints every flag with its help, type and default, and exits 0. `others` are flags that the caller has
-    taken out before, for the suggestion. Raises UserError for an unknown flag, naming the nearest one, and for a value
-    of the wrong type.
+    taken out before, for the suggestion. Raises ConfigError for an unknown flag, naming the nearest one, and for a
+    value of the wrong type.
     """
     return parse_given(cls, arguments, prog, default, description, others)[0]
 
@@ -96,17 +96,17 @@ class _Words:
                 self._due = False
             elif argument.startswith("-") and FLAG.fullmatch(argument):
                 if not self.is_help:
-                    raise UserError(f"unknown flag {shown_word(name)}{suggestion(name, self.known)} --help lists all")
+                    raise ConfigError(f"unknown flag {shown_word(name)}{suggestion(name, self.known)} --help lists all")
             else:
                 self.positionals.append(argument)
         self._check_due(flag)
 
     def _check_due(self, flag: str) -> None:
-        """Raises UserError if a flag that is given once for each text has none."""
+        """Raises ConfigError if a flag that is given once for each text has none."""
         if flag and self._due and not self.is_help:
             kind = self.kinds[flag]
             if _is_repeated(kind) and not _is_counter(kind):
-                raise UserError(f"{flag}: one text is accepted, again with each {flag}")
+                raise ConfigError(f"{flag}: one text is accepted, again with each {flag}")
 
     def _is_value(self, flag: str, argument: str, name: str) -> bool:
         """Whether an argument that is no flag's name belongs to the flag before it."""
@@ -140,14 +140,14 @@ def _print_help(cls: type[T], prog: str, default: T | None, description: str) ->
 
 
 def _positionals(cls: type[Any], given: list[str], default: Any, description: str) -> dict[str, str]:
-    """The values of the fields that stand without a flag. Raises UserError for one too few or too many."""
+    """The values of the fields that stand without a flag. Raises ConfigError for one too few or too many."""
     fields = list(_positional_fields(cls))
     found = {name: value for (name, _), value in zip(fields, given, strict=False)}
     if len(given) > len(fields):
-        raise UserError(f"{shown(given[len(fields)])} stands where a flag comes, as --section.key VALUE")
+        raise ConfigError(f"{shown(given[len(fields)])} stands where a flag comes, as --section.key VALUE")
     if len(given) < len(fields) and default is None:
         _, metavar = fields[len(given)]
-        raise UserError(f"no {metavar} given. {_usage(description)}")
+        raise ConfigError(f"no {metavar} given. {_usage(description)}")
     return found
 
 
@@ -212,10 +212,10 @@ def _key(name: str) -> str:
 
 
 def _value(name: str, kind: Any, given: list[str]) -> Any:
-    """The value of a flag's type. Raises UserError."""
+    """The value of a flag's type. Raises ConfigError."""
     if _is_counter(kind):
         if given:
-            raise UserError(f"{name} {shown_word(given[0])}: no value is accepted")
+            raise ConfigError(f"{name} {shown_word(given[0])}: no value is accepted")
         return 1
     kind = _bare(kind)
     if kind is bool and not given:
@@ -224,7 +224,7 @@ def _value(name: str, kind: Any, given: list[str]) -> Any:
         return _converted(kind, given)
     except ValueError:
         words = f"{name} {shown_word(' '.join(given))}".rstrip()
-        raise UserError(f"{words}: {_words(kind)} is accepted") from None
+        raise ConfigError(f"{words}: {_words(kind)} is accepted") from None
 
 
 def _converted(kind: Any, given: list[str]) -> Any:

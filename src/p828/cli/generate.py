@@ -9,7 +9,7 @@ import tyro
 from p828.cli.flags import parse
 from p828.cli.output import note, show
 from p828.config.rules import check_text
-from p828.errors import UserError, warn
+from p828.errors import ConfigError, warn
 from p828.inference.generate import Completion, generate
 from p828.inference.load import LoadedModel, load_model
 from p828.inference.sampling import SamplingConfig
@@ -36,7 +36,7 @@ class Arguments(SamplingConfig):
 def run(arguments: list[str]) -> None:
     given = parse(Arguments, arguments, prog="p828 generate", description=DESCRIPTION)
     if not given.prompt and not given.interactive:
-        raise UserError("nothing to continue: give --prompt TEXT or --interactive")
+        raise ConfigError("nothing to continue: give --prompt TEXT or --interactive")
     check_text("CHECKPOINT", given.checkpoint)
     with waiting("loading the model", note):
         loaded = load_model(given.checkpoint, given.device)
@@ -71,12 +71,12 @@ def _converse(loaded: LoadedModel, sampling: SamplingConfig) -> None:
         try:
             line = sys.stdin.readline()
         except UnicodeDecodeError as error:
-            raise UserError(f"the input is not {error.encoding} text") from None
+            raise ConfigError(f"the input is not {error.encoding} text") from None
         if not line:
             return
         try:
             _stream(loaded, line.removesuffix("\n"), sampling)
-        except UserError as error:
+        except ConfigError as error:
             warn(str(error))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from p828.config import Config, DataConfig
 from p828.config.values import flatten, shown
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ _IN_SOURCE = re.compile(r"(data\.(?:mixture\[\d+\]\.)?)(\w+)")
 
 
 def check_given(config: Config, flags: Collection[str], loaded: Config, in_files: Collection[str]) -> None:
-    """Raises UserError for a key that changes nothing, of those given by flags or in the user's own files.
+    """Raises ConfigError for a key that changes nothing, of those given by flags or in the user's own files.
 
     `loaded` is the configuration without the flags. A file's key that has an effect there is accepted.
     """
@@ -136,7 +136,7 @@ def check_given(config: Config, flags: Collection[str], loaded: Config, in_files
     for key, words in idle.items():
         if key in flags or key in idle_before:
             given = f"{key} = {shown(_plain(values[key]))}" if key in values else key
-            raise UserError(f"{given}: {words}")
+            raise ConfigError(f"{given}: {words}")
 
 
 def _idle(config: Config, keys: Collection[str], flags: Collection[str]) -> Iterator[tuple[str, str]]:

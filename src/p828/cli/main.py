@@ -11,7 +11,7 @@ from typing import NoReturn
 from p828.cli.output import escape_what_output_lacks, note
 from p828.config.values import shown
 from p828.distributed.launcher import Process, launched
-from p828.errors import OneRanksError, RunPaused, RunStopped, UserError, nearest, warn
+from p828.errors import ConfigError, LocalRankError, RunPaused, RunStopped, did_you_mean, warn
 
 COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",
@@ -64,15 +64,15 @@ def dispatch(arguments: list[str]) -> int:
         for argument in arguments:
             _check_unicode(argument)
         if command not in COMMANDS:
-            near = nearest(command[:80], [*COMMANDS, "--help", "--version"])
-            raise UserError(f"no command {shown(command)}{near} Commands: {', '.join(COMMANDS)}")
+            near = did_you_mean(command[:80], [*COMMANDS, "--help", "--version"])
+            raise ConfigError(f"no command {shown(command)}{near} Commands: {', '.join(COMMANDS)}")
         _module(command).run(rest)
-    except (UserError, RunStopped) as error:
-        if isinstance(error, OneRanksError):
+    except (ConfigError, RunStopped) as error:
+        if isinstance(error, LocalRankError):
             warn(_cut(str(error)))
         else:
             _tell(error, error.is_everywhere, _place(arguments))
-        return 2 if isinstance(error, UserError) else 1
+        return 2 if isinstance(error, ConfigError) else 1
     except RunPaused as paused:
         _tell(paused, paused.is_everywhere, _place(arguments))
     except KeyboardInterrupt:
@@ -102,7 +102,7 @@ def _check_unicode(argument: str) -> None:
     try:
         argument.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{shown(argument)} is not valid Unicode text") from None
+        raise ConfigError(f"{shown(argument)} is not valid Unicode text") from None
 
 
 def _place(arguments: list[str]) -> Process:
@@ -129,4 +129,4 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  p828 {name:<{width}}  {text}" for name, text in COMMANDS.items()]
     more = "p828 COMMAND --help says more, p828 --version which version this is."
-    return "\n".join(["Trains Mixture-of-Experts language models.", "", *lines, "", more])
+    return "\n".join(["Trains SampleOrder-of-Experts language models.", "", *lines, "", more])

@@ -23,11 +23,11 @@ from p828.data.retry import Retry
 from p828.data.text.documents import open_in_order
 from p828.data.text.held_out import trained_on_too
 from p828.data.tokenizer import Tokenizer, remarks
-from p828.data.tokens.directory import GOES_ON, entered, settle_tokenizer
+from p828.data.tokens.directory import GOES_ON, open_output_dirs, resolve_tokenizer
 from p828.data.tokens.format import Manifest
 from p828.data.tokens.prepare import Preparation, WrongText, prepare
 from p828.data.tokens.read import Prepared
-from p828.errors import ReadFailed, RunStopped, UserError
+from p828.errors import ConfigError, RunStopped, TransientReadError
 from p828.train.signals import A_MOMENT, end_now
 
 USAGE = "p828 prepare CONFIG --data.prepared DIRECTORY [--section.key VALUE ...]"
@@ -42,14 +42,14 @@ def run(arguments: list[str]) -> None:
     wanted = [data for data in config.data.sources if data.prepared]
     if not wanted:
         key = "data.mixture[0].prepared" if config.data.mixture else "data.prepared"
-        raise UserError(f"{key} is empty: give the directory to write to. Usage: {USAGE}")
+        raise ConfigError(f"{key} is empty: give the directory to write to. Usage: {USAGE}")
     for data in wanted:
         open_in_order(data)  # a source that is not there ends it here
         for line in trained_on_too(data):
             print(line, flush=True)
     directories = [Path(data.prepared) for data in wanted]
-    with _ended_by_signals(), entered(directories):
-        tokenizer = settle_tokenizer(config, directories, lambda: _documents(config))
+    with _ended_by_signals(), open_output_dirs(directories):
+        tokenizer = resolve_tokenizer(config, directories, lambda: _documents(config))
         for line in remarks(config.tokenizer, tokenizer, training_documents(config)):
             print(line, flush=True)
         for number, data in enumerate(wanted):
@@ -104,13 +104,13 @@ def _documents(config: Config) -> Iterator[str]:
         for text in training_documents(config):
             is_begun = True
             yield text
-    except UserError as error:
+    except ConfigError as error:
         if not is_begun:
             raise
         for data in config.data.sources:
             next(open_in_order(data), None)  # where not even the first document can be read, it is wrong input
         raise RunStopped(f"{error}\nThe same command begins again once that is mended") from error
-    except ReadFailed as error:
+    except TransientReadError as error:
         raise RunStopped(f"{error}\nThe same command begins again when it can be read") from error
 
 
@@ -141,7 +141,7 @@ def _prepare(config: Config, tokenizer: Tokenizer) -> Manifest:
         task = bar.add_task("", total=1.0, shown="")
         try:
             return prepare(config, directory, tokenizer, report, Retry(config.data.read_retries, tell=tell))
-        except ReadFailed as error:
+        except TransientReadError as error:
             raise RunStopped(f"{error}\n{GOES_ON}") from error
 
 

@@ -13,7 +13,7 @@ from p828.cli.flags import parse_given, shown_word
 from p828.config import Config
 from p828.config.files import preset_names
 from p828.config.values import flatten, shown
-from p828.errors import RunStopped, UserError
+from p828.errors import ConfigError, RunStopped
 from p828.train.console import say
 
 USAGE = "p828 prove-resume CONFIG [--kills N] [--seed N] [--ranks N [--resume-ranks N,N,...]] [--section.key VALUE ...]"
@@ -38,13 +38,15 @@ def run(arguments: list[str]) -> None:
     kills, ranks = _at_least(2, "--kills", given.kills), _at_least(0, "--ranks", given.ranks)
     ranks_after = [_number("--resume-ranks", text, 1) for text in given.resume_ranks.split(",") if text]
     if ranks_after and not ranks:
-        raise UserError("--resume-ranks: accepted with --ranks")
+        raise ConfigError("--resume-ranks: accepted with --ranks")
     if ranks and config.engine != "deepspeed":
-        raise UserError(f'--ranks {ranks}: accepted with --engine deepspeed; engine = "{config.engine}"')
+        raise ConfigError(f'--ranks {ranks}: accepted with --engine deepspeed; engine = "{config.engine}"')
     micro_batches = config.train.gradient_accumulation * ranks
     for number in ranks_after:
         if micro_batches % number:
-            raise UserError(f"--resume-ranks {number}: a divisor of a step's {micro_batches} micro-batches is accepted")
+            raise ConfigError(
+                f"--resume-ranks {number}: a divisor of a step's {micro_batches} micro-batches is accepted"
+            )
     seed = _number("--seed", given.seed, 0) if given.seed else None
     _, flags = parse_given(Arguments, arguments, "p828 prove-resume", Arguments())
     _prove(configuration.with_steps(config, max(ranks, 1)), flags, kills, seed, ranks, ranks_after)
@@ -54,11 +56,11 @@ def _prove(
     config: Config, flags: Collection[str], kills: int, seed: int | None, ranks: int, ranks_after: list[int]
 ) -> None:
     say(f"{config.name}: loading PyTorch")
-    from p828.verify.kill_resume import Proof, shortened
+    from p828.verify.kill_resume import KillResumeCheck, shortened
 
     _check_given(config, shortened(config, Path()), flags)
     directory = _fresh_directory(Path(config.runs_dir).absolute(), f"{config.name}-prove-resume")
-    proof = Proof(shortened(config, directory), directory, kills, ranks, ranks_after, say, seed)
+    proof = KillResumeCheck(shortened(config, directory), directory, kills, ranks, ranks_after, say, seed)
     try:
         proof.run()
     except KeyboardInterrupt:
@@ -84,27 +86,27 @@ def _prove(
 
 
 def _check_given(config: Config, proved: Config, flags: Collection[str]) -> None:
-    """Raises UserError for a flag that the proof has a value of its own for."""
+    """Raises ConfigError for a flag that the proof has a value of its own for."""
     given, own = flatten(config), flatten(proved)
     for key in given:
         is_given = key in flags or (key == "train.steps" and "train.tokens" in flags)
         if is_given and key != "runs_dir" and given[key] != own[key]:
             accepted = f"at most {own[key]}" if key == "train.steps" else shown(own[key])
-            raise UserError(f"{key} = {shown(given[key])}: in a proof {accepted} is accepted")
+            raise ConfigError(f"{key} = {shown(given[key])}: in a proof {accepted} is accepted")
 
 
 def _fresh_directory(runs: Path, name: str) -> Path:
-    """One of its own for this proof, made just now: what a failed one has left is kept. Raises UserError."""
+    """One of its own for this proof, made just now: what a failed one has left is kept. Raises ConfigError."""
     for number in itertools.count(1):
         directory = runs / (name if number == 1 else f"{name}-{number}")
         try:
             directory.mkdir(parents=True)
         except FileExistsError:
             if not directory.exists():
-                raise UserError(f"{runs}: a directory is accepted as runs_dir") from None
+                raise ConfigError(f"{runs}: a directory is accepted as runs_dir") from None
             say(f"{directory} is left from another proof, and stays as it is")
         except OSError as error:
-            raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
+            raise ConfigError(f"{directory}: cannot be written: {error.strerror}") from None
         else:
             return directory
     raise AssertionError
@@ -112,13 +114,13 @@ def _fresh_directory(runs: Path, name: str) -> Path:
 
 def _at_least(lowest: int, name: str, number: int) -> int:
     if number < lowest:
-        raise UserError(f"{name} {number}: a whole number of at least {lowest} is accepted")
+        raise ConfigError(f"{name} {number}: a whole number of at least {lowest} is accepted")
     return number
 
 
 def _number(name: str, text: str, lowest: int) -> int:
     if not text.isdecimal() or len(text) > 9 or int(text) < lowest:
-        raise UserError(f"{name} {shown_word(text)}: a whole number of at least {lowest} is accepted")
+        raise ConfigError(f"{name} {shown_word(text)}: a whole number of at least {lowest} is accepted")
     return int(text)
 
 

@@ -12,7 +12,7 @@ from p828.cli.presets import presets_table
 from p828.config import Config, rules
 from p828.config.files import preset_names
 from p828.config.values import to_dict
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.model.costs import count_parameters, flops_per_token
 from p828.train.console import say
 
@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> None:
     flags = [_ours(argument) for argument in arguments]
     if any(flag.partition("=")[0] == "--presets" for flag in flags):
         if len(flags) > 1:
-            raise UserError("--presets: accepted alone, as p828 train --presets")
+            raise ConfigError("--presets: accepted alone, as p828 train --presets")
         print(presets_table())
         return
     config, given = read_configuration(flags, Arguments, USAGE, _describe, others=(DEEPSPEED_CONFIG,))

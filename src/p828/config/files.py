@@ -16,7 +16,7 @@ from typing import Any
 from p828.config.rules import MOST_TEXT
 from p828.config.schema import Config
 from p828.config.values import build, flatten, shown, shown_path
-from p828.errors import UserError, nearest
+from p828.errors import ConfigError, did_you_mean
 from p828.files import read_limited
 
 if sys.version_info >= (3, 11):
@@ -38,7 +38,7 @@ _VALIDATION_IS = {"files": "files", "hub_name": "split", "split": "split", "shar
 
 
 def load(name_or_path: str) -> Config:
-    """Read a preset, a TOML file with its bases, or a run's directory. Raises UserError; does not `validate`."""
+    """Read a preset, a TOML file with its bases, or a run's directory. Raises ConfigError; does not `validate`."""
     return load_given(name_or_path)[0]
 
 
@@ -52,13 +52,13 @@ def load_given(name_or_path: str) -> tuple[Config, frozenset[str]]:
     is_named = path.suffix == ".toml" or name_or_path in ("", *preset_names())
     is_run = not is_named and _is_directory(path)
     if is_run and not (path / RUN_FILE).is_file():
-        raise UserError(f"{shown(name_or_path)} is a directory, but no run: it holds no {RUN_FILE}")
+        raise ConfigError(f"{shown(name_or_path)} is a directory, but no run: it holds no {RUN_FILE}")
     try:
         num_keys = len(flatten(Config()))
         values, given = read_with_bases(str(path / RUN_FILE) if is_run else name_or_path, num_keys)
         config = from_dict(values, RUN_FILE if is_run else path.name)
     except RecursionError:
-        raise UserError(f"{name_or_path}: cannot be read: nested too deeply") from None
+        raise ConfigError(f"{name_or_path}: cannot be read: nested too deeply") from None
     if is_run:  # which may have been moved
         path = path if path.name not in ("", "..") else path.resolve()
         config = dataclasses.replace(config, name=path.name, runs_dir=str(path.parent))
@@ -73,7 +73,7 @@ def _is_directory(path: Path) -> bool:
 
 
 def from_dict(values: Mapping[str, Any], where: str) -> Config:
-    """Build a Config from nested plain values, as TOML gives them. Raises UserError naming the key."""
+    """Build a Config from nested plain values, as TOML gives them. Raises ConfigError naming the key."""
     return build(Config, values, where)
 
 
@@ -85,28 +85,28 @@ def read_with_bases(name_or_path: str, num_keys: int, depth: int = 0) -> tuple[d
     """The values of a preset or file over those of its bases, and the dotted keys that the user's own files give.
 
     `num_keys` is how many keys a configuration has. A file with more than half of them was written by p828: its keys do
-    not count as the user's. Raises UserError, and RecursionError for tables nested too deeply.
+    not count as the user's. Raises ConfigError, and RecursionError for tables nested too deeply.
     """
     if len(name_or_path) > LONGEST_PATH:
-        raise UserError(f"no file {shown(name_or_path)}: at most {LONGEST_PATH} characters are accepted")
+        raise ConfigError(f"no file {shown(name_or_path)}: at most {LONGEST_PATH} characters are accepted")
     path, known = Path(name_or_path), preset_names()
     is_preset = path.suffix != ".toml"
     if is_preset:
         path = PRESETS / f"{name_or_path}.toml"
         if name_or_path not in known:
             if os.path.isfile(name_or_path):
-                raise UserError(
+                raise ConfigError(
                     f"{shown(name_or_path)} is no configuration: a preset, a .toml file or a run's directory is "
                     "accepted. Text is given besides, as in p828 train quickstart --data.files FILE"
                 )
-            raise UserError(
-                f"no preset {shown(name_or_path)}{nearest(name_or_path[:80], known)} Presets: {', '.join(known)}; "
+            raise ConfigError(
+                f"no preset {shown(name_or_path)}{did_you_mean(name_or_path[:80], known)} Presets: {', '.join(known)}; "
                 "or give the path of a .toml file or a run's directory"
             )
     values = _read_toml(path)
     base = values.pop("base", None)
     if base is not None and (not isinstance(base, str) or depth == MAX_BASES):
-        raise UserError(
+        raise ConfigError(
             f"{path}: base = {shown(base)}: give a preset's name or a .toml file, nested at most {MAX_BASES} deep"
         )
     given = frozenset(_keys(values))
@@ -132,17 +132,17 @@ def _read_toml(path: Path) -> dict[str, Any]:
         _check_dots(text)
         return tomllib.loads(text)
     except FileNotFoundError:
-        raise UserError(f"no file {shown_path(path)}") from None
+        raise ConfigError(f"no file {shown_path(path)}") from None
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
+        raise ConfigError(
             f"{path}: cannot be read as TOML: line {line} holds the byte 0x{content[error.start]:02x}, "
             "which is not UTF-8; save the file as UTF-8"
         ) from None
     except OSError as error:
-        raise UserError(f"{shown_path(path)}: cannot be read as TOML: {error.strerror or error}") from None
+        raise ConfigError(f"{shown_path(path)}: cannot be read as TOML: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:  # not TOML, a number too long, or a name that no file can have
-        raise UserError(f"{shown_path(path)}: cannot be read as TOML: {error}") from None
+        raise ConfigError(f"{shown_path(path)}: cannot be read as TOML: {error}") from None
 
 
 def _check_dots(text: str) -> None:
@@ -194,7 +194,8 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def implied(given: Collection[str], before: Collection[str] = ()) -> dict[str, str]:
     """What keys that are given together imply: dotted key to value, for `data.source` and its like.
 
-    `before` are the keys of files that the given keys change. Raises UserError if the given keys imply different kinds.
+    `before` are the keys of files that the given keys change. Raises ConfigError if the given keys imply different
+    kinds.
     """
     found: dict[str, tuple[str, str]] = {}
     for key in sorted(given):
@@ -208,7 +209,7 @@ def implied(given: Collection[str], before: Collection[str] = ()) -> dict[str, s
         if value is None or kind in given:
             continue
         if kind in found and found[kind][0] != value:
-            raise UserError(f"{found[kind][1]} and {key} are both given: {kind} says which one is meant")
+            raise ConfigError(f"{found[kind][1]} and {key} are both given: {kind} says which one is meant")
         found[kind] = value, key
     is_validation_given = any(key.startswith("data.validation.") for key in (*given, *before))
     if "data.files" in given and not is_validation_given:  # a preset's split belongs to the preset's source

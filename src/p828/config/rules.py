@@ -8,7 +8,7 @@ from typing import Any
 from p828.config.resolve import with_steps
 from p828.config.schema import Config, DataConfig, DeepSpeedConfig, ModelConfig
 from p828.config.values import flatten, shown
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 _AT_LEAST_ZERO = {
     "model.vocab_size", "model.n_shared_experts", "schedule.warmup_steps", "schedule.decay_steps", "train.seed",
@@ -29,7 +29,7 @@ LARGEST_INT = 2**31 - 1
 
 
 def validate(config: Config) -> None:
-    """Check what types cannot say. Raises UserError with the first key that is wrong and what it accepts."""
+    """Check what types cannot say. Raises ConfigError with the first key that is wrong and what it accepts."""
     flat = flatten(config)
     for key, value in flat.items():
         check_range(key, value)
@@ -44,7 +44,7 @@ def check_range(key: str, value: Any) -> None:
     if isinstance(value, int):
         lowest = 0 if key in _AT_LEAST_ZERO else 1
         if not lowest <= value <= LARGEST_INT:
-            raise UserError(f"{key} = {shown(value)}: a whole number from {lowest} to {LARGEST_INT} is accepted")
+            raise ConfigError(f"{key} = {shown(value)}: a whole number from {lowest} to {LARGEST_INT} is accepted")
     if isinstance(value, float):
         if key == "model.dropout":
             accepted, words = 0 <= value < 1, "a share from 0 to below 1"
@@ -55,11 +55,11 @@ def check_range(key: str, value: Any) -> None:
         else:
             accepted, words = 0 < value < float("inf"), "a number above 0"
         if not accepted:
-            raise UserError(f"{key} = {value}: {words} is accepted")
+            raise ConfigError(f"{key} = {value}: {words} is accepted")
 
 
 def check_texts(flat: Mapping[str, Any]) -> None:
-    """Raises UserError for a text that no file's name can hold, and for more text than a checkpoint's reader takes."""
+    """Raises ConfigError for a text that no file's name can hold, and for more text than a checkpoint's reader takes."""
     size = 0
     for key, value in flat.items():
         for text in value if isinstance(value, tuple) else (value,):
@@ -68,65 +68,65 @@ def check_texts(flat: Mapping[str, Any]) -> None:
                 if key not in PROSE:
                     check_text(key, text)
     if size > MOST_TEXT:
-        raise UserError(
+        raise ConfigError(
             f"the configuration has {size:,} bytes of text: at most {MOST_TEXT:,} are accepted; globs name many files"
         )
 
 
 def check_text(key: str, text: str) -> None:
-    """Raises UserError if the text cannot be a file's name on any system."""
+    """Raises ConfigError if the text cannot be a file's name on any system."""
     if "\0" in text:
-        raise UserError(f"{key} = {shown(text)}: text without NUL characters is accepted")
+        raise ConfigError(f"{key} = {shown(text)}: text without NUL characters is accepted")
     try:
         content = text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{key} = {shown(text)}: valid Unicode text is accepted") from None
+        raise ConfigError(f"{key} = {shown(text)}: valid Unicode text is accepted") from None
     if len(content) > LONGEST_PATH:
-        raise UserError(f"{key} = {shown(text)}: at most {LONGEST_PATH:,} bytes are accepted, not {len(content):,}")
+        raise ConfigError(f"{key} = {shown(text)}: at most {LONGEST_PATH:,} bytes are accepted, not {len(content):,}")
     longest = max(map(len, content.split(b"/")))
     if longest > LONGEST_PART:
-        raise UserError(
+        raise ConfigError(
             f"{key} = {shown(text)}: at most {LONGEST_PART} bytes between two slashes are accepted, not {longest:,}"
         )
 
 
 def check_model(model: ModelConfig) -> None:
     if model.num_attention_heads % model.num_key_value_heads:
-        raise UserError(
+        raise ConfigError(
             f"model.num_key_value_heads = {model.num_key_value_heads}: "
             f"it must divide model.num_attention_heads = {model.num_attention_heads}"
         )
     if model.head_dim % 2:
-        raise UserError(f"model.head_dim = {model.head_dim}: an even number is accepted (RoPE turns pairs)")
+        raise ConfigError(f"model.head_dim = {model.head_dim}: an even number is accepted (RoPE turns pairs)")
     if model.num_experts_per_tok > model.n_routed_experts:
-        raise UserError(
+        raise ConfigError(
             f"model.num_experts_per_tok = {model.num_experts_per_tok}: "
             f"at most model.n_routed_experts = {model.n_routed_experts} is accepted"
         )
     if model.n_routed_experts % model.n_group:
-        raise UserError(
+        raise ConfigError(
             f"model.n_group = {model.n_group}: it must divide model.n_routed_experts = {model.n_routed_experts}"
         )
     if model.topk_group > model.n_group:
-        raise UserError(f"model.topk_group = {model.topk_group}: at most model.n_group = {model.n_group} is accepted")
+        raise ConfigError(f"model.topk_group = {model.topk_group}: at most model.n_group = {model.n_group} is accepted")
     group_size = model.n_routed_experts // model.n_group
     if model.n_group > 1 and group_size < 2:
-        raise UserError(
+        raise ConfigError(
             f"model.n_group = {model.n_group}: a group is scored by its two best experts, "
             f"so at most {model.n_routed_experts // 2} groups of {model.n_routed_experts} experts are accepted"
         )
     if model.num_experts_per_tok > group_size * model.topk_group:
-        raise UserError(
+        raise ConfigError(
             f"model.num_experts_per_tok = {model.num_experts_per_tok}: at most {group_size * model.topk_group} is "
             f"accepted, the experts in the model.topk_group = {model.topk_group} groups of a token"
         )
     if model.rope_theta <= 1:
-        raise UserError(f"model.rope_theta = {model.rope_theta}: a number above 1 is accepted")
+        raise ConfigError(f"model.rope_theta = {model.rope_theta}: a number above 1 is accepted")
     scaling = model.rope_scaling
     if scaling.factor < 1:
-        raise UserError(f"model.rope_scaling.factor = {scaling.factor}: a number of at least 1 is accepted")
+        raise ConfigError(f"model.rope_scaling.factor = {scaling.factor}: a number of at least 1 is accepted")
     if scaling.beta_slow >= scaling.beta_fast:
-        raise UserError(
+        raise ConfigError(
             f"model.rope_scaling.beta_slow = {scaling.beta_slow}: "
             f"a number below model.rope_scaling.beta_fast = {scaling.beta_fast} is accepted"
         )
@@ -135,48 +135,50 @@ def check_model(model: ModelConfig) -> None:
 def check_run(config: Config) -> None:
     data, model = config.data, config.model
     if config.train.steps > LARGEST_INT:
-        raise UserError(f"train.tokens is {config.train.steps:.3g} steps: at most {LARGEST_INT:,} are accepted")
+        raise ConfigError(f"train.tokens is {config.train.steps:.3g} steps: at most {LARGEST_INT:,} are accepted")
     if not config.name or config.name in (".", "..") or "/" in config.name or "\0" in config.name:
-        raise UserError(f"name = {config.name[:80]!r}: one directory name is accepted")
+        raise ConfigError(f"name = {config.name[:80]!r}: one directory name is accepted")
     if len(config.name.encode("utf-8", "replace")) > LONGEST_NAME:
-        raise UserError(f"name = {config.name[:80]!r}…: at most {LONGEST_NAME} bytes are accepted")
+        raise ConfigError(f"name = {config.name[:80]!r}…: at most {LONGEST_NAME} bytes are accepted")
     if data.sequence_length > model.max_position_embeddings:
-        raise UserError(
+        raise ConfigError(
             f"data.sequence_length = {data.sequence_length}: "
             f"at most model.max_position_embeddings = {model.max_position_embeddings} is accepted"
         )
     check_data(data)
     if config.deepspeed.config and config.engine == "plain":
-        raise UserError(f'deepspeed.config = "{config.deepspeed.config}": accepted with engine = "deepspeed"')
+        raise ConfigError(f'deepspeed.config = "{config.deepspeed.config}": accepted with engine = "deepspeed"')
     if config.engine == "deepspeed" and config.optimizer.moment_dtype == "bfloat16":
-        raise UserError(
+        raise ConfigError(
             'optimizer.moment_dtype = "bfloat16": with engine = "deepspeed", "auto" or "float32" is accepted, '
             "which are both float32"
         )
     check_deepspeed(config.deepspeed)
     shortest, longest = config.prepare.min_characters, config.prepare.max_characters
     if 0 < longest < shortest:
-        raise UserError(f"prepare.max_characters = {longest}: at least prepare.min_characters = {shortest} is accepted")
+        raise ConfigError(
+            f"prepare.max_characters = {longest}: at least prepare.min_characters = {shortest} is accepted"
+        )
     if len(config.tokenizer.eos_token) < 2:  # of one letter it would end a document wherever that stands
-        raise UserError(
+        raise ConfigError(
             f"tokenizer.eos_token = {config.tokenizer.eos_token!r}: a token of at least two characters is accepted, "
             "one that text does not become"
         )
     if config.tokenizer.name == "train" and config.tokenizer.vocab_size < 257:
-        raise UserError(
+        raise ConfigError(
             f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: "
             "at least 257 (256 bytes and the end token) is accepted"
         )
     schedule = config.schedule
     if schedule.kind == "wsd" and schedule.decay_steps == 0:
-        raise UserError('schedule.decay_steps = 0: with schedule.kind = "wsd", at least 1 is accepted')
+        raise ConfigError('schedule.decay_steps = 0: with schedule.kind = "wsd", at least 1 is accepted')
     if schedule.kind == "wsd" and schedule.warmup_steps + schedule.decay_steps > config.train.steps:
-        raise UserError(
+        raise ConfigError(
             f"schedule.decay_steps = {schedule.decay_steps}: with schedule.warmup_steps = {schedule.warmup_steps} "
             f"it exceeds train.steps = {config.train.steps}"
         )
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise UserError(
+        raise ConfigError(
             f"optimizer.betas = {list(config.optimizer.betas)}: two numbers of at least 0 and below 1 are accepted"
         )
 
@@ -194,12 +196,12 @@ def remarks(config: Config) -> list[str]:
 
 def check_deepspeed(deepspeed: DeepSpeedConfig) -> None:
     if deepspeed.stage > 3:
-        raise UserError(f"deepspeed.stage = {deepspeed.stage}: 0, 1, 2 or 3 is accepted")
+        raise ConfigError(f"deepspeed.stage = {deepspeed.stage}: 0, 1, 2 or 3 is accepted")
     if deepspeed.config:  # may have another stage
         return
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
         if getattr(deepspeed, key) != "none" and deepspeed.stage < least:
-            raise UserError(
+            raise ConfigError(
                 f'deepspeed.{key} = "{getattr(deepspeed, key)}": with deepspeed.stage = {deepspeed.stage}, '
                 '"none" is accepted'
             )
@@ -209,39 +211,41 @@ def check_data(data: DataConfig) -> None:
     for i, source in enumerate(data.sources):
         where = f"data.mixture[{i}]." if data.mixture else "data."
         if source.source == "files" and not source.files:
-            raise UserError(f'{where}files is empty: with {where}source = "files", give at least one glob')
+            raise ConfigError(f'{where}files is empty: with {where}source = "files", give at least one glob')
         if source.source == "hf" and not source.hub_name:
-            raise UserError(f'{where}hub_name is empty: with {where}source = "hf", give a data set\'s name')
+            raise ConfigError(f'{where}hub_name is empty: with {where}source = "hf", give a data set\'s name')
         if data.validation.kind == "split" and source.source != "hf" and not data.validation.hub_name:
-            raise UserError(
+            raise ConfigError(
                 f'data.validation.kind = "split": accepted with {where}source = "hf" or data.validation.hub_name'
             )
     if data.validation.kind == "files" and not data.validation.files:
-        raise UserError('data.validation.files is empty: with data.validation.kind = "files", give at least one glob')
+        raise ConfigError('data.validation.files is empty: with data.validation.kind = "files", give at least one glob')
     if data.validation.kind == "held_out" and not 0 < data.validation.share < 1:
-        raise UserError(f"data.validation.share = {data.validation.share}: a share between 0 and 1 is accepted")
+        raise ConfigError(f"data.validation.share = {data.validation.share}: a share between 0 and 1 is accepted")
     check_mixture(data)
 
 
 def check_mixture(data: DataConfig) -> None:
     steps, names = data.mixture_steps, [mixed.name for mixed in data.mixture]
     if data.mixture and data.prepared:
-        raise UserError("data.prepared: with data.mixture, each source has its own: data.mixture[0].prepared and so on")
+        raise ConfigError(
+            "data.prepared: with data.mixture, each source has its own: data.mixture[0].prepared and so on"
+        )
     if not data.mixture and len(steps) > 1:
-        raise UserError(f"data.mixture_steps = {list(steps)}: accepted with data.mixture")
+        raise ConfigError(f"data.mixture_steps = {list(steps)}: accepted with data.mixture")
     directories = [mixed.prepared for mixed in data.mixture if mixed.prepared]
     if len(set(directories)) < len(directories):
-        raise UserError("data.mixture: two sources have the same directory as prepared")
+        raise ConfigError("data.mixture: two sources have the same directory as prepared")
     if not steps or steps[0] != 0 or any(later <= before for before, later in itertools.pairwise(steps)):
-        raise UserError(f"data.mixture_steps = {list(steps)}: 0 and then greater and greater steps are accepted")
+        raise ConfigError(f"data.mixture_steps = {list(steps)}: 0 and then greater and greater steps are accepted")
     for i, mixed in enumerate(data.mixture):
         if not mixed.name or names.count(mixed.name) > 1:
-            raise UserError(f"data.mixture[{i}].name = {mixed.name!r}: a name of its own is accepted")
+            raise ConfigError(f"data.mixture[{i}].name = {mixed.name!r}: a name of its own is accepted")
         if len(mixed.weights) != len(steps) or not all(0 <= weight < float("inf") for weight in mixed.weights):
-            raise UserError(
+            raise ConfigError(
                 f"data.mixture[{i}].weights = {list(mixed.weights)}: {len(steps)} of at least 0 are accepted, "
                 f"one for each of data.mixture_steps = {list(steps)}"
             )
     for step, weights in zip(steps, zip(*(mixed.weights for mixed in data.mixture), strict=True), strict=False):
         if sum(weights) == 0:
-            raise UserError(f"data.mixture: from step {step} on, all weights are 0: at least one above 0 is accepted")
+            raise ConfigError(f"data.mixture: from step {step} on, all weights are 0: at least one above 0 is accepted")

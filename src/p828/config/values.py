@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from p828.errors import UserError, nearest
+from p828.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 MOST_BITS = 1024  # of a whole number; Python writes none of more than 4,300 digits
@@ -15,16 +15,16 @@ LONGEST_SHOWN_PATH = 300
 
 
 def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
-    """A dataclass from plain values of its fields' types. Raises UserError naming the key, `prefix` before it."""
+    """A dataclass from plain values of its fields' types. Raises ConfigError naming the key, `prefix` before it."""
     if not isinstance(values, Mapping):
         table = prefix.rstrip(".")
-        raise UserError(f"{where}: {table} = {shown(values)}: a table is accepted, [{table}] with its keys below")
+        raise ConfigError(f"{where}: {table} = {shown(values)}: a table is accepted, [{table}] with its keys below")
     types = typing.get_type_hints(cls)
     for key in values:
         if key not in types:
             name = prefix + (key if len(key) <= LONGEST_SHOWN else key[: LONGEST_SHOWN - 1] + "…")
-            near = nearest(name, (prefix + name for name in types))
-            raise UserError(f"{where}: unknown key {name}{near} Accepted: {', '.join(types)}")
+            near = did_you_mean(name, (prefix + name for name in types))
+            raise ConfigError(f"{where}: unknown key {name}{near} Accepted: {', '.join(types)}")
     return cls(**{key: _convert(types[key], value, where, prefix + key) for key, value in values.items()})
 
 
@@ -40,7 +40,7 @@ def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise UserError(f"{given}{nearest(str(value), arguments)} Accepted: {', '.join(arguments)}")
+        raise ConfigError(f"{given}{did_you_mean(str(value), arguments)} Accepted: {', '.join(arguments)}")
     if origin is tuple:
         return _convert_list(arguments, value, where, key)
     if kind is float and type(value) is int:
@@ -48,7 +48,7 @@ def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
             return float(value)
     if type(value) is kind and not (kind is int and value.bit_length() > MOST_BITS):
         return value
-    raise UserError(f"{given}: {_ONE[kind]} is accepted")
+    raise ConfigError(f"{given}: {_ONE[kind]} is accepted")
 
 
 def _convert_list(kinds: tuple[Any, ...], values: Any, where: str, key: str) -> tuple[Any, ...]:
@@ -56,7 +56,7 @@ def _convert_list(kinds: tuple[Any, ...], values: Any, where: str, key: str) -> 
     any_length = kinds[-1] is Ellipsis
     if not isinstance(values, list) or (not any_length and len(values) != len(kinds)):
         size = "a list of" if any_length else f"a list of {len(kinds)}"
-        raise UserError(f"{where}: {key} = {shown(values)}: {size} {_MANY.get(kinds[0], 'tables')} is accepted")
+        raise ConfigError(f"{where}: {key} = {shown(values)}: {size} {_MANY.get(kinds[0], 'tables')} is accepted")
     kinds = kinds[:1] * len(values) if any_length else kinds
     return tuple(_convert(k, v, where, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, values, strict=True)))
 

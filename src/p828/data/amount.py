@@ -9,7 +9,7 @@ from p828.data.build import source_seed
 from p828.data.text.documents import open_training
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.format import open_manifest
-from p828.errors import ReadFailed, UserError
+from p828.errors import ConfigError, TransientReadError
 
 SAMPLE_DOCUMENTS = 256  # of those that the loader reads first
 SAMPLE_CHARACTERS = 1000  # of each that are tokenized
@@ -27,7 +27,7 @@ class Amount:
     is_exact: bool
     """Counted when the data was prepared; else estimated from the first documents and the files' sizes."""
     planned: float
-    """Tokens that the whole run takes from it."""
+    """TokenDataset that the whole run takes from it."""
     problem: str = ""
     """Why it is not known."""
 
@@ -49,7 +49,7 @@ def amounts(config: Config, tokenizer: Tokenizer, ranks: int) -> list[Amount]:
             continue
         try:
             estimate, problem = _estimated(data, source_seed(config.train.seed, number), tokenizer), ""
-        except (UserError, ReadFailed) as error:  # training tells it when it comes to it
+        except (ConfigError, TransientReadError) as error:  # training tells it when it comes to it
             estimate, problem = None, str(error)
         found.append(Amount(name, estimate, False, planned, problem))
     return found
@@ -70,7 +70,7 @@ def planned_shares(config: Config) -> list[float]:
 
 
 def _estimated(data: DataConfig, seed: int, tokenizer: Tokenizer) -> int | None:
-    """Tokens of an epoch: those of the first documents by the share of the files' bytes that these are."""
+    """TokenDataset of an epoch: those of the first documents by the share of the files' bytes that these are."""
     if data.source == "hf":  # which has no sizes
         return None
     stream = open_training(replace(data, block_documents=1), seed, epochs=1)  # which reads no further than it gives

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """Tokens `start` to `end` of a document."""
+    """TokenDataset `start` to `end` of a document."""
 
     document: int
     start: int

@@ -11,19 +11,19 @@ import numpy.typing as npt
 
 from p828.config import Config, DataConfig
 from p828.data.loader import Batch, Loader, make_batch
-from p828.data.mixture import Mixture, RowSource
+from p828.data.mixture import SampleOrder, SampleSource
 from p828.data.retry import Retry
-from p828.data.row import Row
-from p828.data.shuffle import RowShuffler
+from p828.data.sample import Sample
+from p828.data.shuffle import SampleShuffler
 from p828.data.streams import Streams
 from p828.data.text.best_fit_packer import BestFitPacker
 from p828.data.text.documents import held_out_words, open_in_order, open_training, open_validation
-from p828.data.text.packing import Packer, RowMaker
+from p828.data.text.packing import Packer, Packing
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.directory import check_settings, data_settings
 from p828.data.tokens.format import MANIFEST_FILE, TOKENIZER_FILE, open_manifest
-from p828.data.tokens.read import Prepared, PreparedRows
-from p828.errors import UserError
+from p828.data.tokens.read import Prepared, ShuffledTokenDataset
+from p828.errors import ConfigError
 
 
 def open_loader(
@@ -38,10 +38,10 @@ def open_loader(
     """A rank's training batches from the beginning. `tell` is given a line when a read has failed and is repeated.
 
     `part` is the rank's number among those that compare the same prepared files, and theirs; each compares a part.
-    Raises UserError if the data cannot be opened.
+    Raises ConfigError if the data cannot be opened.
     """
-    hurry = threading.Event()
-    retry = Retry(config.data.read_retries, hurry.wait, tell)
+    cancelled = threading.Event()
+    retry = Retry(config.data.read_retries, cancelled.wait, tell)
     sources = [
         _open_source(data, source_seed(config.train.seed, number), tokenizer, retry, part)
         for number, data in enumerate(config.data.sources)
@@ -49,13 +49,15 @@ def open_loader(
     weights = zip(*(mixed.weights for mixed in config.data.mixture), strict=True) if config.data.mixture else [(1.0,)]
     schedule = list(zip(config.data.mixture_steps, weights, strict=True))
     batches_per_step = config.train.gradient_accumulation * world_size
-    rows = Mixture(sources, schedule, config.train.micro_batch_size, batches_per_step, rank, world_size)
-    return Loader(rows, config.model.mask_documents, pin_memory, len(sources), hurry, tell)
+    rows = SampleOrder(sources, schedule, config.train.micro_batch_size, batches_per_step, rank, world_size)
+    return Loader(rows, config.model.mask_documents, pin_memory, len(sources), cancelled, tell)
 
 
-def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry, files: tuple[int, int]) -> RowSource:
+def _open_source(
+    data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry, files: tuple[int, int]
+) -> SampleSource:
     if data.prepared:
-        return PreparedRows(open_prepared(data, tokenizer), data.sequence_length, seed, retry, files)
+        return ShuffledTokenDataset(open_prepared(data, tokenizer), data.sequence_length, seed, retry, files)
     packer: type[Packer] | type[BestFitPacker] = Packer if data.packing == "concatenate" else BestFitPacker
     by_end = open_in_order(data, retry).by_end
     if data.streams > 1 and (data.source != "hf" or Path(data.hub_name).is_dir()):
@@ -66,9 +68,9 @@ def _open_source(data: DataConfig, seed: int, tokenizer: Tokenizer, retry: Retry
     for part in range(data.streams):
         own_seed = source_seed(seed, part)
         documents = open_training(data, own_seed, part=part, parts=data.streams, retry=retry, by_end=by_end)
-        maker: RowMaker = packer(documents, tokenizer, data.sequence_length)
+        maker: Packing = packer(documents, tokenizer, data.sequence_length)
         streams.append(documents)
-        rows.append(RowShuffler(maker, max(data.shuffle_rows // data.streams, 1), own_seed))
+        rows.append(SampleShuffler(maker, max(data.shuffle_rows // data.streams, 1), own_seed))
     return Streams(rows, streams)
 
 
@@ -78,7 +80,7 @@ def source_seed(seed: int, number: int) -> int:
 
 
 def open_prepared(data: DataConfig, tokenizer: Tokenizer) -> Prepared:
-    """Raises UserError if it is none, or prepared with another tokenizer, from another source or for other rows."""
+    """Raises ConfigError if it is none, or prepared with another tokenizer, from another source or for other rows."""
     prepared = Prepared.open(Path(data.prepared), tokenizer)
     check_settings(prepared.manifest.settings, {"data": data_settings(data)}, prepared.directory / MANIFEST_FILE)
     return prepared
@@ -87,7 +89,7 @@ def open_prepared(data: DataConfig, tokenizer: Tokenizer) -> Prepared:
 def prepared_tokenizer(config: Config) -> Tokenizer | None:
     """The one that came with prepared data; None if there is none, or the configuration names a file of its own.
 
-    Raises UserError if the data was prepared with a tokenizer of other settings.
+    Raises ConfigError if the data was prepared with a tokenizer of other settings.
     """
     directories = [Path(data.prepared) for data in config.data.sources if data.prepared]
     is_file = config.tokenizer.name != "train" and Path(config.tokenizer.name).expanduser().exists()
@@ -99,7 +101,7 @@ def prepared_tokenizer(config: Config) -> Tokenizer | None:
         now = getattr(config.tokenizer, key)
         if made[key] != now:
             where = directories[0] / MANIFEST_FILE
-            raise UserError(f"{where}: prepared with tokenizer.{key} = {made[key]!r}, not {now!r}")
+            raise ConfigError(f"{where}: prepared with tokenizer.{key} = {made[key]!r}, not {now!r}")
     return Tokenizer.from_file(directories[0] / TOKENIZER_FILE, config.tokenizer.eos_token)
 
 
@@ -117,7 +119,7 @@ def validation_batches(
     Of prepared data it is rows from all over them, the same ones in every run. A mixture's sources give equal shares,
     whatever their weights. The rows do not depend on `micro_batch_size`; the last batch may have fewer than that.
     `rules` say of each source by which rule its text is held out (`mixture.held_out_rules`), if that is settled.
-    `part` and `tell` are as in `open_loader`. Raises UserError if there is no validation text.
+    `part` and `tell` are as in `open_loader`. Raises ConfigError if there is no validation text.
     """
     sources, validation = config.data.sources, config.data.validation
     if validation.kind == "files" or (validation.kind == "split" and validation.hub_name):
@@ -136,7 +138,7 @@ def validation_batches(
 def all_validation_batches(config: Config, tokenizer: Tokenizer, micro_batch_size: int) -> Iterator[Batch]:
     """Every row of the validation documents that are read as text, as they are read, the last one padded.
 
-    Raises UserError if there is no validation text.
+    Raises ConfigError if there is no validation text.
     """
     data = config.data.sources[0]
     rows = _read_rows(data, tokenizer, Retry(data.read_retries))
@@ -151,7 +153,7 @@ def _validation_rows(
     by_end: bool | None,
     part: tuple[int, int],
     tell: Callable[[str], None],
-) -> list[Row]:
+) -> list[Sample]:
     retry = Retry(data.read_retries, tell=tell)
     if data.prepared:
         rows = open_prepared(data, tokenizer).validation_rows(count, data.sequence_length, retry, part)
@@ -159,8 +161,8 @@ def _validation_rows(
     return list(islice(_read_rows(data, tokenizer, retry, by_end), count))
 
 
-def _read_rows(data: DataConfig, tokenizer: Tokenizer, retry: Retry, by_end: bool | None = None) -> Iterator[Row]:
-    """Raises UserError if there is none."""
+def _read_rows(data: DataConfig, tokenizer: Tokenizer, retry: Retry, by_end: bool | None = None) -> Iterator[Sample]:
+    """Raises ConfigError if there is none."""
     documents = open_validation(data, retry, by_end)
     packer = Packer(documents, tokenizer, data.sequence_length, counts_bytes=True)
     is_empty = True
@@ -172,7 +174,7 @@ def _read_rows(data: DataConfig, tokenizer: Tokenizer, retry: Retry, by_end: boo
         is_empty = False
         yield rest.padded(data.sequence_length + 1, tokenizer.eos_id)
     if is_empty:
-        raise UserError(f"no text to validate on in {packer.stream.source}")
+        raise ConfigError(f"no text to validate on in {packer.stream.source}")
 
 
 def held_out_lines(config: Config, rules: Sequence[bool | None] = ()) -> list[str]:

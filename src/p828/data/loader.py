@@ -14,8 +14,8 @@ import xxhash
 from torch import Tensor
 
 from p828.data.mixture import at_step
-from p828.data.row import PADDING, Row
-from p828.errors import ReadFailed
+from p828.data.sample import PADDING, Sample
+from p828.errors import TransientReadError
 
 NO_TARGET = -100
 DIGESTS = 2**32
@@ -86,7 +86,7 @@ class Batch:
         )
 
 
-def make_batch(rows: Sequence[Row], mask_documents: bool, sources: int = 1) -> Batch:
+def make_batch(rows: Sequence[Sample], mask_documents: bool, sources: int = 1) -> Batch:
     """Stack rows of equal length, which come from so many sources."""
     tokens = np.stack([row.tokens for row in rows])
     document_ids = np.stack([row.document_ids for row in rows])
@@ -118,9 +118,9 @@ def make_batch(rows: Sequence[Row], mask_documents: bool, sources: int = 1) -> B
 
 
 class MicroBatches(Protocol):
-    """A `Mixture`."""
+    """A `SampleOrder`."""
 
-    def __next__(self) -> list[Row]: ...
+    def __next__(self) -> list[Sample]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -140,10 +140,10 @@ class Loader:
         mask_documents: bool,
         pin_memory: bool = False,
         sources: int = 1,
-        hurry: threading.Event | None = None,
+        cancelled: threading.Event | None = None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`hurry` is set when nothing is to be waited for any more. `tell` is given a line when data is waited for."""
+        """`cancelled` is set when nothing is to be waited for any more. `tell` is given a line when data is waited for."""
         self.rows = rows
         self.sources = sources
         self.mask_documents = mask_documents
@@ -152,7 +152,7 @@ class Loader:
         self._made: queue.Queue[tuple[Batch, dict[str, Any]] | BaseException] = queue.Queue(PREFETCHED_BATCHES)
         self._first: tuple[Batch, dict[str, Any]] | None = None
         self._error: BaseException | None = None
-        self._stop, self._hurry = threading.Event(), hurry or threading.Event()
+        self._stop, self._hurry = threading.Event(), cancelled or threading.Event()
         self._thread: threading.Thread | None = None
         self._tell, self._told = tell, -TELL_EVERY
 
@@ -175,7 +175,7 @@ class Loader:
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after that position. To be called before the first batch. Raises UserError if the data changed."""
+        """Continue after that position. To be called before the first batch. Raises ConfigError if the data changed."""
         assert self._thread is None, "load_state_dict comes before the first batch"
         self.rows.load_state_dict(state)
         self._state = state
@@ -190,8 +190,8 @@ class Loader:
         self._state = at_step(self._state, step)
         self.rows.load_state_dict(self._state)
 
-    def stop_waiting(self) -> None:
-        """Wait for no data any more: `next` gives what is made, else raises ReadFailed at once."""
+    def cancel(self) -> None:
+        """Wait for no data any more: `next` gives what is made, else raises TransientReadError at once."""
         self._hurry.set()
 
     def close(self) -> None:
@@ -233,7 +233,7 @@ class Loader:
                 return self._made.get(timeout=LOOK_EVERY)
             except queue.Empty:
                 if self._hurry.is_set():
-                    raise ReadFailed("data was not waited for, as the run was asked to end") from None
+                    raise TransientReadError("data was not waited for, as the run was asked to end") from None
             now = time.monotonic()
             if now - begun > TELL_AFTER and now - self._told > TELL_EVERY:
                 self._told = now

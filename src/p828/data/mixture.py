@@ -5,13 +5,13 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import Any, Protocol
 
-from p828.data.row import Row
+from p828.data.sample import Sample
 
 
-class RowSource(Protocol):
-    """Rows of one source for micro-batches that are numbered over all ranks: `Streams` or `PreparedRows`."""
+class SampleSource(Protocol):
+    """Rows of one source for micro-batches that are numbered over all ranks: `Streams` or `ShuffledTokenDataset`."""
 
-    def take(self, batch: int, count: int) -> list[Row]:
+    def take(self, batch: int, count: int) -> list[Sample]:
         """The source's next `count` rows, for micro-batch number `batch`."""
         ...
 
@@ -24,7 +24,7 @@ class RowSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Mixture:
+class SampleOrder:
     """Endless iterator of this rank's micro-batches, as lists of rows.
 
     Micro-batches are numbered over all ranks; rank r has those ≡ r modulo their number. A row comes from the source
@@ -40,7 +40,7 @@ class Mixture:
 
     def __init__(
         self,
-        sources: Sequence[RowSource],
+        sources: Sequence[SampleSource],
         schedule: Sequence[tuple[int, Sequence[float]]],
         micro_batch_size: int,
         batches_per_step: int,
@@ -58,12 +58,12 @@ class Mixture:
         self._weights = list(schedule[0][1])
         self._chosen = [0] * len(sources)  # rows since these weights hold
 
-    def __iter__(self) -> Iterator[list[Row]]:
+    def __iter__(self) -> Iterator[list[Sample]]:
         return self
 
-    def __next__(self) -> list[Row]:
+    def __next__(self) -> list[Sample]:
         """Raises what reading the rows raises."""
-        own: list[Row] = []
+        own: list[Sample] = []
         for rank in range(self.world_size):
             order = self._choose()
             for number, source in enumerate(self.sources):
@@ -88,7 +88,7 @@ class Mixture:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on there, with any number of ranks after a step. Raises UserError if a source is not that of the state."""
+        """Go on there, with any number of ranks after a step. Raises ConfigError if a source is not that of the state."""
         counts = {len(state[key]) for key in ("sources", "weights", "chosen")}
         if counts != {len(self.sources)}:
             raise ValueError(f"data: a place in other than {len(self.sources)} sources")

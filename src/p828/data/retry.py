@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from p828.data.text.shard import BadRecord, Shard
-from p828.errors import ReadFailed
+from p828.errors import TransientReadError
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ class Retry:
     """Is given a line before each wait."""
 
     def documents(self, shard: Shard, start: int) -> Iterator[str | BadRecord]:
-        """A shard's texts from number `start` on. Raises what the shard raises, ReadFailed after the attempts."""
+        """A shard's texts from number `start` on. Raises what the shard raises, TransientReadError after the attempts."""
         failures = 0
         while True:
             try:
@@ -29,21 +29,21 @@ class Retry:
                     start, failures = start + 1, 0
                     yield text
                 return
-            except ReadFailed as error:
+            except TransientReadError as error:
                 self._wait(error, failures)
                 failures += 1
 
     def call(self, function: Callable[[], T]) -> T:
-        """What the function gives. Raises what it raises, ReadFailed after the attempts."""
+        """What the function gives. Raises what it raises, TransientReadError after the attempts."""
         failures = 0
         while True:
             try:
                 return function()
-            except ReadFailed as error:
+            except TransientReadError as error:
                 self._wait(error, failures)
                 failures += 1
 
-    def _wait(self, error: ReadFailed, failures: int) -> None:
+    def _wait(self, error: TransientReadError, failures: int) -> None:
         """Until the next attempt. Raises the error if there is none."""
         if failures == self.attempts:
             raise error

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-from p828.data.row import Row
+from p828.data.sample import Sample
 from p828.data.text.documents import permutation
-from p828.data.text.packing import RowMaker
-from p828.errors import UserError
+from p828.data.text.packing import Packing
+from p828.errors import ConfigError
 
 
-class RowShuffler:
+class SampleShuffler:
     """Endless iterator over a packer's rows, in blocks of up to `rows`, in an order drawn from (seed, block number).
 
     A block ends with the epoch, so that no row comes again before all have come; a row that spans two epochs belongs
@@ -18,25 +18,25 @@ class RowShuffler:
     the block is read again on load.
     """
 
-    def __init__(self, packer: RowMaker, rows: int, seed: int) -> None:
+    def __init__(self, packer: Packing, rows: int, seed: int) -> None:
         self.packer, self.rows, self.seed = packer, rows, seed
         self._restart(packer.state_dict(), block=0, given=0)
 
     def _restart(self, packer_state: dict[str, Any], block: int, given: int) -> None:
         self._begin, self._block, self._given = packer_state, block, given
-        self._current: list[Row] = []
-        self._ahead_begin, self._ahead = packer_state, list[Row]()
-        self._beyond: tuple[dict[str, Any], Row] | None = None  # the first row of the epoch after `_ahead`
+        self._current: list[Sample] = []
+        self._ahead_begin, self._ahead = packer_state, list[Sample]()
+        self._beyond: tuple[dict[str, Any], Sample] | None = None  # the first row of the epoch after `_ahead`
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Sample]:
         return self
 
-    def __next__(self) -> Row:
+    def __next__(self) -> Sample:
         """Raises what the packer raises."""
         if not self._current:
             self._begin_block()
             if not 0 <= self._given <= len(self._current):
-                raise UserError(
+                raise ConfigError(
                     f"{self._given} rows of a block of {len(self._current)} were given: no place in the data"
                 )
         elif self._given == len(self._current):
@@ -54,7 +54,7 @@ class RowShuffler:
         return {"packer": self._begin, "block": self._block, "given": self._given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError as `Packer.load_state_dict`."""
+        """Raises ConfigError as `Packer.load_state_dict`."""
         self.packer.load_state_dict(state["packer"])
         self._restart(state["packer"], state["block"], state["given"])
 

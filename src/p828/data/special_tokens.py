@@ -6,7 +6,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # what an unknown character's bytes become in some vocabularies
 SHORTEST = 2  # characters of an end token: where text spells it, it can be divided
@@ -16,24 +16,24 @@ MOST_SHOWN = 5
 def settle_end_token(inner: tokenizers.Tokenizer, spec: dict[str, Any], eos_token: str) -> int:
     """The end token's id; made special if it is not. `spec` is the tokenizer's own JSON.
 
-    Raises UserError when it is not in the vocabulary, or is there as what ordinary text becomes.
+    Raises ConfigError when it is not in the vocabulary, or is there as what ordinary text becomes.
     """
     given = f"tokenizer.eos_token = {eos_token!r}"
     if len(eos_token) < SHORTEST:
-        raise UserError(
+        raise ConfigError(
             f"{given}: a token of at least {SHORTEST} characters is accepted, one that text does not become"
         )
     special = [token["content"] for token in spec["added_tokens"] if token["special"]]
     known = f"; its special tokens: {', '.join(special[:MOST_SHOWN])}" if special else ""
     eos_id: int | None = inner.token_to_id(eos_token)
     if eos_id is None:
-        raise UserError(f"{given}: not in the tokenizer's vocabulary{known}")
+        raise ConfigError(f"{given}: not in the tokenizer's vocabulary{known}")
     if eos_token not in special:
         is_added = any(token["content"] == eos_token for token in spec["added_tokens"])
         # As vocabularies spell what is not text.
         is_marked = eos_token[0] in "<[" and eos_token[-1] in ">]" and not BYTE_TOKEN.fullmatch(eos_token)
         if not is_marked and (is_added or made_by_model(spec["model"], {eos_token})):
-            raise UserError(f"{given}: ordinary text becomes this token; one that ends a document is accepted{known}")
+            raise ConfigError(f"{given}: ordinary text becomes this token; one that ends a document is accepted{known}")
         inner.add_special_tokens([eos_token])
     return eos_id
 

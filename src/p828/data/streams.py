@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from p828.data.row import Row
-from p828.data.shuffle import RowShuffler
+from p828.data.sample import Sample
+from p828.data.shuffle import SampleShuffler
 from p828.data.text.documents import DocumentStream
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 
 @dataclass
 class Stream:
-    rows: RowShuffler
+    rows: SampleShuffler
     given: int = 0
     """Rows that were taken out of it here."""
     wanted: int = 0
@@ -26,7 +26,7 @@ class Streams:
     rank reads streams of its own. Otherwise several read the same one and pass over what belongs to others.
     """
 
-    def __init__(self, streams: Sequence[RowShuffler], documents: Sequence[DocumentStream] = ()) -> None:
+    def __init__(self, streams: Sequence[SampleShuffler], documents: Sequence[DocumentStream] = ()) -> None:
         """`documents` are what each stream's rows are made of."""
         self.streams = [Stream(rows) for rows in streams]
         self.documents = documents
@@ -36,7 +36,7 @@ class Streams:
             # goes on from an earlier batch's state, which has to know of that record, too.
             stream.stopped = self._stopped
 
-    def take(self, batch: int, count: int) -> list[Row]:
+    def take(self, batch: int, count: int) -> list[Sample]:
         """The next `count` rows, for micro-batch number `batch`. Raises what reading them raises."""
         stream = self.streams[batch % len(self.streams)]
         while stream.given < stream.wanted:
@@ -61,9 +61,9 @@ class Streams:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError as `DocumentStream.load_state_dict`, and if the state is of prepared data."""
+        """Raises ConfigError as `DocumentStream.load_state_dict`, and if the state is of prepared data."""
         if "streams" not in state:
-            raise UserError("data.prepared is empty: the run was trained on prepared data. Give its directory")
+            raise ConfigError("data.prepared is empty: the run was trained on prepared data. Give its directory")
         self._stopped[:] = state.get("stopped", [])
         for stream, saved in zip(self.streams, state["streams"], strict=True):
             stream.rows.load_state_dict(saved["rows"])

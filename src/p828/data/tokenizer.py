@@ -21,7 +21,7 @@ from p828.data.special_tokens import BYTE_TOKEN, keep_out_of_text, settle_end_to
 from p828.data.text.hub import download_tokenizer
 from p828.data.text.shard import BadRecord
 from p828.data.tokenizer_trial import LONGEST_CAUSE, SAMPLES, try_out
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.files import MEBIBYTE, read_limited, write_atomic
 
 # cl100k_base's pattern (tiktoken) with single digits: a word takes the space or the sign before it, a run of
@@ -52,7 +52,7 @@ class Tokenizer:
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, eos_token: str) -> None:
-        """Raises UserError when `eos_token` is not in the vocabulary, or is what ordinary text becomes."""
+        """Raises ConfigError when `eos_token` is not in the vocabulary, or is what ordinary text becomes."""
         inner.no_truncation()
         inner.no_padding()
         inner = _settled(inner)
@@ -68,23 +68,23 @@ class Tokenizer:
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest id."""
         if self.vocab_size > LARGEST_VOCABULARY:
-            raise UserError(f"a token has the id {self.vocab_size - 1}: at most {LARGEST_VOCABULARY - 1} is accepted")
+            raise ConfigError(f"a token has the id {self.vocab_size - 1}: at most {LARGEST_VOCABULARY - 1} is accepted")
 
     @classmethod
     def from_file(cls, path: str | Path, eos_token: str) -> "Tokenizer":
-        """Raises UserError when the file cannot be read, is no tokenizer, or lacks `eos_token`."""
+        """Raises ConfigError when the file cannot be read, is no tokenizer, or lacks `eos_token`."""
         return cls._from_json(_read(Path(path)), str(path), eos_token)
 
     @classmethod
     def tried(cls, path: Path, eos_token: str) -> "Tokenizer":
-        """From a file that was never used before. Raises UserError also when it fails on text, or takes too long."""
+        """From a file that was never used before. Raises ConfigError also when it fails on text, or takes too long."""
         text = _read(path)
         _check_ids(text, str(path))
         try_out(text, str(path))
         made = cls._from_json(text, str(path), eos_token)
         for sample in (*SAMPLES, eos_token, made.inner.decode([made.eos_id], skip_special_tokens=False)):
             if made.eos_id in made.encode(sample):
-                raise UserError(
+                raise ConfigError(
                     f"{path}: tokenizer.eos_token = {eos_token!r}: text becomes this token, as {sample[:20]!r} does; "
                     "one that only ends a document is accepted"
                 )
@@ -98,11 +98,11 @@ class Tokenizer:
         try:
             with _answered("not usable as a tokenizer"):
                 return cls(inner, eos_token)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens. Raises UserError when the tokenizer fails on the text."""
+        """Token ids without special tokens. Raises ConfigError when the tokenizer fails on the text."""
         with _answered(FAILS):
             ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
         return ids
@@ -110,7 +110,7 @@ class Tokenizer:
     def encode_documents(self, texts: list[str]) -> list[npt.NDArray[np.int64]]:
         """Token ids of each text with EOS behind them, on all cores and outside the interpreter's lock.
 
-        Raises UserError when the tokenizer fails on a text.
+        Raises ConfigError when the tokenizer fails on a text.
         """
         with _answered(FAILS):
             encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
@@ -193,13 +193,13 @@ class Tokenizer:
         return text
 
     def save(self, path: str | Path) -> None:
-        """Write the file so that it is there whole or not at all. Raises UserError when it cannot be written."""
+        """Write the file so that it is there whole or not at all. Raises ConfigError when it cannot be written."""
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, self.to_json())
         except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error}") from error
+            raise ConfigError(f"{path}: cannot be written: {error}") from error
 
     def fingerprint(self) -> str:
         """SHA-256 of the serialised tokenizer, in hexadecimal."""
@@ -215,13 +215,13 @@ def load_tokenizer(
         documents: opens the text that a tokenizer is trained on; called for `train` only.
         model_vocab_size: rows of the model's embedding, which the vocabulary may not exceed; 0 for as many as it needs.
 
-    Raises UserError; `saved` is written only when all is well.
+    Raises ConfigError; `saved` is written only when all is well.
     """
     if saved.exists():
         source, tokenizer = str(saved), Tokenizer.from_file(saved, config.eos_token)
     elif config.name == "train":
         if 0 < model_vocab_size < config.vocab_size:  # a run's own may have come out smaller
-            raise UserError(
+            raise ConfigError(
                 f"tokenizer.vocab_size = {config.vocab_size}: a vocabulary of {config.vocab_size} exceeds "
                 f"model.vocab_size = {model_vocab_size}; with 0 there the model has what it needs"
             )
@@ -234,7 +234,7 @@ def load_tokenizer(
             path = download_tokenizer(config.name)
         source, tokenizer = config.name, Tokenizer.tried(path, config.eos_token)
     if 0 < model_vocab_size < tokenizer.vocab_size:
-        raise UserError(
+        raise ConfigError(
             f"{source}: the tokenizer's vocabulary of {tokenizer.vocab_size} exceeds "
             f"model.vocab_size = {model_vocab_size}"
         )
@@ -246,7 +246,7 @@ def load_tokenizer(
 def remarks(config: TokenizerConfig, tokenizer: Tokenizer, documents: Iterable[str]) -> list[str]:
     """What a user should know of a tokenizer that is taken over, a line each; the first of the documents are read.
 
-    Raises UserError when it fails on them. One that was trained here has nothing to be said of.
+    Raises ConfigError when it fails on them. One that was trained here has nothing to be said of.
     """
     lines = []
     if tokenizer.dropout:
@@ -353,11 +353,11 @@ def _read(path: Path) -> str:
     try:
         return read_limited(path, LARGEST_FILE).decode("utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a tokenizer.json: {error}") from None
+        raise ConfigError(f"{path}: cannot be read as a tokenizer.json: {error}") from None
 
 
 def _check_ids(text: str, where: str) -> None:
-    """Raises UserError for an id that no vocabulary has: the library takes memory for every id up to the largest."""
+    """Raises ConfigError for an id that no vocabulary has: the library takes memory for every id up to the largest."""
     try:
         spec = json.loads(text)
         vocabulary = spec["model"].get("vocab")
@@ -367,7 +367,7 @@ def _check_ids(text: str, where: str) -> None:
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return  # no tokenizer.json; the library says what is wrong with it
     if largest >= LARGEST_VOCABULARY:
-        raise UserError(f"{where}: a token has the id {largest}: at most {LARGEST_VOCABULARY - 1} is accepted")
+        raise ConfigError(f"{where}: a token has the id {largest}: at most {LARGEST_VOCABULARY - 1} is accepted")
 
 
 def _settled(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -382,13 +382,13 @@ def _settled(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 @contextmanager
 def _answered(what: str) -> Iterator[None]:
-    """Raises UserError for what the tokenizers library raises: plain exceptions, and panics, which are none."""
+    """Raises ConfigError for what the tokenizers library raises: plain exceptions, and panics, which are none."""
     try:
         yield
     except BaseException as error:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{what}: {' '.join(str(error).split())[:LONGEST_CAUSE]}") from None
+        raise ConfigError(f"{what}: {' '.join(str(error).split())[:LONGEST_CAUSE]}") from None
 
 
 def _bytes_of(characters: Counter[str]) -> int:

@@ -5,7 +5,7 @@ import sys
 
 import tokenizers
 
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.files import MEBIBYTE
 
 SECONDS, SECONDS_PER_MEBIBYTE = 15.0, 2.0  # twenty times what those in use take
@@ -22,7 +22,7 @@ PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from p828.data.tokenizer_tria
 
 
 def try_out(text: str, where: str) -> None:
-    """Read a tokenizer.json, encode and decode. Raises UserError in a line if that fails or takes too long."""
+    """Read a tokenizer.json, encode and decode. Raises ConfigError in a line if that fails or takes too long."""
     limit = SECONDS + SECONDS_PER_MEBIBYTE * len(text) / MEBIBYTE
     try:
         tried = subprocess.run(
@@ -30,10 +30,10 @@ def try_out(text: str, where: str) -> None:
             input=text.encode("utf-8", "surrogatepass"), capture_output=True, timeout=limit,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise UserError(f"{where}: not usable as a tokenizer: trying it out took over {limit:.0f} s") from None
+        raise ConfigError(f"{where}: not usable as a tokenizer: trying it out took over {limit:.0f} s") from None
     if tried.returncode:
         said = " ".join(tried.stdout.decode("utf-8", "replace").split())
-        raise UserError(f"{where}: {said[:LONGEST_CAUSE] or f'not a tokenizer.json: exit code {tried.returncode}'}")
+        raise ConfigError(f"{where}: {said[:LONGEST_CAUSE] or f'not a tokenizer.json: exit code {tried.returncode}'}")
 
 
 def main() -> None:

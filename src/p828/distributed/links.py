@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from p828.distributed.group import Ranks
+from p828.distributed.group import ProcessGroup
 from p828.system.device import machine
 
 # What `nvidia-smi topo -m` calls the link of two GPUs, by their numbers there, the lower one first.
@@ -38,7 +38,7 @@ ANSWER_WITHIN = 30.0  # seconds for nvidia-smi
 
 
 def check_topology(
-    ranks: Ranks, device: torch.device, gradient_numbers: int, dtype: torch.dtype, reductions: int = 1
+    ranks: ProcessGroup, device: torch.device, gradient_numbers: int, dtype: torch.dtype, reductions: int = 1
 ) -> list[str]:
     """What to tell the user of the links between the ranks' GPUs, the same on all ranks; to be called by all.
 
@@ -48,9 +48,9 @@ def check_topology(
     if ranks.size == 1 or device.type != "cuda":
         return []
     own = (machine(), str(torch.cuda.get_device_properties(device).uuid))
-    hosts, uuids = zip(*ranks.gather(own), strict=True)
+    hosts, uuids = zip(*ranks.all_gather_object(own), strict=True)
     is_one_host = len(set(hosts)) == 1  # of what is between hosts, only the measurement knows
-    links = ranks.first(lambda: links_between(uuids) if is_one_host else {})
+    links = ranks.on_rank_0(lambda: links_between(uuids) if is_one_host else {})
     seconds = time_all_reduce(gradient_numbers, dtype, device, ranks)
     return advice(links, seconds, gradient_numbers * dtype.itemsize, ranks.size, reductions=reductions)
 
@@ -81,7 +81,7 @@ def read_links(text: str) -> Links:
 
 
 def time_all_reduce(
-    numbers: int, dtype: torch.dtype, device: torch.device, ranks: Ranks, most_seconds: float = MOST_SECONDS
+    numbers: int, dtype: torch.dtype, device: torch.device, ranks: ProcessGroup, most_seconds: float = MOST_SECONDS
 ) -> float:
     """Seconds in which the default process group sums `numbers` numbers over ranks, the same on all of them.
 
@@ -97,7 +97,7 @@ def time_all_reduce(
         _all_reduce(tensor)  # sets up what NCCL uses for this size
         fastest = min(_all_reduce(tensor) for _ in range(REPEATS))
         # The ranks must go on to the same size, so that they decide by the same times: those of the slowest.
-        seconds, spent = map(max, zip(*ranks.all([fastest, time.monotonic() - begun]), strict=True))
+        seconds, spent = map(max, zip(*ranks.all_gather([fastest, time.monotonic() - begun]), strict=True))
         larger = min(limit, GROWTH * size)
         if larger == size or spent + (1 + REPEATS) * seconds * larger / size > most_seconds:
             return seconds * numbers / size

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from p828.errors import RunStopped, UserError
+from p828.errors import ConfigError, RunStopped
 from p828.files import open_appended, write_atomic
 from p828.system.device import machine
 
@@ -39,9 +39,9 @@ LAST_OPERATIONS = 5
 INTERRUPTED = 130
 
 
-def join_lifeline(
+def connect_watchdog(
     rank: int, size: int, gather: Callable[[Any], list[Any]], timeout: float, run_dir: Path
-) -> "Lifeline":
+) -> "Watchdog":
     """Connect every rank to rank 0; to be called by all. `gather` gives everyone's value, by rank."""
     hosts = set(gather(machine()))
     server = socket.create_server(("127.0.0.1" if len(hosts) == 1 else "", 0), backlog=1024) if rank == 0 else None
@@ -54,10 +54,10 @@ def join_lifeline(
             peers = _accept(server, size, token, CONNECT_WITHIN)
     about: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
     abouts: dict[int, dict[str, Any]] = dict(enumerate(gather(about)))
-    return Lifeline(rank, peers, abouts, timeout, run_dir / FILE_NAME)
+    return Watchdog(rank, peers, abouts, timeout, run_dir / FILE_NAME)
 
 
-class Lifeline:
+class Watchdog:
     """One rank's end of it: on rank 0 a connection to every other rank, elsewhere one to rank 0."""
 
     def __init__(
@@ -67,7 +67,7 @@ class Lifeline:
         self._last_progress = time.monotonic()
         self._has_failed = self._has_asked = False
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._watch_or_end, name="p828-lifeline", daemon=True)
+        self._thread = threading.Thread(target=self._watch_or_end, name="p828-watchdog", daemon=True)
         self._thread.start()
 
     def progressed(self) -> None:
@@ -78,11 +78,11 @@ class Lifeline:
 
         Elsewhere rank 0 says it; an error that it has told is marked so.
         """
-        is_ours = isinstance(error, UserError | RunStopped)
+        is_ours = isinstance(error, ConfigError | RunStopped)
         if not is_ours and not isinstance(error, KeyboardInterrupt):
             # It may be that another rank died during an operation. Then the thread ends this process.
             self._thread.join(MOURN_WITHIN)
-        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UserError) else 1
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ConfigError) else 1
         if self.rank:
             text = str(error) if is_ours else "".join(traceback.format_exception_only(error)).strip()
             self.peers[0].send(failed=text, code=code)

@@ -16,7 +16,7 @@ T = TypeVar("T")
 Key = tuple[torch.Size, bool]
 
 
-class MicroBatchGraphs(Generic[T]):
+class CudaGraphRunner(Generic[T]):
     """Iterates over `run(batch, is_first)`: the first time as it is, which compiles; then records and replays it.
 
     What happens up to each value that `run` yields is a graph of its own, so that the caller may start other work in

@@ -9,21 +9,21 @@ from torch.profiler import record_function
 
 from p828.config import BalanceConfig, Config
 from p828.data.loader import Batch
-from p828.engine.cuda_graph import MicroBatchGraphs
+from p828.engine.cuda_graph import CudaGraphRunner
 from p828.kernels.embedding import add_embedding_gradient_
 from p828.model.loss import IGNORE, loss_and_gradients
 from p828.model.transformer import RouterStatistics, Transformer
 from p828.system.device import compiles
 
 
-class GradientSums:
+class GradientAccumulator:
     """The gradients of a step's micro-batches, summed in float32; their losses and expert loads, likewise.
 
     Parameters may be float32 or bfloat16. A matrix's gradient of one micro-batch has its parameter's dtype, but for
     the embedding's and the head's: these two stay outside autograd and are summed in float32 from the start. Nothing
     is written to `.grad`, and no hook on a parameter runs.
 
-    The backward pass may go in several stretches of layers, so that the sums of the last layers can be used while those
+    The backward pass may go in several segments of layers, so that the sums of the last layers can be used while those
     of the first ones are still computed.
     """
 
@@ -33,7 +33,7 @@ class GradientSums:
         config: Config,
         dtype: torch.dtype,
         sums: Mapping[Tensor, Tensor] | None = None,
-        stretches: int = 1,
+        segments: int = 1,
     ) -> None:
         """`sums` is where every parameter's sum is to be, if that matters."""
         self.model, self.config, self.dtype = model, config, dtype
@@ -46,20 +46,20 @@ class GradientSums:
         self._dhead_VH = self.sums[model.head_weight]  # the same one if they are tied
         balance = config.balance
         has_auxiliary_losses = bool(balance.sequence_loss_weight or balance.z_loss_weight)  # they reach all layers
-        self._stretches = _stretches(model, 1 if has_auxiliary_losses else stretches)
+        self._segments = _segments(model, 1 if has_auxiliary_losses else segments)
         layers, experts = config.model.num_hidden_layers, config.model.n_routed_experts
         self.scale = torch.zeros((), device=self.device)
         """Factor on the losses: 1 / targets of the step. Set before the step's first micro-batch."""
         self.loss = torch.zeros((), device=self.device)
         """Σ loss · scale."""
         self.loads_LE = torch.zeros(layers, experts, dtype=torch.int64, device=self.device)
-        self._graphs = MicroBatchGraphs(self._add, len(self._stretches), self.device) if self._is_recordable() else None
+        self._graphs = CudaGraphRunner(self._add, len(self._segments), self.device) if self._is_recordable() else None
         self._is_first = True  # of the step's micro-batches
 
     def add(self, batch: Batch, when_added: Callable[[list[Tensor]], None] = lambda parameters: None) -> None:
         """Add a micro-batch's; does not make the host wait for the device.
 
-        After each stretch, `when_added` gets the parameters to whose sums the device will have added by then.
+        After each segment, `when_added` gets the parameters to whose sums the device will have added by then.
         """
         if self._graphs is None:
             added = self._add(batch.to(self.device), self._is_first)
@@ -88,7 +88,7 @@ class GradientSums:
             batch.document_ids_BS,
             dtype=self.dtype,
             embedded_BSH=embedded_BSH,
-            cut_before=[stretch.first_layer for stretch in self._stretches[1:]],
+            detach_before=[segment.first_layer for segment in self._segments[1:]],
             valid_BS=batch.targets_BS != IGNORE,
         )
         with record_function("CrossEntropy"):  # such labels tell a profiler what autograd does not
@@ -100,44 +100,44 @@ class GradientSums:
         auxiliary = auxiliary_losses(output.router, self.config.balance, self.scale)
         outputs: Sequence[Tensor] = [output.hidden_BSH, *auxiliary]
         gradients: Sequence[Tensor] = [dhidden_TH.view_as(output.hidden_BSH), *map(torch.ones_like, auxiliary)]
-        cuts = output.cuts
+        boundaries = output.boundaries
         del output
-        for number in reversed(range(len(self._stretches))):
-            stretch = self._stretches[number]
-            outputs_before, into = cuts.pop() if number else ((), (embedded_BSH,))
-            found = torch.autograd.grad(outputs, [*into, *stretch.by_autograd], gradients)
+        for number in reversed(range(len(self._segments))):
+            segment = self._segments[number]
+            outputs_before, into = boundaries.pop() if number else ((), (embedded_BSH,))
+            found = torch.autograd.grad(outputs, [*into, *segment.by_autograd], gradients)
             outputs, gradients = outputs_before, found[: len(into)]
             if number == 0:
                 with record_function("embedding"):
                     add_embedding_gradient_(self._dembedding_VH, tokens_T, gradients[0].flatten(0, 1))
             with record_function("Optimizer.step: accumulate"):
-                for parameter, gradient in zip(stretch.by_autograd, found[len(into) :], strict=True):
+                for parameter, gradient in zip(segment.by_autograd, found[len(into) :], strict=True):
                     if is_first:
                         self.sums[parameter].copy_(gradient)
                     else:
                         self.sums[parameter].add_(gradient)
             del found
-            yield stretch.parameters
+            yield segment.parameters
 
     def _is_recordable(self) -> bool:
         """Whether the host only starts kernels: plain experts ask for loads, recomputation for random states."""
         model, train = self.config.model, self.config.train
-        is_fused = self.dtype == torch.bfloat16 and model.attention_backend != "reference" and not model.dropout
+        uses_triton = self.dtype == torch.bfloat16 and model.attention_backend != "reference" and not model.dropout
         is_compiled = self.device.type == "cuda" and compiles(train, self.device)
-        return is_compiled and is_fused and not train.gradient_checkpointing
+        return is_compiled and uses_triton and not train.gradient_checkpointing
 
 
-class _Stretch(NamedTuple):
+class _Segment(NamedTuple):
     """Consecutive layers, with what comes before the first and behind the last one."""
 
     first_layer: int
     parameters: list[Tensor]
-    """Those whose sums are complete after this stretch and the later ones."""
+    """Those whose sums are complete after this segment and the later ones."""
     by_autograd: list[Tensor]
     """Those of them that autograd has the gradients of."""
 
 
-def _stretches(model: Transformer, count: int) -> list[_Stretch]:
+def _segments(model: Transformer, count: int) -> list[_Segment]:
     """At most `count` of nearly equally many layers, from the first layers on."""
     embedding, head = model.model.embed_tokens.weight, model.head_weight
     layers, count = len(model.layers), min(count, len(model.layers))
@@ -150,7 +150,7 @@ def _stretches(model: Transformer, count: int) -> list[_Stretch]:
         if begin == 0:
             parameters.append(embedding)
         by_autograd = [parameter for parameter in parameters if parameter is not embedding and parameter is not head]
-        found.append(_Stretch(begin, parameters, by_autograd))
+        found.append(_Segment(begin, parameters, by_autograd))
     return found
 
 

@@ -1,7 +1,7 @@
 """What a training step does to a model, on one device.
 
-The loop calls `forward_backward`, `step`, `model_in_step`, `whole_model`, `tensors` and `load_tensors`, and reads
-`device` and `dtype`.
+The loop calls `forward_backward`, `step`, `model_for_evaluation`, `gathered_model`, `tensors` and `load_state_dict`,
+and reads `device` and `dtype`.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch.profiler import record_function
 
 from p828.config import Config
 from p828.data.loader import Batch
-from p828.engine.microbatch import GradientSums
+from p828.engine.microbatch import GradientAccumulator
 from p828.model.backend import check_widths
 from p828.model.init import initialise
 from p828.model.transformer import Transformer
@@ -49,16 +49,16 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> StepResult:
         """Clip, update weights and balance bias, unless something is not finite; begin the next step."""
 
-    def whole_model(self) -> AbstractContextManager[Transformer]:
+    def gathered_model(self) -> AbstractContextManager[Transformer]:
         """The model with all its weights, on every rank."""
 
-    def model_in_step(self) -> AbstractContextManager[Transformer]:
+    def model_for_evaluation(self) -> AbstractContextManager[Transformer]:
         """The model for forward passes that all ranks make at once, each as many."""
 
-    def tensors(self) -> Mapping[str, Mapping[str, Saveable]]:
+    def state_dict(self) -> Mapping[str, Mapping[str, Saveable]]:
         """Everything a checkpoint needs from this rank, by file and name, where it is kept."""
 
-    def load_tensors(self, tensors: Tensors) -> None:
+    def load_state_dict(self, tensors: Tensors) -> None:
         """Go on from what an engine saved."""
 
 
@@ -77,7 +77,7 @@ class PlainEngine:
         if compiles(config.train, self.device):
             for layer in self.model.layers:
                 layer.compile()
-        self.gradients = GradientSums(self.model, config, self.dtype)
+        self.gradients = GradientAccumulator(self.model, config, self.dtype)
         moment_dtype = pick_moment_dtype(config.optimizer.moment_dtype, self.dtype, self.device)
         self.optimizer = Optimizer(self.model, config.optimizer, self.dtype, moment_dtype, self.gradients.sums)
 
@@ -101,24 +101,24 @@ class PlainEngine:
         self.gradients.begin_step()
         return step_result(result.tolist(), self.config)  # the step's one wait for the device
 
-    def tensors(self) -> dict[str, dict[str, Saveable]]:
+    def state_dict(self) -> dict[str, dict[str, Saveable]]:
         """Everything a checkpoint needs from here, by file and name, where it is kept; masters are not joined."""
         return {
             "model": {**self.model.state_dict(), **self.optimizer.halves()},
-            "optimizer": {**self.optimizer.tensors()},
+            "optimizer": {**self.optimizer.state_dict()},
             "random": {**random_states(self.device)},
         }
 
     @contextmanager
-    def whole_model(self) -> Iterator[Transformer]:
+    def gathered_model(self) -> Iterator[Transformer]:
         yield self.model
 
-    model_in_step = whole_model
+    model_for_evaluation = gathered_model
 
-    def load_tensors(self, tensors: Mapping[str, dict[str, Tensor]] | Tensors) -> None:
+    def load_state_dict(self, tensors: Mapping[str, dict[str, Tensor]] | Tensors) -> None:
         self.model.load_state_dict(tensors["model"])
         self.optimizer.load_masters(tensors["model"])
-        self.optimizer.load_tensors(tensors["optimizer"])
+        self.optimizer.load_state_dict(tensors["optimizer"])
         restore_random_states(tensors["random"], self.device)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from p828.data.tokenizer import Tokenizer
-from p828.errors import NotFinite, UserError
+from p828.errors import ConfigError, NotFinite
 from p828.inference.mode import inference
 from p828.inference.sampling import SamplingConfig, sample
 from p828.inference.text import TextStream
@@ -47,7 +47,7 @@ def generate(
     certain. What a prompt gets does not depend on the others, but for the rounding of matrix products of another size;
     equal prompts get different samples. Global random states and the model's training mode stay as they are.
 
-    Raises UserError for a prompt that is no valid Unicode or fills the model's context, and for a model whose weights
+    Raises ConfigError for a prompt that is no valid Unicode or fills the model's context, and for a model whose weights
     diverged.
     """
     context = model.config.max_position_embeddings
@@ -145,10 +145,10 @@ def _encode(tokenizer: Tokenizer, prompt: str, context: int) -> list[int]:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"the prompt {prompt!r} is not valid Unicode text") from None
+        raise ConfigError(f"the prompt {prompt!r} is not valid Unicode text") from None
     ids = tokenizer.encode(prompt)
     if len(ids) >= context:
-        raise UserError(
+        raise ConfigError(
             f"the prompt has {len(ids)} tokens: at most {context - 1} are accepted, "
             f"for the model's context (model.max_position_embeddings) is {context}"
         )

@@ -9,7 +9,7 @@ import torch
 from p828.config import Config, ModelConfig, validate
 from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
-from p828.errors import UserError, warn
+from p828.errors import ConfigError, warn
 from p828.kernels.adamw import split_float32
 from p828.model.backend import check_widths
 from p828.model.precision import matrices
@@ -42,12 +42,12 @@ class LoadedModel:
 def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
     """Load from a run's directory (its newest complete checkpoint) or a checkpoint; `device`: auto, cpu or cuda.
 
-    A newer checkpoint that is damaged is told on stderr, and so is waiting for one that cannot be read for now.
-    Raises UserError when there is no checkpoint, it is damaged or does not fit its configuration, the tokenizer is
-    missing or does not fit the model, or there is no GPU although one is asked for; ReadFailed when it cannot be read.
+    A newer checkpoint that is damaged is told on stderr, and so is waiting for one that cannot be read for now. Raises
+    ConfigError when there is no checkpoint, it is damaged or does not fit its configuration, the tokenizer is missing
+    or does not fit the model, or there is no GPU although one is asked for; TransientReadError when it cannot be read.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError('device = "cuda": this machine shows no GPU to PyTorch; "auto" or "cpu" is accepted')
+        raise ConfigError('device = "cuda": this machine shows no GPU to PyTorch; "auto" or "cpu" is accepted')
     place, retry = pick_device(device), Retry(READ_RETRIES, tell=warn)
     found, notes = checkpoint.resolve_with_notes(Path(path), retry)
     for note in notes:
@@ -59,7 +59,7 @@ def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
         validate(config)
         tokenizer = _load_tokenizer(_tokenizer_file(saved), config)
         if saved.state.get("tokenizer") != tokenizer.fingerprint():
-            raise UserError(f"{found}: trained with another tokenizer than its run's {TOKENIZER_FILE}")
+            raise ConfigError(f"{found}: trained with another tokenizer than its run's {TOKENIZER_FILE}")
         check_weights(saved, config.model)
         rules = rules_of(saved)
         weights = saved.tensors["model"]
@@ -83,17 +83,17 @@ def _arithmetic(config: Config, device: torch.device) -> tuple[ModelConfig, torc
     try:
         dtype = pick_dtype(config.train.dtype, device)
         check_widths(config.model, device, dtype)
-    except UserError:
+    except ConfigError:
         return replace(config.model, attention_backend="reference"), torch.float32
     return config.model, dtype
 
 
 def _load_tokenizer(path: Path, config: Config) -> Tokenizer:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; this checkpoint is used from within its run's directory")
+        raise ConfigError(f"{path}: no such file; this checkpoint is used from within its run's directory")
     tokenizer = Tokenizer.from_file(path, config.tokenizer.eos_token)
     if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
+        raise ConfigError(
             f"{path}: its vocabulary of {tokenizer.vocab_size} exceeds model.vocab_size = {config.model.vocab_size}"
         )
     return tokenizer

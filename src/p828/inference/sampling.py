@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 GREEDY_BELOW = 1e-5  # logits divided by less could overflow float32
 PENALTIES = 0.001, 1000.0  # with others logits could overflow, too; those in use are near 1
@@ -15,7 +15,7 @@ PENALTIES = 0.001, 1000.0  # with others logits could overflow, too; those in us
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn. Raises UserError for a value out of range."""
+    """How tokens are drawn. Raises ConfigError for a value out of range."""
 
     temperature: float = 0.8
     """Divides the logits: below 1 is surer, above 1 wilder, 0 always takes the likeliest token."""
@@ -53,7 +53,7 @@ class SamplingConfig:
 
 def _check(name: str, value: object, accepted: bool, words: str) -> None:
     if not accepted:
-        raise UserError(f"{name} = {value}: {words} is accepted")
+        raise ConfigError(f"{name} = {value}: {words} is accepted")
 
 
 def sample(

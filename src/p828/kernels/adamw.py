@@ -37,17 +37,17 @@ def adamw_plain_(state: MatrixState, update: Update, weight_decay: float, number
     beta1, beta2 = update.betas
     step_size = update.learning_rate * update.corrections[0]
     blocks = zip(*(tensor.view(-1).split(PLAIN_BLOCK) for tensor in state), strict=True)
-    for block, (weight, remainder, gradient, exp_avg, exp_avg_sq) in enumerate(blocks):
+    for block, (weight, low_bits, gradient, exp_avg, exp_avg_sq) in enumerate(blocks):
         gradient = gradient * update.clip
         first, second = exp_avg.float(), exp_avg_sq.float()
         first = first + (gradient - first) * (1 - beta1)
         second = second + (gradient * gradient - second) * (1 - beta2)
         # By way of float64, because PyTorch's root of float32 on a CPU may be off by a unit in the last place.
         root = second.double().sqrt().float() * update.corrections[1] + update.eps
-        master = join_float32(weight, remainder) * (1 - update.learning_rate * weight_decay)
+        master = join_float32(weight, low_bits) * (1 - update.learning_rate * weight_decay)
         high, low = split_float32(master - step_size * first / root)
         weight.copy_(high)
-        remainder.copy_(low)
+        low_bits.copy_(low)
         if exp_avg.dtype == torch.bfloat16:
             noise = random_bits(block * PLAIN_BLOCK, len(weight), update.updates, number)
             first, second = round_stochastically(first, noise & 0xFFFF), round_stochastically(second, noise >> 16)
@@ -62,7 +62,7 @@ def bias_corrections(betas: tuple[float, float], updates: Tensor) -> Tensor:
 
 
 def split_float32(master: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 as the nearest bfloat16, halves away from zero, and an int16 remainder: `join_float32` gives it back.
+    """float32 as the nearest bfloat16, halves away from zero, and an int16 low_bits: `join_float32` gives it back.
 
     Halves to even, as PyTorch rounds, would need a 17th bit. What is nearer to 2^128 than to the largest bfloat16
     becomes infinity, as always in rounding, and still joins to what it was.
@@ -72,9 +72,9 @@ def split_float32(master: Tensor) -> tuple[Tensor, Tensor]:
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
 
 
-def join_float32(weight: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 master of a bfloat16 weight and its int16 remainder."""
-    return ((weight.view(torch.int16).int() << 16) + remainder).view(torch.float32)
+def join_float32(weight: Tensor, low_bits: Tensor) -> Tensor:
+    """The float32 master of a bfloat16 weight and its int16 low_bits."""
+    return ((weight.view(torch.int16).int() << 16) + low_bits).view(torch.float32)
 
 
 def round_stochastically(x: Tensor, noise: Tensor) -> Tensor:

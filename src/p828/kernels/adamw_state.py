@@ -10,7 +10,7 @@ class MatrixState(NamedTuple):
 
     weight: Tensor
     """bfloat16: what the layers compute with."""
-    remainder: Tensor
+    low_bits: Tensor
     """int16: what the float32 master has beyond it, in units of the master's last place."""
     gradient: Tensor
     """float32: the sum over a step's micro-batches."""

@@ -41,7 +41,7 @@ def adamw_store_moment(pointer, at, x, noise, mask):
 
 @triton.jit(do_not_specialize=["number"])
 def adamw_update(
-    weight, remainder, gradient, exp_avg, exp_avg_sq, clip, found_inf, updates, corrections,
+    weight, low_bits, gradient, exp_avg, exp_avg_sq, clip, found_inf, updates, corrections,
     learning_rate, decay, share1, share2, eps, number, numel, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`decay` is 1 − learning rate · weight decay; the shares are 1 − beta. bfloat16 tensors come as their bits."""
@@ -57,13 +57,13 @@ def adamw_update(
     root = tl.sqrt_rn(second) * tl.load(corrections + 1) + eps
 
     high = tl.load(weight + at, mask=mask, other=0).to(tl.int32)
-    low = tl.load(remainder + at, mask=mask, other=0).to(tl.int32)
+    low = tl.load(low_bits + at, mask=mask, other=0).to(tl.int32)
     master = ((high << 16) + low).to(tl.float32, bitcast=True) * decay
     step_size = learning_rate * tl.load(corrections)
     bits = (master - tl.div_rn(step_size * first, root)).to(tl.int32, bitcast=True)
     high = (bits + 0x8000) >> 16
     tl.store(weight + at, high.to(tl.int16), mask=mask)
-    tl.store(remainder + at, (bits - (high << 16)).to(tl.int16), mask=mask)
+    tl.store(low_bits + at, (bits - (high << 16)).to(tl.int16), mask=mask)
 
     key = adamw_hash(tl.load(updates).to(tl.uint32) * 0x9E3779B9 + number.to(tl.uint32))
     noise = adamw_hash(at.to(tl.uint32) ^ key)

@@ -15,7 +15,7 @@ from p828.model.norm import RMSNorm
 from p828.model.rope import apply_rotary
 
 
-class Visibility(NamedTuple):
+class AttentionMask(NamedTuple):
     """What a query sees: itself and what came before it, within its own document. Made once for all layers."""
 
     backend: str
@@ -44,7 +44,7 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
 
     def forward(
-        self, x_BSH: Tensor, rotary: tuple[Tensor, Tensor], visibility: Visibility, cache: LayerCache | None = None
+        self, x_BSH: Tensor, rotary: tuple[Tensor, Tensor], visibility: AttentionMask, cache: LayerCache | None = None
     ) -> Tensor:
         # One product for the three, since those of keys and values alone are too narrow to fill a GPU.
         weight = torch.cat([projection.weight for projection in (self.q_proj, self.k_proj, self.v_proj)])
@@ -57,7 +57,7 @@ class Attention(nn.Module):
             k_BSGD, v_BSGD = cache.append(k_BSGD, v_BSGD)
         return self.o_proj(attend(q_BSND, k_BSGD, v_BSGD, self.sinks, visibility).flatten(2))
 
-    def _fused(self, qkv_BSXD: Tensor, rotary: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:
+    def _fused(self, qkv_BSXD: Tensor, rotary: tuple[Tensor, Tensor], visibility: AttentionMask) -> Tensor:
         """Norms, rotation and attention on a GPU: (B, S, N, D)."""
         norms = (self.q_norm.weight.float(), self.k_norm.weight.float()) if self.use_qk_norm else (None, None)
         sinks_N = None if self.sinks is None else self.sinks.float()
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         return out_TND.unflatten(0, qkv_BSXD.shape[:2])
 
 
-def attend(q_BSND: Tensor, k_BCGD: Tensor, v_BCGD: Tensor, sinks_N: Tensor | None, visibility: Visibility) -> Tensor:
+def attend(q_BSND: Tensor, k_BCGD: Tensor, v_BCGD: Tensor, sinks_N: Tensor | None, visibility: AttentionMask) -> Tensor:
     """softmax([q kᵀ / sqrt(D), sink]) v without the sink's column: (B, S, N, D) in q's dtype.
 
     Keys hold C tokens, as many as the queries unless they come from a cache. `sinks_N` is float32 or None.

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from p828.config import ModelConfig
 from p828.kernels.moe import ops as kernels
 from p828.kernels.moe.grouped_gemm_cpu import grouped_linear
-from p828.kernels.moe.swiglu_down import activated_linear
+from p828.kernels.moe.swiglu_down import swiglu_down
 from p828.kernels.moe.tiles import TILE
 from p828.model.linear import Linear
 
 
-class Order(NamedTuple):
+class TokenPermutation(NamedTuple):
     """The rows of routed tokens sorted by expert; entry i is choice i % K of token i // K."""
 
-    row_TK: Tensor
+    destination_TK: Tensor
     """int: the row of every choice."""
-    entry_R: Tensor
+    source_R: Tensor
     """int: the entry that is in each row; −1 in what fills an expert's last tile, where a kernel wants whole tiles."""
     offsets_E1: Tensor
     """int (E + 1,): where each expert's rows begin, and where the last one's end."""
@@ -43,27 +43,27 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * projected, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
-    def order(self, x_TH: Tensor, experts_TK: Tensor, counted_T: Tensor | None) -> Order:
+    def order(self, x_TH: Tensor, experts_TK: Tensor, counted_T: Tensor | None) -> TokenPermutation:
         """The order that `forward` wants for these tokens. `counted_T` (bool) leaves padding out of the loads."""
         experts = len(self.down_proj)
         if counted_T is None:
             counted_T = torch.ones(len(x_TH), dtype=torch.bool, device=x_TH.device)
-        if not is_fused(x_TH, self):
+        if not uses_triton(x_TH, self):
             return sort_by_expert(experts_TK, counted_T, experts)
         tiles = -(-experts_TK.numel() // TILE) + experts  # no expert pads more than a tile
-        return Order(*kernels.sort_rows(experts_TK, counted_T, experts, tiles * TILE))
+        return TokenPermutation(*kernels.sort_rows(experts_TK, counted_T, experts, tiles * TILE))
 
-    def forward(self, x_TH: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
+    def forward(self, x_TH: Tensor, weights_TK: Tensor, order: TokenPermutation) -> Tensor:
         gate_up, down = self.gate_up_proj.to(x_TH.dtype), self.down_proj.to(x_TH.dtype)
         if order.tile_expert is not None:
             return kernels.routed_experts(x_TH, weights_TK, gate_up, down, *order[:4])[0]
         rows_E = order.offsets_E1.diff()
-        x_RH = Dispatch.apply(x_TH, order.row_TK, order.entry_R)
+        x_RH = Dispatch.apply(x_TH, order.destination_TK, order.source_R)
         gate_RP, up_RP = grouped_linear(x_RH, gate_up, rows_E).chunk(2, dim=-1)
         inner_RI = F.dropout(activate(self.hidden_act, gate_RP, up_RP), self.dropout, self.training)
         # Weighted before the last product: the sum over a token's experts is then the transpose of the dispatch.
-        weighted_RI = (inner_RI * weights_TK.flatten()[order.entry_R, None]).to(x_TH.dtype)
-        return Combine.apply(grouped_linear(weighted_RI, down, rows_E), order.row_TK, order.entry_R)
+        weighted_RI = (inner_RI * weights_TK.flatten()[order.source_R, None]).to(x_TH.dtype)
+        return Combine.apply(grouped_linear(weighted_RI, down, rows_E), order.destination_TK, order.source_R)
 
 
 class SharedExperts(nn.Module):
@@ -80,13 +80,13 @@ class SharedExperts(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         gate_TP, up_TP = self.gate_proj(x_TH), self.up_proj(x_TH)
-        if is_fused(x_TH, self):
-            return activated_linear(gate_TP, up_TP, self.down_proj.weight.to(x_TH.dtype))
+        if uses_triton(x_TH, self):
+            return swiglu_down(gate_TP, up_TP, self.down_proj.weight.to(x_TH.dtype))
         inner_TI = activate(self.hidden_act, gate_TP, up_TP)
         return self.down_proj(F.dropout(inner_TI, self.dropout, self.training))
 
 
-def is_fused(x_TH: Tensor, experts: Experts | SharedExperts) -> bool:
+def uses_triton(x_TH: Tensor, experts: Experts | SharedExperts) -> bool:
     """Whether the kernels for a GPU compute these tokens."""
     drops = experts.training and experts.dropout > 0
     return x_TH.is_cuda and x_TH.dtype == torch.bfloat16 and not drops
@@ -104,15 +104,15 @@ def activate(hidden_act: str, gate_P: Tensor, up_P: Tensor) -> Tensor:
     return F.silu(gate_P) * up_P
 
 
-def sort_by_expert(experts_TK: Tensor, counted_T: Tensor, n_routed_experts: int) -> Order:
+def sort_by_expert(experts_TK: Tensor, counted_T: Tensor, n_routed_experts: int) -> TokenPermutation:
     """The stable order of the routed tokens by expert, without padding: within an expert, tokens keep their order."""
     chosen_R = experts_TK.flatten()
-    entry_R = chosen_R.argsort(stable=True)
-    row_R = torch.empty_like(entry_R).scatter_(0, entry_R, torch.arange(len(entry_R), device=entry_R.device))
+    source_R = chosen_R.argsort(stable=True)
+    row_R = torch.empty_like(source_R).scatter_(0, source_R, torch.arange(len(source_R), device=source_R.device))
     is_chosen_TKE = experts_TK[..., None] == torch.arange(n_routed_experts, device=chosen_R.device)
     offsets_E1 = F.pad(is_chosen_TKE.sum(dim=(0, 1)).cumsum(0), (1, 0))
     loads_E = (is_chosen_TKE & counted_T[:, None, None]).sum(dim=(0, 1))
-    return Order(row_R.view_as(experts_TK), entry_R, offsets_E1, None, loads_E)
+    return TokenPermutation(row_R.view_as(experts_TK), source_R, offsets_E1, None, loads_E)
 
 
 class Dispatch(torch.autograd.Function):
@@ -123,9 +123,9 @@ class Dispatch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, row_TK: Tensor, entry_R: Tensor) -> Tensor:
-        ctx.save_for_backward(row_TK, entry_R)
-        return gather_rows(x_TH, row_TK, entry_R)
+    def forward(ctx: Any, x_TH: Tensor, destination_TK: Tensor, source_R: Tensor) -> Tensor:
+        ctx.save_for_backward(destination_TK, source_R)
+        return gather_rows(x_TH, destination_TK, source_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None]:
@@ -136,18 +136,18 @@ class Combine(torch.autograd.Function):
     """(R, H) to (T, H): the sum over a token's experts; the transpose of `Dispatch`."""
 
     @staticmethod
-    def forward(ctx: Any, y_RH: Tensor, row_TK: Tensor, entry_R: Tensor) -> Tensor:
-        ctx.save_for_backward(row_TK, entry_R)
-        return combine_rows(y_RH, row_TK)
+    def forward(ctx: Any, y_RH: Tensor, destination_TK: Tensor, source_R: Tensor) -> Tensor:
+        ctx.save_for_backward(destination_TK, source_R)
+        return combine_rows(y_RH, destination_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
         return gather_rows(grad_TH, *ctx.saved_tensors), None, None
 
 
-def gather_rows(x_TH: Tensor, row_TK: Tensor, entry_R: Tensor) -> Tensor:
-    return x_TH.index_select(0, entry_R // row_TK.shape[1])
+def gather_rows(x_TH: Tensor, destination_TK: Tensor, source_R: Tensor) -> Tensor:
+    return x_TH.index_select(0, source_R // destination_TK.shape[1])
 
 
-def combine_rows(y_RH: Tensor, row_TK: Tensor) -> Tensor:
-    return y_RH.index_select(0, row_TK.flatten()).unflatten(0, row_TK.shape).sum(dim=1)
+def combine_rows(y_RH: Tensor, destination_TK: Tensor) -> Tensor:
+    return y_RH.index_select(0, destination_TK.flatten()).unflatten(0, destination_TK.shape).sum(dim=1)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from p828.config import ModelConfig
-from p828.model.attention import Attention, Visibility
-from p828.model.experts import Experts, Order, SharedExperts
+from p828.model.attention import Attention, AttentionMask
+from p828.model.experts import Experts, SharedExperts, TokenPermutation
 from p828.model.kv_cache import KVCache, LayerCache
 from p828.model.linear import Linear
 from p828.model.norm import ResidualNorm
@@ -40,11 +40,11 @@ class Output(NamedTuple):
     hidden_BSH: Tensor
     """After the final norm, in the dtype computed in; what the output head reads."""
     router: RouterStatistics
-    cuts: list["Cut"]
+    boundaries: list["Boundary"]
     """Where the autograd graph was cut."""
 
 
-class Cut(NamedTuple):
+class Boundary(NamedTuple):
     """The graph's two ends between one layer and the next: x and delta as they came, and leaves in their place."""
 
     before: tuple[Tensor, Tensor]
@@ -60,7 +60,7 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = SharedExperts(config) if config.n_shared_experts else None
 
-    def forward(self, x_TH: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
+    def forward(self, x_TH: Tensor, weights_TK: Tensor, order: TokenPermutation) -> Tensor:
         routed_TH = self.experts(x_TH, weights_TK, order)
         return routed_TH if self.shared_experts is None else routed_TH + self.shared_experts(x_TH)
 
@@ -80,7 +80,7 @@ class Layer(nn.Module):
         x_BSH: Tensor,
         delta_BSH: Tensor,
         angles: tuple[Tensor, Tensor],
-        visibility: Visibility,
+        visibility: AttentionMask,
         counted_T: Tensor | None,
         valid_T: Tensor | None,
         cache: LayerCache | None = None,
@@ -157,7 +157,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         dtype: torch.dtype = torch.float32,
         embedded_BSH: Tensor | None = None,
-        cut_before: Collection[int] = (),
+        detach_before: Collection[int] = (),
         valid_BS: Tensor | None = None,
     ) -> Output:
         """Hidden states and router statistics of a batch, computed in `dtype`.
@@ -165,23 +165,23 @@ class Transformer(nn.Module):
         `positions_BS` (int64) defaults to 0 … S−1. `document_ids_BS` (int) limits attention to a document when
         `mask_documents` is on; −1 marks padding, which no load counts. With a `cache`, the tokens join those it holds,
         and `positions_BS` says where. `embedded_BSH` is what `embed` gives, from a caller that wants its gradient;
-        `cut_before` names layers at which a caller that goes back through the model in several steps begins a new one.
-        `valid_BS` (bool) marks the tokens that have a target: auxiliary losses are sums over these, as the loss is. It
-        defaults to those that are not padding.
+        `detach_before` names layers at which a caller that goes back through the model in several steps begins a new
+        one. `valid_BS` (bool) marks the tokens that have a target: auxiliary losses are sums over these, as the loss
+        is. It defaults to those that are not padding.
         """
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        visibility = self._visibility(tokens_BS, positions_BS, document_ids_BS, cache, dtype)
+        visibility = self._attention_mask(tokens_BS, positions_BS, document_ids_BS, cache, dtype)
         counted_T = None if document_ids_BS is None else document_ids_BS.flatten() >= 0
         valid_T = counted_T if valid_BS is None else valid_BS.flatten()
         angles = rotary(positions_BS, self.frequencies, self.config.rope_scaling.factor)
         x_BSH = self.embed(tokens_BS, dtype) if embedded_BSH is None else embedded_BSH
         delta_BSH = torch.zeros_like(x_BSH)
-        statistics, cuts = [], []
+        statistics, boundaries = [], []
         for index, layer in enumerate(self.layers):
-            if index in cut_before:
-                cuts.append(Cut((x_BSH, delta_BSH), (_leaf(x_BSH), _leaf(delta_BSH))))
-                x_BSH, delta_BSH = cuts[-1].after
+            if index in detach_before:
+                boundaries.append(Boundary((x_BSH, delta_BSH), (_leaf(x_BSH), _leaf(delta_BSH))))
+                x_BSH, delta_BSH = boundaries[-1].after
             layer_cache = None if cache is None else cache.layer(index, positions_BS)
             x_BSH, delta_BSH, layer_statistics = layer(
                 x_BSH, delta_BSH, angles, visibility, counted_T, valid_T, layer_cache
@@ -189,7 +189,7 @@ class Transformer(nn.Module):
             statistics.append(layer_statistics)
         _, normed_BSH = self.model.norm(x_BSH, delta_BSH)
         router = RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True)))
-        return Output(normed_BSH, router, cuts)
+        return Output(normed_BSH, router, boundaries)
 
     def embed(self, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, S) token ids to (B, S, H) in `dtype`."""
@@ -199,28 +199,28 @@ class Transformer(nn.Module):
         """(…, H) to float32 (…, V)."""
         return (hidden_H @ self.head_weight.to(hidden_H.dtype).T).float()
 
-    def _visibility(
+    def _attention_mask(
         self,
         tokens_BS: Tensor,
         positions_BS: Tensor,
         document_ids_BS: Tensor | None,
         cache: KVCache | None,
         dtype: torch.dtype,
-    ) -> Visibility:
+    ) -> AttentionMask:
         if cache is not None:
             slots_C = torch.arange(cache.used, device=tokens_BS.device)
-            return Visibility("reference", slots_C <= positions_BS[:, :, None])
+            return AttentionMask("reference", slots_C <= positions_BS[:, :, None])
         backend = self.config.attention_backend
         if backend == "auto":  # flash attention on CUDA takes 16-bit numbers only
             backend = "reference" if tokens_BS.is_cuda and dtype == torch.float32 else "flash"
         documents = document_ids_BS if self.config.mask_documents else None
         if backend == "flash" and tokens_BS.is_cuda:
             rows = torch.zeros_like(tokens_BS) if documents is None else documents
-            return Visibility(backend, None, *document_borders(rows))
+            return AttentionMask(backend, None, *document_borders(rows))
         if documents is None:
-            return Visibility(backend)
+            return AttentionMask(backend)
         same_BSC = documents[:, :, None] == documents[:, None, :]
-        return Visibility(backend, same_BSC.tril())
+        return AttentionMask(backend, same_BSC.tril())
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from p828.config import OptimizerConfig
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.kernels.adamw import adamw_, bias_corrections, join_float32, split_float32
 from p828.kernels.adamw_state import MatrixState, Update
 from p828.model.precision import matrices
@@ -94,7 +94,7 @@ class Optimizer:
     def halves(self) -> dict[str, Master]:
         """The same masters in their two halves, on the device where they are kept."""
         return {
-            name: Master(self._matrices[p].weight, self._matrices[p].remainder)
+            name: Master(self._matrices[p].weight, self._matrices[p].low_bits)
             for name, p in self._parameters.items()
             if p in self._matrices
         }
@@ -106,13 +106,13 @@ class Optimizer:
                 state = self._matrices[parameter]
                 high, low = split_float32(tensors[name].to(parameter.device))
                 state.weight.copy_(high)
-                state.remainder.copy_(low)
+                state.low_bits.copy_(low)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The state as flat tensors, `exp_avg/PARAMETER` and so on, for a file without pickle."""
         return {f"{key}/{name}": value for name, p in self._parameters.items() for key, value in self._state(p).items()}
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `tensors` gave, here or where parameters or moments have another dtype.
 
         What is not there is zero, as before the first update.
@@ -132,9 +132,9 @@ class Optimizer:
 
 
 def pick_moment_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The moments' dtype for layers that compute in `dtype`. Raises UserError for bfloat16 in a float32 run."""
+    """The moments' dtype for layers that compute in `dtype`. Raises ConfigError for bfloat16 in a float32 run."""
     if wanted == "bfloat16" and dtype != torch.bfloat16:
-        raise UserError(
+        raise ConfigError(
             'optimizer.moment_dtype = "bfloat16": accepted in bfloat16 runs (train.dtype); this one is in float32'
         )
     if wanted == "auto":
@@ -144,13 +144,13 @@ def pick_moment_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> 
 
 def _split(parameter: nn.Parameter, moment_dtype: torch.dtype, gradient: Tensor) -> MatrixState:
     """Make a float32 parameter bfloat16 and keep the rest of it."""
-    parameter.data, remainder = split_float32(parameter.data)
+    parameter.data, low_bits = split_float32(parameter.data)
     return MatrixState(
         parameter.data,
-        remainder,
+        low_bits,
         gradient,
-        exp_avg=torch.zeros_like(remainder, dtype=moment_dtype),
-        exp_avg_sq=torch.zeros_like(remainder, dtype=moment_dtype),
+        exp_avg=torch.zeros_like(low_bits, dtype=moment_dtype),
+        exp_avg_sq=torch.zeros_like(low_bits, dtype=moment_dtype),
     )
 
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from p828.data.retry import NO_RETRY, Retry
-from p828.errors import ReadFailed, UserError
+from p828.errors import ConfigError, TransientReadError
 from p828.files import MEBIBYTE, move_directory, open_regular, read_limited
 from p828.runs.tensors import DamagedCheckpoint as DamagedCheckpoint
 from p828.runs.tensors import Tensors, part_of
@@ -70,7 +70,8 @@ class OpenCheckpoint(NamedTuple):
 def load(path: Path, names: Iterable[str] | None = None, device: str = "cpu", retry: Retry = NO_RETRY) -> Checkpoint:
     """Read a checkpoint, all its parts or only those in `names`, onto `device`; what is read is verified first.
 
-    Raises DamagedCheckpoint, UserError for a part that it does not have or a version that is not read, and ReadFailed.
+    Raises DamagedCheckpoint, ConfigError for a part that it does not have or a version that is not read, and
+    TransientReadError.
     """
     manifest = verify(path, names, retry)
     wanted = _parts(manifest) if names is None else list(names)
@@ -89,7 +90,7 @@ def opened(
 ) -> Iterator[OpenCheckpoint]:
     """A checkpoint that was verified before, its tensors to be read one by one.
 
-    Raises DamagedCheckpoint and ReadFailed; what the block raises is its own.
+    Raises DamagedCheckpoint and TransientReadError; what the block raises is its own.
     """
     manifest = manifest or retry.call(partial(_read_manifest, path))
     wanted = set(_parts(manifest) if names is None else names)
@@ -102,7 +103,7 @@ def opened(
 def verify(path: Path, names: Iterable[str] | None = None, retry: Retry = NO_RETRY) -> dict[str, Any]:
     """Check the manifest and every file's size and checksum, or of tensors only the parts in `names`.
 
-    The manifest. Raises DamagedCheckpoint for the first that is wrong, and ReadFailed after the attempts.
+    The manifest. Raises DamagedCheckpoint for the first that is wrong, and TransientReadError after the attempts.
     """
     return retry.call(partial(_verified_manifest, path, None if names is None else list(names)))
 
@@ -116,7 +117,7 @@ def find_newest(
 
     A damaged checkpoint is renamed to `damaged_step_XXXXXXXX`, once one before it is found to be complete. Only the
     process that trains the run may call this (it also removes what a killed save left); readers use `resolve`.
-    Raises ReadFailed where one cannot be read for now: nothing is renamed then.
+    Raises TransientReadError where one cannot be read for now: nothing is renamed then.
     """
     damaged: list[tuple[Path, str]] = []
     try:
@@ -132,7 +133,7 @@ def find_newest(
             return path, [f"{text}; set aside as {_set_aside(bad).name}" for bad, text in damaged]
     except OSError as error:
         text = f"{directory}: cannot look for checkpoints: {error}"
-        raise (UserError(text) if error.errno in REFUSED else ReadFailed(text)) from None
+        raise (ConfigError(text) if error.errno in REFUSED else TransientReadError(text)) from None
     return None, [text for _, text in damaged]
 
 
@@ -145,14 +146,14 @@ def _set_aside(path: Path) -> Path:
 def prune(directory: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all but the `keep_last` newest checkpoints and that of `best_step`.
 
-    Raises UserError when the file system refuses.
+    Raises ConfigError when the file system refuses.
     """
     try:
         recover(directory)
         paths = _checkpoints(directory)
         _remove(path for path in paths[: max(len(paths) - keep_last, 0)] if step_of(path) != best_step)
     except OSError as error:
-        raise UserError(f"{directory}: an old checkpoint cannot be deleted: {error}") from None
+        raise ConfigError(f"{directory}: an old checkpoint cannot be deleted: {error}") from None
 
 
 def forget_after(directory: Path, step: int) -> None:
@@ -160,7 +161,7 @@ def forget_after(directory: Path, step: int) -> None:
     try:
         _remove(path for path in _checkpoints(directory) if step_of(path) > step)
     except OSError as error:
-        raise UserError(f"{directory}: a checkpoint cannot be deleted: {error}") from None
+        raise ConfigError(f"{directory}: a checkpoint cannot be deleted: {error}") from None
 
 
 def resolve(path: Path) -> Path:
@@ -172,20 +173,20 @@ def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[
     """The checkpoint that a user means by a run's directory (its newest complete one), its `checkpoints`, or itself.
 
     And a line for each newer one that is damaged. Changes nothing on disk, so it is safe beside a running training.
-    Raises UserError saying what was found instead, and ReadFailed.
+    Raises ConfigError saying what was found instead, and TransientReadError.
     """
     if (path / MANIFEST).is_file() or (STEP_NAME.fullmatch(path.name) and path.is_dir()):
         return path, []
     if not path.exists():
-        raise UserError(f"{path}: no such directory; give a run's directory or one of its checkpoints")
+        raise ConfigError(f"{path}: no such directory; give a run's directory or one of its checkpoints")
     if not path.is_dir():
-        raise UserError(f"{path} is a file; give a run's directory or one of its checkpoints")
+        raise ConfigError(f"{path} is a file; give a run's directory or one of its checkpoints")
     for entry in (path, path / "checkpoints"):
         if entry.is_dir() and not os.access(entry, os.R_OK | os.X_OK):
-            raise UserError(f"{entry}: no permission to read it")
+            raise ConfigError(f"{entry}: no permission to read it")
     linked = path / "checkpoints"
     if linked.is_symlink() and not linked.exists():
-        raise UserError(f"{linked} is a link to {os.readlink(linked)}, which is not there")
+        raise ConfigError(f"{linked} is a link to {os.readlink(linked)}, which is not there")
     damage: list[str] = []
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     for candidate in reversed(_checkpoints(directory)):
@@ -196,10 +197,10 @@ def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[
             if candidate.exists():  # else the run deleted it meanwhile, as it had newer ones
                 damage.append(str(error))
     if damage:
-        raise UserError(f"{path} has no complete checkpoint: {damage[0]}")
+        raise ConfigError(f"{path} has no complete checkpoint: {damage[0]}")
     entries = sorted(entry.name for entry in directory.iterdir())
     found = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "") if entries else "nothing"
-    raise UserError(
+    raise ConfigError(
         f"{path} is neither a run with a checkpoint nor a checkpoint; found in {directory.name or directory}: {found}"
     )
 
@@ -249,7 +250,7 @@ def _verified_manifest(path: Path, names: list[str] | None) -> dict[str, Any]:
     parts = _parts(manifest)
     for name in names or ():
         if name not in parts:
-            raise UserError(f"{path}: has no {name}.safetensors; its parts are {', '.join(parts)}")
+            raise ConfigError(f"{path}: has no {name}.safetensors; its parts are {', '.join(parts)}")
     for file in files:
         if names is not None and part_of(file) not in (None, *names):
             continue
@@ -270,9 +271,9 @@ def _reading(path: Path, file: str) -> Iterator[None]:
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}: {file} is missing") from None
     except PermissionError as error:
-        raise UserError(f"{path}: {file} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: {file} cannot be read: {error.strerror}") from None
     except OSError as error:
-        kind = DamagedCheckpoint if error.errno in NO_FILE else ReadFailed
+        kind = DamagedCheckpoint if error.errno in NO_FILE else TransientReadError
         raise kind(f"{path}: {file} cannot be read: {error.strerror}") from None
 
 
@@ -303,7 +304,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not intact:
         raise DamagedCheckpoint(f"{path}: {MANIFEST} is not what was written: its checksum differs")
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(
+        raise ConfigError(
             f"{path}: its checkpoint format is {manifest.get('format_version')}; "
             f"this version of p828 reads format {FORMAT_VERSION}"
         )

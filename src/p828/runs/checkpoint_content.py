@@ -18,11 +18,11 @@ import torch
 from p828.config import Config, ModelConfig, from_dict
 from p828.config.values import shown
 from p828.data.mixture import held_out_rules
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.model.transformer import Transformer
 from p828.runs.checkpoint import STATE, OpenCheckpoint
-from p828.runs.progress import Progress
 from p828.runs.tensors import DamagedCheckpoint, Kind
+from p828.runs.train_state import TrainState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MOST = 2**63 - 1  # of a whole number
@@ -34,7 +34,7 @@ FIRST_FIELDS = {  # of the progress, in every checkpoint of this format; later o
 
 
 def config_of(saved: OpenCheckpoint) -> Config:
-    """The configuration of the run that wrote it. Raises DamagedCheckpoint, UserError naming the key."""
+    """The configuration of the run that wrote it. Raises DamagedCheckpoint, ConfigError naming the key."""
     values = saved.state.get("config")
     if not isinstance(values, Mapping):
         raise DamagedCheckpoint(f"{saved.path}: holds no configuration (config in {STATE})")
@@ -48,7 +48,7 @@ def rules_of(saved: OpenCheckpoint) -> list[bool | None]:
     return []
 
 
-def check_content(saved: OpenCheckpoint, config: Config, first_position: Mapping[str, Any]) -> Progress:
+def check_content(saved: OpenCheckpoint, config: Config, first_position: Mapping[str, Any]) -> TrainState:
     """Check all that a run with this configuration goes on from. Raises DamagedCheckpoint.
 
     Args:
@@ -78,12 +78,12 @@ def seconds_of(saved: OpenCheckpoint) -> float:
     return float(seconds)
 
 
-def progress_of(saved: OpenCheckpoint) -> Progress:
+def progress_of(saved: OpenCheckpoint) -> TrainState:
     """Raises DamagedCheckpoint naming the field."""
     values = saved.state.get("progress")
     if not isinstance(values, dict):
         raise _wrong(saved, "progress", values, "a table")
-    kinds = typing.get_type_hints(Progress)
+    kinds = typing.get_type_hints(TrainState)
     for name in [*values, *kinds]:
         if name not in kinds:
             raise DamagedCheckpoint(f"{saved.path}: {STATE}: progress.{shown(name)} is no field of it")
@@ -91,10 +91,10 @@ def progress_of(saved: OpenCheckpoint) -> Progress:
             raise DamagedCheckpoint(f"{saved.path}: {STATE}: progress.{name} is missing")
         if name in values and not _is_one(values[name], kinds[name]):
             raise _wrong(saved, f"progress.{name}", values[name], _in_words(kinds[name]))
-    progress = Progress(**values)
+    progress = TrainState(**values)
     if progress.step != saved.step:
         raise _wrong(saved, "progress.step", progress.step, f"{saved.step}, as in the manifest")
-    for field in dataclasses.fields(Progress):
+    for field in dataclasses.fields(TrainState):
         if field.name.endswith("_step") and (getattr(progress, field.name) or 0) > progress.step:
             raise _wrong(saved, f"progress.{field.name}", getattr(progress, field.name), "no later step than its own")
     return progress
@@ -121,7 +121,7 @@ def reading_position(path: Path) -> Iterator[None]:
     """Raise DamagedCheckpoint where the block fails because the checkpoint's position is no place in the data."""
     try:
         yield
-    except UserError:
+    except ConfigError:
         raise
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise DamagedCheckpoint(

@@ -19,7 +19,7 @@ def first_difference(first: Path, second: Path) -> str | None:
     """The first thing in which two runs' newest checkpoints or records differ by a bit, in words; None if nothing.
 
     Compared are weights, balance bias, optimizer, random states, progress, place in the data, and every record but
-    times, memory and events. Raises UserError if one has no checkpoint.
+    times, memory and events. Raises ConfigError if one has no checkpoint.
     """
     ours, theirs = (checkpoint.load(checkpoint.resolve(run)) for run in (first, second))
     if ours.step != theirs.step:
@@ -38,7 +38,7 @@ def distance_of_losses(first: Path, second: Path) -> tuple[float, str | None]:
 
     For runs whose sums were in another order, as on another number of ranks. The place in the data at the end is
     compared, which belongs to no rank, and of every step its rows, by their digest.
-    Raises UserError as `first_difference`.
+    Raises ConfigError as `first_difference`.
     """
     ours, theirs = (
         [line for line in metrics.read(run / metrics.FILE_NAME) if line["kind"] == "step"] for run in (first, second)

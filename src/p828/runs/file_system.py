@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.files import fsync, move_directory, write_atomic
 
 TRIAL = ".trial"
@@ -14,7 +14,7 @@ TRIAL = ".trial"
 def try_out(directory: Path) -> None:
     """Do there, in small, what a run does: make, write, sync, rename and remove files and directories.
 
-    Raises UserError naming the first that the file system refuses; nothing is left then.
+    Raises ConfigError naming the first that the file system refuses; nothing is left then.
     """
     trial = directory / TRIAL
     saving, saved = trial / "saving", trial / "saved"
@@ -35,10 +35,10 @@ def try_out(directory: Path) -> None:
                 do()
             except OSError as error:
                 reason = error.strerror or str(error)
-                raise UserError(
+                raise ConfigError(
                     f"{directory}: a run cannot be kept there, as its file system does not {what}: {reason}"
                 ) from None
     except OSError as error:
-        raise UserError(f"{trial}: cannot be removed: {error.strerror}") from None
+        raise ConfigError(f"{trial}: cannot be removed: {error.strerror}") from None
     finally:
         shutil.rmtree(trial, ignore_errors=True)

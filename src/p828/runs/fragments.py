@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Fragment(NamedTuple):
+class TensorShard(NamedTuple):
     """Consecutive numbers of a tensor that is spread over ranks."""
 
     values: Tensor
@@ -21,22 +21,22 @@ class Master(NamedTuple):
 
     weight: Tensor
     """bfloat16, what the layers compute with."""
-    remainder: Tensor
+    low_bits: Tensor
     """int16, of the same shape."""
 
 
-Saveable = Tensor | Fragment | Master
+Saveable = Tensor | TensorShard | Master
 
 
 def tensors_of(value: Saveable) -> tuple[Tensor, ...]:
     """The tensors that a value is made of."""
-    if isinstance(value, Fragment):
+    if isinstance(value, TensorShard):
         return (value.values,)
     return tuple(value) if isinstance(value, Master) else (value,)
 
 
 def with_tensors(value: Saveable, tensors: tuple[Tensor, ...]) -> Saveable:
     """The same kind of value, made of other tensors."""
-    if isinstance(value, Fragment):
+    if isinstance(value, TensorShard):
         return value._replace(values=tensors[0])
     return Master(*tensors) if isinstance(value, Master) else tensors[0]

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, cast
 
-from p828.errors import RecordsFailed, RunPaused, UserError, closed_after
+from p828.errors import ConfigError, RecordsFailed, RunPaused, closed_after
 from p828.files import fsync, open_appended, open_regular
 
 FILE_NAME = "metrics.jsonl"
@@ -46,7 +46,7 @@ class Mirror(Protocol):
 class Recorder:
     """Appends to `run_dir/metrics.jsonl`, and gives every record to a mirror, if there is one.
 
-    Use as a context manager, or call `close`. A quiet one, for ranks but the first, records nothing. Raises UserError
+    Use as a context manager, or call `close`. A quiet one, for ranks but the first, records nothing. Raises ConfigError
     when the file cannot be written.
     """
 
@@ -155,16 +155,16 @@ class Recorder:
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics file, in order; a partial last line, which a killed process leaves, is left out.
 
-    Raises UserError naming the line for anything else that is no record.
+    Raises ConfigError naming the line for anything else that is no record.
     """
     try:
         for number, line in enumerate(_lines(path), start=1):
             record = _parsed(line)
             if record is None:
-                raise UserError(f"{path}: line {number} is not a record; mend or remove that line")
+                raise ConfigError(f"{path}: line {number} is not a record; mend or remove that line")
             yield record
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def loads_every(layers: int, experts: int) -> int:
@@ -175,21 +175,21 @@ def loads_every(layers: int, experts: int) -> int:
 def loads_record(loads_LE: Sequence[Sequence[int]], is_whole: bool) -> dict[str, list[Any]]:
     """What a step's line says of the tokens that each of E experts got, in each of L layers; lists of L.
 
-    `balance` is `balance_score`. `min_share` and `max_share` are the least and the greatest load over the mean one,
+    `balance` is `load_entropy`. `min_share` and `max_share` are the least and the greatest load over the mean one,
     `starved` counts the experts under a tenth of it. `load` has all of them, if it is to be whole. A dead expert shows
     in every step's `starved`, and in the next `load` which one it is.
     """
     shares_LE = [[load * len(load_E) / max(sum(load_E), 1) for load in load_E] for load_E in loads_LE]
     found: dict[str, list[Any]] = {"load": [list(load_E) for load_E in loads_LE]} if is_whole else {}
     return found | {
-        "balance": [round(balance_score(load_E), 4) for load_E in loads_LE],
+        "balance": [round(load_entropy(load_E), 4) for load_E in loads_LE],
         "min_share": [round(min(share_E), 3) for share_E in shares_LE],
         "max_share": [round(max(share_E), 3) for share_E in shares_LE],
         "starved": [sum(share < STARVED_UNDER for share in share_E) for share_E in shares_LE],
     }
 
 
-def balance_score(load_E: Sequence[int]) -> float:
+def load_entropy(load_E: Sequence[int]) -> float:
     """How evenly a layer's tokens went to its E experts: 1 perfectly even, 0 all on one.
 
     The entropy of the shares p_e = load_e / sum(load) over its greatest value: -sum(p_e ln p_e) / ln E.
@@ -209,7 +209,7 @@ def _is_kept(record: dict[str, Any], step: int) -> bool:
 
 
 def _mend_last_line(path: Path) -> None:
-    """Cut a partial last line off, so that the next one starts on its own."""
+    """Boundary a partial last line off, so that the next one starts on its own."""
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         end = size = os.fstat(descriptor).st_size
@@ -267,5 +267,5 @@ def _decode(value: Any) -> Any:
     return value
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{error.filename or path}: cannot be written: {error.strerror or error}")
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{error.filename or path}: cannot be written: {error.strerror or error}")

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from p828.config.values import shown
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.kernels.adamw import join_float32
-from p828.runs.fragments import Fragment, Master, Saveable, tensors_of
+from p828.runs.fragments import Master, Saveable, TensorShard, tensors_of
 
 ENDING = ".safetensors"
 PLACES = "fragments"  # in the metadata: JSON, name to [start, *shape]
@@ -39,7 +39,7 @@ ALIGNMENT = 16  # bytes, within that
 MOST_DIMENSIONS, MOST_NUMBERS = 8, 2**48  # of a tensor in fragments
 
 
-class DamagedCheckpoint(UserError):
+class DamagedCheckpoint(ConfigError):
     """A checkpoint that is not what was written: the message names it, the file and what is wrong."""
 
 
@@ -61,7 +61,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Saveable]) -> None:
     # Wide numbers come first, so that every tensor begins at a multiple of its numbers' size.
     names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    places = {name: [v.start, *v.shape] for name, v in tensors.items() if isinstance(v, Fragment)}
+    places = {name: [v.start, *v.shape] for name, v in tensors.items() if isinstance(v, TensorShard)}
     if places:
         header["__metadata__"][PLACES] = json.dumps(places)
     end = 0

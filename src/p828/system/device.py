@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from p828.config import TrainConfig
-from p828.errors import RunStopped, UserError
+from p828.errors import ConfigError, RunStopped
 from p828.system.host_memory import free_host_bytes
 
 LEAST_BYTES = 8  # of a parameter that is trained: its master and its gradient; moments come on top
@@ -25,9 +25,9 @@ PEAK_FLOPS = {
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device for `auto`, `cpu` or `cuda`. Raises UserError when a GPU is asked for and there is none."""
+    """The device for `auto`, `cpu` or `cuda`. Raises ConfigError when a GPU is asked for and there is none."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError('train.device = "cuda": this machine shows no GPU to PyTorch; "auto" or "cpu" is accepted')
+        raise ConfigError('train.device = "cuda": this machine shows no GPU to PyTorch; "auto" or "cpu" is accepted')
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -36,10 +36,10 @@ def pick_device(wanted: str) -> torch.device:
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """The layers' arithmetic: on a CPU without matrix units bfloat16 is many times slower than float32.
 
-    Raises UserError when bfloat16 is asked for and the GPU lacks it; `auto` takes float32 there.
+    Raises ConfigError when bfloat16 is asked for and the GPU lacks it; `auto` takes float32 there.
     """
     if wanted == "bfloat16" and lacks_bfloat16(device):
-        raise UserError(
+        raise ConfigError(
             f'train.dtype = "bfloat16": {torch.cuda.get_device_name(device)} does not compute in it; '
             '"auto" or "float32" is accepted'
         )
@@ -82,10 +82,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def check_room(parameters: int, device: torch.device) -> None:
-    """Raises UserError for a model that cannot be trained in the device's free memory, before any is taken."""
+    """Raises ConfigError for a model that cannot be trained in the device's free memory, before any is taken."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
     if parameters * LEAST_BYTES > free:
-        raise UserError(
+        raise ConfigError(
             f"a model of {parameters:,} parameters takes more than {parameters * LEAST_BYTES / 1e9:,.0f} GB to train; "
             f"{free / 1e9:,.1f} GB are free on this {'GPU' if device.type == 'cuda' else 'machine'}"
         )

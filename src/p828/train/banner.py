@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from p828.config import Config, DataConfig
 from p828.data.amount import Amount, describe, short
-from p828.distributed.group import Ranks
+from p828.distributed.group import ProcessGroup
 from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.plain import Engine
 from p828.model.costs import count_parameters
@@ -14,7 +14,7 @@ from p828.train.wandb import WandbMirror
 def entries(
     config: Config,
     engine: Engine,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     settings: DeepSpeedSettings | None,
     amounts: Sequence[Amount],
     wandb: WandbMirror | None,
@@ -54,7 +54,7 @@ def _source(data: DataConfig, amount: Amount) -> str:
     return f"{name}: {describe(amount)}{epochs}"
 
 
-def _steps(config: Config, ranks: Ranks, amounts: Sequence[Amount]) -> str:
+def _steps(config: Config, ranks: ProcessGroup, amounts: Sequence[Amount]) -> str:
     a_step = config.tokens_per_step * ranks.size
     text = f"{config.train.steps:,} of {a_step:,} tokens, {short(config.train.steps * a_step)} in all"
     return text + (f"; at most {config.train.hours:g} hours" if config.train.hours else "")

@@ -14,12 +14,12 @@ from p828.data.text.held_out import trained_on_too
 from p828.data.text.hub import pinned
 from p828.data.tokenizer import Tokenizer, load_tokenizer, remarks
 from p828.data.tokens.format import open_manifest
-from p828.distributed.group import Ranks, joined
+from p828.distributed.group import ProcessGroup, joined
 from p828.distributed.links import check_topology
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
 from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.plain import Engine, PlainEngine
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.model.costs import count_parameters, unused_vocabulary
 from p828.runs import checkpoint
 from p828.runs.checkpoint_content import rules_of
@@ -30,7 +30,7 @@ from p828.train.conclusion import conclude
 from p828.train.console import Console, say, waiting
 from p828.train.evaluation import Evaluations
 from p828.train.resume import CONFIG_FILE, TOKENIZER_FILE, open_run
-from p828.train.signals import noted_signals
+from p828.train.signals import graceful_shutdown
 from p828.train.trainer import Trainer
 from p828.train.wandb import WandbMirror, open_mirror
 
@@ -38,19 +38,19 @@ from p828.train.wandb import WandbMirror, open_mirror
 def train(config: Config) -> None:
     """Train a run to its end, from its newest complete checkpoint if there is one.
 
-    Raises UserError for wrong input, leaving no new run behind, and RunStopped when the run's own guard ends it.
+    Raises ConfigError for wrong input, leaving no new run behind, and RunStopped when the run's own guard ends it.
     """
     with contextlib.ExitStack() as stack:
         with waiting("waiting for the other ranks", say):
             ranks = stack.enter_context(joined(config))
         tell = say if ranks.is_first else _nothing
-        with ranks.agreed():
+        with ranks.raise_together():
             config = with_steps(config, ranks.size)
             validate(config)
             settings = check_deepspeed(config, ranks) if config.engine == "deepspeed" else None
-        config, newer = ranks.first(lambda: pinned(config, _before(config)))
+        config, newer = ranks.on_rank_0(lambda: pinned(config, _before(config)))
         # A missing file or an empty validation set ends here, before anything is written.
-        with ranks.agreed(), waiting(f"opening the data: {', '.join(config.data.source_names)}", tell):
+        with ranks.raise_together(), waiting(f"opening the data: {', '.join(config.data.source_names)}", tell):
             for data in config.data.sources:
                 if data.prepared:
                     open_manifest(Path(data.prepared))
@@ -73,7 +73,7 @@ def _before(config: Config) -> Config | None:
 
 def _train(
     config: Config,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     settings: DeepSpeedSettings | None,
     newer: list[str],
     tell: Callable[[str], None],
@@ -89,8 +89,10 @@ def _train(
         first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
         with Console(run.path, max(config.train.steps, first_step), first_step, is_quiet=is_quiet) as console:
             part = ranks.on_host()  # they compare the files of prepared data together
-            ranks.first(lambda: _make_tokenizer(config, console))  # the others wait, and find it in the run's directory
-            with ranks.agreed():
+            ranks.on_rank_0(
+                lambda: _make_tokenizer(config, console)
+            )  # the others wait, and find it in the run's directory
+            with ranks.raise_together():
                 tokenizer = _tokenizer(config, console)
                 config = run.settled(config, tokenizer.vocab_size)
                 if mirror is not None:
@@ -123,14 +125,14 @@ def _train(
                 if run.newest is not None:
                     with console.waiting(f"loading the checkpoint of step {first_step}"):
                         changes = [*run.changes, *trainer.resume(run.newest)]
-                with ranks.agreed():
+                with ranks.raise_together():
                     loader.start()
                     if ranks.is_first:
                         run.write(config)
-                ranks.first(lambda: _introduce(trainer, settings, mirror))
+                ranks.on_rank_0(lambda: _introduce(trainer, settings, mirror))
                 _tell_how_it_begins(trainer, [*held_out_lines(config, rules), *newer], changes)
                 run.keep()
-                with noted_signals(loader.stop_waiting, console.event) as trainer.stop:
+                with graceful_shutdown(loader.cancel, console.event) as trainer.stop:
                     trainer.run()
                 conclude(trainer)
 
@@ -182,7 +184,7 @@ def _tell_how_it_begins(trainer: Trainer, about_data: list[str], changes: list[s
         trainer.tell("remark", "this GPU does not compute in bfloat16: the run is in float32")
 
 
-def _engine(config: Config, ranks: Ranks, settings: DeepSpeedSettings | None, console: Console) -> Engine:
+def _engine(config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings | None, console: Console) -> Engine:
     """With a word on the links between the ranks' devices, if there is one."""
     parameters = count_parameters(config.model).total
     if settings is None:
@@ -221,7 +223,7 @@ def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:
     for prompt in config.evaluation.prompts:
         length = len(tokenizer.encode(prompt))
         if length >= context:
-            raise UserError(
+            raise ConfigError(
                 f"evaluation.prompts: {prompt[:40]!r} has {length} tokens: "
                 f"fewer than model.max_position_embeddings = {context} are accepted"
             )

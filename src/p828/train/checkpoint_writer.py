@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from p828.distributed.group import Ranks
-from p828.errors import UserError
+from p828.distributed.group import ProcessGroup
+from p828.errors import ConfigError
 from p828.files import fsync, move_directory
 from p828.runs.checkpoint import (
     FORMAT_VERSION,
@@ -35,7 +35,7 @@ class CheckpointWriter:
     All `ranks` make one, `write`, and `publish` once everyone has written. Tensors may be of any dtype and device,
     non-contiguous, or share memory (each is written in full). `state` is the first rank's and holds JSON values; tuples
     come back as lists, and floats may be NaN or infinite. `enclosed` are other files, the first rank's, by name.
-    Making one and publishing raise UserError, on all ranks and with nothing left behind, when the file system refuses
+    Making one and publishing raise ConfigError, on all ranks and with nothing left behind, when the file system refuses
     (full, read-only, ...).
     """
 
@@ -45,17 +45,17 @@ class CheckpointWriter:
         step: int,
         tensors: Mapping[str, Mapping[str, Saveable]],
         state: Mapping[str, Any],
-        ranks: Ranks,
+        ranks: ProcessGroup,
         enclosed: Mapping[str, bytes] | None = None,
     ) -> None:
         self.step, self.tensors, self.ranks = step, tensors, ranks
         self.final = directory / name_of(step)
         self._temporary = directory / f".{self.final.name}.tmp"
         self._small = {**(enclosed or {}), STATE: json.dumps(_encode(state), allow_nan=False).encode()}
-        self._needed = sum(map(len, self._small.values())) + sum(ranks.gather(num_bytes(tensors)))
+        self._needed = sum(map(len, self._small.values())) + sum(ranks.all_gather_object(num_bytes(tensors)))
         self._files: dict[str, Any] = {}
         self._refusal: OSError | None = None
-        ranks.first(lambda: self._refusals(lambda: _begin(self._temporary)))
+        ranks.on_rank_0(lambda: self._refusals(lambda: _begin(self._temporary)))
 
     def write(self) -> None:
         """This rank's files. What the file system refuses is for `publish` to raise, on all ranks."""
@@ -68,15 +68,17 @@ class CheckpointWriter:
 
     def publish(self) -> Path:
         """Make it one that is found, durably, and return its path."""
-        failure: UserError | None = None
+        failure: ConfigError | None = None
         try:
-            with self.ranks.agreed():
+            with self.ranks.raise_together():
                 self._refusals(self._raise_refusal)
-            files = {name: about for files in self.ranks.gather(self._files) for name, about in files.items()}
-            self.ranks.first(lambda: self._refusals(lambda: self._complete(files)))
-        except UserError as error:  # all ranks have it
+            files = {
+                name: about for files in self.ranks.all_gather_object(self._files) for name, about in files.items()
+            }
+            self.ranks.on_rank_0(lambda: self._refusals(lambda: self._complete(files)))
+        except ConfigError as error:  # all ranks have it
             failure = error
-        self.ranks.first(lambda: self._refusals(lambda: recover(self.final.parent)))
+        self.ranks.on_rank_0(lambda: self._refusals(lambda: recover(self.final.parent)))
         if failure is not None:
             raise failure
         return self.final
@@ -97,11 +99,11 @@ class CheckpointWriter:
         _publish(self._temporary, self.final)
 
     def _refusals(self, function: Callable[[], T]) -> T:
-        """What the function gives. Raises UserError for what the file system refuses."""
+        """What the function gives. Raises ConfigError for what the file system refuses."""
         try:
             return function()
         except OSError as error:
-            raise UserError(
+            raise ConfigError(
                 f"{self.final}: the checkpoint cannot be saved: {error.strerror or error}; "
                 f"it needs about {_readable(self._needed)}{_free_space(self.final.parent)}"
             ) from None
@@ -112,11 +114,11 @@ def save(
     step: int,
     tensors: Mapping[str, Mapping[str, Saveable]],
     state: Mapping[str, Any],
-    ranks: Ranks | None = None,
+    ranks: ProcessGroup | None = None,
     enclosed: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a checkpoint as `CheckpointWriter` says, and return its path."""
-    writer = CheckpointWriter(directory, step, tensors, state, ranks or Ranks(), enclosed)
+    writer = CheckpointWriter(directory, step, tensors, state, ranks or ProcessGroup(), enclosed)
     writer.write()
     return writer.publish()
 
@@ -133,7 +135,7 @@ def _begin(temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _write_own(temporary: Path, tensors: Mapping[str, Mapping[str, Saveable]], ranks: Ranks) -> dict[str, Any]:
+def _write_own(temporary: Path, tensors: Mapping[str, Mapping[str, Saveable]], ranks: ProcessGroup) -> dict[str, Any]:
     """One rank's files, and what the manifest says of them."""
     files: dict[str, Any] = {}
     for part, values in tensors.items():

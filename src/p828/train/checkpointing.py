@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from p828.distributed.group import Ranks
-from p828.errors import UserError
+from p828.distributed.group import ProcessGroup
+from p828.errors import ConfigError
 from p828.runs import checkpoint
 from p828.runs.fragments import Saveable, tensors_of, with_tensors
 from p828.system.device import machine
@@ -34,19 +34,19 @@ class Saved(NamedTuple):
     """What the copy takes on this rank; 0 if there was no room for one, and training waited for the disk."""
 
 
-class BackgroundSaver:
+class AsyncCheckpointer:
     """Writes one checkpoint at a time. All ranks make the same calls, and have `ranks` for this alone.
 
     The copies are kept from one checkpoint to the next, so that what they take is known after the first.
     """
 
     def __init__(
-        self, directory: Path, ranks: Ranks, device: torch.device, enclosed: Mapping[str, bytes] | None = None
+        self, directory: Path, ranks: ProcessGroup, device: torch.device, enclosed: Mapping[str, bytes] | None = None
     ) -> None:
         """`enclosed` are files that every checkpoint is to have, too."""
         self.directory, self.ranks, self.device = directory, ranks, device
         self.enclosed = enclosed or {}
-        self._on_this_host = ranks.gather(machine()).count(machine())
+        self._on_this_host = ranks.all_gather_object(machine()).count(machine())
         self._writer: CheckpointWriter | None = None
         self._thread: threading.Thread | None = None
         self._copies: dict[tuple[str, str, int], Tensor] = {}
@@ -70,7 +70,7 @@ class BackgroundSaver:
         return self._writer is not None and (self._thread is None or not self._thread.is_alive())
 
     def start(self, step: int, tensors: Parts, state: Mapping[str, Any], since: float | None = None) -> bool:
-        """Begin to write a checkpoint; no other may be on the way. Raises UserError as `CheckpointWriter` does.
+        """Begin to write a checkpoint; no other may be on the way. Raises ConfigError as `CheckpointWriter` does.
 
         Args:
             since: `time.monotonic()` when training stopped for it, if that was before this call.
@@ -93,7 +93,7 @@ class BackgroundSaver:
         return copies is None
 
     def finish(self) -> Saved:
-        """Wait for it. Raises UserError, on all ranks, if it could not be written."""
+        """Wait for it. Raises ConfigError, on all ranks, if it could not be written."""
         assert self._writer is not None
         began = time.monotonic()
         self.join()
@@ -117,7 +117,7 @@ class BackgroundSaver:
         def prune() -> None:
             try:
                 checkpoint.prune(self.directory, keep_last, best_step)
-            except UserError as error:
+            except ConfigError as error:
                 self.problem = str(error)
 
         self.wait_for_deletion()
@@ -162,7 +162,7 @@ class BackgroundSaver:
         return torch.cuda.mem_get_info(self.device)[0] if kind == "cuda" else free_host_bytes(self._on_this_host)
 
     def _all_ranks(self, mine: bool) -> bool:
-        return all(others for (others,) in self.ranks.all([mine]))
+        return all(others for (others,) in self.ranks.all_gather([mine]))
 
     def _fits(self, key: tuple[str, str, int], source: Tensor) -> bool:
         """Whether there is a copy to copy into."""

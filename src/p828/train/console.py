@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.style import Style
 from rich.text import Text
 
-from p828.errors import RecordsFailed, UserError
+from p828.errors import ConfigError, RecordsFailed
 from p828.files import open_appended
 from p828.runs.records import NO_ROOM
 
@@ -50,7 +50,7 @@ class Console:
     """The run's face; a context manager that gives the terminal back whole, also on an exception or Ctrl-C.
 
     `total_steps` is the whole run's; `first_step` is the step that a resumed run continues after. Without `output`,
-    standard output is taken. A quiet one, for ranks but the first, shows and logs nothing. Raises UserError when
+    standard output is taken. A quiet one, for ranks but the first, shows and logs nothing. Raises ConfigError when
     `run_dir/log.txt` cannot be written.
     """
 
@@ -93,7 +93,7 @@ class Console:
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
             self._log = open_appended(self._log_path) if not is_quiet else _open_nothing()
         except OSError as error:
-            raise UserError(f"{self._log_path}: cannot be written: {error.strerror}") from None
+            raise ConfigError(f"{self._log_path}: cannot be written: {error.strerror}") from None
 
     def __enter__(self) -> "Console":
         self._bar.start()

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from p828.config import Config
 from p828.data.loader import Batch
 from p828.data.tokenizer import Tokenizer
-from p828.distributed.group import Ranks
+from p828.distributed.group import ProcessGroup
 from p828.engine.plain import Engine
 from p828.errors import NotFinite
 from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
-from p828.runs.progress import Progress
 from p828.runs.records import Recorder
+from p828.runs.train_state import TrainState
 from p828.train.console import A_WAIT, SECONDS_PER_LINE, Console
 
 FAR_FROM_GUESSING = 2.0  # times the loss of equal shares for all tokens; a model's first losses are near that
@@ -31,11 +31,11 @@ class Evaluations:
     engine: Engine
     recorder: Recorder
     console: Console
-    ranks: Ranks
+    ranks: ProcessGroup
     is_first: bool = True
     """Whether none was made since this start."""
 
-    def make(self, progress: Progress) -> bool:
+    def make(self, progress: TrainState) -> bool:
         """Measure the validation loss, sample the prompts and note both in `progress`; True for the best loss so far.
 
         After a step that was not applied, or from a model that has diverged, no loss is the best.
@@ -44,9 +44,9 @@ class Evaluations:
         self.is_first = False
         with (
             self.console.waiting(f"step {progress.step}: evaluating", after),
-            self.engine.model_in_step() as model,
+            self.engine.model_for_evaluation() as model,
         ):
-            result = evaluate(model, self.own_batches(), self.engine.dtype, self.ranks.sum)
+            result = evaluate(model, self.own_batches(), self.engine.dtype, self.ranks.all_reduce)
         samples = self.samples(progress.step)
         is_sound = progress.non_finite_steps == 0 and self.is_sound(result.loss, progress.step)
         is_better = is_sound and result.loss < (math.inf if progress.best_loss is None else progress.best_loss)
@@ -91,7 +91,7 @@ class Evaluations:
             return []
         sampling = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
         prompts = list(config.prompts)
-        with self.engine.whole_model() as model:
+        with self.engine.gathered_model() as model:
             if not self.ranks.is_first:
                 return []
             try:

@@ -19,8 +19,8 @@ import tomli_w
 from p828.config import Config, load, with_vocabulary
 from p828.config.values import flatten, to_dict
 from p828.data.retry import Retry
-from p828.distributed.group import Ranks
-from p828.errors import ReadFailed, UserError, warn
+from p828.distributed.group import ProcessGroup
+from p828.errors import ConfigError, TransientReadError, warn
 from p828.files import MEBIBYTE, locked, read_limited, write_atomic
 from p828.runs import checkpoint
 from p828.runs import records as metrics
@@ -69,34 +69,34 @@ class RunDirectory:
         return with_vocabulary(config, vocab_size)
 
     def write(self, config: Config) -> None:
-        """Write config.toml. Raises UserError."""
+        """Write config.toml. Raises ConfigError."""
         try:
             _write_config(self.path / CONFIG_FILE, config, self.versions)
         except OSError as error:
-            raise UserError(f"{error.filename or self.path}: cannot be written: {error.strerror}") from None
+            raise ConfigError(f"{error.filename or self.path}: cannot be written: {error.strerror}") from None
 
 
 @contextmanager
-def open_run(config: Config, ranks: Ranks) -> Iterator[RunDirectory]:
+def open_run(config: Config, ranks: ProcessGroup) -> Iterator[RunDirectory]:
     """Make the run's directory, or enter the existing one, and keep other runs' processes out of it.
 
-    Rank 0 does it, and all ranks have what it found. Raises UserError when another process trains the run, and when its
-    newest checkpoint was made with another model, data, tokenizer or seed; when the file system cannot hold a run; and
-    when the run had checkpoints and none of them is left. If it never had one, it is begun anew if settings differ.
-    Raises ReadFailed when a checkpoint cannot be read for now.
-    Directories made here are removed again if the block raises UserError or ReadFailed before `keep`.
+    Rank 0 does it, and all ranks have what it found. Raises ConfigError when another process trains the run, and when
+    its newest checkpoint was made with another model, data, tokenizer or seed; when the file system cannot hold a run;
+    and when the run had checkpoints and none of them is left. If it never had one, it is begun anew if settings differ.
+    Raises TransientReadError when a checkpoint cannot be read for now. Directories made here are removed again if the
+    block raises ConfigError or TransientReadError before `keep`.
     """
     with contextlib.ExitStack() as stack:
-        directory = ranks.first(lambda: _entered(config, stack))
+        directory = ranks.on_rank_0(lambda: _entered(config, stack))
         try:
-            with ranks.agreed():
+            with ranks.raise_together():
                 if not (directory.path / CONFIG_FILE).exists():
-                    raise UserError(
+                    raise ConfigError(
                         f"{directory.path}: {socket.gethostname()} does not see what rank 0 wrote there: "
                         "runs_dir must be on a file system that all hosts share"
                     )
             yield directory
-        except (UserError, ReadFailed):
+        except (ConfigError, TransientReadError):
             if ranks.is_first:
                 _remove(directory.made)
             raise
@@ -117,11 +117,11 @@ def _entered(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
         directory = RunDirectory(run_dir, versions(), newest, damaged, changes, made, vocab_size)
         if newest is None or not (run_dir / CONFIG_FILE).exists():  # else `write`, once the run can go on with it
             _write_config(run_dir / CONFIG_FILE, config, directory.versions)
-    except (UserError, ReadFailed, OSError) as error:
+    except (ConfigError, TransientReadError, OSError) as error:
         if is_ours or isinstance(error, OSError):
             _remove(made)
         if isinstance(error, OSError):
-            raise UserError(f"{run_dir}: cannot be written: {_reason(error, run_dir)}") from None
+            raise ConfigError(f"{run_dir}: cannot be written: {_reason(error, run_dir)}") from None
         raise
     return directory
 
@@ -158,10 +158,10 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
     run_dir = config.run_dir
     checkpoints, retry = run_dir / CHECKPOINTS, Retry(config.data.read_retries, tell=warn)
     if checkpoints.is_symlink() and not checkpoints.exists():
-        raise UserError(f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there")
+        raise ConfigError(f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there")
     if checkpoints.exists():
         if not checkpoints.is_dir():
-            raise UserError(f"{checkpoints} is a file; the run keeps its checkpoints in a directory of that name")
+            raise ConfigError(f"{checkpoints} is a file; the run keeps its checkpoints in a directory of that name")
         try_out(checkpoints)  # it may be a link to another disk
     newest, damaged = checkpoint.find_newest(checkpoints, retry=retry)
     if newest is None:
@@ -170,7 +170,7 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
     changes = _changes(config, before)
     blocking = [line for line in changes if line.startswith(FIXED) and not IN_MIXTURE.sub("", line).startswith(FREE)]
     if blocking and newest is not None:
-        raise UserError(
+        raise ConfigError(
             f"{run_dir} was started with other settings: {'; '.join(blocking)}.\n"
             "Set them back to go on with that run, or give this one another --name"
         )
@@ -191,14 +191,14 @@ def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:
     how = f"To begin again, give another --name or remove {run_dir}"
     if damaged:
         more = f" ({len(damaged) - 1} more are damaged, too)" if len(damaged) > 1 else ""
-        raise UserError(f"{run_dir} has no complete checkpoint to go on from: {damaged[0]}{more}.\n{how}")
+        raise ConfigError(f"{run_dir} has no complete checkpoint to go on from: {damaged[0]}{more}.\n{how}")
     aside = checkpoints.is_dir() and any(path.name.startswith(checkpoint.ASIDE) for path in checkpoints.iterdir())
     records = run_dir / metrics.FILE_NAME
     saved = (line["step"] for line in metrics.read(records) if line.get("event") == "saved") if records.exists() else ()
     last = max(saved, default=None)
     if aside or last is not None:
         what = "those that are there are damaged" if aside else f"its records tell of one of step {last}"
-        raise UserError(f"{checkpoints} has no checkpoint left to go on from, and {what}.\n{how}")
+        raise ConfigError(f"{checkpoints} has no checkpoint left to go on from, and {what}.\n{how}")
 
 
 def _before(config: Config, newest: Path | None, retry: Retry) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _before(config: Config, newest: Path | None, retry: Retry) -> dict[str, Any]
     if path.exists():
         return flatten(load(str(path)))
     if any(not entry.name.startswith(".") for entry in config.run_dir.iterdir()):
-        raise UserError(f"{config.run_dir} is not a run: it holds files but no {CONFIG_FILE}; give another --name")
+        raise ConfigError(f"{config.run_dir} is not a run: it holds files but no {CONFIG_FILE}; give another --name")
     return {}
 
 

@@ -17,7 +17,7 @@ NO_SIGNAL = 0  # ends the thread
 
 
 @dataclass
-class StopRequest:
+class GracefulShutdown:
     """What has asked the run to end, if anything has."""
 
     reason: str = ""
@@ -40,9 +40,9 @@ def end_now(number: int) -> NoReturn:
 
 
 @contextmanager
-def noted_signals(
+def graceful_shutdown(
     when_asked: Callable[[], None], answer: Callable[[str], None] = lambda text: None
-) -> Iterator[StopRequest]:
+) -> Iterator[GracefulShutdown]:
     """In the block, the first SIGINT, SIGTERM or SIGHUP is noted, so that the run ends where it can be saved.
 
     `when_asked` is called then, for what would keep the run from getting there, and `answer` is given a line for the
@@ -50,7 +50,7 @@ def noted_signals(
     no handler before that ends. A second signal ends the process, with the exit code that a shell gives it. A SIGHUP
     that is ignored, as under `nohup`, stays so.
     """
-    request = StopRequest()
+    request = GracefulShutdown()
     if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
         yield request
         return

@@ -13,24 +13,24 @@ from p828.data.loader import DIGESTS, Batch, Loader
 from p828.data.mixture import at_step, bad_records, is_stopped, merged
 from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
-from p828.distributed.group import Ranks
+from p828.distributed.group import ProcessGroup
 from p828.engine.plain import Engine, StepResult
-from p828.errors import ReadFailed, RecordsFailed, RunPaused, RunStopped, UserError
+from p828.errors import ConfigError, RecordsFailed, RunPaused, RunStopped, TransientReadError
 from p828.inference.evaluate import perplexity
 from p828.model.costs import training_flops
 from p828.optim.schedule import learning_rate
 from p828.runs import checkpoint
 from p828.runs.checkpoint_content import check_content, config_of, reading_position, seconds_of
-from p828.runs.progress import Counts, Progress
 from p828.runs.records import Recorder, loads_every, loads_record
+from p828.runs.train_state import BatchStats, TrainState
 from p828.system.device import compiles, out_of_memory_told, peak_flops, peak_memory
 from p828.train.changes import changed_rate, changed_rows
-from p828.train.checkpointing import BackgroundSaver
+from p828.train.checkpointing import AsyncCheckpointer
 from p828.train.console import Console
 from p828.train.evaluation import Evaluations
 from p828.train.pace import A_DAY, Pace, how_long
 from p828.train.resume import CHECKPOINTS, TOKENIZER_FILE, RunDirectory
-from p828.train.signals import StopRequest
+from p828.train.signals import GracefulShutdown
 
 NON_FINITE_LIMIT = 3  # steps in a row
 MICRO = 1e6  # microseconds in a second
@@ -48,9 +48,9 @@ class Trainer:
     engine: Engine
     recorder: Recorder
     console: Console
-    ranks: Ranks = field(default_factory=Ranks)
-    stop: StopRequest = field(default_factory=StopRequest)
-    progress: Progress = field(default_factory=Progress)
+    ranks: ProcessGroup = field(default_factory=ProcessGroup)
+    stop: GracefulShutdown = field(default_factory=GracefulShutdown)
+    progress: TrainState = field(default_factory=TrainState)
     saved_step: int | None = None
     """The newest checkpoint's."""
     memory_bytes: int = 0
@@ -62,7 +62,7 @@ class Trainer:
         self._started, self._seconds_before = time.monotonic(), 0.0
         self._is_first_step, self._pace = True, Pace()  # of this start
         tokenizer = {TOKENIZER_FILE: self.tokenizer.to_json().encode()}  # so that a checkpoint can be used by itself
-        self.saver = BackgroundSaver(self.checkpoints, self.ranks.apart(), self.engine.device, tokenizer)
+        self.saver = AsyncCheckpointer(self.checkpoints, self.ranks.new_group(), self.engine.device, tokenizer)
 
     def run(self) -> None:
         """Train to the last step, or until patience runs out."""
@@ -70,7 +70,7 @@ class Trainer:
             self.rewind_records()
             self._started, self._seconds_before = time.monotonic(), self.trained_seconds
             self.train()
-        except UserError as error:
+        except ConfigError as error:
             self.stop_after(error)
         finally:
             self.saver.join()
@@ -89,7 +89,7 @@ class Trainer:
 
             progress.step += 1
             progress.count(counts)
-            progress.judge(result.loss, result.applied, config.rollback.spike_nats)
+            progress.update(result.loss, result.applied, config.rollback.spike_nats)
             self.record(result, rate, counts, time.perf_counter() - started)
             self.tell_pace(progress.step)
             if not self.is_kept(result):
@@ -100,11 +100,11 @@ class Trainer:
             if is_better or self.is_due(config.checkpoint.every):
                 self.save()
 
-    def stop_after(self, error: UserError) -> NoReturn:
+    def stop_after(self, error: ConfigError) -> NoReturn:
         """End a run at work that cannot go on; if records fail, save first what can be saved without another rank."""
         if isinstance(error, RecordsFailed) and self.ranks.size == 1:
             for save in (self.finish_save, lambda: self.save(is_last=True)):
-                with suppress(UserError):  # also of the record of a checkpoint that is complete
+                with suppress(ConfigError):  # also of the record of a checkpoint that is complete
                     save()
         step = self.progress.step
         saved = ", which is saved; the same command goes on from there" if self.saved_step == step else ""
@@ -149,7 +149,7 @@ class Trainer:
         """Trained so far, over all starts, as this rank has it."""
         return self._seconds_before + time.monotonic() - self._started
 
-    def fetch(self) -> tuple[list[Batch], Counts]:
+    def fetch(self) -> tuple[list[Batch], BatchStats]:
         """This rank's micro-batches of the next step, and what those of all ranks hold.
 
         When a rank cannot read its own, or finds them malformed, or is asked to stop, the run is saved, and RunStopped
@@ -158,9 +158,9 @@ class Trainer:
         before, batches, failure = self.loader.state_dict(), [], ""
         try:
             batches = [next(self.loader) for _ in range(self.config.train.gradient_accumulation)]
-        except (ReadFailed, UserError) as error:
+        except (TransientReadError, ConfigError) as error:
             failure = str(error)
-        own = Counts.of(batches, len(self.config.data.source_names))
+        own = BatchStats.of(batches, len(self.config.data.source_names))
         numbers = (
             bool(failure),
             bool(self.stop.reason),
@@ -172,7 +172,7 @@ class Trainer:
             *dataclasses.astuple(own)[:4],
             *own.by_source,
         )
-        of_ranks = zip(*self.ranks.all(numbers), strict=True)
+        of_ranks = zip(*self.ranks.all_gather(numbers), strict=True)
         failures, stops, written, memories, times, epochs, *counts = (
             [int(number) for number in numbers] for numbers in of_ranks
         )
@@ -183,20 +183,22 @@ class Trainer:
         if any(failures) or any(stops):
             self.pause(before, failure)
         pairs, targets, documents, cut_documents, digest, *by_source = map(sum, counts)
-        found = Counts(targets, documents, cut_documents, digest % DIGESTS, tuple(by_source), max(epochs), pairs)
+        found = BatchStats(targets, documents, cut_documents, digest % DIGESTS, tuple(by_source), max(epochs), pairs)
         return batches, found
 
     def pause(self, position: dict[str, Any], failure: str) -> NoReturn:
         """End after the last step, saved: by RunPaused if a rank was asked to, else by RunStopped after a failure."""
         self.finish_save()
         # A checkpoint knows the file of the bad record again, so that the run goes on with the file mended.
-        if self.saved_step != self.progress.step or any(self.ranks.gather(is_stopped(position))):
+        if self.saved_step != self.progress.step or any(self.ranks.all_gather_object(is_stopped(position))):
             self.save(position, is_last=True)
-        failure, reason = (next(filter(None, self.ranks.gather(text)), "") for text in (failure, self.stop.reason))
+        failure, reason = (
+            next(filter(None, self.ranks.all_gather_object(text)), "") for text in (failure, self.stop.reason)
+        )
         where = f"after step {self.progress.step}, which is saved; the same command goes on from there"
         if reason:  # it may be why the data was not waited for
-            raise self.ranks.everywhere(RunPaused(f"stopped by {reason} {where}"))
-        raise self.ranks.everywhere(RunStopped(f"{failure}\nThe run stops {where}"))
+            raise self.ranks.on_all_ranks(RunPaused(f"stopped by {reason} {where}"))
+        raise self.ranks.on_all_ranks(RunStopped(f"{failure}\nThe run stops {where}"))
 
     def is_done(self) -> bool:
         patience, progress = self.config.evaluation.patience, self.progress
@@ -210,7 +212,7 @@ class Trainer:
         """Whether something done every so many steps, and at the end, is done now."""
         return self.is_done() or (every > 0 and self.progress.step % every == 0)
 
-    def record(self, result: StepResult, rate: float, counts: Counts, seconds: float) -> None:
+    def record(self, result: StepResult, rate: float, counts: BatchStats, seconds: float) -> None:
         tokens_per_second = counts.targets / seconds
         flops = training_flops(self.config.model, counts.targets, counts.attended_pairs)
         peak = peak_flops(self.engine.device)
@@ -247,7 +249,7 @@ class Trainer:
         progress = self.progress
         counts = {"documents": progress.documents, "cut_documents": progress.cut_documents}
         if self.config.data.bad_records == "skip":
-            by_stream = zip(*self.ranks.all(bad_records(self.loader.state_dict())), strict=True)
+            by_stream = zip(*self.ranks.all_gather(bad_records(self.loader.state_dict())), strict=True)
             counts["bad_records"] = int(sum(map(max, by_stream)))
         if not self.config.data.mixture:
             return counts
@@ -280,19 +282,19 @@ class Trainer:
         self.saver.wait_for_deletion()  # which changes the directory, too
         last_good = bad.step - bad.bad_steps  # a later one is of a run that was asked to end among the bad steps
         retry = self.retry
-        path, damaged = self.ranks.first(lambda: checkpoint.find_newest(self.checkpoints, last_good, retry))
+        path, damaged = self.ranks.on_rank_0(lambda: checkpoint.find_newest(self.checkpoints, last_good, retry))
         for line in damaged:
             self.tell("damaged", line)
         if path is None:
             self.stop_for_good(f"{what}, and there is no checkpoint to go back to")
-        with self.ranks.agreed(), checkpoint.opened(path, retry=retry) as saved:
+        with self.ranks.raise_together(), checkpoint.opened(path, retry=retry) as saved:
             self.progress = check_content(saved, self.config, self.loader.state_dict())
         with checkpoint.opened(path, retry=retry) as saved:
-            self.engine.load_tensors(saved.tensors)
+            self.engine.load_state_dict(saved.tensors)
         self.progress.rollbacks = bad.rollbacks + 1
         back = self.saved_step = self.progress.step
         self.loader.go_on_at(back)
-        self.ranks.first(lambda: checkpoint.forget_after(self.checkpoints, back))
+        self.ranks.on_rank_0(lambda: checkpoint.forget_after(self.checkpoints, back))
         self.rewind_records()
         self.tell(
             "rollback",
@@ -305,7 +307,7 @@ class Trainer:
         self.finish_save()
         kept = f"the run stops here; {self.checkpoints} keeps what was saved."
         causes = "Usual causes: optimizer.learning_rate too high, too short a warm-up, broken data"
-        raise self.ranks.everywhere(RunStopped(f"{what}; {kept}\n{causes}"))
+        raise self.ranks.on_all_ranks(RunStopped(f"{what}; {kept}\n{causes}"))
 
     @property
     def checkpoints(self) -> Path:
@@ -315,7 +317,7 @@ class Trainer:
         """Write a checkpoint. `position` is the data's if that is not the one of the batch fetched last.
 
         The last one is complete afterwards; others are written while the training goes on, one at a time. If that
-        fails, as a later one may not, it is recorded and the run goes on. Raises UserError if it is the last.
+        fails, as a later one may not, it is recorded and the run goes on. Raises ConfigError if it is the last.
         """
         self.finish_save()
         began, progress = time.monotonic(), self.progress
@@ -325,7 +327,7 @@ class Trainer:
         best = progress.step if progress.best_step == progress.step else progress.saved_best_step
         state = {
             "progress": {**dataclasses.asdict(progress), "saved_best_step": best},
-            "data": merged(self.ranks.gather(position or self.loader.state_dict())),
+            "data": merged(self.ranks.all_gather_object(position or self.loader.state_dict())),
             "config": to_dict(self.config),
             "versions": self.directory.versions,
             "tokenizer": self.tokenizer.fingerprint(),
@@ -333,22 +335,22 @@ class Trainer:
             "seconds": self.seconds(),
         }
         try:
-            is_done = self.saver.start(progress.step, self.engine.tensors(), state, began)
-        except UserError as error:
+            is_done = self.saver.start(progress.step, self.engine.state_dict(), state, began)
+        except ConfigError as error:
             self.not_saved(error, progress.step, is_last)
             return
         if is_done or is_last:
             self.finish_save(is_last)
 
     def finish_save(self, is_last: bool = False) -> None:
-        """Wait for the checkpoint that is being written, if one is. Raises UserError as `save` does."""
+        """Wait for the checkpoint that is being written, if one is. Raises ConfigError as `save` does."""
         step = self.saver.step
         if step is None:
             return
         try:
             with self.console.waiting("waiting for the checkpoint to be written") if is_last else nullcontext():
                 saved = self.saver.finish()
-        except UserError as error:
+        except ConfigError as error:
             self.not_saved(error, step, is_last)
             return
         self.saved_step = step
@@ -360,7 +362,7 @@ class Trainer:
             self.saver.problem = ""
         self.saver.delete_old(self.config.checkpoint.keep_last, self.progress.saved_best_step)
 
-    def not_saved(self, error: UserError, step: int, is_last: bool) -> None:
+    def not_saved(self, error: ConfigError, step: int, is_last: bool) -> None:
         if is_last:
             raise error
         newest = "none yet" if self.saved_step is None else f"of step {self.saved_step}"
@@ -374,12 +376,13 @@ class Trainer:
     def resume(self, path: Path) -> list[str]:
         """Go back to where a checkpoint was made.
 
-        A line for what changes about the steps to come: their rows, or a jump of the learning rate. Raises UserError if
-        it was made with another tokenizer, DamagedCheckpoint if its content cannot be a run's, and ReadFailed.
+        A line for what changes about the steps to come: their rows, or a jump of the learning rate. Raises ConfigError
+        if it was made with another tokenizer, DamagedCheckpoint if its content cannot be a run's, and
+        TransientReadError.
         """
-        with self.ranks.agreed(), checkpoint.opened(path, retry=self.retry) as saved:
+        with self.ranks.raise_together(), checkpoint.opened(path, retry=self.retry) as saved:
             if saved.state.get("tokenizer") != self.tokenizer.fingerprint():
-                raise UserError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
+                raise ConfigError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
             if saved.step != checkpoint.step_of(path):
                 raise checkpoint.DamagedCheckpoint(f"{path}: its manifest says step {saved.step}")
             self.progress = check_content(saved, self.config, self.loader.state_dict())
@@ -388,7 +391,7 @@ class Trainer:
             self.saved_step = self.progress.step
             self.trained_seconds = seconds_of(saved)
         with checkpoint.opened(path, retry=self.retry) as saved:
-            self.engine.load_tensors(saved.tensors)
+            self.engine.load_state_dict(saved.tensors)
             before, ranks = config_of(saved), saved.state.get("ranks", 1)
         rows = changed_rows(self.config, self.ranks.size, before, ranks)
         return rows + changed_rate(self.config, self.progress.step, before)

@@ -9,7 +9,7 @@ from typing import Any
 
 from p828.config import Config
 from p828.config.values import to_dict
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.files import read_limited, write_atomic
 
 SECTIONS = {"step": "train", "eval": "validation"}  # the kinds of records that it sees, and its names for them
@@ -20,7 +20,7 @@ FINISH_WITHIN = 60  # seconds to send what is left, or it stays on the disk
 
 
 def open_mirror(run_dir: Path, config: Config) -> "WandbMirror | None":
-    """None if the configuration asks for none. Raises UserError as `WandbMirror` does."""
+    """None if the configuration asks for none. Raises ConfigError as `WandbMirror` does."""
     return None if config.wandb.mode == "off" else WandbMirror(run_dir, config)
 
 
@@ -28,7 +28,7 @@ class WandbMirror:
     """The W&B run, begun or continued, of a run's directory, which holds its id.
 
     Where W&B cannot be reached the run is recorded offline; where it fails later, it is left alone. `problem` says so.
-    Raises UserError when W&B refuses the key, or has none, or a setting, when the file with the id has none, and when
+    Raises ConfigError when W&B refuses the key, or has none, or a setting, when the file with the id has none, and when
     the directory cannot be written.
 
     W&B's own steps only grow, and it drops rows of earlier ones. So a row has its step in a column, which is the
@@ -60,14 +60,14 @@ class WandbMirror:
                     f"for `wandb sync {run_dir}/wandb/offline-run-*`"
                 )
         except wandb.errors.Error as error:
-            raise UserError(
+            raise ConfigError(
                 f'wandb.mode = "{config.wandb.mode}": Weights & Biases does not start: {_line(error)}\n'
                 'run `wandb login` or set WANDB_API_KEY, or give wandb.mode "offline" or "off"'
             ) from None
         except OSError as error:
-            raise UserError(f"{run_dir / 'wandb'}: cannot be written: {error.strerror or error}") from None
+            raise ConfigError(f"{run_dir / 'wandb'}: cannot be written: {error.strerror or error}") from None
         except ValueError as error:  # of its settings, which it takes from the environment, too
-            raise UserError(
+            raise ConfigError(
                 f"Weights & Biases does not take a setting, maybe a variable WANDB_… of the environment: {_line(error)}"
             ) from None
 
@@ -136,17 +136,17 @@ def _line(error: Exception) -> str:
 
 
 def _run_id(path: Path) -> str:
-    """The id in the file, which is made if need be. Raises UserError if it holds none."""
+    """The id in the file, which is made if need be. Raises ConfigError if it holds none."""
     try:
         if not os.path.lexists(path):
             write_atomic(path, uuid.uuid4().hex[:12] + "\n")
         found = read_limited(path, LONGEST_ID).decode("utf-8", "replace").strip()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read or written: {error.strerror or error}") from None
+        raise ConfigError(f"{path}: cannot be read or written: {error.strerror or error}") from None
     except ValueError:
         found = ""
     if not re.fullmatch(r"[\w.-]+", found):
-        raise UserError(f"{path}: holds no id of a Weights & Biases run; remove the file to begin a new one there")
+        raise ConfigError(f"{path}: holds no id of a Weights & Biases run; remove the file to begin a new one there")
     return found
 
 

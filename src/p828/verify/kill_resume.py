@@ -45,7 +45,7 @@ def shortened(config: Config, directory: Path) -> Config:
     )
 
 
-class Proof:
+class KillResumeCheck:
     """A run trained at once, and the same one through `kills`, in `directory`.
 
     With `ranks` above 0 they run under a launcher with so many processes, and the killed one is resumed on each of

@@ -19,7 +19,7 @@ from p828.data.text import compression
 from p828.data.text.documents import open_training, open_validation
 from p828.data.text.files import FileShard, file_shards
 from p828.data.text.shard import BadRecord
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 BOUNDED = """
 import resource, sys
@@ -45,10 +45,10 @@ def test_a_directory_is_the_supported_files_below_it(tmp_path: Path) -> None:
     assert names(str(tmp_path)) == ["b.txt", "a.jsonl.gz", "c.md"]
     assert names(f"{tmp_path}/") == names(str(tmp_path))
     (tmp_path / "none/sub").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"none'?: no file ending in \.txt, .* there is no file"):
+    with pytest.raises(ConfigError, match=r"none'?: no file ending in \.txt, .* there is no file"):
         names(str(tmp_path / "none"))
     write_bytes(tmp_path / "none/sub/x.csv", b"")
-    with pytest.raises(UserError, match=r"no file ending in .* there is .*x\.csv"):
+    with pytest.raises(ConfigError, match=r"no file ending in .* there is .*x\.csv"):
         names(str(tmp_path / "none"))
 
 
@@ -77,15 +77,15 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket.txt"))
     for name in ("pipe.txt", "socket.txt"):
-        with pytest.raises(UserError, match="is neither a regular file nor a directory"):
+        with pytest.raises(ConfigError, match="is neither a regular file nor a directory"):
             names(str(tmp_path / name))
-        with pytest.raises(UserError, match=rf"{name}.* cannot be read"):  # put there later; not waited for, either
+        with pytest.raises(ConfigError, match=rf"{name}.* cannot be read"):  # put there later; not waited for, either
             list(Retry(3, pytest.fail).documents(FileShard(str(tmp_path / name), "text"), 0))
-    with pytest.raises(UserError, match="neither a regular file"):
+    with pytest.raises(ConfigError, match="neither a regular file"):
         names("/dev/zero")
-    with pytest.raises(UserError, match="matches no file"):
+    with pytest.raises(ConfigError, match="matches no file"):
         names("a\0b.txt")
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(ConfigError) as raised:
         names("x" * 5000)
     assert len(str(raised.value)) < 400
 
@@ -123,7 +123,7 @@ def test_a_zst_that_looks_far_back_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.zst").write_bytes(packed)
     assert list(FileShard(str(tmp_path / "a.jsonl.zst"), "text").documents()) == ["x"] * 1000
     (tmp_path / "a.jsonl.zst").write_bytes(packed[:-2])
-    with pytest.raises(UserError, match=r"cannot be read: .*ends within a frame"):
+    with pytest.raises(ConfigError, match=r"cannot be read: .*ends within a frame"):
         list(FileShard(str(tmp_path / "a.jsonl.zst"), "text").documents())
 
 
@@ -193,7 +193,7 @@ def test_the_bound_is_a_setting(tmp_path: Path) -> None:
         validation=ValidationConfig(kind="files", files=(str(path),)),
     )
     for stream in (open_training(data, 0, epochs=1), open_validation(data)):
-        with pytest.raises(UserError, match=r"a\.jsonl:2: a line of more than data\.max_document_megabytes = 1"):
+        with pytest.raises(ConfigError, match=r"a\.jsonl:2: a line of more than data\.max_document_megabytes = 1"):
             list(stream)
 
 
@@ -202,9 +202,9 @@ def test_blank_and_empty_sources_are_told_apart(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
         return DataConfig(source="files", files=(str(tmp_path / name),), validation=ValidationConfig(share=0.999999))
 
-    with pytest.raises(UserError, match=r"no documents in data\.files = .*: all of it is empty"):
+    with pytest.raises(ConfigError, match=r"no documents in data\.files = .*: all of it is empty"):
         next(open_training(data("empty.txt", ""), 0))
-    with pytest.raises(UserError, match=r"no text in data\.files = .*: nothing but blank lines"):
+    with pytest.raises(ConfigError, match=r"no text in data\.files = .*: nothing but blank lines"):
         next(open_training(data("blank.txt", "\n \n\n"), 0))
-    with pytest.raises(UserError, match=r"no documents in data\.files = .*: all of it is empty"):
+    with pytest.raises(ConfigError, match=r"no documents in data\.files = .*: all of it is empty"):
         next(open_training(data("blank.jsonl", "\n \n\n"), 0))

@@ -17,7 +17,7 @@ from p828.data.build import validation_batches
 from p828.data.text.documents import open_training, open_validation
 from p828.data.text.hub import hub_shards, pinned
 from p828.data.tokenizer import Tokenizer
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 README = """---
 configs:
@@ -37,10 +37,10 @@ TRY = """
 import sys
 from pathlib import Path
 from p828.data.text.hub import download_tokenizer, hub_shards
-from p828.errors import UserError
+from p828.errors import ConfigError
 try:
     download_tokenizer(sys.argv[2]) if sys.argv[1] == "tokenizer" else hub_shards(sys.argv[2], "", "train", "text")
-except UserError as error:
+except ConfigError as error:
     print(error)
 """
 
@@ -130,12 +130,12 @@ def test_bad_rows_are_passed_over_and_counted(hub: Path) -> None:
     stream = open_training(config, 0, epochs=2)
     assert sorted(stream) == ["eins", "eins", "zwei", "zwei"]
     assert stream.bad_records == 1
-    with pytest.raises(UserError, match=r"row 2: more than data\.max_document_megabytes = 1"):
+    with pytest.raises(ConfigError, match=r"row 2: more than data\.max_document_megabytes = 1"):
         list(open_training(dataclasses.replace(config, bad_records="stop"), 0, epochs=1))
 
 
 def test_a_local_directory_has_no_revisions(hub: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.hub_revision = 'main': .* is a local directory"):
+    with pytest.raises(ConfigError, match=r"data\.hub_revision = 'main': .* is a local directory"):
         hub_shards(str(hub), "en", "train", "text", revision="main")
     config = Config(data=DataConfig(source="hf", hub_name=str(hub)))
     assert pinned(config, None) == (config, [])
@@ -150,7 +150,7 @@ def test_a_local_directory_has_no_revisions(hub: Path) -> None:
     ],
 )
 def test_unknown_subsets_and_splits_are_named(hub: Path, subset: str, split: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as raised:
+    with pytest.raises(ConfigError, match=message) as raised:
         hub_shards(str(hub), subset, split, "text")
     what, advice = str(raised.value).split("\n")
     assert str(hub) in what
@@ -158,25 +158,25 @@ def test_unknown_subsets_and_splits_are_named(hub: Path, subset: str, split: str
 
 
 def test_a_name_without_a_last_part_is_no_data_set() -> None:
-    with pytest.raises(UserError, match="data set /, split 'train'"):
+    with pytest.raises(ConfigError, match="data set /, split 'train'"):
         hub_shards("/", "", "train", "text")
 
 
 def test_wrong_rows_are_named(hub: Path) -> None:
     (shard,) = hub_shards(str(hub), "de", "train", "text")
-    with pytest.raises(UserError, match=r"shard 1 of 1, row 1: no field 'text' \(data\.text_field\); .* id, inhalt"):
+    with pytest.raises(ConfigError, match=r"shard 1 of 1, row 1: no field 'text' \(data\.text_field\); .* id, inhalt"):
         next(shard.documents())
-    with pytest.raises(UserError, match=r"row 3: no field"):
+    with pytest.raises(ConfigError, match=r"row 3: no field"):
         next(shard.documents(2))
     path = hub / "de/train-00000-of-00001.jsonl"
     path.write_text('{"text": "a"}\n{"text": oops}\n')
     (shard,) = hub_shards(str(hub), "de", "train", "text")
-    with pytest.raises(UserError, match=r"de split train shard 1 of 1, after row 0: cannot be read"):
+    with pytest.raises(ConfigError, match=r"de split train shard 1 of 1, after row 0: cannot be read"):
         list(shard.documents())
 
 
 def ask(kind: str, name: str, tmp_path: Path, **environment: str) -> list[str]:
-    """The lines of the UserError in a process of its own, as the hub's client reads its settings once."""
+    """The lines of the ConfigError in a process of its own, as the hub's client reads its settings once."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     done = subprocess.run(
         [sys.executable, "-c", TRY, kind, name],

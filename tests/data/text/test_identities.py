@@ -15,7 +15,7 @@ from p828.data.text.identities import Identities
 from p828.data.text.shard import BadRecord
 from p828.data.tokens.filters import SeenTexts
 from p828.data.tokens.text_reader import Reader
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 KEEP_ALL = ValidationConfig(kind="files", files=("none",))
 
@@ -63,7 +63,7 @@ def test_a_changed_file_is_named(folder: Path, change: str) -> None:
     else:
         write_jsonl(path, ["another"])
     with pytest.raises(
-        UserError, match=r"not the data of the checkpoint: .*/3a?\.jsonl changed or is another one"
+        ConfigError, match=r"not the data of the checkpoint: .*/3a?\.jsonl changed or is another one"
     ) as said:
         open_training(config(folder), 1).load_state_dict(state)
     assert "\n" not in str(said.value)
@@ -73,18 +73,18 @@ def test_new_and_missing_files_are_told(folder: Path) -> None:
     _, state = stopped_state(open_training(config(folder), 1), 7)
     write_jsonl(folder / "7.jsonl", ["x"])
     write_jsonl(folder / "8.jsonl", ["y"])
-    with pytest.raises(UserError, match=r"7\.jsonl \(and 1 more\) is new or changed\. .*or start a new run"):
+    with pytest.raises(ConfigError, match=r"7\.jsonl \(and 1 more\) is new or changed\. .*or start a new run"):
         open_training(config(folder), 1).load_state_dict(state)
     for name in ("7.jsonl", "8.jsonl", "2.jsonl"):
         (folder / name).unlink()
-    with pytest.raises(UserError, match="it had 5 files or shards, and has 4"):
+    with pytest.raises(ConfigError, match="it had 5 files or shards, and has 4"):
         open_training(config(folder), 1).load_state_dict(state)
 
 
 def test_other_settings_are_told_from_other_files(folder: Path) -> None:
     _, state = stopped_state(open_training(config(folder), 1), 7)
     for stream in (open_training(config(folder), 2), open_training(config(folder), 1, part=0, parts=9)):
-        with pytest.raises(UserError, match=r"data\.block_documents, data\.validation or train\.seed changed"):
+        with pytest.raises(ConfigError, match=r"data\.block_documents, data\.validation or train\.seed changed"):
             stream.load_state_dict(state)
 
 
@@ -99,7 +99,7 @@ def test_a_state_of_an_earlier_version_is_read(folder: Path) -> None:
     again.load_state_dict(old)
     assert list(again) == whole[21:]
     write_jsonl(folder / "4.jsonl", ["x"])
-    with pytest.raises(UserError, match="not the data of the checkpoint: its files"):
+    with pytest.raises(ConfigError, match="not the data of the checkpoint: its files"):
         open_training(config(folder), 1).load_state_dict(old)
 
 
@@ -127,13 +127,13 @@ def test_a_mended_file_goes_on_where_it_stopped(folder: Path) -> None:
     ]
     for lines in refused:
         path.write_text("".join(lines))
-        with pytest.raises(UserError, match=r"2\.jsonl changed"):
+        with pytest.raises(ConfigError, match=r"2\.jsonl changed"):
             open_training(config(folder), 1, epochs=1).load_state_dict(state)
     path.write_text("".join(good))  # the line is left out
     again = open_training(config(folder), 1, epochs=1)
     again.load_state_dict(state)
     assert given + list(again) == whole
-    with pytest.raises(UserError, match=r"2\.jsonl changed"):  # another state of the same place knows of no stop
+    with pytest.raises(ConfigError, match=r"2\.jsonl changed"):  # another state of the same place knows of no stop
         open_training(config(folder), 1, epochs=1).load_state_dict(states[-1])
 
 
@@ -182,7 +182,7 @@ def test_a_text_that_is_not_utf8_is_a_bad_record(tmp_path: Path) -> None:
     assert list(stream) == ["b"]
     assert stream.bad_records == 1
     only = open_training(config(tmp_path / "a.txt", bad_records="skip"), 0, epochs=1)
-    with pytest.raises(UserError, match="all of it is bad records, 1 that were passed over"):
+    with pytest.raises(ConfigError, match="all of it is bad records, 1 that were passed over"):
         next(only)
 
 
@@ -225,7 +225,7 @@ def test_a_place_that_is_none_is_refused(folder: Path, key: str, value: Any) -> 
     stream = open_training(config(folder), 1, epochs=1)
     if value == 10**6 and key not in ("shard", "given"):
         return  # an epoch or block like any other
-    with pytest.raises(UserError, match=r"no place in it|it changed"):
+    with pytest.raises(ConfigError, match=r"no place in it|it changed"):
         [stream.load_state_dict({**state, key: value}), next(stream)]
 
 

@@ -7,12 +7,12 @@ import pytest
 from data_samples import text, write_jsonl
 
 from p828.config import DataConfig, ValidationConfig
-from p828.data.row import Row
+from p828.data.sample import Sample
 from p828.data.text import packing
 from p828.data.text.documents import DocumentStream, open_training
 from p828.data.text.packing import Packer
 from p828.data.tokenizer import Tokenizer
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 LENGTH = 31
 
@@ -38,13 +38,13 @@ def batch_documents(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     return size
 
 
-def all_rows(packer: Packer) -> list[Row]:
+def all_rows(packer: Packer) -> list[Sample]:
     rows = list(packer)
     rest = packer.remainder()
     return rows if rest is None else [*rows, rest]
 
 
-def same(one: list[Row], other: list[Row]) -> bool:
+def same(one: list[Sample], other: list[Sample]) -> bool:
     return len(one) == len(other) and all(
         np.array_equal(a.tokens, b.tokens) and np.array_equal(a.document_ids, b.document_ids)
         for a, b in zip(one, other, strict=True)
@@ -115,6 +115,6 @@ def test_data_shorter_than_one_row(tmp_path: Path, tokenizer: Tokenizer, batch_d
     row = next(Packer(stream(tmp_path), tokenizer, tokens - 1))
     assert len(row.tokens) == tokens
     with pytest.raises(
-        UserError, match=rf"data\.sequence_length = {tokens}: data\.files = .* has {tokens} tokens in all"
+        ConfigError, match=rf"data\.sequence_length = {tokens}: data\.files = .* has {tokens} tokens in all"
     ):
         next(Packer(stream(tmp_path), tokenizer, tokens))

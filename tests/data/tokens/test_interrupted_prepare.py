@@ -16,10 +16,10 @@ from p828.config import Config, DataConfig, PrepareConfig, ValidationConfig
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens import directory as prepared_directory
 from p828.data.tokens import write as shard_writer
-from p828.data.tokens.directory import entered, read_progress
+from p828.data.tokens.directory import open_output_dirs, read_progress
 from p828.data.tokens.format import open_manifest
 from p828.data.tokens.prepare import prepare
-from p828.errors import RunStopped, UserError
+from p828.errors import ConfigError, RunStopped
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_every_changed_byte_is_noticed(config: Config, interrupted: Path, tokeni
             damaged[at] ^= 1 << at % 8
             (interrupted / name).write_bytes(damaged)
             read = read_progress if name == "progress.json" else lambda path: make(config, path.parent, tokenizer)
-            with pytest.raises(UserError) as error:
+            with pytest.raises(ConfigError) as error:
                 read(interrupted / name)
             assert name in str(error.value)
             assert len(str(error.value).splitlines()) == 1
@@ -108,7 +108,7 @@ def test_a_file_that_is_cut_or_gone_is_named_and_nothing_written(
         if how == "cut":
             (interrupted / name).write_bytes(content[:-1])
         before = contents(interrupted)
-        with pytest.raises(UserError, match=re.escape(name)):
+        with pytest.raises(ConfigError, match=re.escape(name)):
             make(config, interrupted, tokenizer)
         assert contents(interrupted) == before
         (interrupted / name).write_bytes(content)
@@ -153,7 +153,7 @@ def test_only_regular_files_are_gone_on_with(
     if put is put_link and not pattern.endswith(".partial"):
         make(config, interrupted, tokenizer)  # it is read, and what is written takes its place
     else:
-        with pytest.raises(UserError, match=re.escape(path.name)):
+        with pytest.raises(ConfigError, match=re.escape(path.name)):
             make(config, interrupted, tokenizer)
     if put is put_link:
         assert (interrupted.parent / "outside").read_bytes() == content
@@ -171,10 +171,10 @@ def test_a_directory_of_odd_files_is_answered(
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(directories[0])))
 
     def settle() -> None:
-        with entered(directories):
-            prepared_directory.settle_tokenizer(config, directories, lambda: [text(1)])
+        with open_output_dirs(directories):
+            prepared_directory.resolve_tokenizer(config, directories, lambda: [text(1)])
 
-    with pytest.raises(UserError, match=re.escape(name)):
+    with pytest.raises(ConfigError, match=re.escape(name)):
         settle()
 
 
@@ -183,18 +183,18 @@ def test_what_killed_processes_left_is_swept(
 ) -> None:
     for name in (".progress.json.tmp", ".manifest.json.tmp", ".tokenizer.json.tmp", ".tried.partial"):
         (interrupted / name).write_text("half")
-    with entered([interrupted]):
+    with open_output_dirs([interrupted]):
         make(config, interrupted, tokenizer)
     assert not [name for name in os.listdir(interrupted) if name.startswith(".") and name != ".lock"]
     for name in ("progress.json", "hashes.partial", "training-waiting-3.partial"):  # killed after the manifest
         (interrupted / name).write_text("left")
-    with entered([interrupted]):
+    with open_output_dirs([interrupted]):
         assert not [name for name in os.listdir(interrupted) if name.endswith(".partial") or name == "progress.json"]
     begun = tmp_path / "begun"  # killed before the first position
     begun.mkdir()
     for name in ("hashes.partial", "training-00000.tokens.partial", ".progress.json.tmp"):
         (begun / name).touch()
-    with entered([begun]):
+    with open_output_dirs([begun]):
         make(config, begun, tokenizer)
     open_manifest(begun)
 
@@ -205,8 +205,8 @@ def test_a_file_system_that_cannot_rename_is_told_at_once(tmp_path: Path, monkey
 
     monkeypatch.setattr(os, "replace", refuse)
     with (
-        pytest.raises(UserError, match="prepared: files cannot be appended to, shortened and renamed"),
-        entered([tmp_path / "new" / "prepared"]),
+        pytest.raises(ConfigError, match="prepared: files cannot be appended to, shortened and renamed"),
+        open_output_dirs([tmp_path / "new" / "prepared"]),
     ):
         raise AssertionError("it went on")
     assert not (tmp_path / "new").exists()
@@ -220,12 +220,12 @@ def test_only_what_is_of_no_value_is_removed(tmp_path: Path, holds: str, stays: 
     directories = [tmp_path / "there", tmp_path / "new" / "prepared"]
 
     def fail() -> None:
-        with entered(directories):
+        with open_output_dirs(directories):
             for directory in directories:
                 (directory / holds).write_bytes(b"12")
-            raise UserError("wrong")
+            raise ConfigError("wrong")
 
-    with pytest.raises(UserError, match="wrong"):
+    with pytest.raises(ConfigError, match="wrong"):
         fail()
     assert (tmp_path / "there" / ".own").exists()
     assert (tmp_path / "there" / holds).exists() == stays

@@ -21,7 +21,7 @@ from p828.data.tokens.filters import looks_like_code
 from p828.data.tokens.format import Manifest, ShardEntry, check_shards, open_manifest
 from p828.data.tokens.prepare import Preparation, prepare
 from p828.data.tokens.read import Prepared
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 SHARE = 0.2
 ODD = ["short", "x" * 900, text(3), "%" * 300, ""]
@@ -161,17 +161,17 @@ def test_other_settings_are_refused(config: Config, tokenizer: Tokenizer, tmp_pa
     longer = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=63))
     make(longer, tmp_path / "prepared", tokenizer)  # concatenated, it serves any length
     other = dataclasses.replace(config, prepare=PrepareConfig(min_characters=3))
-    with pytest.raises(UserError, match=r"prepare\.min_characters = 0, not 3"):
+    with pytest.raises(ConfigError, match=r"prepare\.min_characters = 0, not 3"):
         make(other, tmp_path / "prepared", tokenizer)
     shorter = dataclasses.replace(config, data=dataclasses.replace(config.data, max_document_megabytes=2))
-    with pytest.raises(UserError, match=r"data\.max_document_megabytes = 16, not 2"):
+    with pytest.raises(ConfigError, match=r"data\.max_document_megabytes = 16, not 2"):
         make(shorter, tmp_path / "prepared", tokenizer)
 
 
 def test_another_tokenizer_is_refused(config: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
     make(config, tmp_path / "prepared", tokenizer)
     other = train_tokenizer(TokenizerConfig(vocab_size=300), [text(1)])
-    with pytest.raises(UserError, match="prepared with another tokenizer"):
+    with pytest.raises(ConfigError, match="prepared with another tokenizer"):
         Prepared.open(tmp_path / "prepared", other)
 
 
@@ -196,7 +196,7 @@ def test_a_damaged_shard_is_named(config: Config, tokenizer: Tokenizer, tmp_path
     manifest = make(config, tmp_path / "prepared", tokenizer)
     known = check_shards(tmp_path / "prepared", both(manifest))
     damage(tmp_path / "prepared" / name, how)
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(ConfigError, match=name):
         check_shards(tmp_path / "prepared", both(manifest), known)
 
 
@@ -208,14 +208,14 @@ def test_an_unchanged_shard_is_not_read_again(config: Config, tokenizer: Tokeniz
     damage(shard, "flipped")
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert check_shards(tmp_path / "prepared", both(manifest), known) == known
-    with pytest.raises(UserError, match=r"training-00000\.tokens"):
+    with pytest.raises(ConfigError, match=r"training-00000\.tokens"):
         check_shards(tmp_path / "prepared", both(manifest))
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format_version": 2}', json.dumps({"format_version": 1})])
 def test_what_is_no_manifest_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match=r"manifest\.json"):
+    with pytest.raises(ConfigError, match=r"manifest\.json"):
         open_manifest(tmp_path)
 
 
@@ -265,7 +265,7 @@ def test_what_an_interrupted_preparation_left_is_checked(
     filters = dataclasses.replace(config, prepare=PrepareConfig(drop_duplicates=True))
     interrupted_prepare(filters, tmp_path / "prepared", tokenizer, save_every=0.0)
     (tmp_path / "prepared" / name).write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(ConfigError, match=said):
         make(filters, tmp_path / "prepared", tokenizer)
 
 
@@ -284,7 +284,7 @@ def test_a_manifest_with_a_wrong_field_is_refused(
     else:
         fields[key] = value
     path.write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=r"manifest\.json: not a manifest"):
+    with pytest.raises(ConfigError, match=r"manifest\.json: not a manifest"):
         open_manifest(tmp_path / "prepared")
 
 

@@ -18,9 +18,9 @@ from p828.data.tokens import format as manifests
 from p828.data.tokens import number_files
 from p828.data.tokens.format import check_shards, open_manifest
 from p828.data.tokens.prepare import prepare
-from p828.data.tokens.read import Prepared, PreparedRows, Tokens
+from p828.data.tokens.read import Prepared, ShuffledTokenDataset, TokenDataset
 from p828.data.tokens.sealed import CHECKSUM
-from p828.errors import ReadFailed, UserError
+from p828.errors import ConfigError, TransientReadError
 
 LENGTH = 15
 
@@ -50,15 +50,15 @@ def make(config: Config, tokenizer: Tokenizer, retry: Retry | None = None) -> No
 
 @pytest.mark.parametrize("name", ["training-00000.tokens", "training-00000.documents"])
 def test_a_shard_that_is_cut_while_it_is_read_is_told(directory: Path, tokenizer: Tokenizer, name: str) -> None:
-    rows = PreparedRows(Prepared.open(directory, tokenizer), LENGTH, seed=0)
+    rows = ShuffledTokenDataset(Prepared.open(directory, tokenizer), LENGTH, seed=0)
     rows.take(0, 1)
     content = (directory / name).read_bytes()
     os.truncate(directory / name, 8)
     before = rows.state_dict()
-    with pytest.raises(ReadFailed, match=rf"{name}: damaged or changed: cut to 8 bytes"):
+    with pytest.raises(TransientReadError, match=rf"{name}: damaged or changed: cut to 8 bytes"):
         rows.take(0, rows.rows_per_epoch)
     (directory / name).write_bytes(content)
-    resumed = PreparedRows(Prepared.open(directory, tokenizer), LENGTH, seed=0)
+    resumed = ShuffledTokenDataset(Prepared.open(directory, tokenizer), LENGTH, seed=0)
     resumed.load_state_dict(before)
     assert len(resumed.take(0, 5)) == 5
 
@@ -83,7 +83,7 @@ def test_a_failed_read_is_repeated(directory: Path, tokenizer: Tokenizer, monkey
     assert "Stale file handle; attempt 2 of 3 in 1 s" in told[0]
     assert len(opened) == len(set(opened)) + 2
     failures[0] = 3
-    with pytest.raises(ReadFailed, match="Stale file handle"):
+    with pytest.raises(TransientReadError, match="Stale file handle"):
         Prepared.open(directory, tokenizer).tokens("training", retry).row(0, 33, 0)
 
 
@@ -104,7 +104,7 @@ def test_few_files_are_open_at_a_time(
 def test_documents_are_found_between_those_in_memory(
     directory: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rows(tokens: Tokens) -> list[tuple[list[int], list[int], int, int]]:
+    def rows(tokens: TokenDataset) -> list[tuple[list[int], list[int], int, int]]:
         found = [tokens.row(start, 21, 0) for start in range(0, len(tokens), 7)]
         return [(r.tokens.tolist(), r.document_ids.tolist(), r.documents, r.cut_documents) for r in found]
 
@@ -132,7 +132,7 @@ def test_ranks_of_a_host_compare_each_file_once(config: Config, directory: Path,
         rows = open_loader(config, tokenizer, rank=rank, world_size=3, part=(rank, 3)).rows
         rows.load_state_dict(merged(states))
         if names[1] in seen[rank]:
-            with pytest.raises(UserError, match=names[1]):
+            with pytest.raises(ConfigError, match=names[1]):
                 next(rows)
         else:
             next(rows)
@@ -164,7 +164,7 @@ def test_every_changed_byte_of_a_manifest_is_noticed(directory: Path) -> None:
         damaged = bytearray(content)
         damaged[at] ^= 1 << at % 8
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"manifest\.json"):
+        with pytest.raises(ConfigError, match=r"manifest\.json"):
             open_manifest(directory)
 
 
@@ -193,7 +193,7 @@ def test_other_files_of_the_source_are_noticed(
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(tmp_path / "two")))
         make(config, tokenizer)
         other.unlink() if change == "gone" else write_jsonl(other, ["longer"])
-    with pytest.raises(UserError, match=rf"manifest\.json: .*: {change}: \S*b\.jsonl\.\nGive another directory"):
+    with pytest.raises(ConfigError, match=rf"manifest\.json: .*: {change}: \S*b\.jsonl\.\nGive another directory"):
         make(config, tokenizer)
 
 

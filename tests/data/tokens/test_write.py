@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from p828.data.tokens import write as shard_writer
-from p828.data.tokens.read import Tokens
+from p828.data.tokens.read import TokenDataset
 from p828.data.tokens.write import BestFitWriter, Document, ShardWriter
 
 EOS = 0
@@ -27,8 +27,8 @@ def writer(directory: Path, best_fit: bool, state: dict[str, Any] | None = None)
     return BestFitWriter(shards, ROW, state) if best_fit else shards
 
 
-def read(directory: Path, written: ShardWriter | BestFitWriter) -> Tokens:
-    return Tokens(directory, written.complete, UINT16, EOS, 2**16)
+def read(directory: Path, written: ShardWriter | BestFitWriter) -> TokenDataset:
+    return TokenDataset(directory, written.complete, UINT16, EOS, 2**16)
 
 
 def test_what_is_written_reads_back_with_its_documents(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p828.data.best_fit import Piece, best_fit
-from p828.data.row import Row
+from p828.data.sample import Sample
 from p828.data.text.documents import DocumentStream
 from p828.data.text.packing import BATCH_CHARACTERS, BATCH_DOCUMENTS
 from p828.data.tokenizer import Tokenizer
@@ -17,7 +17,7 @@ MOST_CHARACTERS = 2**26  # of documents that are held as text
 
 
 class BestFitPacker:
-    """Iterator of `Row`s: every token of every document once.
+    """Iterator of `Sample`s: every token of every document once.
 
     Documents are packed by blocks of some 256 rows, which end with the epoch; a block's last row is padded. The state
     is the stream's before the block, and how many of its rows were given.
@@ -28,13 +28,13 @@ class BestFitPacker:
         self.tokenizer = tokenizer
         self.row_length = sequence_length + 1
         self._begin = stream.state_dict()
-        self._rows: Iterator[Row] | None = None
+        self._rows: Iterator[Sample] | None = None
         self._given = 0
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Sample]:
         return self
 
-    def __next__(self) -> Row:
+    def __next__(self) -> Sample:
         """Raises what reading the stream raises; StopIteration at its end."""
         while True:
             if self._rows is None:
@@ -52,11 +52,11 @@ class BestFitPacker:
         return {"stream": self._begin, "rows": self._given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError as `DocumentStream.load_state_dict`."""
+        """Raises ConfigError as `DocumentStream.load_state_dict`."""
         self.stream.load_state_dict(state["stream"])
         self._begin, self._given, self._rows = state["stream"], state["rows"], None
 
-    def _pack_block(self, skipped: int) -> Iterator[Row]:
+    def _pack_block(self, skipped: int) -> Iterator[Sample]:
         documents, epoch = self._read_block()
         packed = best_fit([len(document) for document in documents], self.row_length)
         return (self._row(pieces, documents, epoch) for pieces in packed[skipped:])
@@ -98,10 +98,10 @@ class BestFitPacker:
                 together = []
         return documents + self.tokenizer.encode_documents(together)
 
-    def _row(self, pieces: Sequence[Piece], documents: Sequence[npt.NDArray[np.int64]], epoch: int) -> Row:
+    def _row(self, pieces: Sequence[Piece], documents: Sequence[npt.NDArray[np.int64]], epoch: int) -> Sample:
         tokens = np.concatenate([documents[piece.document][piece.start : piece.end] for piece in pieces])
         ids = np.repeat(np.arange(len(pieces), dtype=np.int32), [piece.end - piece.start for piece in pieces])
         ended = [piece for piece in pieces if piece.end == len(documents[piece.document])]
         cut = sum(piece.start > 0 for piece in ended)
-        row = Row(tokens, ids, epoch, len(ended), cut)
+        row = Sample(tokens, ids, epoch, len(ended), cut)
         return row.padded(self.row_length, self.tokenizer.eos_id)

@@ -17,7 +17,7 @@ from p828.data.text.held_out import is_held_out as is_held_out
 from p828.data.text.hub import HubShard, hub_shards
 from p828.data.text.identities import Identities
 from p828.data.text.shard import BadRecord, EveryNth, Shard, deal
-from p828.errors import ReadFailed, UserError
+from p828.errors import ConfigError, TransientReadError
 
 HELD_OUT_ORDER = (0,)  # held-out documents come in one shard order, whatever the run's seed
 BLOCK_CHARACTERS = 2**28  # that are read and shuffled together at most, in however few documents
@@ -102,21 +102,21 @@ class DocumentStream:
         return self
 
     def __next__(self) -> str:
-        """Raises UserError if a whole epoch holds no document or a file or row is wrong, and ReadFailed."""
+        """Raises ConfigError if a whole epoch holds no document or a file or row is wrong, and TransientReadError."""
         while self.epochs is None or self._epoch < self.epochs:
             if self._documents is None:
                 self._read_block()
             documents = self._documents
             assert documents is not None
             if self._given > len(documents):
-                raise UserError(f"{self.source}: fewer documents than were given before the checkpoint: it changed")
+                raise ConfigError(f"{self.source}: fewer documents than were given before the checkpoint: it changed")
             if self._given < len(documents):
                 self._given += 1
                 return documents[self._given - 1]
             if documents:
                 self._begin_block(self._epoch, self._block + 1, self._end)
             elif self._block == 0:
-                raise UserError(self._emptiness())
+                raise ConfigError(self._emptiness())
             else:
                 self._begin_block(self._epoch + 1, 0, (0, 0))
         raise StopIteration
@@ -139,17 +139,17 @@ class DocumentStream:
         """Continue with the document after the one given last before `state_dict`.
 
         The shards may have moved, and one that is in `stopped` may have changed from its bad record on. Raises
-        UserError naming a shard that is another, or if the order's seed, the held-out share or the blocks are others.
+        ConfigError naming a shard that is another, or if the order's seed, the held-out share or the blocks are others.
         """
         place = [state[key] for key in ("epoch", "block", "shard", "record", "given")]
         bad_records = state.get("bad_records", 0)
         if any(type(number) is not int or number < 0 for number in [*place, bad_records]) or place[2] > len(
             self.shards
         ):
-            raise UserError(f"{self.source}: no place in it: {str(place)[:80]}: the checkpoint is damaged")
+            raise ConfigError(f"{self.source}: no place in it: {str(place)[:80]}: the checkpoint is damaged")
         difference = self._difference(state)
         if difference:
-            raise UserError(
+            raise ConfigError(
                 f"{self.source}: not the data of the checkpoint: {difference}. A run goes on with the same files, "
                 "wherever they lie, and the same data.block_documents, data.validation and train.seed. Restore them, "
                 "or start a new run"
@@ -213,13 +213,13 @@ class DocumentStream:
                             break
                 else:
                     place, record, self._reader = place + 1, 0, None
-            except (UserError, ReadFailed) as error:
+            except (ConfigError, TransientReadError) as error:
                 self._reader = None
                 if isinstance(error, BadRecord):
                     self.stopped.append(self._identities.stopped(order[place], error.record))
                 raise
         if documents and self._block == 0 and place == len(order) and all(map(str.isspace, documents)):
-            raise UserError(f"no text in {self.source}: nothing but blank lines and spaces")
+            raise ConfigError(f"no text in {self.source}: nothing but blank lines and spaces")
         self._documents = [documents[i] for i in self._permutation(len(documents), self._epoch, self._block + 1)]
         self._end = (place, record)
 
@@ -280,7 +280,7 @@ def open_training(
     """The training documents, shuffled; without the held-out share if validation takes one.
 
     Of `parts` streams, which have no document in common, it is the one numbered `part`. `by_end` is the rule by which
-    text is held out, if that is known already. Raises UserError if the source cannot be opened; `epochs=None` never
+    text is held out, if that is known already. Raises ConfigError if the source cannot be opened; `epochs=None` never
     ends.
     """
     shards, source = _training_shards(config)
@@ -294,7 +294,7 @@ def open_training(
 
 
 def open_in_order(config: DataConfig, retry: Retry = NO_RETRY) -> DocumentStream:
-    """Every document of the source once, whole, as they come. Raises UserError as `open_training`.
+    """Every document of the source once, whole, as they come. Raises ConfigError as `open_training`.
 
     Its `by_end` says by which rule the caller is to hold out text.
     """
@@ -304,7 +304,7 @@ def open_in_order(config: DataConfig, retry: Retry = NO_RETRY) -> DocumentStream
 
 
 def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | None = None) -> DocumentStream:
-    """The validation documents, once, in an order that no seed changes. Raises UserError as `open_training`."""
+    """The validation documents, once, in an order that no seed changes. Raises ConfigError as `open_training`."""
     validation = config.validation
     # Blocks of one document: evaluation reads no further than it needs.
     if validation.kind == "files":
@@ -338,7 +338,7 @@ def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | 
 def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
     """What is never trained on, in a line; empty where validation has text of its own.
 
-    Raises UserError as `open_training`.
+    Raises ConfigError as `open_training`.
     """
     if config.validation.kind != "held_out":
         return ""

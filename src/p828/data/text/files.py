@@ -15,7 +15,7 @@ import xxhash
 
 from p828.data.text.compression import COMPRESSIONS, DAMAGE, lines, pieces, unpacked
 from p828.data.text.shard import BadRecord
-from p828.errors import ReadFailed, UserError
+from p828.errors import ConfigError, TransientReadError
 from p828.files import open_regular
 
 ENDINGS = (".txt", ".py", ".md", ".jsonl")
@@ -52,7 +52,7 @@ class PythonShard:
         return 0.0
 
     def documents(self, start: int = 0) -> Iterator[str]:
-        """Raises ReadFailed."""
+        """Raises TransientReadError."""
         if start > 0:
             return
         try:
@@ -60,7 +60,7 @@ class PythonShard:
         except UnicodeDecodeError:
             yield ""
         except OSError as error:
-            raise ReadFailed(f"{self.root / self.name}: cannot be read: {error}") from None
+            raise TransientReadError(f"{self.root / self.name}: cannot be read: {error}") from None
 
 
 @dataclass
@@ -111,7 +111,7 @@ class FileShard:
         return f"{count} {checksum.hexdigest()}"
 
     def documents(self, start: int = 0) -> Iterator[str | BadRecord]:
-        """Raises UserError naming the file, and the line of a JSON Lines file, that is wrong, and ReadFailed."""
+        """Raises ConfigError naming the file, and the line of a JSON Lines file, that is wrong, and TransientReadError."""
         with closing(self._records()) as records:
             for number, record in enumerate(records):
                 if number < start:
@@ -133,7 +133,7 @@ class FileShard:
         return place / max(os.fstat(self._open.fileno()).st_size, 1)
 
     def _records(self) -> Generator[bytes | None, None, None]:
-        """Lines, or pieces; None for a line that is too long. Raises UserError and ReadFailed."""
+        """Lines, or pieces; None for a line that is too long. Raises ConfigError and TransientReadError."""
         try:
             with open_regular(Path(self.name)) as self._open, unpacked(self._open, Path(self.name).suffix) as stream:
                 self._given = 0
@@ -143,8 +143,8 @@ class FileShard:
         except (OSError, *DAMAGE) as error:
             raise self._unreadable(error) from None
 
-    def _unreadable(self, error: Exception) -> UserError | ReadFailed:
-        kind = ReadFailed if _may_pass(error) else UserError
+    def _unreadable(self, error: Exception) -> ConfigError | TransientReadError:
+        kind = TransientReadError if _may_pass(error) else ConfigError
         return kind(f"{self.name}: cannot be read: {error}")
 
     def _text(self, record: bytes | None, number: int) -> str:
@@ -217,8 +217,8 @@ def file_shards(
 ) -> list[FileShard]:
     """The files that are named, match or lie in a directory that is named, each once, in the order of their paths.
 
-    `key` is the setting that holds the globs. Raises UserError naming a glob that matches no file, a directory without
-    one, and a file whose ending is not supported.
+    `key` is the setting that holds the globs. Raises ConfigError naming a glob that matches no file, a directory
+    without one, and a file whose ending is not supported.
     """
     found: dict[str, str] = {}  # by where a file really is: the name that it was found under
     names = [name for pattern in globs for name in _matches(pattern, key)]
@@ -226,32 +226,32 @@ def file_shards(
         found.setdefault(os.path.realpath(name), name)
     for name in found.values():
         if not _is_accepted(name):
-            raise UserError(f"{key}: {name}: files ending in {_accepted()}")
+            raise ConfigError(f"{key}: {name}: files ending in {_accepted()}")
     return [FileShard(name, text_field, limit, skips) for name in found.values()]
 
 
 def _matches(pattern: str, key: str) -> list[str]:
-    """The files of a path, or of a glob if no such path exists. Raises UserError if there are none."""
+    """The files of a path, or of a glob if no such path exists. Raises ConfigError if there are none."""
     path, shown = os.path.expanduser(pattern), repr(pattern[:LONGEST_SHOWN])
     if os.path.isfile(path):
         return [str(Path(path))]
     if os.path.isdir(path):
         return _files_below(path, f"{key}: {shown}")
     if os.path.exists(path):
-        raise UserError(f"{key}: {shown} is neither a regular file nor a directory")
+        raise ConfigError(f"{key}: {shown} is neither a regular file nor a directory")
     try:
         matches = glob.glob(str(Path(path)), recursive=True)
     except (OSError, ValueError) as error:  # a name that is too long, or no glob
-        raise UserError(f"{key}: {shown}: {str(error)[:LONGEST_SHOWN]}") from None
+        raise ConfigError(f"{key}: {shown}: {str(error)[:LONGEST_SHOWN]}") from None
     files = [name for name in matches if os.path.isfile(name)]
     if not files:
         what = f", but {matches[0]}, which is no regular file" if matches else ""
-        raise UserError(f"{key}: {shown} matches no file{what}")
+        raise ConfigError(f"{key}: {shown} matches no file{what}")
     return files
 
 
 def _files_below(directory: str, where: str) -> list[str]:
-    """The supported files of a directory and those in it, without hidden ones. Raises UserError if there are none."""
+    """The supported files of a directory and those in it, without hidden ones. Raises ConfigError if there are none."""
     found: list[str] = []
     others: list[str] = []
     for here, subdirectories, files in os.walk(directory):
@@ -261,7 +261,7 @@ def _files_below(directory: str, where: str) -> list[str]:
             (found if _is_accepted(name) and os.path.isfile(path) else others).append(path)
     if not found:
         there = ", ".join(others[:3])[:LONGEST_SHOWN] + (" and so on" if len(others) > 3 else "") or "no file"
-        raise UserError(f"{where}: no file ending in {_accepted()}; there is {there}")
+        raise ConfigError(f"{where}: no file ending in {_accepted()}; there is {there}")
     return found
 
 

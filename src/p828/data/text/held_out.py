@@ -51,7 +51,7 @@ def are_few(shards: Sequence[FileShard | HubShard], share: float, retry: Retry) 
 
 
 def trained_on_too(config: DataConfig) -> list[str]:
-    """A line if validation files are among the training files. Raises UserError as `file_shards`."""
+    """A line if validation files are among the training files. Raises ConfigError as `file_shards`."""
     if config.source != "files" or config.validation.kind != "files":
         return []
     training = {os.path.realpath(shard.name) for shard in file_shards(config.files, config.text_field, "data.files")}

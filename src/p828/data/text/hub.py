@@ -10,7 +10,7 @@ from typing import Any
 from p828.config import Config
 from p828.data.text.files import LARGEST_DOCUMENT, text_of
 from p828.data.text.shard import BadRecord
-from p828.errors import ReadFailed, UserError
+from p828.errors import ConfigError, TransientReadError
 
 CONNECT_SECONDS = 10.0
 EMPTY_SHARD = "BatchSize must be greater than 0"  # what pyarrow says of a .parquet file without rows
@@ -42,7 +42,9 @@ class HubShard:
         return 0.0
 
     def documents(self, start: int = 0) -> Iterator[str | BadRecord]:
-        """Raises UserError naming the row whose text is missing or the shard that is malformed, and ReadFailed."""
+        """Raises ConfigError naming the row whose text is missing or the shard that is malformed, and
+        TransientReadError.
+        """
         from datasets.exceptions import DatasetsError
         from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, as it uses
 
@@ -55,7 +57,7 @@ class HubShard:
                 if EMPTY_SHARD in str(error):
                     return
                 may_pass = isinstance(error, OSError | httpx.RequestError) and not isinstance(error, FileNotFoundError)
-                kind = ReadFailed if may_pass else UserError
+                kind = TransientReadError if may_pass else ConfigError
                 raise kind(f"{self.name}, after row {number}: cannot be read: {_in_short(error)}") from error
             if row is None:
                 return
@@ -88,12 +90,12 @@ def hub_shards(
 ) -> list[HubShard]:
     """The shards of one split, at a revision of the hub's data set, or the newest.
 
-    Raises UserError in two lines: what failed, and what to do.
+    Raises ConfigError in two lines: what failed, and what to do.
     """
     if not os.path.isdir(name):
         check_reachable(name, "dataset", revision)
     elif revision:
-        raise UserError(
+        raise ConfigError(
             f"data.hub_revision = {revision[:80]!r}: {name} is a local directory, which has no revisions\n"
             "Leave it empty"
         )
@@ -111,7 +113,7 @@ def hub_shards(
         advice = "Check the name, the subset (data.hub_subset) and the split (data.hub_split, data.validation.split)"
         if isinstance(error, ConnectionError):
             advice = without_network("dataset")
-        raise UserError(f"data set {place}, split {split!r}: {_in_short(error)}\n{advice}") from error
+        raise ConfigError(f"data set {place}, split {split!r}: {_in_short(error)}\n{advice}") from error
     count = dataset.num_shards
     return [
         HubShard(dataset, i, count, f"{place} split {split} shard {i + 1} of {count}", text_field, limit, skips)
@@ -123,7 +125,7 @@ def pinned(config: Config, before: Config | None) -> tuple[Config, list[str]]:
     """The configuration with every hub data set at one commit, and a line for each that has a newer commit on the hub.
 
     A run goes on with the commits in its own configuration, `before`, and without one where that has none. Without the
-    network nothing is pinned. Raises UserError as `hub_shards`.
+    network nothing is pinned. Raises ConfigError as `hub_shards`.
     """
     lines: list[str] = []
     data = config.data
@@ -156,7 +158,7 @@ def pinned(config: Config, before: Config | None) -> tuple[Config, list[str]]:
 
 
 def download_tokenizer(name: str) -> Path:
-    """The cached tokenizer.json of a model on the hub, downloaded if need be. Raises UserError as `hub_shards`."""
+    """The cached tokenizer.json of a model on the hub, downloaded if need be. Raises ConfigError as `hub_shards`."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
@@ -165,17 +167,17 @@ def download_tokenizer(name: str) -> Path:
     except LocalEntryNotFoundError:
         check_reachable(name, "model")
     except HFValidationError as error:
-        raise UserError(f"tokenizer.name = {name!r}: {_in_short(error)}\n{without_network('model')}") from error
+        raise ConfigError(f"tokenizer.name = {name!r}: {_in_short(error)}\n{without_network('model')}") from error
     try:
         return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
     except (OSError, EntryNotFoundError) as error:
-        raise UserError(f"tokenizer of {name}: {_in_short(error)}\n{without_network('model')}") from error
+        raise ConfigError(f"tokenizer of {name}: {_in_short(error)}\n{without_network('model')}") from error
 
 
 def check_reachable(name: str, kind: str, revision: str = "") -> str:
     """Ask the hub for the repository once, and return its commit.
 
-    Raises UserError in seconds where a download would retry for half a minute. In offline mode a data set may still
+    Raises ConfigError in seconds where a download would retry for half a minute. In offline mode a data set may still
     come from the cache, and is left to `datasets`; its commit is not known then, and empty.
     """
     from huggingface_hub import HfApi, constants
@@ -184,23 +186,23 @@ def check_reachable(name: str, kind: str, revision: str = "") -> str:
     if constants.HF_HUB_OFFLINE:
         if kind == "dataset":
             return ""
-        raise UserError(f"{kind} {name}: not in the cache, and HF_HUB_OFFLINE is set\n{without_network(kind)}")
+        raise ConfigError(f"{kind} {name}: not in the cache, and HF_HUB_OFFLINE is set\n{without_network(kind)}")
     try:
         info = HfApi().repo_info(name, repo_type=kind, revision=revision or None, timeout=CONNECT_SECONDS)
     except RevisionNotFoundError as error:
-        raise UserError(
+        raise ConfigError(
             f"{kind} {name}: the hub has no revision {revision[:80]!r} of it\nCheck data.hub_revision"
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(
+        raise ConfigError(
             f"{kind} {name}: the hub has none of this name that this account may read\n"
             "Check the name; for a private or gated one log in with `hf auth login`"
         ) from error
     except HFValidationError as error:
-        raise UserError(f"{kind} {name}: {_in_short(error)}\n{without_network(kind)}") from error
+        raise ConfigError(f"{kind} {name}: {_in_short(error)}\n{without_network(kind)}") from error
     except Exception as error:
         # Which classes stand for a dead network depends on the HTTP library that huggingface_hub uses.
-        raise UserError(
+        raise ConfigError(
             f"{kind} {name}: the Hugging Face hub cannot be reached: {_in_short(error)}\n{without_network(kind)}"
         ) from error
     return info.sha or ""

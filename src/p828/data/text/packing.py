@@ -6,19 +6,19 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from p828.data.row import Row
+from p828.data.sample import Sample
 from p828.data.text.documents import DocumentStream
 from p828.data.tokenizer import Tokenizer
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 BATCH_DOCUMENTS = 256  # tokenized together: enough to keep all cores busy,
 BATCH_CHARACTERS = 1_000_000  # and little enough to hold
 
 
-class RowMaker(Protocol):
+class Packing(Protocol):
     """Rows in the order of their text: a `Packer` or a `BestFitPacker`."""
 
-    def __next__(self) -> Row: ...
+    def __next__(self) -> Sample: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -26,7 +26,7 @@ class RowMaker(Protocol):
 
 
 class Packer:
-    """Iterator of `Row`s: every token of every document once, in order.
+    """Iterator of `Sample`s: every token of every document once, in order.
 
     Ends when the stream ends; the tokens that fill no row are then `remainder()`. The state is the stream's
     before the document in which the next row starts, and how many of its tokens were given.
@@ -54,11 +54,11 @@ class Packer:
         self._at = 0
         self._consumed = consumed  # tokens of the next document to drop: they were given before a resume
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Sample]:
         return self
 
-    def __next__(self) -> Row:
-        """Raises UserError when a whole epoch of an endless stream fills no row."""
+    def __next__(self) -> Sample:
+        """Raises ConfigError when a whole epoch of an endless stream fills no row."""
         size = self.sequence_length + 1
         while len(self._tokens) - self._at < size:
             if not self._read():
@@ -67,7 +67,7 @@ class Packer:
         self._at += size
         return row
 
-    def remainder(self) -> Row | None:
+    def remainder(self) -> Sample | None:
         """After the last row of a stream that ends: the tokens left over, fewer than S+1; None if there are none."""
         return self._row(self._at, len(self._tokens)) if self._at < len(self._tokens) else None
 
@@ -79,12 +79,12 @@ class Packer:
         return {"stream": self._states[document], "tokens": int(self._at - self._starts[document])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError as `DocumentStream.load_state_dict`."""
+        """Raises ConfigError as `DocumentStream.load_state_dict`."""
         self.stream.load_state_dict(state["stream"])
         self._first_epoch_tokens = None
         self._clear(state["tokens"])
 
-    def _row(self, start: int, end: int) -> Row:
+    def _row(self, start: int, end: int) -> Sample:
         first, last = self._document_at(start), self._document_at(end - 1)
         inner_starts = self._starts[first + 1 : last + 1] - start
         steps = np.zeros(end - start, dtype=np.int32)
@@ -94,7 +94,7 @@ class Packer:
         cut = int(documents > 0 and self._starts[first] < start)
         document_ids = np.cumsum(steps, dtype=np.int32)
         text_bytes = self._text_bytes[start:end] if self.counts_bytes else None
-        return Row(self._tokens[start:end], document_ids, self._epochs[first], documents, cut, text_bytes=text_bytes)
+        return Sample(self._tokens[start:end], document_ids, self._epochs[first], documents, cut, text_bytes=text_bytes)
 
     def _document_at(self, position: int) -> int:
         """Number of the document that the token at `position` belongs to; past the end, the number of documents."""
@@ -126,7 +126,7 @@ class Packer:
 
         dropped, self._consumed = self._consumed, 0
         if dropped >= lengths[0]:
-            raise UserError(
+            raise ConfigError(
                 f"{self.stream.source}: a document ends before the place of the checkpoint in it: the data changed. "
                 "Restore it, or start a new run"
             )
@@ -148,7 +148,7 @@ class Packer:
         if self._first_epoch_tokens > self.sequence_length:
             self._first_epoch_tokens = None
         elif epochs[-1] > 0:
-            raise UserError(
+            raise ConfigError(
                 f"data.sequence_length = {self.sequence_length}: {self.stream.source} has {self._first_epoch_tokens} "
                 f"tokens in all, less than one row of {self.sequence_length + 1}; "
                 + self._remedy(self._first_epoch_tokens)

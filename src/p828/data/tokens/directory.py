@@ -15,7 +15,7 @@ from p828.config.values import shown, to_dict
 from p828.data.tokenizer import Tokenizer, load_tokenizer
 from p828.data.tokens.format import MANIFEST_FILE, TOKENIZER_FILE, check_tokenizer, open_manifest
 from p828.data.tokens.sealed import LARGEST_FILE, check_seal
-from p828.errors import RunStopped, UserError
+from p828.errors import ConfigError, RunStopped
 from p828.files import LOCK_FILE, locked, open_appended, read_limited
 
 PROGRESS_FILE, HASHES_FILE = "progress.json", "hashes.partial"
@@ -39,11 +39,11 @@ LONGEST_VALUE = 200  # characters of a setting in a message
 
 
 @contextmanager
-def entered(directories: Sequence[Path]) -> Iterator[None]:
+def open_output_dirs(directories: Sequence[Path]) -> Iterator[None]:
     """Make the directories and keep other processes out of those that are not complete.
 
-    Raises UserError if one cannot be written, is at work or holds other files, and RunStopped if it cannot be written
-    for now. If the block raises UserError, what was made since is removed from those that hold nothing of value.
+    Raises ConfigError if one cannot be written, is at work or holds other files, and RunStopped if it cannot be written
+    for now. If the block raises ConfigError, what was made since is removed from those that hold nothing of value.
     """
     made: list[Path] = []
     before: dict[Path, set[str]] = {}  # what was in those that are locked here
@@ -51,7 +51,7 @@ def entered(directories: Sequence[Path]) -> Iterator[None]:
         try:
             for directory in directories:
                 if "\0" in str(directory):
-                    raise UserError(f"data.prepared = {shown(str(directory))}: a path without NUL is accepted")
+                    raise ConfigError(f"data.prepared = {shown(str(directory))}: a path without NUL is accepted")
                 with writing(directory, at_work=False):
                     if (directory / MANIFEST_FILE).exists():
                         with contextlib.suppress(OSError):  # it is read where nothing can be written, too
@@ -61,14 +61,14 @@ def entered(directories: Sequence[Path]) -> Iterator[None]:
                     made += reversed([path for path in (directory, *directory.parents) if not path.exists()])
                     directory.mkdir(parents=True, exist_ok=True)
                     if _is_foreign(directory):
-                        raise UserError(f"{directory}: holds other files; give data.prepared a directory of its own")
+                        raise ConfigError(f"{directory}: holds other files; give data.prepared a directory of its own")
                     own = set() if (directory / LOCK_FILE).exists() else {LOCK_FILE}
                     locks.enter_context(locked(directory, f"{directory}: another p828 prepare is at work there"))
                     before[directory] = set(os.listdir(directory)) - own
                     remove(directory, TEMPORARY)
                     _try_out(directory)
             yield
-        except UserError:
+        except ConfigError:
             for directory, names in before.items():
                 if not _is_of_value(directory):
                     _remove_all(directory, set(os.listdir(directory)) - names)
@@ -80,14 +80,14 @@ def entered(directories: Sequence[Path]) -> Iterator[None]:
 
 @contextmanager
 def writing(directory: Path, at_work: bool = True) -> Iterator[None]:
-    """An error of the file system as RunStopped, or as UserError if nothing is at work yet and it will not pass."""
+    """An error of the file system as RunStopped, or as ConfigError if nothing is at work yet and it will not pass."""
     try:
         yield
     except OSError as error:
         said = f"{str(error.filename or directory)[-LONGEST_VALUE:]}: cannot be written: {error.strerror or error}"
         if at_work or error.errno in MAY_PASS:
             raise RunStopped(f"{said}\n{GOES_ON}") from None
-        raise UserError(said) from None
+        raise ConfigError(said) from None
 
 
 def remove(directory: Path, names: re.Pattern[str]) -> None:
@@ -117,7 +117,7 @@ def _try_out(directory: Path) -> None:
     except OSError as error:
         if error.errno in MAY_PASS:
             raise
-        raise UserError(
+        raise ConfigError(
             f"{directory}: files cannot be appended to, shortened and renamed there, which p828 prepare needs: "
             f"{error.strerror}"
         ) from None
@@ -145,10 +145,10 @@ def _is_of_value(directory: Path) -> bool:
     return any(name.lstat().st_size for name in names)
 
 
-def settle_tokenizer(config: Config, directories: Sequence[Path], documents: Callable[[], Iterable[str]]) -> Tokenizer:
+def resolve_tokenizer(config: Config, directories: Sequence[Path], documents: Callable[[], Iterable[str]]) -> Tokenizer:
     """One tokenizer for all directories, which keep a copy: what is begun decides, else the configuration.
 
-    Raises UserError if two of them, or one and the configuration, do not go together, and RunStopped if it cannot be
+    Raises ConfigError if two of them, or one and the configuration, do not go together, and RunStopped if it cannot be
     written for now.
     """
     begun = []
@@ -172,7 +172,7 @@ def settle_tokenizer(config: Config, directories: Sequence[Path], documents: Cal
             with _saving():
                 tokenizer.save(other)
         elif Tokenizer.from_file(other, config.tokenizer.eos_token).fingerprint() != tokenizer.fingerprint():
-            raise UserError(f"{other}: another tokenizer than {saved[0]}: sources of a mixture are prepared with one")
+            raise ConfigError(f"{other}: another tokenizer than {saved[0]}: sources of a mixture are prepared with one")
     for directory in begun:
         if (directory / MANIFEST_FILE).exists():
             check_tokenizer(open_manifest(directory), tokenizer, directory)
@@ -184,14 +184,14 @@ def _saving() -> Iterator[None]:
     """A tokenizer that cannot be written for now is no wrong input."""
     try:
         yield
-    except UserError as error:
+    except ConfigError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in MAY_PASS:
             raise RunStopped(f"{error}\n{GOES_ON}") from error
         raise
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """What an interrupted preparation left. Raises UserError if it is damaged, and RunStopped if it cannot be read."""
+    """What an interrupted preparation left. Raises ConfigError if it is damaged, and RunStopped if it cannot be read."""
     try:
         content = read_limited(path, LARGEST_FILE)
         progress: dict[str, Any] = json.loads(content)
@@ -203,7 +203,7 @@ def read_progress(path: Path) -> dict[str, Any]:
         if isinstance(error, OSError) and error.errno in MAY_PASS:
             raise RunStopped(f"{path}: cannot be read: {error.strerror}\n{GOES_ON}") from None
         said = str(error)[:LONGEST_VALUE]
-        raise UserError(f"{path}: damaged: {said}. Remove {path.parent} to begin again") from None
+        raise ConfigError(f"{path}: damaged: {said}. Remove {path.parent} to begin again") from None
     return progress
 
 
@@ -227,7 +227,7 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
 
 
 def check_settings(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Raises UserError with the first setting that is another."""
+    """Raises ConfigError with the first setting that is another."""
     for section, values in now.items():
         for key, value in values.items():
             made = before[section].get(key)
@@ -237,7 +237,7 @@ def check_settings(before: dict[str, Any], now: dict[str, Any], path: Path) -> N
                 continue  # prepared by a version that did not keep it
             if made != value:
                 old, new = shown(made, LONGEST_VALUE), shown(value, LONGEST_VALUE)
-                raise UserError(
+                raise ConfigError(
                     f"{path}: made with {section}.{key} = {old}, not {new}. Give the configuration and flags that it "
                     "was prepared with, or another directory as data.prepared"
                 )

@@ -18,7 +18,7 @@ from p828.data.retry import NO_RETRY, Retry
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.sealed import CHECKSUM, LARGEST_FILE, check_seal, write_sealed
 from p828.data.tokens.source_files import SourceFiles
-from p828.errors import ReadFailed, UserError
+from p828.errors import ConfigError, TransientReadError
 from p828.files import MEBIBYTE, open_regular, read_limited
 
 FORMAT_VERSION = 2
@@ -75,19 +75,19 @@ class Manifest:
         return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())
 
     def write(self, directory: Path) -> None:
-        """Raises OSError, and UserError if it is too large to be read again."""
+        """Raises OSError, and ConfigError if it is too large to be read again."""
         write_sealed(directory / MANIFEST_FILE, asdict(self), INDENT)
 
 
 def open_manifest(directory: Path) -> Manifest:
-    """Read the manifest. Raises UserError if there is none, or it is none of this version."""
+    """Read the manifest. Raises ConfigError if there is none, or it is none of this version."""
     path = directory / MANIFEST_FILE
     try:
         content = read_limited(path, LARGEST_FILE)
         fields = json.loads(content)
         version = fields["format_version"]
         if version not in (WITHOUT_CHECKSUM, FORMAT_VERSION):
-            raise UserError(f"{path}: format version {str(version)[:20]}; this program reads {FORMAT_VERSION}")
+            raise ConfigError(f"{path}: format version {str(version)[:20]}; this program reads {FORMAT_VERSION}")
         values = {key: value for key, value in fields.items() if version == WITHOUT_CHECKSUM or key != CHECKSUM}
         for part in ("training", "validation"):
             values[part] = tuple(ShardEntry(**shard) for shard in values[part])
@@ -99,13 +99,13 @@ def open_manifest(directory: Path) -> Manifest:
             check_seal(content, fields, INDENT)
         return manifest
     except OSError as error:
-        raise UserError(
+        raise ConfigError(
             f"{str(path)[-LONGEST_PATH:]}: cannot be read: {error.strerror}. `p828 prepare CONFIG` makes it"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, ConfigError):
             raise
-        raise UserError(f"{path}: not a manifest of prepared data: {str(error)[:300]}") from None
+        raise ConfigError(f"{path}: not a manifest of prepared data: {str(error)[:300]}") from None
 
 
 def _check(manifest: Manifest) -> None:
@@ -135,10 +135,10 @@ def _check(manifest: Manifest) -> None:
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer, directory: Path) -> None:
-    """Raises UserError if the shards hold another tokenizer's ids."""
+    """Raises ConfigError if the shards hold another tokenizer's ids."""
     if tokenizer.fingerprint() != manifest.tokenizer:
         name = manifest.settings["tokenizer"].get("name")
-        raise UserError(
+        raise ConfigError(
             f"{directory}: prepared with another tokenizer, tokenizer.name = {name!r} as it was then. Give that one, "
             "or prepare the data again into another directory"
         )
@@ -155,7 +155,7 @@ def check_shards(
 
     A file that is still as `known` says is not read again, so that a run resumes at once. Of several that compare the
     same files, each takes a part: its number and theirs. The retry's `tell` is given a line when it takes long. Raises
-    UserError naming a wrong file, and ReadFailed.
+    ConfigError naming a wrong file, and TransientReadError.
     """
     number, parts = part
     files = [(shard.name + ending, checksum) for shard in shards for ending, checksum in shard.checksums.items()]
@@ -166,9 +166,9 @@ def check_shards(
             stat = path.stat()
             seen = [stat.st_size, stat.st_mtime_ns]
             if (known or {}).get(name) != seen and checksum_of(path) != checksum:
-                raise UserError(f"{path}: damaged or changed: its checksum is not that of {MANIFEST_FILE}")
+                raise ConfigError(f"{path}: damaged or changed: its checksum is not that of {MANIFEST_FILE}")
         except OSError as error:
-            kind = UserError if error.errno in FOR_GOOD else ReadFailed
+            kind = ConfigError if error.errno in FOR_GOOD else TransientReadError
             raise kind(f"{path}: cannot be read: {error.strerror}") from None
         return seen
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from p828.data.retry import Retry
-from p828.errors import ReadFailed, UserError
+from p828.errors import ConfigError, TransientReadError
 from p828.files import open_regular
 
 MOST_OPEN = 1024  # files that one `NumberFiles` keeps open at most
@@ -23,7 +23,7 @@ class NumberFiles:
     """Files of numbers of one type, of which those used last are open."""
 
     def __init__(self, paths: Sequence[Path], dtype: np.dtype[Any], lengths: Sequence[int], retry: Retry) -> None:
-        """`lengths` are in numbers. Raises UserError naming a file that is not there or of another size."""
+        """`lengths` are in numbers. Raises ConfigError naming a file that is not there or of another size."""
         self.paths, self.dtype, self.lengths, self.retry = paths, dtype, lengths, retry
         self._open: dict[int, BinaryIO] = {}  # the one used last at the end
         self._most_open = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // SHARE_OPEN, MOST_OPEN), 2)
@@ -31,12 +31,14 @@ class NumberFiles:
             try:
                 size = path.stat().st_size
             except OSError as error:
-                raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+                raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
             if size != length * dtype.itemsize:
-                raise UserError(f"{path}: damaged or changed: {size:,} bytes, not {length * dtype.itemsize:,}")
+                raise ConfigError(f"{path}: damaged or changed: {size:,} bytes, not {length * dtype.itemsize:,}")
 
     def read(self, file: int, start: int, stop: int) -> Any:
-        """The numbers from `start` to `stop` of a file. Raises ReadFailed, also when the file is shorter by now."""
+        """The numbers from `start` to `stop` of a file. Raises TransientReadError, also when the file is shorter by
+        now.
+        """
         start, stop = max(start, 0), min(stop, self.lengths[file])
         if start >= stop:
             return np.empty(0, self.dtype)
@@ -55,12 +57,12 @@ class NumberFiles:
                 more = os.pread(descriptor, size - len(data), at + len(data))
                 if not more:
                     now = os.fstat(descriptor).st_size
-                    raise ReadFailed(f"{self.paths[file]}: damaged or changed: cut to {now:,} bytes")
+                    raise TransientReadError(f"{self.paths[file]}: damaged or changed: cut to {now:,} bytes")
                 data += more
         except OSError as error:
             if file in self._open:
                 self._open.pop(file).close()  # the next attempt opens it anew
-            raise ReadFailed(f"{self.paths[file]}: cannot be read: {error.strerror}") from None
+            raise TransientReadError(f"{self.paths[file]}: cannot be read: {error.strerror}") from None
         else:
             return data
         finally:

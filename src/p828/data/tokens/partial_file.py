@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.files import MEBIBYTE, open_appended, open_regular
 
 
@@ -20,8 +20,8 @@ class PartialFile:
     def __init__(self, path: Path, state: dict[str, Any] | None = None, finished: Path | None = None) -> None:
         """Begin an empty file, or go on with what `path` held, or `finished`, which it was renamed to, at a state.
 
-        What comes after the state is cut off before anything is added, and not before. Raises UserError if the file is
-        not what it was, and OSError, as for anything but a regular file.
+        What comes after the state is cut off before anything is added, and not before. Raises ConfigError if the file
+        is not what it was, and OSError, as for anything but a regular file.
         """
         self.path, self._pending = path, bytearray()
         self._file: BinaryIO | None = None
@@ -75,15 +75,15 @@ class PartialFile:
         remove = f"Remove {self.path.parent} to begin again"
         try:
             if self._now.is_symlink():
-                raise UserError(f"{self._now}: is a link; a regular file is accepted")
+                raise ConfigError(f"{self._now}: is a link; a regular file is accepted")
             size = 0
             for data in self.chunks():
                 size += len(data)
                 self._hash.update(data)
         except FileNotFoundError:
-            raise UserError(f"{self.path}: gone since the preparation was interrupted. {remove}") from None
+            raise ConfigError(f"{self.path}: gone since the preparation was interrupted. {remove}") from None
         if size < self._written or self._hash.hexdigest() != checksum:
-            raise UserError(f"{self._now}: changed since the preparation was interrupted. {remove}")
+            raise ConfigError(f"{self._now}: changed since the preparation was interrupted. {remove}")
 
     def _begin(self) -> BinaryIO:
         if self._file is None:

@@ -40,13 +40,13 @@ from p828.data.tokens.sealed import write_sealed
 from p828.data.tokens.source_files import SourceFiles
 from p828.data.tokens.text_reader import PARTS, Reader, TextBatch
 from p828.data.tokens.write import BestFitWriter, ShardWriter
-from p828.errors import RunStopped, UserError
+from p828.errors import ConfigError, RunStopped
 
 SAVE_EVERY = 5.0  # seconds
 TOKENIZED_TOGETHER = 2  # batches: while the tokens of one become arrays, which one core does, others are encoded
 
 
-class WrongText(UserError):
+class WrongText(ConfigError):
     """Text of which not even the first document can be taken."""
 
 
@@ -60,9 +60,9 @@ def prepare(
     """Tokenize the one source of a configuration into a directory, or go on with that.
 
     Complete already, its shards are compared with their checksums instead, and the source's files with what they were.
-    Raises UserError if it holds data made with other settings, from other files or another tokenizer, a shard is wrong,
-    or it cannot be written, WrongText, and RunStopped (which ReadFailed is) for what ends it at work, which keeps
-    all that was made.
+    Raises ConfigError if it holds data made with other settings, from other files or another tokenizer, a shard is
+    wrong, or it cannot be written, WrongText, and RunStopped (which TransientReadError is) for what ends it at work,
+    which keeps all that was made.
     """
     if not (directory / MANIFEST_FILE).exists():
         with writing(directory, at_work=False):
@@ -73,7 +73,7 @@ def prepare(
     check_tokenizer(manifest, tokenizer, directory)
     changes = manifest.files.changes(_files(_streams(config, retry))) if manifest.files else ""
     if changes:
-        raise UserError(
+        raise ConfigError(
             f"{directory / MANIFEST_FILE}: the source's files are not those that were prepared: {changes}.\n"
             f"Give another directory as data.prepared, or remove {directory} to prepare them again"
         )
@@ -102,7 +102,7 @@ class Preparation:
     def __init__(self, config: Config, directory: Path, tokenizer: Tokenizer, retry: Retry) -> None:
         """Begin, or go on with what was interrupted.
 
-        Raises UserError if that had other settings or has changed, and RunStopped if it cannot be written for now.
+        Raises ConfigError if that had other settings or has changed, and RunStopped if it cannot be written for now.
         """
         self.config, self.directory, self.tokenizer = config, directory, tokenizer
         self.seen = SeenTexts()
@@ -129,7 +129,7 @@ class Preparation:
         return BestFitWriter(shards, self.config.data.sequence_length + 1, state)
 
     def rate(self, seconds: float) -> float:
-        """Tokens a second, if this process has been at work for so many seconds."""
+        """TokenDataset a second, if this process has been at work for so many seconds."""
         return (self.tokens - self._tokens_before) / seconds
 
     def share_done(self) -> float:
@@ -139,7 +139,7 @@ class Preparation:
     def run(self, report: Callable[["Preparation"], None]) -> Manifest:
         """Tokenize what is left and write the manifest. `report` is called after every batch.
 
-        However it ends, what is written by then is saved. Raises RunStopped, WrongText, and UserError if nothing is
+        However it ends, what is written by then is saved. Raises RunStopped, WrongText, and ConfigError if nothing is
         left.
         """
         try:
@@ -163,7 +163,7 @@ class Preparation:
                 with writing(self.directory):
                     self._write(batch, documents)
                 report(self)
-        except UserError as error:
+        except ConfigError as error:
             # Wrong text, met at work: it can be mended.
             if any(reader.counts["read"] for reader in self.readers):
                 raise RunStopped(f"{error}\n{GOES_ON}") from error
@@ -196,7 +196,7 @@ class Preparation:
             self._save()
 
     def _save(self) -> None:
-        """Raises OSError, and UserError if the settings are more than a file of progress holds."""
+        """Raises OSError, and ConfigError if the settings are more than a file of progress holds."""
         self._saved_at, self._is_whole = time.monotonic(), False
         batch = self._position
         progress = {
@@ -222,15 +222,15 @@ class Preparation:
         progress = read_progress(path)
         check_settings(progress["settings"], settings(self.config), path)
         if progress["tokenizer"] != self.tokenizer.fingerprint():
-            raise UserError(
+            raise ConfigError(
                 f"{self.directory / TOKENIZER_FILE}: changed since the preparation was interrupted. Remove "
                 f"{self.directory} to begin again"
             )
         self.reader_number = progress["reader"]
         try:
             self.readers[self.reader_number].stream.load_state_dict(progress["position"])
-        except UserError as error:
-            raise UserError(
+        except ConfigError as error:
+            raise ConfigError(
                 f"{path}: the preparation cannot go on: {error}\nPut the files back as they were, or remove "
                 f"{self.directory} to begin again"
             ) from None
@@ -247,7 +247,7 @@ class Preparation:
         source = self.readers[0].stream.source
         for part in PARTS:
             if not counts[part]:
-                raise UserError(f"{source}: nothing is left for {part}; documents: {counts}")
+                raise ConfigError(f"{source}: nothing is left for {part}; documents: {counts}")
         with writing(self.directory):
             self._save()
             self._is_whole = False

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from p828.data.retry import NO_RETRY, Retry
-from p828.data.row import Row
+from p828.data.sample import Sample
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.format import (
     DOCUMENTS,
@@ -26,7 +26,7 @@ from p828.data.tokens.format import (
 )
 from p828.data.tokens.number_files import NumberFiles
 from p828.data.tokens.permutation import Permutation
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 VALIDATION_ORDER = (0,)  # the key of an order that no seed changes
 DOCUMENT_ENDS = np.dtype("<u8")
@@ -35,7 +35,7 @@ INDEXED = 512  # the end of every 512th document is in memory; the ends between 
 COUNTED_TOGETHER = 1 << 16  # documents
 
 
-class Tokens:
+class TokenDataset:
     """The tokens of a part, its shards end to end, with the number of the document that each belongs to."""
 
     def __init__(
@@ -47,7 +47,7 @@ class Tokens:
         vocab_size: int,
         retry: Retry = NO_RETRY,
     ) -> None:
-        """Raises UserError naming a file that is not there or not of its size."""
+        """Raises ConfigError naming a file that is not there or not of its size."""
         names = [directory / shard.name for shard in shards]
         self._tokens = NumberFiles(
             [name.with_name(name.name + TOKENS) for name in names], dtype, [shard.tokens for shard in shards], retry
@@ -65,10 +65,10 @@ class Tokens:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def row(self, start: int, length: int, epoch: int) -> Row:
+    def row(self, start: int, length: int, epoch: int) -> Sample:
         """The `length` tokens from `start` on, padded at the end; documents count from 0 within the row.
 
-        Raises ReadFailed, and UserError if the shards hold no prepared data.
+        Raises TransientReadError, and ConfigError if the shards hold no prepared data.
         """
         end = min(start + length, len(self))
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -89,7 +89,7 @@ class Tokens:
         )
 
     def cut_documents(self, row_length: int) -> int:
-        """How many documents have parts in several rows. Raises ReadFailed."""
+        """How many documents have parts in several rows. Raises TransientReadError."""
         cut = 0
         for shard, offset in enumerate(self._starts[:-1]):
             last_end = 0
@@ -120,18 +120,18 @@ class Tokens:
         numbers = range(0, self._ends.lengths[shard], COUNTED_TOGETHER)
         return np.concatenate([self._ends.read(shard, at, at + COUNTED_TOGETHER)[::INDEXED] for at in numbers])
 
-    def _row(self, tokens: Any, marks: Any, begins_document: bool, epoch: int) -> Row:
+    def _row(self, tokens: Any, marks: Any, begins_document: bool, epoch: int) -> Sample:
         """A row of documents with these marks: twice the place of their end in it, plus one if they are pieces."""
         ends, is_piece = marks // 2, marks % 2 == 1
         if (np.diff(ends, prepend=0) < 1).any() or (ends > len(tokens)).any() or (tokens >= self._vocab_size).any():
-            raise UserError(f"{self._directory}: no prepared data: documents end nowhere, or ids are no tokens")
+            raise ConfigError(f"{self._directory}: no prepared data: documents end nowhere, or ids are no tokens")
         steps = np.zeros(len(tokens) + 1, dtype=np.int32)
         steps[ends] = 1
         is_last = tokens[ends - 1] == self._eos_id
         if len(ends) and not begins_document:
             is_piece[0] = True
         document_ids = np.cumsum(steps[:-1], dtype=np.int32)
-        return Row(tokens, document_ids, epoch, int(is_last.sum()), int((is_last & is_piece).sum()))
+        return Sample(tokens, document_ids, epoch, int(is_last.sum()), int((is_last & is_piece).sum()))
 
 
 @dataclass(frozen=True)
@@ -145,22 +145,22 @@ class Prepared:
 
     @classmethod
     def open(cls, directory: Path, tokenizer: Tokenizer) -> "Prepared":
-        """Raises UserError if it is none, or was prepared with another tokenizer. Shards are not read yet."""
+        """Raises ConfigError if it is none, or was prepared with another tokenizer. Shards are not read yet."""
         manifest = open_manifest(directory)
         check_tokenizer(manifest, tokenizer, directory)
         return cls(directory, manifest, tokenizer.eos_id, tokenizer.vocab_size)
 
-    def tokens(self, part: Literal["training", "validation"], retry: Retry = NO_RETRY) -> Tokens:
-        """Raises UserError naming a file that is not there or not of its size."""
+    def tokens(self, part: Literal["training", "validation"], retry: Retry = NO_RETRY) -> TokenDataset:
+        """Raises ConfigError naming a file that is not there or not of its size."""
         shards = self.manifest.training if part == "training" else self.manifest.validation
-        return Tokens(self.directory, shards, self.manifest.token_dtype, self.eos_id, self.vocab_size, retry)
+        return TokenDataset(self.directory, shards, self.manifest.token_dtype, self.eos_id, self.vocab_size, retry)
 
     def validation_rows(
         self, count: int, sequence_length: int, retry: Retry = NO_RETRY, part: tuple[int, int] = (0, 1)
-    ) -> list[Row]:
+    ) -> list[Sample]:
         """Up to `count` rows from all over the validation documents, the same ones whatever the seed.
 
-        `part` is as in `check_shards`. Raises UserError naming a damaged shard, and ReadFailed.
+        `part` is as in `check_shards`. Raises ConfigError naming a damaged shard, and TransientReadError.
         """
         tokens = self.tokens("validation", retry)
         check_shards(self.directory, self.manifest.validation, retry=retry, part=part)
@@ -171,11 +171,11 @@ class Prepared:
         return [tokens.row(int(number) * length, length, epoch=0) for number in numbers]
 
 
-class PreparedRows:
+class ShuffledTokenDataset:
     """Training rows in random order: what stands at a place of an epoch is a function of (seed, epoch, place) alone.
 
-    Row r is the tokens from r (S+1) on; the last one is padded. The state is how many rows were given to all ranks, so
-    that any number of them goes on at once from any place.
+    Sample r is the tokens from r (S+1) on; the last one is padded. The state is how many rows were given to all ranks,
+    so that any number of them goes on at once from any place.
     """
 
     def __init__(
@@ -202,8 +202,8 @@ class PreparedRows:
     def rows_per_epoch(self) -> int:
         return -(-len(self.tokens) // self.row_length)
 
-    def take(self, batch: int, count: int) -> list[Row]:
-        """The next `count` rows. Raises UserError, before the first, if a shard is damaged, and ReadFailed."""
+    def take(self, batch: int, count: int) -> list[Sample]:
+        """The next `count` rows. Raises ConfigError, before the first, if a shard is damaged, and TransientReadError."""
         if self._checked is None:
             shards = self.prepared.manifest.training
             self._checked = check_shards(self.prepared.directory, shards, self._known, self._retry, self._part)
@@ -213,7 +213,7 @@ class PreparedRows:
     def skip(self, batch: int, count: int) -> None:
         self._given += count
 
-    def at(self, index: int) -> Row:
+    def at(self, index: int) -> Sample:
         """The row with a number over all epochs."""
         epoch, place = divmod(index, self.rows_per_epoch)
         return self.tokens.row(self._number(epoch, place) * self.row_length, self.row_length, epoch)
@@ -232,9 +232,9 @@ class PreparedRows:
         return {"prepared": self.fingerprint, "rows": self._given, "checked": checked}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError if the state is of other data."""
+        """Raises ConfigError if the state is of other data."""
         if state.get("prepared") != self.fingerprint:
-            raise UserError(
+            raise ConfigError(
                 f"{self.prepared.directory}: not the data of the checkpoint. Give that as data.prepared, or start a "
                 "new run"
             )

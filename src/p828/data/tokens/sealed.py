@@ -6,7 +6,7 @@ from typing import Any
 
 import xxhash
 
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.files import MEBIBYTE, write_atomic
 
 CHECKSUM = "xxh3_128"
@@ -16,11 +16,11 @@ LARGEST_FILE = 64 * MEBIBYTE  # of the manifest and the progress of prepared dat
 def write_sealed(path: Path, fields: dict[str, Any], indent: int | None = None) -> None:
     """Put the fields and their checksum in place of what the file held. Raises OSError.
 
-    Raises UserError, leaving the file as it was, if they are more than its readers accept.
+    Raises ConfigError, leaving the file as it was, if they are more than its readers accept.
     """
     text = _spelled(fields, indent)
     if len(text) > LARGEST_FILE:
-        raise UserError(
+        raise ConfigError(
             f"{path}: would have {len(text):,} bytes, and at most {LARGEST_FILE:,} are accepted. Give patterns or "
             "directories in place of long lists of file names"
         )

@@ -11,7 +11,7 @@ from p828.data.best_fit import best_fit
 from p828.data.tokens.format import DOCUMENTS, TOKENS, ShardEntry
 from p828.data.tokens.partial_file import PartialFile
 from p828.data.tokens.read import DOCUMENT_ENDS
-from p828.errors import UserError
+from p828.errors import ConfigError
 
 PARTIAL = ".partial"
 PACKED_ROWS = 1024  # in whose rows documents are fitted together
@@ -32,7 +32,7 @@ class ShardWriter:
     ) -> None:
         """Begin, or go on from a state: what was written after it is cut off, once something is added or saved.
 
-        Raises UserError if what the state speaks of is not there, or has changed, and OSError.
+        Raises ConfigError if what the state speaks of is not there, or has changed, and OSError.
         """
         self.directory, self.part, self.dtype, self.shard_tokens = directory, part, dtype, shard_tokens
         self.complete: list[ShardEntry] = []
@@ -99,7 +99,7 @@ class ShardWriter:
             for ending, size in sizes.items():
                 path = self.directory / (shard.name + ending)
                 if not path.is_file() or path.stat().st_size != size:
-                    raise UserError(
+                    raise ConfigError(
                         f"{path}: gone or of another size since the preparation was interrupted. Remove "
                         f"{self.directory} to begin again"
                     )
@@ -119,7 +119,7 @@ class BestFitWriter:
     """
 
     def __init__(self, shards: ShardWriter, row_length: int, state: dict[str, Any] | None = None) -> None:
-        """Begin, or go on from a state. Raises UserError if what waits is not as it was, and OSError."""
+        """Begin, or go on from a state. Raises ConfigError if what waits is not as it was, and OSError."""
         self.shards, self.row_length = shards, row_length
         self._waiting: list[tuple[Document, bool]] = []  # and whether it is a piece
         self._generation = 0 if state is None else state["generation"]

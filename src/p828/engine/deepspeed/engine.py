@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from p828.config import Config
 from p828.data.loader import Batch
-from p828.distributed.group import Ranks
-from p828.engine.deepspeed.partitions import flats, parts, refresh
-from p828.engine.deepspeed.reduce import ReducedSums
+from p828.distributed.group import ProcessGroup
+from p828.engine.deepspeed.partitions import flat_groups, partitions, sync_from_masters
+from p828.engine.deepspeed.reduce import GradientReducer
 from p828.engine.deepspeed.settings import DeepSpeedSettings, deepspeed_settings
 from p828.engine.microbatch import auxiliary_losses
 from p828.engine.plain import StepResult, prepare_layers, step_result
-from p828.errors import UserError
+from p828.errors import ConfigError
 from p828.model.backend import check_widths
 from p828.model.init import initial_values
 from p828.model.loss import IGNORE, LinearCrossEntropy
@@ -36,8 +36,8 @@ from p828.system.device import compiles, pick_device, pick_dtype, random_states,
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_deepspeed(config: Config, ranks: Ranks) -> DeepSpeedSettings:
-    """What the run will be told to DeepSpeed. Raises UserError if it is not installed or would not take it."""
+def check_deepspeed(config: Config, ranks: ProcessGroup) -> DeepSpeedSettings:
+    """What the run will be told to DeepSpeed. Raises ConfigError if it is not installed or would not take it."""
     device = pick_device(config.train.device)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # also beside a GPU
@@ -45,7 +45,7 @@ def check_deepspeed(config: Config, ranks: Ranks) -> DeepSpeedSettings:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
         from pydantic import ValidationError
     except ModuleNotFoundError as error:
-        raise UserError(
+        raise ConfigError(
             f"engine = \"deepspeed\": {error.name} is not installed: pip install 'p828[deepspeed]'"
         ) from None
     dtype = pick_dtype(config.train.dtype, device)
@@ -56,14 +56,14 @@ def check_deepspeed(config: Config, ranks: Ranks) -> DeepSpeedSettings:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise UserError(f"{config.deepspeed.config}: {key} = {first['input']!r}: {first['msg']}") from None
+        raise ConfigError(f"{config.deepspeed.config}: {key} = {first['input']!r}: {first['msg']}") from None
     return settings
 
 
 class DeepSpeedEngine:
     """Weights in the run's dtype, float32 masters and moments, sharded as the ZeRO stage says."""
 
-    def __init__(self, config: Config, ranks: Ranks, settings: DeepSpeedSettings) -> None:
+    def __init__(self, config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings) -> None:
         self.config, self.ranks, self.stage = config, ranks, settings.stage
         self.device = pick_device(config.train.device)
         self.dtype = pick_dtype(config.train.dtype, self.device)
@@ -74,15 +74,15 @@ class DeepSpeedEngine:
         self._sums_itself = self.stage < 2 and not settings.offload_optimizer
         self.model, self._engine = self._initialize(settings)
         self._optimizer = self._engine.optimizer
-        self.parts = parts(self._optimizer, self.stage, self.model, ranks.rank)
+        self.partitions = partitions(self._optimizer, self.stage, self.model, ranks.rank)
         self._begin()
         self._sums = None
         if self._sums_itself:
             zero = settings.values["zero_optimization"]
-            self._sums = ReducedSums(self._optimizer, zero, self.model, config, self.dtype)
+            self._sums = GradientReducer(self._optimizer, zero, self.model, config, self.dtype)
             if self.stage == 0:
                 parameters = dict(self.model.named_parameters())
-                for part in self.parts:
+                for part in self.partitions:
                     part.flat.grad = self._sums.gradients.sums[parameters[part.name]]
         self.reductions = 1 if self._sums_itself else self._accumulation
         """How often gradients are reduced over ranks in a step."""
@@ -122,7 +122,7 @@ class DeepSpeedEngine:
         self._done = 0
         return result
 
-    def _step_of_sums(self, sums: ReducedSums) -> StepResult:
+    def _step_of_sums(self, sums: GradientReducer) -> StepResult:
         """As the plain engine's: all of it is started on the device before the host asks what came out."""
         gradients = sums.gradients
         totals = torch.cat((gradients.loss[None].double(), sums.finish()[None], gradients.loads_LE.flatten().double()))
@@ -138,11 +138,11 @@ class DeepSpeedEngine:
         gradients.begin_step()
         return step_result(torch.cat((loss[None], norm[None], totals[2:])).tolist(), self.config)
 
-    def _update(self, sums: ReducedSums) -> None:
+    def _update(self, sums: GradientReducer) -> None:
         """Let AdamW loose on the masters, and compute with what comes out."""
         if self.stage == 0:  # whole on every rank, and DeepSpeed would round the sums to the weights' dtype
             self._inner.step()
-            refresh(self._optimizer, self.stage)
+            sync_from_masters(self._optimizer, self.stage)
             return
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
@@ -165,7 +165,7 @@ class DeepSpeedEngine:
         return step_result([loss, norm, *loads], self.config)
 
     @contextmanager
-    def whole_model(self) -> Iterator[Transformer]:
+    def gathered_model(self) -> Iterator[Transformer]:
         """The model with all its weights, on every rank. At stage 3 they are gathered for the block."""
         if self.stage < 3:
             yield self.model
@@ -182,7 +182,7 @@ class DeepSpeedEngine:
             yield twin
 
     @contextmanager
-    def model_in_step(self) -> Iterator[Transformer]:
+    def model_for_evaluation(self) -> Iterator[Transformer]:
         """The model for as many forward passes on every rank. At stage 3 each gathers a layer at a time."""
         if self.stage < 3:
             yield self.model
@@ -192,9 +192,9 @@ class DeepSpeedEngine:
         with deepspeed.zero.GatheredParameters([self.model.head_weight]):
             yield self.model
 
-    def tensors(self) -> dict[str, dict[str, Saveable]]:
+    def state_dict(self) -> dict[str, dict[str, Saveable]]:
         """This rank's share of what a checkpoint needs from here, by file and name; rank 0 has what is whole, too."""
-        held = [part.share(self.ranks.rank, self.ranks.size) if self.stage == 0 else part for part in self.parts]
+        held = [part.share(self.ranks.rank, self.ranks.size) if self.stage == 0 else part for part in self.partitions]
         held = [part for part in held if part.length]
         model: dict[str, Saveable] = {part.name: part.of(part.flat) for part in held}
         optimizer: dict[str, Saveable] = {
@@ -209,14 +209,14 @@ class DeepSpeedEngine:
             optimizer |= {f"step/{name}": torch.tensor(float(self._updates)) for name in parameters}
         return {"model": model, "optimizer": optimizer, "random": random}
 
-    def load_tensors(self, tensors: Tensors) -> None:
+    def load_state_dict(self, tensors: Tensors) -> None:
         """Take over what an engine saved, of either kind, at any stage, on any number of ranks."""
         parameters = dict(self.model.named_parameters())
         buffers = {name: buffer for name, buffer in self.model.state_dict().items() if name not in parameters}
         for name, buffer in buffers.items():
             buffer.copy_(tensors.tensor("model", name))
         saved = set(tensors.names("optimizer"))  # older ones from before the first step have not all
-        for part in self.parts:
+        for part in self.partitions:
             part.of(part.flat).values.copy_(tensors.fragment("model", part.name, part.start, part.length))
             for key in MOMENTS:
                 moments, moments_name = part.of(self._state(part.flat)[key]).values, f"{key}/{part.name}"
@@ -229,7 +229,7 @@ class DeepSpeedEngine:
         ]
         self._updates = int(counts[0].item()) if counts else 0
         self._set_updates()
-        refresh(self._optimizer, self.stage)
+        sync_from_masters(self._optimizer, self.stage)
         own = {name.partition("/")[0]: name for name in tensors.names("random") if _rank_of(name) == self.ranks.rank}
         if own:  # with more ranks than before, the new ones draw from seeds of their own
             restore_random_states({name: tensors.tensor("random", key) for name, key in own.items()}, self.device)
@@ -279,16 +279,16 @@ class DeepSpeedEngine:
 
     def _begin(self) -> None:
         """Give every parameter its first values, and the optimizer a state without any past."""
-        for flat in flats(self._optimizer, self.stage):
+        for flat in flat_groups(self._optimizer, self.stage):
             flat.data.zero_()  # padding, too
             self._inner.state[flat] = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
         self._set_updates()
-        by_name = {part.name: part for part in self.parts}
+        by_name = {part.name: part for part in self.partitions}
         for name, whole in initial_values(self.config.model, self.config.train.seed):
             if name in by_name:
                 part = by_name[name]
                 part.of(part.flat).values.copy_(whole.flatten()[part.start : part.start + part.length])
-        refresh(self._optimizer, self.stage)
+        sync_from_masters(self._optimizer, self.stage)
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -300,7 +300,7 @@ class DeepSpeedEngine:
 
     def _set_updates(self) -> None:
         is_torchs = isinstance(self._inner, torch.optim.AdamW)
-        for flat in flats(self._optimizer, self.stage):
+        for flat in flat_groups(self._optimizer, self.stage):
             count = torch.tensor(float(self._updates), device=flat.device) if is_torchs else self._updates
             self._inner.state[flat]["step"] = count
 

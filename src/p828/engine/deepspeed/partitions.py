@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from p828.runs.fragments import Fragment
+from p828.runs.fragments import TensorShard
 
 
-class Part(NamedTuple):
+class Partition(NamedTuple):
     """The numbers of one parameter that a rank updates."""
 
     name: str
@@ -29,18 +29,18 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     """The whole parameter's."""
 
-    def of(self, like_flat: Tensor) -> Fragment:
+    def of(self, like_flat: Tensor) -> TensorShard:
         """What belongs to this part in `flat`, or in a tensor of the optimizer's state that is laid out alike."""
         values = like_flat.detach().view(-1).narrow(0, self.offset, self.length)
-        return Fragment(values, self.start, self.shape)
+        return TensorShard(values, self.start, self.shape)
 
-    def share(self, rank: int, size: int) -> "Part":
+    def share(self, rank: int, size: int) -> "Partition":
         """One of `size` nearly equal pieces of it, maybe an empty one."""
         begin, end = (self.length * number // size for number in (rank, rank + 1))
         return self._replace(offset=self.offset + begin, start=self.start + begin, length=end - begin)
 
 
-def parts(optimizer: Any, stage: int, model: nn.Module, rank: int) -> list[Part]:
+def partitions(optimizer: Any, stage: int, model: nn.Module, rank: int) -> list[Partition]:
     """Of every parameter the part that this rank updates, if it has one; at stage 0 that is all of it."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     if stage == 3:
@@ -52,8 +52,8 @@ def parts(optimizer: Any, stage: int, model: nn.Module, rank: int) -> list[Part]
     return [part for part in found if part.length > 0]
 
 
-def flats(optimizer: Any, stage: int) -> list[Tensor]:
-    """All `Part.flat`, padding included."""
+def flat_groups(optimizer: Any, stage: int) -> list[Tensor]:
+    """All `Partition.flat`, padding included."""
     if stage == 3:
         return list(optimizer.fp32_partitioned_groups_flat)
     if stage:
@@ -61,7 +61,7 @@ def flats(optimizer: Any, stage: int) -> list[Tensor]:
     return [flat for group in optimizer.param_groups for flat in group["params"]]
 
 
-def refresh(optimizer: Any, stage: int) -> None:
+def sync_from_masters(optimizer: Any, stage: int) -> None:
     """Compute with the masters as they are now, on all ranks."""
     if stage == 3:
         optimizer._partition_all_parameters()
@@ -77,30 +77,30 @@ def refresh(optimizer: Any, stage: int) -> None:
                 parameter.data.copy_(master.data)
 
 
-def _of_stages_1_and_2(optimizer: Any, names: dict[Tensor, str]) -> Iterator[Part]:
+def _of_stages_1_and_2(optimizer: Any, names: dict[Tensor, str]) -> Iterator[Partition]:
     groups = zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
     for parameters, flat in groups:
         for parameter in parameters:
             mapping = parameter._hp_mapping
             if mapping is not None:
                 place, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield Part(names[parameter], flat, there.start, there.numel, place.start, tuple(parameter.shape))
+                yield Partition(names[parameter], flat, there.start, there.numel, place.start, tuple(parameter.shape))
 
 
-def _of_stage_3(optimizer: Any, names: dict[Tensor, str], rank: int) -> Iterator[Part]:
+def _of_stage_3(optimizer: Any, names: dict[Tensor, str], rank: int) -> Iterator[Partition]:
     for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
         offset = 0
         for parameter in parameters:
             size = parameter.partition_numel()  # the same on all ranks: the last one's is filled up
             start = rank * size
             count = min(size, parameter.ds_numel - start)
-            yield Part(names[parameter], flat, offset, count, start, tuple(parameter.ds_shape))
+            yield Partition(names[parameter], flat, offset, count, start, tuple(parameter.ds_shape))
             offset += size
 
 
-def _of_stage_0(optimizer: Any, names: dict[Tensor, str]) -> Iterator[Part]:
+def _of_stage_0(optimizer: Any, names: dict[Tensor, str]) -> Iterator[Partition]:
     for parameter, master in _pairs_of_stage_0(optimizer):
-        yield Part(names[parameter], master, 0, master.numel(), 0, tuple(parameter.shape))
+        yield Partition(names[parameter], master, 0, master.numel(), 0, tuple(parameter.shape))
 
 
 def _pairs_of_stage_0(optimizer: Any) -> Iterable[tuple[Tensor, Tensor]]:

@@ -1,7 +1,7 @@
 """A step's gradients at ZeRO stages 0 and 1: summed by each rank over its micro-batches, then reduced over ranks.
 
 Below stage 2 a rank has room for a whole gradient. So its micro-batches need no collective operation but in the last
-one, and run as on one device: recorded, summed in float32. In the last micro-batch the sums of a stretch of layers are
+one, and run as on one device: recorded, summed in float32. In the last micro-batch the sums of a segment of layers are
 reduced while the backward pass goes on with the one before. DeepSpeed's own way starts every kernel of a micro-batch,
 and a hook for each parameter, from the host, which takes longer than the GPU needs.
 """
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from p828.config import Config
 from p828.data.loader import Batch
-from p828.engine.microbatch import GradientSums
+from p828.engine.microbatch import GradientAccumulator
 from p828.model.transformer import Transformer
 
-STRETCHES = 4  # the more, the less of the last reduction is left to wait for; each is a graph to record and to start
+SEGMENTS = 4  # the more, the less of the last reduction is left to wait for; each is a graph to record and to start
 
 
 class _Place(NamedTuple):
@@ -29,8 +29,9 @@ class _Place(NamedTuple):
     end: int
 
 
-class ReducedSums:
-    """`GradientSums` in one tensor, or at stage 1 one for each of DeepSpeed's parameter groups, laid out like it.
+class GradientReducer:
+    """`GradientAccumulator` in one tensor, or at stage 1 one for each of DeepSpeed's parameter groups, laid out like
+    it.
 
     At stage 0 every rank gets all sums over ranks; at stage 1 those of the share that it updates.
     """
@@ -47,8 +48,8 @@ class ReducedSums:
         device = model.head_weight.device
         self._flats = [torch.zeros(length, dtype=torch.float32, device=device) for length in lengths]
         sums = {p: self._flats[place.flat][place.start : place.end].view(p.shape) for p, place in self._places.items()}
-        stretches = STRETCHES if zero["overlap_comm"] and self.size > 1 else 1
-        self.gradients = GradientSums(model, config, dtype, sums, stretches)
+        segments = SEGMENTS if zero["overlap_comm"] and self.size > 1 else 1
+        self.gradients = GradientAccumulator(model, config, dtype, sums, segments)
         self.shares = [flat.chunk(self.size)[self.rank] if self.stage else flat for flat in self._flats]
         """Of every tensor what this rank updates: complete after `finish`."""
         self._bucket = zero["reduce_bucket_size"]
@@ -91,15 +92,15 @@ def _end_to_end(parameters: Sequence[Tensor]) -> tuple[dict[Tensor, _Place], lis
 
 
 def _as_in_groups(
-    groups: Sequence[Sequence[Tensor]], flats: Sequence[Tensor]
+    groups: Sequence[Sequence[Tensor]], flat_groups: Sequence[Tensor]
 ) -> tuple[dict[Tensor, _Place], list[int]]:
     """Where DeepSpeed has each parameter in its groups' tensors, and how long these are."""
     places = {}
-    for number, (parameters, flat) in enumerate(zip(groups, flats, strict=True)):
+    for number, (parameters, flat) in enumerate(zip(groups, flat_groups, strict=True)):
         for parameter in parameters:
             start = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
             places[parameter] = _Place(number, start, start + parameter.numel())
-    return places, [flat.numel() for flat in flats]
+    return places, [flat.numel() for flat in flat_groups]
 
 
 def _joined(places: Sequence[_Place]) -> Iterator[_Place]:

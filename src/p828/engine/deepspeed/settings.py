@@ -11,7 +11,7 @@ from typing import Any
 from p828.config import Config
 from p828.config.files import PRESETS, merged
 from p828.config.values import flatten
-from p828.errors import UserError, nearest
+from p828.errors import ConfigError, did_you_mean
 from p828.files import MEBIBYTE, read_limited
 
 LARGEST_FILE = MEBIBYTE
@@ -84,8 +84,8 @@ class DeepSpeedSettings:
 def deepspeed_settings(config: Config, dtype: str, world_size: int) -> DeepSpeedSettings:
     """For a run whose layers compute in `dtype`, "float32" or "bfloat16".
 
-    Raises UserError naming file and key: for a file that cannot be read, a key given twice or unknown, a value that is
-    not accepted and one that contradicts the run's configuration.
+    Raises ConfigError naming file and key: for a file that cannot be read, a key given twice or unknown, a value that
+    is not accepted and one that contradicts the run's configuration.
     """
     values, name = _own_settings(config, dtype, world_size), config.deepspeed.config
     if name:
@@ -93,16 +93,16 @@ def deepspeed_settings(config: Config, dtype: str, world_size: int) -> DeepSpeed
         problems: list[str] = []
         given = _checked(read_strictly(path), KEYS, _of_run(config, dtype, world_size), problems)
         if problems:
-            raise UserError(_listed([f"{path}: {problem}" for problem in problems]))
+            raise ConfigError(_listed([f"{path}: {problem}" for problem in problems]))
         values = merged(values, {key: value for key, value in given.items() if key not in FOR_US})
     zero = values["zero_optimization"]
     offloads = {key: zero.get(key, {}).get("device") == "cpu" for key in LEAST_STAGE}
     for key, least in LEAST_STAGE.items():
         if offloads[key] and zero["stage"] < least:
             where = f"{name}: zero_optimization.{key}.device" if name else f"deepspeed.{key}"
-            raise UserError(f'{where} = "cpu": accepted from stage {least} on; the stage is {zero["stage"]}')
+            raise ConfigError(f'{where} = "cpu": accepted from stage {least} on; the stage is {zero["stage"]}')
     if zero["stage"] < 2 and not offloads["offload_optimizer"] and values.get("communication_data_type") == "bf16":
-        raise UserError(f'{name}: communication_data_type = "bf16": below stage 2 gradients are reduced in float32')
+        raise ConfigError(f'{name}: communication_data_type = "bf16": below stage 2 gradients are reduced in float32')
     if zero["stage"] >= 2 and dtype == "bfloat16":
         values["data_types"] = {"grad_accum_dtype": "fp32"}
     return DeepSpeedSettings(values, zero["stage"], **offloads)
@@ -115,21 +115,21 @@ def preset_files() -> dict[str, Path]:
 
 
 def read_strictly(path: Path) -> dict[str, Any]:
-    """A JSON object, as RFC 8259 has it. Raises UserError; a key that is given twice is named."""
+    """A JSON object, as RFC 8259 has it. Raises ConfigError; a key that is given twice is named."""
     try:
         text = read_limited(path, LARGEST_FILE).decode(
             "utf-8-sig"
         )  # some editors put a mark first, which RFC 8259 lets us ignore
         values = json.loads(text, object_pairs_hook=_without_duplicates, parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError:
-        near = nearest(str(path), preset_files())
-        raise UserError(f"no file {path}{near} Accepted: a .json file, {', '.join(preset_files())}") from None
+        near = did_you_mean(str(path), preset_files())
+        raise ConfigError(f"no file {path}{near} Accepted: a .json file, {', '.join(preset_files())}") from None
     except RecursionError:
-        raise UserError(f"{path}: cannot be read as JSON: nested too deeply") from None
+        raise ConfigError(f"{path}: cannot be read as JSON: nested too deeply") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {_shown(values)}; an object with DeepSpeed's keys is accepted")
+        raise ConfigError(f"{path}: holds {_shown(values)}; an object with DeepSpeed's keys is accepted")
     return values
 
 
@@ -209,7 +209,7 @@ def _checked(
     checked: dict[str, Any] = {}
     for key, value in given.items():
         if key not in keys:
-            near = nearest(key, keys)
+            near = did_you_mean(key, keys)
             problems.append(f"unknown key {_shown(section + key)}{near} Accepted: {', '.join(keys)}")
             continue
         name, kind = section + key, keys[key]

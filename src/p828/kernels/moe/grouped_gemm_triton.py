@@ -1,7 +1,7 @@
 """Matrix products of rows sorted by expert, each expert's rows with its own weights.
 
 Why our own: `torch.nn.functional.grouped_mm` reaches 490 to 730 TFLOP/s on an H100 at the sizes of the presets, these
-6% more in the mean (-3 to +14%). Every expert's rows fill whole tiles (`Order`), so a tile belongs to one
+6% more in the mean (-3 to +14%). Every expert's rows fill whole tiles (`TokenPermutation`), so a tile belongs to one
 expert, needs no mask along the rows, and the host never learns how many rows an expert has. A fixed number of programs
 walk over all tiles, in groups of GROUP tiles of rows, so that an expert's weights stay in the L2 cache. GPUs that have
 the tensor memory accelerator (compute capability 9 and up) load and store tiles through it, others through pointers.

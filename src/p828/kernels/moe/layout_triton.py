@@ -80,19 +80,21 @@ def experts_place(
 def sort_rows(
     experts_TK: Tensor, counted_T: Tensor, n_experts: int, rows: int, tile: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """row_TK, entry_R, offsets_E1, tile_expert (all int32) and loads_E (int64): the fields of `Order`."""
+    """destination_TK, source_R, offsets_E1, tile_expert (all int32) and loads_E (int64): the fields of
+    `TokenPermutation`.
+    """
     device, entries, per_token = experts_TK.device, experts_TK.numel(), experts_TK.shape[1]
     blocks, padded_experts = triton.cdiv(entries, BLOCK), max(triton.next_power_of_2(n_experts), 2)
     counts, loads, starts = torch.empty(3, blocks, padded_experts, dtype=torch.int32, device=device)
     offsets_E1 = torch.empty(n_experts + 1, dtype=torch.int32, device=device)
     loads_E = torch.empty(n_experts, dtype=torch.int64, device=device)
     tile_expert = torch.empty(rows // tile, dtype=torch.int32, device=device)
-    row_TK = torch.empty(experts_TK.shape, dtype=torch.int32, device=device)
-    entry_R = torch.full((rows,), -1, dtype=torch.int32, device=device)
+    destination_TK = torch.empty(experts_TK.shape, dtype=torch.int32, device=device)
+    source_R = torch.full((rows,), -1, dtype=torch.int32, device=device)
     experts_count[(blocks,)](experts_TK, counted_T, counts, loads, entries, per_token, padded_experts, BLOCK)
     experts_offset[(1,)](
         counts, loads, starts, offsets_E1, loads_E, tile_expert, blocks, rows // tile, n_experts,
         tile, padded_experts, BLOCKS,
     )  # fmt: skip
-    experts_place[(blocks,)](experts_TK, starts, row_TK, entry_R, entries, padded_experts, BLOCK, PART)
-    return row_TK, entry_R, offsets_E1, tile_expert, loads_E
+    experts_place[(blocks,)](experts_TK, starts, destination_TK, source_R, entries, padded_experts, BLOCK, PART)
+    return destination_TK, source_R, offsets_E1, tile_expert, loads_E

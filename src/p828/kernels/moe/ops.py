@@ -21,7 +21,7 @@ from p828.kernels.moe.tiles import TILE
 def sort_rows(
     experts_TK: Tensor, counted_T: Tensor, n_experts: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `p828.model.experts.Order`, for tiles of TILE rows."""
+    """The fields of `p828.model.experts.TokenPermutation`, for tiles of TILE rows."""
     from p828.kernels.moe import layout_triton as expert_order_triton
 
     return expert_order_triton.sort_rows(experts_TK.contiguous(), counted_T.contiguous(), n_experts, rows, TILE)
@@ -46,8 +46,8 @@ def routed_experts(
     weights_TK: Tensor,
     gate_up_EPH: Tensor,
     down_EHI: Tensor,
-    row_TK: Tensor,
-    entry_R: Tensor,
+    destination_TK: Tensor,
+    source_R: Tensor,
     offsets_E1: Tensor,
     tile_expert: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -60,18 +60,18 @@ def routed_experts(
     from p828.kernels.moe import swiglu_triton as activation
 
     x_TH, weights_TK, rows_used = x_TH.contiguous(), weights_TK.contiguous(), offsets_E1[-1:]
-    x_RH = rows.gather(x_TH, entry_R, rows_used, row_TK.shape[1])
+    x_RH = rows.gather(x_TH, source_R, rows_used, destination_TK.shape[1])
     gate_up_RP = products.linear(x_RH, gate_up_EPH, tile_expert, rows_used)
     gate_RP, up_RP = gate_up_RP.chunk(2, dim=1)
-    inner_RI = activation.activate(gate_RP, up_RP, down_EHI.shape[2], weights_TK, entry_R, rows_used)
+    inner_RI = activation.activate(gate_RP, up_RP, down_EHI.shape[2], weights_TK, source_R, rows_used)
     y_RH = products.linear(inner_RI, down_EHI, tile_expert, rows_used)
-    return rows.combine(y_RH, row_TK), gate_up_RP
+    return rows.combine(y_RH, destination_TK), gate_up_RP
 
 
 @routed_experts.register_fake
-def _(x_TH: Tensor, weights_TK: Tensor, gate_up_EPH: Tensor, down_EHI: Tensor, row_TK: Tensor, entry_R: Tensor,
+def _(x_TH: Tensor, weights_TK: Tensor, gate_up_EPH: Tensor, down_EHI: Tensor, destination_TK: Tensor, source_R: Tensor,
       offsets_E1: Tensor, tile_expert: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return x_TH.new_empty(x_TH.shape), x_TH.new_empty(len(entry_R), gate_up_EPH.shape[1])
+    return x_TH.new_empty(x_TH.shape), x_TH.new_empty(len(source_R), gate_up_EPH.shape[1])
 
 
 @torch.library.custom_op("p828::routed_experts_backward", mutates_args=())
@@ -81,8 +81,8 @@ def routed_experts_backward(
     weights_TK: Tensor,
     gate_up_EPH: Tensor,
     down_EHI: Tensor,
-    row_TK: Tensor,
-    entry_R: Tensor,
+    destination_TK: Tensor,
+    source_R: Tensor,
     offsets_E1: Tensor,
     tile_expert: Tensor,
     gate_up_RP: Tensor,
@@ -93,26 +93,26 @@ def routed_experts_backward(
     from p828.kernels.moe import swiglu_triton as activation
 
     grad_TH, x_TH, weights_TK = grad_TH.contiguous(), x_TH.contiguous(), weights_TK.contiguous()
-    rows_used, per_token = offsets_E1[-1:], row_TK.shape[1]
-    grad_RH = rows.gather(grad_TH, entry_R, rows_used, per_token)
+    rows_used, per_token = offsets_E1[-1:], destination_TK.shape[1]
+    grad_RH = rows.gather(grad_TH, source_R, rows_used, per_token)
     inner_RI = products.linear_backward(grad_RH, down_EHI, tile_expert, rows_used)  # its gradient, so far
     dgate_up_RP, dweights_TK = torch.empty_like(gate_up_RP), torch.empty_like(weights_TK)
     (gate_RP, up_RP), (dgate_RP, dup_RP) = gate_up_RP.chunk(2, dim=1), dgate_up_RP.chunk(2, dim=1)
     activation.activate_backward_(
-        inner_RI, gate_RP, up_RP, dgate_RP, dup_RP, weights_TK, dweights_TK, entry_R, rows_used
+        inner_RI, gate_RP, up_RP, dgate_RP, dup_RP, weights_TK, dweights_TK, source_R, rows_used
     )
     ddown_EHI = products.weight_gradient(grad_RH, inner_RI, offsets_E1)
     del grad_RH, inner_RI
     dx_RH = products.linear_backward(dgate_up_RP, gate_up_EPH, tile_expert, rows_used)
-    dx_TH = rows.combine(dx_RH, row_TK)
+    dx_TH = rows.combine(dx_RH, destination_TK)
     del dx_RH
-    x_RH = rows.gather(x_TH, entry_R, rows_used, per_token)
+    x_RH = rows.gather(x_TH, source_R, rows_used, per_token)
     return dx_TH, dweights_TK, products.weight_gradient(dgate_up_RP, x_RH, offsets_E1), ddown_EHI
 
 
 @routed_experts_backward.register_fake
-def _(grad_TH: Tensor, x_TH: Tensor, weights_TK: Tensor, gate_up_EPH: Tensor, down_EHI: Tensor, row_TK: Tensor,
-      entry_R: Tensor, offsets_E1: Tensor, tile_expert: Tensor, gate_up_RP: Tensor,
+def _(grad_TH: Tensor, x_TH: Tensor, weights_TK: Tensor, gate_up_EPH: Tensor, down_EHI: Tensor, destination_TK: Tensor,
+      source_R: Tensor, offsets_E1: Tensor, tile_expert: Tensor, gate_up_RP: Tensor,
       ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx_TH, dweights_TK, dgate_up_EPH, ddown_EHI = (
         x.new_empty(x.shape) for x in (x_TH, weights_TK, gate_up_EPH, down_EHI)

@@ -1,7 +1,7 @@
 """Moving rows between tokens' order and experts' order.
 
-Rows are padded per expert to whole tiles (`Order`). Padding rows are written as zeros, so nothing they meet needs a
-mask; rows past the last expert's are neither read nor written. Plain twins: `gather_rows` and `combine_rows` of
+Rows are padded per expert to whole tiles (`TokenPermutation`). Padding rows are written as zeros, so nothing they meet
+needs a mask; rows past the last expert's are neither read nor written. Plain twins: `gather_rows` and `combine_rows` of
 `p828.model.experts`.
 
 Why passes of their own: a product that gathers its own rows was faster with 48 small experts, by 1.6% of a step, and
@@ -42,19 +42,19 @@ def experts_combine(y, row_of_entry, out, T, H, K: tl.constexpr, ROWS: tl.conste
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def gather(x_TH: Tensor, entry_R: Tensor, rows_used: Tensor, per_token: int) -> Tensor:
+def gather(x_TH: Tensor, source_R: Tensor, rows_used: Tensor, per_token: int) -> Tensor:
     """(T, H) to (R, H)."""
-    rows, width = len(entry_R), x_TH.shape[1]
+    rows, width = len(source_R), x_TH.shape[1]
     out_RH = x_TH.new_empty(rows, width)
     grid = (rows // ROWS, triton.cdiv(width, COLUMNS))
-    experts_gather[grid](x_TH, entry_R, rows_used, out_RH, width, per_token, ROWS, COLUMNS)
+    experts_gather[grid](x_TH, source_R, rows_used, out_RH, width, per_token, ROWS, COLUMNS)
     return out_RH
 
 
-def combine(y_RH: Tensor, row_TK: Tensor) -> Tensor:
+def combine(y_RH: Tensor, destination_TK: Tensor) -> Tensor:
     """(R, H) to (T, H)."""
-    (tokens, per_token), width = row_TK.shape, y_RH.shape[1]
+    (tokens, per_token), width = destination_TK.shape, y_RH.shape[1]
     out_TH = y_RH.new_empty(tokens, width)
     grid = (triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))
-    experts_combine[grid](y_RH, row_TK, out_TH, tokens, width, per_token, ROWS, COLUMNS)
+    experts_combine[grid](y_RH, destination_TK, out_TH, tokens, width, per_token, ROWS, COLUMNS)
     return out_TH

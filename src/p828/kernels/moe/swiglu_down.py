@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("p828::activated_linear", mutates_args=())
-def activated_linear(gate_TP: Tensor, up_TP: Tensor, down_HI: Tensor) -> Tensor:
+@torch.library.custom_op("p828::swiglu_down", mutates_args=())
+def swiglu_down(gate_TP: Tensor, up_TP: Tensor, down_HI: Tensor) -> Tensor:
     """act(gate, up) downᵀ: (T, H); P is I for `swiglu` and 2 I for `swiglu_of_product`. All of one dtype."""
     from p828.kernels.moe import swiglu_triton as activation_triton
 
     return activation_triton.activate(gate_TP.contiguous(), up_TP.contiguous(), down_HI.shape[1]) @ down_HI.T
 
 
-@activated_linear.register_fake
+@swiglu_down.register_fake
 def _(gate_TP: Tensor, up_TP: Tensor, down_HI: Tensor) -> Tensor:
     return gate_TP.new_empty(len(gate_TP), len(down_HI))
 
@@ -51,4 +51,4 @@ def _backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return activated_linear_backward(grad_TH, *ctx.saved_tensors)
 
 
-activated_linear.register_autograd(_backward, setup_context=_setup)
+swiglu_down.register_autograd(_backward, setup_context=_setup)

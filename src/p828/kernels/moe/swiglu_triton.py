@@ -4,9 +4,9 @@ Why our own: compiled code would keep the activation for the gradient of the pro
 computes the activation's gradient makes it again, takes the router's weight in on the way and sums that weight's
 gradient, and stops at the last row in use, which only the device knows.
 
-The rows are those of tokens (shared experts), or sorted by expert and padded to whole tiles (`Order`) with a weight for
-each (routed experts). Padding rows have the weight 0, rows past the last expert's are neither read nor written. Plain
-twin: `p828.model.experts.activate`.
+The rows are those of tokens (shared experts), or sorted by expert and padded to whole tiles (`TokenPermutation`) with a
+weight for each (routed experts). Padding rows have the weight 0, rows past the last expert's are neither read nor
+written. Plain twin: `p828.model.experts.activate`.
 """
 
 import triton
@@ -105,7 +105,7 @@ def activate(
     up_RP: Tensor,
     inner: int,
     weights_TK: Tensor | None = None,
-    entry_R: Tensor | None = None,
+    source_R: Tensor | None = None,
     rows_used: Tensor | None = None,
 ) -> Tensor:
     """The activation, times the rows' weights if there are any: (R, I); P is I for `swiglu`, 2 I for
@@ -117,7 +117,7 @@ def activate(
     out_RI = gate_RP.new_empty(rows, inner)
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(inner, COLUMNS))
     experts_activate[grid](
-        gate_RP, up_RP, weights_TK, entry_R, rows_used, out_RI, rows, gate_RP.stride(0),
+        gate_RP, up_RP, weights_TK, source_R, rows_used, out_RI, rows, gate_RP.stride(0),
         inner, projected == 2 * inner, ROWS, COLUMNS,
     )  # fmt: skip
     return out_RI
@@ -131,13 +131,13 @@ def activate_backward_(
     dup_RP: Tensor,
     weights_TK: Tensor | None = None,
     dweights_TK: Tensor | None = None,
-    entry_R: Tensor | None = None,
+    source_R: Tensor | None = None,
     rows_used: Tensor | None = None,
 ) -> None:
     """Write the gradients of gate and up, which have their strides, and of the weights (float32); overwrite grad_RI by
     the output of `activate`."""
     (rows, projected), inner = gate_RP.shape, grad_RI.shape[1]
     experts_activate_backward[(triton.cdiv(rows, ROWS),)](
-        grad_RI, gate_RP, up_RP, weights_TK, entry_R, rows_used, dgate_RP, dup_RP, dweights_TK,
+        grad_RI, gate_RP, up_RP, weights_TK, source_R, rows_used, dgate_RP, dup_RP, dweights_TK,
         rows, gate_RP.stride(0), inner, projected == 2 * inner, ROWS, BACKWARD_COLUMNS,
     )  # fmt: skip

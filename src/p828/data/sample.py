@@ -9,7 +9,7 @@ PADDING = -1  # in place of a document's number
 
 
 @dataclass(frozen=True)
-class Row:
+class Sample:
     tokens: npt.NDArray[np.int64]
     """[S+1]; shorter only before `padded`. EOS where padded."""
     document_ids: npt.NDArray[np.int32]
@@ -25,7 +25,7 @@ class Row:
     text_bytes: npt.NDArray[np.int64] | None = None
     """[S+1]: bytes of UTF-8 text that each token stands for; 0 where padded. Validation rows have them."""
 
-    def padded(self, length: int, eos_id: int) -> "Row":
+    def padded(self, length: int, eos_id: int) -> "Sample":
         missing = length - len(self.tokens)
         if not missing:
             return self

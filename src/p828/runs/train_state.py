@@ -10,7 +10,7 @@ USUAL_STEPS = 20  # that the usual loss is a mean of, with weights that fall off
 
 
 @dataclass(frozen=True)
-class Counts:
+class BatchStats:
     """What a step's micro-batches hold."""
 
     targets: int
@@ -26,12 +26,12 @@ class Counts:
     """As `Batch.attended_pairs`."""
 
     @staticmethod
-    def of(batches: Sequence[Batch], sources: int) -> "Counts":
+    def of(batches: Sequence[Batch], sources: int) -> "BatchStats":
         by_source = [0] * sources
         for batch in batches:
             for source, targets in enumerate(batch.source_targets):
                 by_source[source] += targets
-        return Counts(
+        return BatchStats(
             sum(batch.num_targets for batch in batches),
             sum(batch.documents for batch in batches),
             sum(batch.cut_documents for batch in batches),
@@ -43,7 +43,7 @@ class Counts:
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Saved with every checkpoint."""
 
     step: int = 0
@@ -71,7 +71,7 @@ class Progress:
     cut_documents: int = 0
     """Those of them that had parts in several rows."""
 
-    def count(self, counts: Counts) -> None:
+    def count(self, counts: BatchStats) -> None:
         """Add what a step was trained on."""
         by_source = zip_longest(self.source_tokens, counts.by_source, fillvalue=0)
         self.source_tokens = [sum(counts) for counts in by_source]
@@ -79,7 +79,7 @@ class Progress:
         self.documents += counts.documents
         self.cut_documents += counts.cut_documents
 
-    def judge(self, loss: float, applied: bool, spike_nats: float) -> None:
+    def update(self, loss: float, applied: bool, spike_nats: float) -> None:
         """Take in a step's loss: it is a spike if it is so much above the usual."""
         self.loss = loss
         self.non_finite_steps = 0 if applied else self.non_finite_steps + 1
