@@ -209,7 +209,7 @@ def _is_kept(record: dict[str, Any], step: int) -> bool:
 
 
 def _mend_last_line(path: Path) -> None:
-    """Boundary a partial last line off, so that the next one starts on its own."""
+    """Cut a partial last line off, so that the next one starts on its own."""
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         end = size = os.fstat(descriptor).st_size
