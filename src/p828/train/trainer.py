@@ -15,7 +15,16 @@ from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
 from p828.distributed.group import ProcessGroup
 from p828.engine.plain import Engine, StepResult
-from p828.errors import ConfigError, DataError, RecordsFailed, RunFailed, RunPaused, RunStopped, TransientReadError
+from p828.errors import (
+    ConfigError,
+    DataError,
+    P828Error,
+    RecordsFailed,
+    RunFailed,
+    RunPaused,
+    RunStopped,
+    TransientReadError,
+)
 from p828.inference.evaluate import perplexity
 from p828.model.costs import training_flops
 from p828.optim.schedule import learning_rate
@@ -70,7 +79,7 @@ class Trainer:
             self.rewind_records()
             self._started, self._seconds_before = time.monotonic(), self.trained_seconds
             self.train()
-        except (DataError, RunFailed) as error:
+        except (ConfigError, DataError, RunFailed) as error:
             self.stop_after(error)
         finally:
             self.saver.join()
@@ -100,7 +109,7 @@ class Trainer:
             if is_better or self.is_due(config.checkpoint.every):
                 self.save()
 
-    def stop_after(self, error: DataError | RunFailed) -> NoReturn:
+    def stop_after(self, error: P828Error) -> NoReturn:
         """End a run at work that cannot go on; if records fail, save first what can be saved without another rank."""
         if isinstance(error, RecordsFailed) and self.ranks.size == 1:
             for save in (self.finish_save, lambda: self.save(is_last=True)):
@@ -158,7 +167,7 @@ class Trainer:
         before, batches, failure = self.loader.state_dict(), [], ""
         try:
             batches = [next(self.loader) for _ in range(self.config.train.gradient_accumulation)]
-        except (DataError, TransientReadError) as error:
+        except (ConfigError, DataError, TransientReadError) as error:
             failure = str(error)
         own = BatchStats.of(batches, len(self.config.data.source_names))
         numbers = (

@@ -139,14 +139,15 @@ class DocumentStream:
         """Continue with the document after the one given last before `state_dict`.
 
         The shards may have moved, and one that is in `stopped` may have changed from its bad record on. Raises
-        ConfigError naming a shard that is another, or if the order's seed, the held-out share or the blocks are others.
+        ConfigError naming a shard that is another, or if the order's seed, the held-out share or the blocks are others,
+        and DataError for a state that is none.
         """
         place = [state[key] for key in ("epoch", "block", "shard", "record", "given")]
         bad_records = state.get("bad_records", 0)
         if any(type(number) is not int or number < 0 for number in [*place, bad_records]) or place[2] > len(
             self.shards
         ):
-            raise ConfigError(f"{self.source}: no place in it: {str(place)[:80]}: the checkpoint is damaged")
+            raise DataError(f"{self.source}: no place in it: {str(place)[:80]}: the checkpoint is damaged")
         difference = self._difference(state)
         if difference:
             raise ConfigError(

@@ -219,7 +219,7 @@ class Preparation:
         self.reader_number = progress["reader"]
         try:
             self.readers[self.reader_number].stream.load_state_dict(progress["position"])
-        except ConfigError as error:
+        except (ConfigError, DataError) as error:
             raise ConfigError(
                 f"{path}: the preparation cannot go on: {error}\nPut the files back as they were, or remove "
                 f"{self.directory} to begin again"
