@@ -24,7 +24,7 @@ from p828.data.text.documents import open_in_order
 from p828.data.text.held_out import trained_on_too
 from p828.data.tokenizer import Tokenizer, remarks
 from p828.data.tokens.directory import GOES_ON, open_output_dirs, resolve_tokenizer, told_at_work
-from p828.data.tokens.format import Manifest
+from p828.data.tokens.format import MANIFEST_FILE, Manifest
 from p828.data.tokens.prepare import Preparation, prepare
 from p828.data.tokens.read import Prepared
 from p828.errors import ConfigError, DataError, RunFailed, RunStopped, TransientReadError
@@ -49,14 +49,17 @@ def run(arguments: list[str]) -> None:
             print(line, flush=True)
     directories = [Path(data.prepared) for data in wanted]
     with _ended_by_signals(), open_output_dirs(directories):
-        made: list[Manifest] = []
+        made: list[Manifest] = []  # by this command
         tokenizer = resolve_tokenizer(config, directories, lambda: _documents(config))
         for line in remarks(config.tokenizer, tokenizer, training_documents(config)):
             print(line, flush=True)
         for data in wanted:
+            is_new = not (Path(data.prepared) / MANIFEST_FILE).exists()
             with told_at_work(lambda: bool(made)):
-                made.append(_prepare(replace(config, data=data), tokenizer))
-            print(describe(made[-1], data, tokenizer))
+                manifest = _prepare(replace(config, data=data), tokenizer)
+            if is_new:
+                made.append(manifest)
+            print(describe(manifest, data, tokenizer))
 
 
 @contextmanager

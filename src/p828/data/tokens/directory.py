@@ -30,6 +30,7 @@ PROGRESS_TYPES = {
 PARTIAL = re.compile(r"(training|validation)-(\d{5,}\.(tokens|documents)|waiting-\d+)\.partial|hashes\.partial")
 UNFINISHED = re.compile(rf"{PARTIAL.pattern}|progress\.json")
 TEMPORARY = re.compile(r"\.(manifest|progress|tokenizer)\.json\.tmp|\.tried(\.partial)?")
+OF_A_START = re.compile(rf"{UNFINISHED.pattern}|{TEMPORARY.pattern}|tokenizer\.json|{re.escape(LOCK_FILE)}")
 MAY_PASS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.EMFILE,
     errno.ENFILE, errno.ENOMEM,
@@ -72,7 +73,8 @@ def open_output_dirs(directories: Sequence[Path]) -> Iterator[None]:
         except (ConfigError, DataError):
             for directory, names in before.items():
                 if not _is_of_value(directory):
-                    _remove_all(directory, set(os.listdir(directory)) - names)
+                    new = set(os.listdir(directory)) - names
+                    _remove_all(directory, filter(OF_A_START.fullmatch, new))
             for path in reversed(made):
                 with contextlib.suppress(OSError):  # not empty
                     path.rmdir()
