@@ -19,7 +19,7 @@ from p828.data.streams import Streams
 from p828.data.text.documents import open_training, open_validation
 from p828.data.text.packing import Packer
 from p828.data.tokenizer import Tokenizer
-from p828.errors import ConfigError, TransientReadError
+from p828.errors import DataError, TransientReadError
 
 LENGTH = 31
 
@@ -152,7 +152,7 @@ def test_an_exception_in_the_thread_reaches_the_consumer(config: Config, tokeniz
         file.write('{"no": "text"}\n')
     with open_loader(config, tokenizer) as loader:
         for _ in range(2):
-            with pytest.raises(ConfigError, match=r"a\.jsonl:61: no field 'text'"):
+            with pytest.raises(DataError, match=r"a\.jsonl:61: no field 'text'"):
                 for _ in loader:
                     pass
 
@@ -198,7 +198,7 @@ def test_validation_rows_do_not_depend_on_the_batch(config: Config, tokenizer: T
 def test_no_text_to_validate_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "v.txt").write_text("")
     data = DataConfig(validation=ValidationConfig(kind="files", files=(str(tmp_path / "v.txt"),)))
-    with pytest.raises(ConfigError, match=r"no documents in data\.validation\.files"):
+    with pytest.raises(DataError, match=r"no documents in data\.validation\.files"):
         validation_batches(Config(data=data, model=ModelConfig()), tokenizer, 4, 2)
 
 

@@ -7,7 +7,7 @@ from data_samples import write_bytes, write_jsonl
 
 from p828.data.retry import Retry
 from p828.data.text.files import FileShard
-from p828.errors import ConfigError, TransientReadError
+from p828.errors import DataError, TransientReadError
 
 
 @dataclass
@@ -61,5 +61,5 @@ def test_a_damaged_file_is_not_read_again(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"a.txt{ending}"
     write_bytes(path, b"some text " * 1000)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ConfigError, match=r"a\.txt.*cannot be read"):
+    with pytest.raises(DataError, match=r"a\.txt.*cannot be read"):
         list(Retry(5, pytest.fail).documents(FileShard(str(path), "text"), 0))

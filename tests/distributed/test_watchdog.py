@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from p828.distributed.watchdog import FILE_NAME, LONGEST_GREETING, _accept, stacks
-from p828.errors import RunStopped
+from p828.errors import RunFailed
 
 TOKEN = "secret"
 STRANGERS = {
@@ -64,7 +64,7 @@ def test_strangers_are_turned_away_and_keep_nobody_waiting(server: socket.socket
 
 def test_a_rank_that_does_not_come_is_named(server: socket.socket) -> None:
     expected = r"waited 0\.5 s for the connections of ranks \[1, 3\]"
-    with came(server, greeting(2)), came(server, b"{"), pytest.raises(RunStopped, match=expected):
+    with came(server, greeting(2)), came(server, b"{"), pytest.raises(RunFailed, match=expected):
         _accept(server, 4, TOKEN, within=0.5)
 
 

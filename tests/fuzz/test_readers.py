@@ -28,7 +28,7 @@ from p828.data.tokens.format import Manifest, check_shards, open_manifest
 from p828.data.tokens.read import Prepared
 from p828.data.tokens.sealed import write_sealed
 from p828.engine.deepspeed.settings import read_strictly
-from p828.errors import ConfigError
+from p828.errors import ConfigError, DataError
 from p828.runs import checkpoint
 from p828.runs import records as metrics
 from p828.runs.fragments import TensorShard
@@ -78,7 +78,7 @@ def answered(read: Callable[[], Any]) -> Any:
     tracemalloc.start()
     try:
         return read()
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         message = str(error)
         assert 0 < len(message.splitlines()) <= 12
         assert len(message) < 20_000

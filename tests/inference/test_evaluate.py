@@ -12,7 +12,7 @@ from p828.config import Config, DataConfig, ValidationConfig
 from p828.data.build import validation_batches
 from p828.data.loader import Batch
 from p828.data.tokenizer import Tokenizer
-from p828.errors import ConfigError
+from p828.errors import DataError
 from p828.inference.evaluate import Evaluation, evaluate
 from p828.model.transformer import Transformer
 from tiny import tiny_model
@@ -126,7 +126,7 @@ def test_nothing_global_changes(letters: Tokenizer, config: Config) -> None:
 
 
 def test_nothing_to_evaluate(letters: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match="no target"):
+    with pytest.raises(DataError, match="no target"):
         evaluate(tiny_model(), [])
 
 

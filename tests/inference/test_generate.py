@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from p828.data.tokenizer import Tokenizer
-from p828.errors import ConfigError
+from p828.errors import ConfigError, DataError
 from p828.inference.generate import Completion, generate
 from p828.inference.sampling import SamplingConfig
 from p828.model.kv_cache import KVCache
@@ -212,7 +212,7 @@ def test_diverged_weights_are_named(letters: Tokenizer) -> None:
     model = tiny_model()
     with torch.no_grad():
         model.head_weight[3] = math.nan
-    with pytest.raises(ConfigError, match="diverged"):
+    with pytest.raises(DataError, match="diverged"):
         generate(model, letters, ["ab"], GREEDY)
 
 

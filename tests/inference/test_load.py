@@ -10,7 +10,7 @@ from p828.config import Config, DataConfig, TokenizerConfig, TrainConfig
 from p828.config.values import to_dict
 from p828.data.tokenizer import Tokenizer
 from p828.engine.plain import PlainEngine
-from p828.errors import ConfigError
+from p828.errors import ConfigError, DataError
 from p828.inference import load
 from p828.inference.generate import generate
 from p828.inference.load import load_model
@@ -84,7 +84,7 @@ def test_the_first_tensor_that_differs_is_named(
     tmp_path: Path, letters: Tokenizer, name: str, tensor: Tensor | None, message: str
 ) -> None:
     run = save_run(tmp_path / "run", letters, changed(tiny_model().state_dict(), name, tensor))
-    with pytest.raises(ConfigError, match=message) as raised:
+    with pytest.raises(DataError, match=message) as raised:
         load_model(run, "cpu")
     assert "step_00000020" in str(raised.value)
     assert name in str(raised.value)
@@ -92,7 +92,7 @@ def test_the_first_tensor_that_differs_is_named(
 
 def test_a_checkpoint_of_another_shape(tmp_path: Path, letters: Tokenizer) -> None:
     run = save_run(tmp_path / "run", letters, tiny_model(hidden_size=16).state_dict())
-    with pytest.raises(ConfigError, match=r"model.embed_tokens.weight has the shape \[97, 16\], .* \[97, 32\]"):
+    with pytest.raises(DataError, match=r"model.embed_tokens.weight has the shape \[97, 16\], .* \[97, 32\]"):
         load_model(run, "cpu")
 
 
@@ -104,7 +104,7 @@ def test_what_is_missing_is_named(tmp_path: Path, letters: Tokenizer) -> None:
     with pytest.raises(ConfigError, match=r"run/tokenizer.json: no such file"):
         load_model(run, "cpu")
     checkpoint_writer.save(tmp_path / "bare" / "checkpoints", 1, {"model": {}}, {})
-    with pytest.raises(ConfigError, match="step_00000001: holds no configuration"):
+    with pytest.raises(DataError, match="step_00000001: holds no configuration"):
         load_model(tmp_path / "bare", "cpu")
 
 

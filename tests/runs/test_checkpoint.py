@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from p828.errors import ConfigError
+from p828.errors import ConfigError, DataError, RunFailed
 from p828.runs import checkpoint
 from p828.runs.checkpoint import DamagedCheckpoint
 from p828.train import checkpoint_writer
@@ -92,7 +92,7 @@ def test_only_the_named_parts_are_read(tmp_path: Path) -> None:
     assert (loaded.step, loaded.state, loaded.path) == (5, {"step": 5}, path)
     with pytest.raises(DamagedCheckpoint, match=r"optimizer\.safetensors is missing"):
         checkpoint.load(path)
-    with pytest.raises(ConfigError, match=r"no ema\.safetensors; its parts are model, optimizer"):
+    with pytest.raises(DataError, match=r"no ema\.safetensors; its parts are model, optimizer"):
         checkpoint.load(path, ["ema"])
 
 
@@ -154,7 +154,7 @@ def test_another_format_is_named_and_left_in_place(tmp_path: Path, difference: i
     ours, other = checkpoint.FORMAT_VERSION, checkpoint.FORMAT_VERSION + difference
     (path / "manifest.json").write_bytes(checkpoint.manifest_bytes({**manifest, "format_version": other}))
     for read in (lambda: checkpoint.load(path), lambda: checkpoint.find_newest(tmp_path)):
-        with pytest.raises(ConfigError, match=f"format is {other}; this version of p828 reads format {ours}") as caught:
+        with pytest.raises(DataError, match=f"format is {other}; this version of p828 reads format {ours}") as caught:
             read()
         assert not isinstance(caught.value, DamagedCheckpoint)
     assert names(tmp_path) == ["step_00000001"]
@@ -241,7 +241,7 @@ def test_resolve_says_what_it_found(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
-from p828.errors import ConfigError
+from p828.errors import RunFailed
 from p828.runs import checkpoint
 from p828.train import checkpoint_writer
 directory = Path(sys.argv[1])
@@ -253,7 +253,7 @@ for limit, state in [(100_000, {}), (2_000, {"losses": [0.0] * 1000})]:
     for step in (1, 2):
         try:
             checkpoint_writer.save(directory, step, {"model": {"a": torch.ones(size)}}, state)
-        except ConfigError as error:
+        except RunFailed as error:
             print(error)
 assert checkpoint.load(directory / "step_00000001").tensors["model"]["a"].sum() == 0
 """
@@ -273,7 +273,7 @@ def test_a_file_system_that_takes_no_more_is_named_and_nothing_stays(tmp_path: P
 
 def test_a_path_that_cannot_hold_checkpoints_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"Not a directory|File exists"):
+    with pytest.raises(RunFailed, match=r"Not a directory|File exists"):
         save(tmp_path / "file" / "checkpoints", 1)
     assert (tmp_path / "file").read_text() == ""
 

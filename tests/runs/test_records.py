@@ -110,7 +110,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from p828.config import Config
-from p828.errors import ConfigError
+from p828.errors import RecordsFailed
 from p828.runs import records as metrics
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 recorder = metrics.Recorder(Path(sys.argv[1]))
@@ -118,7 +118,7 @@ recorder.write("step", 1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40, resource.RLIM_INFINITY))
 try:
     recorder.write("step", 2, loss=1.0)
-except ConfigError as error:
+except RecordsFailed as error:
     print(error)
 """
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from p828.distributed.group import ProcessGroup
-from p828.errors import ConfigError
+from p828.errors import RunFailed
 from p828.runs import checkpoint
 from p828.runs.fragments import TensorShard
 from p828.train import checkpointing as background_saver
@@ -58,7 +58,7 @@ def test_a_file_system_that_refuses_is_told_at_the_end(saver: AsyncCheckpointer,
     saver.directory = tmp_path / "gone"
     saver.start(2, {}, {})
     shutil.rmtree(tmp_path / "gone")
-    with pytest.raises(ConfigError, match="cannot be saved: No such file"):
+    with pytest.raises(RunFailed, match="cannot be saved: No such file"):
         saver.finish()
     assert saver.step is None
     checkpoint.verify(tmp_path / checkpoint.name_of(1))

@@ -19,7 +19,7 @@ from p828.bench.systems import (
 )
 from p828.bench.table import best_of, header, show_breakdown, show_failure, show_ratios, show_row
 from p828.config import Config
-from p828.errors import ConfigError, RunStopped
+from p828.errors import ConfigError, RunFailed
 from p828.files import write_atomic
 
 
@@ -38,7 +38,7 @@ class Bench:
     failed: list[dict[str, str]] = field(default_factory=list)
 
     def run(self, shapes: dict[str, Config]) -> None:
-        """Measure the machine, then every shape. Raises ConfigError if the rows cannot be written, RunStopped at the
+        """Measure the machine, then every shape. Raises ConfigError if the rows cannot be written, RunFailed at the
         end
         if a system failed."""
         if self.json_path is not None:
@@ -46,7 +46,7 @@ class Bench:
         try:
             self.machine = measure_apart({"kind": "machine", "device": self.device})
         except MeasurementFailed as failure:
-            raise RunStopped(f"the matrix product could not be measured:\n{failure}") from None
+            raise RunFailed(f"the matrix product could not be measured:\n{failure}") from None
         tflops = self.machine["matmul_flops"] / 1e12
         _print(f"{self.machine['device']}, torch {self.machine['torch']}")
         _print(f"{self.machine['matmul']}: {tflops:.3g} TFLOP/s, what MFU is a share of")
@@ -56,7 +56,7 @@ class Bench:
             for routing in self.routings:
                 self._run_shape(name, config, routing)
         if self.failed:
-            raise RunStopped(f"{len(self.failed)} of {len(self.failed) + len(self.rows)} systems failed")
+            raise RunFailed(f"{len(self.failed)} of {len(self.failed) + len(self.rows)} systems failed")
 
     def _run_shape(self, name: str, config: Config, routing: str) -> None:
         compared = common_to_all(config) if self.peers else config

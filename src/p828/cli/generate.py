@@ -9,7 +9,7 @@ import tyro
 from p828.cli.flags import parse
 from p828.cli.output import note, show
 from p828.config.rules import check_text
-from p828.errors import ConfigError, warn
+from p828.errors import ConfigError, DataError, warn
 from p828.inference.generate import Completion, generate
 from p828.inference.load import LoadedModel, load_model
 from p828.inference.sampling import SamplingConfig
@@ -76,7 +76,7 @@ def _converse(loaded: LoadedModel, sampling: SamplingConfig) -> None:
             return
         try:
             _stream(loaded, line.removesuffix("\n"), sampling)
-        except ConfigError as error:
+        except (ConfigError, DataError) as error:
             warn(str(error))
 
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 from p828.cli.output import escape_what_output_lacks, note
 from p828.config.values import shown
 from p828.distributed.launcher import Process, launched
-from p828.errors import ConfigError, LocalRankError, RunPaused, RunStopped, did_you_mean, warn
+from p828.errors import ConfigError, LocalRankError, P828Error, did_you_mean, warn
 
 COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",
@@ -26,7 +26,9 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main() -> None:
-    """Exit code 0: done, or saved and ended when asked to; 1: ended by its own guard; 2: wrong input; 130: Ctrl-C."""
+    """Exit code 0: done, or saved and ended when asked to; 1: what was at work failed or stopped; 2: wrong input; 130:
+    Ctrl-C.
+    """
     # DeepSpeed's launcher puts it before everything else; the environment says the same.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     escape_what_output_lacks()
@@ -67,14 +69,12 @@ def dispatch(arguments: list[str]) -> int:
             near = did_you_mean(command[:80], [*COMMANDS, "--help", "--version"])
             raise ConfigError(f"no command {shown(command)}{near} Commands: {', '.join(COMMANDS)}")
         _module(command).run(rest)
-    except (ConfigError, RunStopped) as error:
+    except P828Error as error:
         if isinstance(error, LocalRankError):
             warn(_cut(str(error)))
         else:
             _tell(error, error.is_everywhere, _place(arguments))
-        return 2 if isinstance(error, ConfigError) else 1
-    except RunPaused as paused:
-        _tell(paused, paused.is_everywhere, _place(arguments))
+        return error.exit_code
     except KeyboardInterrupt:
         _tell("interrupted", is_everywhere=True, process=_place(arguments))
         return INTERRUPTED

@@ -23,11 +23,11 @@ from p828.data.retry import Retry
 from p828.data.text.documents import open_in_order
 from p828.data.text.held_out import trained_on_too
 from p828.data.tokenizer import Tokenizer, remarks
-from p828.data.tokens.directory import GOES_ON, open_output_dirs, resolve_tokenizer
-from p828.data.tokens.format import Manifest
-from p828.data.tokens.prepare import Preparation, WrongText, prepare
+from p828.data.tokens.directory import GOES_ON, open_output_dirs, resolve_tokenizer, told_at_work
+from p828.data.tokens.format import MANIFEST_FILE, Manifest
+from p828.data.tokens.prepare import Preparation, prepare
 from p828.data.tokens.read import Prepared
-from p828.errors import ConfigError, RunStopped, TransientReadError
+from p828.errors import ConfigError, DataError, RunFailed, RunStopped, TransientReadError
 from p828.train.signals import A_MOMENT, end_now
 
 USAGE = "p828 prepare CONFIG --data.prepared DIRECTORY [--section.key VALUE ...]"
@@ -49,16 +49,16 @@ def run(arguments: list[str]) -> None:
             print(line, flush=True)
     directories = [Path(data.prepared) for data in wanted]
     with _ended_by_signals(), open_output_dirs(directories):
+        made: list[Manifest] = []  # by this command
         tokenizer = resolve_tokenizer(config, directories, lambda: _documents(config))
         for line in remarks(config.tokenizer, tokenizer, training_documents(config)):
             print(line, flush=True)
-        for number, data in enumerate(wanted):
-            try:
+        for data in wanted:
+            is_new = not (Path(data.prepared) / MANIFEST_FILE).exists()
+            with told_at_work(lambda: bool(made)):
                 manifest = _prepare(replace(config, data=data), tokenizer)
-            except WrongText as error:
-                if number == 0:
-                    raise
-                raise RunStopped(f"{error}\n{GOES_ON}") from error
+            if is_new:
+                made.append(manifest)
             print(describe(manifest, data, tokenizer))
 
 
@@ -104,14 +104,14 @@ def _documents(config: Config) -> Iterator[str]:
         for text in training_documents(config):
             is_begun = True
             yield text
-    except ConfigError as error:
+    except DataError as error:
         if not is_begun:
             raise
         for data in config.data.sources:
             next(open_in_order(data), None)  # where not even the first document can be read, it is wrong input
-        raise RunStopped(f"{error}\nThe same command begins again once that is mended") from error
+        raise RunFailed(f"{error}\nThe same command begins again once that is mended") from error
     except TransientReadError as error:
-        raise RunStopped(f"{error}\nThe same command begins again when it can be read") from error
+        raise RunFailed(f"{error}\nThe same command begins again when it can be read") from error
 
 
 def _prepare(config: Config, tokenizer: Tokenizer) -> Manifest:
@@ -142,7 +142,7 @@ def _prepare(config: Config, tokenizer: Tokenizer) -> Manifest:
         try:
             return prepare(config, directory, tokenizer, report, Retry(config.data.read_retries, tell=tell))
         except TransientReadError as error:
-            raise RunStopped(f"{error}\n{GOES_ON}") from error
+            raise RunFailed(f"{error}\n{GOES_ON}") from error
 
 
 def _time(seconds: float | None) -> str:

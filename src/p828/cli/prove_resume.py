@@ -13,7 +13,7 @@ from p828.cli.flags import parse_given, shown_word
 from p828.config import Config
 from p828.config.files import preset_names
 from p828.config.values import flatten, shown
-from p828.errors import ConfigError, RunStopped
+from p828.errors import ConfigError, RunFailed
 from p828.train.console import say
 
 USAGE = "p828 prove-resume CONFIG [--kills N] [--seed N] [--ranks N [--resume-ranks N,N,...]] [--section.key VALUE ...]"
@@ -77,7 +77,7 @@ def _prove(
             difference = f"losses are up to {distance:.2g} nats apart"
         verdict = f"the same data in the same order, and losses at most {distance:.2g} nats apart, through {saving}"
     if difference is not None:
-        raise RunStopped(
+        raise RunFailed(
             f"NOT the same, through {saving}: {difference}\n"
             f"Both runs are in {directory}; --seed {proof.seed} draws the same kills"
         )

@@ -9,7 +9,7 @@ from p828.data.build import source_seed
 from p828.data.text.documents import open_training
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.format import open_manifest
-from p828.errors import ConfigError, TransientReadError
+from p828.errors import ConfigError, DataError, TransientReadError
 
 SAMPLE_DOCUMENTS = 256  # of those that the loader reads first
 SAMPLE_CHARACTERS = 1000  # of each that are tokenized
@@ -49,7 +49,7 @@ def amounts(config: Config, tokenizer: Tokenizer, ranks: int) -> list[Amount]:
             continue
         try:
             estimate, problem = _estimated(data, source_seed(config.train.seed, number), tokenizer), ""
-        except (ConfigError, TransientReadError) as error:  # training tells it when it comes to it
+        except (ConfigError, DataError, TransientReadError) as error:  # training tells it when it comes to it
             estimate, problem = None, str(error)
         found.append(Amount(name, estimate, False, planned, problem))
     return found

@@ -6,7 +6,7 @@ from typing import Any
 from p828.data.sample import Sample
 from p828.data.text.documents import permutation
 from p828.data.text.packing import Packing
-from p828.errors import ConfigError
+from p828.errors import DataError
 
 
 class SampleShuffler:
@@ -36,7 +36,7 @@ class SampleShuffler:
         if not self._current:
             self._begin_block()
             if not 0 <= self._given <= len(self._current):
-                raise ConfigError(
+                raise DataError(
                     f"{self._given} rows of a block of {len(self._current)} were given: no place in the data"
                 )
         elif self._given == len(self._current):

@@ -21,7 +21,7 @@ from p828.data.special_tokens import BYTE_TOKEN, keep_out_of_text, settle_end_to
 from p828.data.text.hub import download_tokenizer
 from p828.data.text.shard import BadRecord
 from p828.data.tokenizer_trial import LONGEST_CAUSE, SAMPLES, try_out
-from p828.errors import ConfigError
+from p828.errors import ConfigError, DataError, P828Error
 from p828.files import MEBIBYTE, read_limited, write_atomic
 
 # cl100k_base's pattern (tiktoken) with single digits: a word takes the space or the sign before it, a run of
@@ -102,17 +102,17 @@ class Tokenizer:
             raise ConfigError(f"{where}: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens. Raises ConfigError when the tokenizer fails on the text."""
-        with _answered(FAILS):
+        """Token ids without special tokens. Raises DataError when the tokenizer fails on the text."""
+        with _answered(FAILS, DataError):
             ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_documents(self, texts: list[str]) -> list[npt.NDArray[np.int64]]:
         """Token ids of each text with EOS behind them, on all cores and outside the interpreter's lock.
 
-        Raises ConfigError when the tokenizer fails on a text.
+        Raises DataError when the tokenizer fails on a text.
         """
-        with _answered(FAILS):
+        with _answered(FAILS, DataError):
             encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array([*encoding.ids, self.eos_id], dtype=np.int64) for encoding in encodings]
 
@@ -122,7 +122,7 @@ class Tokenizer:
         A token has what lies between the end of the one before and its own, the last one all the rest: so the bytes of
         a document are those of its text, whatever the tokenizer makes of it. Its end has none.
         """
-        with _answered(FAILS):
+        with _answered(FAILS, DataError):
             encodings = self.inner.encode_batch(texts, add_special_tokens=False)
         counted = []
         for text, encoding in zip(texts, encodings, strict=True):
@@ -174,7 +174,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text, special tokens left out. Cut-off UTF-8 becomes U+FFFD."""
-        with _answered("the tokenizer fails to decode"):
+        with _answered("the tokenizer fails to decode", DataError):
             text: str = self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
 
@@ -381,14 +381,14 @@ def _settled(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 @contextmanager
-def _answered(what: str) -> Iterator[None]:
-    """Raises ConfigError for what the tokenizers library raises: plain exceptions, and panics, which are none."""
+def _answered(what: str, kind: type[P828Error] = ConfigError) -> Iterator[None]:
+    """Raises the error for what the tokenizers library raises: plain exceptions, and panics, which are none."""
     try:
         yield
     except BaseException as error:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise ConfigError(f"{what}: {' '.join(str(error).split())[:LONGEST_CAUSE]}") from None
+        raise kind(f"{what}: {' '.join(str(error).split())[:LONGEST_CAUSE]}") from None
 
 
 def _bytes_of(characters: Counter[str]) -> int:

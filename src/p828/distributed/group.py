@@ -19,10 +19,10 @@ import torch.distributed as dist
 from p828.config import Config
 from p828.distributed.launcher import launched
 from p828.distributed.watchdog import Watchdog, connect_watchdog
-from p828.errors import ConfigError, LocalRankError, RunPaused, RunStopped, closed_after
+from p828.errors import ConfigError, LocalRankError, P828Error, closed_after
 
 T = TypeVar("T")
-E = TypeVar("E", bound=ConfigError | RunStopped | RunPaused)
+E = TypeVar("E", bound=P828Error)
 RECORDED_OPERATIONS = "1000"  # that PyTorch's flight recorder keeps
 AFTER_US = 60  # seconds that a collective operation may outlast our own time-out, which says more
 
@@ -76,14 +76,14 @@ class ProcessGroup:
         return own.index(self.rank), len(own)
 
     def on_rank_0(self, function: Callable[[], T]) -> T:
-        """What the function gives on rank 0, where alone it runs; its ConfigError or RunStopped is raised on all."""
+        """What the function gives on rank 0, where alone it runs; an error of ours there is raised on all."""
         if self.size == 1:
             return function()
         outcome: list[Any] = [None, None]
         if self.is_first:
             try:
                 outcome[0] = function()
-            except (ConfigError, RunStopped) as error:
+            except P828Error as error:
                 outcome[1] = error
         with _not_hiding(outcome[1]):
             dist.broadcast_object_list(outcome, src=0, group=self.group)
@@ -106,10 +106,10 @@ class ProcessGroup:
     @contextmanager
     def raise_together(self) -> Iterator[None]:
         """If the block, which calls nothing else here, raises an error of ours on a rank, raise it on all."""
-        error: ConfigError | RunStopped | None = None
+        error: P828Error | None = None
         try:
             yield
-        except (ConfigError, RunStopped) as found:
+        except P828Error as found:
             error = found
         with _not_hiding(error):
             errors = self.all_gather_object(error)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from p828.errors import ConfigError, RunStopped
+from p828.errors import P828Error, RunFailed
 from p828.files import open_appended, write_atomic
 from p828.system.device import machine
 
@@ -78,11 +78,11 @@ class Watchdog:
 
         Elsewhere rank 0 says it; an error that it has told is marked so.
         """
-        is_ours = isinstance(error, ConfigError | RunStopped)
+        is_ours = isinstance(error, P828Error)
         if not is_ours and not isinstance(error, KeyboardInterrupt):
             # It may be that another rank died during an operation. Then the thread ends this process.
             self._thread.join(MOURN_WITHIN)
-        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ConfigError) else 1
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
         if self.rank:
             text = str(error) if is_ours else "".join(traceback.format_exception_only(error)).strip()
             self.peers[0].send(failed=text, code=code)
@@ -301,18 +301,18 @@ def _address(server: socket.socket) -> tuple[str, int]:
 
 
 def _greet(address: tuple[str, int], token: str, rank: int) -> _Peer:
-    """A connection to rank 0. Raises RunStopped if it cannot be reached."""
+    """A connection to rank 0. Raises RunFailed if it cannot be reached."""
     try:
         peer = _Peer(socket.create_connection(address, CONNECT_WITHIN), 0)
     except OSError as error:
         place = f"{address[0]}, port {address[1]}"
-        raise RunStopped(f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {place}: {error}") from None
+        raise RunFailed(f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {place}: {error}") from None
     peer.send(token=token, rank=rank)
     return peer
 
 
 def _accept(server: socket.socket, size: int, token: str, within: float) -> list[_Peer]:
-    """The other ranks, in the order of their coming. Raises RunStopped if some have not come `within` these seconds.
+    """The other ranks, in the order of their coming. Raises RunFailed if some have not come `within` these seconds.
 
     Whoever does not name the token, which only the ranks know, is turned away. All are listened to at once, so that a
     stranger who says nothing keeps nobody waiting.
@@ -336,7 +336,7 @@ def _accept(server: socket.socket, size: int, token: str, within: float) -> list
                         peers.append(_Peer(key.fileobj, rank))  # type: ignore[arg-type]
             if time.monotonic() > until and len(peers) < size - 1:
                 missing = sorted(set(range(1, size)) - {peer.rank for peer in peers})
-                raise RunStopped(f"rank 0 waited {within:g} s for the connections of ranks {missing}")
+                raise RunFailed(f"rank 0 waited {within:g} s for the connections of ranks {missing}")
         for key in list(selector.get_map().values()):  # strangers who have not said anything yet
             if key.data is not None:
                 key.fileobj.close()  # type: ignore[union-attr]

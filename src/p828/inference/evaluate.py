@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from p828.data.loader import Batch
-from p828.errors import ConfigError
+from p828.errors import DataError
 from p828.inference.mode import inference
 from p828.model.loss import linear_cross_entropy
 from p828.model.transformer import Transformer
@@ -39,7 +39,7 @@ def evaluate(
 
     Rows are summed on their own in float32, then in float64, so that how rows are batched changes the result by no
     more than the rounding of the layers' matrix products. The model's training mode stays as it is.
-    Raises ConfigError when there is no target.
+    Raises DataError when there is no target.
     """
     device = model.head_weight.device
     nats = torch.zeros((), dtype=torch.float64, device=device)
@@ -55,7 +55,7 @@ def evaluate(
                 nats += linear_cross_entropy(hidden_SH, head_VH, targets_S)
     all_nats, all_tokens, all_bytes = total((nats.item(), tokens, text_bytes))
     if all_tokens == 0:
-        raise ConfigError("nothing to evaluate: the rows hold no target token")
+        raise DataError("nothing to evaluate: the rows hold no target token")
     return _evaluation(all_nats, int(all_tokens), int(all_bytes))
 
 

@@ -43,8 +43,9 @@ def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
     """Load from a run's directory (its newest complete checkpoint) or a checkpoint; `device`: auto, cpu or cuda.
 
     A newer checkpoint that is damaged is told on stderr, and so is waiting for one that cannot be read for now. Raises
-    ConfigError when there is no checkpoint, it is damaged or does not fit its configuration, the tokenizer is missing
-    or does not fit the model, or there is no GPU although one is asked for; TransientReadError when it cannot be read.
+    ConfigError when there is no checkpoint, the tokenizer is missing or does not fit the model, or there is no GPU
+    although one is asked for; DataError when it is damaged or does not fit its configuration; TransientReadError when
+    it cannot be read.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('device = "cuda": this machine shows no GPU to PyTorch; "auto" or "cpu" is accepted')

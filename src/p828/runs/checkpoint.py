@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from p828.data.retry import NO_RETRY, Retry
-from p828.errors import ConfigError, TransientReadError
+from p828.errors import ConfigError, DataError, RunFailed, TransientReadError
 from p828.files import MEBIBYTE, move_directory, open_regular, read_limited
 from p828.runs.tensors import DamagedCheckpoint as DamagedCheckpoint
 from p828.runs.tensors import Tensors, part_of
@@ -70,7 +70,7 @@ class OpenCheckpoint(NamedTuple):
 def load(path: Path, names: Iterable[str] | None = None, device: str = "cpu", retry: Retry = NO_RETRY) -> Checkpoint:
     """Read a checkpoint, all its parts or only those in `names`, onto `device`; what is read is verified first.
 
-    Raises DamagedCheckpoint, ConfigError for a part that it does not have or a version that is not read, and
+    Raises DamagedCheckpoint, DataError for a part that it does not have or a version that is not read, and
     TransientReadError.
     """
     manifest = verify(path, names, retry)
@@ -133,7 +133,7 @@ def find_newest(
             return path, [f"{text}; set aside as {_set_aside(bad).name}" for bad, text in damaged]
     except OSError as error:
         text = f"{directory}: cannot look for checkpoints: {error}"
-        raise (ConfigError(text) if error.errno in REFUSED else TransientReadError(text)) from None
+        raise (DataError(text) if error.errno in REFUSED else TransientReadError(text)) from None
     return None, [text for _, text in damaged]
 
 
@@ -146,14 +146,14 @@ def _set_aside(path: Path) -> Path:
 def prune(directory: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all but the `keep_last` newest checkpoints and that of `best_step`.
 
-    Raises ConfigError when the file system refuses.
+    Raises RunFailed when the file system refuses.
     """
     try:
         recover(directory)
         paths = _checkpoints(directory)
         _remove(path for path in paths[: max(len(paths) - keep_last, 0)] if step_of(path) != best_step)
     except OSError as error:
-        raise ConfigError(f"{directory}: an old checkpoint cannot be deleted: {error}") from None
+        raise RunFailed(f"{directory}: an old checkpoint cannot be deleted: {error}") from None
 
 
 def forget_after(directory: Path, step: int) -> None:
@@ -161,7 +161,7 @@ def forget_after(directory: Path, step: int) -> None:
     try:
         _remove(path for path in _checkpoints(directory) if step_of(path) > step)
     except OSError as error:
-        raise ConfigError(f"{directory}: a checkpoint cannot be deleted: {error}") from None
+        raise RunFailed(f"{directory}: a checkpoint cannot be deleted: {error}") from None
 
 
 def resolve(path: Path) -> Path:
@@ -250,7 +250,7 @@ def _verified_manifest(path: Path, names: list[str] | None) -> dict[str, Any]:
     parts = _parts(manifest)
     for name in names or ():
         if name not in parts:
-            raise ConfigError(f"{path}: has no {name}.safetensors; its parts are {', '.join(parts)}")
+            raise DataError(f"{path}: has no {name}.safetensors; its parts are {', '.join(parts)}")
     for file in files:
         if names is not None and part_of(file) not in (None, *names):
             continue
@@ -271,7 +271,7 @@ def _reading(path: Path, file: str) -> Iterator[None]:
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}: {file} is missing") from None
     except PermissionError as error:
-        raise ConfigError(f"{path}: {file} cannot be read: {error.strerror}") from None
+        raise DataError(f"{path}: {file} cannot be read: {error.strerror}") from None
     except OSError as error:
         kind = DamagedCheckpoint if error.errno in NO_FILE else TransientReadError
         raise kind(f"{path}: {file} cannot be read: {error.strerror}") from None
@@ -304,7 +304,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not intact:
         raise DamagedCheckpoint(f"{path}: {MANIFEST} is not what was written: its checksum differs")
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise ConfigError(
+        raise DataError(
             f"{path}: its checkpoint format is {manifest.get('format_version')}; "
             f"this version of p828 reads format {FORMAT_VERSION}"
         )

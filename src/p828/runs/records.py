@@ -62,7 +62,7 @@ class Recorder:
                 self._file = open_appended(self.path)
                 _mend_last_line(self.path)
         except OSError as error:
-            raise _unwritable(self.path, error) from None
+            raise ConfigError(_unwritable(self.path, error)) from None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line. `values` are JSON values: loads and balance scores are lists with an entry a layer.
@@ -78,7 +78,7 @@ class Recorder:
             while self.waiting and self._append(self.waiting[0]):
                 del self.waiting[0]
         except OSError as error:
-            raise RecordsFailed(str(_unwritable(self.path, error))) from None
+            raise RecordsFailed(_unwritable(self.path, error)) from None
         if self.mirror is not None:
             self.mirror.write(kind, step, values)
 
@@ -101,6 +101,7 @@ class Recorder:
 
         Lines that are no records, as a loss of power leaves, are moved to `metrics.damaged`; in words, where and how
         many, or nothing. Memory is for one line at a time, and a process that is killed leaves the file as it was.
+        Raises RecordsFailed.
         """
         if self.is_quiet:
             return ""
@@ -126,7 +127,7 @@ class Recorder:
                 self._file.close()
             self._file = open_appended(self.path)
         except OSError as error:
-            raise _unwritable(self.path, error) from None
+            raise RecordsFailed(_unwritable(self.path, error)) from None
         finally:
             beside.unlink(missing_ok=True)
         lines = "1 line was no record and is" if moved == 1 else f"{moved:,} lines were no records and are"
@@ -267,5 +268,5 @@ def _decode(value: Any) -> Any:
     return value
 
 
-def _unwritable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"{error.filename or path}: cannot be written: {error.strerror or error}")
+def _unwritable(path: Path, error: OSError) -> str:
+    return f"{error.filename or path}: cannot be written: {error.strerror or error}"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from p828.config.values import shown
-from p828.errors import ConfigError
+from p828.errors import DataError
 from p828.kernels.adamw import join_float32
 from p828.runs.fragments import Master, Saveable, TensorShard, tensors_of
 
@@ -39,7 +39,7 @@ ALIGNMENT = 16  # bytes, within that
 MOST_DIMENSIONS, MOST_NUMBERS = 8, 2**48  # of a tensor in fragments
 
 
-class DamagedCheckpoint(ConfigError):
+class DamagedCheckpoint(DataError):
     """A checkpoint that is not what was written: the message names it, the file and what is wrong."""
 
 

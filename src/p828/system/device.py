@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from p828.config import TrainConfig
-from p828.errors import ConfigError, RunStopped
+from p828.errors import ConfigError, RunFailed
 from p828.system.host_memory import free_host_bytes
 
 LEAST_BYTES = 8  # of a parameter that is trained: its master and its gradient; moments come on top
@@ -93,7 +93,7 @@ def check_room(parameters: int, device: torch.device) -> None:
 
 @contextmanager
 def out_of_memory_told(what: str) -> Iterator[None]:
-    """Where the block takes more memory than there is, raise RunStopped with what to change.
+    """Where the block takes more memory than there is, raise RunFailed with what to change.
 
     PyTorch has an error of its own for a GPU, and a RuntimeError for the host.
     """
@@ -104,7 +104,7 @@ def out_of_memory_told(what: str) -> Iterator[None]:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and NO_HOST_MEMORY not in text:
             raise
         cause = text[max(text.find(NO_HOST_MEMORY), 0) :][:LONGEST_CAUSE] or "of the host"
-        raise RunStopped(
+        raise RunFailed(
             f"{what}: out of memory: {cause}\n"
             "Lower train.micro_batch_size and raise train.gradient_accumulation as much, or set "
             "train.gradient_checkpointing"

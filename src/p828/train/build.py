@@ -38,7 +38,8 @@ from p828.train.wandb import WandbMirror, open_mirror
 def train(config: Config) -> None:
     """Train a run to its end, from its newest complete checkpoint if there is one.
 
-    Raises ConfigError for wrong input, leaving no new run behind, and RunStopped when the run's own guard ends it.
+    Raises ConfigError and DataError for wrong input, leaving no new run behind; RunFailed when the run cannot go on,
+    RunStopped when its own guard ends it, and RunPaused when it was asked to end.
     """
     with contextlib.ExitStack() as stack:
         with waiting("waiting for the other ranks", say):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from p828.distributed.group import ProcessGroup
-from p828.errors import ConfigError
+from p828.errors import RunFailed
 from p828.files import fsync, move_directory
 from p828.runs.checkpoint import (
     FORMAT_VERSION,
@@ -35,7 +35,7 @@ class CheckpointWriter:
     All `ranks` make one, `write`, and `publish` once everyone has written. Tensors may be of any dtype and device,
     non-contiguous, or share memory (each is written in full). `state` is the first rank's and holds JSON values; tuples
     come back as lists, and floats may be NaN or infinite. `enclosed` are other files, the first rank's, by name.
-    Making one and publishing raise ConfigError, on all ranks and with nothing left behind, when the file system refuses
+    Making one and publishing raise RunFailed, on all ranks and with nothing left behind, when the file system refuses
     (full, read-only, ...).
     """
 
@@ -68,7 +68,7 @@ class CheckpointWriter:
 
     def publish(self) -> Path:
         """Make it one that is found, durably, and return its path."""
-        failure: ConfigError | None = None
+        failure: RunFailed | None = None
         try:
             with self.ranks.raise_together():
                 self._refusals(self._raise_refusal)
@@ -76,7 +76,7 @@ class CheckpointWriter:
                 name: about for files in self.ranks.all_gather_object(self._files) for name, about in files.items()
             }
             self.ranks.on_rank_0(lambda: self._refusals(lambda: self._complete(files)))
-        except ConfigError as error:  # all ranks have it
+        except RunFailed as error:  # all ranks have it
             failure = error
         self.ranks.on_rank_0(lambda: self._refusals(lambda: recover(self.final.parent)))
         if failure is not None:
@@ -99,11 +99,11 @@ class CheckpointWriter:
         _publish(self._temporary, self.final)
 
     def _refusals(self, function: Callable[[], T]) -> T:
-        """What the function gives. Raises ConfigError for what the file system refuses."""
+        """What the function gives. Raises RunFailed for what the file system refuses."""
         try:
             return function()
         except OSError as error:
-            raise ConfigError(
+            raise RunFailed(
                 f"{self.final}: the checkpoint cannot be saved: {error.strerror or error}; "
                 f"it needs about {_readable(self._needed)}{_free_space(self.final.parent)}"
             ) from None

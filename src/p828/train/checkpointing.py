@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from p828.distributed.group import ProcessGroup
-from p828.errors import ConfigError
+from p828.errors import RunFailed
 from p828.runs import checkpoint
 from p828.runs.fragments import Saveable, tensors_of, with_tensors
 from p828.system.device import machine
@@ -70,7 +70,7 @@ class AsyncCheckpointer:
         return self._writer is not None and (self._thread is None or not self._thread.is_alive())
 
     def start(self, step: int, tensors: Parts, state: Mapping[str, Any], since: float | None = None) -> bool:
-        """Begin to write a checkpoint; no other may be on the way. Raises ConfigError as `CheckpointWriter` does.
+        """Begin to write a checkpoint; no other may be on the way. Raises RunFailed as `CheckpointWriter` does.
 
         Args:
             since: `time.monotonic()` when training stopped for it, if that was before this call.
@@ -93,7 +93,7 @@ class AsyncCheckpointer:
         return copies is None
 
     def finish(self) -> Saved:
-        """Wait for it. Raises ConfigError, on all ranks, if it could not be written."""
+        """Wait for it. Raises RunFailed, on all ranks, if it could not be written."""
         assert self._writer is not None
         began = time.monotonic()
         self.join()
@@ -117,7 +117,7 @@ class AsyncCheckpointer:
         def prune() -> None:
             try:
                 checkpoint.prune(self.directory, keep_last, best_step)
-            except ConfigError as error:
+            except RunFailed as error:
                 self.problem = str(error)
 
         self.wait_for_deletion()

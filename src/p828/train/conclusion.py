@@ -3,7 +3,7 @@
 from p828.data.bigram import bigram_loss
 from p828.data.build import training_rows
 from p828.data.mixture import held_out_rules
-from p828.errors import ConfigError, TransientReadError
+from p828.errors import ConfigError, DataError, TransientReadError
 from p828.inference.evaluate import perplexity
 from p828.runs import checkpoint
 from p828.train.trainer import Trainer
@@ -45,7 +45,7 @@ def _compare_with_bigram(trainer: Trainer) -> None:
             rules = held_out_rules(trainer.loader.state_dict())
             rows = training_rows(trainer.config, trainer.tokenizer, rules)
             bigram = bigram_loss(rows, trainer.evaluations.batches, trainer.tokenizer.vocab_size)
-    except (ConfigError, TransientReadError) as error:
+    except (ConfigError, DataError, TransientReadError) as error:
         trainer.tell("no_bigram_baseline", f"there is no bigram baseline: {error}")
         return
     trainer.recorder.write("event", trainer.progress.step, event="bigram_baseline", loss=bigram)

@@ -20,7 +20,7 @@ from p828.config import Config, load, with_vocabulary
 from p828.config.values import flatten, to_dict
 from p828.data.retry import Retry
 from p828.distributed.group import ProcessGroup
-from p828.errors import ConfigError, TransientReadError, warn
+from p828.errors import ConfigError, P828Error, warn
 from p828.files import MEBIBYTE, locked, read_limited, write_atomic
 from p828.runs import checkpoint
 from p828.runs import records as metrics
@@ -84,7 +84,7 @@ def open_run(config: Config, ranks: ProcessGroup) -> Iterator[RunDirectory]:
     its newest checkpoint was made with another model, data, tokenizer or seed; when the file system cannot hold a run;
     and when the run had checkpoints and none of them is left. If it never had one, it is begun anew if settings differ.
     Raises TransientReadError when a checkpoint cannot be read for now. Directories made here are removed again if the
-    block raises ConfigError or TransientReadError before `keep`.
+    block raises an error of ours before `keep`, a run's own only if it has no checkpoint.
     """
     with contextlib.ExitStack() as stack:
         directory = ranks.on_rank_0(lambda: _entered(config, stack))
@@ -96,9 +96,9 @@ def open_run(config: Config, ranks: ProcessGroup) -> Iterator[RunDirectory]:
                         "runs_dir must be on a file system that all hosts share"
                     )
             yield directory
-        except (ConfigError, TransientReadError):
+        except P828Error:
             if ranks.is_first:
-                _remove(directory.made)
+                _remove(config.run_dir, directory.made)
             raise
 
 
@@ -117,9 +117,9 @@ def _entered(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
         directory = RunDirectory(run_dir, versions(), newest, damaged, changes, made, vocab_size)
         if newest is None or not (run_dir / CONFIG_FILE).exists():  # else `write`, once the run can go on with it
             _write_config(run_dir / CONFIG_FILE, config, directory.versions)
-    except (ConfigError, TransientReadError, OSError) as error:
+    except (P828Error, OSError) as error:
         if is_ours or isinstance(error, OSError):
-            _remove(made)
+            _remove(run_dir, made)
         if isinstance(error, OSError):
             raise ConfigError(f"{run_dir}: cannot be written: {_reason(error, run_dir)}") from None
         raise
@@ -227,12 +227,14 @@ def _changes(config: Config, before: dict[str, Any]) -> list[str]:
     return [f"{key} = {before.get(key)!r}, now {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
 
 
-def _remove(made: list[Path]) -> None:
-    if made:
-        shutil.rmtree(made[0])
-    for parent in made[1:]:
-        with contextlib.suppress(OSError):  # another run was begun in there meanwhile
-            parent.rmdir()
+def _remove(run_dir: Path, made: list[Path]) -> None:
+    """Remove the run's directory, if this start made it and it has no checkpoint, and the empty parents made for it."""
+    checkpoints = run_dir / CHECKPOINTS
+    if run_dir in made and not (checkpoints.is_dir() and any(checkpoints.iterdir())):
+        shutil.rmtree(run_dir)
+    for path in made:
+        with contextlib.suppress(OSError):  # kept, or another run was begun in there meanwhile
+            path.rmdir()
 
 
 def _write_config(path: Path, config: Config, versions: dict[str, str]) -> None:

@@ -15,7 +15,16 @@ from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
 from p828.distributed.group import ProcessGroup
 from p828.engine.plain import Engine, StepResult
-from p828.errors import ConfigError, RecordsFailed, RunPaused, RunStopped, TransientReadError
+from p828.errors import (
+    ConfigError,
+    DataError,
+    P828Error,
+    RecordsFailed,
+    RunFailed,
+    RunPaused,
+    RunStopped,
+    TransientReadError,
+)
 from p828.inference.evaluate import perplexity
 from p828.model.costs import training_flops
 from p828.optim.schedule import learning_rate
@@ -70,7 +79,7 @@ class Trainer:
             self.rewind_records()
             self._started, self._seconds_before = time.monotonic(), self.trained_seconds
             self.train()
-        except ConfigError as error:
+        except (ConfigError, DataError, RunFailed) as error:
             self.stop_after(error)
         finally:
             self.saver.join()
@@ -100,17 +109,17 @@ class Trainer:
             if is_better or self.is_due(config.checkpoint.every):
                 self.save()
 
-    def stop_after(self, error: ConfigError) -> NoReturn:
+    def stop_after(self, error: P828Error) -> NoReturn:
         """End a run at work that cannot go on; if records fail, save first what can be saved without another rank."""
         if isinstance(error, RecordsFailed) and self.ranks.size == 1:
             for save in (self.finish_save, lambda: self.save(is_last=True)):
-                with suppress(ConfigError):  # also of the record of a checkpoint that is complete
+                with suppress(RunFailed):  # also of the record of a checkpoint that is complete
                     save()
         step = self.progress.step
         saved = ", which is saved; the same command goes on from there" if self.saved_step == step else ""
-        stopped = RunStopped(f"{error}\nThe run stops after step {step}{saved}")
-        stopped.is_everywhere = error.is_everywhere
-        raise stopped from error
+        failed = RunFailed(f"{error}\nThe run stops after step {step}{saved}")
+        failed.is_everywhere = error.is_everywhere
+        raise failed from error
 
     def rewind_records(self) -> None:
         """Drop the records of the steps that come again."""
@@ -152,13 +161,13 @@ class Trainer:
     def fetch(self) -> tuple[list[Batch], BatchStats]:
         """This rank's micro-batches of the next step, and what those of all ranks hold.
 
-        When a rank cannot read its own, or finds them malformed, or is asked to stop, the run is saved, and RunStopped
+        When a rank cannot read its own, or finds them malformed, or is asked to stop, the run is saved, and RunFailed
         or RunPaused raised on all of them.
         """
         before, batches, failure = self.loader.state_dict(), [], ""
         try:
             batches = [next(self.loader) for _ in range(self.config.train.gradient_accumulation)]
-        except (TransientReadError, ConfigError) as error:
+        except (ConfigError, DataError, TransientReadError) as error:
             failure = str(error)
         own = BatchStats.of(batches, len(self.config.data.source_names))
         numbers = (
@@ -187,7 +196,7 @@ class Trainer:
         return batches, found
 
     def pause(self, position: dict[str, Any], failure: str) -> NoReturn:
-        """End after the last step, saved: by RunPaused if a rank was asked to, else by RunStopped after a failure."""
+        """End after the last step, saved: by RunPaused if a rank was asked to, else by RunFailed."""
         self.finish_save()
         # A checkpoint knows the file of the bad record again, so that the run goes on with the file mended.
         if self.saved_step != self.progress.step or any(self.ranks.all_gather_object(is_stopped(position))):
@@ -195,10 +204,10 @@ class Trainer:
         failure, reason = (
             next(filter(None, self.ranks.all_gather_object(text)), "") for text in (failure, self.stop.reason)
         )
-        where = f"after step {self.progress.step}, which is saved; the same command goes on from there"
         if reason:  # it may be why the data was not waited for
+            where = f"after step {self.progress.step}, which is saved; the same command goes on from there"
             raise self.ranks.on_all_ranks(RunPaused(f"stopped by {reason} {where}"))
-        raise self.ranks.on_all_ranks(RunStopped(f"{failure}\nThe run stops {where}"))
+        raise self.ranks.on_all_ranks(RunFailed(failure))
 
     def is_done(self) -> bool:
         patience, progress = self.config.evaluation.patience, self.progress
@@ -317,7 +326,7 @@ class Trainer:
         """Write a checkpoint. `position` is the data's if that is not the one of the batch fetched last.
 
         The last one is complete afterwards; others are written while the training goes on, one at a time. If that
-        fails, as a later one may not, it is recorded and the run goes on. Raises ConfigError if it is the last.
+        fails, as a later one may not, it is recorded and the run goes on. Raises RunFailed if it is the last.
         """
         self.finish_save()
         began, progress = time.monotonic(), self.progress
@@ -336,21 +345,21 @@ class Trainer:
         }
         try:
             is_done = self.saver.start(progress.step, self.engine.state_dict(), state, began)
-        except ConfigError as error:
+        except RunFailed as error:
             self.not_saved(error, progress.step, is_last)
             return
         if is_done or is_last:
             self.finish_save(is_last)
 
     def finish_save(self, is_last: bool = False) -> None:
-        """Wait for the checkpoint that is being written, if one is. Raises ConfigError as `save` does."""
+        """Wait for the checkpoint that is being written, if one is. Raises RunFailed as `save` does."""
         step = self.saver.step
         if step is None:
             return
         try:
             with self.console.waiting("waiting for the checkpoint to be written") if is_last else nullcontext():
                 saved = self.saver.finish()
-        except ConfigError as error:
+        except RunFailed as error:
             self.not_saved(error, step, is_last)
             return
         self.saved_step = step
@@ -362,7 +371,7 @@ class Trainer:
             self.saver.problem = ""
         self.saver.delete_old(self.config.checkpoint.keep_last, self.progress.saved_best_step)
 
-    def not_saved(self, error: ConfigError, step: int, is_last: bool) -> None:
+    def not_saved(self, error: RunFailed, step: int, is_last: bool) -> None:
         if is_last:
             raise error
         newest = "none yet" if self.saved_step is None else f"of step {self.saved_step}"

@@ -15,7 +15,7 @@ import tomli_w
 
 from p828.config import Config
 from p828.config.values import to_dict
-from p828.errors import RunStopped
+from p828.errors import RunFailed
 from p828.runs import records as metrics
 from p828.runs.compare import distance_of_losses, first_difference
 from p828.train.resume import CHECKPOINTS
@@ -70,7 +70,7 @@ class KillResumeCheck:
         self._draw = random.Random(self.seed)
 
     def run(self) -> None:
-        """Train both. Raises RunStopped, with what was said, if one fails by itself."""
+        """Train both. Raises RunFailed, with what was said, if one fails by itself."""
         last = self.config.train.steps
         self.tell(f"the kills are drawn with --seed {self.seed}; runs are in {self.directory}")
         self.tell(f"training {last} steps at once")
@@ -91,7 +91,7 @@ class KillResumeCheck:
             what = ", while a checkpoint was written" if while_saving else ""
             self.tell(f"kill {number + 1} of {self.kills}: at step {self._step()} of {last}{what}")
         if self.killed < LEAST_KILLS:
-            raise RunStopped(
+            raise RunFailed(
                 f"{self.killed} kills met the run before its end, which proves nothing: give more train.steps"
             )
         self.tell("resumed, to its end")
@@ -138,7 +138,7 @@ class KillResumeCheck:
             self.process.wait()
 
     def _finish(self, process: subprocess.Popen[bytes], name: str) -> None:
-        """Wait for a run's end, telling now and then how far it is. Raises RunStopped if it fails."""
+        """Wait for a run's end, telling now and then how far it is. Raises RunFailed if it fails."""
         while process.poll() is None:
             try:
                 process.wait(TELL_EVERY)
@@ -146,12 +146,12 @@ class KillResumeCheck:
                 self.tell(f"  at step {self._step(name)} of {self.config.train.steps}")
         if process.returncode:
             said = (self.directory / "said.txt").read_text(errors="replace").splitlines()
-            raise RunStopped("a run of the proof ended by itself:\n" + "\n".join(said[-LAST_LINES:]))
+            raise RunFailed("a run of the proof ended by itself:\n" + "\n".join(said[-LAST_LINES:]))
 
     def _kill(self, ranks: int, until: int, after: float, is_for_saving: bool) -> bool:
         """Go on with the run, and `kill -9` it `after` seconds behind a step, or while it writes its next checkpoint.
 
-        Whether it was killed before its end. Raises RunStopped if it failed by itself.
+        Whether it was killed before its end. Raises RunFailed if it failed by itself.
         """
         records, checkpoints = self._records(), self.directory / "killed" / CHECKPOINTS
         before = records.stat().st_ino if records.exists() else None

@@ -9,7 +9,7 @@ from data_samples import text, write_bytes, write_jsonl
 from p828.config import DataConfig, ValidationConfig
 from p828.data.text.documents import DocumentStream, is_held_out, open_training, open_validation, permutation
 from p828.data.text.files import FileShard, python_shards
-from p828.errors import ConfigError
+from p828.errors import ConfigError, DataError
 
 KEEP_ALL = ValidationConfig(kind="files", files=("none",))
 
@@ -148,13 +148,13 @@ def test_a_damaged_file_is_named(tmp_path: Path, compression: str) -> None:
     whole = path.read_bytes()
     for damaged in (whole[:-100], b"no such format" * 10):
         path.write_bytes(damaged)
-        with pytest.raises(ConfigError, match=rf"a\.txt{compression}: cannot be read"):
+        with pytest.raises(DataError, match=rf"a\.txt{compression}: cannot be read"):
             list(FileShard(str(path), "text").documents())
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"latin\.txt: cannot be read: 'utf-8'"):
+    with pytest.raises(DataError, match=r"latin\.txt: cannot be read: 'utf-8'"):
         list(FileShard(str(tmp_path / "latin.txt"), "text").documents())
 
 
@@ -172,7 +172,7 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n' + line + "\n", encoding="utf-8")
     config = DataConfig(source="files", files=(str(tmp_path / "a.jsonl"),), validation=KEEP_ALL)
-    with pytest.raises(ConfigError, match=message) as raised:
+    with pytest.raises(DataError, match=message) as raised:
         list(open_training(config, seed=0, epochs=1))
     assert "\n" not in str(raised.value)
 
@@ -205,9 +205,9 @@ def test_a_source_without_documents_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "b.jsonl").write_text('{"text": ""}\n\n')
     config = DataConfig(source="files", files=(str(tmp_path / "*.*"),))
-    with pytest.raises(ConfigError, match=r"no documents in data\.files = \["):
+    with pytest.raises(DataError, match=r"no documents in data\.files = \["):
         next(open_training(config, seed=0))
-    with pytest.raises(ConfigError, match=r"no documents in the held-out share data\.validation\.share = 0\.01 of"):
+    with pytest.raises(DataError, match=r"no documents in the held-out share data\.validation\.share = 0\.01 of"):
         next(open_validation(config))
 
 

@@ -19,7 +19,7 @@ from p828.data.text import compression
 from p828.data.text.documents import open_training, open_validation
 from p828.data.text.files import FileShard, file_shards
 from p828.data.text.shard import BadRecord
-from p828.errors import ConfigError
+from p828.errors import ConfigError, DataError
 
 BOUNDED = """
 import resource, sys
@@ -79,7 +79,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     for name in ("pipe.txt", "socket.txt"):
         with pytest.raises(ConfigError, match="is neither a regular file nor a directory"):
             names(str(tmp_path / name))
-        with pytest.raises(ConfigError, match=rf"{name}.* cannot be read"):  # put there later; not waited for, either
+        with pytest.raises(DataError, match=rf"{name}.* cannot be read"):  # put there later; not waited for, either
             list(Retry(3, pytest.fail).documents(FileShard(str(tmp_path / name), "text"), 0))
     with pytest.raises(ConfigError, match="neither a regular file"):
         names("/dev/zero")
@@ -123,7 +123,7 @@ def test_a_zst_that_looks_far_back_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.zst").write_bytes(packed)
     assert list(FileShard(str(tmp_path / "a.jsonl.zst"), "text").documents()) == ["x"] * 1000
     (tmp_path / "a.jsonl.zst").write_bytes(packed[:-2])
-    with pytest.raises(ConfigError, match=r"cannot be read: .*ends within a frame"):
+    with pytest.raises(DataError, match=r"cannot be read: .*ends within a frame"):
         list(FileShard(str(tmp_path / "a.jsonl.zst"), "text").documents())
 
 
@@ -193,7 +193,7 @@ def test_the_bound_is_a_setting(tmp_path: Path) -> None:
         validation=ValidationConfig(kind="files", files=(str(path),)),
     )
     for stream in (open_training(data, 0, epochs=1), open_validation(data)):
-        with pytest.raises(ConfigError, match=r"a\.jsonl:2: a line of more than data\.max_document_megabytes = 1"):
+        with pytest.raises(DataError, match=r"a\.jsonl:2: a line of more than data\.max_document_megabytes = 1"):
             list(stream)
 
 
@@ -202,9 +202,9 @@ def test_blank_and_empty_sources_are_told_apart(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
         return DataConfig(source="files", files=(str(tmp_path / name),), validation=ValidationConfig(share=0.999999))
 
-    with pytest.raises(ConfigError, match=r"no documents in data\.files = .*: all of it is empty"):
+    with pytest.raises(DataError, match=r"no documents in data\.files = .*: all of it is empty"):
         next(open_training(data("empty.txt", ""), 0))
-    with pytest.raises(ConfigError, match=r"no text in data\.files = .*: nothing but blank lines"):
+    with pytest.raises(DataError, match=r"no text in data\.files = .*: nothing but blank lines"):
         next(open_training(data("blank.txt", "\n \n\n"), 0))
-    with pytest.raises(ConfigError, match=r"no documents in data\.files = .*: all of it is empty"):
+    with pytest.raises(DataError, match=r"no documents in data\.files = .*: all of it is empty"):
         next(open_training(data("blank.jsonl", "\n \n\n"), 0))

@@ -17,7 +17,7 @@ from p828.data.build import validation_batches
 from p828.data.text.documents import open_training, open_validation
 from p828.data.text.hub import hub_shards, pinned
 from p828.data.tokenizer import Tokenizer
-from p828.errors import ConfigError
+from p828.errors import ConfigError, DataError
 
 README = """---
 configs:
@@ -130,7 +130,7 @@ def test_bad_rows_are_passed_over_and_counted(hub: Path) -> None:
     stream = open_training(config, 0, epochs=2)
     assert sorted(stream) == ["eins", "eins", "zwei", "zwei"]
     assert stream.bad_records == 1
-    with pytest.raises(ConfigError, match=r"row 2: more than data\.max_document_megabytes = 1"):
+    with pytest.raises(DataError, match=r"row 2: more than data\.max_document_megabytes = 1"):
         list(open_training(dataclasses.replace(config, bad_records="stop"), 0, epochs=1))
 
 
@@ -164,14 +164,14 @@ def test_a_name_without_a_last_part_is_no_data_set() -> None:
 
 def test_wrong_rows_are_named(hub: Path) -> None:
     (shard,) = hub_shards(str(hub), "de", "train", "text")
-    with pytest.raises(ConfigError, match=r"shard 1 of 1, row 1: no field 'text' \(data\.text_field\); .* id, inhalt"):
+    with pytest.raises(DataError, match=r"shard 1 of 1, row 1: no field 'text' \(data\.text_field\); .* id, inhalt"):
         next(shard.documents())
-    with pytest.raises(ConfigError, match=r"row 3: no field"):
+    with pytest.raises(DataError, match=r"row 3: no field"):
         next(shard.documents(2))
     path = hub / "de/train-00000-of-00001.jsonl"
     path.write_text('{"text": "a"}\n{"text": oops}\n')
     (shard,) = hub_shards(str(hub), "de", "train", "text")
-    with pytest.raises(ConfigError, match=r"de split train shard 1 of 1, after row 0: cannot be read"):
+    with pytest.raises(DataError, match=r"de split train shard 1 of 1, after row 0: cannot be read"):
         list(shard.documents())
 
 

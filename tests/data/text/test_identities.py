@@ -15,7 +15,7 @@ from p828.data.text.identities import Identities
 from p828.data.text.shard import BadRecord
 from p828.data.tokens.filters import SeenTexts
 from p828.data.tokens.text_reader import Reader
-from p828.errors import ConfigError
+from p828.errors import ConfigError, DataError
 
 KEEP_ALL = ValidationConfig(kind="files", files=("none",))
 
@@ -182,7 +182,7 @@ def test_a_text_that_is_not_utf8_is_a_bad_record(tmp_path: Path) -> None:
     assert list(stream) == ["b"]
     assert stream.bad_records == 1
     only = open_training(config(tmp_path / "a.txt", bad_records="skip"), 0, epochs=1)
-    with pytest.raises(ConfigError, match="all of it is bad records, 1 that were passed over"):
+    with pytest.raises(DataError, match="all of it is bad records, 1 that were passed over"):
         next(only)
 
 
@@ -225,7 +225,7 @@ def test_a_place_that_is_none_is_refused(folder: Path, key: str, value: Any) -> 
     stream = open_training(config(folder), 1, epochs=1)
     if value == 10**6 and key not in ("shard", "given"):
         return  # an epoch or block like any other
-    with pytest.raises(ConfigError, match=r"no place in it|it changed"):
+    with pytest.raises(DataError, match=r"no place in it|it changed"):
         [stream.load_state_dict({**state, key: value}), next(stream)]
 
 

@@ -12,7 +12,7 @@ from p828.data.text import packing
 from p828.data.text.documents import DocumentStream, open_training
 from p828.data.text.packing import Packer
 from p828.data.tokenizer import Tokenizer
-from p828.errors import ConfigError
+from p828.errors import DataError
 
 LENGTH = 31
 
@@ -115,6 +115,6 @@ def test_data_shorter_than_one_row(tmp_path: Path, tokenizer: Tokenizer, batch_d
     row = next(Packer(stream(tmp_path), tokenizer, tokens - 1))
     assert len(row.tokens) == tokens
     with pytest.raises(
-        ConfigError, match=rf"data\.sequence_length = {tokens}: data\.files = .* has {tokens} tokens in all"
+        DataError, match=rf"data\.sequence_length = {tokens}: data\.files = .* has {tokens} tokens in all"
     ):
         next(Packer(stream(tmp_path), tokenizer, tokens))

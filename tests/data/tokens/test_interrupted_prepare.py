@@ -19,7 +19,7 @@ from p828.data.tokens import write as shard_writer
 from p828.data.tokens.directory import open_output_dirs, read_progress
 from p828.data.tokens.format import open_manifest
 from p828.data.tokens.prepare import prepare
-from p828.errors import ConfigError, RunStopped
+from p828.errors import ConfigError, RunFailed
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_an_error_at_work_saves_what_is_written(
     lines[40] = lines[40].replace(b"}", b"!")
     path.write_bytes(b"".join(lines))
     with pytest.raises(
-        RunStopped, match=r"text\.jsonl:41: not a line of JSON.*\n.*the same command goes on from there"
+        RunFailed, match=r"text\.jsonl:41: not a line of JSON.*\n.*the same command goes on from there"
     ):
         make(config, tmp_path / "stopped", tokenizer)
     assert read_progress(tmp_path / "stopped" / "progress.json")["counts"][-1]["read"] >= 20
@@ -274,7 +274,7 @@ def test_an_error_of_the_disk_keeps_the_position_before(
     for blocked in ("training-00001.tokens", ".manifest.json.tmp"):
         directory = tmp_path / blocked
         (directory / blocked).mkdir(parents=True)
-        with pytest.raises(RunStopped, match=re.escape(blocked) + r".*\n.*the same command goes on from there"):
+        with pytest.raises(RunFailed, match=re.escape(blocked) + r".*\n.*the same command goes on from there"):
             make(config, directory, tokenizer)
         (directory / blocked).rmdir()
         make(config, directory, tokenizer)

@@ -21,7 +21,7 @@ from p828.data.tokens.filters import looks_like_code
 from p828.data.tokens.format import Manifest, ShardEntry, check_shards, open_manifest
 from p828.data.tokens.prepare import Preparation, prepare
 from p828.data.tokens.read import Prepared
-from p828.errors import ConfigError
+from p828.errors import ConfigError, DataError
 
 SHARE = 0.2
 ODD = ["short", "x" * 900, text(3), "%" * 300, ""]
@@ -196,7 +196,7 @@ def test_a_damaged_shard_is_named(config: Config, tokenizer: Tokenizer, tmp_path
     manifest = make(config, tmp_path / "prepared", tokenizer)
     known = check_shards(tmp_path / "prepared", both(manifest))
     damage(tmp_path / "prepared" / name, how)
-    with pytest.raises(ConfigError, match=name):
+    with pytest.raises(DataError, match=name):
         check_shards(tmp_path / "prepared", both(manifest), known)
 
 
@@ -208,7 +208,7 @@ def test_an_unchanged_shard_is_not_read_again(config: Config, tokenizer: Tokeniz
     damage(shard, "flipped")
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert check_shards(tmp_path / "prepared", both(manifest), known) == known
-    with pytest.raises(ConfigError, match=r"training-00000\.tokens"):
+    with pytest.raises(DataError, match=r"training-00000\.tokens"):
         check_shards(tmp_path / "prepared", both(manifest))
 
 

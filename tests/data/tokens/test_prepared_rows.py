@@ -20,7 +20,7 @@ from p828.data.tokens.format import check_shards, open_manifest
 from p828.data.tokens.prepare import prepare
 from p828.data.tokens.read import Prepared, ShuffledTokenDataset, TokenDataset
 from p828.data.tokens.sealed import CHECKSUM
-from p828.errors import ConfigError, TransientReadError
+from p828.errors import ConfigError, DataError, TransientReadError
 
 LENGTH = 15
 
@@ -132,7 +132,7 @@ def test_ranks_of_a_host_compare_each_file_once(config: Config, directory: Path,
         rows = open_loader(config, tokenizer, rank=rank, world_size=3, part=(rank, 3)).rows
         rows.load_state_dict(merged(states))
         if names[1] in seen[rank]:
-            with pytest.raises(ConfigError, match=names[1]):
+            with pytest.raises(DataError, match=names[1]):
                 next(rows)
         else:
             next(rows)

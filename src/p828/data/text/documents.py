@@ -17,7 +17,7 @@ from p828.data.text.held_out import is_held_out as is_held_out
 from p828.data.text.hub import HubShard, hub_shards
 from p828.data.text.identities import Identities
 from p828.data.text.shard import BadRecord, EveryNth, Shard, deal
-from p828.errors import ConfigError, TransientReadError
+from p828.errors import ConfigError, DataError, TransientReadError
 
 HELD_OUT_ORDER = (0,)  # held-out documents come in one shard order, whatever the run's seed
 BLOCK_CHARACTERS = 2**28  # that are read and shuffled together at most, in however few documents
@@ -102,21 +102,21 @@ class DocumentStream:
         return self
 
     def __next__(self) -> str:
-        """Raises ConfigError if a whole epoch holds no document or a file or row is wrong, and TransientReadError."""
+        """Raises DataError if a whole epoch holds no document or a file or row is wrong, and TransientReadError."""
         while self.epochs is None or self._epoch < self.epochs:
             if self._documents is None:
                 self._read_block()
             documents = self._documents
             assert documents is not None
             if self._given > len(documents):
-                raise ConfigError(f"{self.source}: fewer documents than were given before the checkpoint: it changed")
+                raise DataError(f"{self.source}: fewer documents than were given before the checkpoint: it changed")
             if self._given < len(documents):
                 self._given += 1
                 return documents[self._given - 1]
             if documents:
                 self._begin_block(self._epoch, self._block + 1, self._end)
             elif self._block == 0:
-                raise ConfigError(self._emptiness())
+                raise DataError(self._emptiness())
             else:
                 self._begin_block(self._epoch + 1, 0, (0, 0))
         raise StopIteration
@@ -139,14 +139,15 @@ class DocumentStream:
         """Continue with the document after the one given last before `state_dict`.
 
         The shards may have moved, and one that is in `stopped` may have changed from its bad record on. Raises
-        ConfigError naming a shard that is another, or if the order's seed, the held-out share or the blocks are others.
+        ConfigError naming a shard that is another, or if the order's seed, the held-out share or the blocks are others,
+        and DataError for a state that is none.
         """
         place = [state[key] for key in ("epoch", "block", "shard", "record", "given")]
         bad_records = state.get("bad_records", 0)
         if any(type(number) is not int or number < 0 for number in [*place, bad_records]) or place[2] > len(
             self.shards
         ):
-            raise ConfigError(f"{self.source}: no place in it: {str(place)[:80]}: the checkpoint is damaged")
+            raise DataError(f"{self.source}: no place in it: {str(place)[:80]}: the checkpoint is damaged")
         difference = self._difference(state)
         if difference:
             raise ConfigError(
@@ -213,13 +214,13 @@ class DocumentStream:
                             break
                 else:
                     place, record, self._reader = place + 1, 0, None
-            except (ConfigError, TransientReadError) as error:
+            except (DataError, TransientReadError) as error:
                 self._reader = None
                 if isinstance(error, BadRecord):
                     self.stopped.append(self._identities.stopped(order[place], error.record))
                 raise
         if documents and self._block == 0 and place == len(order) and all(map(str.isspace, documents)):
-            raise ConfigError(f"no text in {self.source}: nothing but blank lines and spaces")
+            raise DataError(f"no text in {self.source}: nothing but blank lines and spaces")
         self._documents = [documents[i] for i in self._permutation(len(documents), self._epoch, self._block + 1)]
         self._end = (place, record)
 

@@ -15,7 +15,7 @@ import xxhash
 
 from p828.data.text.compression import COMPRESSIONS, DAMAGE, lines, pieces, unpacked
 from p828.data.text.shard import BadRecord
-from p828.errors import ConfigError, TransientReadError
+from p828.errors import ConfigError, DataError, TransientReadError
 from p828.files import open_regular
 
 ENDINGS = (".txt", ".py", ".md", ".jsonl")
@@ -111,7 +111,7 @@ class FileShard:
         return f"{count} {checksum.hexdigest()}"
 
     def documents(self, start: int = 0) -> Iterator[str | BadRecord]:
-        """Raises ConfigError naming the file, and the line of JSON Lines, that is wrong, and TransientReadError."""
+        """Raises DataError naming the wrong file, of JSON Lines also the line, and TransientReadError."""
         with closing(self._records()) as records:
             for number, record in enumerate(records):
                 if number < start:
@@ -133,7 +133,7 @@ class FileShard:
         return place / max(os.fstat(self._open.fileno()).st_size, 1)
 
     def _records(self) -> Generator[bytes | None, None, None]:
-        """Lines, or pieces; None for a line that is too long. Raises ConfigError and TransientReadError."""
+        """Lines, or pieces; None for a line that is too long. Raises DataError and TransientReadError."""
         try:
             with open_regular(Path(self.name)) as self._open, unpacked(self._open, Path(self.name).suffix) as stream:
                 self._given = 0
@@ -143,8 +143,8 @@ class FileShard:
         except (OSError, *DAMAGE) as error:
             raise self._unreadable(error) from None
 
-    def _unreadable(self, error: Exception) -> ConfigError | TransientReadError:
-        kind = TransientReadError if _may_pass(error) else ConfigError
+    def _unreadable(self, error: Exception) -> DataError | TransientReadError:
+        kind = TransientReadError if _may_pass(error) else DataError
         return kind(f"{self.name}: cannot be read: {error}")
 
     def _text(self, record: bytes | None, number: int) -> str:

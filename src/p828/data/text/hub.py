@@ -10,7 +10,7 @@ from typing import Any
 from p828.config import Config
 from p828.data.text.files import LARGEST_DOCUMENT, text_of
 from p828.data.text.shard import BadRecord
-from p828.errors import ConfigError, TransientReadError
+from p828.errors import ConfigError, DataError, TransientReadError
 
 CONNECT_SECONDS = 10.0
 EMPTY_SHARD = "BatchSize must be greater than 0"  # what pyarrow says of a .parquet file without rows
@@ -42,7 +42,7 @@ class HubShard:
         return 0.0
 
     def documents(self, start: int = 0) -> Iterator[str | BadRecord]:
-        """Raises ConfigError naming the row whose text is missing or the shard that is malformed, and
+        """Raises DataError naming the row whose text is missing or the shard that is malformed, and
         TransientReadError.
         """
         from datasets.exceptions import DatasetsError
@@ -57,7 +57,7 @@ class HubShard:
                 if EMPTY_SHARD in str(error):
                     return
                 may_pass = isinstance(error, OSError | httpx.RequestError) and not isinstance(error, FileNotFoundError)
-                kind = TransientReadError if may_pass else ConfigError
+                kind = TransientReadError if may_pass else DataError
                 raise kind(f"{self.name}, after row {number}: cannot be read: {_in_short(error)}") from error
             if row is None:
                 return

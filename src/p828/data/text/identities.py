@@ -15,7 +15,7 @@ class Identities:
     """A hash of each shard, of six bytes, or fewer where there are very many shards."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
-        """Raises ConfigError or TransientReadError if a file cannot be read."""
+        """Raises DataError or TransientReadError if a file cannot be read."""
         self._shards = shards
         width = max(min(BYTES_EACH, BYTES_IN_ALL // max(len(shards), 1)), 1)
         with_contents = len(shards) <= MOST_COMPARED

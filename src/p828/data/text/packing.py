@@ -9,7 +9,7 @@ import numpy.typing as npt
 from p828.data.sample import Sample
 from p828.data.text.documents import DocumentStream
 from p828.data.tokenizer import Tokenizer
-from p828.errors import ConfigError
+from p828.errors import DataError
 
 BATCH_DOCUMENTS = 256  # tokenized together: enough to keep all cores busy,
 BATCH_CHARACTERS = 1_000_000  # and little enough to hold
@@ -58,7 +58,7 @@ class Packer:
         return self
 
     def __next__(self) -> Sample:
-        """Raises ConfigError when a whole epoch of an endless stream fills no row."""
+        """Raises DataError when a whole epoch of an endless stream fills no row."""
         size = self.sequence_length + 1
         while len(self._tokens) - self._at < size:
             if not self._read():
@@ -126,7 +126,7 @@ class Packer:
 
         dropped, self._consumed = self._consumed, 0
         if dropped >= lengths[0]:
-            raise ConfigError(
+            raise DataError(
                 f"{self.stream.source}: a document ends before the place of the checkpoint in it: the data changed. "
                 "Restore it, or start a new run"
             )
@@ -148,7 +148,7 @@ class Packer:
         if self._first_epoch_tokens > self.sequence_length:
             self._first_epoch_tokens = None
         elif epochs[-1] > 0:
-            raise ConfigError(
+            raise DataError(
                 f"data.sequence_length = {self.sequence_length}: {self.stream.source} has {self._first_epoch_tokens} "
                 f"tokens in all, less than one row of {self.sequence_length + 1}; "
                 + self._remedy(self._first_epoch_tokens)

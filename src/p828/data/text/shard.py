@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
-from p828.errors import ConfigError
+from p828.errors import DataError
 
 
-class BadRecord(ConfigError):
+class BadRecord(DataError):
     """A line, row or text that is no document: the rest of its file can still be read."""
 
     def __init__(self, text: str, record: int) -> None:
@@ -41,7 +41,7 @@ class Shard(Protocol):
     def documents(self, start: int = 0) -> Iterator[str | BadRecord]:
         """The texts from the one numbered `start`; empty ones are given too, so that counting stays simple.
 
-        Raises ConfigError for content that is wrong, and TransientReadError for a read that may succeed later. A shard
+        Raises DataError for content that is wrong, and TransientReadError for a read that may succeed later. A shard
         that skips bad records gives the BadRecord in the text's place instead of raising it.
         """
         ...

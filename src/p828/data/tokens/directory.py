@@ -15,7 +15,7 @@ from p828.config.values import shown, to_dict
 from p828.data.tokenizer import Tokenizer, load_tokenizer
 from p828.data.tokens.format import MANIFEST_FILE, TOKENIZER_FILE, check_tokenizer, open_manifest
 from p828.data.tokens.sealed import LARGEST_FILE, check_seal
-from p828.errors import ConfigError, RunStopped
+from p828.errors import ConfigError, DataError, RunFailed
 from p828.files import LOCK_FILE, locked, open_appended, read_limited
 
 PROGRESS_FILE, HASHES_FILE = "progress.json", "hashes.partial"
@@ -30,6 +30,7 @@ PROGRESS_TYPES = {
 PARTIAL = re.compile(r"(training|validation)-(\d{5,}\.(tokens|documents)|waiting-\d+)\.partial|hashes\.partial")
 UNFINISHED = re.compile(rf"{PARTIAL.pattern}|progress\.json")
 TEMPORARY = re.compile(r"\.(manifest|progress|tokenizer)\.json\.tmp|\.tried(\.partial)?")
+OF_A_START = re.compile(rf"{UNFINISHED.pattern}|{TEMPORARY.pattern}|tokenizer\.json|{re.escape(LOCK_FILE)}")
 MAY_PASS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.EMFILE,
     errno.ENFILE, errno.ENOMEM,
@@ -42,8 +43,9 @@ LONGEST_VALUE = 200  # characters of a setting in a message
 def open_output_dirs(directories: Sequence[Path]) -> Iterator[None]:
     """Make the directories and keep other processes out of those that are not complete.
 
-    Raises ConfigError if one cannot be written, is at work or holds other files, and RunStopped if it cannot be written
-    for now. If the block raises ConfigError, what was made since is removed from those that hold nothing of value.
+    Raises ConfigError if one cannot be written, is at work or holds other files, and RunFailed if it cannot be written
+    for now. If the block raises ConfigError or DataError, what was made since is removed from those directories that
+    hold nothing of value.
     """
     made: list[Path] = []
     before: dict[Path, set[str]] = {}  # what was in those that are locked here
@@ -68,10 +70,11 @@ def open_output_dirs(directories: Sequence[Path]) -> Iterator[None]:
                     remove(directory, TEMPORARY)
                     _try_out(directory)
             yield
-        except ConfigError:
+        except (ConfigError, DataError):
             for directory, names in before.items():
                 if not _is_of_value(directory):
-                    _remove_all(directory, set(os.listdir(directory)) - names)
+                    new = set(os.listdir(directory)) - names
+                    _remove_all(directory, filter(OF_A_START.fullmatch, new))
             for path in reversed(made):
                 with contextlib.suppress(OSError):  # not empty
                     path.rmdir()
@@ -80,14 +83,25 @@ def open_output_dirs(directories: Sequence[Path]) -> Iterator[None]:
 
 @contextmanager
 def writing(directory: Path, at_work: bool = True) -> Iterator[None]:
-    """An error of the file system as RunStopped, or as ConfigError if nothing is at work yet and it will not pass."""
+    """An error of the file system as RunFailed, or as ConfigError if nothing is at work yet and it will not pass."""
     try:
         yield
     except OSError as error:
         said = f"{str(error.filename or directory)[-LONGEST_VALUE:]}: cannot be written: {error.strerror or error}"
         if at_work or error.errno in MAY_PASS:
-            raise RunStopped(f"{said}\n{GOES_ON}") from None
+            raise RunFailed(f"{said}\n{GOES_ON}") from None
         raise ConfigError(said) from None
+
+
+@contextmanager
+def told_at_work(is_at_work: Callable[[], bool]) -> Iterator[None]:
+    """What the block finds wrong is raised as RunFailed if something has been made by then, which is kept."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        if not is_at_work():
+            raise
+        raise RunFailed(f"{error}\n{GOES_ON}") from error
 
 
 def remove(directory: Path, names: re.Pattern[str]) -> None:
@@ -148,7 +162,7 @@ def _is_of_value(directory: Path) -> bool:
 def resolve_tokenizer(config: Config, directories: Sequence[Path], documents: Callable[[], Iterable[str]]) -> Tokenizer:
     """One tokenizer for all directories, which keep a copy: what is begun decides, else the configuration.
 
-    Raises ConfigError if two of them, or one and the configuration, do not go together, and RunStopped if it cannot be
+    Raises ConfigError if two of them, or one and the configuration, do not go together, and RunFailed if it cannot be
     written for now.
     """
     begun = []
@@ -186,12 +200,12 @@ def _saving() -> Iterator[None]:
         yield
     except ConfigError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in MAY_PASS:
-            raise RunStopped(f"{error}\n{GOES_ON}") from error
+            raise RunFailed(f"{error}\n{GOES_ON}") from error
         raise
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """What an interrupted preparation left. Raises ConfigError if it is damaged, RunStopped if it cannot be read."""
+    """What an interrupted preparation left. Raises ConfigError if it is damaged, and RunFailed if it cannot be read."""
     try:
         content = read_limited(path, LARGEST_FILE)
         progress: dict[str, Any] = json.loads(content)
@@ -201,7 +215,7 @@ def read_progress(path: Path) -> dict[str, Any]:
                 raise TypeError(f"{key} is no {kind.__name__}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno in MAY_PASS:
-            raise RunStopped(f"{path}: cannot be read: {error.strerror}\n{GOES_ON}") from None
+            raise RunFailed(f"{path}: cannot be read: {error.strerror}\n{GOES_ON}") from None
         said = str(error)[:LONGEST_VALUE]
         raise ConfigError(f"{path}: damaged: {said}. Remove {path.parent} to begin again") from None
     return progress

@@ -18,7 +18,7 @@ from p828.data.retry import NO_RETRY, Retry
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.sealed import CHECKSUM, LARGEST_FILE, check_seal, write_sealed
 from p828.data.tokens.source_files import SourceFiles
-from p828.errors import ConfigError, TransientReadError
+from p828.errors import ConfigError, DataError, TransientReadError
 from p828.files import MEBIBYTE, open_regular, read_limited
 
 FORMAT_VERSION = 2
@@ -155,7 +155,7 @@ def check_shards(
 
     A file that is still as `known` says is not read again, so that a run resumes at once. Of several that compare the
     same files, each takes a part: its number and theirs. The retry's `tell` is given a line when it takes long. Raises
-    ConfigError naming a wrong file, and TransientReadError.
+    DataError naming a wrong file, and TransientReadError.
     """
     number, parts = part
     files = [(shard.name + ending, checksum) for shard in shards for ending, checksum in shard.checksums.items()]
@@ -166,9 +166,9 @@ def check_shards(
             stat = path.stat()
             seen = [stat.st_size, stat.st_mtime_ns]
             if (known or {}).get(name) != seen and checksum_of(path) != checksum:
-                raise ConfigError(f"{path}: damaged or changed: its checksum is not that of {MANIFEST_FILE}")
+                raise DataError(f"{path}: damaged or changed: its checksum is not that of {MANIFEST_FILE}")
         except OSError as error:
-            kind = ConfigError if error.errno in FOR_GOOD else TransientReadError
+            kind = DataError if error.errno in FOR_GOOD else TransientReadError
             raise kind(f"{path}: cannot be read: {error.strerror}") from None
         return seen
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from p828.data.retry import Retry
-from p828.errors import ConfigError, TransientReadError
+from p828.errors import DataError, TransientReadError
 from p828.files import open_regular
 
 MOST_OPEN = 1024  # files that one `NumberFiles` keeps open at most
@@ -23,7 +23,7 @@ class NumberFiles:
     """Files of numbers of one type, of which those used last are open."""
 
     def __init__(self, paths: Sequence[Path], dtype: np.dtype[Any], lengths: Sequence[int], retry: Retry) -> None:
-        """`lengths` are in numbers. Raises ConfigError naming a file that is not there or of another size."""
+        """`lengths` are in numbers. Raises DataError naming a file that is not there or of another size."""
         self.paths, self.dtype, self.lengths, self.retry = paths, dtype, lengths, retry
         self._open: dict[int, BinaryIO] = {}  # the one used last at the end
         self._most_open = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // SHARE_OPEN, MOST_OPEN), 2)
@@ -31,9 +31,9 @@ class NumberFiles:
             try:
                 size = path.stat().st_size
             except OSError as error:
-                raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
             if size != length * dtype.itemsize:
-                raise ConfigError(f"{path}: damaged or changed: {size:,} bytes, not {length * dtype.itemsize:,}")
+                raise DataError(f"{path}: damaged or changed: {size:,} bytes, not {length * dtype.itemsize:,}")
 
     def read(self, file: int, start: int, stop: int) -> Any:
         """The numbers from `start` to `stop` of a file. Raises TransientReadError, also when the file is shorter by

@@ -16,7 +16,6 @@ from p828.data.retry import NO_RETRY, Retry
 from p828.data.text.documents import DocumentStream, open_in_order, open_validation
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.directory import (
-    GOES_ON,
     HASHES_FILE,
     PROGRESS_FILE,
     UNFINISHED,
@@ -24,6 +23,7 @@ from p828.data.tokens.directory import (
     read_progress,
     remove,
     settings,
+    told_at_work,
     writing,
 )
 from p828.data.tokens.filters import SeenTexts
@@ -40,14 +40,10 @@ from p828.data.tokens.sealed import write_sealed
 from p828.data.tokens.source_files import SourceFiles
 from p828.data.tokens.text_reader import PARTS, Reader, TextBatch
 from p828.data.tokens.write import BestFitWriter, ShardWriter
-from p828.errors import ConfigError, RunStopped
+from p828.errors import ConfigError, DataError, RunFailed
 
 SAVE_EVERY = 5.0  # seconds
 TOKENIZED_TOGETHER = 2  # batches: while the tokens of one become arrays, which one core does, others are encoded
-
-
-class WrongText(ConfigError):
-    """Text of which not even the first document can be taken."""
 
 
 def prepare(
@@ -60,9 +56,9 @@ def prepare(
     """Tokenize the one source of a configuration into a directory, or go on with that.
 
     Complete already, its shards are compared with their checksums instead, and the source's files with what they were.
-    Raises ConfigError if it holds data made with other settings, from other files or another tokenizer, a shard is
-    wrong, or it cannot be written, WrongText, and RunStopped (which TransientReadError is) for what ends it at work,
-    which keeps all that was made.
+    Raises ConfigError if it holds data made with other settings, from other files or another tokenizer, or cannot be
+    written; DataError if a shard is wrong, or not even the first document can be taken; and RunFailed (which
+    TransientReadError is) for what ends it at work, which keeps all that was made.
     """
     if not (directory / MANIFEST_FILE).exists():
         with writing(directory, at_work=False):
@@ -102,7 +98,7 @@ class Preparation:
     def __init__(self, config: Config, directory: Path, tokenizer: Tokenizer, retry: Retry) -> None:
         """Begin, or go on with what was interrupted.
 
-        Raises ConfigError if that had other settings or has changed, and RunStopped if it cannot be written for now.
+        Raises ConfigError if that had other settings or has changed, and RunFailed if it cannot be written for now.
         """
         self.config, self.directory, self.tokenizer = config, directory, tokenizer
         self.seen = SeenTexts()
@@ -139,8 +135,7 @@ class Preparation:
     def run(self, report: Callable[["Preparation"], None]) -> Manifest:
         """Tokenize what is left and write the manifest. `report` is called after every batch.
 
-        However it ends, what is written by then is saved. Raises RunStopped, WrongText, and ConfigError if nothing is
-        left.
+        However it ends, what is written by then is saved. Raises RunFailed, and DataError if nothing was made.
         """
         try:
             while True:
@@ -158,16 +153,11 @@ class Preparation:
 
     def _read(self, report: Callable[["Preparation"], None]) -> None:
         """What is left of the current reader's text."""
-        try:
+        with told_at_work(lambda: any(reader.counts["read"] for reader in self.readers)):
             for batch, documents in self._tokenized(self.readers[self.reader_number]):
                 with writing(self.directory):
                     self._write(batch, documents)
                 report(self)
-        except ConfigError as error:
-            # Wrong text, met at work: it can be mended.
-            if any(reader.counts["read"] for reader in self.readers):
-                raise RunStopped(f"{error}\n{GOES_ON}") from error
-            raise WrongText(error) from error
 
     def _tokenized(self, reader: Reader) -> Iterator[tuple[TextBatch, dict[str, list[npt.NDArray[np.int64]]]]]:
         """Batches and their documents' tokens with EOS. Batches are read while those before are tokenized."""
@@ -229,7 +219,7 @@ class Preparation:
         self.reader_number = progress["reader"]
         try:
             self.readers[self.reader_number].stream.load_state_dict(progress["position"])
-        except ConfigError as error:
+        except (ConfigError, DataError) as error:
             raise ConfigError(
                 f"{path}: the preparation cannot go on: {error}\nPut the files back as they were, or remove "
                 f"{self.directory} to begin again"
@@ -247,7 +237,8 @@ class Preparation:
         source = self.readers[0].stream.source
         for part in PARTS:
             if not counts[part]:
-                raise ConfigError(f"{source}: nothing is left for {part}; documents: {counts}")
+                error = RunFailed if self.tokens else DataError
+                raise error(f"{source}: nothing is left for {part}; documents: {counts}")
         with writing(self.directory):
             self._save()
             self._is_whole = False

@@ -26,7 +26,7 @@ from p828.data.tokens.format import (
 )
 from p828.data.tokens.number_files import NumberFiles
 from p828.data.tokens.permutation import Permutation
-from p828.errors import ConfigError
+from p828.errors import ConfigError, DataError
 
 VALIDATION_ORDER = (0,)  # the key of an order that no seed changes
 DOCUMENT_ENDS = np.dtype("<u8")
@@ -47,7 +47,7 @@ class TokenDataset:
         vocab_size: int,
         retry: Retry = NO_RETRY,
     ) -> None:
-        """Raises ConfigError naming a file that is not there or not of its size."""
+        """Raises DataError naming a file that is not there or not of its size."""
         names = [directory / shard.name for shard in shards]
         self._tokens = NumberFiles(
             [name.with_name(name.name + TOKENS) for name in names], dtype, [shard.tokens for shard in shards], retry
@@ -68,7 +68,7 @@ class TokenDataset:
     def row(self, start: int, length: int, epoch: int) -> Sample:
         """The `length` tokens from `start` on, padded at the end; documents count from 0 within the row.
 
-        Raises TransientReadError, and ConfigError if the shards hold no prepared data.
+        Raises TransientReadError, and DataError if the shards hold no prepared data.
         """
         end = min(start + length, len(self))
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -124,7 +124,7 @@ class TokenDataset:
         """A row of documents with these marks: twice the place of their end in it, plus one if they are pieces."""
         ends, is_piece = marks // 2, marks % 2 == 1
         if (np.diff(ends, prepend=0) < 1).any() or (ends > len(tokens)).any() or (tokens >= self._vocab_size).any():
-            raise ConfigError(f"{self._directory}: no prepared data: documents end nowhere, or ids are no tokens")
+            raise DataError(f"{self._directory}: no prepared data: documents end nowhere, or ids are no tokens")
         steps = np.zeros(len(tokens) + 1, dtype=np.int32)
         steps[ends] = 1
         is_last = tokens[ends - 1] == self._eos_id
@@ -151,7 +151,7 @@ class Prepared:
         return cls(directory, manifest, tokenizer.eos_id, tokenizer.vocab_size)
 
     def tokens(self, part: Literal["training", "validation"], retry: Retry = NO_RETRY) -> TokenDataset:
-        """Raises ConfigError naming a file that is not there or not of its size."""
+        """Raises DataError naming a file that is not there or not of its size."""
         shards = self.manifest.training if part == "training" else self.manifest.validation
         return TokenDataset(self.directory, shards, self.manifest.token_dtype, self.eos_id, self.vocab_size, retry)
 
@@ -160,7 +160,7 @@ class Prepared:
     ) -> list[Sample]:
         """Up to `count` rows from all over the validation documents, the same ones whatever the seed.
 
-        `part` is as in `check_shards`. Raises ConfigError naming a damaged shard, and TransientReadError.
+        `part` is as in `check_shards`. Raises DataError naming a damaged shard, and TransientReadError.
         """
         tokens = self.tokens("validation", retry)
         check_shards(self.directory, self.manifest.validation, retry=retry, part=part)
@@ -203,7 +203,7 @@ class ShuffledTokenDataset:
         return -(-len(self.tokens) // self.row_length)
 
     def take(self, batch: int, count: int) -> list[Sample]:
-        """The next `count` rows. Raises ConfigError, at first, if a shard is damaged, and TransientReadError."""
+        """The next `count` rows. Raises DataError, before the first, if a shard is damaged, and TransientReadError."""
         if self._checked is None:
             shards = self.prepared.manifest.training
             self._checked = check_shards(self.prepared.directory, shards, self._known, self._retry, self._part)
