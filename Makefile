@@ -2,11 +2,12 @@
 # make test               run the tests
 # make test-distributed   run all tests on several ranks, of which the former has a few; about 20 minutes
 # make faults             kill runs, damage checkpoints and feed every reader nonsense, many times; about 25 minutes
+# make test-oldest        run the tests with the oldest accepted dependencies, in .venv-oldest
 # make check              linter, format and types
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-distributed faults check format clean
+.PHONY: quickstart test test-distributed faults test-oldest check format clean
 
 quickstart: .venv/installed
 	@echo "p828 is in .venv/bin; 'source .venv/bin/activate' puts it on the path of a shell."
@@ -21,6 +22,11 @@ test-distributed: .venv/installed-dev
 faults: .venv/installed-dev
 	$(BIN)/pytest tests/faults -m "long or not long"
 	FUZZ_EXAMPLES=5000 $(BIN)/pytest tests/fuzz -n 2
+
+test-oldest: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -qq --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[dev]'
+	.venv-oldest/bin/pytest -n 2 --dist loadgroup
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -45,4 +51,4 @@ format: .venv/installed-dev
 	@touch $@ .venv/installed
 
 clean:
-	rm -rf .venv build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-oldest build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -3,6 +3,7 @@
 import importlib.metadata
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def measure_system(job: dict[str, Any]) -> dict[str, Any]:
     system = system_from_dict(job["system"])
     if system.config.train.deterministic:
         make_deterministic()
-    step = build_step(system, job["routing"])
+    step = build_step(system, job["routing"], Path(job["benchmarks"]) if job["benchmarks"] else None)
     started = time.perf_counter()
     step.run()
     synchronize(step)

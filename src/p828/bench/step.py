@@ -1,19 +1,19 @@
-"""One optimizer step of p828 and of the peers, behind one interface."""
+"""One optimizer step of p828, and the interface that a peer's has, too."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from p828.bench.batches import random_batches
-from p828.bench.peers import Loss, build_torchtitan, build_transformers
+from p828.bench.peers import peer_step
 from p828.bench.routing import GivenRouter, balanced_experts, random_experts
 from p828.bench.systems import System
 from p828.config import Config
 from p828.data.loader import Batch
 from p828.engine.plain import PlainEngine
-from p828.system.device import pick_device
 
 
 class Step(Protocol):
@@ -57,46 +57,12 @@ class OwnStep:
         return most_common_dtype(self.engine.optimizer.state_dict().values())
 
 
-class PeerStep:
-    """A plain loop around another library's model, with fused AdamW and clipping."""
-
-    def __init__(self, system: System, routing: str) -> None:
-        config = system.config
-        self.device = pick_device(config.train.device)
-        torch.manual_seed(config.train.seed)
-        build: Callable[[System, torch.device, list[Tensor]], tuple[nn.Module, Loss]]
-        build = build_transformers if system.framework == "transformers" else build_torchtitan
-        self.model: nn.Module
-        self.model, self.loss = build(system, self.device, list(given_experts(config, routing)))
-        optimizer = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
-        self.accumulation, self.max_grad_norm = config.train.gradient_accumulation, optimizer.max_grad_norm
-        self.batches = rotate([batch.to(self.device) for batch in random_batches(config, self.device)])
-
-    def run(self) -> None:
-        for _ in range(self.accumulation):
-            batch = next(self.batches)
-            (self.loss(batch.tokens_BS, batch.targets_BS) / self.accumulation).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def run_traceably(self) -> None:
-        self.run()
-
-    def moments_dtype(self) -> torch.dtype:
-        return most_common_dtype(value for state in self.optimizer.state.values() for value in state.values())
-
-
-def build_step(system: System, routing: str) -> Step:
-    return OwnStep(system.config, routing) if system.framework == "p828" else PeerStep(system, routing)
+def build_step(system: System, routing: str, benchmarks: Path | None = None) -> Step:
+    """p828's, or a peer's, whose code is in the repository's `benchmarks`."""
+    if benchmarks is None:
+        return OwnStep(system.config, routing)
+    step: Step = peer_step(system, routing, benchmarks)
+    return step
 
 
 def given_experts(config: Config, routing: str) -> Iterator[Tensor]:

@@ -1,15 +1,12 @@
-"""What is timed for a shape: p828 with and without its extras, and the peers on the same sizes."""
+"""What is timed for a shape: p828 with and without its extras."""
 
 import dataclasses
-import importlib.util
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 from p828.config import Config, from_dict, load, validate, with_vocabulary
 from p828.config.values import flatten, to_dict
-from p828.errors import ConfigError, did_you_mean
 
-PEERS = ("transformers", "torchtitan")
 ROUTINGS = {
     "model": "routing as the fresh model's own routers choose",
     "random": "random routing: every token's experts drawn evenly",
@@ -22,15 +19,11 @@ class System:
     """One row of the table."""
 
     label: str
-    framework: Literal["p828", "transformers", "torchtitan"]
+    framework: str
+    """p828, or the library whose model it is."""
     config: Config
-    experts: str = "grouped_mm"
-    """transformers' `experts_implementation`."""
-    is_compiled: bool = False
-    has_liger_head: bool = False
-    """Liger's fused head and loss in place of transformers' own."""
-    has_float32_weights: bool = False
-    """float32 weights and moments under bfloat16 autocast, in place of bfloat16 throughout."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What that library is asked for besides the sizes."""
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"config": to_dict(self.config)}
@@ -80,46 +73,3 @@ def own_systems(config: Config) -> list[System]:
         System("p828", "p828", with_extras(True)),
         System("p828, without sinks, q/k norm, document masking", "p828", with_extras(False)),
     ]
-
-
-def peer_systems(config: Config, peers: tuple[str, ...], device: str) -> list[System]:
-    systems = []
-    if "transformers" in peers and device == "cuda":
-        systems += [
-            System("transformers, eager", "transformers", config),
-            System("transformers, compiled", "transformers", config, is_compiled=True),
-        ]
-        if has_liger():
-            label = "transformers, compiled, Liger's head"
-            systems.append(System(label, "transformers", config, is_compiled=True, has_liger_head=True))
-    elif "transformers" in peers:
-        # Which of the two is the faster one depends on the experts' number and size. `batched_mm`, which copies an
-        # expert's weights for every token, took twenty times as long.
-        systems += [
-            System(f"transformers, eager, experts {way!r}", "transformers", config, experts=way)
-            for way in ("eager", "grouped_mm")
-        ]
-    if "torchtitan" in peers:
-        systems += [
-            System("torchtitan, compiled", "torchtitan", config, is_compiled=True),
-            System(
-                "torchtitan, compiled, float32 weights", "torchtitan", config, is_compiled=True,
-                has_float32_weights=True,
-            ),
-        ]  # fmt: skip
-    return systems
-
-
-def has_liger() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
-
-
-def check_peers(peers: tuple[str, ...], device: str) -> None:
-    """Raises ConfigError for a peer that is unknown, not installed, or cannot run here."""
-    for peer in peers:
-        if peer not in PEERS:
-            raise ConfigError(f"--peers {peer}{did_you_mean(peer, PEERS)} Accepted: {', '.join(PEERS)}")
-        if importlib.util.find_spec(peer) is None:
-            raise ConfigError(f"--peers {peer}: it is not installed. pip install {peer}")
-        if peer == "torchtitan" and device != "cuda":
-            raise ConfigError("--peers torchtitan: its experts need a GPU. On a CPU transformers is accepted")

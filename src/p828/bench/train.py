@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from p828.bench.peers import left_out, peer_systems
 from p828.bench.process import MeasurementFailed, measure_apart
 from p828.bench.rows import Row, make_row
 from p828.bench.systems import (
@@ -13,9 +14,7 @@ from p828.bench.systems import (
     System,
     common_to_all,
     describe_changes,
-    has_liger,
     own_systems,
-    peer_systems,
 )
 from p828.bench.table import best_of, header, show_breakdown, show_failure, show_ratios, show_row
 from p828.config import Config
@@ -33,13 +32,14 @@ class Bench:
     steps: int
     has_breakdown: bool
     json_path: Path | None
+    benchmarks: Path | None = None
+    """The repository's, where the peers' code is; None without peers."""
     machine: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
 
     def run(self, shapes: dict[str, Config]) -> None:
-        """Measure the machine, then every shape. Raises ConfigError if the rows cannot be written, RunFailed at the
-        end
+        """Measure the machine, then every shape. Raises ConfigError if the rows cannot be written, RunFailed at the end
         if a system failed."""
         if self.json_path is not None:
             _check_writable(self.json_path)
@@ -67,9 +67,11 @@ class Bench:
         for change in describe_changes(config, compared):
             _print(f"for all: {change}")
         _print(f"\n{header()}")
-        if "transformers" in self.peers and self.device == "cuda" and not has_liger():
-            _print("transformers with Liger's head is left out: liger-kernel is not installed")
-        own, peers = own_systems(compared), peer_systems(compared, self.peers, self.device)
+        own, peers = own_systems(compared), []
+        if self.benchmarks is not None:
+            for line in left_out(self.peers, self.device, self.benchmarks):
+                _print(line)
+            peers = peer_systems(compared, self.peers, self.device, self.benchmarks)
         rows: list[Row] = []
         for system in [*peers, *own]:  # the peers first, so that p828's ratio can stand in its row
             row = self._measure(name, routing, system, has_breakdown=self.has_breakdown and system is own[0])
@@ -88,6 +90,7 @@ class Bench:
         job = {
             "kind": "system", "system": system.to_dict(), "routing": routing, "steps": self.steps,
             "breakdown": has_breakdown,
+            "benchmarks": None if system.framework == "p828" else str(self.benchmarks),
         }  # fmt: skip
         row = None
         try:

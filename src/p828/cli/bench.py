@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from p828.bench.systems import ROUTINGS, check_peers, load_shape
+from p828.bench.peers import check_peers, find_peers
+from p828.bench.systems import ROUTINGS, load_shape
 from p828.bench.train import Bench
 from p828.cli.flags import HELP, parse, shown_word
 from p828.config.files import preset_names
@@ -29,7 +30,7 @@ class Arguments:
     shape: tuple[str, ...] = ()
     """Presets or .toml files: sizes, micro-batch, sequence length and accumulation."""
     peers: tuple[str, ...] = ()
-    """transformers, torchtitan. All systems then compute what every one of them can."""
+    """transformers, torchtitan, in the repository. All systems then compute what every one of them can."""
     routing: tuple[str, ...] = ("model",)
     """`model`: as fresh routers route; `random`; `balanced`: forced balance. A table each."""
     breakdown: bool = False
@@ -66,7 +67,9 @@ def run(arguments: list[str]) -> None:
     from p828.system.device import pick_device  # imports torch
 
     device = pick_device(given.device).type
-    check_peers(given.peers, device)
+    benchmarks = find_peers() if given.peers else None
+    if benchmarks is not None:
+        check_peers(given.peers, device, benchmarks)
     shapes = {
         name: load_shape(name, device, given.micro_batch_size, given.gradient_accumulation) for name in given.shape
     }
@@ -77,5 +80,6 @@ def run(arguments: list[str]) -> None:
         steps=given.steps,
         has_breakdown=given.breakdown,
         json_path=Path(given.json) if given.json else None,
+        benchmarks=benchmarks,
     )
     bench.run(shapes)

@@ -256,9 +256,7 @@ def test_an_error_at_work_saves_what_is_written(
     lines = good.splitlines(keepends=True)
     lines[40] = lines[40].replace(b"}", b"!")
     path.write_bytes(b"".join(lines))
-    with pytest.raises(
-        RunFailed, match=r"text\.jsonl:41: not a line of JSON.*\n.*the same command goes on from there"
-    ):
+    with pytest.raises(RunFailed, match=r"text\.jsonl:41: not a line of JSON.*\n.*the same command goes on from there"):
         make(config, tmp_path / "stopped", tokenizer)
     assert read_progress(tmp_path / "stopped" / "progress.json")["counts"][-1]["read"] >= 20
     path.write_bytes(good)
