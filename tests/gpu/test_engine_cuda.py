@@ -1,5 +1,6 @@
 """Whole steps on a GPU: they learn, repeat and resume bit for bit, and keep the host waiting once."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,6 +166,20 @@ def test_the_update_does_not_wait_for_the_device(cuda: torch.device, tmp_path: P
         engine.optimizer.update(1e-3, norm, torch.isfinite(norm))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_waits_for_the_device_once(cuda: torch.device, tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    train(engine, range(1))  # compiles the kernels
+    engine.forward_backward(batch_of(0), 64)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            engine.step(1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([warning for warning in found if "synchronizing CUDA operation" in str(warning.message)]) == 1
 
 
 def test_a_non_finite_step_changes_nothing(cuda: torch.device, tmp_path: Path) -> None:
