@@ -7,12 +7,19 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from p828.config import BalanceConfig, ModelConfig
+from p828.config import BalanceConfig, ModelConfig, TrainConfig
 from p828.data.loader import Batch
 from p828.engine.cuda_graph import CudaGraphRunner
 from p828.kernels.embedding import add_embedding_gradient_
 from p828.model.loss import IGNORE, loss_and_gradients
 from p828.model.transformer import RouterStatistics, Transformer
+
+
+def prepare_layers(model: Transformer, train: TrainConfig, balance: BalanceConfig) -> None:
+    """Tell the layers whether to recompute activations, and whether to compute auxiliary losses."""
+    for layer in model.layers:
+        layer.gradient_checkpointing = train.gradient_checkpointing
+        layer.auxiliary_losses = bool(balance.sequence_loss_weight or balance.z_loss_weight)
 
 
 def micro_batch_totals(loss: Tensor, router: RouterStatistics) -> dict[str, Tensor]:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from p828.config import BalanceConfig, Config, ModelConfig, TrainConfig
+from p828.config import Config, ModelConfig
 from p828.data.loader import Batch
 from p828.engine.cuda_graph import is_capturable
 from p828.engine.interface import StepResult, StepStats
-from p828.engine.microbatch import GradientAccumulator
+from p828.engine.microbatch import GradientAccumulator, prepare_layers
 from p828.model.backend import check_widths
 from p828.model.init import initialise
 from p828.model.transformer import Transformer
@@ -105,10 +105,3 @@ def _empty_model(config: ModelConfig, device: torch.device) -> Transformer:
     model.to_empty(device=device)
     model.reset_buffers(device)
     return model
-
-
-def prepare_layers(model: Transformer, train: TrainConfig, balance: BalanceConfig) -> None:
-    """Tell the layers whether to recompute activations, and whether to compute auxiliary losses."""
-    for layer in model.layers:
-        layer.gradient_checkpointing = train.gradient_checkpointing
-        layer.auxiliary_losses = bool(balance.sequence_loss_weight or balance.z_loss_weight)

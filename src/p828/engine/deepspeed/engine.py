@@ -26,8 +26,7 @@ from p828.engine.deepspeed.reduce import GradientReducer
 from p828.engine.deepspeed.settings import DeepSpeedSettings, deepspeed_settings
 from p828.engine.deepspeed.training_loss import TrainingLoss
 from p828.engine.interface import StepResult, StepStats, pack, shapes_of, unpack
-from p828.engine.microbatch import add_totals_, zero_totals
-from p828.engine.plain import prepare_layers
+from p828.engine.microbatch import add_totals_, prepare_layers, zero_totals
 from p828.errors import ConfigError
 from p828.model.backend import check_widths
 from p828.model.init import initial_values
@@ -205,7 +204,7 @@ class DeepSpeedEngine:
             yield self.model
 
     def state_dict(self) -> dict[str, dict[str, Saveable]]:
-        """This rank's share of what a checkpoint needs, by file and name. Rank 0 adds what no rank shares."""
+        """This rank's share of what a checkpoint needs, by file and name. Rank 0 adds what every rank has whole."""
         held = self._saved_partitions()
         model: dict[str, Saveable] = {partition.name: partition.of(partition.flat) for partition in held}
         optimizer: dict[str, Saveable] = {

@@ -256,9 +256,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(kind, tuple):
         return any(_same(value, one) for one in kind)
     if isinstance(kind, range):
-        return (
-            is_number and kind.start <= value < kind.stop and value == int(value)
-        )  # 5e8 is a float
+        return is_number and kind.start <= value < kind.stop and value == int(value)  # 5e8 is a float
     return is_number if kind is float else isinstance(value, kind)
 
 
