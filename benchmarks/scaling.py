@@ -36,7 +36,8 @@ from p828.config.values import to_dict
 from p828.data.loader import Batch
 from p828.distributed.group import ProcessGroup, joined
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
-from p828.engine.plain import Engine, PlainEngine
+from p828.engine.interface import Engine
+from p828.engine.plain import PlainEngine
 from p828.model.costs import count_parameters, training_flops
 from p828.runs import records as metrics
 from p828.system.device import peak_flops, peak_memory

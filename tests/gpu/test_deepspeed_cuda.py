@@ -29,7 +29,7 @@ def toml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(toml: Path, name: str, ranks: int, *flags: str) -> list[dict[str, object]]:
-    """The records of a run, trained on so many GPUs; on 0 by the plain engine."""
+    """The records of a run, trained on this number of GPUs; on 0 by the plain engine."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks else ()
     engine = ("--engine", "deepspeed") if ranks else ()
     accumulation = ("--train.gradient-accumulation", str(4 // max(ranks, 1)))
@@ -58,7 +58,7 @@ def assert_near(steps: list[dict[str, object]], expected: list[dict[str, object]
 def test_one_gpu_beside_the_plain_engine(
     cuda: torch.device, toml: Path, plain: list[dict[str, object]], stage: int
 ) -> None:
-    compile_ = "on" if stage in (1, 3) else "off"  # compiled, stage 1 records its micro-batches
+    compile_ = "on" if stage in (1, 3) else "off"  # compiled, stage 1 captures its micro-batches
     flags = ("--deepspeed.stage", str(stage), "--train.compile", compile_)
     assert_near(train(toml, f"stage{stage}", 1, *flags), plain)
 

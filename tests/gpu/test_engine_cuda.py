@@ -1,5 +1,6 @@
 """Whole steps on a GPU: they learn, repeat and resume bit for bit, and keep the host waiting once."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor
 
 from p828.data.loader import Batch
-from p828.engine.plain import PlainEngine, StepResult
+from p828.engine.interface import StepResult
+from p828.engine.plain import PlainEngine
 from p828.inference.evaluate import evaluate
 from p828.kernels.adamw import join_float32
+from p828.optim.clipping import global_norm
 from p828.runs.fragments import Master
 from runs import run_config
 
@@ -77,45 +80,45 @@ def test_steps_repeat_and_resume_bit_for_bit(cuda: torch.device, tmp_path: Path,
     assert_equal_engines(first, third)
 
 
-def test_recorded_micro_batches_compute_what_unrecorded_ones_do(cuda: torch.device, tmp_path: Path) -> None:
-    recording, plain = make_engine(tmp_path, compile_="on"), make_engine(tmp_path, compile_="on")
-    plain.gradients.stop_recording()
-    assert train(recording, range(4)) == train(plain, range(4))
-    # Other numbers of targets need no other recording.
-    recorded = len(recording.gradients._graphs._recorded)
+def test_captured_micro_batches_compute_what_others_do(cuda: torch.device, tmp_path: Path) -> None:
+    capturing, plain = make_engine(tmp_path, compile_="on"), make_engine(tmp_path, compile_="on")
+    plain.gradients.stop_capturing()
+    assert train(capturing, range(4)) == train(plain, range(4))
+    # Other numbers of targets need no other graph.
+    captured = len(capturing.gradients._graphs._captured)
     for num_targets in (127, 126, 127, 125):
-        for engine in (recording, plain):
+        for engine in (capturing, plain):
             engine.forward_backward(batch_of(num_targets), num_targets)
-        assert recording.step(1e-2) == plain.step(1e-2)
-    assert len(recording.gradients._graphs._recorded) == recorded
-    # A shape in between, of which nothing is recorded, and weights that come from elsewhere.
-    for engine in (recording, plain):
+        assert capturing.step(1e-2) == plain.step(1e-2)
+    assert len(capturing.gradients._graphs._captured) == captured
+    # A shape in between, of which there is no graph, and weights that come from elsewhere.
+    for engine in (capturing, plain):
         engine.forward_backward(batch_of(0, rows=3), 192)
         engine.step(1e-2)
-    assert_equal_engines(recording, plain)
-    recording.load_state_dict(saved(make_engine(tmp_path)))
+    assert_equal_engines(capturing, plain)
+    capturing.load_state_dict(saved(make_engine(tmp_path)))
     plain.load_state_dict(saved(make_engine(tmp_path)))
-    assert train(recording, range(4, 6)) == train(plain, range(4, 6))
-    assert_equal_engines(recording, plain)
+    assert train(capturing, range(4, 6)) == train(plain, range(4, 6))
+    assert_equal_engines(capturing, plain)
 
 
-def test_what_else_runs_between_recorded_micro_batches(cuda: torch.device, tmp_path: Path) -> None:
-    """Evaluation and saving use the device's memory, and must leave the recording's as it is."""
-    recording, plain = (
+def test_what_else_runs_between_captured_micro_batches(cuda: torch.device, tmp_path: Path) -> None:
+    """Evaluation and saving use the device's memory, and must leave the graphs' as it is."""
+    capturing, plain = (
         make_engine(tmp_path, compile_="on", balance={"sequence_loss_weight": 0.01, "z_loss_weight": 0.001})
         for _ in range(2)
     )
-    plain.gradients.stop_recording()
-    for engine in (recording, plain):
+    plain.gradients.stop_capturing()
+    for engine in (capturing, plain):
         train(engine, range(3))
-    evaluate(recording.model, [batch_of(7, rows=4)], torch.bfloat16)
-    saved(recording)
-    assert train(recording, range(3, 6)) == train(plain, range(3, 6))
-    assert_equal_engines(recording, plain)
+    evaluate(capturing.model, [batch_of(7, rows=4)], torch.bfloat16)
+    saved(capturing)
+    assert train(capturing, range(3, 6)) == train(plain, range(3, 6))
+    assert_equal_engines(capturing, plain)
 
 
 @pytest.mark.parametrize(
-    "changes, is_recorded",
+    "changes, is_captured",
     [
         ({}, True),
         ({"model": {"dropout": 0.1}}, False),
@@ -126,13 +129,13 @@ def test_what_else_runs_between_recorded_micro_batches(cuda: torch.device, tmp_p
     ],
     ids=str,
 )
-def test_what_is_recorded(
-    cuda: torch.device, tmp_path: Path, changes: dict[str, dict[str, object]], is_recorded: bool
+def test_what_is_captured(
+    cuda: torch.device, tmp_path: Path, changes: dict[str, dict[str, object]], is_captured: bool
 ) -> None:
     """What draws random numbers or asks the device for one is not; it trains all the same."""
     engine = make_engine(tmp_path, compile_="on", **changes)
     assert all(result.applied for result in train(engine, range(3)))
-    assert (engine.gradients._graphs is not None) == is_recorded
+    assert (engine.gradients._graphs is not None) == is_captured
 
 
 @pytest.mark.parametrize("moment_dtype", ["auto", "float32"])
@@ -146,8 +149,8 @@ def test_a_run_goes_on_on_the_cpu(cuda: torch.device, tmp_path: Path) -> None:
     engine, on_cpu = make_engine(tmp_path), make_engine(tmp_path, device="cpu")
     train(engine, range(3))
     on_cpu.load_state_dict(saved(engine))
-    masters = engine.optimizer.masters()
-    assert all(torch.equal(value, masters[name]) for name, value in on_cpu.optimizer.masters().items())
+    masters = engine.masters.joined()
+    assert all(torch.equal(value, masters[name]) for name, value in on_cpu.masters.joined().items())
     assert torch.equal(on_cpu.model.head_weight, engine.model.head_weight.cpu())
     # The same step in bfloat16 on two devices: losses differ by the layers' rounding.
     assert train(on_cpu, range(3, 4))[0].loss == pytest.approx(train(engine, range(3, 4))[0].loss, rel=2e-2)
@@ -159,10 +162,24 @@ def test_the_update_does_not_wait_for_the_device(cuda: torch.device, tmp_path: P
     engine.forward_backward(batch_of(0), 64)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        norm = engine.optimizer.gradient_norm()
+        norm = global_norm(engine.gradients.sums.values())
         engine.optimizer.update(1e-3, norm, torch.isfinite(norm))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_waits_for_the_device_once(cuda: torch.device, tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    train(engine, range(1))  # compiles the kernels
+    engine.forward_backward(batch_of(0), 64)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            engine.step(1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([warning for warning in found if "synchronizing CUDA operation" in str(warning.message)]) == 1
 
 
 def test_a_non_finite_step_changes_nothing(cuda: torch.device, tmp_path: Path) -> None:

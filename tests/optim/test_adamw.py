@@ -9,7 +9,11 @@ from p828.config import OptimizerConfig
 from p828.errors import ConfigError
 from p828.model.init import initialise
 from p828.model.transformer import Transformer
-from p828.optim.adamw import Optimizer, pick_moment_dtype
+from p828.optim.adamw import AdamW, pick_moment_dtype
+from p828.optim.clipping import global_norm
+from p828.optim.groups import parameter_groups
+from p828.optim.interface import Optimizer
+from p828.optim.masters import Masters
 from tiny import tiny_config
 
 YES = torch.tensor(True)
@@ -20,28 +24,41 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-def build(dtype: torch.dtype = F32, moment_dtype: torch.dtype = F32, **options: bool) -> tuple[Transformer, Optimizer]:
-    model = Transformer(tiny_config(use_qk_norm=True))
-    initialise(model, 0)
-    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, **options)
-    sums = {parameter: torch.zeros_like(parameter, requires_grad=False) for parameter in model.parameters()}
-    return model, Optimizer(model, config, dtype, moment_dtype, sums)
+class Training:
+    """A model, its gradients by name, and what updates it."""
 
+    def __init__(self, dtype: torch.dtype = F32, moment_dtype: torch.dtype = F32, **options: bool) -> None:
+        self.model = Transformer(tiny_config(use_qk_norm=True))
+        initialise(self.model, 0)
+        config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, **options)
+        sums = {parameter: torch.zeros_like(parameter, requires_grad=False) for parameter in self.model.parameters()}
+        self.gradients = {name: sums[parameter] for name, parameter in self.model.named_parameters()}
+        self.masters = Masters(self.model, dtype)
+        groups = parameter_groups(self.model, config, dtype)
+        self.optimizer: Optimizer = AdamW(self.model, config, groups, self.masters, moment_dtype, sums)
 
-def weights(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
-    """All in float32."""
-    return {**{name: p.detach().clone() for name, p in model.named_parameters()}, **optimizer.masters()}
+    def weights(self) -> dict[str, Tensor]:
+        """All in float32."""
+        own = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        return {**own, **self.masters.joined()}
 
+    def set_gradients(self, seed: int, scale: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for gradient in self.gradients.values():
+            gradient.copy_(scale * torch.randn(gradient.shape, generator=generator))
 
-def set_gradients(optimizer: Optimizer, seed: int, scale: float = 1.0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for gradient in optimizer.gradients().values():
-        gradient.copy_(scale * torch.randn(gradient.shape, generator=generator))
+    def update(self) -> None:
+        self.optimizer.update(0.1, global_norm(self.gradients.values()), YES)
 
+    def step(self, seed: int, scale: float = 1.0) -> None:
+        self.set_gradients(seed, scale)
+        self.update()
 
-def step(optimizer: Optimizer, seed: int, scale: float = 1.0) -> None:
-    set_gradients(optimizer, seed, scale)
-    optimizer.update(0.1, optimizer.gradient_norm(), YES)
+    def load(self, other: "Training") -> None:
+        saved = {**other.model.state_dict(), **other.masters.joined()}
+        self.model.load_state_dict(saved)
+        self.masters.load(saved)
+        self.optimizer.load_state_dict({name: value.clone() for name, value in other.optimizer.state_dict().items()})
 
 
 @KINDS
@@ -50,17 +67,19 @@ def test_matrices_decay_and_norms_sinks_and_embedding_do_not(
     dtype: torch.dtype, moment_dtype: torch.dtype, decay_embeddings: bool
 ) -> None:
     """What a step without gradients shrinks: decay is all that it does then."""
-    model, optimizer = build(dtype, moment_dtype, decay_embeddings=decay_embeddings)
+    training = Training(dtype, moment_dtype, decay_embeddings=decay_embeddings)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in training.model.named_parameters():
             if name.endswith("sinks"):
                 parameter += 1.0  # zeros would show nothing
-    before = weights(model, optimizer)
-    step(optimizer, seed=0, scale=0.0)
-    after = weights(model, optimizer)
+    before = training.weights()
+    training.step(seed=0, scale=0.0)
+    after = training.weights()
     decayed = {name for name in before if not torch.equal(before[name], after[name])}
     assert decayed == {
-        name for name, p in model.named_parameters() if p.ndim > 1 and (decay_embeddings or "embed" not in name)
+        name
+        for name, p in training.model.named_parameters()
+        if p.ndim > 1 and (decay_embeddings or "embed" not in name)
     }
     for name in decayed:
         torch.testing.assert_close(after[name], before[name] * (1 - 0.1 * 0.5))
@@ -69,9 +88,9 @@ def test_matrices_decay_and_norms_sinks_and_embedding_do_not(
 @KINDS
 @pytest.mark.parametrize("scale", [1e-4, 1.0], ids=["unclipped", "clipped"])
 def test_a_step_is_torchs_clipping_and_adamw(dtype: torch.dtype, moment_dtype: torch.dtype, scale: float) -> None:
-    model, optimizer = build(dtype, moment_dtype)
-    twin = copy.deepcopy(model).float()
-    twin.load_state_dict({**model.state_dict(), **optimizer.masters()})
+    training = Training(dtype, moment_dtype)
+    twin = copy.deepcopy(training.model).float()
+    twin.load_state_dict({**training.model.state_dict(), **training.masters.joined()})
     groups = [
         {
             "params": [p for n, p in twin.named_parameters() if (p.ndim > 1 and "embed" not in n) == decays],
@@ -81,14 +100,14 @@ def test_a_step_is_torchs_clipping_and_adamw(dtype: torch.dtype, moment_dtype: t
     ]
     expected = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-8)
     for seed in range(3):
-        set_gradients(optimizer, seed, scale)
+        training.set_gradients(seed, scale)
         for name, theirs in twin.named_parameters():
-            theirs.grad = optimizer.gradients()[name].clone()
+            theirs.grad = training.gradients[name].clone()
         norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
-        torch.testing.assert_close(optimizer.gradient_norm(), norm)
-        optimizer.update(0.1, norm, YES)
+        torch.testing.assert_close(global_norm(training.gradients.values()), norm)
+        training.optimizer.update(0.1, norm, YES)
         expected.step()
-    after = weights(model, optimizer)
+    after = training.weights()
     # bfloat16 moments carry 2^-8 each, and three steps of at most the learning rate 0.1 depend on them.
     tolerance = {"rtol": 1e-4, "atol": 1e-6} if moment_dtype == F32 else {"rtol": 0.0, "atol": 3 * 0.1 * 2 * 2**-8}
     for name, parameter in twin.named_parameters():
@@ -97,20 +116,17 @@ def test_a_step_is_torchs_clipping_and_adamw(dtype: torch.dtype, moment_dtype: t
 
 @KINDS
 def test_saved_state_continues_bit_for_bit(dtype: torch.dtype, moment_dtype: torch.dtype) -> None:
-    model, optimizer = build(dtype, moment_dtype)
-    twin, twin_optimizer = build(dtype, moment_dtype)
-    step(optimizer, 1)
-    twin.load_state_dict(model.state_dict())
-    twin_optimizer.load_masters(optimizer.masters())
-    twin_optimizer.load_state_dict({name: value.clone() for name, value in optimizer.state_dict().items()})
+    training, twin = Training(dtype, moment_dtype), Training(dtype, moment_dtype)
+    training.step(1)
+    twin.load(training)
     for seed in (2, 3):
-        step(optimizer, seed)
-        step(twin_optimizer, seed)
-    theirs = weights(twin, twin_optimizer)
-    for name, ours in weights(model, optimizer).items():
+        training.step(seed)
+        twin.step(seed)
+    theirs = twin.weights()
+    for name, ours in training.weights().items():
         assert torch.equal(ours, theirs[name]), name
-    for name, ours in optimizer.state_dict().items():
-        assert torch.equal(ours, twin_optimizer.state_dict()[name]), name
+    for name, ours in training.optimizer.state_dict().items():
+        assert torch.equal(ours, twin.optimizer.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("to", [(F32, F32), (BF16, F32), (BF16, BF16)])
@@ -119,18 +135,12 @@ def test_saved_state_continues_in_other_dtypes(
     dtype: torch.dtype, moment_dtype: torch.dtype, to: tuple[torch.dtype, torch.dtype]
 ) -> None:
     """Masters as they were, moments as near as their dtype allows, as many updates."""
-    model, optimizer = build(dtype, moment_dtype)
+    training, twin = Training(dtype, moment_dtype), Training(*to)
     for seed in range(3):
-        step(optimizer, seed)
-    twin, twin_optimizer = build(*to)
-    saved = {**model.state_dict(), **optimizer.masters()}
-    twin.load_state_dict(saved)
-    twin_optimizer.load_masters(saved)
-    twin_optimizer.load_state_dict(optimizer.state_dict())
-    assert all(
-        torch.equal(value, weights(twin, twin_optimizer)[name]) for name, value in weights(model, optimizer).items()
-    )
-    found, before = twin_optimizer.state_dict(), optimizer.state_dict()
+        training.step(seed)
+    twin.load(training)
+    assert all(torch.equal(value, twin.weights()[name]) for name, value in training.weights().items())
+    found, before = twin.optimizer.state_dict(), training.optimizer.state_dict()
     assert found.keys() == before.keys()
     for name, value in found.items():
         torch.testing.assert_close(value.float(), before[name].float(), rtol=2**-8, atol=0, msg=name)
@@ -138,15 +148,15 @@ def test_saved_state_continues_in_other_dtypes(
 
 @KINDS
 def test_what_is_kept_in_which_dtype(dtype: torch.dtype, moment_dtype: torch.dtype) -> None:
-    model, optimizer = build(dtype, moment_dtype)
-    step(optimizer, 0)
-    moments = optimizer.state_dict()
-    for name, parameter in model.named_parameters():
+    training = Training(dtype, moment_dtype)
+    training.step(0)
+    moments = training.optimizer.state_dict()
+    for name, parameter in training.model.named_parameters():
         is_matrix = parameter.ndim > 1 and not name.endswith("gate.weight")
         assert parameter.dtype == (dtype if is_matrix else F32)
         assert moments[f"exp_avg_sq/{name}"].dtype == (moment_dtype if is_matrix else F32)
         assert moments[f"step/{name}"].item() == 1
-    assert all(value.dtype == F32 for value in optimizer.masters().values())
+    assert all(value.dtype == F32 for value in training.masters.joined().values())
 
 
 def test_moment_dtypes() -> None:
@@ -158,12 +168,12 @@ def test_moment_dtypes() -> None:
 
 
 def test_equal_matrices_are_rounded_by_different_noise() -> None:
-    _, optimizer = build(BF16, BF16)
+    training = Training(BF16, BF16)
     for _ in range(2):
-        for gradient in optimizer.gradients().values():
+        for gradient in training.gradients.values():
             gradient.fill_(1e-3)
-        optimizer.update(0.1, optimizer.gradient_norm(), YES)
-    moments = [tensor for key, tensor in optimizer.state_dict().items() if "exp_avg/" in key and ".k_proj" in key]
-    moments += [tensor for key, tensor in optimizer.state_dict().items() if "exp_avg/" in key and ".v_proj" in key]
+        training.update()
+    state = training.optimizer.state_dict()
+    moments = [tensor for key, tensor in state.items() if "exp_avg/" in key and (".k_proj" in key or ".v_proj" in key)]
     assert len({tensor.shape for tensor in moments}) == 1
     assert all(not torch.equal(first, second) for first, second in itertools.combinations(moments, 2))

@@ -279,3 +279,10 @@ def test_a_line_where_output_is_kept_in_memory() -> None:
     with contextlib.redirect_stdout(kept):
         say("né: loading")
     assert kept.getvalue() == "né: loading\n"
+
+
+def test_numbers_that_are_asked_for_are_shown_by_name(tmp_path: Path) -> None:
+    console, file = output(80, terminal=False)
+    with Console(tmp_path, 2, output=console, clock=Clock()) as view:
+        view.step(2, 3.0, 5.0, grad_norm=0.51239, largest_bias=1e-5)
+    assert shown(file)[0].startswith("step 2/2 (100%)  loss 3.000  grad_norm 0.5124  largest_bias 1e-05  5 tok/s")

@@ -50,7 +50,7 @@ class OwnStep:
         self.engine.step(self.learning_rate)
 
     def run_traceably(self) -> None:
-        self.engine.gradients.stop_recording()
+        self.engine.gradients.stop_capturing()
         self.run()
 
     def moments_dtype(self) -> torch.dtype:

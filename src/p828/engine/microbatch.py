@@ -1,4 +1,4 @@
-"""Micro-batches, forward and backward, and the sums of what they give."""
+"""Micro-batches: forward, backward, and the sums over a step of what they give."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -7,36 +7,71 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from p828.config import BalanceConfig, Config
+from p828.config import BalanceConfig, ModelConfig, TrainConfig
 from p828.data.loader import Batch
 from p828.engine.cuda_graph import CudaGraphRunner
 from p828.kernels.embedding import add_embedding_gradient_
 from p828.model.loss import IGNORE, loss_and_gradients
 from p828.model.transformer import RouterStatistics, Transformer
-from p828.system.device import compiles
+
+
+def prepare_layers(model: Transformer, train: TrainConfig, balance: BalanceConfig) -> None:
+    """Tell the layers whether to recompute activations, and whether to compute auxiliary losses."""
+    for layer in model.layers:
+        layer.gradient_checkpointing = train.gradient_checkpointing
+        layer.auxiliary_losses = bool(balance.sequence_loss_weight or balance.z_loss_weight)
+
+
+def micro_batch_totals(loss: Tensor, router: RouterStatistics) -> dict[str, Tensor]:
+    """What is summed over a step's micro-batches and over ranks, by name: scalars and tensors (L,), and the loads.
+
+    `loss` is the micro-batch's share of the step's mean loss. A further sum is a line here; `interface.StepStats`
+    passes it on to the step's record under its name.
+    """
+    return {"loss": loss, "loads_LE": router.loads_LE}
+
+
+def zero_totals(model: ModelConfig, device: torch.device) -> dict[str, Tensor]:
+    """What a step's sums of `micro_batch_totals` begin with, in the same order."""
+    layers, experts = model.num_hidden_layers, model.n_routed_experts
+    loads_LE = torch.zeros(layers, experts, dtype=torch.int64, device=device)
+    router = RouterStatistics(loads_LE, *(torch.zeros(layers, device=device) for _ in range(2)))
+    totals = micro_batch_totals(torch.zeros((), device=device), router)
+    return {name: torch.zeros_like(total) for name, total in totals.items()}
+
+
+def add_totals_(totals: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Add a micro-batch's to those of the step, in place."""
+    for name, total in totals.items():
+        total += found[name].detach()
 
 
 class GradientAccumulator:
-    """The gradients of a step's micro-batches, summed in float32; their losses and expert loads, likewise.
+    """Sums a step's gradients over its micro-batches, in float32; and what `micro_batch_totals` names.
 
-    Parameters may be float32 or bfloat16. A matrix's gradient of one micro-batch has its parameter's dtype, but for
-    the embedding's and the head's: these two stay outside autograd and are summed in float32 from the start. Nothing
-    is written to `.grad`, and no hook on a parameter runs.
+    Parameters may be float32 or bfloat16. The gradient of a matrix from one micro-batch has its parameter's dtype.
+    Embedding and head are exceptions: they stay outside autograd, and their gradients are added in float32 from the
+    start. Nothing is written to `.grad`, and no hook on a parameter runs.
 
-    The backward pass may go in several segments of layers, so that the sums of the last layers can be used while those
-    of the first ones are still computed.
+    The backward pass may go in several segments of layers, so that the sums of the last layers can be used while the
+    gradients of the first ones are still computed.
     """
 
     def __init__(
         self,
         model: Transformer,
-        config: Config,
+        balance: BalanceConfig,
         dtype: torch.dtype,
+        is_captured: bool = False,
         sums: Mapping[Tensor, Tensor] | None = None,
         segments: int = 1,
     ) -> None:
-        """`sums` is where every parameter's sum is to be, if that matters."""
-        self.model, self.config, self.dtype = model, config, dtype
+        """`dtype` is what the layers compute in. `is_captured`: micro-batches run as CUDA graphs.
+
+        `sums` gives each parameter's sum a place, float32 and of the parameter's shape, if that matters. There are at
+        most `segments` segments; auxiliary losses, whose gradients enter at every layer, make it one.
+        """
+        self.model, self.balance, self.dtype = model, balance, dtype
         self.device = model.head_weight.device
         self.sums: Mapping[Tensor, Tensor] = sums or {
             parameter: torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
@@ -44,22 +79,19 @@ class GradientAccumulator:
         }
         self._dembedding_VH = self.sums[model.model.embed_tokens.weight]
         self._dhead_VH = self.sums[model.head_weight]  # the same one if they are tied
-        balance = config.balance
-        has_auxiliary_losses = bool(balance.sequence_loss_weight or balance.z_loss_weight)  # they reach all layers
+        has_auxiliary_losses = bool(balance.sequence_loss_weight or balance.z_loss_weight)
         self._segments = _segments(model, 1 if has_auxiliary_losses else segments)
-        layers, experts = config.model.num_hidden_layers, config.model.n_routed_experts
         self.scale = torch.zeros((), device=self.device)
         """Factor on the losses: 1 / targets of the step. Set before the step's first micro-batch."""
-        self.loss = torch.zeros((), device=self.device)
-        """Σ loss · scale."""
-        self.loads_LE = torch.zeros(layers, experts, dtype=torch.int64, device=self.device)
-        self._graphs = CudaGraphRunner(self._add, len(self._segments), self.device) if self._is_recordable() else None
+        self.totals = zero_totals(model.config, self.device)
+        """The step's sums so far of `micro_batch_totals`, on this rank."""
+        self._graphs = CudaGraphRunner(self._add, len(self._segments), self.device) if is_captured else None
         self._is_first = True  # of the step's micro-batches
 
     def add(self, batch: Batch, when_added: Callable[[list[Tensor]], None] = lambda parameters: None) -> None:
-        """Add a micro-batch's; does not make the host wait for the device.
+        """Add the gradients of a micro-batch; the host does not wait for the device.
 
-        After each segment, `when_added` gets the parameters to whose sums the device will have added by then.
+        After each segment, `when_added` gets the parameters whose sums the device will have completed by then.
         """
         if self._graphs is None:
             added = self._add(batch.to(self.device), self._is_first)
@@ -70,13 +102,13 @@ class GradientAccumulator:
         self._is_first = False
 
     def begin_step(self) -> None:
-        """Forget the sums."""
+        """Forget the sums of the step before."""
         self._is_first = True
-        for total in (self._dembedding_VH, self._dhead_VH, self.loss, self.loads_LE):
-            total.zero_()  # the others are written anew by the first micro-batch
+        for total in (self._dembedding_VH, self._dhead_VH, *self.totals.values()):
+            total.zero_()  # all other gradients are set and not added by the first micro-batch
 
-    def stop_recording(self) -> None:
-        """Start every kernel from the host from now on: only so does a profiler see what each belongs to."""
+    def stop_capturing(self) -> None:
+        """Launch every kernel from the host from now on: only then does a profiler see what each belongs to."""
         self._graphs = None
 
     def _add(self, batch: Batch, is_first: bool) -> Iterator[list[Tensor]]:
@@ -95,23 +127,22 @@ class GradientAccumulator:
             loss, dhidden_TH = loss_and_gradients(
                 output.hidden_BSH.flatten(0, 1), self.model.head_weight, targets_T, self.scale, self._dhead_VH
             )
-        self.loss += loss * self.scale
-        self.loads_LE += output.router.loads_LE
-        auxiliary = auxiliary_losses(output.router, self.config.balance, self.scale)
+        add_totals_(self.totals, micro_batch_totals(loss * self.scale, output.router))
+        auxiliary = auxiliary_losses(output.router, self.balance, self.scale)
         outputs: Sequence[Tensor] = [output.hidden_BSH, *auxiliary]
         gradients: Sequence[Tensor] = [dhidden_TH.view_as(output.hidden_BSH), *map(torch.ones_like, auxiliary)]
         boundaries = output.boundaries
         del output
         for number in reversed(range(len(self._segments))):
             segment = self._segments[number]
-            outputs_before, into = boundaries.pop() if number else ((), (embedded_BSH,))
-            found = torch.autograd.grad(outputs, [*into, *segment.by_autograd], gradients)
-            outputs, gradients = outputs_before, found[: len(into)]
+            outputs_before, inputs = boundaries.pop() if number else ((), (embedded_BSH,))
+            found = torch.autograd.grad(outputs, [*inputs, *segment.by_autograd], gradients)
+            outputs, gradients = outputs_before, found[: len(inputs)]
             if number == 0:
                 with record_function("embedding"):
                     add_embedding_gradient_(self._dembedding_VH, tokens_T, gradients[0].flatten(0, 1))
             with record_function("Optimizer.step: accumulate"):
-                for parameter, gradient in zip(segment.by_autograd, found[len(into) :], strict=True):
+                for parameter, gradient in zip(segment.by_autograd, found[len(inputs) :], strict=True):
                     if is_first:
                         self.sums[parameter].copy_(gradient)
                     else:
@@ -119,29 +150,22 @@ class GradientAccumulator:
             del found
             yield segment.parameters
 
-    def _is_recordable(self) -> bool:
-        """Whether the host only starts kernels: plain experts ask for loads, recomputation for random states."""
-        model, train = self.config.model, self.config.train
-        uses_triton = self.dtype == torch.bfloat16 and model.attention_backend != "reference" and not model.dropout
-        is_compiled = self.device.type == "cuda" and compiles(train, self.device)
-        return is_compiled and uses_triton and not train.gradient_checkpointing
-
 
 class _Segment(NamedTuple):
-    """Consecutive layers, with what comes before the first and behind the last one."""
+    """Consecutive layers. The first segment has the embedding, too, and the last one the final norm and the head."""
 
     first_layer: int
     parameters: list[Tensor]
-    """Those whose sums are complete after this segment and the later ones."""
+    """Those whose sums are complete once the backward pass has gone through this segment."""
     by_autograd: list[Tensor]
-    """Those of them that autograd has the gradients of."""
+    """Those of them whose gradients autograd computes."""
 
 
 def _segments(model: Transformer, count: int) -> list[_Segment]:
-    """At most `count` of nearly equally many layers, from the first layers on."""
+    """At most `count` segments of nearly equally many layers, from the first layers on."""
     embedding, head = model.model.embed_tokens.weight, model.head_weight
     layers, count = len(model.layers), min(count, len(model.layers))
-    found = []
+    segments = []
     for number in range(count):
         begin, end = (layers * n // count for n in (number, number + 1))
         parameters: list[Tensor] = [p for layer in model.layers[begin:end] for p in layer.parameters()]
@@ -150,11 +174,11 @@ def _segments(model: Transformer, count: int) -> list[_Segment]:
         if begin == 0:
             parameters.append(embedding)
         by_autograd = [parameter for parameter in parameters if parameter is not embedding and parameter is not head]
-        found.append(_Segment(begin, parameters, by_autograd))
-    return found
+        segments.append(_Segment(begin, parameters, by_autograd))
+    return segments
 
 
 def auxiliary_losses(router: RouterStatistics, balance: BalanceConfig, scale: Tensor) -> list[Tensor]:
-    """The weighted ones that are on, summed over layers and valid tokens, times `scale`."""
+    """The weighted auxiliary losses that are on: scalars, summed over layers and valid tokens, times `scale`."""
     weighted = ((balance.sequence_loss_weight, router.balance_loss_L), (balance.z_loss_weight, router.z_loss_L))
     return [weight * loss_L.sum() * scale for weight, loss_L in weighted if weight]

@@ -1,11 +1,11 @@
-"""AdamW (arXiv 1711.05101) with decay where it belongs, and float32 masters of what layers compute with in bfloat16.
+"""AdamW (arXiv 1711.05101) on float32 masters, with weight decay on matrices only.
 
-In a bfloat16 run the matrices are updated by `p828.kernels.adamw`: 12 bytes a parameter with bfloat16 moments, 2 of
-them the weight, 2 the rest of its master, 4 the sum of its gradients and 4 the moments. Norms, sinks and router, and
-every parameter of a float32 run, are left to `torch.optim.AdamW`.
+In a bfloat16 run the matrices are updated by `p828.kernels.adamw`. It takes 12 bytes a parameter with bfloat16 moments:
+2 for the weight, 2 for the low bits of its master, 4 for the sum of its gradients and 4 for the moments. Norms, sinks
+and router, and every parameter of a float32 run, are updated by `torch.optim.AdamW`.
 
-Nothing here makes the host wait for the device: how far gradients are clipped and whether the step is applied at all
-are tensors.
+The host does not wait for the device: the factor that clips the gradients is a tensor, and so is whether the step is
+applied at all.
 """
 
 from collections.abc import Mapping
@@ -15,66 +15,61 @@ from torch import Tensor, nn
 
 from p828.config import OptimizerConfig
 from p828.errors import ConfigError
-from p828.kernels.adamw import adamw_, bias_corrections, join_float32, split_float32
+from p828.kernels.adamw import adamw_, bias_corrections
 from p828.kernels.adamw_state import MatrixState, Update
-from p828.model.precision import matrices
+from p828.optim.clipping import clip_factor
+from p828.optim.groups import Group
+from p828.optim.masters import Masters
 from p828.runs.fragments import Master
 
 
-class Optimizer:
+class AdamW:
+    """An `optim.interface.Optimizer`."""
+
     def __init__(
         self,
         model: nn.Module,
         config: OptimizerConfig,
-        dtype: torch.dtype,
+        groups: Mapping[str, Group],
+        masters: Masters,
         moment_dtype: torch.dtype,
         sums: Mapping[Tensor, Tensor],
     ) -> None:
-        """For a float32 model on its device. If layers compute in `dtype` bfloat16, the model's matrices become so.
+        """For the parameters of `model`, whose groups by name are `groups`, and whose masters are `masters`.
 
-        `sums` holds every parameter's gradient, float32, always in the same place.
+        `moment_dtype` is that of the matrices with masters; all other moments are float32. `sums` holds every
+        parameter's gradient, float32, always in the same place.
         """
         self.config = config
         self._parameters = dict(model.named_parameters())
-        self._sums = sums
-        self._matrices: dict[Tensor, MatrixState] = {}
-        if dtype == torch.bfloat16:
-            self._matrices = {p: _split(p, moment_dtype, sums[p]) for _, p in matrices(model)}
-        decayed = decayed_names(model, config)
-        self._decayed = {p for name, p in self._parameters.items() if name in decayed}
+        self._decayed = {parameter for name, parameter in self._parameters.items() if groups[name].decays}
+        self._matrices = {p: _matrix_state(master, sums[p], moment_dtype) for p, master in masters.items()}
         self._updates = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+        others = [parameter for parameter in self._parameters.values() if parameter not in masters]
+        self._others = self._torch_adamw(others, sums)
 
-        others = [p for p in self._parameters.values() if p not in self._matrices]
+    def _torch_adamw(self, parameters: list[nn.Parameter], sums: Mapping[Tensor, Tensor]) -> torch.optim.AdamW:
+        config = self.config
         groups = [
-            {"params": [p for p in others if p in self._decayed], "weight_decay": config.weight_decay},
-            {"params": [p for p in others if p not in self._decayed], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p in self._decayed], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p not in self._decayed], "weight_decay": 0.0},
         ]
-        self._others = torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
-        )
-        for parameter in others:
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+        for parameter in parameters:
             parameter.grad = sums[parameter]
             # Made here and not at the first update, so that a checkpoint from before it is complete, too.
-            self._others.state[parameter] = {
+            optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
-
-    def gradients(self) -> dict[str, Tensor]:
-        """The float32 sums of the step so far, by parameter."""
-        return {name: self._sums[parameter] for name, parameter in self._parameters.items()}
-
-    def gradient_norm(self) -> Tensor:
-        """Global norm of the step's gradients, a float32 scalar."""
-        return torch.nn.utils.get_total_norm(self.gradients().values())
+        return optimizer
 
     @torch.no_grad()
     def update(self, learning_rate: float, norm: Tensor, applied: Tensor) -> None:
         """Clip gradients of global norm `norm` and update all parameters, if `applied`, a bool scalar, is true."""
         config = self.config
-        # The factor of `torch.nn.utils.clip_grad_norm_`; the updates multiply by it, which saves a pass.
-        clip = (config.max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
+        clip = clip_factor(norm, config.max_grad_norm)
         found_inf = (~applied).float()
         for group in self._others.param_groups:
             group["lr"] = learning_rate
@@ -87,35 +82,14 @@ class Optimizer:
             adamw_(state, update, config.weight_decay if parameter in self._decayed else 0.0, number)
         self._updates += applied
 
-    def masters(self) -> dict[str, Tensor]:
-        """Names and float32 values, on the CPU, of the parameters that the model holds in bfloat16."""
-        return {name: join_float32(*master).cpu() for name, master in self.halves().items()}
-
-    def halves(self) -> dict[str, Master]:
-        """The same masters in their two halves, on the device where they are kept."""
-        return {
-            name: Master(self._matrices[p].weight, self._matrices[p].low_bits)
-            for name, p in self._parameters.items()
-            if p in self._matrices
-        }
-
-    def load_masters(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set what `masters` gives from float32 tensors, which may hold others."""
-        for name, parameter in self._parameters.items():
-            if parameter in self._matrices:
-                state = self._matrices[parameter]
-                high, low = split_float32(tensors[name].to(parameter.device))
-                state.weight.copy_(high)
-                state.low_bits.copy_(low)
-
     def state_dict(self) -> dict[str, Tensor]:
-        """The state as flat tensors, `exp_avg/PARAMETER` and so on, for a file without pickle."""
+        """`exp_avg/PARAMETER`, `exp_avg_sq/PARAMETER` and `step/PARAMETER` (a float32 scalar) of every parameter."""
         return {f"{key}/{name}": value for name, p in self._parameters.items() for key, value in self._state(p).items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `tensors` gave, here or where parameters or moments have another dtype.
+        """Take over what `state_dict` gave, here or where parameters or moments have another dtype.
 
-        What is not there is zero, as before the first update.
+        State that is missing in `tensors` becomes zero, as before the first update.
         """
         for name, parameter in self._parameters.items():
             for key, own in self._state(parameter).items():
@@ -142,22 +116,7 @@ def pick_moment_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> 
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
-def _split(parameter: nn.Parameter, moment_dtype: torch.dtype, gradient: Tensor) -> MatrixState:
-    """Make a float32 parameter bfloat16 and keep the rest of it."""
-    parameter.data, low_bits = split_float32(parameter.data)
-    return MatrixState(
-        parameter.data,
-        low_bits,
-        gradient,
-        exp_avg=torch.zeros_like(low_bits, dtype=moment_dtype),
-        exp_avg_sq=torch.zeros_like(low_bits, dtype=moment_dtype),
-    )
-
-
-def decayed_names(model: nn.Module, config: OptimizerConfig) -> set[str]:
-    """Matrices decay; norms, sinks and, unless asked for, the embedding do not."""
-    return {
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and (config.decay_embeddings or "embed_tokens" not in name)
-    }
+def _matrix_state(master: Master, gradient: Tensor, moment_dtype: torch.dtype) -> MatrixState:
+    """A matrix as the kernel takes it, with moments of zero."""
+    first, second = (torch.zeros_like(master.low_bits, dtype=moment_dtype) for _ in range(2))
+    return MatrixState(master.weight, master.low_bits, gradient, exp_avg=first, exp_avg_sq=second)

@@ -8,10 +8,10 @@ from p828.model.transformer import Transformer
 
 @torch.no_grad()
 def update_biases(model: Transformer, loads_LE: Tensor, rate: float, applied: Tensor) -> None:
-    """Raise the selection bias of experts under the mean load, lower it above, by `rate`; keep its mean at zero.
+    """Raise the selection bias of experts under their layer's mean load by `rate`, and lower it for those above.
 
-    `loads_LE` (int64) is the whole step's: all micro-batches, all ranks. Where `applied`, a bool scalar on the device,
-    is false, nothing changes.
+    Then the mean over a layer's experts is taken off, so that it stays zero. `loads_LE` (int64) counts the whole step:
+    all micro-batches, all ranks. Nothing changes where `applied`, a bool scalar on the device, is false.
     """
     biases = [layer.mlp.gate.e_score_correction_bias for layer in model.layers]
     bias_LE, loads_LE = torch.stack(biases), loads_LE.float()

@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step alone, so that a resume needs no state."""
+"""The learning rate, a function of the step alone, so that a checkpoint holds no state of it."""
 
 import math
 
@@ -6,11 +6,11 @@ from p828.config import ScheduleConfig
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """Learning rate of step `step` (from 0) in a run of `steps`.
+    """Learning rate of step `step`, counted from 0, in a run of `steps` steps.
 
-    Linear warm-up, whose last step is the first at the peak, then: `cosine` falls along half a period, `constant`
-    stays, `wsd` stays and falls linearly over the last `decay_steps`. `cosine` and `wsd` have `min_lr_ratio` of the
-    peak at the last step, also where that is the only one after the warm-up.
+    A linear warm-up of `warmup_steps` steps ends at the peak. After it, `cosine` falls along half a period, `constant`
+    stays at the peak, and `wsd` stays there and falls linearly over the last `decay_steps` steps. At the last step
+    `cosine` and `wsd` have `min_lr_ratio` of the peak, even if it is the only step after the warm-up.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps

@@ -6,7 +6,7 @@ from p828.config import Config, DataConfig
 from p828.data.amount import Amount, describe, short
 from p828.distributed.group import ProcessGroup
 from p828.engine.deepspeed.settings import DeepSpeedSettings
-from p828.engine.plain import Engine
+from p828.engine.interface import Engine
 from p828.model.costs import count_parameters
 from p828.train.wandb import WandbMirror
 

@@ -18,7 +18,8 @@ from p828.distributed.group import ProcessGroup, joined
 from p828.distributed.links import check_topology
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
 from p828.engine.deepspeed.settings import DeepSpeedSettings
-from p828.engine.plain import Engine, PlainEngine
+from p828.engine.interface import Engine
+from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError
 from p828.model.costs import count_parameters, unused_vocabulary
 from p828.runs import checkpoint

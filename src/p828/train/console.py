@@ -153,16 +153,17 @@ class Console:
                 self._show(line)
         self._micro_batch_times = now, told
 
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def step(self, step: int, loss: float, tokens_per_second: float, **further: float) -> None:
         """Move the bar. A plain line goes to the log, and to the output without a bar, now and then.
 
-        The loss that is shown is the mean of the last steps; one that is no finite number is shown itself.
+        The loss that is shown is the mean of the last steps; one that is no finite number is shown itself. Further
+        numbers are shown behind it, each with its name.
         """
         if step <= self._step:  # the run was rolled back
             self._losses.clear()
         self._losses.append(loss)
         self._step = step
-        shown_loss = _loss(self._losses)
+        shown_loss = "  ".join([_loss(self._losses), *(f"{name} {value:.4g}" for name, value in further.items())])
         percent = _percent(step, self._total)
         speed = f"{_short(tokens_per_second)} tok/s"
         self._bar.update(self._task, completed=step, at=step)

@@ -8,7 +8,7 @@ from p828.config import Config
 from p828.data.loader import Batch
 from p828.data.tokenizer import Tokenizer
 from p828.distributed.group import ProcessGroup
-from p828.engine.plain import Engine
+from p828.engine.interface import Engine
 from p828.errors import NotFinite
 from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate

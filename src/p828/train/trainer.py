@@ -14,7 +14,7 @@ from p828.data.mixture import at_step, bad_records, is_stopped, merged
 from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
 from p828.distributed.group import ProcessGroup
-from p828.engine.plain import Engine, StepResult
+from p828.engine.interface import Engine, StepResult
 from p828.errors import (
     ConfigError,
     DataError,
@@ -232,10 +232,9 @@ class Trainer:
             epoch=counts.epoch,
             **self.data_record(),
             rows=f"{counts.digest:08x}",
-            loss=result.loss,
+            **result.numbers(),
             perplexity=perplexity(result.loss),
             lr=rate,
-            grad_norm=result.grad_norm,
             tokens_per_second=tokens_per_second,
             mfu=None if peak is None else flops / (seconds * peak * self.ranks.size),
             memory_bytes=max(self.memory_bytes, peak_memory(self.engine.device)),

@@ -1,8 +1,9 @@
 """Where DeepSpeed keeps this rank's share of the float32 masters and of AdamW's moments.
 
-DeepSpeed flattens parameters, group by group, and cuts what comes out into a share for each rank; stage 3 cuts every
-parameter by itself. Its own checkpoints are tied to that cut. Knowing which numbers of which parameter lie where, a
-share can be saved and loaded by the parameter's name and place, whatever the stage and the number of ranks.
+DeepSpeed flattens the parameters of a group into one tensor and cuts that into a share for each rank; at stage 3 it
+cuts every parameter by itself. Its own checkpoints are tied to that cut. A `Partition` says which numbers of which
+parameter lie where, so that a share is saved and loaded by the parameter's name and place, at any stage and on any
+number of ranks.
 
 The attributes read here are DeepSpeed 0.19's, the same that its universal checkpoints and `safe_get_…` functions use.
 """
@@ -16,32 +17,32 @@ from p828.runs.fragments import TensorShard
 
 
 class Partition(NamedTuple):
-    """The numbers of one parameter that a rank updates."""
+    """The numbers of one parameter that a rank updates: consecutive in the flattened parameter."""
 
     name: str
     flat: Tensor
-    """The float32 tensor that holds them, which is the key to the optimizer's state of them."""
+    """The float32 tensor that holds their masters. The optimizer's state of them is found by this tensor."""
     offset: int
-    """The place of the first one in `flat`."""
+    """The place of the first number in `flat`."""
     length: int
     start: int
-    """The place of the first one in the flattened parameter."""
+    """The place of the first number in the flattened parameter."""
     shape: tuple[int, ...]
-    """The whole parameter's."""
+    """Of the whole parameter."""
 
     def of(self, like_flat: Tensor) -> TensorShard:
-        """What belongs to this part in `flat`, or in a tensor of the optimizer's state that is laid out alike."""
+        """The partition's numbers in `flat`, or in a tensor of the optimizer's state that is laid out like it."""
         values = like_flat.detach().view(-1).narrow(0, self.offset, self.length)
         return TensorShard(values, self.start, self.shape)
 
     def share(self, rank: int, size: int) -> "Partition":
-        """One of `size` nearly equal pieces of it, maybe an empty one."""
+        """The piece for `rank` of `size` nearly equal pieces of the partition; it may be empty."""
         begin, end = (self.length * number // size for number in (rank, rank + 1))
         return self._replace(offset=self.offset + begin, start=self.start + begin, length=end - begin)
 
 
 def partitions(optimizer: Any, stage: int, model: nn.Module, rank: int) -> list[Partition]:
-    """Of every parameter the part that this rank updates, if it has one; at stage 0 that is all of it."""
+    """The partition of every parameter that this rank updates some of; at stage 0 it updates all of each."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     if stage == 3:
         found = _of_stage_3(optimizer, names, rank)
@@ -49,11 +50,11 @@ def partitions(optimizer: Any, stage: int, model: nn.Module, rank: int) -> list[
         found = _of_stages_1_and_2(optimizer, names)
     else:
         found = _of_stage_0(optimizer, names)
-    return [part for part in found if part.length > 0]
+    return [partition for partition in found if partition.length > 0]
 
 
 def flat_groups(optimizer: Any, stage: int) -> list[Tensor]:
-    """All `Partition.flat`, padding included."""
+    """The tensors that are `Partition.flat`, once each, with the padding that they have."""
     if stage == 3:
         return list(optimizer.fp32_partitioned_groups_flat)
     if stage:
@@ -62,7 +63,7 @@ def flat_groups(optimizer: Any, stage: int) -> list[Tensor]:
 
 
 def sync_from_masters(optimizer: Any, stage: int) -> None:
-    """Compute with the masters as they are now, on all ranks."""
+    """Set the weights that the layers compute with to the masters, on all ranks."""
     if stage == 3:
         optimizer._partition_all_parameters()
         for number in range(len(optimizer.fp16_groups)):
@@ -91,7 +92,7 @@ def _of_stage_3(optimizer: Any, names: dict[Tensor, str], rank: int) -> Iterator
     for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
         offset = 0
         for parameter in parameters:
-            size = parameter.partition_numel()  # the same on all ranks: the last one's is filled up
+            size = parameter.partition_numel()  # the same on all ranks: that of the last one is padded
             start = rank * size
             count = min(size, parameter.ds_numel - start)
             yield Partition(names[parameter], flat, offset, count, start, tuple(parameter.ds_shape))
@@ -104,7 +105,7 @@ def _of_stage_0(optimizer: Any, names: dict[Tensor, str]) -> Iterator[Partition]
 
 
 def _pairs_of_stage_0(optimizer: Any) -> Iterable[tuple[Tensor, Tensor]]:
-    """Each parameter and its master, which in a float32 run is the parameter itself."""
+    """Each parameter with its master; in a float32 run the parameter is its own master."""
     if not hasattr(optimizer, "fp32_groups"):
         return ((parameter, parameter) for group in optimizer.param_groups for parameter in group["params"])
     pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)

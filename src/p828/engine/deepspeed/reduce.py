@@ -1,9 +1,9 @@
 """A step's gradients at ZeRO stages 0 and 1: summed by each rank over its micro-batches, then reduced over ranks.
 
-Below stage 2 a rank has room for a whole gradient. So its micro-batches need no collective operation but in the last
-one, and run as on one device: recorded, summed in float32. In the last micro-batch the sums of a segment of layers are
-reduced while the backward pass goes on with the one before. DeepSpeed's own way starts every kernel of a micro-batch,
-and a hook for each parameter, from the host, which takes longer than the GPU needs.
+Below stage 2 a rank has room for a whole gradient. So only the step's last micro-batch needs collective operations, and
+micro-batches run as on one device: as CUDA graphs, summed in float32. In the last one, the sums of a segment of layers
+are reduced while the backward pass goes on with the segment before. DeepSpeed itself would launch every kernel of a
+micro-batch, and a hook for each parameter, from the host, which takes longer than the GPU needs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,33 +13,43 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from p828.config import Config
+from p828.config import BalanceConfig
 from p828.data.loader import Batch
 from p828.engine.microbatch import GradientAccumulator
 from p828.model.transformer import Transformer
 
-SEGMENTS = 4  # the more, the less of the last reduction is left to wait for; each is a graph to record and to start
+SEGMENTS = 4  # with more, less of the last reduction is waited for; but each is one more graph to launch
 
 
 class _Place(NamedTuple):
     """Where a parameter's sum lies."""
 
     flat: int
+    """The number of the flat tensor."""
     start: int
     end: int
 
 
 class GradientReducer:
-    """`GradientAccumulator` in one tensor, or at stage 1 one for each of DeepSpeed's parameter groups, laid out like
-    it.
+    """A `GradientAccumulator` whose sums lie in flat tensors, so that they can be reduced in buckets.
 
-    At stage 0 every rank gets all sums over ranks; at stage 1 those of the share that it updates.
+    At stage 0 there is one flat tensor, and every rank gets all sums over ranks. At stage 1 there is one for each of
+    DeepSpeed's parameter groups, laid out as DeepSpeed has it, and a rank gets the sums of the share that it updates.
     """
 
     def __init__(
-        self, optimizer: Any, zero: Mapping[str, Any], model: Transformer, config: Config, dtype: torch.dtype
+        self,
+        optimizer: Any,
+        zero: Mapping[str, Any],
+        model: Transformer,
+        balance: BalanceConfig,
+        dtype: torch.dtype,
+        is_captured: bool,
     ) -> None:
-        """`zero` is the `zero_optimization` of DeepSpeed's settings."""
+        """`optimizer` is DeepSpeed's, and `zero` the `zero_optimization` of its settings.
+
+        `dtype` and `is_captured` are as in `GradientAccumulator`.
+        """
         self.rank, self.size, self.stage = dist.get_rank(), dist.get_world_size(), zero["stage"]
         if self.stage == 0:
             self._places, lengths = _end_to_end(list(model.parameters()))
@@ -49,21 +59,24 @@ class GradientReducer:
         self._flats = [torch.zeros(length, dtype=torch.float32, device=device) for length in lengths]
         sums = {p: self._flats[place.flat][place.start : place.end].view(p.shape) for p, place in self._places.items()}
         segments = SEGMENTS if zero["overlap_comm"] and self.size > 1 else 1
-        self.gradients = GradientAccumulator(model, config, dtype, sums, segments)
+        self.gradients = GradientAccumulator(model, balance, dtype, is_captured, sums, segments)
         self.shares = [flat.chunk(self.size)[self.rank] if self.stage else flat for flat in self._flats]
-        """Of every tensor what this rank updates: complete after `finish`."""
+        """The share of every flat tensor that this rank updates, complete after `finish`."""
         self._bucket = zero["reduce_bucket_size"]
         self._reductions: list[dist.Work] = []
 
     def add(self, batch: Batch, is_last: bool) -> None:
-        """Add a micro-batch's; after the step's last one, begin to reduce them."""
+        """Add the gradients of a micro-batch. In the step's last one, begin to reduce the sums over ranks."""
         if is_last and self.size > 1:
             self.gradients.add(batch, self._reduce)
         else:
             self.gradients.add(batch)
 
     def finish(self) -> Tensor:
-        """Wait for the reductions. The share's part of the gradient's squared norm, a float64 scalar."""
+        """Wait for the reductions. Returns this rank's term of the squared global norm, a float64 scalar.
+
+        The sum of the terms over ranks is the squared norm, at stage 0 too, where every rank has all sums.
+        """
         for reduction in self._reductions:
             reduction.wait()
         self._reductions.clear()
@@ -83,7 +96,7 @@ class GradientReducer:
 
 
 def _end_to_end(parameters: Sequence[Tensor]) -> tuple[dict[Tensor, _Place], list[int]]:
-    """All in one tensor; and its length, in a list."""
+    """Places in one flat tensor, and its length in a list."""
     places, end = {}, 0
     for parameter in parameters:
         places[parameter] = _Place(0, end, end + parameter.numel())
@@ -94,7 +107,7 @@ def _end_to_end(parameters: Sequence[Tensor]) -> tuple[dict[Tensor, _Place], lis
 def _as_in_groups(
     groups: Sequence[Sequence[Tensor]], flat_groups: Sequence[Tensor]
 ) -> tuple[dict[Tensor, _Place], list[int]]:
-    """Where DeepSpeed has each parameter in its groups' tensors, and how long these are."""
+    """Places in flat tensors laid out as those of DeepSpeed's groups, and the lengths of these."""
     places = {}
     for number, (parameters, flat) in enumerate(zip(groups, flat_groups, strict=True)):
         for parameter in parameters:
@@ -104,7 +117,7 @@ def _as_in_groups(
 
 
 def _joined(places: Sequence[_Place]) -> Iterator[_Place]:
-    """Neighbours as one."""
+    """Places, sorted, with those that follow each other in the same flat tensor made one."""
     current = places[0]
     for place in places[1:]:
         if place.flat == current.flat and place.start == current.end:
@@ -116,6 +129,6 @@ def _joined(places: Sequence[_Place]) -> Iterator[_Place]:
 
 
 def _by_owner(start: int, end: int, share: int) -> Iterator[tuple[int, int, int]]:
-    """The rank and the part of start … end of each rank that owns some of it."""
+    """Each rank that owns some of start … end, and where that begins and ends; `share` is the length of a share."""
     for owner in range(start // share, (end - 1) // share + 1):
         yield owner, max(start, owner * share), min(end, (owner + 1) * share)

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: from the run's configuration, or from a DeepSpeed file that must agree with it."""
+"""DeepSpeed's settings: from the run's configuration, or from a DeepSpeed file that must agree with it."""
 
 import itertools
 import json
@@ -15,12 +15,12 @@ from p828.errors import ConfigError, did_you_mean
 from p828.files import MEBIBYTE, read_limited
 
 LARGEST_FILE = MEBIBYTE
-MOST_PROBLEMS = 10  # that are told at once
-FOR_US = ("optimizer", "scheduler", "data_types", "fp16")  # checked, and then left out of what DeepSpeed reads
+MOST_PROBLEMS = 10  # in one message
+NOT_PASSED_ON = ("optimizer", "scheduler", "data_types", "fp16")  # checked, and kept from DeepSpeed
 LEAST_STAGE = {"offload_optimizer": 1, "offload_param": 3}
 
 FROM_0, FROM_1 = range(2**63), range(1, 2**63)
-AS_RUN = object  # the run's own value, no other
+AS_RUN = object  # only the run's own value is accepted
 _STAGE_3_SIZES = (
     "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
     "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_module_granularity_threshold",
@@ -32,8 +32,8 @@ _SWITCHES = (
     "stage3_allgather_sequential",
 )  # fmt: skip
 _OFFLOAD = {"device": ("none", "cpu"), "pin_memory": bool, "buffer_count": FROM_0}
-# Of DeepSpeed's keys those that mean something here, and what they take: a type, whole numbers, one of some values.
-# The rest of what it knows is another trainer's, or changes what the engine takes for granted.
+# DeepSpeed's keys that are accepted, each with its values: a type, a range of whole numbers, or a choice. Its other
+# keys belong to other trainers, or would change what the engine relies on.
 KEYS: dict[str, Any] = {
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), AS_RUN),
     **dict.fromkeys(("gradient_clipping", "scheduler"), AS_RUN),
@@ -60,7 +60,7 @@ KEYS: dict[str, Any] = {
     "comms_logger": {"prof_ops": list, **dict.fromkeys(("enabled", "verbose", "prof_all", "debug"), bool)},
     "flops_profiler": {"enabled": (False,)},  # metrics.jsonl has a step's FLOPs, and `p828 bench` a profile of it
 }  # fmt: skip
-# A dotted key of DeepSpeed to ours of the same meaning.
+# From a dotted key of DeepSpeed to the key of p828 with the same meaning.
 OURS = {
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.gradient_accumulation",
@@ -68,12 +68,12 @@ OURS = {
     "optimizer.params.lr": "optimizer.learning_rate",
     **{f"optimizer.params.{key}": f"optimizer.{key}" for key in ("betas", "eps", "weight_decay")},
 }
-OURS_IN_ZERO = ("stage", "overlap_comm", "reduce_bucket_size", "allgather_bucket_size")  # deepspeed.* of ours
+OURS_IN_ZERO = ("stage", "overlap_comm", "reduce_bucket_size", "allgather_bucket_size")  # keys of [deepspeed] here
 
 
 @dataclass(frozen=True)
 class DeepSpeedSettings:
-    """`values` is a DeepSpeed configuration; `stage` and the rest stand in it too."""
+    """`values` is a DeepSpeed configuration. The other fields are read out of it."""
 
     values: dict[str, Any]
     stage: int
@@ -82,10 +82,10 @@ class DeepSpeedSettings:
 
 
 def deepspeed_settings(config: Config, dtype: str, world_size: int) -> DeepSpeedSettings:
-    """For a run whose layers compute in `dtype`, "float32" or "bfloat16".
+    """DeepSpeed's settings for a run whose layers compute in `dtype`, "float32" or "bfloat16".
 
-    Raises ConfigError naming file and key: for a file that cannot be read, a key given twice or unknown, a value that
-    is not accepted and one that contradicts the run's configuration.
+    Raises ConfigError naming file and key: for a file that cannot be read, a key that is unknown or given twice, and a
+    value that is not accepted or contradicts the run's configuration.
     """
     values, name = _own_settings(config, dtype, world_size), config.deepspeed.config
     if name:
@@ -94,7 +94,7 @@ def deepspeed_settings(config: Config, dtype: str, world_size: int) -> DeepSpeed
         given = _checked(read_strictly(path), KEYS, _of_run(config, dtype, world_size), problems)
         if problems:
             raise ConfigError(_listed([f"{path}: {problem}" for problem in problems]))
-        values = merged(values, {key: value for key, value in given.items() if key not in FOR_US})
+        values = merged(values, {key: value for key, value in given.items() if key not in NOT_PASSED_ON})
     zero = values["zero_optimization"]
     offloads = {key: zero.get(key, {}).get("device") == "cpu" for key in LEAST_STAGE}
     for key, least in LEAST_STAGE.items():
@@ -115,11 +115,10 @@ def preset_files() -> dict[str, Path]:
 
 
 def read_strictly(path: Path) -> dict[str, Any]:
-    """A JSON object, as RFC 8259 has it. Raises ConfigError; a key that is given twice is named."""
+    """The JSON object in a file, strictly by RFC 8259. Raises ConfigError, also for a key that is given twice."""
     try:
-        text = read_limited(path, LARGEST_FILE).decode(
-            "utf-8-sig"
-        )  # some editors put a mark first, which RFC 8259 lets us ignore
+        # "-sig": some editors write a byte order mark first, which RFC 8259 allows readers to ignore.
+        text = read_limited(path, LARGEST_FILE).decode("utf-8-sig")
         values = json.loads(text, object_pairs_hook=_without_duplicates, parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError:
         near = did_you_mean(str(path), preset_files())
@@ -171,13 +170,16 @@ def _own_settings(config: Config, dtype: str, world_size: int) -> dict[str, Any]
 
 
 def _of_run(config: Config, dtype: str, world_size: int) -> dict[str, tuple[Any, str]]:
-    """Dotted key of a DeepSpeed file to the run's value, and to where that stands if a file may have no other."""
+    """From a dotted key of a DeepSpeed file to the run's value, and to the reason why the file may have no other.
+
+    The reason names the run's own key and value; it is empty where the file's value wins.
+    """
     flat, unset, found = flatten(config), flatten(Config()), dict[str, tuple[Any, str]]()
     for key, ours in OURS.items():
         value = list(flat[ours]) if isinstance(flat[ours], tuple) else flat[ours]
         found[key] = value, f"{ours} = {_shown(value)}"
     for key in (*OURS_IN_ZERO, *LEAST_STAGE):
-        # Nothing tells a default from the same value given: a file may have another.
+        # A default may not have been given at all, so the file's value wins over it.
         ours = f"deepspeed.{key}"
         because = f"{ours} = {_shown(flat[ours])}" if flat[ours] != unset[ours] else ""
         found[f"zero_optimization.{key}{'.device' if key in LEAST_STAGE else ''}"] = flat[ours], because
@@ -192,7 +194,7 @@ def _of_run(config: Config, dtype: str, world_size: int) -> dict[str, tuple[Any,
         "bf16.enabled": (dtype == "bfloat16", of_dtype),
         "fp16.enabled": (False, of_dtype),
         "scheduler": (None, f"schedule.kind = {_shown(config.schedule.kind)}"),
-        # What DeepSpeed has by itself.
+        # DeepSpeed's own defaults, for "auto".
         "zero_optimization.stage3_prefetch_bucket_size": (50_000_000, ""),
         "zero_optimization.stage3_param_persistence_threshold": (100_000, ""),
     }
@@ -205,7 +207,11 @@ def _checked(
     problems: list[str],
     section: str = "",
 ) -> dict[str, Any]:
-    """`given` with every "auto" filled in; what is not accepted is left out, and a line on it added to `problems`."""
+    """`given` with every "auto" replaced by the run's value.
+
+    A key or value that is not accepted is left out, and a line about it is added to `problems`. `section` is the dotted
+    name of `given` with a dot behind it.
+    """
     checked: dict[str, Any] = {}
     for key, value in given.items():
         if key not in keys:
@@ -231,7 +237,7 @@ def _checked(
 
 
 def _problem(name: str, value: Any, kind: Any, of_run: Mapping[str, tuple[Any, str]]) -> str:
-    """What is wrong with a key's value; nothing where it is accepted."""
+    """What is wrong with a key's value; empty where it is accepted."""
     own, because = of_run.get(name, (None, ""))
     if value == "auto":
         return "" if name in of_run else ": the run says nothing of it; give a value or leave the key out"
@@ -250,7 +256,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(kind, tuple):
         return any(_same(value, one) for one in kind)
     if isinstance(kind, range):
-        return is_number and kind.start <= value < kind.stop and value == int(value)  # 5e8 is one, too
+        return is_number and kind.start <= value < kind.stop and value == int(value)  # 5e8 is a float
     return is_number if kind is float else isinstance(value, kind)
 
 
@@ -263,13 +269,13 @@ def _words(kind: Any) -> str:
 
 
 def _same(first: Any, second: Any) -> bool:
-    """1 is 1.0 but not true."""
+    """Equality in which 1 is 1.0 but not true."""
     if isinstance(first, list) and isinstance(second, list):
         return len(first) == len(second) and all(map(_same, first, second))
     return first == second and isinstance(first, bool) == isinstance(second, bool)
 
 
 def _shown(value: Any) -> str:
-    """As JSON, its beginning; the rest may nest more deeply than can be written."""
+    """The beginning of a value as JSON. The rest may be nested more deeply than Python's encoder can go."""
     text = "".join(itertools.islice(json.JSONEncoder().iterencode(value), 61))
     return text if len(text) <= 60 else text[:59] + "…"

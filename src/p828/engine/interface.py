@@ -1,0 +1,121 @@
+"""What the loop asks of an engine, and what an engine tells it of a step.
+
+An engine collects a step's findings in a `StepStats`, tensors on the device with a name each. `fetch` brings all of
+them to the host in one transfer, which is the step's one wait for the device. What is neither a load of the experts
+nor an attribute of `StepResult` goes into the step's record under its own name. So a new number is one more line: in
+`StepStats.of` if it is found once a step, in `microbatch.micro_batch_totals` if it is a sum over micro-batches.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from p828.data.loader import Batch
+from p828.model.transformer import Transformer
+from p828.runs.fragments import Saveable
+from p828.runs.tensors import Tensors
+
+Number = float | list[float]
+"""Of a step's record: a scalar, or a list with an entry a layer."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step found, on the host."""
+
+    loss: float
+    """Mean nats per target over the whole step."""
+    grad_norm: float
+    """Global norm of the gradients before clipping."""
+    loads: list[list[int]]
+    """Per layer, the tokens that each expert received."""
+    further: dict[str, Number] = field(default_factory=dict)
+    """Every other number, by its name in the step's record."""
+
+    @property
+    def applied(self) -> bool:
+        """False when the loss or the gradient was not finite: the engine left everything as it was then."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    def numbers(self) -> dict[str, Number]:
+        """What the step's record holds from the engine, but for the loads."""
+        return {"loss": self.loss, "grad_norm": self.grad_norm, **self.further}
+
+
+class StepStats:
+    """What a step found, on the device, over all micro-batches and all ranks."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """`tensors` has "loss" and "grad_norm", scalars; "loads_LE"; and any number of further scalars and tensors (L,)
+        by the names that they get in the step's record. All are equal on every rank, of any dtype that float64 holds.
+
+        Their numbers are copied, on the device: the tensors may be set to zero for the next step before `fetch`.
+        """
+        self._packed, self._shapes = pack(tensors), shapes_of(tensors)
+
+    @classmethod
+    def of(cls, model: Transformer, totals: Mapping[str, Tensor], grad_norm: Tensor) -> "StepStats":
+        """From the sums of `microbatch.micro_batch_totals` over the step and the gradients' global norm.
+
+        Every engine calls this one after its update. At ZeRO stage 3 the weights of `model` are elsewhere; the
+        balance bias is there.
+        """
+        return cls({**totals, "grad_norm": grad_norm})
+
+    def fetch(self) -> StepResult:
+        """All of it on the host; waits for the device once."""
+        host = unpack(self._packed.cpu(), self._shapes)
+        loads = [[int(load) for load in load_E] for load_E in host.pop("loads_LE").tolist()]
+        loss, grad_norm = host.pop("loss").item(), host.pop("grad_norm").item()
+        further: dict[str, Number] = {name: tensor.tolist() for name, tensor in host.items()}
+        return StepResult(loss, grad_norm, loads, further)
+
+
+def pack(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The tensors' numbers end to end in a float64 tensor (n,), to be sent over ranks or to the host in one go."""
+    return torch.cat([tensor.flatten().double() for tensor in tensors.values()])
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """What `unpack` needs to know of the tensors that were packed."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def unpack(packed: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """What `pack` was given, by name, as float64 views of its result."""
+    parts = packed.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+class Engine(Protocol):
+    """What a training step does to a model, on one device or several."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """What the layers compute in."""
+
+    def forward_backward(self, batch: Batch, num_targets: int) -> None:
+        """Add the gradients of one micro-batch. `num_targets` counts the whole step's targets, on all ranks."""
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip the gradients, update weights and balance bias, and begin the next step.
+
+        Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite.
+        """
+
+    def gathered_model(self) -> AbstractContextManager[Transformer]:
+        """The model with all its weights, on every rank."""
+
+    def model_for_evaluation(self) -> AbstractContextManager[Transformer]:
+        """The model for forward passes. All ranks must make them at once, and the same number of them."""
+
+    def state_dict(self) -> Mapping[str, Mapping[str, Saveable]]:
+        """What a checkpoint needs from this rank, by file and name. The tensors are the engine's own, not copies."""
+
+    def load_state_dict(self, tensors: Tensors) -> None:
+        """Go on from what any engine saved."""
