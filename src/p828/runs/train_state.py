@@ -24,6 +24,8 @@ class BatchStats:
     """The latest epoch that a row belongs to; the first epoch is 0."""
     attended_pairs: int = 0
     """As `Batch.attended_pairs`."""
+    bad_records: int = 0
+    """Malformed records that the run has passed over so far, on all ranks."""
 
     @staticmethod
     def of(batches: Sequence[Batch], sources: int) -> "BatchStats":
@@ -71,13 +73,14 @@ class TrainState:
     cut_documents: int = 0
     """Those of them that had parts in several rows."""
 
-    def count(self, counts: BatchStats) -> None:
-        """Add what a step was trained on."""
-        by_source = zip_longest(self.source_tokens, counts.by_source, fillvalue=0)
+    def count(self, stats: BatchStats) -> None:
+        """Count a step, and what it was trained on."""
+        self.step += 1
+        by_source = zip_longest(self.source_tokens, stats.by_source, fillvalue=0)
         self.source_tokens = [sum(counts) for counts in by_source]
-        self.tokens += counts.targets
-        self.documents += counts.documents
-        self.cut_documents += counts.cut_documents
+        self.tokens += stats.targets
+        self.documents += stats.documents
+        self.cut_documents += stats.cut_documents
 
     def update(self, loss: float, applied: bool, spike_nats: float) -> None:
         """Take in a step's loss: it is a spike if it is so much above the usual."""

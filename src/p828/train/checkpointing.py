@@ -1,5 +1,6 @@
-"""Saving while training goes on: from a copy that the device makes in a moment, by a thread."""
+"""When a run saves a checkpoint, and how: a thread writes a copy of the state while training goes on."""
 
+import dataclasses
 import threading
 import time
 from collections import Counter
@@ -11,16 +12,135 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from p828.config import Config
+from p828.config.values import to_dict
+from p828.data.loader import Loader
+from p828.data.mixture import merged
+from p828.data.retry import Retry
 from p828.distributed.group import ProcessGroup
+from p828.engine.plain import Engine
 from p828.errors import ConfigError
 from p828.runs import checkpoint
+from p828.runs.checkpoint import OpenCheckpoint
+from p828.runs.checkpoint_content import check_content
 from p828.runs.fragments import Saveable, tensors_of, with_tensors
+from p828.runs.train_state import TrainState
 from p828.system.device import machine
 from p828.system.host_memory import free_host_bytes
 from p828.train.checkpoint_writer import CheckpointWriter, num_bytes
+from p828.train.log import Log
+from p828.train.usage import Usage
 
 Parts = Mapping[str, Mapping[str, Saveable]]
 SPARE_BYTES = 2**30  # that a copy must leave free, on its device
+
+
+class Checkpointing:
+    """Saves a run's state, and reads it back: where a run is resumed, and where it is rolled back.
+
+    Checkpoints are written one at a time, in the background. All ranks make the same calls.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        versions: dict[str, str],
+        fingerprint: str,
+        enclosed: Mapping[str, bytes],
+        engine: Engine,
+        loader: Loader,
+        log: Log,
+        usage: Usage,
+        ranks: ProcessGroup,
+    ) -> None:
+        """Every checkpoint records config, versions and the tokenizer's fingerprint, and has the `enclosed` files."""
+        self.directory, self.config = directory, config
+        self.versions, self.fingerprint = versions, fingerprint
+        self.engine, self.loader, self.log, self.usage, self.ranks = engine, loader, log, usage, ranks
+        self.saved_step: int | None = None
+        """Step of the newest checkpoint that is complete."""
+        self.retry = Retry(config.data.read_retries, tell=log.console.event)
+        """How checkpoints that cannot be read for now are waited for."""
+        self._writer = AsyncCheckpointer(directory, ranks.new_group(), engine.device, enclosed)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's part of the checkpoint on its way is written."""
+        return self._writer.is_written
+
+    def save(self, state: TrainState, is_last: bool, position: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of `state`. `position` is the data's if that is not the one of the batch fetched last.
+
+        No checkpoint is written while steps are flagged as anomalous and a rollback may follow. The last one is
+        complete afterwards; others are written while the training goes on. If one of these fails, that is recorded and
+        the run goes on, as a later one may succeed. Raises ConfigError if the last one fails.
+        """
+        self.finish(state)
+        began = time.monotonic()
+        if state.bad_steps and self.config.rollback.after_steps and not is_last:
+            return
+        best = state.step if state.best_step == state.step else state.saved_best_step
+        content = {
+            "progress": {**dataclasses.asdict(state), "saved_best_step": best},
+            "data": merged(self.ranks.all_gather_object(position or self.loader.state_dict())),
+            "config": to_dict(self.config),
+            "versions": self.versions,
+            "tokenizer": self.fingerprint,
+            "ranks": self.ranks.size,
+            "seconds": self.usage.seconds(),
+        }
+        try:
+            is_written = self._writer.start(state.step, self.engine.state_dict(), content, began)
+        except ConfigError as error:
+            self._report_failure(error, state.step, is_last)
+            return
+        if is_written or is_last:
+            self.finish(state, is_last)
+
+    def finish(self, state: TrainState, is_last: bool = False) -> None:
+        """Wait for the checkpoint that is being written, if one is. Raises ConfigError as `save` does."""
+        step = self._writer.step
+        if step is None:
+            return
+        try:
+            with self.log.console.waiting("waiting for the checkpoint to be written") if is_last else nullcontext():
+                saved = self._writer.finish()
+        except ConfigError as error:
+            self._report_failure(error, state.step, is_last)
+            return
+        self.saved_step = step
+        if state.best_step == step:
+            state.saved_best_step = step
+        self.log.event("saved", step, **saved._asdict())
+        if self._writer.problem:
+            self.log.event("not_deleted", state.step, self._writer.problem)
+            self._writer.problem = ""
+        self._writer.delete_old(self.config.checkpoint.keep_last, state.saved_best_step)
+
+    def wait_for_deletion(self) -> None:
+        """Wait until old checkpoints are deleted, which a thread does after each save."""
+        self._writer.wait_for_deletion()
+
+    def close(self) -> None:
+        """Wait for the threads, whatever comes of their work."""
+        self._writer.join()
+        self._writer.wait_for_deletion()
+
+    def read_state(self, saved: OpenCheckpoint) -> TrainState:
+        """How far the run was. Raises DamagedCheckpoint if the checkpoint's content cannot be this run's."""
+        return check_content(saved, self.config, self.loader.state_dict())
+
+    def load_engine(self, path: Path) -> None:
+        """Give the engine the weights, optimizer state and random states of a checkpoint that was checked."""
+        with checkpoint.opened(path, retry=self.retry) as saved:
+            self.engine.load_state_dict(saved.tensors)
+
+    def _report_failure(self, error: ConfigError, step: int, is_last: bool) -> None:
+        if is_last:
+            raise error
+        newest = "none yet" if self.saved_step is None else f"of step {self.saved_step}"
+        self.log.event("not_saved", step, f"{error}. The run goes on; the newest checkpoint is {newest}")
 
 
 class Saved(NamedTuple):
