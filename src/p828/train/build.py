@@ -38,7 +38,7 @@ from p828.train.fetch import Fetcher
 from p828.train.log import Log
 from p828.train.resume import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunDirectory, open_run, resume
 from p828.train.rollback import Rollback
-from p828.train.signals import graceful_shutdown
+from p828.train.signals import graceful_shutdown, interruptible
 from p828.train.summary import banner, conclude, report_start
 from p828.train.trainer import Trainer
 from p828.train.usage import Usage
@@ -149,7 +149,9 @@ def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs) -> _Inp
                 rules = rules_of(saved)
         rows, micro_batch_size = config.evaluation.rows, config.train.micro_batch_size
         with console.waiting("reading the validation rows"):
-            validation = validation_batches(config, tokenizer, rows, micro_batch_size, rules, part, console.event)
+            validation = interruptible(
+                lambda: validation_batches(config, tokenizer, rows, micro_batch_size, rules, part, console.event)
+            )
         is_pinned = outputs.device.type == "cuda"
         with console.waiting("opening the training data"):
             loader = open_loader(config, tokenizer, is_pinned, ranks.rank, ranks.size, tell=console.event, part=part)

@@ -1,4 +1,4 @@
-"""Ending a run when it is asked to."""
+"""Graceful shutdown: ending a run, saved, when a signal asks for it; and answering Ctrl-C within long calls."""
 
 import os
 import signal
@@ -7,10 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
+T = TypeVar("T")
 A_MOMENT = 2.0  # seconds in which a signal may come twice: a terminal that closes sends it, and so does its shell
 SHOW_CURSOR = b"\x1b[?25h"  # the progress bar hides it
 NO_SIGNAL = 0  # ends the thread
@@ -18,10 +20,12 @@ NO_SIGNAL = 0  # ends the thread
 
 @dataclass
 class GracefulShutdown:
-    """What has asked the run to end, if anything has."""
+    """Whether a signal has asked the run to end, and which."""
 
     reason: str = ""
+    """The signal's name; empty until one came."""
     time: float = 0.0
+    """When it came, by the monotonic clock, in seconds."""
 
     def repeats(self, name: str, now: float) -> bool:
         """Whether a later signal asks for nothing new.
@@ -30,6 +34,24 @@ class GracefulShutdown:
         all. A terminal that closes sends SIGHUP, and so may its shell: nobody asks for anything with that.
         """
         return name == "SIGHUP" or (name != self.reason and now - self.time < A_MOMENT)
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """Do the work in a thread and return what it returns, so that Ctrl-C is answered at once.
+
+    Python calls no signal handler while the main thread is inside a call of a library, and one call of a tokenizer may
+    take minutes. KeyboardInterrupt leaves the thread behind, which ends with the process.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="p828-work", daemon=True).start()
+    return outcome.result()
 
 
 def end_now(number: int) -> NoReturn:

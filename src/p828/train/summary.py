@@ -18,6 +18,7 @@ from p828.model.costs import count_parameters, unused_vocabulary
 from p828.runs import checkpoint
 from p828.system.device import lacks_bfloat16
 from p828.train.resume import RunDirectory
+from p828.train.signals import interruptible
 from p828.train.trainer import Trainer
 from p828.train.wandb import WandbMirror
 
@@ -108,7 +109,8 @@ def _compare_with_bigram(config: Config, trainer: Trainer, tokenizer: Tokenizer)
     try:
         with log.console.waiting("counting pairs of tokens for the bigram baseline"):
             rows = training_rows(config, tokenizer, held_out_rules(trainer.fetcher.loader.state_dict()))
-            bigram = bigram_loss(rows, trainer.evaluator.batches, tokenizer.vocab_size)
+            batches, vocab_size = trainer.evaluator.batches, tokenizer.vocab_size
+            bigram = interruptible(lambda: bigram_loss(rows, batches, vocab_size))
     except (ConfigError, TransientReadError) as error:
         log.event("no_bigram_baseline", step, f"there is no bigram baseline: {error}")
         return
