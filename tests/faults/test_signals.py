@@ -81,6 +81,25 @@ def test_ctrl_c_in_the_training_of_a_tokenizer_ends_the_run_at_once(tmp_path: Pa
     assert (process.returncode, said) == (130, "p828: interrupted\n")
 
 
+AT_ITS_IMPORT = """
+import os, signal, sys
+
+def interrupt(event, arguments):
+    if event == "import" and arguments[0] == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(interrupt)
+from p828.__main__ import main
+del sys.argv[2:]
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["p828.cli.main", "p828.config.schema", "tyro", "p828.cli.output"])
+def test_ctrl_c_while_the_command_is_imported_is_a_line(tmp_path: Path, module: str) -> None:
+    assert p828(module, cwd=tmp_path, launcher=("-c", AT_ITS_IMPORT)) == (130, "", "p828: interrupted\n")
+
+
 IN_AN_OPERATION = """
 import signal, sys, threading
 from p828.train.signals import graceful_shutdown
