@@ -78,7 +78,7 @@ class Checkpointing:
         """
         self.finish(state)
         began = time.monotonic()
-        if state.bad_steps and self.config.rollback.after_steps and not is_last:
+        if state.anomalous_steps and self.config.rollback.after_steps and not is_last:
             return
         best = state.step if state.best_step == state.step else state.saved_best_step
         content = {

@@ -31,7 +31,7 @@ class Rollback:
         Without rollbacks (`after_steps` 0), raises RunStopped at the third step in a row that is not finite.
         """
         if self.config.after_steps:
-            return state.bad_steps >= self.config.after_steps
+            return state.anomalous_steps >= self.config.after_steps
         if state.non_finite_steps == NON_FINITE_LIMIT:
             what = f"{NON_FINITE_LIMIT} steps in a row up to step {state.step} had a non-finite loss or gradient"
             self._stop(state, what)
@@ -45,7 +45,7 @@ class Rollback:
         """
         self.checkpointing.finish(state)
         what = (
-            f"{state.bad_steps} steps in a row up to step {state.step} "
+            f"{state.anomalous_steps} steps in a row up to step {state.step} "
             "were not finite or had a loss far above the usual"
         )
         if state.rollbacks == self.config.limit:
@@ -57,7 +57,7 @@ class Rollback:
         self.log.event(
             "rollback",
             back,
-            f"back to step {back}: {what} (loss {state.loss:.3f}, usually {state.usual_loss:.3f}). "
+            f"back to step {back}: {what} (loss {state.loss:.3f}, usually {state.loss_ema:.3f}). "
             f"The data of steps {back + 1} to {state.step} is left out",
         )
         return restored
@@ -66,7 +66,7 @@ class Rollback:
         self.checkpointing.wait_for_deletion()  # which changes the directory, too
         # A later checkpoint is of a run that was asked to end among the anomalous steps.
         last_good, directory, retry = (
-            state.step - state.bad_steps,
+            state.step - state.anomalous_steps,
             self.checkpointing.directory,
             self.checkpointing.retry,
         )
