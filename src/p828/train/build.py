@@ -242,7 +242,7 @@ def _introduce(
 
 
 def _engine(config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings | None, console: Console) -> Engine:
-    """With a word on the links between the ranks' devices, if there is one."""
+    """The engine. Reports slow links between the ranks' devices."""
     parameters = count_parameters(config.model).total
     if settings is None:
         check_room(parameters, pick_device(config.train.device))

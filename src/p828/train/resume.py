@@ -35,7 +35,7 @@ CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.toml", "tokenizer.json", "che
 LARGEST_TOKENIZER = 256 * MEBIBYTE
 LEFT_BEHIND = re.compile(r"\.[a-z_]+(\.[a-z]+)?\.(tmp|\d+)")  # a file that was being written when a process was killed
 
-A_JUMP = 0.05  # of the larger one of two learning rates
+A_JUMP = 0.05  # as a fraction of the larger of two learning rates
 IN_MIXTURE = re.compile(r"mixture\[\d+\]\.")  # a source's own key is as free as the same one of a single source
 
 # A resumed run must have the same weights' shapes and the same rows in the same order; all else may change on the way.
@@ -51,20 +51,20 @@ FREE = (
 class RunDirectory:
     path: Path
     versions: dict[str, str]
-    """What runs: p828, torch, Python and, if its source is under version control, the commit."""
+    """Versions of p828, torch and Python and, if p828's source is under version control, the commit."""
     newest: Path | None
     """The newest complete checkpoint."""
     damaged: list[str]
-    """Checkpoints that were set aside, a line each."""
+    """Checkpoints that were quarantined, a line each."""
     changes: list[str]
     """Settings that differ from those of the newest checkpoint, a line each."""
     made: list[Path]
-    """Directories made just now, innermost first, to be removed again if the run cannot begin."""
+    """Directories that this start made, innermost first; they are removed again if the run cannot begin."""
     vocab_size: int = 0
-    """The model's in the newest checkpoint; 0 without one."""
+    """The model's vocabulary in the newest checkpoint; 0 without one."""
 
     def keep(self) -> None:
-        """From here on the directory holds something of value."""
+        """Keep the directory from here on, whatever happens: it holds something of value."""
         self.made = []
 
     def settled(self, config: Config, vocab_size: int) -> Config:
@@ -83,9 +83,9 @@ class RunDirectory:
 
 @contextmanager
 def open_run(config: Config, ranks: ProcessGroup) -> Iterator[RunDirectory]:
-    """Make the run's directory, or enter the existing one, and keep other runs' processes out of it.
+    """Make the run's directory, or open the existing one, and lock it against other processes.
 
-    Rank 0 does it, and all ranks have what it found. Raises ConfigError when another process trains the run, and when
+    Rank 0 does it and broadcasts what it found. Raises ConfigError when another process trains the run, and when
     its newest checkpoint was made with another model, data, tokenizer or seed; when the file system cannot hold a run;
     and when the run had checkpoints and none of them is left. If it never had one, it is begun anew if settings differ.
     Raises TransientReadError when a checkpoint cannot be read for now. Directories made here are removed again if the
@@ -138,7 +138,7 @@ def _reason(error: OSError, run_dir: Path) -> str:
 
 
 def _make(directory: Path, made: list[Path]) -> None:
-    """Make a directory and its parents. `made` gets those that were not there, innermost first."""
+    """Make a directory and its parents. Those that did not exist are added to `made`, innermost first."""
     for path in (*reversed(directory.parents), directory):
         try:
             path.mkdir()
@@ -191,7 +191,7 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
 
 
 def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:
-    """A run is begun again on purpose only, as that overwrites what is left of it."""
+    """A run that had checkpoints begins anew only if the user says so, as that overwrites what is left of it."""
     checkpoints = run_dir / CHECKPOINTS
     how = f"To begin again, give another --name or remove {run_dir}"
     if damaged:
@@ -246,7 +246,7 @@ def _write_config(path: Path, config: Config, versions: dict[str, str]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What runs: p828, torch, Python and, if its source is under version control, the commit."""
+    """Versions of p828, torch and Python and, if p828's source is under version control, the commit."""
     found = {"p828": version("p828"), "torch": version("torch"), "Python": sys.version.split()[0]}
     commit = _git_commit()
     return {**found, "git": commit} if commit else found
@@ -287,7 +287,7 @@ def resume(path: Path, checkpointing: Checkpointing) -> tuple[TrainState, list[s
 
 
 def changed_rows(config: Config, size: int, before: Config, ranks: int) -> list[str]:
-    """Whether a step has as many rows as with the configuration before, on another number of ranks."""
+    """A line if the global batch changes because the run is resumed on another number of ranks."""
     rows_before = before.train.micro_batch_size * before.train.gradient_accumulation * ranks
     now = config.train
     rows = now.micro_batch_size * now.gradient_accumulation * size
@@ -299,10 +299,10 @@ def changed_rows(config: Config, size: int, before: Config, ranks: int) -> list[
 
 
 def changed_rate(config: Config, step: int, before: Config) -> list[str]:
-    """Whether the learning rate jumps after `step`, as the schedule is drawn anew over other steps or of another kind.
+    """A line if the learning rate jumps after `step`, since the schedule has another length or kind than before.
 
     `before` is the configuration of the checkpoint of that step. A change of `optimizer.learning_rate` alone is
-    what the user wants, and is not told.
+    what the user wants, and is not reported.
     """
     if step >= config.train.steps:
         return []

@@ -65,27 +65,27 @@ def end_now(number: int) -> NoReturn:
 def graceful_shutdown(
     when_asked: Callable[[], None], answer: Callable[[str], None] = lambda text: None
 ) -> Iterator[GracefulShutdown]:
-    """In the block, the first SIGINT, SIGTERM or SIGHUP is noted, so that the run ends where it can be saved.
+    """In the block, the first SIGINT, SIGTERM or SIGHUP asks the run to end where it can be saved.
 
-    `when_asked` is called then, for what would keep the run from getting there, and `answer` is given a line for the
-    user. Both are called by a thread, at once: the main thread may be inside an operation of minutes, and Python calls
-    no handler before that ends. A second signal ends the process, with the exit code that a shell gives it. A SIGHUP
+    `when_asked` is then called, to cancel what the run may be waiting for, and `answer` is given a line for the user.
+    A thread calls both at once: the main thread may be inside an operation of minutes, and Python calls no handler
+    before that ends. A second signal ends the process, with the exit code that a shell gives to the signal. A SIGHUP
     that is ignored, as under `nohup`, stays so.
     """
-    request = GracefulShutdown()
-    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
-        yield request
+    shutdown = GracefulShutdown()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may have handlers
+        yield shutdown
         return
 
     def note(number: int) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        if not request.reason:
-            request.time, request.reason = now, name
+        if not shutdown.reason:
+            shutdown.time, shutdown.reason = now, name
             when_asked()
             # by a thread of its own: an output that takes nothing must not keep a second signal from being heard
             text = f"{name}: saving after this step" + ("" if name == "SIGHUP" else "; again to stop now")
             threading.Thread(target=answer, args=(text,), name="p828-answer", daemon=True).start()
-        elif not request.repeats(name, now):
+        elif not shutdown.repeats(name, now):
             end_now(number)
 
     def listen() -> None:
@@ -103,7 +103,7 @@ def graceful_shutdown(
     wakeup_before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
     before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
     try:
-        yield request
+        yield shutdown
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What a run says of itself before it starts, and when it is over."""
+"""What a run shows before it starts, and when it is over."""
 
 from collections.abc import Sequence
 
