@@ -65,14 +65,13 @@ def _prove(
     _check_given(config, shortened(config, Path()), flags)
     directory = _fresh_directory(Path(config.runs_dir).absolute(), f"{config.name}-prove-resume")
     check = KillResumeCheck(shortened(config, directory), directory, kills, ranks, ranks_after, say, seed)
-    try:
-        with ending_on_signals():
+    with ending_on_signals():
+        try:
             check.run()
             verdict = _verdict(check, is_exact=set(ranks_after) <= {ranks})
-    except (KeyboardInterrupt, SystemExit):
-        check.end()
-        shutil.rmtree(directory)
-        raise
+        except (KeyboardInterrupt, SystemExit):
+            shutil.rmtree(directory)
+            raise
     shutil.rmtree(directory)
     print(verdict)
 

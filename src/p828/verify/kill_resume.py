@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -53,10 +54,16 @@ def shortened(config: Config, directory: Path) -> Config:
 def ending_on_signals() -> Iterator[None]:
     """In the block SIGTERM and SIGHUP raise SystemExit, as SIGINT raises KeyboardInterrupt, so that clean-up runs.
 
-    The exit code is the one that a shell gives to the signal. A signal that is ignored, as under `nohup`, stays so.
+    The exit code is the one that a shell gives to the signal. Later ones do not disturb the clean-up. A signal that is
+    ignored, as under `nohup`, stays so.
     """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may have handlers
+        yield
+        return
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
+        for each in ENDING_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
         warn(f"stopped by {signal.Signals(number).name}")
         raise SystemExit(128 + number)
 
@@ -96,7 +103,16 @@ class KillResumeCheck:
         self._draw = random.Random(self.seed)
 
     def run(self) -> None:
-        """Train both. Raises RunStopped, with the last lines of its output, if one fails by itself."""
+        """Train both. Raises RunStopped, with the last lines of its output, if one fails by itself.
+
+        No process is left at work, whatever it raises.
+        """
+        try:
+            self._train_both()
+        finally:
+            self._end()
+
+    def _train_both(self) -> None:
         last = self.config.train.steps
         self.report(f"the kills are drawn with --seed {self.seed}; runs are in {self.directory}")
         self.report(f"training {last} steps at once")
@@ -157,8 +173,8 @@ class KillResumeCheck:
             )  # fmt: skip
         return self.process
 
-    def end(self) -> None:
-        """Kill the processes of a run that is still at work, when the check is broken off."""
+    def _end(self) -> None:
+        """Kill the processes of a run that is still at work."""
         if self.process is not None and self.process.poll() is None:
             _kill_all(self.process)
             self.process.wait()
