@@ -1,14 +1,16 @@
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tomli_w
 
 from p828.cli.main import dispatch
 from p828.config import from_dict
 from p828.verify.kill_resume import KillResumeCheck, shortened
-from runs import write_toml
+from runs import start, write_toml
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_proof(toml: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Beside what a failed one has left, which stays."""
-    evidence = Path("runs/tiny-prove-resume/said.txt")
+    evidence = Path("runs/tiny-prove-resume/output.txt")
     evidence.parent.mkdir(parents=True)
     evidence.touch()
     assert dispatch(["prove-resume", toml, "--kills", "3", "--seed", "828"]) == 0, capsys.readouterr().err
@@ -41,6 +43,23 @@ def test_a_seed_draws_the_same_kills(tmp_path: Path) -> None:
     assert first == again != other
     unseeded = KillResumeCheck(config, tmp_path, 5)
     assert KillResumeCheck(config, tmp_path, 5, seed=unseeded.seed)._moments() == unseeded._moments()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_run_that_is_at_work_too(toml: str, number: signal.Signals) -> None:
+    process = start("prove-resume", toml, "--train.steps", "60", cwd=Path.cwd())
+    said = Path("runs/tiny-prove-resume/output.txt")
+    while not (said.exists() and "step 1/60" in said.read_text()):
+        assert process.poll() is None
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any("train" in child.cmdline() for child in children)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert err.count("\n") == 1
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    assert not list(Path("runs").iterdir()), "nothing is left of the two runs"
 
 
 def test_a_difference_is_told_and_kept(

@@ -4,13 +4,16 @@ import os
 import pty
 import re
 import signal
+import string
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import tokenizers
 from shim import Shim
+from tokenizers import models, pre_tokenizers
 
 from p828.runs import checkpoint
 from p828.runs import records as metrics
@@ -76,6 +79,25 @@ def test_ctrl_c_in_the_training_of_a_tokenizer_ends_the_run_at_once(tmp_path: Pa
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, "p828: interrupted\n")
+
+
+AT_ITS_IMPORT = """
+import os, signal, sys
+
+def interrupt(event, arguments):
+    if event == "import" and arguments[0] == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(interrupt)
+from p828.__main__ import main
+del sys.argv[2:]
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["p828.cli.main", "p828.config.schema", "tyro", "p828.cli.output"])
+def test_ctrl_c_while_the_command_is_imported_is_a_line(tmp_path: Path, module: str) -> None:
+    assert p828(module, cwd=tmp_path, launcher=("-c", AT_ITS_IMPORT)) == (130, "", "p828: interrupted\n")
 
 
 IN_AN_OPERATION = """
@@ -156,3 +178,35 @@ def test_a_hung_read_is_left_behind(tmp_path: Path, shim: Shim) -> None:
     found = re.search(r"stopped by SIGTERM after step (\d+), which is saved", said)
     assert found
     assert checkpoint.step_of(checkpoint.resolve(tmp_path / "runs" / "tiny")) == int(found[1])
+
+
+def slow_tokenizer(path: Path) -> None:
+    """A word-piece vocabulary of letters alone: for a word of n letters the library compares some n^3 / 6 bytes."""
+    letters = string.ascii_lowercase
+    tokens = ["<unk>", "</s>", *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    inner = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>", max_input_chars_per_word=10**9))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    inner.save(str(path))
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_ctrl_c_within_one_call_of_the_tokenizers_library_is_answered_at_once(tmp_path: Path, command: str) -> None:
+    """One word of a hundred thousand letters, which the call would take days for."""
+    slow_tokenizer(tmp_path / "slow.json")
+    (tmp_path / "long.txt").write_text("a" * 100_000)
+    tokenizer = {"name": str(tmp_path / "slow.json"), "eos_token": "</s>"}
+    path = str(write_toml(tmp_path, tokenizer=tokenizer, train={"steps": 2}, evaluation={"every": 0, "prompts": []}))
+    arguments = ["evaluate", "runs/tiny", "--data.files", str(tmp_path / "long.txt")]
+    if command == "evaluate":
+        assert p828("train", path, cwd=tmp_path)[0] == 0
+    else:
+        files = ["--data.validation.kind", "files", "--data.validation.files", str(tmp_path / "long.txt")]
+        arguments = ["train", path, *files]
+    process = start(*arguments, cwd=tmp_path)
+    output, says = (process.stderr, "measuring") if command == "evaluate" else (process.stdout, "validation rows")
+    assert output is not None
+    assert any(says in line for line in output)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "p828: interrupted\n")

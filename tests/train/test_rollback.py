@@ -9,7 +9,7 @@ import pytest
 from p828.cli.main import dispatch
 from p828.runs import checkpoint
 from p828.runs import records as metrics
-from p828.runs.train_state import USUAL_STEPS, TrainState
+from p828.runs.train_state import EMA_STEPS, TrainState
 from p828.train import checkpoint_writer
 from runs import write_text, write_toml
 from same_run import assert_same_run
@@ -104,18 +104,35 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(
     assert not list((odd_text / "runs" / "broken" / "checkpoints").glob("*"))
 
 
-def test_what_counts_as_bad() -> None:
-    progress = TrainState()
+def test_what_counts_as_anomalous() -> None:
+    state = TrainState()
 
-    def judge(loss: float, applied: bool = True) -> int:
-        progress.update(loss, applied, spike_nats=1.0)
-        return progress.bad_steps
+    def anomalous(loss: float, applied: bool = True) -> int:
+        state.update(loss, applied, spike_threshold=1.0)
+        return state.anomalous_steps
 
-    assert [judge(loss) for loss in (4.0, 2.0, 3.0)] == [0, 0, 0]
-    assert progress.usual_loss == pytest.approx(3.0)  # the mean of what there is
-    assert [judge(4.1), judge(float("nan"), applied=False), judge(9.0)] == [1, 2, 3]
-    assert progress.usual_loss == pytest.approx(3.0)  # of good steps only
-    assert judge(3.9) == 0
-    for _ in range(3 * USUAL_STEPS):
-        judge(2.0)
-    assert 2.0 < progress.usual_loss < 2.1  # type: ignore[operator]
+    assert [anomalous(loss) for loss in (4.0, 2.0, 3.0)] == [0, 0, 0]
+    assert state.loss_ema == pytest.approx(3.0)  # the mean of what there is
+    assert [anomalous(4.1), anomalous(float("nan"), applied=False), anomalous(9.0)] == [1, 2, 3]
+    assert state.loss_ema == pytest.approx(3.0)  # of good steps only
+    assert anomalous(3.9) == 0
+    for _ in range(3 * EMA_STEPS):
+        anomalous(2.0)
+    assert 2.0 < state.loss_ema < 2.1  # type: ignore[operator]
+
+
+def test_a_checkpoint_with_the_earlier_names_of_the_state_is_read(odd_text: Path) -> None:
+    """A run that goes on from one ends with the same bits as a run that goes on from today's."""
+    runs = odd_text / "runs"
+    assert train(odd_text, "whole", "--train.steps", "44", "--rollback.after-steps", "3") == 0
+    shutil.copytree(runs / "whole", runs / "renamed")
+    directory = runs / "renamed" / "checkpoints"
+    saved = checkpoint.load(checkpoint.resolve(directory))
+    earlier = {"anomalous_steps": "bad_steps", "loss_ema": "usual_loss", "loss_ema_steps": "usual_steps"}
+    state = {earlier.get(name, name): value for name, value in saved.state["progress"].items()}
+    assert {*earlier.values()} <= {*state}
+    assert state["usual_steps"] > 1
+    checkpoint_writer.save(directory, saved.step, saved.tensors, {**saved.state, "progress": state})
+    for name in ("whole", "renamed"):
+        assert train(odd_text, name, "--rollback.after-steps", "3") == 0
+    assert_same_run(runs / "whole", runs / "renamed", STEPS)

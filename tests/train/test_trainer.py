@@ -15,7 +15,7 @@ from p828.engine.plain import PlainEngine
 from p828.model.costs import training_flops
 from p828.runs import checkpoint
 from p828.runs import records as metrics
-from p828.train.changes import changed_rate
+from p828.train.resume import changed_rate
 from runs import write_text, write_toml
 
 
@@ -269,7 +269,7 @@ def test_mfu_counts_the_attention_that_the_mask_leaves(
         forward_backward(engine, batch, num_targets)
 
     monkeypatch.setattr(PlainEngine, "forward_backward", counting)
-    monkeypatch.setattr("p828.train.trainer.peak_flops", lambda device: 1e9)
+    monkeypatch.setattr("p828.train.log.peak_flops", lambda device: 1e9)
     path = write_toml(here, model={"mask_documents": masks}, train={"steps": 3})
     assert dispatch(["train", str(path)]) == 0
     model, steps = load(str(path)).model, lines(here, "step")

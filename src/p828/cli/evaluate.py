@@ -20,6 +20,7 @@ from p828.errors import ConfigError
 from p828.inference.evaluate import evaluate
 from p828.inference.load import LoadedModel, load_model
 from p828.train.console import waiting
+from p828.train.signals import interruptible
 
 USAGE = "p828 evaluate CHECKPOINT [--rows N] [--micro-batch-size N] [--device DEVICE] [--data.key VALUE ...]"
 DESCRIPTION = (
@@ -68,7 +69,7 @@ def run(arguments: list[str]) -> None:
     validate(config)
     check_given(config, [f"data.{key}" for key in data], loaded.config, in_files=())
     with waiting("measuring", note):
-        result = evaluate(loaded.model, _batches(config, loaded, flags), loaded.dtype)
+        result = interruptible(lambda: evaluate(loaded.model, _batches(config, loaded, flags), loaded.dtype))
     lines = [
         f"checkpoint     {loaded.path} (step {loaded.step})",
         f"loss           {result.loss:.5f} nats per token",

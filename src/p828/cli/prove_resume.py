@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from p828 import config as configuration
 from p828.cli import configuration as named
@@ -15,6 +16,9 @@ from p828.config.files import preset_names
 from p828.config.values import flatten, shown
 from p828.errors import ConfigError, RunFailed
 from p828.train.console import say
+
+if TYPE_CHECKING:  # imports PyTorch
+    from p828.verify.kill_resume import KillResumeCheck
 
 USAGE = "p828 prove-resume CONFIG [--kills N] [--seed N] [--ranks N [--resume-ranks N,N,...]] [--section.key VALUE ...]"
 KILLS = 3
@@ -56,33 +60,39 @@ def _prove(
     config: Config, flags: Collection[str], kills: int, seed: int | None, ranks: int, ranks_after: list[int]
 ) -> None:
     say(f"{config.name}: loading PyTorch")
-    from p828.verify.kill_resume import KillResumeCheck, shortened
+    from p828.verify.kill_resume import KillResumeCheck, ending_on_signals, shortened
 
     _check_given(config, shortened(config, Path()), flags)
     directory = _fresh_directory(Path(config.runs_dir).absolute(), f"{config.name}-prove-resume")
-    proof = KillResumeCheck(shortened(config, directory), directory, kills, ranks, ranks_after, say, seed)
-    try:
-        proof.run()
-    except KeyboardInterrupt:
-        proof.end()
-        shutil.rmtree(directory)
-        raise
-    saving = f"{proof.killed} kills, {proof.kills_while_saving} of them while a checkpoint was written"
-    if set(ranks_after) <= {ranks}:
-        difference = proof.difference()
+    check = KillResumeCheck(shortened(config, directory), directory, kills, ranks, ranks_after, say, seed)
+    with ending_on_signals():
+        try:
+            check.run()
+            verdict = _verdict(check, is_exact=set(ranks_after) <= {ranks})
+        except (KeyboardInterrupt, SystemExit):
+            shutil.rmtree(directory)
+            raise
+    shutil.rmtree(directory)
+    print(verdict)
+
+
+def _verdict(check: "KillResumeCheck", is_exact: bool) -> str:
+    """What the two runs have in common. Raises RunStopped if they differ."""
+    saving = f"{check.killed} kills, {check.kills_while_saving} of them while a checkpoint was written"
+    if is_exact:
+        difference = check.difference()
         verdict = f"the same, bit for bit, through {saving}: weights, optimizer, bias, random states, data, records"
     else:
-        distance, difference = proof.distance()
+        distance, difference = check.distance()
         if difference is None and not distance <= TOLERANCE:
             difference = f"losses are up to {distance:.2g} nats apart"
         verdict = f"the same data in the same order, and losses at most {distance:.2g} nats apart, through {saving}"
     if difference is not None:
         raise RunFailed(
             f"NOT the same, through {saving}: {difference}\n"
-            f"Both runs are in {directory}; --seed {proof.seed} draws the same kills"
+            f"Both runs are in {check.directory}; --seed {check.seed} draws the same kills"
         )
-    shutil.rmtree(directory)
-    print(verdict)
+    return verdict
 
 
 def _check_given(config: Config, proved: Config, flags: Collection[str]) -> None:

@@ -22,7 +22,7 @@ from p828.errors import ConfigError
 from p828.model.transformer import Transformer
 from p828.runs.checkpoint import STATE, OpenCheckpoint
 from p828.runs.tensors import DamagedCheckpoint, Kind
-from p828.runs.train_state import TrainState
+from p828.runs.train_state import TrainState, with_current_names
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MOST = 2**63 - 1  # of a whole number
@@ -80,7 +80,7 @@ def seconds_of(saved: OpenCheckpoint) -> float:
 
 def progress_of(saved: OpenCheckpoint) -> TrainState:
     """Raises DamagedCheckpoint naming the field."""
-    values = saved.state.get("progress")
+    values = with_current_names(saved.state.get("progress"))
     if not isinstance(values, dict):
         raise _wrong(saved, "progress", values, "a table")
     kinds = typing.get_type_hints(TrainState)

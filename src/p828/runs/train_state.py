@@ -1,12 +1,15 @@
-"""How far a run is, and how well it goes."""
+"""How far a run is, and how well it goes: what its checkpoints save besides tensors and the place in the data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from typing import Any
 
 from p828.data.loader import DIGESTS, Batch
 
-USUAL_STEPS = 20  # that the usual loss is a mean of, with weights that fall off
+EMA_STEPS = 20  # of the moving average of the loss; of fewer steps it is their plain mean
+# Names that fields have in checkpoints of earlier versions.
+RENAMED = {"bad_steps": "anomalous_steps", "usual_loss": "loss_ema", "usual_steps": "loss_ema_steps"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class BatchStats:
     """The latest epoch that a row belongs to; the first epoch is 0."""
     attended_pairs: int = 0
     """As `Batch.attended_pairs`."""
+    bad_records: int = 0
+    """Malformed records that the run has passed over so far, on all ranks."""
 
     @staticmethod
     def of(batches: Sequence[Batch], sources: int) -> "BatchStats":
@@ -57,37 +62,45 @@ class TrainState:
     evaluations_since_best: int = 0
     non_finite_steps: int = 0
     """In a row."""
-    bad_steps: int = 0
-    """In a row, with non-finite ones and spikes of the loss."""
-    usual_loss: float | None = None
-    """A mean of late, of steps that were not bad."""
-    usual_steps: int = 0
-    """How many it is a mean of."""
+    anomalous_steps: int = 0
+    """In a row: steps that were not finite or had a spike of the loss."""
+    loss_ema: float | None = None
+    """Exponential moving average of the loss, over steps that were not anomalous."""
+    loss_ema_steps: int = 0
+    """Steps that the average is over, at most `EMA_STEPS`."""
     rollbacks: int = 0
     source_tokens: list[int] = field(default_factory=list)
     """Targets trained on so far, for each source of the mixture."""
     documents: int = 0
     """Documents trained on to their end."""
     cut_documents: int = 0
-    """Those of them that had parts in several rows."""
+    """Those of them that were split over several samples."""
 
-    def count(self, counts: BatchStats) -> None:
-        """Add what a step was trained on."""
-        by_source = zip_longest(self.source_tokens, counts.by_source, fillvalue=0)
+    def count(self, stats: BatchStats) -> None:
+        """Count a step, and what it was trained on."""
+        self.step += 1
+        by_source = zip_longest(self.source_tokens, stats.by_source, fillvalue=0)
         self.source_tokens = [sum(counts) for counts in by_source]
-        self.tokens += counts.targets
-        self.documents += counts.documents
-        self.cut_documents += counts.cut_documents
+        self.tokens += stats.targets
+        self.documents += stats.documents
+        self.cut_documents += stats.cut_documents
 
-    def update(self, loss: float, applied: bool, spike_nats: float) -> None:
-        """Take in a step's loss: it is a spike if it is so much above the usual."""
+    def update(self, loss: float, applied: bool, spike_threshold: float) -> None:
+        """Take in a step's loss. A spike is a loss above its moving average by more than the threshold, in nats."""
         self.loss = loss
         self.non_finite_steps = 0 if applied else self.non_finite_steps + 1
-        is_spike = self.usual_loss is not None and loss > self.usual_loss + spike_nats
+        is_spike = self.loss_ema is not None and loss > self.loss_ema + spike_threshold
         if is_spike or not applied:
-            self.bad_steps += 1
+            self.anomalous_steps += 1
             return
-        self.bad_steps = 0
-        self.usual_steps = min(self.usual_steps + 1, USUAL_STEPS)
-        before = loss if self.usual_loss is None else self.usual_loss
-        self.usual_loss = before + (loss - before) / self.usual_steps
+        self.anomalous_steps = 0
+        self.loss_ema_steps = min(self.loss_ema_steps + 1, EMA_STEPS)
+        before = loss if self.loss_ema is None else self.loss_ema
+        self.loss_ema = before + (loss - before) / self.loss_ema_steps
+
+
+def with_current_names(values: Any) -> Any:
+    """A saved state whose fields have the names of an earlier version, with today's; any other value as it is."""
+    if not isinstance(values, dict):
+        return values
+    return {name if RENAMED.get(name, name) in values else RENAMED[name]: value for name, value in values.items()}

@@ -3,14 +3,18 @@
 import contextlib
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from p828.config import Config, load, rules, validate, with_steps
+import torch
+
+from p828.config import Config, load, validate, with_steps
 from p828.data.amount import amounts, repeated
 from p828.data.build import held_out_lines, open_loader, prepared_tokenizer, training_documents, validation_batches
+from p828.data.loader import Batch, Loader
 from p828.data.retry import Retry
 from p828.data.text.documents import open_training, open_validation
-from p828.data.text.held_out import trained_on_too
 from p828.data.text.hub import pinned
 from p828.data.tokenizer import Tokenizer, load_tokenizer, remarks
 from p828.data.tokens.format import open_manifest
@@ -21,18 +25,24 @@ from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError
-from p828.model.costs import count_parameters, unused_vocabulary
+from p828.model.costs import count_parameters
+from p828.optim.schedule import learning_rate
 from p828.runs import checkpoint
 from p828.runs.checkpoint_content import rules_of
 from p828.runs.records import Recorder
-from p828.system.device import check_room, lacks_bfloat16, make_deterministic, pick_device
-from p828.train.banner import entries
-from p828.train.conclusion import conclude
+from p828.runs.train_state import TrainState
+from p828.system.device import check_room, make_deterministic, pick_device
+from p828.train.checkpointing import Checkpointing
 from p828.train.console import Console, say, waiting
-from p828.train.evaluation import Evaluations
-from p828.train.resume import CONFIG_FILE, TOKENIZER_FILE, open_run
-from p828.train.signals import graceful_shutdown
+from p828.train.evaluation import Evaluator
+from p828.train.fetch import Fetcher
+from p828.train.log import Log
+from p828.train.resume import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunDirectory, open_run, resume
+from p828.train.rollback import Rollback
+from p828.train.signals import graceful_shutdown, interruptible
+from p828.train.summary import banner, conclude, report_start
 from p828.train.trainer import Trainer
+from p828.train.usage import Usage
 from p828.train.wandb import WandbMirror, open_mirror
 
 
@@ -45,25 +55,41 @@ def train(config: Config) -> None:
     with contextlib.ExitStack() as stack:
         with waiting("waiting for the other ranks", say):
             ranks = stack.enter_context(joined(config))
-        tell = say if ranks.is_first else _nothing
+        report = say if ranks.is_first else _nothing
         with ranks.raise_together():
             config = with_steps(config, ranks.size)
             validate(config)
             settings = check_deepspeed(config, ranks) if config.engine == "deepspeed" else None
         config, newer = ranks.on_rank_0(lambda: pinned(config, _before(config)))
-        # A missing file or an empty validation set ends here, before anything is written.
-        with ranks.raise_together(), waiting(f"opening the data: {', '.join(config.data.source_names)}", tell):
-            for data in config.data.sources:
-                if data.prepared:
-                    open_manifest(Path(data.prepared))
-                else:
-                    open_training(data, config.train.seed)
-                    next(open_validation(data, Retry(data.read_retries)))
-        if config.train.deterministic:
-            make_deterministic()
-        # Advice to round float32 products to TF32; the router is to stay in float32.
-        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-        _train(config, ranks, settings, newer, tell)
+        _check_data(config, ranks, report)
+        _configure_torch(config)
+        outputs = _open_outputs(config, ranks, report, stack)
+        inputs = _open_inputs(config, ranks, outputs)
+        with inputs.loader:
+            _run(inputs, outputs, ranks, settings, newer)
+
+
+@dataclass
+class _Outputs:
+    """Where a run writes."""
+
+    run: RunDirectory
+    mirror: WandbMirror | None
+    recorder: Recorder
+    console: Console
+    device: torch.device
+
+
+@dataclass
+class _Inputs:
+    """What a run reads, and its configuration with the vocabulary that the tokenizer has."""
+
+    config: Config
+    tokenizer: Tokenizer
+    rules: list[bool | None]
+    """By which rule the run's checkpoint holds out text, of each source; empty for a new run."""
+    validation: list[Batch]
+    loader: Loader
 
 
 def _before(config: Config) -> Config | None:
@@ -73,121 +99,152 @@ def _before(config: Config) -> Config | None:
     return load(str(path)) if is_on_hub and path.exists() else None
 
 
-def _train(
-    config: Config,
-    ranks: ProcessGroup,
-    settings: DeepSpeedSettings | None,
-    newer: list[str],
-    tell: Callable[[str], None],
-) -> None:
-    """`newer` are lines on hub data sets that have a newer commit than the run's."""
-    device, is_quiet = pick_device(config.train.device), not ranks.is_first
-    with contextlib.ExitStack() as stack:
-        with waiting(f"opening {config.run_dir}, and verifying its newest checkpoint if it has one", tell):
-            run = stack.enter_context(open_run(config, ranks))
-        with waiting("starting Weights & Biases" if config.wandb.mode != "off" else "opening the records", tell):
-            mirror = None if is_quiet else open_mirror(run.path, config)
-            recorder = stack.enter_context(Recorder(run.path, is_quiet, mirror))
-        first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
-        with Console(run.path, max(config.train.steps, first_step), first_step, is_quiet=is_quiet) as console:
-            part = ranks.on_host()  # they compare the files of prepared data together
-            ranks.on_rank_0(
-                lambda: _make_tokenizer(config, console)
-            )  # the others wait, and find it in the run's directory
-            with ranks.raise_together():
-                tokenizer = _tokenizer(config, console)
-                config = run.settled(config, tokenizer.vocab_size)
-                if mirror is not None:
-                    mirror.update(config)
-                _check_prompts(config, tokenizer)
-                rules: list[bool | None] = []
-                if run.newest is not None:
-                    with checkpoint.opened(run.newest, names=()) as saved:
-                        rules = rules_of(saved)
-                with console.waiting("reading the validation rows"):
-                    validation = validation_batches(
-                        config,
-                        tokenizer,
-                        config.evaluation.rows,
-                        config.train.micro_batch_size,
-                        rules,
-                        part,
-                        console.event,
-                    )
-                with console.waiting("opening the training data"):
-                    opened = open_loader(
-                        config, tokenizer, device.type == "cuda", ranks.rank, ranks.size, tell=console.event, part=part
-                    )
-            with opened as loader:
-                with console.waiting("making the model"):
-                    engine = _engine(config, ranks, settings, console)
-                evaluations = Evaluations(config, tokenizer, validation, engine, recorder, console, ranks)
-                trainer = Trainer(config, run, tokenizer, loader, evaluations, engine, recorder, console, ranks)
-                changes: list[str] = []
-                if run.newest is not None:
-                    with console.waiting(f"loading the checkpoint of step {first_step}"):
-                        changes = [*run.changes, *trainer.resume(run.newest)]
-                with ranks.raise_together():
-                    loader.start()
-                    if ranks.is_first:
-                        run.write(config)
-                ranks.on_rank_0(lambda: _introduce(trainer, settings, mirror))
-                _tell_how_it_begins(trainer, [*held_out_lines(config, rules), *newer], changes)
-                run.keep()
-                with graceful_shutdown(loader.cancel, console.event) as trainer.stop:
-                    trainer.run()
-                conclude(trainer)
-
-
-def _nothing_left(trainer: Trainer) -> list[str]:
-    """A line where a run that is resumed has been trained for as long as it shall be."""
-    train = trainer.config.train
-    if trainer.progress.step >= train.steps:
-        longer = f"train.tokens = {train.tokens:g}" if train.tokens else f"train.steps = {train.steps:,}"
-    elif trainer.is_out_of_time():
-        longer = f"train.hours = {train.hours:g}"
-    else:
-        return []
-    return [f"nothing is left to train with {longer}: a larger number trains the run longer"]
-
-
 def _nothing(text: str) -> None:
     """In place of `say`, where rank 0 says it."""
 
 
-def _introduce(trainer: Trainer, settings: DeepSpeedSettings | None, mirror: WandbMirror | None) -> None:
-    """Say what run this is, and how much data there is for it, which is recorded."""
-    config, ranks, console, recorder = trainer.config, trainer.ranks, trainer.console, trainer.recorder
-    with console.waiting("estimating how much data there is"):
-        found = amounts(config, trainer.tokenizer, ranks.size)
-    console.block(config.name, entries(config, trainer.engine, ranks, settings, found, mirror))
-    sources = [{"name": a.name, "tokens": a.tokens, "is_exact": a.is_exact, "epochs": a.epochs} for a in found]
-    recorder.write("data", trainer.progress.step, sources=sources)
-    for line in repeated(found):
-        trainer.tell("repeated_data", line)
+def _check_data(config: Config, ranks: ProcessGroup, report: Callable[[str], None]) -> None:
+    """End at a missing file or an empty validation set before anything is written."""
+    with ranks.raise_together(), waiting(f"opening the data: {', '.join(config.data.source_names)}", report):
+        for data in config.data.sources:
+            if data.prepared:
+                open_manifest(Path(data.prepared))
+            else:
+                open_training(data, config.train.seed)
+                next(open_validation(data, Retry(data.read_retries)))
 
 
-def _tell_how_it_begins(trainer: Trainer, about_data: list[str], changes: list[str]) -> None:
-    """`changes` are lines on what differs from the checkpoint that the run goes on from."""
-    config, run, console = trainer.config, trainer.directory, trainer.console
-    for line in about_data:
-        console.print(line)
-    if run.newest is None and (line := unused_vocabulary(config.model, trainer.tokenizer.vocab_size)):
-        console.event(line)
-    lines = [*run.damaged, *changes]
+def _configure_torch(config: Config) -> None:
+    if config.train.deterministic:
+        make_deterministic()
+    # Advice to round float32 products to TF32; the router is to stay in float32.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+
+
+def _open_outputs(
+    config: Config, ranks: ProcessGroup, report: Callable[[str], None], stack: contextlib.ExitStack
+) -> _Outputs:
+    device, is_quiet = pick_device(config.train.device), not ranks.is_first
+    with waiting(f"opening {config.run_dir}, and verifying its newest checkpoint if it has one", report):
+        run = stack.enter_context(open_run(config, ranks))
+    with waiting("starting Weights & Biases" if config.wandb.mode != "off" else "opening the records", report):
+        mirror = None if is_quiet else open_mirror(run.path, config)
+        recorder = stack.enter_context(Recorder(run.path, is_quiet, mirror))
+    first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
+    console = Console(run.path, max(config.train.steps, first_step), first_step, is_quiet=is_quiet)
+    return _Outputs(run, mirror, recorder, stack.enter_context(console), device)
+
+
+def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs) -> _Inputs:
+    run, console = outputs.run, outputs.console
+    part = ranks.on_host()  # the ranks of a host compare the files of prepared data together
+    ranks.on_rank_0(lambda: _make_tokenizer(config, console))  # the others find it in the run's directory
+    with ranks.raise_together():
+        tokenizer = _tokenizer(config, console)
+        config = run.settled(config, tokenizer.vocab_size)
+        if outputs.mirror is not None:
+            outputs.mirror.update(config)
+        _check_prompts(config, tokenizer)
+        rules: list[bool | None] = []
+        if run.newest is not None:
+            with checkpoint.opened(run.newest, names=()) as saved:
+                rules = rules_of(saved)
+        rows, micro_batch_size = config.evaluation.rows, config.train.micro_batch_size
+        with console.waiting("reading the validation rows"):
+            validation = interruptible(
+                lambda: validation_batches(config, tokenizer, rows, micro_batch_size, rules, part, console.event)
+            )
+        is_pinned = outputs.device.type == "cuda"
+        with console.waiting("opening the training data"):
+            loader = open_loader(config, tokenizer, is_pinned, ranks.rank, ranks.size, tell=console.event, part=part)
+    return _Inputs(config, tokenizer, rules, validation, loader)
+
+
+def _run(
+    inputs: _Inputs, outputs: _Outputs, ranks: ProcessGroup, settings: DeepSpeedSettings | None, newer: list[str]
+) -> None:
+    """Build the loop and run it. `newer` are lines on hub data sets that have a newer commit than the run's."""
+    config, tokenizer, loader, run, console = (
+        inputs.config,
+        inputs.tokenizer,
+        inputs.loader,
+        outputs.run,
+        outputs.console,
+    )
+    with console.waiting("making the model"):
+        engine = _engine(config, ranks, settings, console)
+    trainer = _trainer(inputs, outputs, engine, ranks)
+    changes: list[str] = []
     if run.newest is not None:
-        lines += [f"resumed from step {trainer.progress.step}", *_nothing_left(trainer)]
-    for line in lines:
-        trainer.tell("resume", line)
-    read = [data for data in config.data.sources if not data.prepared]
-    for line in (*rules.remarks(config), *(line for data in read for line in trained_on_too(data))):
-        trainer.tell("remark", line)
-    if config.train.dtype == "auto" and lacks_bfloat16(trainer.engine.device):
-        trainer.tell("remark", "this GPU does not compute in bfloat16: the run is in float32")
+        with console.waiting(f"loading the checkpoint of step {checkpoint.step_of(run.newest)}"):
+            trainer.state, lines = resume(run.newest, trainer.checkpointing)
+            changes = [*run.changes, *lines]
+    with ranks.raise_together():
+        loader.start()
+        if ranks.is_first:
+            run.write(config)
+    ranks.on_rank_0(lambda: _introduce(config, trainer, tokenizer, settings, outputs.mirror))
+    report_start(config, run, trainer, tokenizer, [*held_out_lines(config, inputs.rules), *newer], changes)
+    run.keep()
+    with graceful_shutdown(loader.cancel, console.event) as shutdown:
+        trainer.run(shutdown)
+    conclude(config, trainer, tokenizer)
+
+
+def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessGroup) -> Trainer:
+    config, tokenizer, loader, run = inputs.config, inputs.tokenizer, inputs.loader, outputs.run
+    usage = Usage()
+    log = Log(
+        outputs.recorder, outputs.console, usage, config.model, config.data, config.train, engine.device, ranks.size
+    )
+    fingerprint, enclosed = tokenizer.fingerprint(), {TOKENIZER_FILE: tokenizer.to_json().encode()}
+    checkpointing = Checkpointing(
+        run.path / CHECKPOINTS, config, run.versions, fingerprint, enclosed, engine, loader, log, usage, ranks
+    )
+    num_batches, num_sources = config.train.gradient_accumulation, len(config.data.source_names)
+    return Trainer(
+        config.train,
+        config.evaluation,
+        config.checkpoint,
+        partial(
+            learning_rate,
+            steps=config.train.steps,
+            peak=config.optimizer.learning_rate,
+            schedule=config.schedule,
+        ),
+        TrainState(),
+        engine,
+        Fetcher(loader, num_batches, num_sources, usage, checkpointing, engine.device, ranks),
+        log,
+        Evaluator(config.evaluation, config.model.vocab_size, tokenizer, inputs.validation, engine, log, ranks),
+        checkpointing,
+        Rollback(config.rollback, checkpointing, loader, log, ranks),
+        usage,
+        ranks,
+    )
+
+
+def _introduce(
+    config: Config,
+    trainer: Trainer,
+    tokenizer: Tokenizer,
+    settings: DeepSpeedSettings | None,
+    mirror: WandbMirror | None,
+) -> None:
+    """Say what run this is, and how much data there is for it, which is recorded."""
+    ranks, log, step = trainer.ranks, trainer.log, trainer.state.step
+    with log.console.waiting("estimating how much data there is"):
+        found = amounts(config, tokenizer, ranks.size)
+    log.console.block(config.name, banner(config, trainer.engine, ranks, settings, found, mirror))
+    log.data_sources(
+        step, [{"name": a.name, "tokens": a.tokens, "is_exact": a.is_exact, "epochs": a.epochs} for a in found]
+    )
+    for line in repeated(found):
+        log.event("repeated_data", step, line)
 
 
 def _engine(config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings | None, console: Console) -> Engine:
-    """With a word on the links between the ranks' devices, if there is one."""
+    """The engine. Reports slow links between the ranks' devices."""
     parameters = count_parameters(config.model).total
     if settings is None:
         check_room(parameters, pick_device(config.train.device))

@@ -27,11 +27,11 @@ from p828.errors import ConfigError, RecordsFailed
 from p828.files import open_appended
 from p828.runs.records import NO_ROOM
 
-LINES_PER_RUN = 20  # a plain progress line comes at least every this share of the run
-SECONDS_PER_LINE = 60.0  # and at least this often
+LINES_PER_RUN = 20  # a plain progress line comes at least this many times in a run
+SECONDS_PER_LINE = 60.0  # and at least this often in a long run
 LOSSES = 10  # steps whose mean loss is shown
-A_WAIT = 2.0  # seconds after which a wait is told
-LONG_STEP = 10.0  # seconds after which a step's micro-batches are told
+A_WAIT = 2.0  # seconds after which a wait is reported
+LONG_STEP = 10.0  # seconds after which a step's micro-batches are reported
 PER_DRAWING = 0.25  # seconds between movements of the bar within a step
 WIDEST_BLOCK = 100
 LARGEST_PLAIN = 1e4  # a loss above it is shown with an exponent
@@ -47,7 +47,7 @@ class _Output(rich.console.Console):
 
 
 class Console:
-    """The run's face; a context manager that gives the terminal back whole, also on an exception or Ctrl-C.
+    """Shows a run; a context manager that restores the terminal, also on an exception or Ctrl-C.
 
     `total_steps` is the whole run's; `first_step` is the step that a resumed run continues after. Without `output`,
     standard output is taken. A quiet one, for ranks but the first, shows and logs nothing. Raises ConfigError when
@@ -136,22 +136,22 @@ class Console:
 
     def micro_batch(self, number: int, of: int) -> None:
         """Move the bar within a step; without one, a line now and then if the step takes long."""
-        now, (drawn, told) = self._clock(), self._micro_batch_times
+        now, (drawn, reported) = self._clock(), self._micro_batch_times
         if now - drawn < PER_DRAWING or number == of:
             return
         step = self._step + 1
         self._bar.update(self._task, completed=self._step + number / of)
         if not self._losses:
             self._bar.update(self._task, shown=f"{_percent(self._step, self._total)}  micro-batch {number}/{of}")
-        every = LONG_STEP if told == self._step_began else SECONDS_PER_LINE
-        if now - told >= every:
-            told = now
+        every = LONG_STEP if reported == self._step_began else SECONDS_PER_LINE
+        if now - reported >= every:
+            reported = now
             line = f"step {step}: micro-batch {number} of {of}"
             if self._interactive:
                 self._write_log(line)
             else:
                 self._show(line)
-        self._micro_batch_times = now, told
+        self._micro_batch_times = now, reported
 
     def step(self, step: int, loss: float, tokens_per_second: float, **further: float) -> None:
         """Move the bar. A plain line goes to the log, and to the output without a bar, now and then.
@@ -265,9 +265,9 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def waiting(text: str, tell: Callable[[str], None], after: float = A_WAIT) -> Iterator[None]:
-    """Tell the text if the block takes longer than `after` seconds."""
-    timer = threading.Timer(after, tell, (text,))
+def waiting(text: str, report: Callable[[str], None], after: float = A_WAIT) -> Iterator[None]:
+    """Report the text if the block takes longer than `after` seconds."""
+    timer = threading.Timer(after, report, (text,))
     timer.daemon = True
     timer.start()
     try:

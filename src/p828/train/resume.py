@@ -1,4 +1,4 @@
-"""A run's directory: its resolved configuration, and whether a new command may go on in it."""
+"""Going on with a run: its directory, whether a new command may go on in it, and its state from a checkpoint."""
 
 import contextlib
 import dataclasses
@@ -18,19 +18,24 @@ import tomli_w
 
 from p828.config import Config, load, with_vocabulary
 from p828.config.values import flatten, to_dict
+from p828.data.mixture import at_step
 from p828.data.retry import Retry
 from p828.distributed.group import ProcessGroup
 from p828.errors import ConfigError, P828Error, warn
 from p828.files import MEBIBYTE, locked, read_limited, write_atomic
+from p828.optim.schedule import learning_rate
 from p828.runs import checkpoint
 from p828.runs import records as metrics
-from p828.runs.checkpoint_content import config_of
+from p828.runs.checkpoint_content import config_of, reading_position, seconds_of
 from p828.runs.file_system import try_out
+from p828.runs.train_state import TrainState
+from p828.train.checkpointing import Checkpointing
 
 CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.toml", "tokenizer.json", "checkpoints"
 LARGEST_TOKENIZER = 256 * MEBIBYTE
 LEFT_BEHIND = re.compile(r"\.[a-z_]+(\.[a-z]+)?\.(tmp|\d+)")  # a file that was being written when a process was killed
 
+A_JUMP = 0.05  # as a fraction of the larger of two learning rates
 IN_MIXTURE = re.compile(r"mixture\[\d+\]\.")  # a source's own key is as free as the same one of a single source
 
 # A resumed run must have the same weights' shapes and the same rows in the same order; all else may change on the way.
@@ -46,20 +51,20 @@ FREE = (
 class RunDirectory:
     path: Path
     versions: dict[str, str]
-    """What runs: p828, torch, Python and, if its source is under version control, the commit."""
+    """Versions of p828, torch and Python and, if p828's source is under version control, the commit."""
     newest: Path | None
     """The newest complete checkpoint."""
     damaged: list[str]
-    """Checkpoints that were set aside, a line each."""
+    """Checkpoints that were quarantined, a line each."""
     changes: list[str]
     """Settings that differ from those of the newest checkpoint, a line each."""
     made: list[Path]
-    """Directories made just now, innermost first, to be removed again if the run cannot begin."""
+    """Directories that this start made, innermost first; they are removed again if the run cannot begin."""
     vocab_size: int = 0
-    """The model's in the newest checkpoint; 0 without one."""
+    """The model's vocabulary in the newest checkpoint; 0 without one."""
 
     def keep(self) -> None:
-        """From here on the directory holds something of value."""
+        """Keep the directory from here on, whatever happens: it holds something of value."""
         self.made = []
 
     def settled(self, config: Config, vocab_size: int) -> Config:
@@ -78,9 +83,9 @@ class RunDirectory:
 
 @contextmanager
 def open_run(config: Config, ranks: ProcessGroup) -> Iterator[RunDirectory]:
-    """Make the run's directory, or enter the existing one, and keep other runs' processes out of it.
+    """Make the run's directory, or open the existing one, and lock it against other processes.
 
-    Rank 0 does it, and all ranks have what it found. Raises ConfigError when another process trains the run, and when
+    Rank 0 does it and broadcasts what it found. Raises ConfigError when another process trains the run, and when
     its newest checkpoint was made with another model, data, tokenizer or seed; when the file system cannot hold a run;
     and when the run had checkpoints and none of them is left. If it never had one, it is begun anew if settings differ.
     Raises TransientReadError when a checkpoint cannot be read for now. Directories made here are removed again if the
@@ -133,7 +138,7 @@ def _reason(error: OSError, run_dir: Path) -> str:
 
 
 def _make(directory: Path, made: list[Path]) -> None:
-    """Make a directory and its parents. `made` gets those that were not there, innermost first."""
+    """Make a directory and its parents. Those that did not exist are added to `made`, innermost first."""
     for path in (*reversed(directory.parents), directory):
         try:
             path.mkdir()
@@ -186,7 +191,7 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
 
 
 def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:
-    """A run is begun again on purpose only, as that overwrites what is left of it."""
+    """A run that had checkpoints begins anew only if the user says so, as that overwrites what is left of it."""
     checkpoints = run_dir / CHECKPOINTS
     how = f"To begin again, give another --name or remove {run_dir}"
     if damaged:
@@ -243,7 +248,7 @@ def _write_config(path: Path, config: Config, versions: dict[str, str]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What runs: p828, torch, Python and, if its source is under version control, the commit."""
+    """Versions of p828, torch and Python and, if p828's source is under version control, the commit."""
     found = {"p828": version("p828"), "torch": version("torch"), "Python": sys.version.split()[0]}
     commit = _git_commit()
     return {**found, "git": commit} if commit else found
@@ -258,3 +263,70 @@ def _git_commit() -> str | None:
         return None
     found = subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
     return found.stdout.strip() or None
+
+
+def resume(path: Path, checkpointing: Checkpointing) -> tuple[TrainState, list[str]]:
+    """Put the run's parts where they were when the checkpoint was saved, and return its state.
+
+    Also a line for each change of the steps to come: other rows, or a jump of the learning rate. Raises ConfigError
+    if it was made with another tokenizer, DamagedCheckpoint if its content cannot be a run's, and TransientReadError.
+    """
+    config, loader, ranks, retry = checkpointing.config, checkpointing.loader, checkpointing.ranks, checkpointing.retry
+    with ranks.raise_together(), checkpoint.opened(path, retry=retry) as saved:
+        if saved.state.get("tokenizer") != checkpointing.fingerprint:
+            raise ConfigError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
+        if saved.step != checkpoint.step_of(path):
+            raise checkpoint.DamagedCheckpoint(f"{path}: its manifest says step {saved.step}")
+        state = checkpointing.read_state(saved)
+        with reading_position(path):
+            loader.load_state_dict(at_step(saved.state["data"], state.step))
+        checkpointing.saved_step = state.step
+        checkpointing.usage.trained_seconds = seconds_of(saved)
+    checkpointing.load_engine(path)
+    before, ranks_before = config_of(saved), saved.state.get("ranks", 1)
+    rows = changed_rows(config, ranks.size, before, ranks_before)
+    return state, rows + changed_rate(config, state.step, before)
+
+
+def changed_rows(config: Config, size: int, before: Config, ranks: int) -> list[str]:
+    """A line if the global batch changes because the run is resumed on another number of ranks."""
+    rows_before = before.train.micro_batch_size * before.train.gradient_accumulation * ranks
+    now = config.train
+    rows = now.micro_batch_size * now.gradient_accumulation * size
+    if ranks == size or rows == rows_before:
+        return []
+    accumulation, rest = divmod(rows_before, now.micro_batch_size * size)
+    text = f"ranks = {ranks}, now {size}: a step had {rows_before:,} rows, and has {rows:,}"
+    return [text + (f"; --train.gradient-accumulation {accumulation} keeps that" if not rest else "")]
+
+
+def changed_rate(config: Config, step: int, before: Config) -> list[str]:
+    """A line if the learning rate jumps after `step`, since the schedule has another length or kind than before.
+
+    `before` is the configuration of the checkpoint of that step. A change of `optimizer.learning_rate` alone is
+    what the user wants, and is not reported.
+    """
+    if step >= config.train.steps:
+        return []
+    steps, schedule = before.train.steps, before.schedule
+    if (steps, schedule) == (config.train.steps, config.schedule):
+        return []
+    was = learning_rate(
+        min(step, steps - 1), steps, before.optimizer.learning_rate, schedule
+    )  # after the last step, that step's
+    now = learning_rate(step, config.train.steps, config.optimizer.learning_rate, config.schedule)
+    # By the schedule alone: the rest is another optimizer.learning_rate.
+    as_was = learning_rate(min(step, steps - 1), steps, config.optimizer.learning_rate, schedule)
+    if any(abs(now - rate) <= A_JUMP * max(now, rate) for rate in (was, as_was)):
+        return []
+    text = (
+        f"the learning rate jumps: {now:.3g} at step {step + 1}, where the checkpoint's settings give {was:.3g}, since "
+        f"{schedule.kind} over train.steps = {steps:,} is now {config.schedule.kind} over {config.train.steps:,}."
+    )
+    warmup = "" if step >= config.schedule.warmup_steps else " --schedule.warmup-steps 0"
+    if was > 0:
+        text += (
+            f" Without a jump: --schedule.kind constant --optimizer.learning-rate {was:.3g}{warmup}. "
+            'A run that may be made longer is better begun with schedule.kind = "constant" or "wsd"'
+        )
+    return [text]

@@ -1,4 +1,4 @@
-"""Ending a run when it is asked to."""
+"""Graceful shutdown: ending a run, saved, when a signal asks for it; and answering Ctrl-C within long calls."""
 
 import os
 import signal
@@ -7,10 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
+T = TypeVar("T")
 A_MOMENT = 2.0  # seconds in which a signal may come twice: a terminal that closes sends it, and so does its shell
 SHOW_CURSOR = b"\x1b[?25h"  # the progress bar hides it
 NO_SIGNAL = 0  # ends the thread
@@ -18,10 +20,12 @@ NO_SIGNAL = 0  # ends the thread
 
 @dataclass
 class GracefulShutdown:
-    """What has asked the run to end, if anything has."""
+    """Whether a signal has asked the run to end, and which."""
 
     reason: str = ""
+    """The signal's name; empty until one came."""
     time: float = 0.0
+    """When it came, by the monotonic clock, in seconds."""
 
     def repeats(self, name: str, now: float) -> bool:
         """Whether a later signal asks for nothing new.
@@ -30,6 +34,24 @@ class GracefulShutdown:
         all. A terminal that closes sends SIGHUP, and so may its shell: nobody asks for anything with that.
         """
         return name == "SIGHUP" or (name != self.reason and now - self.time < A_MOMENT)
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """Do the work in a thread and return what it returns, so that Ctrl-C is answered at once.
+
+    Python calls no signal handler while the main thread is inside a call of a library, and one call of a tokenizer may
+    take minutes. KeyboardInterrupt leaves the thread behind, which ends with the process.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="p828-work", daemon=True).start()
+    return outcome.result()
 
 
 def end_now(number: int) -> NoReturn:
@@ -43,27 +65,27 @@ def end_now(number: int) -> NoReturn:
 def graceful_shutdown(
     when_asked: Callable[[], None], answer: Callable[[str], None] = lambda text: None
 ) -> Iterator[GracefulShutdown]:
-    """In the block, the first SIGINT, SIGTERM or SIGHUP is noted, so that the run ends where it can be saved.
+    """In the block, the first SIGINT, SIGTERM or SIGHUP asks the run to end where it can be saved.
 
-    `when_asked` is called then, for what would keep the run from getting there, and `answer` is given a line for the
-    user. Both are called by a thread, at once: the main thread may be inside an operation of minutes, and Python calls
-    no handler before that ends. A second signal ends the process, with the exit code that a shell gives it. A SIGHUP
+    `when_asked` is then called, to cancel what the run may be waiting for, and `answer` is given a line for the user.
+    A thread calls both at once: the main thread may be inside an operation of minutes, and Python calls no handler
+    before that ends. A second signal ends the process, with the exit code that a shell gives to the signal. A SIGHUP
     that is ignored, as under `nohup`, stays so.
     """
-    request = GracefulShutdown()
-    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
-        yield request
+    shutdown = GracefulShutdown()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may have handlers
+        yield shutdown
         return
 
     def note(number: int) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        if not request.reason:
-            request.time, request.reason = now, name
+        if not shutdown.reason:
+            shutdown.time, shutdown.reason = now, name
             when_asked()
             # by a thread of its own: an output that takes nothing must not keep a second signal from being heard
             text = f"{name}: saving after this step" + ("" if name == "SIGHUP" else "; again to stop now")
             threading.Thread(target=answer, args=(text,), name="p828-answer", daemon=True).start()
-        elif not request.repeats(name, now):
+        elif not shutdown.repeats(name, now):
             end_now(number)
 
     def listen() -> None:
@@ -81,7 +103,7 @@ def graceful_shutdown(
     wakeup_before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
     before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
     try:
-        yield request
+        yield shutdown
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,12 +1,39 @@
-"""How long a run will take, told once, before hours are spent."""
+"""What a run has used of time and memory, and how long it will take."""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 LONG_ENOUGH = 10.0  # seconds that are measured within a step
 STEPS = 2  # that are measured otherwise
 A_DAY = 24 * 3600.0
 UNITS = ((A_DAY, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+
+
+@dataclass
+class Usage:
+    """Training time and memory of a run. The fields are agreed before each step, so they are the same on all ranks."""
+
+    trained_seconds: float = 0.0
+    """Over all starts, until the current step began; the longest of all ranks."""
+    memory_bytes: int = 0
+    """The most that a rank has held so far."""
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Measure from now on, on top of the seconds of earlier starts."""
+        self._started, self._seconds_before = time.monotonic(), self.trained_seconds
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether the run was trained before this start."""
+        return self._seconds_before > 0
+
+    def seconds(self) -> float:
+        """Seconds of training so far, over all starts, by this rank's clock."""
+        return self._seconds_before + time.monotonic() - self._started
 
 
 class Pace:
@@ -18,11 +45,11 @@ class Pace:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._first: tuple[float, float] | None = None  # steps and time
-        self._is_told = False
+        self._is_reported = False
 
     def seconds_per_step(self, steps: float) -> float | None:
         """The seconds of a step, once, as soon as they are known; to be called often, with the steps done so far."""
-        if self._is_told:
+        if self._is_reported:
             return None
         now = self._clock()
         if self._first is None:
@@ -31,7 +58,7 @@ class Pace:
         done, seconds = steps - self._first[0], now - self._first[1]
         if done < STEPS and (seconds < LONG_ENOUGH or done <= 0):
             return None
-        self._is_told = True
+        self._is_reported = True
         return seconds / done
 
 

@@ -1,0 +1,109 @@
+"""Fetching a step's micro-batches on every rank, and what the ranks have to agree on before each step."""
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from p828.data.loader import DIGESTS, Batch, Loader
+from p828.data.mixture import bad_records, is_stopped
+from p828.distributed.group import ProcessGroup
+from p828.errors import ConfigError, DataError, RunFailed, RunPaused, TransientReadError
+from p828.runs.train_state import BatchStats, TrainState
+from p828.system.device import peak_memory
+from p828.train.checkpointing import Checkpointing
+from p828.train.signals import GracefulShutdown
+from p828.train.usage import Usage
+
+MICRO = 1e6  # microseconds in a second
+
+
+@dataclass
+class Fetcher:
+    """Hands out a step's micro-batches, with one all_gather in which the ranks agree on what they fetched.
+
+    In it a rank also tells the others that it failed, was asked to stop, or has written its part of a checkpoint.
+    """
+
+    loader: Loader
+    num_batches: int
+    """Micro-batches in a step, on each rank."""
+    num_sources: int
+    usage: Usage
+    checkpointing: Checkpointing
+    device: torch.device
+    ranks: ProcessGroup
+
+    def fetch(self, state: TrainState, shutdown: GracefulShutdown) -> tuple[list[Batch], BatchStats]:
+        """This rank's micro-batches of the step after `state`, and the statistics of those of all ranks.
+
+        When a rank cannot read its own, or finds them malformed, or is asked to stop, the run is saved, and RunFailed
+        or RunPaused raised on all of them.
+        """
+        position, batches, failure = self.loader.state_dict(), list[Batch](), ""
+        try:
+            batches = [next(self.loader) for _ in range(self.num_batches)]
+        except (ConfigError, DataError, TransientReadError) as error:
+            failure = str(error)
+        own = BatchStats.of(batches, self.num_sources)
+        about_ranks, stats = self._gather(own, bool(failure), bool(shutdown.reason))
+        self.usage.memory_bytes = max(about_ranks.memory_bytes)
+        self.usage.trained_seconds = max(about_ranks.microseconds) / MICRO
+        if all(about_ranks.is_written):
+            self.checkpointing.finish(state)
+        if any(about_ranks.has_failed) or any(about_ranks.is_asked_to_stop):
+            self._end(state, position, failure, shutdown)
+        return batches, stats
+
+    def _gather(self, own: BatchStats, has_failed: bool, is_asked_to_stop: bool) -> tuple["_AboutRanks", BatchStats]:
+        about = (
+            has_failed,
+            is_asked_to_stop,
+            self.checkpointing.is_written,
+            peak_memory(self.device),
+            self.usage.seconds() * MICRO,
+        )
+        sums = (own.attended_pairs, own.targets, own.documents, own.cut_documents, own.digest, *own.by_source)
+        bad = bad_records(self.loader.state_dict())  # so far, by stream: the rank that has read furthest knows most
+        numbers = [*about, own.epoch, *sums, *bad]
+        columns = [[int(n) for n in column] for column in zip(*self.ranks.all_gather(numbers), strict=True)]
+        about_columns, (epochs, *rest) = columns[: len(about)], columns[len(about) :]
+        pairs, targets, documents, cut_documents, digest, *by_source = map(sum, rest[: len(sums)])
+        stats = BatchStats(
+            targets,
+            documents,
+            cut_documents,
+            digest % DIGESTS,
+            tuple(by_source),
+            epoch=max(epochs),
+            attended_pairs=pairs,
+            bad_records=sum(map(max, rest[len(sums) :])),
+        )
+        return _AboutRanks(*about_columns), stats
+
+    def _end(self, state: TrainState, position: dict[str, Any], failure: str, shutdown: GracefulShutdown) -> NoReturn:
+        """End after the last step, saved: by RunPaused if a rank was asked to, else by RunFailed."""
+        self.checkpointing.finish(state)
+        # A checkpoint knows the file of the bad record again, so that the run goes on with the file mended.
+        is_saved = self.checkpointing.saved_step == state.step
+        if not is_saved or any(self.ranks.all_gather_object(is_stopped(position))):
+            self.checkpointing.save(state, is_last=True, position=position)
+        failure, reason = (
+            next(filter(None, self.ranks.all_gather_object(text)), "") for text in (failure, shutdown.reason)
+        )
+        if reason:  # it may be why the data was not waited for
+            where = f"after step {state.step}, which is saved; the same command goes on from there"
+            raise self.ranks.on_all_ranks(RunPaused(f"stopped by {reason} {where}"))
+        raise self.ranks.on_all_ranks(RunFailed(failure))
+
+
+@dataclass
+class _AboutRanks:
+    """What the ranks tell each other before a step, by rank."""
+
+    has_failed: list[int]
+    is_asked_to_stop: list[int]
+    is_written: list[int]
+    """Whether the checkpoint on its way is written."""
+    memory_bytes: list[int]
+    microseconds: list[int]

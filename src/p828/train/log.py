@@ -1,0 +1,161 @@
+"""What a run reports of itself: each record goes to `metrics.jsonl`, to the console and to Weights & Biases."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from p828.config import DataConfig, ModelConfig, TrainConfig
+from p828.engine.interface import StepResult
+from p828.inference.evaluate import Evaluation, perplexity
+from p828.model.costs import training_flops
+from p828.runs.records import Recorder, loads_every, loads_record
+from p828.runs.train_state import BatchStats, TrainState
+from p828.system.device import compiles, peak_flops, peak_memory
+from p828.train.console import Console
+from p828.train.usage import A_DAY, Pace, Usage, how_long
+
+
+class Log:
+    """Builds a run's records and fans them out. Only rank 0's shows and writes anything.
+
+    `recorder` appends to `metrics.jsonl` and passes each record on to its mirror, Weights & Biases.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        console: Console,
+        usage: Usage,
+        model: ModelConfig,
+        data: DataConfig,
+        train: TrainConfig,
+        device: torch.device,
+        num_ranks: int = 1,
+    ) -> None:
+        self.recorder, self.console, self.usage = recorder, console, usage
+        self.model, self.data, self.train = model, data, train
+        self.device, self.num_ranks = device, num_ranks
+        self._compiles = compiles(train, device)
+        self._is_first_step, self._pace = True, Pace()  # of this start
+
+    def step(
+        self,
+        state: TrainState,
+        result: StepResult,
+        stats: BatchStats,
+        learning_rate: float,
+        seconds: float,
+        is_evaluated: bool,
+    ) -> None:
+        """Record a step that took `seconds`, from waiting for its batches to the update.
+
+        A number of the result that is not known here passes through to the record and to Weights & Biases as it is.
+        """
+        step, tokens_per_second = state.step, stats.targets / seconds
+        self.recorder.write(
+            "step",
+            step,
+            tokens=state.tokens,
+            epoch=stats.epoch,
+            **self._data_record(state, stats),
+            rows=f"{stats.digest:08x}",
+            **result.numbers(),
+            perplexity=perplexity(result.loss),
+            lr=learning_rate,
+            tokens_per_second=tokens_per_second,
+            mfu=self._mfu(stats, seconds),
+            memory_bytes=max(self.usage.memory_bytes, peak_memory(self.device)),
+            seconds=seconds,
+            **loads_record(result.loads, is_whole=step == 1 or is_evaluated or self._is_turn_of_loads(step)),
+        )
+        self._report_mirror(step)
+        self.console.step(step, loss=result.loss, tokens_per_second=tokens_per_second)
+        self._report_pace(step)
+        if not result.applied:
+            text = f"step {step} was not applied: loss {result.loss}, gradient norm {result.grad_norm}"
+            self.event("non_finite", step, text)
+
+    @contextmanager
+    def running_step(self, step: int) -> Iterator[None]:
+        """Around a step's forward and backward passes and update: says that the first one is at work if it is long."""
+        if not self._is_first_step:
+            yield
+            return
+        text = f"step {step} is at work" + (", which compiles the layers first" if self._compiles else "")
+        if not self._compiles:
+            self._pace.seconds_per_step(step - 1)  # the first step is like the others
+        with self.console.waiting(text):
+            yield
+        self._is_first_step = False
+
+    def micro_batch(self, step: int, number: int, of: int) -> None:
+        """Show how far the step is: micro-batch `number` of `of` was handed to the device."""
+        self.console.micro_batch(number, of)
+        if self.device.type == "cpu" and number < of:  # a GPU is not waited for here
+            self._report_pace(step - 1 + number / of)
+
+    def evaluation(self, state: TrainState, result: Evaluation, is_best: bool) -> None:
+        """Record a validation loss, and show it with what each source of a mixture has given so far."""
+        self.recorder.write("eval", state.step, **dataclasses.asdict(result), best=is_best)
+        self.console.evaluation(state.step, loss=result.loss, perplexity=result.perplexity, best=is_best)
+        if self.data.mixture:
+            self.console.sources(self.data.source_names, state.source_tokens)
+
+    def data_sources(self, step: int, sources: Sequence[dict[str, Any]]) -> None:
+        """Record at a start how much data each source has, and the epochs that the run makes of it."""
+        self.recorder.write("data", step, sources=list(sources))
+
+    def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Record (prompt, continuation) pairs, and show each in a line."""
+        if samples:
+            self.recorder.write("sample", step, samples=[list(sample) for sample in samples])
+            self.console.preview(samples)
+
+    def event(self, event: str, step: int, text: str = "", **values: Any) -> None:
+        """Record something that happened, and show its text if it has one."""
+        self.recorder.write("event", step, event=event, **({"text": text} if text else {}), **values)
+        if text:
+            self.console.event(text)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of the steps after `step`, which come again."""
+        if damage := self.recorder.rewind(step):
+            self.event("damaged_records", step, damage)
+
+    def _mfu(self, stats: BatchStats, seconds: float) -> float | None:
+        """Model FLOPs utilisation; None for a device whose peak is not known."""
+        flops, peak = training_flops(self.model, stats.targets, stats.attended_pairs), peak_flops(self.device)
+        return None if peak is None else flops / (seconds * peak * self.num_ranks)
+
+    def _data_record(self, state: TrainState, stats: BatchStats) -> dict[str, Any]:
+        """What the run was trained on so far: documents, those of them that were split, tokens by source."""
+        record: dict[str, Any] = {"documents": state.documents, "cut_documents": state.cut_documents}
+        if self.data.bad_records == "skip":
+            record["bad_records"] = stats.bad_records
+        if self.data.mixture:
+            record["source_tokens"] = dict(zip(self.data.source_names, state.source_tokens, strict=True))
+        return record
+
+    def _is_turn_of_loads(self, step: int) -> bool:
+        return step % loads_every(self.model.num_hidden_layers, self.model.n_routed_experts) == 0
+
+    def _report_mirror(self, step: int) -> None:
+        """Report once that Weights & Biases failed; the run goes on without it."""
+        mirror = self.recorder.mirror
+        if mirror is not None and mirror.problem:
+            text, mirror.problem = mirror.problem, ""
+            self.event("wandb", step, text)
+
+    def _report_pace(self, steps: float) -> None:
+        """Report once how long the run takes at the rate of its first steps; `steps` are done, the last one in part."""
+        seconds = self._pace.seconds_per_step(steps)
+        if seconds is None or steps >= self.train.steps:
+            return
+        left = seconds * (self.train.steps - steps)
+        text = how_long(left, self.usage.is_resumed, self.device.type, self.num_ranks)
+        if self.train.hours and self.usage.seconds() + left > self.train.hours * 3600:
+            text += f"; it ends after train.hours = {self.train.hours:g}"
+        self.console.event(text) if left > A_DAY else self.console.print(text)
