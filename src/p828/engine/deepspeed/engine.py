@@ -24,7 +24,7 @@ from p828.engine.microbatch import auxiliary_losses
 from p828.engine.plain import StepResult, prepare_layers, step_result
 from p828.errors import ConfigError
 from p828.model.backend import check_widths
-from p828.model.init import initial_values
+from p828.model.init import initialise_slice
 from p828.model.loss import IGNORE, LinearCrossEntropy
 from p828.model.transformer import Layer, Transformer
 from p828.optim.adamw import decayed_names
@@ -283,11 +283,9 @@ class DeepSpeedEngine:
             flat.data.zero_()  # padding, too
             self._inner.state[flat] = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
         self._set_updates()
-        by_name = {part.name: part for part in self.partitions}
-        for name, whole in initial_values(self.config.model, self.config.train.seed):
-            if name in by_name:
-                part = by_name[name]
-                part.of(part.flat).values.copy_(whole.flatten()[part.start : part.start + part.length])
+        for part in self.partitions:
+            values = part.of(part.flat).values
+            initialise_slice(values, part.name, self.config.model, self.config.train.seed, part.start)
         sync_from_masters(self._optimizer, self.stage)
 
     @property
