@@ -17,7 +17,7 @@ from p828.config import RopeScaling
 from p828.kernels.attention.ops import attention
 from p828.model.attention import Attention, AttentionMask, reference_attention
 from p828.model.rope import inverse_frequencies, rotary
-from p828.model.transformer import document_borders
+from p828.model.transformer import document_bounds
 from tiny import make_documents, tiny_config
 
 ROWS = {
@@ -117,8 +117,8 @@ def test_norms_and_rotation(cuda: torch.device, head_dim: int, with_norms: bool)
     expected.backward(upstream.double())
     layer.to(cuda)
     (our,) = leaves(x, dtype=torch.bfloat16, device=cuda)
-    borders = (border.to(cuda) for border in document_borders(documents_BS))
-    actual = layer(our, tuple(angle.to(cuda) for angle in angles), AttentionMask("flash", None, *borders))
+    bounds = (bound.to(cuda) for bound in document_bounds(documents_BS))
+    actual = layer(our, tuple(angle.to(cuda) for angle in angles), AttentionMask("flash_triton", None, *bounds))
     actual.backward(upstream.to(cuda))
     # Two projections more than attention alone, and softmax over scores of size ten.
     assert_near(actual, expected, 3 * BFLOAT16)

@@ -13,7 +13,8 @@ from torch import Tensor
 from oracles import BFLOAT16, assert_near, leaves
 from p828.kernels.moe.swiglu_down import swiglu_down
 from p828.kernels.moe.tiles import TILE
-from p828.model.experts import Experts, SharedExperts, TokenPermutation, sort_by_expert, uses_triton
+from p828.model.backend import experts_backend
+from p828.model.experts import Experts, SharedExperts, TokenPermutation, sort_by_expert
 from tiny import tiny_config
 
 EXPERTS = 5
@@ -99,7 +100,7 @@ def test_shared_experts_against_float64(cuda: torch.device, hidden_act: str, siz
     ours = shared.to(cuda, torch.bfloat16)
     x, upstream = (torch.randn(tokens, hidden).bfloat16() for _ in range(2))
     (our_x,), (their_x,) = leaves(x, dtype=torch.bfloat16, device=cuda), leaves(x, dtype=torch.float64)
-    assert uses_triton(our_x, ours)
+    assert experts_backend(our_x.device, our_x.dtype, drops=False) == "triton"
     our_out, their_out = ours(our_x), twin(their_x)
     our_out.backward(upstream.to(cuda))
     their_out.backward(upstream.double())

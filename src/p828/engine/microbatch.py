@@ -11,6 +11,7 @@ from p828.config import BalanceConfig, Config
 from p828.data.loader import Batch
 from p828.engine.cuda_graph import CudaGraphRunner
 from p828.kernels.embedding import add_embedding_gradient_
+from p828.model.backend import allows_cuda_graph
 from p828.model.loss import IGNORE, loss_and_gradients
 from p828.model.transformer import RouterStatistics, Transformer
 from p828.system.device import compiles
@@ -120,11 +121,10 @@ class GradientAccumulator:
             yield segment.parameters
 
     def _is_recordable(self) -> bool:
-        """Whether the host only starts kernels: plain experts ask for loads, recomputation for random states."""
-        model, train = self.config.model, self.config.train
-        uses_triton = self.dtype == torch.bfloat16 and model.attention_backend != "reference" and not model.dropout
-        is_compiled = self.device.type == "cuda" and compiles(train, self.device)
-        return is_compiled and uses_triton and not train.gradient_checkpointing
+        """Whether the host only starts kernels; recomputation asks for random states."""
+        train = self.config.train
+        only_kernels = allows_cuda_graph(self.config.model, self.device, self.dtype)
+        return only_kernels and compiles(train, self.device) and not train.gradient_checkpointing
 
 
 class _Segment(NamedTuple):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from p828.config import ModelConfig
 from p828.kernels.moe import ops as kernels
-from p828.kernels.moe.grouped_gemm_cpu import grouped_linear
+from p828.kernels.moe.grouped_gemm_cpu import grouped_linear, grouped_mm
 from p828.kernels.moe.swiglu_down import swiglu_down
 from p828.kernels.moe.tiles import TILE
+from p828.model.backend import ExpertsBackend, experts_backend
 from p828.model.linear import Linear
 
 
@@ -48,7 +49,7 @@ class Experts(nn.Module):
         experts = len(self.down_proj)
         if counted_T is None:
             counted_T = torch.ones(len(x_TH), dtype=torch.bool, device=x_TH.device)
-        if not uses_triton(x_TH, self):
+        if self._backend(x_TH) != "triton":
             return sort_by_expert(experts_TK, counted_T, experts)
         tiles = -(-experts_TK.numel() // TILE) + experts  # no expert pads more than a tile
         return TokenPermutation(*kernels.sort_rows(experts_TK, counted_T, experts, tiles * TILE))
@@ -59,11 +60,15 @@ class Experts(nn.Module):
             return kernels.routed_experts(x_TH, weights_TK, gate_up, down, *order[:4])[0]
         rows_E = order.offsets_E1.diff()
         x_RH = Dispatch.apply(x_TH, order.destination_TK, order.source_R)
-        gate_RP, up_RP = grouped_linear(x_RH, gate_up, rows_E).chunk(2, dim=-1)
+        product = grouped_mm if self._backend(x_TH) == "grouped_mm" else grouped_linear
+        gate_RP, up_RP = product(x_RH, gate_up, rows_E).chunk(2, dim=-1)
         inner_RI = F.dropout(activate(self.hidden_act, gate_RP, up_RP), self.dropout, self.training)
         # Weighted before the last product: the sum over a token's experts is then the transpose of the dispatch.
         weighted_RI = (inner_RI * weights_TK.flatten()[order.source_R, None]).to(x_TH.dtype)
-        return Combine.apply(grouped_linear(weighted_RI, down, rows_E), order.destination_TK, order.source_R)
+        return Combine.apply(product(weighted_RI, down, rows_E), order.destination_TK, order.source_R)
+
+    def _backend(self, x_TH: Tensor) -> ExpertsBackend:
+        return experts_backend(x_TH.device, x_TH.dtype, drops=self.training and self.dropout > 0)
 
 
 class SharedExperts(nn.Module):
@@ -80,16 +85,11 @@ class SharedExperts(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         gate_TP, up_TP = self.gate_proj(x_TH), self.up_proj(x_TH)
-        if uses_triton(x_TH, self):
+        drops = self.training and self.dropout > 0
+        if experts_backend(x_TH.device, x_TH.dtype, drops) == "triton":
             return swiglu_down(gate_TP, up_TP, self.down_proj.weight.to(x_TH.dtype))
         inner_TI = activate(self.hidden_act, gate_TP, up_TP)
         return self.down_proj(F.dropout(inner_TI, self.dropout, self.training))
-
-
-def uses_triton(x_TH: Tensor, experts: Experts | SharedExperts) -> bool:
-    """Whether the kernels for a GPU compute these tokens."""
-    drops = experts.training and experts.dropout > 0
-    return x_TH.is_cuda and x_TH.dtype == torch.bfloat16 and not drops
 
 
 def projected_width(hidden_act: str, inner: int) -> int:

@@ -7,16 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p828.kernels.cross_entropy import softmax_gradient_
+from p828.model.backend import LOSS_CHUNK_TOKENS, LOSS_COLUMNS, adds_products_in_float32
 
 IGNORE = -100
-CHUNK_TOKENS = {
-    "cpu": 256,  # so that a chunk of a small vocabulary stays in the cache
-    "cuda": 4096,  # below that the products with the head do not fill an H100
-}
-COLUMNS = {
-    "cpu": 1,
-    "cuda": 64,  # rows of logits that begin off 16 bytes, as with GPT-2's 50,257, make all three products slow
-}
 
 
 def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
@@ -27,7 +20,7 @@ def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor
     """
     weight_VH = weight_VH.to(hidden_TH.dtype)
     sum_dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
-    chunks = (tensor.split(CHUNK_TOKENS[hidden_TH.device.type]) for tensor in (hidden_TH, targets_T))
+    chunks = (tensor.split(LOSS_CHUNK_TOKENS[hidden_TH.device.type]) for tensor in (hidden_TH, targets_T))
     losses = [
         F.cross_entropy((hidden_cH @ weight_VH.T).to(sum_dtype), targets_c, ignore_index=IGNORE, reduction="sum")
         for hidden_cH, targets_c in zip(*chunks, strict=True)
@@ -46,10 +39,10 @@ def loss_and_gradients(
     gradients are formed while its logits are there, in their place. Its share of dweight is summed in float32 as well;
     on a CPU in bfloat16, for which there is no such product, it is rounded before it is added.
 
-    The products are made with X logits a token, a multiple of COLUMNS: a copy of `weight_VH` is filled up with rows of
-    zeros, whose logits are no part of the softmax and have no gradient. Their rows of dweight are not added.
+    The products are made with X logits a token, a multiple of LOSS_COLUMNS: a copy of `weight_VH` is filled up with
+    rows of zeros, whose logits are no part of the softmax and have no gradient. Their rows of dweight are not added.
     """
-    chunk, columns = CHUNK_TOKENS[hidden_TH.device.type], COLUMNS[hidden_TH.device.type]
+    chunk, columns = LOSS_CHUNK_TOKENS[hidden_TH.device.type], LOSS_COLUMNS[hidden_TH.device.type]
     vocabulary, fill = len(weight_VH), -len(weight_VH) % columns
     whole = vocabulary // columns * columns
     weight_XH = F.pad(weight_VH, (0, 0, 0, fill)) if fill else weight_VH
@@ -92,7 +85,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 def _add_product_(sum_VH: Tensor, left_Vc: Tensor, right_cH: Tensor) -> None:
     if sum_VH.dtype == left_Vc.dtype:
         sum_VH.addmm_(left_Vc, right_cH)
-    elif sum_VH.is_cuda:
+    elif adds_products_in_float32(sum_VH.device):
         torch.ops.aten.addmm.dtype_out(sum_VH, left_Vc, right_cH, torch.float32, out=sum_VH)
     else:
         sum_VH.add_(left_Vc @ right_cH)

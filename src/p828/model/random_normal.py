@@ -21,10 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_NUMBERS = {
-    "cpu": 2**16,  # so that a block's operations stay in the cache
-    "cuda": 2**23,  # so that an operation takes longer than its start; 300 MB of memory meanwhile
-}
+from p828.model.backend import RANDOM_BLOCK
+
 MASK = 2**64 - 1
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -64,7 +62,7 @@ def fill_normal_(values: Tensor, std: float, key: Key, start: int = 0, block: in
     `block`, changes none of them.
     """
     flat = values.detach().view(-1)
-    block = min(block or BLOCK_NUMBERS[values.device.type], max(len(flat), 1))
+    block = min(block or RANDOM_BLOCK[values.device.type], max(len(flat), 1))
     steps = torch.arange(block, device=values.device).mul_(_signed(key.gamma))
     for begin in range(0, len(flat), block):
         part = flat[begin : begin + block]

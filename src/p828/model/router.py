@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from p828.config import ModelConfig
 from p828.kernels.router import choose_experts, router_logits
+from p828.model.backend import router_chooses_in_triton, uses_triton
 
 
 class Routing(NamedTuple):
@@ -34,7 +35,7 @@ class Router(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Routing:
         config = self.config
-        if x_TH.is_cuda and x_TH.dtype == torch.bfloat16:
+        if uses_triton(x_TH.device, x_TH.dtype):
             logits_TE = router_logits(x_TH, self.weight.float())
         else:
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -43,7 +44,7 @@ class Router(nn.Module):
         choice_TE = scores_TE.detach() + self.e_score_correction_bias
         if config.n_group > 1:
             choice_TE = limit_groups(choice_TE, config.n_group, config.topk_group)
-        if x_TH.is_cuda:
+        if router_chooses_in_triton(x_TH.device):
             experts_TK = choose_experts(choice_TE, config.num_experts_per_tok)
         else:
             experts_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from p828.config import ModelConfig
 from p828.model.attention import Attention, AttentionMask
+from p828.model.backend import attention_backend
 from p828.model.experts import Experts, SharedExperts, TokenPermutation
 from p828.model.kv_cache import KVCache, LayerCache
 from p828.model.linear import Linear
@@ -80,7 +81,7 @@ class Layer(nn.Module):
         x_BSH: Tensor,
         delta_BSH: Tensor,
         angles: tuple[Tensor, Tensor],
-        visibility: AttentionMask,
+        mask: AttentionMask,
         counted_T: Tensor | None,
         valid_T: Tensor | None,
         cache: LayerCache | None = None,
@@ -92,7 +93,7 @@ class Layer(nn.Module):
         sum of x and delta.
         """
         x_BSH, normed_BSH = self.input_layernorm(x_BSH, delta_BSH)
-        attended_BSH = self._recomputed(self.self_attn, normed_BSH, angles, visibility, cache)
+        attended_BSH = self._recomputed(self.self_attn, normed_BSH, angles, mask, cache)
         x_BSH, normed_BSH = self.post_attention_layernorm(x_BSH, attended_BSH)
         normed_TH = normed_BSH.flatten(0, 1)
         # The routing is never recomputed: a top-k tie that fell the other way would mix two routings in one gradient.
@@ -171,7 +172,7 @@ class Transformer(nn.Module):
         """
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        visibility = self._attention_mask(tokens_BS, positions_BS, document_ids_BS, cache, dtype)
+        mask = self._attention_mask(tokens_BS, positions_BS, document_ids_BS, cache, dtype)
         counted_T = None if document_ids_BS is None else document_ids_BS.flatten() >= 0
         valid_T = counted_T if valid_BS is None else valid_BS.flatten()
         angles = rotary(positions_BS, self.frequencies, self.config.rope_scaling.factor)
@@ -183,9 +184,7 @@ class Transformer(nn.Module):
                 boundaries.append(Boundary((x_BSH, delta_BSH), (_leaf(x_BSH), _leaf(delta_BSH))))
                 x_BSH, delta_BSH = boundaries[-1].after
             layer_cache = None if cache is None else cache.layer(index, positions_BS)
-            x_BSH, delta_BSH, layer_statistics = layer(
-                x_BSH, delta_BSH, angles, visibility, counted_T, valid_T, layer_cache
-            )
+            x_BSH, delta_BSH, layer_statistics = layer(x_BSH, delta_BSH, angles, mask, counted_T, valid_T, layer_cache)
             statistics.append(layer_statistics)
         _, normed_BSH = self.model.norm(x_BSH, delta_BSH)
         router = RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True)))
@@ -207,16 +206,14 @@ class Transformer(nn.Module):
         cache: KVCache | None,
         dtype: torch.dtype,
     ) -> AttentionMask:
+        backend = attention_backend(self.config, tokens_BS.device, dtype, has_cache=cache is not None)
         if cache is not None:
             slots_C = torch.arange(cache.used, device=tokens_BS.device)
-            return AttentionMask("reference", slots_C <= positions_BS[:, :, None])
-        backend = self.config.attention_backend
-        if backend == "auto":  # flash attention on CUDA takes 16-bit numbers only
-            backend = "reference" if tokens_BS.is_cuda and dtype == torch.float32 else "flash"
+            return AttentionMask(backend, slots_C <= positions_BS[:, :, None])
         documents = document_ids_BS if self.config.mask_documents else None
-        if backend == "flash" and tokens_BS.is_cuda:
-            rows = torch.zeros_like(tokens_BS) if documents is None else documents
-            return AttentionMask(backend, None, *document_borders(rows))
+        if backend == "flash_triton":
+            sequences = torch.zeros_like(tokens_BS) if documents is None else documents
+            return AttentionMask(backend, None, *document_bounds(sequences))
         if documents is None:
             return AttentionMask(backend)
         same_BSC = documents[:, :, None] == documents[:, None, :]
@@ -227,7 +224,7 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def document_borders(documents_BS: Tensor) -> tuple[Tensor, Tensor]:
+def document_bounds(documents_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Of each of the T tokens the first one of its document, and the one past its last: int32 (T,).
 
     A document ends with its row, or where the id changes. Found without the host's waiting for the device.
