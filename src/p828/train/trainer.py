@@ -23,7 +23,8 @@ from p828.runs import checkpoint
 from p828.runs.checkpoint_content import check_content, config_of, reading_position, seconds_of
 from p828.runs.records import Recorder, loads_every, loads_record
 from p828.runs.train_state import BatchStats, TrainState
-from p828.system.device import compiles, out_of_memory_told, peak_flops, peak_memory
+from p828.system.device import compiles, out_of_memory_told, peak_memory
+from p828.system.gpus import peak_flops
 from p828.train.changes import changed_rate, changed_rows
 from p828.train.checkpointing import AsyncCheckpointer
 from p828.train.console import Console

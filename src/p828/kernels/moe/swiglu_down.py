@@ -24,8 +24,8 @@ def _(gate_TP: Tensor, up_TP: Tensor, down_HI: Tensor) -> Tensor:
     return gate_TP.new_empty(len(gate_TP), len(down_HI))
 
 
-@torch.library.custom_op("p828::activated_linear_backward", mutates_args=())
-def activated_linear_backward(
+@torch.library.custom_op("p828::swiglu_down_backward", mutates_args=())
+def swiglu_down_backward(
     grad_TH: Tensor, gate_TP: Tensor, up_TP: Tensor, down_HI: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate_TP, up_TP and down_HI."""
@@ -38,7 +38,7 @@ def activated_linear_backward(
     return dgate_TP, dup_TP, grad_TH.T @ inner_TI
 
 
-@activated_linear_backward.register_fake
+@swiglu_down_backward.register_fake
 def _(grad_TH: Tensor, gate_TP: Tensor, up_TP: Tensor, down_HI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return gate_TP.new_empty(gate_TP.shape), up_TP.new_empty(up_TP.shape), down_HI.new_empty(down_HI.shape)
 
@@ -48,7 +48,7 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> N
 
 
 def _backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return activated_linear_backward(grad_TH, *ctx.saved_tensors)
+    return swiglu_down_backward(grad_TH, *ctx.saved_tensors)
 
 
 swiglu_down.register_autograd(_backward, setup_context=_setup)
