@@ -43,7 +43,7 @@ def test_names(name: str) -> None:
 def test_a_scope_says_more_than_a_name() -> None:
     product = "nvjet_sm90_tst_128x256"
     assert classify(product, ["aten::mm", "CrossEntropy"]) == "head and loss"
-    assert classify(product, ["aten::mm", "p828::activated_linear_backward"]) == "experts"
+    assert classify(product, ["aten::mm", "p828::swiglu_down_backward"]) == "experts"
     assert classify(product, ["aten::mm"]) == "dense projections"
     assert classify("triton_poi_fused_0", ["Optimizer.step#AdamW.step"]) == "optimizer"
 

@@ -112,7 +112,7 @@ def test_shared_experts_add_to_the_routed() -> None:
     mlp = tiny_model().model.layers[0].mlp
     x = torch.randn(6, 32)
     routing = mlp.gate(x)
-    inputs = x, routing.weights_TK, mlp.experts.order(x, routing.experts_TK, None)
+    inputs = x, routing.weights_TK, mlp.experts.permutation(x, routing.experts_TK, None)
     assert torch.equal(mlp(*inputs), mlp.experts(*inputs) + mlp.shared_experts(x))
     lone = tiny_model(n_shared_experts=0).model.layers[0].mlp
     assert torch.equal(lone(*inputs), lone.experts(*inputs))

@@ -17,14 +17,14 @@ from p828.model.rope import apply_rotary
 
 
 class AttentionMask(NamedTuple):
-    """What a query sees: itself and what came before it, within its own document. Made once for all layers."""
+    """Which keys a query sees: its own and those before it, within its document. Made once for all layers."""
 
     backend: AttentionBackend
     mask_BSC: Tensor | None = None
-    """bool, True where query s sees key c; None where the kernel's own causal rule or the two below say it."""
-    start_T: Tensor | None = None
+    """bool, True where query s sees key c; None if it sees all keys up to its own, or with the bounds below."""
+    document_start_T: Tensor | None = None
     """int32: the first token of each token's document; for `flash_triton`."""
-    end_T: Tensor | None = None
+    document_end_T: Tensor | None = None
     """int32: one past the last token of each token's document."""
 
 
@@ -46,7 +46,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BSH: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None = None
     ) -> Tensor:
-        # One product for the three, since those of keys and values alone are too narrow to fill a GPU.
+        # One product for the three: those of keys and values alone are too narrow to fill a GPU.
         weight = torch.cat([projection.weight for projection in (self.q_proj, self.k_proj, self.v_proj)])
         qkv_BSXD = F.linear(x_BSH, weight.to(x_BSH.dtype)).unflatten(-1, (-1, self.head_dim))  # X: N + 2 G heads
         if mask.backend == "flash_triton":
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         sinks_N = None if self.sinks is None else self.sinks.float()
         cos, sin = (angles.flatten(0, 2) for angles in rotary)
         out_TND = attention(
-            qkv_BSXD.flatten(0, 1), *norms, cos, sin, sinks_N, mask.start_T, mask.end_T,
+            qkv_BSXD.flatten(0, 1), *norms, cos, sin, sinks_N, mask.document_start_T, mask.document_end_T,
             self.num_heads, len(qkv_BSXD), self.eps,
         )[0]  # fmt: skip
         return out_TND.unflatten(0, qkv_BSXD.shape[:2])
