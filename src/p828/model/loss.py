@@ -15,8 +15,8 @@ IGNORE = -100
 def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
     """Σ over valid targets of −log softmax(hidden weightᵀ)[target]: a float32 scalar in nats (float64 for float64).
 
-    Targets of −100 are left out. Without gradients one chunk's logits exist at a time. It is differentiable, as the
-    plain twin of `loss_and_gradients`, but then keeps them all.
+    Targets of −100 are left out. Without gradients, one chunk's logits exist at a time. With gradients all logits are
+    kept: this is the plain twin of `loss_and_gradients`.
     """
     weight_VH = weight_VH.to(hidden_TH.dtype)
     sum_dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
@@ -32,12 +32,12 @@ def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor
 def loss_and_gradients(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, scale: Tensor, dweight_VH: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`linear_cross_entropy` and the gradients of `scale` times it: that of hidden_TH is returned in its dtype, that of
-    weight_VH added to dweight_VH.
+    """`linear_cross_entropy`, and the gradients of `scale` times it.
 
-    `weight_VH` has hidden's dtype, `dweight_VH` and the scalar `scale` are float32 (float64 for float64). A chunk's
-    gradients are formed while its logits are there, in their place. Its share of dweight is summed in float32 as well;
-    on a CPU in bfloat16, for which there is no such product, it is rounded before it is added.
+    Returns the loss and the gradient of hidden_TH in hidden's dtype, and adds the gradient of weight_VH to dweight_VH.
+    `weight_VH` has hidden's dtype; `dweight_VH` and the scalar `scale` are float32 (float64 for float64). The gradients
+    of a chunk overwrite its logits. A chunk's part of dweight is added in float32; on a CPU in bfloat16, where there is
+    no such product, it is rounded to bfloat16 first.
 
     The products are made with X logits a token, a multiple of LOSS_COLUMNS: a copy of `weight_VH` is filled up with
     rows of zeros, whose logits are no part of the softmax and have no gradient. Their rows of dweight are not added.

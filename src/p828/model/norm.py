@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
 
 
 class ResidualNorm(RMSNorm):
-    """x + delta and its normalisation."""
+    """The deferred residual add, fused with the norm: returns x + delta and its normalisation."""
 
     def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if uses_triton(x.device, x.dtype):

@@ -38,7 +38,7 @@ class Tiles(NamedTuple):
     skip: bool = True
     """Whether tiles that need no mask branch around it. Branches among many registers make ptxas serialize products."""
     registers: int | None = None
-    """At most so many a thread: two programs of 8 warps fit on a multiprocessor with 128."""
+    """The most registers of a thread: two programs of 8 warps fit on a multiprocessor with 128."""
 
 
 LARGE_TILES = {

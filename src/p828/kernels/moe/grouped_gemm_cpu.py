@@ -22,7 +22,7 @@ def grouped_mm(x_RA: Tensor, weight_EBA: Tensor, loads_E: Tensor) -> Tensor:
 
 
 class GroupedLinear(torch.autograd.Function):
-    """A product for each expert, written to where its rows or its weight's gradient belong."""
+    """A product for each expert, written in place into the rows or the weights' gradients of all."""
 
     @staticmethod
     def forward(ctx: Any, x_RA: Tensor, weight_EBA: Tensor, loads: list[int]) -> Tensor:

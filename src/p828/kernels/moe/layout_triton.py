@@ -1,4 +1,4 @@
-"""The rows that routed tokens get when they are sorted by expert, found on the GPU by counting.
+"""Align to blocks: the row of every routed token, sorted by expert and padded to blocks, found on the GPU by counting.
 
 Why our own: a radix sort of the choices takes ten launches a layer. Counting takes three: how often each expert is
 chosen in every block of entries, where each block's rows of each expert begin, and the row of each entry. No atomics:

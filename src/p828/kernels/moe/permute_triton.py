@@ -1,7 +1,7 @@
 """Permute and unpermute: rows from tokens' order to experts' order, and back.
 
-Rows are padded per expert to whole tiles (`TokenPermutation`). Padding rows are written as zeros, so nothing they meet
-needs a mask; rows past the last expert's are neither read nor written. Plain twins: `permute` and `unpermute` of
+Rows are padded per expert to whole blocks (`TokenPermutation`). Padding rows are written as zeros, so that no later
+kernel needs a mask; rows past the last expert's are neither read nor written. Plain twins: `permute` and `unpermute` of
 `p828.model.experts`.
 
 Why passes of their own: a product that gathers its own rows was faster with 48 small experts, by 1.6% of a step, and

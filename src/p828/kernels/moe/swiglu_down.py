@@ -1,8 +1,8 @@
-"""An activation and the product behind it, on a GPU, keeping the activation's arguments only: the shared experts.
+"""Fused SwiGLU and down projection of the shared experts on a GPU, which keeps gate and up projections only.
 
-The product's weights need the activation's output for their gradient. To make it again costs the backward pass nothing,
-as the gradient of the activation reads the arguments anyway; `torch.compile` would keep it, 67 MB a layer at the sizes
-of `800m`. The plain twin is `p828.model.experts.SharedExperts.forward` on a CPU.
+The gradient of the down projection's weight needs the activation. The backward pass computes it again at no cost, since
+the activation's gradient reads gate and up anyway; `torch.compile` would keep it, 67 MB a layer at the sizes of `800m`. The plain
+twin is `p828.model.experts.SharedExperts.forward` on a CPU.
 """
 
 from typing import Any

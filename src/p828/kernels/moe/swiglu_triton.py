@@ -1,12 +1,12 @@
-"""The experts' activation and its gradient: one pass over memory each.
+"""The experts' SwiGLU and its gradient: one pass over memory each.
 
-Why our own: compiled code would keep the activation for the gradient of the product behind it. Here the pass that
-computes the activation's gradient makes it again, takes the router's weight in on the way and sums that weight's
+Why our own: compiled code would keep the activation for the gradient of the down projection. Here the pass that
+computes the activation's gradient computes the activation again, multiplies by the router's weight, sums that weight's
 gradient, and stops at the last row in use, which only the device knows.
 
-The rows are those of tokens (shared experts), or sorted by expert and padded to whole tiles (`TokenPermutation`) with a
-weight for each (routed experts). Padding rows have the weight 0, rows past the last expert's are neither read nor
-written. Plain twin: `p828.model.experts.activate`.
+The rows are tokens (shared experts), or routed tokens permuted by expert and padded to whole blocks
+(`TokenPermutation`), each with a weight (routed experts). Padding rows have the weight 0; rows past the last expert's
+are neither read nor written. Plain twin: `p828.model.experts.activate`.
 """
 
 import triton
