@@ -61,7 +61,7 @@ class Experts(nn.Module):
             return kernels.routed_experts(x_TH, weights_TK, gate_up, down, *permutation[:4])[0]
         rows_E = permutation.offsets_E1.diff()
         x_RH = PermuteTokens.apply(x_TH, permutation.destination_TK, permutation.source_R)
-        product = grouped_mm if self._backend(x_TH) == "grouped_mm" else grouped_linear
+        product = grouped_linear if self._backend(x_TH) == "loop" else grouped_mm
         gate_RP, up_RP = product(x_RH, gate_up, rows_E).chunk(2, dim=-1)
         inner_RI = F.dropout(activate(self.hidden_act, gate_RP, up_RP), self.dropout, self.training)
         # Weighted before the last product: the sum over a token's experts is then the transpose of `PermuteTokens`.

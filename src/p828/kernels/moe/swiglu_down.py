@@ -1,8 +1,8 @@
 """Fused SwiGLU and down projection of the shared experts on a GPU, which keeps gate and up projections only.
 
 The gradient of the down projection's weight needs the activation. The backward pass computes it again at no cost, since
-the activation's gradient reads gate and up anyway; `torch.compile` would keep it, 67 MB a layer at the sizes of `800m`. The plain
-twin is `p828.model.experts.SharedExperts.forward` on a CPU.
+the activation's gradient reads gate and up anyway; `torch.compile` would keep it, 67 MB a layer at the sizes of
+`800m`. The plain twin is `p828.model.experts.SharedExperts.forward` on a CPU.
 """
 
 from typing import Any
