@@ -13,7 +13,7 @@ def softmax_gradient_(logits_cX: Tensor, targets_c: Tensor, scale: Tensor, vocab
     `logits_cX` is contiguous, of any floating dtype; `targets_c` int64. Of each row the first `vocabulary` (all, unless
     given) are logits; padding behind them is no part of the softmax, and zero afterwards. The losses (c,) are in
     float32 (float64 for float64), and so is all arithmetic. `scale` is a scalar of that dtype on the same device, so
-    that a captured CUDA graph can be replayed with another value. A negative target has no loss and a gradient of zeros.
+    that a captured CUDA graph can be replayed with another value. A negative target has no loss and a zero gradient.
     """
     vocabulary = logits_cX.shape[1] if vocabulary is None else vocabulary
     if logits_cX.is_cuda:
