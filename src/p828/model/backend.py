@@ -31,7 +31,7 @@ LOSS_COLUMNS = {
 }
 RANDOM_BLOCK = {
     "cpu": 2**16,  # so that a block's operations stay in the cache
-    "cuda": 2**23,  # so that an operation takes longer than its start; 300 MB of memory meanwhile
+    "cuda": 2**23,  # so that an operation takes longer than its start; about 300 MB of memory meanwhile
 }
 
 
