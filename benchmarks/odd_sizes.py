@@ -17,7 +17,8 @@ from p828.bench.process import measure_apart
 from p828.bench.rows import Row, make_row
 from p828.bench.systems import System, load_shape
 from p828.config import Config
-from p828.model.loss import CHUNK_TOKENS, COLUMNS, loss_and_gradients
+from p828.model.backend import LOSS_CHUNK_TOKENS, LOSS_COLUMNS
+from p828.model.loss import loss_and_gradients
 from p828.system.timing import step_seconds
 
 VOCABULARIES = (50304, 50264, 50257)
@@ -63,7 +64,7 @@ def measure(config: Config, steps: int, matmul_flops: float) -> Row:
 def time_head(hidden: int, steps: int, device: torch.device) -> None:
     """Head and loss alone, forward and backward, with rows of logits filled up to multiples of so many columns."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tokens, before = TOKENS * CHUNK_TOKENS[device.type], COLUMNS[device.type]
+    tokens, before = TOKENS * LOSS_CHUNK_TOKENS[device.type], LOSS_COLUMNS[device.type]
     print(f"\nhead and loss of {tokens:,} tokens of {hidden:,}:")
     for vocabulary in VOCABULARIES:
         hidden_TH = torch.randn(tokens, hidden, device=device, dtype=dtype)
@@ -71,7 +72,7 @@ def time_head(hidden: int, steps: int, device: torch.device) -> None:
         targets_T = torch.randint(vocabulary, (tokens,), device=device)
         dweight_VH, scale = torch.zeros_like(weight_VH, dtype=torch.float32), torch.ones((), device=device)
         for columns in (1, 8, 64, 128):
-            COLUMNS[device.type] = columns
+            LOSS_COLUMNS[device.type] = columns
 
             def run(arguments: tuple[torch.Tensor, ...] = (hidden_TH, weight_VH, targets_T, scale, dweight_VH)) -> None:
                 loss_and_gradients(*arguments)
@@ -79,7 +80,7 @@ def time_head(hidden: int, steps: int, device: torch.device) -> None:
             step_seconds(run, 2, device)
             seconds = statistics.median(step_seconds(run, steps, device))
             print(f"{vocabulary:>11,} logits in multiples of {columns:>3}: {seconds * 1e3:8.2f} ms", flush=True)
-    COLUMNS[device.type] = before
+    LOSS_COLUMNS[device.type] = before
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.model.costs import count_parameters, training_flops
 from p828.runs import records as metrics
-from p828.system.device import peak_flops, peak_memory
+from p828.system.device import peak_memory
+from p828.system.gpus import peak_flops
 from p828.system.timing import step_seconds
 
 WARM_UP = 3

@@ -17,7 +17,7 @@ from p828.config import RopeScaling
 from p828.kernels.attention.ops import attention
 from p828.model.attention import Attention, AttentionMask, reference_attention
 from p828.model.rope import inverse_frequencies, rotary
-from p828.model.transformer import document_borders
+from p828.model.transformer import document_bounds
 from tiny import make_documents, tiny_config
 
 ROWS = {
@@ -38,8 +38,8 @@ class Inputs(NamedTuple):
     v_BSGD: Tensor
     sinks_N: Tensor | None
     upstream_BSND: Tensor
-    start_T: Tensor
-    end_T: Tensor
+    document_start_T: Tensor
+    document_end_T: Tensor
     mask_BSS: Tensor
 
 
@@ -50,16 +50,16 @@ def make_inputs(
     batch, length = documents_BS.shape
     qkv = torch.randn(batch, length, heads + 2 * key_heads, head_dim).to(device, torch.bfloat16)
     lengths = torch.tensor([n for row in rows for n in row])
-    start_T = torch.arange(batch * length) - positions_BS.flatten()
-    end_T = torch.repeat_interleave(lengths.cumsum(0), lengths)
+    document_start_T = torch.arange(batch * length) - positions_BS.flatten()
+    document_end_T = torch.repeat_interleave(lengths.cumsum(0), lengths)
     # Between a sink that takes almost all the weight and one that takes almost none.
     sinks_N = torch.linspace(8.0, -4.0, heads) if with_sinks else None
     return Inputs(
         *qkv.split((heads, key_heads, key_heads), dim=2),
         None if sinks_N is None else sinks_N.to(device),
         torch.randn(batch, length, heads, head_dim).to(device, torch.bfloat16),
-        start_T.to(device, torch.int32),
-        end_T.to(device, torch.int32),
+        document_start_T.to(device, torch.int32),
+        document_end_T.to(device, torch.int32),
         (documents_BS[:, :, None] == documents_BS[:, None, :]).tril().to(device),
     )
 
@@ -78,7 +78,8 @@ def ours(inputs: Inputs) -> list[Tensor]:
 def arguments_of(inputs: Inputs, qkv_TXD: Tensor, sinks_N: Tensor | None, batch: int | None = None) -> tuple:
     cos = torch.ones(len(qkv_TXD), qkv_TXD.shape[2] // 2, device=qkv_TXD.device)
     heads, batch = inputs.q_BSND.shape[2], len(inputs.q_BSND) if batch is None else batch
-    return qkv_TXD, None, None, cos, 0 * cos, sinks_N, inputs.start_T, inputs.end_T, heads, batch, 1e-5
+    bounds = inputs.document_start_T, inputs.document_end_T
+    return qkv_TXD, None, None, cos, 0 * cos, sinks_N, *bounds, heads, batch, 1e-5
 
 
 def check(inputs: Inputs) -> None:
@@ -88,7 +89,7 @@ def check(inputs: Inputs) -> None:
     actual = ours(inputs)
     # A document's first token sees itself and the sink: its score's gradient is P (1 − P) dO·v, found as the difference
     # of dO·v and of delta, which carries the output's rounding: 8 · 2^-9 for dO·v of size 8, times keys of norm 8.
-    tolerance = BFLOAT16 if len(inputs.start_T) > 2 else 5 * BFLOAT16
+    tolerance = BFLOAT16 if len(inputs.document_start_T) > 2 else 5 * BFLOAT16
     for our, twin in zip(actual[:4], (expected, q.grad, k.grad, v.grad), strict=True):
         assert_near(our, twin.flatten(0, 1), tolerance)
     if sinks is not None:
@@ -117,8 +118,8 @@ def test_norms_and_rotation(cuda: torch.device, head_dim: int, with_norms: bool)
     expected.backward(upstream.double())
     layer.to(cuda)
     (our,) = leaves(x, dtype=torch.bfloat16, device=cuda)
-    borders = (border.to(cuda) for border in document_borders(documents_BS))
-    actual = layer(our, tuple(angle.to(cuda) for angle in angles), AttentionMask("flash", None, *borders))
+    bounds = (bound.to(cuda) for bound in document_bounds(documents_BS))
+    actual = layer(our, tuple(angle.to(cuda) for angle in angles), AttentionMask("flash_triton", None, *bounds))
     actual.backward(upstream.to(cuda))
     # Two projections more than attention alone, and softmax over scores of size ten.
     assert_near(actual, expected, 3 * BFLOAT16)

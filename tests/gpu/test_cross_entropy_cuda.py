@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from oracles import BFLOAT16, FLOAT32, assert_near, leaves, naive_loss
 from p828.kernels.cross_entropy import softmax_gradient_
-from p828.model.loss import CHUNK_TOKENS, IGNORE, loss_and_gradients
+from p828.model.backend import LOSS_CHUNK_TOKENS
+from p828.model.loss import IGNORE, loss_and_gradients
 
-CHUNK = CHUNK_TOKENS["cuda"]
+CHUNK = LOSS_CHUNK_TOKENS["cuda"]
 
 SCALE = 0.37
 

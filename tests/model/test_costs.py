@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from p828 import config
-from p828.model.costs import count_parameters, flops_per_token, training_flops
+from p828.model.costs import count_parameters, flops_by_part, flops_per_token, parameters_by_part, training_flops
 from p828.model.loss import linear_cross_entropy
 from p828.model.transformer import Transformer
 from tiny import tiny_config, tiny_model
@@ -42,6 +42,29 @@ def test_parameters_are_those_of_the_modules(variant: str) -> None:
     one_expert = sum(p[0].numel() for p in model.model.layers[0].mlp.experts.parameters())
     unused = model_config.n_routed_experts - model_config.num_experts_per_tok
     assert active == total - model_config.num_hidden_layers * unused * one_expert
+
+
+PARTS = {
+    "embed_tokens": "embedding",
+    "self_attn": "attention",
+    "mlp.gate": "router",
+    "mlp.experts": "routed_experts",
+    "mlp.shared_experts": "shared_experts",
+    "norm": "norms",
+    "lm_head": "head",
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_by_part_are_those_of_the_modules(variant: str) -> None:
+    model_config = tiny_config(**VARIANTS[variant])
+    with torch.device("meta"):
+        model = Transformer(model_config)
+    counted = dict.fromkeys(PARTS.values(), 0)
+    for name, parameter in model.named_parameters():
+        part = next(part for word, part in PARTS.items() if word in name)
+        counted[part] += parameter.numel()
+    assert parameters_by_part(model_config)._asdict() == counted
 
 
 # Millions of parameters that each preset is documented to have (total, active), and the last digit's worth.
@@ -86,3 +109,21 @@ def test_flops_of_documents_are_those_of_each_by_itself(variant: str) -> None:
             hidden = model(tokens).hidden_BSH.flatten(0, 1)
             linear_cross_entropy(hidden, model.head_weight, tokens.flatten()).backward()
     assert counter.get_total_flops() == training_flops(model.config, sum(lengths), sum(n**2 for n in lengths))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flops_by_part_are_those_of_the_modules(variant: str) -> None:
+    """Forward passes alone, a third of it all; every pair of tokens is counted, masked or not."""
+    model, length = tiny_model(attention_backend="reference", **VARIANTS[variant]), 6
+    tokens = torch.randint(97, (1, length))
+    with FlopCounterMode(display=False, depth=9) as counter, torch.no_grad():
+        linear_cross_entropy(model(tokens).hidden_BSH[0], model.head_weight, tokens[0])
+    counted = dict.fromkeys(PARTS.values(), 0)
+    counted["head"] = counter.get_total_flops()
+    for name, operations in counter.get_flop_counts().items():
+        found = [part for word, part in PARTS.items() if name.endswith(word)]
+        for part in found:
+            counted[part] += sum(operations.values())
+            counted["head"] -= sum(operations.values())
+    forward = {part: 3 * flops for part, flops in counted.items()}
+    assert flops_by_part(model.config, length, length**2)._asdict() == forward

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from oracles import FLOAT32, FLOAT64, assert_near, leaves, naive_activation, naive_experts
 from p828.model.experts import (
-    Combine,
-    Dispatch,
     Experts,
+    PermuteTokens,
     SharedExperts,
     TokenPermutation,
+    UnpermuteTokens,
     activate,
     projected_width,
     sort_by_expert,
@@ -43,7 +43,7 @@ def make_experts(dtype: torch.dtype, hidden_act: str = "swiglu", **changes: Any)
 
 
 def run(experts: Experts, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    return experts(x_TH, weights_TK, experts.order(x_TH, experts_TK, None))
+    return experts(x_TH, weights_TK, experts.permutation(x_TH, experts_TK, None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -90,8 +90,8 @@ def order_of(experts_TK: Tensor) -> TokenPermutation:
 def test_dispatch_and_combine_by_finite_differences() -> None:
     destination_TK, source_R, *_ = order_of(torch.tensor(CHOICES["one empty"]))
     x, y = torch.randn(4, 3).double().requires_grad_(), torch.randn(8, 3).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, destination_TK, source_R), x)
-    assert torch.autograd.gradcheck(lambda y: Combine.apply(y, destination_TK, source_R), y)
+    assert torch.autograd.gradcheck(lambda x: PermuteTokens.apply(x, destination_TK, source_R), x)
+    assert torch.autograd.gradcheck(lambda y: UnpermuteTokens.apply(y, destination_TK, source_R), y)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -107,8 +107,8 @@ def test_order(choice: str) -> None:
 
 def test_loads_leave_padding_out() -> None:
     experts_TK = torch.tensor([[0, 3], [1, 3], [0, 1], [3, 4]])
-    counted_T = torch.tensor([True, False, False, True])
-    order = sort_by_expert(experts_TK, counted_T, EXPERTS)
+    valid_token_T = torch.tensor([True, False, False, True])
+    order = sort_by_expert(experts_TK, valid_token_T, EXPERTS)
     assert order.loads_E.tolist() == [1, 0, 0, 2, 1]
     assert order.loads_E.dtype == torch.int64
     assert order.offsets_E1.tolist() == [0, 2, 4, 4, 7, 8]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from p828.model.init import initialise, pieces
+from p828.model.init import initialise, initialise_slice
 from p828.model.transformer import Transformer
 from tiny import tiny_config
 
@@ -80,13 +80,21 @@ def test_initial_loss_is_near_that_of_a_uniform_guess() -> None:
     assert loss.item() == pytest.approx(math.log(97), abs=0.1)
 
 
-@pytest.mark.parametrize("count", [3, 15, 16, 17, 63, 64, 65, 79, 80, 81, 127, 128, 200, 1003])
-def test_numbers_drawn_in_pieces_are_those_drawn_at_once(count: int) -> None:
-    """What a GPU's weights rely on: pieces of sixteens, and a last one of at least sixteen."""
-    whole, parts = torch.empty(count), torch.empty(count)
-    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
-    whole.normal_(0.0, 0.02, generator=generators[0])
-    for begin, end in pieces(count, 64):
-        parts[begin:end].normal_(0.0, 0.02, generator=generators[1])
-    assert torch.equal(parts, whole)
-    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+def test_a_slice_is_that_part_of_the_parameter() -> None:
+    """What ranks rely on that each hold a part of every parameter."""
+    model = make(seed=3)
+    for name, parameter in model.named_parameters():
+        start, end = parameter.numel() // 3, parameter.numel() // 2
+        values = torch.empty(end - start)
+        initialise_slice(values, name, model.config, 3, start)
+        assert torch.equal(values, parameter.detach().flatten()[start:end]), name
+
+
+def test_a_parameter_keeps_its_values_beside_others() -> None:
+    """So that two models which differ in one part begin alike in the rest."""
+    plain, other = Transformer(tiny_config()), Transformer(tiny_config(use_qk_norm=True, n_shared_experts=1))
+    initialise(plain, 0)
+    initialise(other, 0)
+    values = other.state_dict()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, values[name]), name

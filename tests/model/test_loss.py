@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from oracles import BFLOAT16, FLOAT32, FLOAT64, assert_near, leaves, naive_loss
-from p828.model.loss import CHUNK_TOKENS, COLUMNS, IGNORE, linear_cross_entropy, loss_and_gradients
+from p828.model.backend import LOSS_CHUNK_TOKENS, LOSS_COLUMNS
+from p828.model.loss import IGNORE, linear_cross_entropy, loss_and_gradients
 
-CHUNK = CHUNK_TOKENS["cpu"]
+CHUNK = LOSS_CHUNK_TOKENS["cpu"]
 
 VOCABULARY, HIDDEN, SCALE = 50, 8, -0.37
 
@@ -57,14 +58,14 @@ def test_logits_that_fill_up_a_row_change_nothing(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, vocabulary: int
 ) -> None:
     """As on a GPU; with hidden states so that theirs, of zero, would be the largest by far."""
-    monkeypatch.setitem(COLUMNS, "cpu", 16)
+    monkeypatch.setitem(LOSS_COLUMNS, "cpu", 16)
     hidden, weight, targets = make(CHUNK + 40, vocabulary=vocabulary)
     hidden, weight = (50 * hidden.abs()).to(dtype), -weight.abs().to(dtype)
     sum_dtype = torch.promote_types(dtype, torch.float32)
     before = torch.randn_like(weight, dtype=sum_dtype)
     loss, dhidden, dweight = ours(hidden, weight, targets, before.clone())
     assert (loss.dtype, dhidden.shape, dweight.shape) == (sum_dtype, hidden.shape, weight.shape)
-    monkeypatch.setitem(COLUMNS, "cpu", 1)
+    monkeypatch.setitem(LOSS_COLUMNS, "cpu", 1)
     unfilled = ours(hidden, weight, targets, before.clone())
     assert torch.equal(dhidden, unfilled[1]) or dtype != torch.bfloat16
     if dtype != torch.bfloat16:  # whose logits of some hundreds are whole numbers

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from oracles import BFLOAT16, assert_near
 from p828.model.loss import linear_cross_entropy
-from p828.model.transformer import Transformer, document_borders
+from p828.model.transformer import Transformer, document_bounds
 from tiny import tiny_model
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, -1, -1]])
@@ -112,7 +112,7 @@ def test_shared_experts_add_to_the_routed() -> None:
     mlp = tiny_model().model.layers[0].mlp
     x = torch.randn(6, 32)
     routing = mlp.gate(x)
-    inputs = x, routing.weights_TK, mlp.experts.order(x, routing.experts_TK, None)
+    inputs = x, routing.weights_TK, mlp.experts.permutation(x, routing.experts_TK, None)
     assert torch.equal(mlp(*inputs), mlp.experts(*inputs) + mlp.shared_experts(x))
     lone = tiny_model(n_shared_experts=0).model.layers[0].mlp
     assert torch.equal(lone(*inputs), lone.experts(*inputs))
@@ -138,10 +138,10 @@ def test_frequencies_are_no_part_of_the_saved_state() -> None:
     assert "model.layers.0.mlp.gate.e_score_correction_bias" in names
 
 
-def test_document_borders() -> None:
+def test_document_bounds() -> None:
     """Documents end where the id changes and with their row, whatever the next row's id is; padding is one too."""
-    start, end = document_borders(torch.tensor([[0, 0, 1, 1, 2], [2, 2, 2, -1, -1]]))
+    start, end = document_bounds(torch.tensor([[0, 0, 1, 1, 2], [2, 2, 2, -1, -1]]))
     assert (start.dtype, end.dtype) == (torch.int32, torch.int32)
     assert start.tolist() == [0, 0, 2, 2, 4, 5, 5, 5, 8, 8]
     assert end.tolist() == [2, 2, 4, 4, 5, 8, 8, 8, 10, 10]
-    assert [border.tolist() for border in document_borders(torch.zeros(1, 1, dtype=torch.int64))] == [[0], [1]]
+    assert [bound.tolist() for bound in document_bounds(torch.zeros(1, 1, dtype=torch.int64))] == [[0], [1]]

@@ -29,7 +29,7 @@ PARTS = (
     Part("attention", r"[Aa]ttention", r"^attention_|^rope_|flash|fmha|sdpa|attention"),
     Part(
         "experts",
-        r"Dispatch|Combine|[Gg]rouped_?([Ll]inear|mm)|p828::(routed_experts|swiglu_down|sort_rows|router|choose)",
+        r"[Pp]ermuteTokens|[Gg]rouped_?([Ll]inear|mm)|p828::(routed_experts|swiglu_down|sort_rows|router|choose)",
         r"^experts_|grouped|GroupProblemShape|[Rr]adix_?[Ss]ort|argsort|gatherTopK|topk",
     ),
     Part("embedding", r"[Ee]mbedding", r"^embedding_|embedding"),

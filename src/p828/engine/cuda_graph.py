@@ -12,6 +12,7 @@ import torch
 
 from p828.config import ModelConfig, TrainConfig
 from p828.data.loader import Batch
+from p828.model.backend import allows_cuda_graph
 from p828.system.device import compiles
 
 T = TypeVar("T")
@@ -23,9 +24,8 @@ def is_capturable(model: ModelConfig, train: TrainConfig, device: torch.device, 
 
     Without Triton kernels the experts read their loads on the host, and recomputation reads the random states there.
     """
-    uses_triton = dtype == torch.bfloat16 and model.attention_backend != "reference" and not model.dropout
-    is_compiled = device.type == "cuda" and compiles(train, device)
-    return is_compiled and uses_triton and not train.gradient_checkpointing
+    only_launches = allows_cuda_graph(model, device, dtype) and compiles(train, device)
+    return only_launches and not train.gradient_checkpointing
 
 
 class CudaGraphRunner(Generic[T]):

@@ -1,14 +1,14 @@
 """Loss, perplexity and bits per byte of a model on given rows."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from p828.data.loader import Batch
 from p828.errors import DataError
-from p828.inference.mode import inference
 from p828.model.loss import linear_cross_entropy
 from p828.model.transformer import Transformer
 
@@ -44,7 +44,7 @@ def evaluate(
     device = model.head_weight.device
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = text_bytes = 0
-    with inference(model):
+    with evaluation_mode(model):
         head_VH = model.head_weight.to(dtype)
         for batch in batches:
             tokens += batch.num_targets
@@ -57,6 +57,18 @@ def evaluate(
     if all_tokens == 0:
         raise DataError("nothing to evaluate: the rows hold no target token")
     return _evaluation(all_nats, int(all_tokens), int(all_bytes))
+
+
+@contextmanager
+def evaluation_mode(model: Transformer) -> Iterator[None]:
+    """No gradients and no dropout inside; the model's training mode is restored afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
 
 
 def perplexity(loss: float) -> float:

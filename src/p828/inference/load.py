@@ -1,7 +1,7 @@
 """A trained model from disk, ready to use."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
 from p828.errors import ConfigError, warn
 from p828.kernels.adamw import split_float32
-from p828.model.backend import check_widths
+from p828.model.backend import computable
 from p828.model.precision import matrices
 from p828.model.transformer import Transformer
 from p828.runs import checkpoint
@@ -83,10 +83,9 @@ def _arithmetic(config: Config, device: torch.device) -> tuple[ModelConfig, torc
     """The run's, or plain code in float32 where this GPU's kernels do not take the model: it may be from a CPU."""
     try:
         dtype = pick_dtype(config.train.dtype, device)
-        check_widths(config.model, device, dtype)
     except ConfigError:
-        return replace(config.model, attention_backend="reference"), torch.float32
-    return config.model, dtype
+        dtype = torch.float32
+    return computable(config.model, device, dtype)
 
 
 def _load_tokenizer(path: Path, config: Config) -> Tokenizer:

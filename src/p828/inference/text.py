@@ -1,10 +1,90 @@
-"""Tokens to text, given out as soon as it is certain."""
+"""Continue text: prompts to tokens, and tokens to text, given out as soon as it is certain."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
 
 from p828.data.tokenizer import CUT_CHARACTER, Tokenizer
+from p828.errors import ConfigError
+from p828.inference.decode import FinishReason, decode
+from p828.inference.sampling import SamplingConfig
+from p828.model.transformer import Transformer
 
 MOST_OF_A_CHARACTER = 4  # tokens of a character that is cut off, and one more
+OnText = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Completion:
+    text: str
+    """The continuation, without the prompt."""
+    finish_reason: FinishReason
+    """As `Continuation.finish_reason`; `stop`: a stop string."""
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: SamplingConfig,
+    on_text: OnText = lambda index, text: None,
+    dtype: torch.dtype = torch.float32,
+) -> list[Completion]:
+    """The continuation of every prompt, computed in `dtype`.
+
+    An empty prompt begins a document. `on_text(index of the prompt, text)` gets each piece of text as it becomes
+    certain. What a prompt gets does not depend on the others, but for the rounding of matrix products of another size;
+    equal prompts get different samples. Global random states and the model's training mode stay as they are.
+
+    Raises ConfigError for a prompt that is no valid Unicode or fills the model's context, and for a model whose weights
+    diverged.
+    """
+    prompts = list(prompts)
+    ids = [_encode(tokenizer, prompt, model.config.max_position_embeddings) for prompt in prompts]
+    streams = [TextStream(tokenizer, prompt_ids or [tokenizer.eos_id], config.stop) for prompt_ids in ids]
+    pieces: list[list[str]] = [[] for _ in prompts]
+
+    def take(index: int, token: int, finish_reason: FinishReason | None) -> bool:
+        text = "" if finish_reason == "end" else streams[index].push(token)
+        if finish_reason is not None:
+            text += streams[index].finish()
+        if text:
+            pieces[index].append(text)
+            on_text(index, text)
+        return streams[index].stopped
+
+    device = model.head_weight.device
+    generators = [_generator(config, prompts, index, device) for index in range(len(prompts))]
+    continuations = decode(
+        model, ids, config, generators, tokenizer.eos_id, tokenizer.vocab_size, dtype=dtype, on_token=take
+    )
+    return [
+        Completion("".join(text), continuation.finish_reason)
+        for text, continuation in zip(pieces, continuations, strict=True)
+    ]
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, context: int) -> list[int]:
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"the prompt {prompt!r} is not valid Unicode text") from None
+    ids = tokenizer.encode(prompt)
+    if len(ids) >= context:
+        raise ConfigError(
+            f"the prompt has {len(ids)} tokens: at most {context - 1} are accepted, "
+            f"for the model's context (model.max_position_embeddings) is {context}"
+        )
+    return ids
+
+
+def _generator(config: SamplingConfig, prompts: Sequence[str], index: int, device: torch.device) -> torch.Generator:
+    """Seeded by seed, prompt and number of equal prompts before it, so that a prompt's place does not matter."""
+    key = repr((config.seed, prompts[index], prompts[:index].count(prompts[index])))
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
 
 class TextStream:

@@ -4,8 +4,8 @@ A float32 master is kept as the bfloat16 number nearest to it, which is what lay
 units of the master's last place, an int16. The two give the master back bit for bit.
 
 Moments may be bfloat16 too (as in DeepSeek-V3, arXiv 2412.19437, section 3.3.3). Then they are rounded stochastically:
-rounded to nearest, a moment would lose every change below 2^-9 of itself, and with beta2 near 1 a second moment has no
-larger ones and stands still. The noise is a hash of the update's and the element's number, so the same run draws the
+rounded to nearest, a moment would lose every change below 2^-9 of itself, and with beta2 near 1 a second moment would
+never change. The noise is a hash of the update's and the element's number, so the same run draws the
 same noise, also after a resume.
 
 The Triton form is in `adamw_triton`, imported only when the matrix is on a GPU.

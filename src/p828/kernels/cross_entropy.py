@@ -1,4 +1,4 @@
-"""From logits to losses and the logits' gradient in one go, so that nothing of their size is kept besides them.
+"""Losses and the logits' gradient from the logits in one operation, without another tensor of their size.
 
 The Triton form is in `cross_entropy_triton`, imported only when the logits are on a GPU.
 """
@@ -11,9 +11,9 @@ def softmax_gradient_(logits_cX: Tensor, targets_c: Tensor, scale: Tensor, vocab
     """Overwrite the logits by the gradient of scale · Σ loss, scale · (softmax − onehot(target)); return the losses.
 
     `logits_cX` is contiguous, of any floating dtype; `targets_c` int64. Of each row the first `vocabulary` (all, unless
-    given) are logits; what fills it up is no part of the softmax, and zero afterwards. The losses (c,) are in float32
-    (float64 for float64), and so is all arithmetic. `scale` is a scalar of that dtype on the same device, so that
-    a recorded call can be repeated with another. A negative target has no loss and a gradient of zeros.
+    given) are logits; padding behind them is no part of the softmax, and zero afterwards. The losses (c,) are in
+    float32 (float64 for float64), and so is all arithmetic. `scale` is a scalar of that dtype on the same device, so
+    that a captured CUDA graph can be replayed with another value. A negative target has no loss and a zero gradient.
     """
     vocabulary = logits_cX.shape[1] if vocabulary is None else vocabulary
     if logits_cX.is_cuda:

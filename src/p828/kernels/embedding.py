@@ -1,8 +1,8 @@
 """The embedding's gradient, added to a float32 sum in place.
 
-A table of all tokens' gradients a micro-batch, as autograd makes it, would be mostly zeros, and its scattered additions
-either take turns in no fixed order or round to bfloat16. The Triton form is in `embedding_triton`, imported only when
-the sum is on a GPU.
+Autograd would make a table of all tokens' gradients for each micro-batch. It would be mostly zeros, and its scattered
+additions would be in no fixed order or rounded to bfloat16. The Triton form is in `embedding_triton`, imported only
+when the sum is on a GPU.
 """
 
 from torch import Tensor

@@ -1,7 +1,7 @@
-"""RMS normalisation, also with the residual sum before it, in one pass over memory, on a GPU.
+"""RMS normalisation on a GPU, also fused with the deferred residual add before it, in one pass over memory.
 
-Sum and norm are bound by memory: together they read two tensors and write two, and the backward pass reads three and
-writes one, with the weight's gradient summed on the way instead of through a tensor of its own. The plain twin is
+Sum and norm are bound by memory. Fused, they read two tensors and write two; the backward pass reads three and writes
+one, and sums the weight's gradient on the way instead of through a tensor of its own. The plain twin is
 `p828.model.norm.RMSNorm` on a CPU.
 """
 
@@ -58,7 +58,7 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
     _, _, weight_H, ctx.eps = inputs
     ctx.save_for_backward(output[0], weight_H)
-    ctx.set_materialize_grads(False)  # of the last sum of all only the norm is used
+    ctx.set_materialize_grads(False)  # of the last layer's sum only the norm is used
 
 
 def _backward(ctx: Any, grad_sum_TH: Tensor | None, grad_normed_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:

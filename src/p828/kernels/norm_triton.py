@@ -56,7 +56,7 @@ def norm_backward(
 
 
 def forward(x_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum, which without a delta is x itself, and its normalisation."""
+    """x + delta, or x itself without a delta, and its normalisation."""
     total_TH, normed_TH = x_TH if delta_TH is None else torch.empty_like(x_TH), torch.empty_like(x_TH)
     width = x_TH.shape[-1]
     tokens, rows, columns = x_TH.numel() // width, *_block(width)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from p828.config import ModelConfig
 from p828.kernels.attention.flash_cpu import FlashAttentionCPU
 from p828.kernels.attention.ops import attention
+from p828.model.backend import AttentionBackend
 from p828.model.kv_cache import LayerCache
 from p828.model.linear import Linear
 from p828.model.norm import RMSNorm
@@ -16,15 +17,14 @@ from p828.model.rope import apply_rotary
 
 
 class AttentionMask(NamedTuple):
-    """What a query sees: itself and what came before it, within its own document. Made once for all layers."""
+    """Which keys a query sees: its own and those before it, within its document. Made once for all layers."""
 
-    backend: str
-    """`reference` or `flash`."""
+    backend: AttentionBackend
     mask_BSC: Tensor | None = None
-    """bool, True where query s sees key c; None where the kernel's own causal rule or the two below say it."""
-    start_T: Tensor | None = None
-    """int32: the first token of each token's document; for `flash` on CUDA."""
-    end_T: Tensor | None = None
+    """bool, True where query s sees key c; None if it sees all keys up to its own, or with the bounds below."""
+    document_start_T: Tensor | None = None
+    """int32: the first token of each token's document; for `flash_triton`."""
+    document_end_T: Tensor | None = None
     """int32: one past the last token of each token's document."""
 
 
@@ -44,42 +44,42 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
 
     def forward(
-        self, x_BSH: Tensor, rotary: tuple[Tensor, Tensor], visibility: AttentionMask, cache: LayerCache | None = None
+        self, x_BSH: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None = None
     ) -> Tensor:
-        # One product for the three, since those of keys and values alone are too narrow to fill a GPU.
+        # One product for the three: those of keys and values alone are too narrow to fill a GPU.
         weight = torch.cat([projection.weight for projection in (self.q_proj, self.k_proj, self.v_proj)])
         qkv_BSXD = F.linear(x_BSH, weight.to(x_BSH.dtype)).unflatten(-1, (-1, self.head_dim))  # X: N + 2 G heads
-        if visibility.start_T is not None:
-            return self.o_proj(self._fused(qkv_BSXD, rotary, visibility).flatten(2))
+        if mask.backend == "flash_triton":
+            return self.o_proj(self._flash_triton(qkv_BSXD, rotary, mask).flatten(2))
         q_BSND, k_BSGD, v_BSGD = qkv_BSXD.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
         q_BSND, k_BSGD = (apply_rotary(norm(x), *rotary) for norm, x in ((self.q_norm, q_BSND), (self.k_norm, k_BSGD)))
         if cache is not None:
             k_BSGD, v_BSGD = cache.append(k_BSGD, v_BSGD)
-        return self.o_proj(attend(q_BSND, k_BSGD, v_BSGD, self.sinks, visibility).flatten(2))
+        return self.o_proj(attend(q_BSND, k_BSGD, v_BSGD, self.sinks, mask).flatten(2))
 
-    def _fused(self, qkv_BSXD: Tensor, rotary: tuple[Tensor, Tensor], visibility: AttentionMask) -> Tensor:
+    def _flash_triton(self, qkv_BSXD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
         """Norms, rotation and attention on a GPU: (B, S, N, D)."""
         norms = (self.q_norm.weight.float(), self.k_norm.weight.float()) if self.use_qk_norm else (None, None)
         sinks_N = None if self.sinks is None else self.sinks.float()
         cos, sin = (angles.flatten(0, 2) for angles in rotary)
         out_TND = attention(
-            qkv_BSXD.flatten(0, 1), *norms, cos, sin, sinks_N, visibility.start_T, visibility.end_T,
+            qkv_BSXD.flatten(0, 1), *norms, cos, sin, sinks_N, mask.document_start_T, mask.document_end_T,
             self.num_heads, len(qkv_BSXD), self.eps,
         )[0]  # fmt: skip
         return out_TND.unflatten(0, qkv_BSXD.shape[:2])
 
 
-def attend(q_BSND: Tensor, k_BCGD: Tensor, v_BCGD: Tensor, sinks_N: Tensor | None, visibility: AttentionMask) -> Tensor:
+def attend(q_BSND: Tensor, k_BCGD: Tensor, v_BCGD: Tensor, sinks_N: Tensor | None, mask: AttentionMask) -> Tensor:
     """softmax([q kᵀ / sqrt(D), sink]) v without the sink's column: (B, S, N, D) in q's dtype.
 
     Keys hold C tokens, as many as the queries unless they come from a cache. `sinks_N` is float32 or None.
     """
-    if visibility.backend == "reference":
-        return reference_attention(q_BSND, k_BCGD, v_BCGD, sinks_N, visibility.mask_BSC)
+    if mask.backend == "reference":
+        return reference_attention(q_BSND, k_BCGD, v_BCGD, sinks_N, mask.mask_BSC)
     mask_B1SC = None
-    if visibility.mask_BSC is not None:
-        mask_B1SC = torch.zeros_like(visibility.mask_BSC, dtype=q_BSND.dtype)
-        mask_B1SC = mask_B1SC.masked_fill_(~visibility.mask_BSC, float("-inf"))[:, None]
+    if mask.mask_BSC is not None:
+        mask_B1SC = torch.zeros_like(mask.mask_BSC, dtype=q_BSND.dtype)
+        mask_B1SC = mask_B1SC.masked_fill_(~mask.mask_BSC, float("-inf"))[:, None]
     q_BNSD, k_BGCD, v_BGCD = (x.transpose(1, 2) for x in (q_BSND, k_BCGD, v_BCGD))
     return FlashAttentionCPU.apply(q_BNSD, k_BGCD, v_BGCD, sinks_N, mask_B1SC).transpose(1, 2)
 

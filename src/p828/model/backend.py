@@ -1,9 +1,79 @@
-"""Which code computes a model, for a device and an arithmetic."""
+"""Which code computes a model: the only place that asks what a device and a dtype allow.
+
+Everything that depends on the device or the dtype is decided here: the layers ask for their own backend, the engine
+whether a micro-batch can become a CUDA graph, and `inference.load` which arithmetic a loaded model gets. Arguments are
+constants to `torch.compile`, and so are the answers: no decision is part of a compiled graph.
+
+The Triton kernels of a layer compute in bfloat16 on CUDA. Three functions in `p828.kernels` choose between their Triton
+form and its plain twin by themselves, from where the tensor lies: `adamw.adamw_`, `cross_entropy.softmax_gradient_` and
+`embedding.add_embedding_gradient_`. The two forms do the same in any dtype, the callers are in several folders, and
+`kernels` is below `model` and cannot ask it.
+"""
+
+from dataclasses import replace
+from typing import Literal
 
 import torch
 
 from p828.config import ModelConfig
 from p828.errors import ConfigError
+
+AttentionBackend = Literal["reference", "flash_cpu", "flash_triton"]
+ExpertsBackend = Literal["triton", "grouped_mm", "loop"]
+
+LOSS_CHUNK_TOKENS = {
+    "cpu": 256,  # so that a chunk of a small vocabulary stays in the cache
+    "cuda": 4096,  # below that the products with the head do not fill an H100
+}
+LOSS_COLUMNS = {
+    "cpu": 1,
+    "cuda": 64,  # rows of logits that begin off 16 bytes, as with GPT-2's 50,257, make all three products slow
+}
+RANDOM_BLOCK = {
+    "cpu": 2**16,  # so that a block's operations stay in the cache
+    "cuda": 2**23,  # so that an operation takes longer than its start; about 300 MB of memory meanwhile
+}
+
+
+def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton kernels compute in this dtype: norms and the router's logits ask no more."""
+    return device.type == "cuda" and dtype == torch.bfloat16
+
+
+def attention_backend(
+    model: ModelConfig, device: torch.device, dtype: torch.dtype, has_cache: bool
+) -> AttentionBackend:
+    """`flash_triton` takes documents' bounds, the other two a mask. A key-value cache is read by `reference` only."""
+    if has_cache or model.attention_backend == "reference":
+        return "reference"
+    if device.type != "cuda":
+        return "flash_cpu"
+    if model.attention_backend == "auto" and not uses_triton(device, dtype):
+        return "reference"
+    return "flash_triton"
+
+
+def experts_backend(device: torch.device, dtype: torch.dtype, drops: bool) -> ExpertsBackend:
+    """`drops`: dropout is at work, which no kernel has. `loop` makes the host wait for the experts' loads."""
+    if not uses_triton(device, dtype):
+        return "loop"
+    return "grouped_mm" if drops else "triton"
+
+
+def router_chooses_in_triton(device: torch.device) -> bool:
+    """Whether a kernel chooses the experts; scores are float32 whatever layers compute in."""
+    return device.type == "cuda"
+
+
+def allows_cuda_graph(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether forward and backward pass only start kernels: no loads are asked for, no random numbers drawn."""
+    attention = attention_backend(model, device, dtype, has_cache=False)
+    return attention == "flash_triton" and experts_backend(device, dtype, drops=model.dropout > 0) == "triton"
+
+
+def adds_products_in_float32(device: torch.device) -> bool:
+    """Whether a product of bfloat16 matrices can be added to a float32 sum without being rounded before."""
+    return device.type == "cuda"
 
 
 def check_widths(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -22,3 +92,15 @@ def check_widths(model: ModelConfig, device: torch.device, dtype: torch.dtype) -
             raise ConfigError(f"model.{key} = {width}: in bfloat16 on a GPU, a multiple of 8 is accepted")
     if model.head_dim > 256:
         raise ConfigError(f"model.head_dim = {model.head_dim}: in bfloat16 on a GPU, at most 256 is accepted")
+
+
+def computable(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[ModelConfig, torch.dtype]:
+    """The model and dtype as given, or plain code in float32 where this GPU's kernels do not take the model.
+
+    For a model that is only used: it may have been trained on another device.
+    """
+    try:
+        check_widths(model, device, dtype)
+    except ConfigError:
+        return replace(model, attention_backend="reference"), torch.float32
+    return model, dtype

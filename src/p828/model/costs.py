@@ -12,21 +12,45 @@ class Parameters(NamedTuple):
     """Those a token uses: all but the routed experts that it is not sent to."""
 
 
+class Parts(NamedTuple):
+    """A number for each part of a model, all of its layers together: parameters or floating-point operations.
+
+    Whole numbers, unless operations are asked for a fraction of a token.
+    """
+
+    embedding: float
+    attention: float
+    """Projections, and what is small beside them: sinks and the norms of queries and keys."""
+    router: float
+    routed_experts: float
+    shared_experts: float
+    norms: float
+    """The layers' and the last one."""
+    head: float
+    """The output head; no parameters where it is tied to the embedding."""
+
+
+def parameters_by_part(model: ModelConfig) -> Parts:
+    """All parameters of the whole model."""
+    layers, hidden = model.num_hidden_layers, model.hidden_size
+    extras = model.num_attention_heads * model.attention_sinks + 2 * model.head_dim * model.use_qk_norm
+    return Parts(
+        embedding=model.vocab_size * hidden,
+        attention=layers * (_projections(model) + extras),
+        router=layers * hidden * model.n_routed_experts,
+        routed_experts=layers * model.n_routed_experts * _expert(model),
+        shared_experts=layers * model.n_shared_experts * _expert(model),
+        norms=(2 * layers + 1) * hidden,
+        head=0 if model.tie_word_embeddings else model.vocab_size * hidden,
+    )
+
+
 def count_parameters(model: ModelConfig) -> Parameters:
     """Parameters of the whole model and those active for one token, embedding and output head counted in both."""
-    heads = model.num_attention_heads + model.num_key_value_heads
-    attention = 2 * model.hidden_size * heads * model.head_dim
-    attention += model.num_attention_heads * model.attention_sinks + 2 * model.head_dim * model.use_qk_norm
-    router = model.hidden_size * model.n_routed_experts
-    norms = 2 * model.hidden_size
-    shared = model.n_shared_experts * _expert(model)
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2) + model.hidden_size
-
-    def whole(experts: int) -> int:
-        per_layer = attention + router + norms + shared + experts * _expert(model)
-        return embeddings + model.num_hidden_layers * per_layer
-
-    return Parameters(whole(model.n_routed_experts), whole(model.num_experts_per_tok))
+    parts = parameters_by_part(model)
+    unused = model.num_hidden_layers * (model.n_routed_experts - model.num_experts_per_tok) * _expert(model)
+    total = int(sum(parts))
+    return Parameters(total, total - unused)
 
 
 def unused_vocabulary(model: ModelConfig, vocab_size: int) -> str:
@@ -44,24 +68,41 @@ def unused_vocabulary(model: ModelConfig, vocab_size: int) -> str:
 def training_flops(model: ModelConfig, tokens: float, attended_pairs: float) -> float:
     """Floating-point operations to train on this number of tokens: forward and backward of every matrix product.
 
+    The sum of `flops_by_part`. A whole number for whole numbers.
+    """
+    return sum(flops_by_part(model, tokens, attended_pairs))
+
+
+def flops_by_part(model: ModelConfig, tokens: float, attended_pairs: float) -> Parts:
+    """Floating-point operations of each part to train on this number of tokens.
+
     A product costs 2 operations per weight forward and 4 backward. Attention costs as much as the mask leaves: scores
     and weighted values of `attended_pairs`, queries with a key that they see, L (L + 1) / 2 in a document of L tokens.
     The embedding is a look-up. Norms, softmax and recomputation are not counted, as is usual for MFU (PaLM, arXiv
-    2204.02311, appendix B). A whole number for whole numbers.
+    2204.02311, appendix B).
     """
-    heads = model.num_attention_heads + model.num_key_value_heads
-    projections = 2 * model.hidden_size * heads * model.head_dim
-    experts = (model.num_experts_per_tok + model.n_shared_experts) * _expert(model)
-    router = model.hidden_size * model.n_routed_experts
-    attention = 2 * model.num_attention_heads * model.head_dim
-    head = model.vocab_size * model.hidden_size
-    layers = model.num_hidden_layers
-    return 6 * (tokens * (layers * (projections + experts + router) + head) + attended_pairs * layers * attention)
+    layers, hidden = model.num_hidden_layers, model.hidden_size
+    scores = attended_pairs * 2 * model.num_attention_heads * model.head_dim
+    return Parts(
+        embedding=0,
+        attention=6 * layers * (tokens * _projections(model) + scores),
+        router=6 * layers * tokens * hidden * model.n_routed_experts,
+        routed_experts=6 * layers * tokens * model.num_experts_per_tok * _expert(model),
+        shared_experts=6 * layers * tokens * model.n_shared_experts * _expert(model),
+        norms=0,
+        head=6 * tokens * hidden * model.vocab_size,
+    )
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     """`training_flops` of a token in rows that are one document each: causal attention reads half of it on average."""
     return int(training_flops(model, 2, sequence_length)) // 2  # of two, as half a pair is no whole number
+
+
+def _projections(model: ModelConfig) -> int:
+    """Weights of a layer's query, key, value and output projections."""
+    heads = model.num_attention_heads + model.num_key_value_heads
+    return 2 * model.hidden_size * heads * model.head_dim
 
 
 def _expert(model: ModelConfig) -> int:

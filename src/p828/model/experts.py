@@ -1,4 +1,4 @@
-"""The mixture of experts: sort routed tokens by expert, compute each expert's rows, bring them back weighted.
+"""The mixture of experts: permute routed tokens by expert, a grouped GEMM of each expert's rows, and unpermute.
 
 No token is dropped; an expert without tokens is a normal case.
 """
@@ -11,25 +11,26 @@ from torch import Tensor, nn
 
 from p828.config import ModelConfig
 from p828.kernels.moe import ops as kernels
-from p828.kernels.moe.grouped_gemm_cpu import grouped_linear
+from p828.kernels.moe.grouped_gemm_cpu import grouped_linear, grouped_mm
 from p828.kernels.moe.swiglu_down import swiglu_down
 from p828.kernels.moe.tiles import TILE
+from p828.model.backend import ExpertsBackend, experts_backend
 from p828.model.linear import Linear
 
 
 class TokenPermutation(NamedTuple):
-    """The rows of routed tokens sorted by expert; entry i is choice i % K of token i // K."""
+    """Which row each routed token gets when they are sorted by expert; entry i is choice i % K of token i // K."""
 
     destination_TK: Tensor
-    """int: the row of every choice."""
+    """int: the destination row of every choice."""
     source_R: Tensor
-    """int: the entry that is in each row; −1 in what fills an expert's last tile, where a kernel wants whole tiles."""
+    """int: the source index of each row, an entry; −1 in padding rows, which fill an expert's last block."""
     offsets_E1: Tensor
     """int (E + 1,): where each expert's rows begin, and where the last one's end."""
     tile_expert: Tensor | None
-    """int: the expert that each tile of rows belongs to; None without padding."""
+    """int: the expert that each block of TILE rows belongs to; None without padding."""
     loads_E: Tensor
-    """int64: the counted tokens that each expert received."""
+    """int64: the tokens that each expert received, padding left out."""
 
 
 class Experts(nn.Module):
@@ -43,27 +44,34 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * projected, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
-    def order(self, x_TH: Tensor, experts_TK: Tensor, counted_T: Tensor | None) -> TokenPermutation:
-        """The order that `forward` wants for these tokens. `counted_T` (bool) leaves padding out of the loads."""
+    def permutation(self, x_TH: Tensor, experts_TK: Tensor, valid_token_T: Tensor | None) -> TokenPermutation:
+        """The permutation that `forward` needs for these tokens. `valid_token_T` (bool) leaves padding out of the
+        loads; it defaults to all tokens."""
         experts = len(self.down_proj)
-        if counted_T is None:
-            counted_T = torch.ones(len(x_TH), dtype=torch.bool, device=x_TH.device)
-        if not uses_triton(x_TH, self):
-            return sort_by_expert(experts_TK, counted_T, experts)
+        if valid_token_T is None:
+            valid_token_T = torch.ones(len(x_TH), dtype=torch.bool, device=x_TH.device)
+        if self._backend(x_TH) != "triton":
+            return sort_by_expert(experts_TK, valid_token_T, experts)
         tiles = -(-experts_TK.numel() // TILE) + experts  # no expert pads more than a tile
-        return TokenPermutation(*kernels.sort_rows(experts_TK, counted_T, experts, tiles * TILE))
+        return TokenPermutation(*kernels.align_to_blocks(experts_TK, valid_token_T, experts, tiles * TILE))
 
-    def forward(self, x_TH: Tensor, weights_TK: Tensor, order: TokenPermutation) -> Tensor:
+    def forward(self, x_TH: Tensor, weights_TK: Tensor, permutation: TokenPermutation) -> Tensor:
         gate_up, down = self.gate_up_proj.to(x_TH.dtype), self.down_proj.to(x_TH.dtype)
-        if order.tile_expert is not None:
-            return kernels.routed_experts(x_TH, weights_TK, gate_up, down, *order[:4])[0]
-        rows_E = order.offsets_E1.diff()
-        x_RH = Dispatch.apply(x_TH, order.destination_TK, order.source_R)
-        gate_RP, up_RP = grouped_linear(x_RH, gate_up, rows_E).chunk(2, dim=-1)
+        if permutation.tile_expert is not None:
+            return kernels.routed_experts(x_TH, weights_TK, gate_up, down, *permutation[:4])[0]
+        rows_E = permutation.offsets_E1.diff()
+        x_RH = PermuteTokens.apply(x_TH, permutation.destination_TK, permutation.source_R)
+        product = grouped_linear if self._backend(x_TH) == "loop" else grouped_mm
+        gate_RP, up_RP = product(x_RH, gate_up, rows_E).chunk(2, dim=-1)
         inner_RI = F.dropout(activate(self.hidden_act, gate_RP, up_RP), self.dropout, self.training)
-        # Weighted before the last product: the sum over a token's experts is then the transpose of the dispatch.
-        weighted_RI = (inner_RI * weights_TK.flatten()[order.source_R, None]).to(x_TH.dtype)
-        return Combine.apply(grouped_linear(weighted_RI, down, rows_E), order.destination_TK, order.source_R)
+        # Weighted before the last product: the sum over a token's experts is then the transpose of `PermuteTokens`.
+        weighted_RI = (inner_RI * weights_TK.flatten()[permutation.source_R, None]).to(x_TH.dtype)
+        return UnpermuteTokens.apply(
+            product(weighted_RI, down, rows_E), permutation.destination_TK, permutation.source_R
+        )
+
+    def _backend(self, x_TH: Tensor) -> ExpertsBackend:
+        return experts_backend(x_TH.device, x_TH.dtype, drops=self.training and self.dropout > 0)
 
 
 class SharedExperts(nn.Module):
@@ -80,16 +88,11 @@ class SharedExperts(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         gate_TP, up_TP = self.gate_proj(x_TH), self.up_proj(x_TH)
-        if uses_triton(x_TH, self):
+        drops = self.training and self.dropout > 0
+        if experts_backend(x_TH.device, x_TH.dtype, drops) == "triton":
             return swiglu_down(gate_TP, up_TP, self.down_proj.weight.to(x_TH.dtype))
         inner_TI = activate(self.hidden_act, gate_TP, up_TP)
         return self.down_proj(F.dropout(inner_TI, self.dropout, self.training))
-
-
-def uses_triton(x_TH: Tensor, experts: Experts | SharedExperts) -> bool:
-    """Whether the kernels for a GPU compute these tokens."""
-    drops = experts.training and experts.dropout > 0
-    return x_TH.is_cuda and x_TH.dtype == torch.bfloat16 and not drops
 
 
 def projected_width(hidden_act: str, inner: int) -> int:
@@ -104,50 +107,50 @@ def activate(hidden_act: str, gate_P: Tensor, up_P: Tensor) -> Tensor:
     return F.silu(gate_P) * up_P
 
 
-def sort_by_expert(experts_TK: Tensor, counted_T: Tensor, n_routed_experts: int) -> TokenPermutation:
+def sort_by_expert(experts_TK: Tensor, valid_token_T: Tensor, n_routed_experts: int) -> TokenPermutation:
     """The stable order of the routed tokens by expert, without padding: within an expert, tokens keep their order."""
     chosen_R = experts_TK.flatten()
     source_R = chosen_R.argsort(stable=True)
     row_R = torch.empty_like(source_R).scatter_(0, source_R, torch.arange(len(source_R), device=source_R.device))
     is_chosen_TKE = experts_TK[..., None] == torch.arange(n_routed_experts, device=chosen_R.device)
     offsets_E1 = F.pad(is_chosen_TKE.sum(dim=(0, 1)).cumsum(0), (1, 0))
-    loads_E = (is_chosen_TKE & counted_T[:, None, None]).sum(dim=(0, 1))
+    loads_E = (is_chosen_TKE & valid_token_T[:, None, None]).sum(dim=(0, 1))
     return TokenPermutation(row_R.view_as(experts_TK), source_R, offsets_E1, None, loads_E)
 
 
-class Dispatch(torch.autograd.Function):
-    """(T, H) to (R, H): each token's row, once for every expert it goes to.
+class PermuteTokens(torch.autograd.Function):
+    """(T, H) to (R, H): each token's row, once for every expert that it goes to.
 
-    Its own function because the backward of plain indexing adds with atomics or a sort; knowing where each choice went,
-    the gradient is `Combine`: a gather and a sum over K, always in the same order.
+    Why our own: the backward pass of plain indexing adds with atomics or sorts. As the destination of each choice is
+    known, the gradient is `UnpermuteTokens`: a gather and a sum over K, always in the same order.
     """
 
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, destination_TK: Tensor, source_R: Tensor) -> Tensor:
         ctx.save_for_backward(destination_TK, source_R)
-        return gather_rows(x_TH, destination_TK, source_R)
+        return permute(x_TH, destination_TK, source_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None]:
-        return combine_rows(grad_RH, ctx.saved_tensors[0]), None, None
+        return unpermute(grad_RH, ctx.saved_tensors[0]), None, None
 
 
-class Combine(torch.autograd.Function):
-    """(R, H) to (T, H): the sum over a token's experts; the transpose of `Dispatch`."""
+class UnpermuteTokens(torch.autograd.Function):
+    """(R, H) to (T, H): the sum over a token's experts; the transpose of `PermuteTokens`."""
 
     @staticmethod
     def forward(ctx: Any, y_RH: Tensor, destination_TK: Tensor, source_R: Tensor) -> Tensor:
         ctx.save_for_backward(destination_TK, source_R)
-        return combine_rows(y_RH, destination_TK)
+        return unpermute(y_RH, destination_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
-        return gather_rows(grad_TH, *ctx.saved_tensors), None, None
+        return permute(grad_TH, *ctx.saved_tensors), None, None
 
 
-def gather_rows(x_TH: Tensor, destination_TK: Tensor, source_R: Tensor) -> Tensor:
+def permute(x_TH: Tensor, destination_TK: Tensor, source_R: Tensor) -> Tensor:
     return x_TH.index_select(0, source_R // destination_TK.shape[1])
 
 
-def combine_rows(y_RH: Tensor, destination_TK: Tensor) -> Tensor:
+def unpermute(y_RH: Tensor, destination_TK: Tensor) -> Tensor:
     return y_RH.index_select(0, destination_TK.flatten()).unflatten(0, destination_TK.shape).sum(dim=1)

@@ -22,10 +22,10 @@ class LayerCache:
 
 
 class KVCache:
-    """Room for `max_length` tokens of every row. A token's slot is its position.
+    """Room for `max_length` tokens of every sequence. A token's slot is its position.
 
-    Rows may be of unequal length: what a shorter prompt's padding writes lies at positions after its last token, where
-    no query looks before generation has overwritten it.
+    Sequences may be of unequal length. A shorter prompt's padding is written at positions after its last token;
+    generation overwrites them before a query reads them.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class KVCache:
     def layer(self, index: int, positions_BS: Tensor) -> LayerCache:
         return LayerCache(self, index, positions_BS)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows, in this order."""
-        self.keys = [keys_BCGD[rows] for keys_BCGD in self.keys]
-        self.values = [values_BCGD[rows] for values_BCGD in self.values]
+    def select(self, sequences: Tensor) -> None:
+        """Keep only the sequences with these indices (int64), in this order."""
+        self.keys = [keys_BCGD[sequences] for keys_BCGD in self.keys]
+        self.values = [values_BCGD[sequences] for values_BCGD in self.values]

@@ -7,27 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p828.kernels.cross_entropy import softmax_gradient_
+from p828.model.backend import LOSS_CHUNK_TOKENS, LOSS_COLUMNS, adds_products_in_float32
 
 IGNORE = -100
-CHUNK_TOKENS = {
-    "cpu": 256,  # so that a chunk of a small vocabulary stays in the cache
-    "cuda": 4096,  # below that the products with the head do not fill an H100
-}
-COLUMNS = {
-    "cpu": 1,
-    "cuda": 64,  # rows of logits that begin off 16 bytes, as with GPT-2's 50,257, make all three products slow
-}
 
 
 def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
     """Σ over valid targets of −log softmax(hidden weightᵀ)[target]: a float32 scalar in nats (float64 for float64).
 
-    Targets of −100 are left out. Without gradients one chunk's logits exist at a time. It is differentiable, as the
-    plain twin of `loss_and_gradients`, but then keeps them all.
+    Targets of −100 are left out. Without gradients, one chunk's logits exist at a time. With gradients all logits are
+    kept: this is the plain twin of `loss_and_gradients`.
     """
     weight_VH = weight_VH.to(hidden_TH.dtype)
     sum_dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
-    chunks = (tensor.split(CHUNK_TOKENS[hidden_TH.device.type]) for tensor in (hidden_TH, targets_T))
+    chunks = (tensor.split(LOSS_CHUNK_TOKENS[hidden_TH.device.type]) for tensor in (hidden_TH, targets_T))
     losses = [
         F.cross_entropy((hidden_cH @ weight_VH.T).to(sum_dtype), targets_c, ignore_index=IGNORE, reduction="sum")
         for hidden_cH, targets_c in zip(*chunks, strict=True)
@@ -39,17 +32,17 @@ def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor
 def loss_and_gradients(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, scale: Tensor, dweight_VH: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`linear_cross_entropy` and the gradients of `scale` times it: that of hidden_TH is returned in its dtype, that of
-    weight_VH added to dweight_VH.
+    """`linear_cross_entropy`, and the gradients of `scale` times it.
 
-    `weight_VH` has hidden's dtype, `dweight_VH` and the scalar `scale` are float32 (float64 for float64). A chunk's
-    gradients are formed while its logits are there, in their place. Its share of dweight is summed in float32 as well;
-    on a CPU in bfloat16, for which there is no such product, it is rounded before it is added.
+    Returns the loss and the gradient of hidden_TH in hidden's dtype, and adds the gradient of weight_VH to dweight_VH.
+    `weight_VH` has hidden's dtype; `dweight_VH` and the scalar `scale` are float32 (float64 for float64). The gradients
+    of a chunk overwrite its logits. A chunk's part of dweight is added in float32; on a CPU in bfloat16, where there is
+    no such product, it is rounded to bfloat16 first.
 
-    The products are made with X logits a token, a multiple of COLUMNS: a copy of `weight_VH` is filled up with rows of
-    zeros, whose logits are no part of the softmax and have no gradient. Their rows of dweight are not added.
+    The products are made with X logits a token, a multiple of LOSS_COLUMNS: a copy of `weight_VH` is filled up with
+    rows of zeros, whose logits are no part of the softmax and have no gradient. Their rows of dweight are not added.
     """
-    chunk, columns = CHUNK_TOKENS[hidden_TH.device.type], COLUMNS[hidden_TH.device.type]
+    chunk, columns = LOSS_CHUNK_TOKENS[hidden_TH.device.type], LOSS_COLUMNS[hidden_TH.device.type]
     vocabulary, fill = len(weight_VH), -len(weight_VH) % columns
     whole = vocabulary // columns * columns
     weight_XH = F.pad(weight_VH, (0, 0, 0, fill)) if fill else weight_VH
@@ -92,7 +85,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 def _add_product_(sum_VH: Tensor, left_Vc: Tensor, right_cH: Tensor) -> None:
     if sum_VH.dtype == left_Vc.dtype:
         sum_VH.addmm_(left_Vc, right_cH)
-    elif sum_VH.is_cuda:
+    elif adds_products_in_float32(sum_VH.device):
         torch.ops.aten.addmm.dtype_out(sum_VH, left_Vc, right_cH, torch.float32, out=sum_VH)
     else:
         sum_VH.add_(left_Vc @ right_cH)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p828.kernels.norm import add_rms_norm, rms_norm
+from p828.model.backend import uses_triton
 
 
 class RMSNorm(nn.Module):
@@ -16,21 +17,16 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_fused(x):
+        if uses_triton(x.device, x.dtype):
             return rms_norm(x, self.weight.float(), self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class ResidualNorm(RMSNorm):
-    """x + delta and its normalisation."""
+    """The deferred residual add, fused with the norm: returns x + delta and its normalisation."""
 
     def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        if _is_fused(x):
+        if uses_triton(x.device, x.dtype):
             return add_rms_norm(x, delta, self.weight.float(), self.eps)
         total = x + delta
         return total, super().forward(total)
-
-
-def _is_fused(x: Tensor) -> bool:
-    """Whether the kernels for a GPU compute it."""
-    return x.is_cuda and x.dtype == torch.bfloat16

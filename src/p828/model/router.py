@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from p828.config import ModelConfig
 from p828.kernels.router import choose_experts, router_logits
+from p828.model.backend import router_chooses_in_triton, uses_triton
 
 
 class Routing(NamedTuple):
@@ -18,7 +19,7 @@ class Routing(NamedTuple):
     scores_TE: Tensor
     """float32: every expert's score, before bias and choice."""
     logits_TE: Tensor
-    """float32: what the scores were made of."""
+    """float32: the scores before sigmoid or softmax."""
 
 
 class Router(nn.Module):
@@ -34,7 +35,7 @@ class Router(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Routing:
         config = self.config
-        if x_TH.is_cuda and x_TH.dtype == torch.bfloat16:
+        if uses_triton(x_TH.device, x_TH.dtype):
             logits_TE = router_logits(x_TH, self.weight.float())
         else:
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -43,7 +44,7 @@ class Router(nn.Module):
         choice_TE = scores_TE.detach() + self.e_score_correction_bias
         if config.n_group > 1:
             choice_TE = limit_groups(choice_TE, config.n_group, config.topk_group)
-        if x_TH.is_cuda:
+        if router_chooses_in_triton(x_TH.device):
             experts_TK = choose_experts(choice_TE, config.num_experts_per_tok)
         else:
             experts_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
@@ -63,12 +64,13 @@ def limit_groups(choice_TE: Tensor, n_group: int, topk_group: int) -> Tensor:
     return grouped_TGX.masked_fill(~kept_TG[..., None], float("-inf")).flatten(1)
 
 
-def sequence_balance_loss(routing: Routing, rows: int, valid_T: Tensor | None = None) -> Tensor:
-    """DeepSeek-V3's sequence-wise auxiliary loss, equations 17–20, times the valid tokens of a row, summed over rows.
+def sequence_balance_loss(routing: Routing, sequences: int, valid_T: Tensor | None = None) -> Tensor:
+    """Sum over sequences of DeepSeek-V3's sequence-wise auxiliary loss times the sequence's valid tokens: a scalar.
 
-    Σ_e f_e P_e of a row, with f_e = E / (K n) · valid tokens of the row that chose e and P_e the mean of their
-    normalised scores, where n of them are valid; 1 when even. Divided by all valid tokens it is the mean over rows,
-    each weighed by its own. A row without any adds nothing. `valid_T` (bool) defaults to all.
+    The loss of a sequence (equations 17–20) is Σ_e f_e P_e. With n valid tokens, f_e is E / (K n) times the number of
+    them that chose e, and P_e is the mean of their normalised scores; the loss is 1 when loads are even. The result
+    divided by all valid tokens is the mean over sequences, weighted by their valid tokens. A sequence without valid
+    tokens adds nothing. `valid_T` (bool) defaults to all tokens.
     """
     experts, per_token = routing.scores_TE.shape[1], routing.experts_TK.shape[1]
     share_TE = routing.scores_TE / routing.scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
@@ -76,9 +78,9 @@ def sequence_balance_loss(routing: Routing, rows: int, valid_T: Tensor | None = 
     if valid_T is None:
         valid_T = torch.ones_like(routing.scores_TE[:, 0], dtype=torch.bool)
     share_BE, chosen_BE = (
-        x_TE.where(valid_T[:, None], 0.0).view(rows, -1, experts).sum(dim=1) for x_TE in (share_TE, chosen_TE)
+        x_TE.where(valid_T[:, None], 0.0).view(sequences, -1, experts).sum(dim=1) for x_TE in (share_TE, chosen_TE)
     )
-    valid_B1 = valid_T.view(rows, -1).sum(dim=1, keepdim=True).clamp_min(1)
+    valid_B1 = valid_T.view(sequences, -1).sum(dim=1, keepdim=True).clamp_min(1)
     return (chosen_BE * share_BE / valid_B1).sum() * experts / per_token
 
 

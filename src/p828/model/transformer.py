@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from p828.config import ModelConfig
 from p828.model.attention import Attention, AttentionMask
+from p828.model.backend import attention_backend
 from p828.model.experts import Experts, SharedExperts, TokenPermutation
 from p828.model.kv_cache import KVCache, LayerCache
 from p828.model.linear import Linear
@@ -41,14 +42,16 @@ class Output(NamedTuple):
     """After the final norm, in the dtype computed in; what the output head reads."""
     router: RouterStatistics
     boundaries: list["Boundary"]
-    """Where the autograd graph was cut."""
+    """Where the autograd graph was detached, from the first layers on."""
 
 
 class Boundary(NamedTuple):
-    """The graph's two ends between one layer and the next: x and delta as they came, and leaves in their place."""
+    """A detach point between two layers, where a backward pass in several segments stops and goes on."""
 
     before: tuple[Tensor, Tensor]
+    """x and delta, produced by the layers below."""
     after: tuple[Tensor, Tensor]
+    """The leaf copies of them that the layers above consume."""
 
 
 class MoE(nn.Module):
@@ -60,8 +63,8 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = SharedExperts(config) if config.n_shared_experts else None
 
-    def forward(self, x_TH: Tensor, weights_TK: Tensor, order: TokenPermutation) -> Tensor:
-        routed_TH = self.experts(x_TH, weights_TK, order)
+    def forward(self, x_TH: Tensor, weights_TK: Tensor, permutation: TokenPermutation) -> Tensor:
+        routed_TH = self.experts(x_TH, weights_TK, permutation)
         return routed_TH if self.shared_experts is None else routed_TH + self.shared_experts(x_TH)
 
 
@@ -80,30 +83,30 @@ class Layer(nn.Module):
         x_BSH: Tensor,
         delta_BSH: Tensor,
         angles: tuple[Tensor, Tensor],
-        visibility: AttentionMask,
-        counted_T: Tensor | None,
-        valid_T: Tensor | None,
+        mask: AttentionMask,
+        valid_token_T: Tensor | None,
+        has_target_T: Tensor | None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor, LayerStatistics]:
-        """x + delta with the attention added, and what the experts add to it. Loads count the tokens in `counted_T`,
-        auxiliary losses those in `valid_T`.
+        """The residual stream after attention, what the experts add to it, and statistics.
 
-        That last sum is left to what follows, which has it in one pass over memory with its norm, as this layer has the
-        sum of x and delta.
+        `delta_BSH` is what the layer below adds to its residual stream `x_BSH`. The residual add is deferred: the next
+        norm fuses it, so a layer returns (residual, delta) instead of their sum. Loads count the tokens in
+        `valid_token_T` (bool), auxiliary losses those in `has_target_T` (bool); None stands for all.
         """
         x_BSH, normed_BSH = self.input_layernorm(x_BSH, delta_BSH)
-        attended_BSH = self._recomputed(self.self_attn, normed_BSH, angles, visibility, cache)
+        attended_BSH = self._recomputed(self.self_attn, normed_BSH, angles, mask, cache)
         x_BSH, normed_BSH = self.post_attention_layernorm(x_BSH, attended_BSH)
         normed_TH = normed_BSH.flatten(0, 1)
         # The routing is never recomputed: a top-k tie that fell the other way would mix two routings in one gradient.
         routing = self.mlp.gate(normed_TH)
-        order = self.mlp.experts.order(normed_TH, routing.experts_TK, counted_T)
-        mixed_BSH = self._recomputed(self.mlp, normed_TH, routing.weights_TK, order).view_as(x_BSH)
+        permutation = self.mlp.experts.permutation(normed_TH, routing.experts_TK, valid_token_T)
+        mixed_BSH = self._recomputed(self.mlp, normed_TH, routing.weights_TK, permutation).view_as(x_BSH)
         if self.auxiliary_losses:
-            losses = sequence_balance_loss(routing, len(x_BSH), valid_T), z_loss(routing, valid_T)
+            losses = sequence_balance_loss(routing, len(x_BSH), has_target_T), z_loss(routing, has_target_T)
         else:  # a compiled layer would compute the gradients of unused ones too
             losses = routing.scores_TE.new_zeros(()), routing.scores_TE.new_zeros(())
-        return x_BSH, mixed_BSH, LayerStatistics(order.loads_E, *losses)
+        return x_BSH, mixed_BSH, LayerStatistics(permutation.loads_E, *losses)
 
     def _recomputed(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Call `function`, keeping only its inputs for the backward pass if gradient checkpointing is on."""
@@ -164,16 +167,16 @@ class Transformer(nn.Module):
 
         `positions_BS` (int64) defaults to 0 … S−1. `document_ids_BS` (int) limits attention to a document when
         `mask_documents` is on; −1 marks padding, which no load counts. With a `cache`, the tokens join those it holds,
-        and `positions_BS` says where. `embedded_BSH` is what `embed` gives, from a caller that wants its gradient;
-        `detach_before` names layers at which a caller that goes back through the model in several steps begins a new
-        one. `valid_BS` (bool) marks the tokens that have a target: auxiliary losses are sums over these, as the loss
-        is. It defaults to those that are not padding.
+        and `positions_BS` says where. `embedded_BSH` is the result of `embed`, for a caller that wants its gradient.
+        `detach_before` lists the layers before which the autograd graph is detached, for a backward pass in several
+        segments. `valid_BS` (bool) marks the tokens that have a target: auxiliary losses are sums over these, as the
+        loss is. It defaults to those that are not padding.
         """
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        visibility = self._attention_mask(tokens_BS, positions_BS, document_ids_BS, cache, dtype)
-        counted_T = None if document_ids_BS is None else document_ids_BS.flatten() >= 0
-        valid_T = counted_T if valid_BS is None else valid_BS.flatten()
+        mask = self._attention_mask(tokens_BS, positions_BS, document_ids_BS, cache, dtype)
+        valid_token_T = None if document_ids_BS is None else document_ids_BS.flatten() >= 0
+        has_target_T = valid_token_T if valid_BS is None else valid_BS.flatten()
         angles = rotary(positions_BS, self.frequencies, self.config.rope_scaling.factor)
         x_BSH = self.embed(tokens_BS, dtype) if embedded_BSH is None else embedded_BSH
         delta_BSH = torch.zeros_like(x_BSH)
@@ -184,7 +187,7 @@ class Transformer(nn.Module):
                 x_BSH, delta_BSH = boundaries[-1].after
             layer_cache = None if cache is None else cache.layer(index, positions_BS)
             x_BSH, delta_BSH, layer_statistics = layer(
-                x_BSH, delta_BSH, angles, visibility, counted_T, valid_T, layer_cache
+                x_BSH, delta_BSH, angles, mask, valid_token_T, has_target_T, layer_cache
             )
             statistics.append(layer_statistics)
         _, normed_BSH = self.model.norm(x_BSH, delta_BSH)
@@ -207,16 +210,14 @@ class Transformer(nn.Module):
         cache: KVCache | None,
         dtype: torch.dtype,
     ) -> AttentionMask:
+        backend = attention_backend(self.config, tokens_BS.device, dtype, has_cache=cache is not None)
         if cache is not None:
             slots_C = torch.arange(cache.used, device=tokens_BS.device)
-            return AttentionMask("reference", slots_C <= positions_BS[:, :, None])
-        backend = self.config.attention_backend
-        if backend == "auto":  # flash attention on CUDA takes 16-bit numbers only
-            backend = "reference" if tokens_BS.is_cuda and dtype == torch.float32 else "flash"
+            return AttentionMask(backend, slots_C <= positions_BS[:, :, None])
         documents = document_ids_BS if self.config.mask_documents else None
-        if backend == "flash" and tokens_BS.is_cuda:
-            rows = torch.zeros_like(tokens_BS) if documents is None else documents
-            return AttentionMask(backend, None, *document_borders(rows))
+        if backend == "flash_triton":
+            sequences = torch.zeros_like(tokens_BS) if documents is None else documents
+            return AttentionMask(backend, None, *document_bounds(sequences))
         if documents is None:
             return AttentionMask(backend)
         same_BSC = documents[:, :, None] == documents[:, None, :]
@@ -227,10 +228,10 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def document_borders(documents_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each of the T tokens the first one of its document, and the one past its last: int32 (T,).
+def document_bounds(documents_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The first token of each token's document, and the one past its last: int32 (T,) each.
 
-    A document ends with its row, or where the id changes. Found without the host's waiting for the device.
+    A document ends with its sequence, or where the id changes. The host does not wait for the device.
     """
     is_first_BS = torch.ones_like(documents_BS, dtype=torch.bool)
     is_first_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]

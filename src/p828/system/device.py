@@ -1,4 +1,4 @@
-"""Which device and arithmetic a run gets, and what that device can do at most."""
+"""Which device and arithmetic a run gets, its memory, and its random states."""
 
 import os
 import resource
@@ -17,11 +17,6 @@ from p828.system.host_memory import free_host_bytes
 LEAST_BYTES = 8  # of a parameter that is trained: its master and its gradient; moments come on top
 NO_HOST_MEMORY = "can't allocate memory"
 LONGEST_CAUSE = 200  # characters of what PyTorch says
-# Dense bfloat16 peak in FLOP/s from the vendor's datasheets, by what torch.cuda.get_device_name() contains.
-PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
-    "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
-}  # fmt: skip
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -63,14 +58,6 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # Nothing here reads what was not written; filling every new tensor with NaN to show that would take time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of the device's datasheet, None where it is not known (MFU is then left out)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -29,7 +29,7 @@ from p828.engine.interface import StepResult, StepStats, pack, shapes_of, unpack
 from p828.engine.microbatch import add_totals_, prepare_layers, zero_totals
 from p828.errors import ConfigError
 from p828.model.backend import check_widths
-from p828.model.init import initial_values
+from p828.model.init import initialise_slice
 from p828.model.transformer import Layer, Transformer
 from p828.optim.balance import update_biases
 from p828.optim.clipping import clip_factor
@@ -311,12 +311,9 @@ class DeepSpeedEngine:
             flat.data.zero_()  # the padding between and behind the parameters, too
             self._adamw.state[flat] = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
         self._set_updates()
-        by_name = {partition.name: partition for partition in self.partitions}
-        for name, whole in initial_values(self.config.model, self.config.train.seed):
-            if name in by_name:
-                partition = by_name[name]
-                own = whole.flatten()[partition.start : partition.start + partition.length]
-                partition.of(partition.flat).values.copy_(own)
+        for partition in self.partitions:
+            values = partition.of(partition.flat).values
+            initialise_slice(values, partition.name, self.config.model, self.config.train.seed, partition.start)
         sync_from_masters(self._optimizer, self.stage)
 
     @property

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 class FlashAttentionCPU(torch.autograd.Function):
-    """CPU: rows of equal length, heads before tokens, an additive mask (B, 1, S, S) or plain causal."""
+    """CPU: sequences of equal length, heads before tokens, an additive mask (B, 1, S, S) or plain causal."""
 
     @staticmethod
     def forward(

@@ -11,8 +11,8 @@ wastes little at the diagonal and at the borders of documents, and shares the ke
 
 Every result has one program that sums it, in a fixed order. That takes two backward kernels, one for dq and one for dk
 and dv, and the scores twice: 7 products where atomic additions would need 5. Exponentials are to base 2, which is what
-the hardware has. Documents are known on the device only: a program reads from `start_T` or `end_T` how far it has to
-walk, and masks only those tiles that the diagonal or a document's border cuts.
+the hardware has. The bounds of documents are on the device only: a program reads from `document_start_T` or
+`document_end_T` how far it has to walk, and masks only those tiles that the diagonal or a document's bound cuts.
 """
 
 from typing import NamedTuple
@@ -38,7 +38,7 @@ class Tiles(NamedTuple):
     skip: bool = True
     """Whether tiles that need no mask branch around it. Branches among many registers make ptxas serialize products."""
     registers: int | None = None
-    """At most so many a thread: two programs of 8 warps fit on a multiprocessor with 128."""
+    """The most registers of a thread: two programs of 8 warps fit on a multiprocessor with 128."""
 
 
 LARGE_TILES = {
@@ -262,7 +262,13 @@ def attention_backward_sinks(sinks, lse, delta, dsinks, T, lse_stride, M: tl.con
 
 
 def forward(
-    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, sinks_N: Tensor | None, start_T: Tensor, batch: int, lse_GQ: Tensor
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    sinks_N: Tensor | None,
+    document_start_T: Tensor,
+    batch: int,
+    lse_GQ: Tensor,
 ) -> Tensor:
     """The output; writes the queries' log-sum-exps into `lse_GQ`."""
     (tokens, heads, head_dim), key_heads = q_TND.shape, k_TGD.shape[1]
@@ -270,8 +276,8 @@ def forward(
     tiles = choose_tiles("forward", width, q_TND.device)
     out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
     attention_forward[_grid(key_heads, tokens * sharing, tiles.queries, batch)](
-        q_TND, *(_tiled(x, tiles.keys, 1, width, tma) for x in (k_TGD, v_TGD)), sinks_N, start_T, out_TND, lse_GQ,
-        tokens, batch, q_TND.stride(0), k_TGD.stride(0), v_TGD.stride(0), lse_GQ.stride(0),
+        q_TND, *(_tiled(x, tiles.keys, 1, width, tma) for x in (k_TGD, v_TGD)), sinks_N, document_start_T, out_TND,
+        lse_GQ, tokens, batch, q_TND.stride(0), k_TGD.stride(0), v_TGD.stride(0), lse_GQ.stride(0),
         sharing, head_dim, width, tiles.queries, tiles.keys, tiles.skip, tma,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
@@ -279,7 +285,7 @@ def forward(
 
 
 def backward_queries(
-    grad_TND: Tensor, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, start_T: Tensor, batch: int,
+    grad_TND: Tensor, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, document_start_T: Tensor, batch: int,
     out_TND: Tensor, lse_GQ: Tensor, delta_GQ: Tensor,
 ) -> Tensor:  # fmt: skip
     """The gradient of q_TND; writes rowsum(dO ∘ O) into `delta_GQ`."""
@@ -288,7 +294,7 @@ def backward_queries(
     tiles = choose_tiles("backward_queries", width, q_TND.device)
     dq_TND = torch.empty_like(out_TND)
     attention_backward_queries[_grid(key_heads, tokens * sharing, tiles.queries, batch)](
-        q_TND, *(_tiled(x, tiles.keys, 1, width, tma) for x in (k_TGD, v_TGD)), grad_TND, out_TND, start_T,
+        q_TND, *(_tiled(x, tiles.keys, 1, width, tma) for x in (k_TGD, v_TGD)), grad_TND, out_TND, document_start_T,
         lse_GQ, delta_GQ, dq_TND, tokens, batch, q_TND.stride(0), k_TGD.stride(0), v_TGD.stride(0), lse_GQ.stride(0),
         sharing, head_dim, width, tiles.queries, tiles.keys, tiles.skip, tma,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
@@ -297,7 +303,7 @@ def backward_queries(
 
 
 def backward_keys(
-    grad_TND: Tensor, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, end_T: Tensor, batch: int,
+    grad_TND: Tensor, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, document_end_T: Tensor, batch: int,
     lse_GQ: Tensor, delta_GQ: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of k_TGD and v_TGD."""
@@ -313,7 +319,7 @@ def backward_keys(
     dk_TGD, dv_TGD = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k_TGD, v_TGD))
     q, grad = (_tiled(x, tiles.queries, sharing, width, tma) for x in (q_TND, grad_TND))
     attention_backward_keys[_grid(key_heads, tokens, tiles.keys, batch)](
-        q, k_TGD, v_TGD, grad, end_T, *numbers, dk_TGD, dv_TGD,
+        q, k_TGD, v_TGD, grad, document_end_T, *numbers, dk_TGD, dv_TGD,
         tokens, batch, q_TND.stride(0), k_TGD.stride(0), v_TGD.stride(0), lse_GQ.stride(0),
         sharing, head_dim, width, tiles.queries, tiles.keys, tiles.skip, tma,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,

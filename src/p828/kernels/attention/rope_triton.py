@@ -1,8 +1,8 @@
-"""Query and key heads made ready for attention in one pass: RMS normalisation of each head, if any, and rotation.
+"""RMS normalisation of each query and key head, if any, and rotation, in one pass.
 
-Why our own: it reads the heads where the product left them and the backward pass writes the gradient where the product
-wants it, without the copies that joining and splitting tensors would take; and it is cheap enough to be run again in
-place of keeping its result.
+Why our own: the kernel reads the heads from the projections' output, and its backward pass writes the gradient in the
+layout of that output, without the copies of joining and splitting tensors. It is cheap enough to be run again in the
+backward pass instead of keeping its result.
 
 Works on the heads of one qkv tensor (T, X, D): N query heads, G key heads, then the value heads, which stay as they
 are. The plain twins are `p828.model.norm.RMSNorm` and `p828.model.rope.apply_rotary`.

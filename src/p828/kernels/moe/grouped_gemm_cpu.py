@@ -1,4 +1,4 @@
-"""One linear layer per expert over rows sorted by expert."""
+"""Grouped GEMM without a kernel of our own: one linear layer per expert over rows sorted by expert."""
 
 from typing import Any
 
@@ -11,17 +11,18 @@ def grouped_linear(x_RA: Tensor, weight_EBA: Tensor, loads_E: Tensor) -> Tensor:
     """Rows of expert e times weight e, transposed: (R, A) and (E, B, A) give (R, B).
 
     `x_RA` holds the rows of expert 0 first, then those of expert 1, …; `loads_E` (int64, sums to R) says how many each
-    has, zero among them. bfloat16 on CUDA runs as one grouped product without the host knowing the loads; otherwise, as
-    that product is no faster on a CPU, there is one for each expert.
+    has, zero among them. There is a product for each expert, on any device in any dtype; the host waits for the loads.
     """
-    if x_RA.is_cuda and x_RA.dtype == torch.bfloat16:
-        offsets_E = loads_E.cumsum(0).to(torch.int32)
-        return F.grouped_mm(x_RA, weight_EBA.transpose(1, 2), offs=offsets_E)
     return GroupedLinear.apply(x_RA, weight_EBA, loads_E.tolist())
 
 
+def grouped_mm(x_RA: Tensor, weight_EBA: Tensor, loads_E: Tensor) -> Tensor:
+    """`grouped_linear` in bfloat16 on CUDA, as PyTorch's one product for all experts: the host does not wait."""
+    return F.grouped_mm(x_RA, weight_EBA.transpose(1, 2), offs=loads_E.cumsum(0).to(torch.int32))
+
+
 class GroupedLinear(torch.autograd.Function):
-    """A product for each expert, written to where its rows or its weight's gradient belong."""
+    """A product for each expert, written in place into the rows or the weights' gradients of all."""
 
     @staticmethod
     def forward(ctx: Any, x_RA: Tensor, weight_EBA: Tensor, loads: list[int]) -> Tensor:

@@ -1,9 +1,9 @@
-"""The routed experts of a layer on the GPU: gather, product, activation, product, combine.
+"""The routed experts of a layer on the GPU: permute, grouped GEMM, SwiGLU, grouped GEMM, unpermute.
 
 The router's weight is applied to the activation, before the second product, not after it. The result is the same, and
-no expert's output has to be kept: the weight's gradient is the dot product of the activation with its own gradient,
-which the backward pass has at hand. Kept for the backward pass is only what the first product gave; the gathered rows
-and the activation are made again from it, which costs a memory-bound pass and no product.
+no expert's output has to be kept: the gradient of the router's weight is the dot product
+of the activation with its own gradient, and the backward pass has both. The backward pass keeps the result of the first
+product only. It computes the permuted rows and the activation again, which costs a pass over memory and no product.
 
 `torch.compile` sees two operations, so that this file decides what is fused and what is kept. Triton is imported
 inside them: machines without a GPU do not have it. The plain twin is `p828.model.experts.Experts.forward` on a CPU.
@@ -18,18 +18,18 @@ from p828.kernels.moe.tiles import TILE
 
 
 @torch.library.custom_op("p828::sort_rows", mutates_args=())
-def sort_rows(
-    experts_TK: Tensor, counted_T: Tensor, n_experts: int, rows: int
+def align_to_blocks(
+    experts_TK: Tensor, valid_token_T: Tensor, n_experts: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `p828.model.experts.TokenPermutation`, for tiles of TILE rows."""
-    from p828.kernels.moe import layout_triton as expert_order_triton
+    """The fields of `p828.model.experts.TokenPermutation`, each expert's rows padded to blocks of TILE rows."""
+    from p828.kernels.moe import layout_triton
 
-    return expert_order_triton.sort_rows(experts_TK.contiguous(), counted_T.contiguous(), n_experts, rows, TILE)
+    return layout_triton.align_to_blocks(experts_TK.contiguous(), valid_token_T.contiguous(), n_experts, rows, TILE)
 
 
-@sort_rows.register_fake
+@align_to_blocks.register_fake
 def _(
-    experts_TK: Tensor, counted_T: Tensor, n_experts: int, rows: int
+    experts_TK: Tensor, valid_token_T: Tensor, n_experts: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return experts_TK.new_empty(size, dtype=dtype)
@@ -55,17 +55,15 @@ def routed_experts(
 
     `weights_TK` is float32; P is 2 I for `swiglu` and 4 I for `swiglu_of_product`.
     """
-    from p828.kernels.moe import grouped_gemm_triton as products
-    from p828.kernels.moe import permute_triton as rows
-    from p828.kernels.moe import swiglu_triton as activation
+    from p828.kernels.moe import grouped_gemm_triton, permute_triton, swiglu_triton
 
     x_TH, weights_TK, rows_used = x_TH.contiguous(), weights_TK.contiguous(), offsets_E1[-1:]
-    x_RH = rows.gather(x_TH, source_R, rows_used, destination_TK.shape[1])
-    gate_up_RP = products.linear(x_RH, gate_up_EPH, tile_expert, rows_used)
+    x_RH = permute_triton.permute(x_TH, source_R, rows_used, destination_TK.shape[1])
+    gate_up_RP = grouped_gemm_triton.linear(x_RH, gate_up_EPH, tile_expert, rows_used)
     gate_RP, up_RP = gate_up_RP.chunk(2, dim=1)
-    inner_RI = activation.activate(gate_RP, up_RP, down_EHI.shape[2], weights_TK, source_R, rows_used)
-    y_RH = products.linear(inner_RI, down_EHI, tile_expert, rows_used)
-    return rows.combine(y_RH, destination_TK), gate_up_RP
+    inner_RI = swiglu_triton.activate(gate_RP, up_RP, down_EHI.shape[2], weights_TK, source_R, rows_used)
+    y_RH = grouped_gemm_triton.linear(inner_RI, down_EHI, tile_expert, rows_used)
+    return permute_triton.unpermute(y_RH, destination_TK), gate_up_RP
 
 
 @routed_experts.register_fake
@@ -88,26 +86,24 @@ def routed_experts_backward(
     gate_up_RP: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x_TH, weights_TK, gate_up_EPH and down_EHI, each in its dtype."""
-    from p828.kernels.moe import grouped_gemm_triton as products
-    from p828.kernels.moe import permute_triton as rows
-    from p828.kernels.moe import swiglu_triton as activation
+    from p828.kernels.moe import grouped_gemm_triton, permute_triton, swiglu_triton
 
     grad_TH, x_TH, weights_TK = grad_TH.contiguous(), x_TH.contiguous(), weights_TK.contiguous()
     rows_used, per_token = offsets_E1[-1:], destination_TK.shape[1]
-    grad_RH = rows.gather(grad_TH, source_R, rows_used, per_token)
-    inner_RI = products.linear_backward(grad_RH, down_EHI, tile_expert, rows_used)  # its gradient, so far
+    grad_RH = permute_triton.permute(grad_TH, source_R, rows_used, per_token)
+    inner_RI = grouped_gemm_triton.linear_backward(grad_RH, down_EHI, tile_expert, rows_used)  # its gradient, so far
     dgate_up_RP, dweights_TK = torch.empty_like(gate_up_RP), torch.empty_like(weights_TK)
     (gate_RP, up_RP), (dgate_RP, dup_RP) = gate_up_RP.chunk(2, dim=1), dgate_up_RP.chunk(2, dim=1)
-    activation.activate_backward_(
+    swiglu_triton.activate_backward_(
         inner_RI, gate_RP, up_RP, dgate_RP, dup_RP, weights_TK, dweights_TK, source_R, rows_used
     )
-    ddown_EHI = products.weight_gradient(grad_RH, inner_RI, offsets_E1)
+    ddown_EHI = grouped_gemm_triton.weight_gradient(grad_RH, inner_RI, offsets_E1)
     del grad_RH, inner_RI
-    dx_RH = products.linear_backward(dgate_up_RP, gate_up_EPH, tile_expert, rows_used)
-    dx_TH = rows.combine(dx_RH, destination_TK)
+    dx_RH = grouped_gemm_triton.linear_backward(dgate_up_RP, gate_up_EPH, tile_expert, rows_used)
+    dx_TH = permute_triton.unpermute(dx_RH, destination_TK)
     del dx_RH
-    x_RH = rows.gather(x_TH, source_R, rows_used, per_token)
-    return dx_TH, dweights_TK, products.weight_gradient(dgate_up_RP, x_RH, offsets_E1), ddown_EHI
+    x_RH = permute_triton.permute(x_TH, source_R, rows_used, per_token)
+    return dx_TH, dweights_TK, grouped_gemm_triton.weight_gradient(dgate_up_RP, x_RH, offsets_E1), ddown_EHI
 
 
 @routed_experts_backward.register_fake

@@ -1,8 +1,8 @@
-"""An activation and the product behind it, on a GPU, keeping the activation's arguments only: the shared experts.
+"""Fused SwiGLU and down projection of the shared experts on a GPU, which keeps gate and up projections only.
 
-The product's weights need the activation's output for their gradient. To make it again costs the backward pass nothing,
-as the gradient of the activation reads the arguments anyway; `torch.compile` would keep it, 67 MB a layer at the sizes
-of `800m`. The plain twin is `p828.model.experts.SharedExperts.forward` on a CPU.
+The gradient of the down projection's weight needs the activation. The backward pass computes it again at no cost, since
+the activation's gradient reads gate and up anyway; `torch.compile` would keep it, 67 MB a layer at the sizes of
+`800m`. The plain twin is `p828.model.experts.SharedExperts.forward` on a CPU.
 """
 
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor
 @torch.library.custom_op("p828::swiglu_down", mutates_args=())
 def swiglu_down(gate_TP: Tensor, up_TP: Tensor, down_HI: Tensor) -> Tensor:
     """act(gate, up) downᵀ: (T, H); P is I for `swiglu` and 2 I for `swiglu_of_product`. All of one dtype."""
-    from p828.kernels.moe import swiglu_triton as activation_triton
+    from p828.kernels.moe import swiglu_triton
 
-    return activation_triton.activate(gate_TP.contiguous(), up_TP.contiguous(), down_HI.shape[1]) @ down_HI.T
+    return swiglu_triton.activate(gate_TP.contiguous(), up_TP.contiguous(), down_HI.shape[1]) @ down_HI.T
 
 
 @swiglu_down.register_fake
@@ -29,12 +29,12 @@ def swiglu_down_backward(
     grad_TH: Tensor, gate_TP: Tensor, up_TP: Tensor, down_HI: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate_TP, up_TP and down_HI."""
-    from p828.kernels.moe import swiglu_triton as activation_triton
+    from p828.kernels.moe import swiglu_triton
 
     gate_TP, up_TP = gate_TP.contiguous(), up_TP.contiguous()
     dgate_TP, dup_TP = torch.empty_like(gate_TP), torch.empty_like(up_TP)
     inner_TI = grad_TH @ down_HI  # its gradient, so far
-    activation_triton.activate_backward_(inner_TI, gate_TP, up_TP, dgate_TP, dup_TP)
+    swiglu_triton.activate_backward_(inner_TI, gate_TP, up_TP, dgate_TP, dup_TP)
     return dgate_TP, dup_TP, grad_TH.T @ inner_TI
 
 

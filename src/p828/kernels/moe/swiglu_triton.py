@@ -1,12 +1,12 @@
-"""The experts' activation and its gradient: one pass over memory each.
+"""The experts' SwiGLU and its gradient: one pass over memory each.
 
-Why our own: compiled code would keep the activation for the gradient of the product behind it. Here the pass that
-computes the activation's gradient makes it again, takes the router's weight in on the way and sums that weight's
+Why our own: compiled code would keep the activation for the gradient of the down projection. Here the pass that
+computes the activation's gradient computes the activation again, multiplies by the router's weight, sums that weight's
 gradient, and stops at the last row in use, which only the device knows.
 
-The rows are those of tokens (shared experts), or sorted by expert and padded to whole tiles (`TokenPermutation`) with a
-weight for each (routed experts). Padding rows have the weight 0, rows past the last expert's are neither read nor
-written. Plain twin: `p828.model.experts.activate`.
+The rows are tokens (shared experts), or routed tokens permuted by expert and padded to whole blocks
+(`TokenPermutation`), each with a weight (routed experts). Padding rows have the weight 0; rows past the last expert's
+are neither read nor written. Plain twin: `p828.model.experts.activate`.
 """
 
 import triton
@@ -33,12 +33,12 @@ def load_arguments(gate, up, at, mask, INNER: tl.constexpr, OF_PRODUCT: tl.const
 
 
 @triton.jit
-def load_weight(weights, entry_of_row, row, rows):
+def load_weight(weights, source, row, rows):
     """Each row's weight, its place among the weights, and whether there is one."""
     if weights is None:
         weight, entry, is_entry = 1.0, row, row < rows
     else:
-        entry = tl.load(entry_of_row + row)
+        entry = tl.load(source + row)
         is_entry = entry >= 0
         weight = tl.load(weights + entry, mask=is_entry, other=0.0)
     return weight, entry, is_entry
@@ -46,7 +46,7 @@ def load_weight(weights, entry_of_row, row, rows):
 
 @triton.jit
 def experts_activate(
-    gate, up, weights, entry_of_row, rows_used, out, rows, stride,
+    gate, up, weights, source, rows_used, out, rows, stride,
     INNER: tl.constexpr, OF_PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out = weight of row · SwiGLU(gate, up), whose rows are `stride` apart."""
@@ -55,7 +55,7 @@ def experts_activate(
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
         column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
         mask = (column < INNER) & (row < rows)
-        weight, _, _ = load_weight(weights, entry_of_row, row, rows)
+        weight, _, _ = load_weight(weights, source, row, rows)
         a, b, c, d = load_arguments(gate, up, row * stride + column, mask, INNER, OF_PRODUCT)
         if OF_PRODUCT:
             a, b = a * c, b * d
@@ -64,14 +64,14 @@ def experts_activate(
 
 @triton.jit
 def experts_activate_backward(
-    grad, gate, up, weights, entry_of_row, rows_used, dgate, dup, dweights, rows, stride,
+    grad, gate, up, weights, source, rows_used, dgate, dup, dweights, rows, stride,
     INNER: tl.constexpr, OF_PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gate, up and the rows' weights; `grad` becomes the activation's output, for the gradient of W2."""
     used = rows if rows_used is None else tl.load(rows_used)
     if tl.program_id(0) * ROWS < used:
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-        weight, entry, is_entry = load_weight(weights, entry_of_row, row, rows)
+        weight, entry, is_entry = load_weight(weights, source, row, rows)
         dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
         for first in range(0, INNER, COLUMNS):
             column = (first + tl.arange(0, COLUMNS))[None, :]

@@ -1,3 +1,3 @@
-"""The tiles that all kernels over sorted rows agree on."""
+"""The block of rows that all kernels over permuted tokens agree on."""
 
 TILE = 128  # rows of an expert are padded to whole tiles of the products
