@@ -1,1 +1,1 @@
-"""p828 trains SampleOrder-of-Experts language models from scratch."""
+"""p828 trains Mixture-of-Experts language models from scratch."""

@@ -129,4 +129,4 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  p828 {name:<{width}}  {text}" for name, text in COMMANDS.items()]
     more = "p828 COMMAND --help says more, p828 --version which version this is."
-    return "\n".join(["Trains SampleOrder-of-Experts language models.", "", *lines, "", more])
+    return "\n".join(["Trains Mixture-of-Experts language models.", "", *lines, "", more])

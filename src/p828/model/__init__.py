@@ -1,4 +1,4 @@
-"""The SampleOrder-of-Experts transformer as plain tensor math.
+"""The Mixture-of-Experts transformer as plain tensor math.
 
 Legend of the shape suffixes used in this package:
 
