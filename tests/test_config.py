@@ -160,7 +160,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"data.source": "hf"}, ["data.hub_name", "name"]),
     ({"data.validation.kind": "files"}, ["data.validation.files", "at least one glob"]),
     ({"data.validation.kind": "split"}, ["data.validation.kind", "data.validation.hub_name"]),
-    ({"data.validation.share": 0.0}, ["data.validation.share = 0.0", "between 0 and 1"]),
+    ({"data.validation.fraction": 0.0}, ["data.validation.fraction = 0.0", "between 0 and 1"]),
     ({"tokenizer.eos_token": ""}, ["tokenizer.eos_token = ''", "at least two characters"]),
     ({"tokenizer.eos_token": "e"}, ["tokenizer.eos_token = 'e'", "at least two characters"]),
     ({"tokenizer.vocab_size": 256}, ["tokenizer.vocab_size = 256", "at least 257"]),

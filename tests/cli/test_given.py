@@ -59,12 +59,12 @@ def resolved(capsys: pytest.CaptureFixture[str], *arguments: str) -> Config:
             'data.validation.kind = "files"',
         ),
         (
-            ["--data.validation.kind", "files", "--data.validation.files", "x", "--data.validation.share", "0.1"],
-            "data.validation.share = 0.1",
+            ["--data.validation.kind", "files", "--data.validation.files", "x", "--data.validation.fraction", "0.1"],
+            "data.validation.fraction = 0.1",
             '"held_out"',
         ),
         (
-            ["--data.validation.files", "x", "--data.validation.share", "0.1"],
+            ["--data.validation.files", "x", "--data.validation.fraction", "0.1"],
             "data.validation.files",
             "validation.kind",
         ),
@@ -181,7 +181,7 @@ def test_given_files_are_trained_on(here: Path, capsys: pytest.CaptureFixture[st
         "0",
         "--evaluation.rows",
         "2",
-        "--data.validation.share",
+        "--data.validation.fraction",
         "0.2",
     ]
     assert dispatch(["train", "quickstart", "--name", "own", "--data.files", "own/*.txt", *flags]) == 0

@@ -9,8 +9,9 @@ import tyro
 from p828.bench.systems import ROUTINGS, check_peers, load_shape
 from p828.bench.train import Bench
 from p828.cli.flags import HELP, parse, shown_word
+from p828.config.facts import LARGEST_INT
 from p828.config.files import preset_names
-from p828.config.rules import LARGEST_INT, check_text
+from p828.config.rules import check_text
 from p828.config.values import shown
 from p828.errors import ConfigError, did_you_mean
 

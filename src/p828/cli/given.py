@@ -75,7 +75,7 @@ NEEDS = (
         of_flags=True,
     ),
     Need(
-        ("data.validation.share",),
+        ("data.validation.fraction",),
         lambda c: c.data.validation.kind == "held_out",
         'accepted with data.validation.kind = "held_out"',
     ),
@@ -107,7 +107,7 @@ NEEDS = (
     ),
     Need(("evaluation.patience",), lambda c: c.evaluation.every > 0, "accepted with evaluation.every above 0"),
     Need(
-        ("rollback.spike_nats", "rollback.limit"),
+        ("rollback.spike_threshold", "rollback.limit"),
         lambda c: c.rollback.after_steps > 0,
         "accepted with rollback.after_steps above 0",
     ),

@@ -89,7 +89,7 @@ class Trainer:
 
             progress.step += 1
             progress.count(counts)
-            progress.update(result.loss, result.applied, config.rollback.spike_nats)
+            progress.update(result.loss, result.applied, config.rollback.spike_threshold)
             self.record(result, rate, counts, time.perf_counter() - started)
             self.tell_pace(progress.step)
             if not self.is_kept(result):

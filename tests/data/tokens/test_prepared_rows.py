@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Config:
         files=(str(tmp_path / "texts" / "*.jsonl"),),
         sequence_length=LENGTH,
         prepared=str(tmp_path / "prepared"),
-        validation=ValidationConfig(share=0.2),
+        validation=ValidationConfig(fraction=0.2),
     )
     return Config(data=data, train=TrainConfig(micro_batch_size=2), prepare=PrepareConfig(shard_tokens=600))
 
