@@ -220,8 +220,9 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
     """The part of `settings` that training has to have as well."""
     values = deciding_tokens(data)
     del values[LONGEST_DOCUMENT]  # of text; training reads the tokens
-    if data.packing != "best_fit":
-        del values["sequence_length"]  # decides them where documents are put into sequences
+    length = values.pop("sequence_length")
+    if data.packing == "best_fit":
+        values["sequence_length"] = length  # after `packing`, which is told first where both differ
     if not data.validation.hub_revision:
         del values["validation"]["hub_revision"]  # which data prepared by an earlier version does not know
     return values
