@@ -10,8 +10,7 @@ import tyro
 from p828.cli.flags import changed, parse_given
 from p828.cli.given import check_given
 from p828.cli.output import note
-from p828.config import Config, DataConfig, validate
-from p828.config.facts import facts_by_key, facts_of
+from p828.config import Config, DataConfig, facts_by_key, facts_of, validate
 from p828.config.files import implied
 from p828.config.rules import check_text
 from p828.config.values import shown

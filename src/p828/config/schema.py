@@ -50,7 +50,7 @@ class ModelConfig:
     attention_backend: Literal["auto", "reference", "flash"] = changeable("auto")
     """`reference` is plain math, `flash` is fused; `auto` takes the fused one where the device has it."""
     mask_documents: bool = fixed(True)
-    """Documents packed into one row do not see each other."""
+    """Documents packed into one sequence do not attend to each other."""
     max_position_embeddings: int = changeable(4096, at_least=1)
     """Longest context in tokens, in training and in generation."""
     rope_theta: float = fixed(10000.0, above=1)
@@ -75,7 +75,7 @@ class ModelConfig:
     hidden_act: Literal["swiglu", "swiglu_of_product"] = fixed("swiglu")
     """`swiglu`: silu(W1 x) * W3 x. `swiglu_of_product`: SwiGLU over the halves of W1 x * W3 x, both twice as wide."""
     dropout: float = changeable(0.0, at_least=0, below=1)
-    """Share of an expert's inner activations dropped in training."""
+    """Fraction of an expert's inner activations dropped in training."""
     rms_norm_eps: float = fixed(1e-5, above=0)
     """Added to the mean square in every RMSNorm."""
     tie_word_embeddings: bool = fixed(False)
@@ -87,9 +87,9 @@ class ModelConfig:
 @dataclass(frozen=True)
 class ValidationConfig:
     kind: Literal["held_out", "split", "files"] = fixed("held_out", decides_tokens=True)
-    """`held_out`: a share of the training text; `split`: a split on the hub; `files`: other files."""
+    """`held_out`: a fraction of the training text; `split`: a split on the hub; `files`: other files."""
     fraction: float = fixed(0.01, at_least=0, at_most=1, decides_tokens=True, old_name="share")
-    """Share held out: of the documents, by hash; of few local documents the end of each."""
+    """Fraction held out: of the documents, by hash; of few local documents the end of each."""
     files: tuple[str, ...] = changeable((), decides_tokens=True)
     """Validation files: paths, directories or globs, from the working directory; given, they imply the kind."""
     hub_name: str = fixed("", decides_tokens=True)
@@ -125,7 +125,7 @@ class MixedSource(SourceConfig):
     name: str = fixed("")
     """What records and console call the source."""
     weights: tuple[float, ...] = changeable((1.0,))
-    """Shares of the tokens, relative to the other sources' weights: one for each of `data.mixture_steps`."""
+    """Proportions of the tokens, relative to the other sources' weights: one for each of `data.mixture_steps`."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class DataConfig(SourceConfig):
     mixture_steps: tuple[int, ...] = changeable((0,), only_trains=True)
     """Steps after which the mixture's next weights hold; the first is 0."""
     sequence_length: int = fixed(2048, at_least=1, decides_tokens=True)
-    """Tokens of a row that the model predicts; a row holds one more."""
+    """Tokens of a sequence that the model predicts; a sequence holds one more."""
     packing: Literal["concatenate", "best_fit"] = fixed("concatenate", decides_tokens=True, only_trains=True)
     """`concatenate`: documents end to end; `best_fit`: as many as possible whole, the others in pieces that fill."""
     streams: int = fixed(1, at_least=1, only_trains=True)
@@ -143,7 +143,7 @@ class DataConfig(SourceConfig):
     block_documents: int = fixed(1024, at_least=1, only_trains=True)
     """Documents that are read and shuffled together."""
     shuffle_rows: int = fixed(1024, at_least=1, only_trains=True)
-    """Rows that are shuffled together, so that a batch is not one long document; 1 keeps their order."""
+    """Sequences that are shuffled together, so that a batch is not one long document; 1 keeps their order."""
     read_retries: int = changeable(6, at_least=0)
     """Attempts to read on after a failed read of a file or the hub, 1, 2, 4, ... seconds apart."""
     bad_records: Literal["stop", "skip"] = changeable("stop")
@@ -207,7 +207,7 @@ class OptimizerConfig:
     max_grad_norm: float = changeable(1.0, above=0)
     """Gradients are scaled down to this global norm."""
     moment_dtype: Literal["auto", "float32", "bfloat16"] = changeable("auto")
-    """What AdamW's moments are kept in; bfloat16 needs `train.dtype` bfloat16. `auto`: that, on CUDA, if it can be."""
+    """Dtype of AdamW's moments. bfloat16 needs a bfloat16 run of the plain engine; `auto` takes it there on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class ScheduleConfig:
     decay_steps: int = changeable(0, at_least=0)
     """Last steps over which `wsd` decays."""
     min_lr_ratio: float = changeable(0.1, at_least=0, at_most=1)
-    """Where `cosine` ends and `wsd` falls to, as a share of the peak."""
+    """Where `cosine` ends and `wsd` falls to, as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
@@ -241,9 +241,9 @@ class TrainConfig:
     hours: float = changeable(0.0, at_least=0)
     """Hours of training, over all its starts, after which the run is complete, whatever `train.steps`; 0: no limit."""
     micro_batch_size: int = changeable(8, at_least=1)
-    """Rows put through the model at once."""
+    """Sequences put through the model at once, on each rank."""
     gradient_accumulation: int = changeable(16, at_least=1)
-    """Micro-batches of a step, on each rank."""
+    """Micro-batches of a step, on each rank; the global batch is this times the micro-batch size times the ranks."""
     seed: int = fixed(0, at_least=0)
     """Seed of the weights, the data order and dropout."""
     device: Literal["auto", "cpu", "cuda"] = changeable("auto")
@@ -263,7 +263,7 @@ class EvaluationConfig:
     every: int = changeable(500, at_least=0)
     """Steps between evaluations; 0 evaluates at the end only."""
     rows: int = changeable(64, at_least=1)
-    """Validation rows, the same at every evaluation."""
+    """Validation sequences, the same at every evaluation."""
     prompts: tuple[str, ...] = changeable((), is_prose=True)
     """Prompts continued at every evaluation."""
     max_new_tokens: int = changeable(64, at_least=1)
@@ -273,7 +273,7 @@ class EvaluationConfig:
     patience: int = changeable(0, at_least=0)
     """Stop after this many evaluations without a better validation loss; 0 never stops early."""
     bigram_baseline: bool = changeable(False)
-    """Also compute what a bigram model of one epoch of training tokens, held in memory, gets on the validation rows."""
+    """Also compute what a bigram model of one epoch of training tokens, held in memory, gets on the validation text."""
 
 
 @dataclass(frozen=True)
@@ -287,11 +287,11 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class RollbackConfig:
     after_steps: int = changeable(0, at_least=0)
-    """Bad steps in a row after which the run goes back to its newest checkpoint and past the data since; 0: never."""
+    """Anomalous steps in a row after which the run goes back to a checkpoint and skips the data since; 0: never."""
     spike_threshold: float = changeable(1.0, above=0, old_name="spike_nats")
-    """A step is bad whose loss is that much above the usual of late, and one that is not finite."""
+    """A step is anomalous whose loss is this many nats above the recent average, or is not finite."""
     limit: int = changeable(3, at_least=1)
-    """Rollbacks in a run; where one more is due, it ends instead."""
+    """Maximum number of rollbacks; the run stops at the next one."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ class DeepSpeedConfig:
     config: str = changeable("")
     """A DeepSpeed configuration (a .json file, or zero1, zero2, zero3, zero3-offload) over the keys below."""
     stage: int = changeable(1, at_least=0)
-    """ZeRO: 0 every rank holds all, 1 a share of the optimizer's state, 2 of gradients too, 3 of weights too."""
+    """ZeRO: 0 partitions nothing over the ranks, 1 the optimizer's state, 2 the gradients too, 3 the weights too."""
     offload_optimizer: Literal["none", "cpu"] = changeable("none")
     """`cpu` keeps the optimizer's state in main memory and updates there; from stage 1 on."""
     offload_param: Literal["none", "cpu"] = changeable("none")

@@ -16,8 +16,7 @@ from typing import Any
 
 import tomli_w
 
-from p828.config import Config, load, with_vocabulary
-from p828.config.facts import facts_by_key, facts_of
+from p828.config import Config, facts_by_key, facts_of, load, with_vocabulary
 from p828.config.values import flatten, to_dict
 from p828.data.retry import Retry
 from p828.distributed.group import ProcessGroup
