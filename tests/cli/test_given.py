@@ -120,6 +120,13 @@ def test_a_base_that_the_user_wrote_counts_too(here: Path, capsys: pytest.Captur
     assert "deepspeed.stage = 2" in complaint(capsys, "train", "mine.toml")
 
 
+def test_a_shorter_mixture_in_place_of_a_bases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = '[[data.mixture]]\nname = "a"\nfiles = ["x"]\n'
+    Path("base.toml").write_text('base = "quickstart"\n' + tables + '[[data.mixture]]\nname = "b"\nfiles = ["y"]\n')
+    Path("mine.toml").write_text('base = "base.toml"\n' + tables)
+    assert [source.name for source in resolved(capsys, "mine.toml").data.mixture] == ["a"]
+
+
 def test_what_flags_make_idle_in_a_toml_is_accepted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file for several ways of training, and a flag that picks one."""
     path = str(write_toml(here, engine={}, deepspeed={"stage": 2}, schedule={"kind": "wsd", "decay_steps": 3}))

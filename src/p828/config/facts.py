@@ -32,10 +32,19 @@ class Facts:
     above: float = -INFINITY
     at_most: float = INFINITY
     below: float = INFINITY
+    implies: str = ""
+    """Of the sections `data` and `data.validation`: the kind of source or of validation that the key means."""
+    only_with: tuple[str, ...] = ()
+    """Of these sections: the kinds with which the key has an effect, where it does not imply one."""
     is_prose: bool = False
     """Whether a text is never part of a file's name, and so may be of any length."""
     old_name: str = ""
     """The name that the field had before. Configurations that use it are still read."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of source or validation with which the key has an effect; none if it has with any."""
+        return (self.implies,) if self.implies else self.only_with
 
     @property
     def has_range(self) -> bool:
@@ -87,7 +96,7 @@ def facts_by_key(cls: type[Any], prefix: str = "") -> dict[str, Facts]:
 
 
 def facts_of(facts: Mapping[str, Facts], key: str) -> Facts:
-    """The facts about a key as `values.flatten` spells it: `key[0].inner` in a list of tables."""
+    """The facts about a key as `values.flatten` spells it: `key[0].inner` in a list of tables. Raises KeyError."""
     return facts[INDEX.sub("", key)]
 
 

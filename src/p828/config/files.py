@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from p828.config.facts import facts_by_key, facts_of
 from p828.config.old_names import renamed
 from p828.config.rules import MOST_TEXT
 from p828.config.schema import Config
@@ -34,9 +35,6 @@ MOST_DOTS = 200  # in a line: what tomllib takes for a key grows with the square
 TEXT = re.compile(r"""\"{3}|'{3}|"(?:[^"\\]|\\.)*"|'[^']*'|\#.*""")
 LONGEST_PATH = 4000
 MAX_BASES = 8  # how deep `base` may nest; a cycle ends here
-# What a source's or the validation's key says about its kind when that is not given.
-_SOURCE_IS = {"files": "files", "hub_name": "hf"}
-_VALIDATION_IS = {"files": "files", "hub_name": "split", "split": "split", "fraction": "held_out"}
 
 
 class Loaded(NamedTuple):
@@ -236,16 +234,13 @@ def implied(given: Collection[str], before: Collection[str] = ()) -> dict[str, s
     `before` are the keys of files that the given keys change. Raises ConfigError if the given keys imply different
     kinds.
     """
-    found: dict[str, tuple[str, str]] = {}
+    facts, found = facts_by_key(Config), dict[str, tuple[str, str]]()
     for key in sorted(given):
-        table, _, name = key.rpartition(".")
-        if table == "data.validation":
-            kind, value = "data.validation.kind", _VALIDATION_IS.get(name)
-        elif table == "data" or table.startswith("data.mixture["):
-            kind, value = f"{table}.source", _SOURCE_IS.get(name)
-        else:
+        try:
+            value, kind = facts_of(facts, key).implies, kind_key(key)
+        except KeyError:  # a key that there is none of: told where it is read
             continue
-        if value is None or kind in given:
+        if not value or kind in given:
             continue
         if kind in found and found[kind][0] != value:
             raise ConfigError(f"{found[kind][1]} and {key} are both given: {kind} says which one is meant")
@@ -254,3 +249,9 @@ def implied(given: Collection[str], before: Collection[str] = ()) -> dict[str, s
     if "data.files" in given and not is_validation_given:  # a preset's split belongs to the preset's source
         found["data.validation.kind"] = "held_out", "data.files"
     return {kind: value for kind, (value, _) in found.items()}
+
+
+def kind_key(key: str) -> str:
+    """The key that says which kind of source or of validation a key of that table is for."""
+    table = key.rpartition(".")[0]
+    return f"{table}.kind" if table == "data.validation" else f"{table}.source"

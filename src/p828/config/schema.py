@@ -88,15 +88,15 @@ class ModelConfig:
 class ValidationConfig:
     kind: Literal["held_out", "split", "files"] = fixed("held_out", decides_tokens=True)
     """`held_out`: a fraction of the training text; `split`: a split on the hub; `files`: other files."""
-    fraction: float = fixed(0.01, at_least=0, at_most=1, decides_tokens=True, old_name="share")
+    fraction: float = fixed(0.01, at_least=0, at_most=1, decides_tokens=True, implies="held_out", old_name="share")
     """Fraction held out: of the documents, by hash; of few local documents the end of each."""
-    files: tuple[str, ...] = changeable((), decides_tokens=True)
+    files: tuple[str, ...] = changeable((), decides_tokens=True, implies="files")
     """Validation files: paths, directories or globs, from the working directory; given, they imply the kind."""
-    hub_name: str = fixed("", decides_tokens=True)
+    hub_name: str = fixed("", decides_tokens=True, implies="split")
     """Hub data set of the validation split; empty means the training one."""
-    hub_revision: str = fixed("", decides_tokens=True)
+    hub_revision: str = fixed("", decides_tokens=True, only_with=("split",))
     """Commit, tag or branch of that data set; empty means the newest, which is then recorded and kept."""
-    split: str = fixed("validation", decides_tokens=True)
+    split: str = fixed("validation", decides_tokens=True, implies="split")
     """Name of the validation split."""
 
 
@@ -106,17 +106,17 @@ class SourceConfig:
     """Directory of tokens that `p828 prepare` writes and `p828 train` then reads in place of the source."""
     source: Literal["python", "files", "hf"] = fixed("python", decides_tokens=True)
     """`python`: this interpreter's standard library; `files`: local files; `hf`: a data set on the Hugging Face hub."""
-    files: tuple[str, ...] = changeable((), decides_tokens=True)
+    files: tuple[str, ...] = changeable((), decides_tokens=True, implies="files")
     """Paths, directories or globs of .txt, .py, .md, .jsonl (.gz, .xz, .zst), from the working directory."""
-    text_field: str = fixed("text", decides_tokens=True)
+    text_field: str = fixed("text", decides_tokens=True, only_with=("files", "hf"))
     """Field that holds the text in .jsonl lines and in hub rows."""
-    hub_name: str = fixed("", decides_tokens=True)
+    hub_name: str = fixed("", decides_tokens=True, implies="hf")
     """Hub data set (codeparrot/codeparrot-clean), or a local directory in the hub's layout."""
-    hub_subset: str = fixed("", decides_tokens=True)
+    hub_subset: str = fixed("", decides_tokens=True, only_with=("hf",))
     """Subset of the hub data set (`en` of allenai/c4)."""
-    hub_revision: str = fixed("")
+    hub_revision: str = fixed("", only_with=("hf",))
     """Commit, tag or branch of the hub data set; empty means the newest, which is then recorded and kept."""
-    hub_split: str = fixed("train", decides_tokens=True)
+    hub_split: str = fixed("train", decides_tokens=True, only_with=("hf",))
     """Split of the hub data set that is trained on."""
 
 
