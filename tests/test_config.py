@@ -44,11 +44,13 @@ def test_every_setting_has_help() -> None:
 
 
 def test_every_field_states_its_facts() -> None:
-    """A field that says nothing is an error, and so is a number without a range."""
+    """A field without facts is an error; a number has a range, and what text is made of says if it decides tokens."""
     facts = facts_by_key(Config)
     whole = from_dict({"data": {"mixture": [{"name": "a"}]}}, "test")
     for key, value in {**flatten(Config()), **flatten(whole)}.items():
         assert facts_of(facts, key).has_range == (type(value) in (int, float)), key
+        is_of_text = key.startswith(("data.", "tokenizer.", "prepare."))
+        assert (facts_of(facts, key).decides_tokens is not None) == is_of_text, key
 
     @dataclasses.dataclass(frozen=True)
     class Section:

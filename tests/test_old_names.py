@@ -13,6 +13,7 @@ from p828.config import Config, from_dict
 from p828.config.facts import facts_by_key
 from p828.config.old_names import renamed, under_old_names
 from p828.config.values import flatten, to_dict
+from p828.data.tokens.directory import settings
 from p828.data.tokens.format import INDENT, open_manifest
 from p828.data.tokens.sealed import CHECKSUM, write_sealed
 from p828.errors import ConfigError
@@ -285,6 +286,29 @@ def test_an_old_flag_that_changes_nothing_is_refused_by_its_new_name(capsys: pyt
     assert dispatch(["train", "quickstart", "--rollback.spike-nats", "0.5"]) == 2
     told = capsys.readouterr().err.splitlines()
     assert told[1] == "p828: rollback.spike_threshold = 0.5: accepted with rollback.after_steps above 0"
+
+
+def test_what_prepared_data_keeps_of_its_configuration() -> None:
+    """The same settings as before the first rename, so that data prepared then is still the data of a configuration."""
+    kept = settings(from_dict({"data": {"packing": "best_fit", "validation": {"hub_revision": "x"}}}, "test"))
+    assert under_old_names(Config, kept) == {
+        "data": {
+            "source": "python", "files": [], "text_field": "text", "hub_name": "", "hub_subset": "",
+            "hub_split": "train", "packing": "best_fit", "sequence_length": 2048, "max_document_megabytes": 16,
+            "validation": {
+                "kind": "held_out", "share": 0.01, "files": [], "hub_name": "", "hub_revision": "x",
+                "split": "validation",
+            },
+        },
+        "tokenizer": {"name": "train", "vocab_size": 4096, "training_megabytes": 64, "eos_token": "<|endoftext|>"},
+        "prepare": {
+            "min_characters": 0, "max_characters": 0, "drop_duplicates": False, "only_code": False,
+            "shard_tokens": 100_000_000,
+        },
+    }  # fmt: skip
+    plain = settings(Config())["data"]
+    assert "sequence_length" not in plain
+    assert "hub_revision" not in plain["validation"]
 
 
 def test_data_prepared_under_old_names(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,8 +24,11 @@ class Facts:
     is_fixed: bool
     """Whether a run that has a checkpoint keeps the value: it decides the weights' shapes, or which samples come when.
     """
-    decides_tokens: bool = False
-    """Whether it decides the tokens that `p828 prepare` writes, their order or their division into files."""
+    decides_tokens: bool | None = None
+    """Whether it decides the tokens that `p828 prepare` writes, their order or their division into files.
+
+    Every field of the sections `data`, `tokenizer` and `prepare` says it, and no other does.
+    """
     only_trains: bool = False
     """Of the section `data`: whether it changes nothing that `p828 evaluate` measures."""
     at_least: float = -INFINITY

@@ -102,7 +102,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    prepared: str = changeable("")
+    prepared: str = changeable("", decides_tokens=False)
     """Directory of tokens that `p828 prepare` writes and `p828 train` then reads in place of the source."""
     source: Literal["python", "files", "hf"] = fixed("python", decides_tokens=True)
     """`python`: this interpreter's standard library; `files`: local files; `hf`: a data set on the Hugging Face hub."""
@@ -114,7 +114,7 @@ class SourceConfig:
     """Hub data set (codeparrot/codeparrot-clean), or a local directory in the hub's layout."""
     hub_subset: str = fixed("", decides_tokens=True, only_with=("hf",))
     """Subset of the hub data set (`en` of allenai/c4)."""
-    hub_revision: str = fixed("", only_with=("hf",))
+    hub_revision: str = fixed("", decides_tokens=False, only_with=("hf",))
     """Commit, tag or branch of the hub data set; empty means the newest, which is then recorded and kept."""
     hub_split: str = fixed("train", decides_tokens=True, only_with=("hf",))
     """Split of the hub data set that is trained on."""
@@ -122,31 +122,31 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class MixedSource(SourceConfig):
-    name: str = fixed("")
+    name: str = fixed("", decides_tokens=False)
     """What records and console call the source."""
-    weights: tuple[float, ...] = changeable((1.0,))
+    weights: tuple[float, ...] = changeable((1.0,), decides_tokens=False)
     """Proportions of the tokens, relative to the other sources' weights: one for each of `data.mixture_steps`."""
 
 
 @dataclass(frozen=True)
 class DataConfig(SourceConfig):
-    mixture: Annotated[tuple[MixedSource, ...], tyro.conf.Suppress] = fixed(())
+    mixture: Annotated[tuple[MixedSource, ...], tyro.conf.Suppress] = fixed((), decides_tokens=False)
     """Several sources in place of the one above, each a [[data.mixture]] with its keys, a name and weights."""
-    mixture_steps: tuple[int, ...] = changeable((0,), only_trains=True)
+    mixture_steps: tuple[int, ...] = changeable((0,), decides_tokens=False, only_trains=True)
     """Steps after which the mixture's next weights hold; the first is 0."""
     sequence_length: int = fixed(2048, at_least=1, decides_tokens=True)
     """Tokens of a sequence that the model predicts; a sequence holds one more."""
     packing: Literal["concatenate", "best_fit"] = fixed("concatenate", decides_tokens=True, only_trains=True)
     """`concatenate`: documents end to end; `best_fit`: as many as possible whole, the others in pieces that fill."""
-    streams: int = fixed(1, at_least=1, only_trains=True)
+    streams: int = fixed(1, at_least=1, decides_tokens=False, only_trains=True)
     """Parts that a source read as text is dealt to; give a multiple of the ranks, and each reads parts of its own."""
-    block_documents: int = fixed(1024, at_least=1, only_trains=True)
+    block_documents: int = fixed(1024, at_least=1, decides_tokens=False, only_trains=True)
     """Documents that are read and shuffled together."""
-    shuffle_rows: int = fixed(1024, at_least=1, only_trains=True)
+    shuffle_rows: int = fixed(1024, at_least=1, decides_tokens=False, only_trains=True)
     """Sequences that are shuffled together, so that a batch is not one long document; 1 keeps their order."""
-    read_retries: int = changeable(6, at_least=0)
+    read_retries: int = changeable(6, at_least=0, decides_tokens=False)
     """Attempts to read on after a failed read of a file or the hub, 1, 2, 4, ... seconds apart."""
-    bad_records: Literal["stop", "skip"] = changeable("stop")
+    bad_records: Literal["stop", "skip"] = changeable("stop", decides_tokens=False)
     """At a line, row or file that is no document: `stop`, with a checkpoint, or `skip` it and count it."""
     max_document_megabytes: int = fixed(16, at_least=1, decides_tokens=True)
     """Largest document: a longer line is a bad record; a larger text file is read in pieces, each a document."""
