@@ -38,7 +38,7 @@ def tiny_values(tmp_path: Path) -> dict[str, dict[str, Any]]:
         },
         "data": {
             "source": "files", "files": [str(text / "*.txt")], "sequence_length": 32, "shuffle_rows": 8,
-            "validation": {"kind": "held_out", "share": 0.2},
+            "validation": {"kind": "held_out", "fraction": 0.2},
         },
         "tokenizer": {"name": "train", "vocab_size": 300},
         "optimizer": {"learning_rate": 1e-2},

@@ -10,6 +10,7 @@ import pytest
 
 from p828 import config
 from p828.config import Config, from_dict, schema, with_steps
+from p828.config.facts import changeable, facts_by_key, facts_of, fixed
 from p828.config.values import flatten, to_dict
 from p828.errors import ConfigError
 
@@ -40,6 +41,68 @@ def test_every_setting_has_help() -> None:
         places = [i for i, line in enumerate(lines) if line.startswith(f"    {name}: ")]
         assert places
         assert all(lines[i + 1].startswith('    """') for i in places), key
+
+
+def test_every_field_states_its_facts() -> None:
+    """A field without facts is an error; a number has a range, and what text is made of says if it decides tokens."""
+    facts = facts_by_key(Config)
+    whole = from_dict({"data": {"mixture": [{"name": "a"}]}}, "test")
+    for key, value in {**flatten(Config()), **flatten(whole)}.items():
+        assert facts_of(facts, key).has_range == (type(value) in (int, float)), key
+        is_of_text = key.startswith(("data.", "tokenizer.", "prepare."))
+        assert (facts_of(facts, key).decides_tokens is not None) == is_of_text, key
+
+    @dataclasses.dataclass(frozen=True)
+    class Section:
+        stated: int = fixed(1, at_least=1)
+        unstated: int = 1
+
+    with pytest.raises(KeyError):
+        facts_by_key(Section)
+
+
+def test_what_a_run_with_a_checkpoint_may_change() -> None:
+    """Nothing of model, data, tokenizer and the seed, but for what is named here; anything else."""
+    keys = {key for key, facts in facts_by_key(Config).items() if facts.is_fixed}
+    ours = {key for key in facts_by_key(Config) if key.startswith(("model.", "data.", "tokenizer.", "train.seed"))}
+    assert keys <= ours
+    assert ours - keys == {
+        "model.attention_backend", "model.dropout", "model.max_position_embeddings", "model.rope_scaling.factor",
+        "model.rope_scaling.original_max_position_embeddings", "model.rope_scaling.beta_fast",
+        "model.rope_scaling.beta_slow", "data.prepared", "data.files", "data.validation.files", "data.read_retries",
+        "data.bad_records", "data.mixture.prepared", "data.mixture.files", "data.mixture.weights",
+        "data.mixture_steps",
+    }  # fmt: skip
+
+
+def test_ranges() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Section:
+        whole: int = fixed(1, at_least=1)
+        few: int = fixed(1, at_least=0, at_most=3)
+        positive: float = changeable(1.0, above=0)
+        part: float = changeable(0.5, at_least=0, below=1)
+
+    facts, inf = facts_by_key(Section), float("inf")
+    accepted = {
+        "whole": [1, 2**31 - 1],
+        "few": [0, 3],
+        "positive": [5e-324, 1e308],
+        "part": [0.0, 0.9999999999999999],
+    }
+    refused = {
+        "whole": [0, -1, 2**31, 10**400],
+        "few": [-1, 4],
+        "positive": [0.0, inf, -inf, float("nan")],
+        "part": [-5e-324, 1.0, inf, float("nan")],
+    }
+    for name, fact in facts.items():
+        assert all(map(fact.accepts, accepted[name])), name
+        assert not any(map(fact.accepts, refused[name])), name
+    assert facts["few"].accepted(int) == "a whole number from 0 to 3"
+    assert facts["whole"].accepted(int) == "a whole number from 1 to 2147483647"
+    assert facts["positive"].accepted(float) == "a number above 0"
+    assert facts["part"].accepted(float) == "a share from 0 to below 1"
 
 
 def test_derived_values() -> None:
@@ -160,7 +223,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"data.source": "hf"}, ["data.hub_name", "name"]),
     ({"data.validation.kind": "files"}, ["data.validation.files", "at least one glob"]),
     ({"data.validation.kind": "split"}, ["data.validation.kind", "data.validation.hub_name"]),
-    ({"data.validation.share": 0.0}, ["data.validation.share = 0.0", "between 0 and 1"]),
+    ({"data.validation.fraction": 0.0}, ["data.validation.fraction = 0.0", "between 0 and 1"]),
     ({"tokenizer.eos_token": ""}, ["tokenizer.eos_token = ''", "at least two characters"]),
     ({"tokenizer.eos_token": "e"}, ["tokenizer.eos_token = 'e'", "at least two characters"]),
     ({"tokenizer.vocab_size": 256}, ["tokenizer.vocab_size = 256", "at least 257"]),

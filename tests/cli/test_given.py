@@ -59,12 +59,12 @@ def resolved(capsys: pytest.CaptureFixture[str], *arguments: str) -> Config:
             'data.validation.kind = "files"',
         ),
         (
-            ["--data.validation.kind", "files", "--data.validation.files", "x", "--data.validation.share", "0.1"],
-            "data.validation.share = 0.1",
+            ["--data.validation.kind", "files", "--data.validation.files", "x", "--data.validation.fraction", "0.1"],
+            "data.validation.fraction = 0.1",
             '"held_out"',
         ),
         (
-            ["--data.validation.files", "x", "--data.validation.share", "0.1"],
+            ["--data.validation.files", "x", "--data.validation.fraction", "0.1"],
             "data.validation.files",
             "validation.kind",
         ),
@@ -118,6 +118,13 @@ def test_a_base_that_the_user_wrote_counts_too(here: Path, capsys: pytest.Captur
     Path("base.toml").write_text('base = "quickstart"\n[deepspeed]\nstage = 2\n')
     Path("mine.toml").write_text('base = "base.toml"\n')
     assert "deepspeed.stage = 2" in complaint(capsys, "train", "mine.toml")
+
+
+def test_a_shorter_mixture_in_place_of_a_bases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = '[[data.mixture]]\nname = "a"\nfiles = ["x"]\n'
+    Path("base.toml").write_text('base = "quickstart"\n' + tables + '[[data.mixture]]\nname = "b"\nfiles = ["y"]\n')
+    Path("mine.toml").write_text('base = "base.toml"\n' + tables)
+    assert [source.name for source in resolved(capsys, "mine.toml").data.mixture] == ["a"]
 
 
 def test_what_flags_make_idle_in_a_toml_is_accepted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +188,7 @@ def test_given_files_are_trained_on(here: Path, capsys: pytest.CaptureFixture[st
         "0",
         "--evaluation.rows",
         "2",
-        "--data.validation.share",
+        "--data.validation.fraction",
         "0.2",
     ]
     assert dispatch(["train", "quickstart", "--name", "own", "--data.files", "own/*.txt", *flags]) == 0

@@ -35,7 +35,7 @@ def test_prepared_once_and_trained_on(toml: str, capsys: pytest.CaptureFixture[s
     "flags, said",
     [
         (["--tokenizer.vocab-size", "290"], "prepared with tokenizer.vocab_size = 300, not 290"),
-        (["--data.validation.share", "0.3"], "made with data.validation = "),
+        (["--data.validation.fraction", "0.3"], "made with data.validation = "),
         (["--data.packing", "best_fit"], "made with data.packing = 'concatenate', not 'best_fit'"),
         (["--tokenizer.name", "other/tokenizer.json"], "prepared with another tokenizer"),
     ],
@@ -197,7 +197,7 @@ def test_a_mixture_is_evaluated_on_all_its_sources(
     said = []
     for share in ("0.2", "0.3"):  # the run's own, prepared; another, read from both sources' text
         capsys.readouterr()
-        assert dispatch(["evaluate", "runs/tiny", "--rows", "10000", "--data.validation.share", share]) == 0
+        assert dispatch(["evaluate", "runs/tiny", "--rows", "10000", "--data.validation.fraction", share]) == 0
         said.append(int(re.findall(r"([\d,]+) bytes", capsys.readouterr().out)[0].replace(",", "")))
     held_out = [
         [text for path in (tmp_path / folder).iterdir() if is_held_out(text := path.read_text(), 0.3)]

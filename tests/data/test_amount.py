@@ -16,7 +16,7 @@ from runs import run_config, write_toml
 
 
 def config_of(files: str, **changes: object) -> Config:
-    validation = ValidationConfig(kind="held_out", share=0.1)
+    validation = ValidationConfig(kind="held_out", fraction=0.1)
     data = DataConfig(source="files", files=(files,), sequence_length=32, validation=validation)
     return Config(data=dataclasses.replace(data, **changes), train=TrainConfig(steps=10))
 

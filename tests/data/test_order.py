@@ -42,7 +42,7 @@ def base(texts: Path, files: str = "*.jsonl") -> DataConfig:
         sequence_length=LENGTH,
         block_documents=9,
         shuffle_rows=16,
-        validation=ValidationConfig(share=SHARE),
+        validation=ValidationConfig(fraction=SHARE),
     )
 
 

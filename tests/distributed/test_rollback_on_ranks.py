@@ -21,7 +21,7 @@ def test_ranks_are_rolled_back_as_one_device_is(tmp_path: Path, stage: int) -> N
         data={"shuffle_rows": 1, "block_documents": 1},
         train={"steps": 40},
         evaluation={"every": 0},
-        rollback={"after_steps": 2, "spike_nats": 0.5},
+        rollback={"after_steps": 2, "spike_threshold": 0.5},
     )
     one, two = tmp_path / "runs" / "one", tmp_path / "runs" / "two"
     train(config, one, None, 1)

@@ -225,7 +225,7 @@ def test_evaluate_measures_all_of_the_given_files(
         (["--data.files", "a", "--data.validation.files", "b"], "data.files and data.validation.files"),
         (["--data.files", "a", "--data.source", "python"], "data.files = ['a']: accepted with data.source"),
         (["--data.hub-name", "x"], 'data.validation.kind = "files"'),
-        (["--data.validation.kind", "files", "--data.validation.share", "0.5"], "data.validation.share = 0.5"),
+        (["--data.validation.kind", "files", "--data.validation.fraction", "0.5"], "data.validation.fraction = 0.5"),
         (["--rows", "0"], "rows = 0"),
         (["--micro-batch-size", "-1"], "micro_batch_size = -1"),
         (["--data.sequence-length", "65"], "max_position_embeddings = 64"),
@@ -243,7 +243,7 @@ def test_the_text_that_the_run_held_out_is_measured(
     """An earlier version held out whole documents, however few there were."""
     config = run_config(
         tmp_path,
-        data={"files": [str(write_text(tmp_path / "few", 6))], "validation": {"kind": "held_out", "share": 0.3}},
+        data={"files": [str(write_text(tmp_path / "few", 6))], "validation": {"kind": "held_out", "fraction": 0.3}},
         train={"steps": 2},
         evaluation={"bigram_baseline": True},
     )

@@ -120,7 +120,7 @@ def test_one_text_file_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "book").mkdir()
     text = tmp_path / "book" / "input.txt"
     text.write_text("".join(json.loads(line)["text"] + "\n" for line in lines(400)))
-    validation = {"kind": "held_out", "share": float(share)}
+    validation = {"kind": "held_out", "fraction": float(share)}
     assert train(tmp_path, tmp_path / "book", data={"validation": validation}) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"the last {float(share) * 100:g}% of each document in" in said

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from p828.cli.main import dispatch
+from p828.config import Config
+from p828.config.old_names import under_old_names
 from p828.runs import checkpoint
 from runs import write_text, write_toml
 
@@ -135,3 +137,61 @@ def test_a_run_with_nothing_left_to_train_says_so(here: Path, command: Command) 
         assert code == 0
         assert f"nothing is left to train with train.steps = {steps}: a larger number trains the run longer" in out
     assert "nothing is left" not in command("train", "runs/tiny", "--train.steps", "13")[1]
+
+
+def test_a_run_with_old_names_goes_on(here: Path, command: Command) -> None:
+    """Its configuration is the run's own, so nothing is told of it; what is written has today's names."""
+    path = str(write_toml(here, rollback={"after_steps": 2, "spike_threshold": 0.5}))
+    assert command("train", path)[0] == 0
+    run = here / "runs" / "tiny"
+    with_old_names(run)
+    for flags in (["--train.steps", "13"], ["--train.steps", "14", "--data.validation.fraction", "0.2"]):
+        code, out, said = command("train", "runs/tiny", *flags)
+        assert (code, said) == (0, "")
+        assert "train.steps = 1" in out
+        assert "fraction" not in out
+        assert "spike" not in out
+    assert "\nfraction = 0.2\n" in (run / "config.toml").read_text()
+    assert "\nspike_threshold = 0.5\n" in (run / "config.toml").read_text()
+    code, _, said = command("train", "runs/tiny", "--data.validation.share", "0.3")
+    assert code == 2
+    assert "data.validation.fraction = 0.2, now 0.3" in said
+
+
+def with_old_names(run: Path) -> None:
+    """A run's configuration and its newest checkpoint as they were before keys were renamed."""
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(
+        text.replace("\nfraction = ", "\nshare = ").replace("spike_threshold", "spike_nats")
+    )
+    path = sorted((run / "checkpoints").iterdir())[-1]
+    state = json.loads((path / "state.json").read_text())
+    state["config"] = under_old_names(Config, state["config"])
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest["files"]["state.json"] = checkpoint.describe(path / "state.json")
+    (path / "manifest.json").write_bytes(checkpoint.manifest_bytes(manifest))
+
+
+@pytest.mark.parametrize(
+    "flags, is_accepted",
+    [
+        (["--model.hidden-size", "48"], False),
+        (["--model.mask-documents", "False"], False),
+        (["--train.seed", "1"], False),
+        (["--data.shuffle-rows", "4"], False),
+        (["--model.dropout", "0.1"], True),
+        (["--model.rope-scaling.factor", "2"], True),
+        (["--data.bad-records", "skip"], True),
+        (["--evaluation.rows", "3"], True),
+    ],
+)
+def test_what_may_change_on_the_way(flags: list[str], is_accepted: bool, here: Path, command: Command) -> None:
+    path = str(write_toml(here, train={"steps": 3}, evaluation={"every": 0, "prompts": [], "rows": 2}))
+    assert command("train", path)[0] == 0
+    code, out, said = command("train", path, "--train.steps", "4", *flags)
+    key = flags[0].removeprefix("--").replace("-", "_")
+    assert code == (0 if is_accepted else 2), said
+    assert f"{key} = " in (out if is_accepted else said)
+    assert is_accepted or "was started with other settings" in said

@@ -10,8 +10,9 @@ from p828.bench.peers import check_peers, find_peers
 from p828.bench.systems import ROUTINGS, load_shape
 from p828.bench.train import Bench
 from p828.cli.flags import HELP, parse, shown_word
+from p828.config.facts import LARGEST_INT
 from p828.config.files import preset_names
-from p828.config.rules import LARGEST_INT, check_text
+from p828.config.rules import check_text
 from p828.config.values import shown
 from p828.errors import ConfigError, did_you_mean
 

@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from p828 import config as configuration
-from p828.cli.flags import HELP, changed, parse_given
+from p828.cli.flags import HELP, changed, parse_given, tell_once
 from p828.cli.given import check_given
 from p828.config import Config
 from p828.config.files import implied, preset_names
@@ -47,7 +47,8 @@ def read_configuration(
     own, flags = parse_given(cls, arguments, prog, cls(), others=others)
     if not own.config:
         raise ConfigError(f"no configuration given. Usage: {usage}\nPresets: {', '.join(preset_names())}")
-    loaded, in_files = configuration.load_given(own.config)
+    loaded, in_files, old_names = configuration.load_given(own.config)
+    tell_once(old_names)
     sections = {f.name for f in dataclasses.fields(Config)}
     flags = {key: value for key, value in flags.items() if key.partition(".")[0] in sections}
     config = _with_length(changed(loaded, {**implied(flags, in_files), **flags}), flags)

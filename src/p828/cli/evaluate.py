@@ -10,7 +10,7 @@ import tyro
 from p828.cli.flags import changed, parse_given
 from p828.cli.given import check_given
 from p828.cli.output import note
-from p828.config import Config, DataConfig, validate
+from p828.config import Config, DataConfig, facts_by_key, facts_of, validate
 from p828.config.files import implied
 from p828.config.rules import check_text
 from p828.config.values import shown
@@ -28,11 +28,6 @@ DESCRIPTION = (
     "held out or not. The defaults of --rows, --micro-batch-size and --data are the run's; of given files it is every "
     "row."
 )
-# What decides how text is measured; the other keys of `data` are training's.
-MEASURED = (
-    "prepared", "source", "files", "text_field", "hub_", "sequence_length", "read_retries", "bad_records",
-    "max_document_megabytes", "validation.",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,8 +46,9 @@ class Arguments:
 def run(arguments: list[str]) -> None:
     own, flags = parse_given(Arguments, arguments, prog="p828 evaluate", description=DESCRIPTION)
     check_text("CHECKPOINT", own.checkpoint)
+    facts = facts_by_key(Config)
     for key in flags:
-        if key.startswith("data.") and not key.removeprefix("data.").startswith(MEASURED):
+        if key.startswith("data.") and facts_of(facts, key).only_trains:
             raise ConfigError(f"--{key.replace('_', '-')}: of training alone; it changes nothing that is measured")
     with waiting("loading the model", note):
         loaded = load_model(own.checkpoint, own.device)
@@ -150,4 +146,4 @@ def _text(config: Config, flags: Collection[str]) -> str:
         return f"{rows} of the split {validation.split!r} of {validation.hub_name or data.hub_name}"
     source = {"python": "the standard library's source", "files": shown(list(data.files)), "hf": data.hub_name}
     what = "the mixture's sources" if data.mixture else data.prepared or source[data.source]
-    return f"{rows} of the share of {what} that is held out from training, {validation.share:g}"
+    return f"{rows} of the share of {what} that is held out from training, {validation.fraction:g}"

@@ -4,15 +4,18 @@ import dataclasses
 import re
 import sys
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from p828.cli.flag_names import suggestion
+from p828.config.facts import fields_of
+from p828.config.old_names import old_names
 from p828.config.values import shown
-from p828.errors import ConfigError
+from p828.distributed.launcher import launched
+from p828.errors import ConfigError, warn
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
@@ -45,17 +48,21 @@ def parse_given(
     default: T | None = None,
     description: str = "",
     others: tuple[str, ...] = (),
+    is_again: bool = False,
 ) -> tuple[T, dict[str, Any]]:
     """As `parse`, and what was given: dotted key to value.
 
-    A flag takes the arguments behind it up to the next one. A flag for text takes one that begins with a dash, too, if
+    A flag's old name is taken as well, with a warning unless these arguments were parsed before (`is_again`). A flag
+    takes the arguments behind it up to the next one. A flag for text takes one that begins with a dash, too, if
     it is no flag's name; whatever it is, it can be given as `--flag=text`.
     """
     kinds = dict(_flags(cls, "--"))
-    words = _Words(kinds, [*kinds, *others, *HELP], len(list(_positional_fields(cls))))
+    words = _Words(kinds, [*kinds, *others, *HELP], len(list(_positional_fields(cls))), dict(_old_flags(cls, "--")))
     words.sort(arguments)
     if words.is_help:
         _print_help(cls, prog, default, description)
+    if not is_again:
+        tell_once(f"{old} is now {words.old_flags[old]}" for old in words.used_old_flags)
     given = {_key(name): _value(name, kinds[name], words.values[name]) for name in words.values}
     given.update(_positionals(cls, words.positionals, default, description))
     if default is None:
@@ -71,6 +78,10 @@ class _Words:
     kinds: Mapping[str, Any]
     known: Collection[str]
     most_positionals: int
+    old_flags: Mapping[str, str]
+    """Old name to today's."""
+    used_old_flags: dict[str, None] = field(default_factory=dict)
+    """In the order in which they came."""
     values: dict[str, list[str]] = field(default_factory=dict)
     positionals: list[str] = field(default_factory=list)
     is_help: bool = False
@@ -83,6 +94,9 @@ class _Words:
         for argument in arguments:
             name, equals, value = argument.partition("=")
             name = name.replace("_", "-")
+            if name in self.old_flags:
+                self.used_old_flags[name] = None
+                name = self.old_flags[name]
             if name in self.kinds and not argument.startswith("---"):
                 self._check_due(flag)
                 flag = name
@@ -177,6 +191,22 @@ def _flags(cls: type[Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flags(typing.cast(type, _bare(kind)), name + ".")
         else:
             yield name, kind
+
+
+def _old_flags(cls: type[Any], prefix: str) -> Iterator[tuple[str, str]]:
+    """The old name of every flag that has one, and today's."""
+    for old, new in old_names(cls).items():
+        yield prefix + old.replace("_", "-"), prefix + new.replace("_", "-")
+    for own, section in fields_of(cls):
+        if section is not None:
+            yield from _old_flags(section, f"{prefix}{own.name.replace('_', '-')}.")
+
+
+def tell_once(lines: Iterable[str]) -> None:
+    """Warn of each; of several processes that train one run, the first does."""
+    if launched().rank == 0:
+        for line in lines:
+            warn(line)
 
 
 def _bare(kind: Any) -> Any:

@@ -1,10 +1,11 @@
 """Keys that were given and would change nothing: each is refused, with what it needs."""
 
-import re
+import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from p828.config import Config, DataConfig
+from p828.config import Config, DataConfig, SourceConfig, facts_by_key, facts_of
+from p828.config.files import kind_key
 from p828.config.values import flatten, shown
 from p828.errors import ConfigError
 
@@ -61,33 +62,10 @@ NEEDS = (
         of_flags=True,
     ),
     Need(
-        (
-            "data.source",
-            "data.files",
-            "data.text_field",
-            "data.hub_name",
-            "data.hub_subset",
-            "data.hub_revision",
-            "data.hub_split",
-        ),
+        tuple(f"data.{own.name}" for own in dataclasses.fields(SourceConfig) if own.name != "prepared"),
         lambda c: not c.data.mixture,
         "accepted without [[data.mixture]], whose sources each have this key",
         of_flags=True,
-    ),
-    Need(
-        ("data.validation.share",),
-        lambda c: c.data.validation.kind == "held_out",
-        'accepted with data.validation.kind = "held_out"',
-    ),
-    Need(
-        ("data.validation.files",),
-        lambda c: c.data.validation.kind == "files",
-        'accepted with data.validation.kind = "files"',
-    ),
-    Need(
-        ("data.validation.hub_name", "data.validation.hub_revision", "data.validation.split"),
-        lambda c: c.data.validation.kind == "split",
-        'accepted with data.validation.kind = "split"',
     ),
     Need(
         tuple(f"model.rope_scaling.{name}" for name in ("original_max_position_embeddings", "beta_fast", "beta_slow")),
@@ -107,22 +85,12 @@ NEEDS = (
     ),
     Need(("evaluation.patience",), lambda c: c.evaluation.every > 0, "accepted with evaluation.every above 0"),
     Need(
-        ("rollback.spike_nats", "rollback.limit"),
+        ("rollback.spike_threshold", "rollback.limit"),
         lambda c: c.rollback.after_steps > 0,
         "accepted with rollback.after_steps above 0",
     ),
     Need(("wandb.project",), lambda c: c.wandb.mode != "off", 'accepted with wandb.mode = "online" or "offline"'),
 )
-
-_OF_SOURCE = {
-    "files": (("files",), 'accepted with {table}source = "files"'),
-    "hub_name": (("hf",), 'accepted with {table}source = "hf"'),
-    "hub_subset": (("hf",), 'accepted with {table}source = "hf"'),
-    "hub_revision": (("hf",), 'accepted with {table}source = "hf"'),
-    "hub_split": (("hf",), 'accepted with {table}source = "hf"'),
-    "text_field": (("files", "hf"), 'accepted with {table}source = "files" or "hf"'),
-}
-_IN_SOURCE = re.compile(r"(data\.(?:mixture\[\d+\]\.)?)(\w+)")
 
 
 def check_given(config: Config, flags: Collection[str], loaded: Config, in_files: Collection[str]) -> None:
@@ -141,20 +109,25 @@ def check_given(config: Config, flags: Collection[str], loaded: Config, in_files
 
 def _idle(config: Config, keys: Collection[str], flags: Collection[str]) -> Iterator[tuple[str, str]]:
     """Keys that change nothing in this configuration, and what is accepted."""
+    facts = facts_by_key(Config)
     for key in sorted(set(keys)):
         for need in NEEDS:
             if need.names(key) and not need.is_met(config) and (key in flags or not need.of_flags):
                 yield key, need.words.format(config=config)
-        found = _IN_SOURCE.fullmatch(key)
-        if found and found[2] in _OF_SOURCE and not (config.data.mixture and found[1] == "data."):
-            sources, words = _OF_SOURCE[found[2]]
-            if _source(config.data, found[1]) not in sources and not _is_validations(config.data, found[2]):
-                yield key, words.format(table=found[1])
+        kinds = facts_of(facts, key).kinds
+        if kinds and not _is_read(config, key, kinds):
+            yield key, f"accepted with {kind_key(key)} = " + " or ".join(f'"{kind}"' for kind in kinds)
 
 
-def _source(data: DataConfig, table: str) -> str:
-    number = re.search(r"\d+", table)
-    return data.mixture[int(number[0])].source if number else data.source
+def _is_read(config: Config, key: str, kinds: Collection[str]) -> bool:
+    """Whether a key of a source or of the validation, which has an effect with these kinds, has one here."""
+    data, (table, _, name) = config.data, key.rpartition(".")
+    if data.mixture and table == "data":
+        return True  # refused as one of `NEEDS`
+    kind = flatten(config).get(kind_key(key))
+    if kind is None:  # of a base's mixture, in place of which there is a shorter one
+        return True
+    return kind in kinds or (table != "data.validation" and _is_validations(data, name))
 
 
 def _is_validations(data: DataConfig, name: str) -> bool:

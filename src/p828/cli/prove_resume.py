@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> None:
                 f"--resume-ranks {number}: a divisor of a step's {micro_batches} micro-batches is accepted"
             )
     seed = _number("--seed", given.seed, 0) if given.seed else None
-    _, flags = parse_given(Arguments, arguments, "p828 prove-resume", Arguments())
+    _, flags = parse_given(Arguments, arguments, "p828 prove-resume", Arguments(), is_again=True)
     _prove(configuration.with_steps(config, max(ranks, 1)), flags, kills, seed, ranks, ranks_after)
 
 

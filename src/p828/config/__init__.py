@@ -1,5 +1,10 @@
-"""The configuration of a run: its settings (`schema`), the files they come from, and the rules they keep."""
+"""The configuration of a run: its settings (`schema`), the files they come from, and the rules they keep.
 
+What stands here is for all of p828; the modules behind it hold what their name says, and depend on each other in the
+order facts, schema, old_names and values, resolve, rules, files.
+"""
+
+from p828.config.facts import Facts, facts_by_key, facts_of
 from p828.config.files import RUN_FILE, from_dict, load, load_given, preset_names
 from p828.config.resolve import rounded_vocabulary, with_steps, with_vocabulary
 from p828.config.rules import validate
@@ -32,6 +37,7 @@ __all__ = [
     "DataConfig",
     "DeepSpeedConfig",
     "EvaluationConfig",
+    "Facts",
     "MixedSource",
     "ModelConfig",
     "OptimizerConfig",
@@ -44,6 +50,8 @@ __all__ = [
     "TrainConfig",
     "ValidationConfig",
     "WandbConfig",
+    "facts_by_key",
+    "facts_of",
     "from_dict",
     "load",
     "load_given",

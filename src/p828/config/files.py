@@ -10,13 +10,16 @@ import os
 import re
 import sys
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from p828.config.facts import facts_by_key, facts_of
+from p828.config.old_names import renamed
 from p828.config.rules import MOST_TEXT
 from p828.config.schema import Config
 from p828.config.values import build, flatten, shown, shown_path
-from p828.errors import ConfigError, did_you_mean
+from p828.errors import ConfigError, did_you_mean, warn
 from p828.files import read_limited
 
 if sys.version_info >= (3, 11):
@@ -32,22 +35,35 @@ MOST_DOTS = 200  # in a line: what tomllib takes for a key grows with the square
 TEXT = re.compile(r"""\"{3}|'{3}|"(?:[^"\\]|\\.)*"|'[^']*'|\#.*""")
 LONGEST_PATH = 4000
 MAX_BASES = 8  # how deep `base` may nest; a cycle ends here
-# What a source's or the validation's key says about its kind when that is not given.
-_SOURCE_IS = {"files": "files", "hub_name": "hf"}
-_VALIDATION_IS = {"files": "files", "hub_name": "split", "split": "split", "share": "held_out"}
 
 
-def load(name_or_path: str) -> Config:
-    """Read a preset, a TOML file with its bases, or a run's directory. Raises ConfigError; does not `validate`."""
-    return load_given(name_or_path)[0]
+class Loaded(NamedTuple):
+    """A configuration that was read."""
 
-
-def load_given(name_or_path: str) -> tuple[Config, frozenset[str]]:
-    """As `load`, and the dotted keys that the user's own TOML files give.
+    config: Config
+    given: frozenset[str]
+    """The dotted keys that the user's own TOML files give.
 
     A preset's keys are not the user's, nor are those of a file that lists nearly all there are, as a run's config.toml
     and the output of `--dry-run` do.
     """
+    old_names: list[str]
+    """A line for each key that the user's own files give by an old name; none for a run's config.toml."""
+
+
+def load(name_or_path: str) -> Config:
+    """Read a preset, a TOML file with its bases, or a run's directory, and warn of old names of keys.
+
+    Raises ConfigError; does not `validate`.
+    """
+    loaded = load_given(name_or_path)
+    for line in loaded.old_names:
+        warn(line)
+    return loaded.config
+
+
+def load_given(name_or_path: str) -> Loaded:
+    """As `load`, with what the user's own files give, and without the warnings."""
     path = Path(name_or_path)
     is_named = path.suffix == ".toml" or name_or_path in ("", *preset_names())
     is_run = not is_named and _is_directory(path)
@@ -55,14 +71,15 @@ def load_given(name_or_path: str) -> tuple[Config, frozenset[str]]:
         raise ConfigError(f"{shown(name_or_path)} is a directory, but no run: it holds no {RUN_FILE}")
     try:
         num_keys = len(flatten(Config()))
-        values, given = read_with_bases(str(path / RUN_FILE) if is_run else name_or_path, num_keys)
-        config = from_dict(values, RUN_FILE if is_run else path.name)
+        values = read_with_bases(str(path / RUN_FILE) if is_run else name_or_path, num_keys)
+        config = from_dict(values.values, RUN_FILE if is_run else path.name)
     except RecursionError:
         raise ConfigError(f"{name_or_path}: cannot be read: nested too deeply") from None
     if is_run:  # which may have been moved
         path = path if path.name not in ("", "..") else path.resolve()
         config = dataclasses.replace(config, name=path.name, runs_dir=str(path.parent))
-    return config if config.name else dataclasses.replace(config, name=path.stem), given
+    config = config if config.name else dataclasses.replace(config, name=path.stem)
+    return Loaded(config, values.given, values.old_names)
 
 
 def _is_directory(path: Path) -> bool:
@@ -73,54 +90,74 @@ def _is_directory(path: Path) -> bool:
 
 
 def from_dict(values: Mapping[str, Any], where: str) -> Config:
-    """Build a Config from nested plain values, as TOML gives them. Raises ConfigError naming the key."""
-    return build(Config, values, where)
+    """Build a Config from nested plain values, as TOML gives them, under today's names or old ones.
+
+    Raises ConfigError naming the key.
+    """
+    return build(Config, renamed(Config, values, where)[0], where)
 
 
 def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def read_with_bases(name_or_path: str, num_keys: int, depth: int = 0) -> tuple[dict[str, Any], frozenset[str]]:
-    """The values of a preset or file over those of its bases, and the dotted keys that the user's own files give.
+@dataclass(frozen=True)
+class Values:
+    """What files say, as nested plain values under today's names, and the rest of `Loaded`."""
+
+    values: dict[str, Any]
+    given: frozenset[str] = frozenset()
+    old_names: list[str] = field(default_factory=list)
+
+
+def read_with_bases(name_or_path: str, num_keys: int, depth: int = 0) -> Values:
+    """A preset or file over its bases.
 
     `num_keys` is how many keys a configuration has. A file with more than half of them was written by p828: its keys do
     not count as the user's. Raises ConfigError, and RecursionError for tables nested too deeply.
     """
-    if len(name_or_path) > LONGEST_PATH:
-        raise ConfigError(f"no file {shown(name_or_path)}: at most {LONGEST_PATH} characters are accepted")
-    path, known = Path(name_or_path), preset_names()
-    is_preset = path.suffix != ".toml"
-    if is_preset:
-        path = PRESETS / f"{name_or_path}.toml"
-        if name_or_path not in known:
-            if os.path.isfile(name_or_path):
-                raise ConfigError(
-                    f"{shown(name_or_path)} is no configuration: a preset, a .toml file or a run's directory is "
-                    "accepted. Text is given besides, as in p828 train quickstart --data.files FILE"
-                )
-            raise ConfigError(
-                f"no preset {shown(name_or_path)}{did_you_mean(name_or_path[:80], known)} Presets: {', '.join(known)}; "
-                "or give the path of a .toml file or a run's directory"
-            )
+    path = _find(name_or_path)
     values = _read_toml(path)
     base = values.pop("base", None)
     if base is not None and (not isinstance(base, str) or depth == MAX_BASES):
         raise ConfigError(
             f"{path}: base = {shown(base)}: give a preset's name or a .toml file, nested at most {MAX_BASES} deep"
         )
+    values, old_names = renamed(Config, values, str(path))
     given = frozenset(_keys(values))
     is_whole = len(given) > num_keys / 2
-    if base is None:
-        below: dict[str, Any] = {}
-        before: frozenset[str] = frozenset()
-    else:
-        below, before = read_with_bases(
-            str(path.parent / base) if base.endswith(".toml") else base, num_keys, depth + 1
-        )
+    below = Values({})
+    if base is not None:
+        below = read_with_bases(str(path.parent / base) if base.endswith(".toml") else base, num_keys, depth + 1)
     if not is_whole:
-        _set(values, implied(given, before))
-    return merged(below, values), before if is_whole or is_preset else before | given
+        _set(values, implied(given, below.given))
+    is_users = not is_whole and name_or_path.endswith(".toml")
+    lines = [f"{path}: {old} is now {new}" for old, new in old_names.items()]
+    if is_whole and path.name == RUN_FILE:  # which p828 wrote, and will write again
+        lines = []
+    return Values(
+        merged(below.values, values), below.given | given if is_users else below.given, [*below.old_names, *lines]
+    )
+
+
+def _find(name_or_path: str) -> Path:
+    """The file of a preset, or the TOML file of that name. Raises ConfigError if it can be neither."""
+    if len(name_or_path) > LONGEST_PATH:
+        raise ConfigError(f"no file {shown(name_or_path)}: at most {LONGEST_PATH} characters are accepted")
+    path, known = Path(name_or_path), preset_names()
+    if path.suffix == ".toml":
+        return path
+    if name_or_path in known:
+        return PRESETS / f"{name_or_path}.toml"
+    if os.path.isfile(name_or_path):
+        raise ConfigError(
+            f"{shown(name_or_path)} is no configuration: a preset, a .toml file or a run's directory is "
+            "accepted. Text is given besides, as in p828 train quickstart --data.files FILE"
+        )
+    raise ConfigError(
+        f"no preset {shown(name_or_path)}{did_you_mean(name_or_path[:80], known)} Presets: {', '.join(known)}; "
+        "or give the path of a .toml file or a run's directory"
+    )
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -197,16 +234,13 @@ def implied(given: Collection[str], before: Collection[str] = ()) -> dict[str, s
     `before` are the keys of files that the given keys change. Raises ConfigError if the given keys imply different
     kinds.
     """
-    found: dict[str, tuple[str, str]] = {}
+    facts, found = facts_by_key(Config), dict[str, tuple[str, str]]()
     for key in sorted(given):
-        table, _, name = key.rpartition(".")
-        if table == "data.validation":
-            kind, value = "data.validation.kind", _VALIDATION_IS.get(name)
-        elif table == "data" or table.startswith("data.mixture["):
-            kind, value = f"{table}.source", _SOURCE_IS.get(name)
-        else:
+        try:
+            value, kind = facts_of(facts, key).implies, kind_key(key)
+        except KeyError:  # a key that there is none of: told where it is read
             continue
-        if value is None or kind in given:
+        if not value or kind in given:
             continue
         if kind in found and found[kind][0] != value:
             raise ConfigError(f"{found[kind][1]} and {key} are both given: {kind} says which one is meant")
@@ -215,3 +249,9 @@ def implied(given: Collection[str], before: Collection[str] = ()) -> dict[str, s
     if "data.files" in given and not is_validation_given:  # a preset's split belongs to the preset's source
         found["data.validation.kind"] = "held_out", "data.files"
     return {kind: value for kind, (value, _) in found.items()}
+
+
+def kind_key(key: str) -> str:
+    """The key that says which kind of source or of validation a key of that table is for."""
+    table = key.rpartition(".")[0]
+    return f"{table}.kind" if table == "data.validation" else f"{table}.source"

@@ -5,67 +5,42 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from p828.config.facts import LARGEST_INT, Facts, facts_by_key, facts_of
 from p828.config.resolve import with_steps
-from p828.config.schema import Config, DataConfig, DeepSpeedConfig, ModelConfig
+from p828.config.schema import Config, DataConfig, DeepSpeedConfig, ModelConfig, ScheduleConfig, TokenizerConfig
 from p828.config.values import flatten, shown
 from p828.errors import ConfigError
 
-_AT_LEAST_ZERO = {
-    "model.vocab_size", "model.n_shared_experts", "schedule.warmup_steps", "schedule.decay_steps", "train.seed",
-    "evaluation.every", "evaluation.patience", "data.read_retries", "prepare.min_characters", "prepare.max_characters",
-    "rollback.after_steps", "deepspeed.stage",
-}  # fmt: skip
-_SHARES = {"schedule.min_lr_ratio", "data.validation.share"}
-_FLOATS_AT_LEAST_ZERO = {
-    "optimizer.weight_decay", "balance.update_rate", "balance.sequence_loss_weight", "balance.z_loss_weight",
-    "evaluation.temperature", "train.tokens", "train.hours",
-}  # fmt: skip
 LONGEST_NAME = 200  # bytes of UTF-8; file systems take 255, and other names are made of it
 LONGEST_PATH = 3500  # bytes of UTF-8; systems take 4,095, and longer paths are made of it
 LONGEST_PART = 255  # bytes between two slashes
-PROSE = ("evaluation.prompts", "tokenizer.eos_token")  # texts of which no file's name is made
 MOST_TEXT = 2**25  # bytes in all, escaped: some hundred thousand file names
-LARGEST_INT = 2**31 - 1
 
 
 def validate(config: Config) -> None:
     """Check what types cannot say. Raises ConfigError with the first key that is wrong and what it accepts."""
-    flat = flatten(config)
+    flat, facts = flatten(config), facts_by_key(Config)
     for key, value in flat.items():
-        check_range(key, value)
-    check_texts(flat)
+        check_range(key, value, facts_of(facts, key))
+    check_texts(flat, facts)
     check_model(config.model)
     check_run(with_steps(config, 1))
 
 
-def check_range(key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        return
-    if isinstance(value, int):
-        lowest = 0 if key in _AT_LEAST_ZERO else 1
-        if not lowest <= value <= LARGEST_INT:
-            raise ConfigError(f"{key} = {shown(value)}: a whole number from {lowest} to {LARGEST_INT} is accepted")
-    if isinstance(value, float):
-        if key == "model.dropout":
-            accepted, words = 0 <= value < 1, "a share from 0 to below 1"
-        elif key in _SHARES:
-            accepted, words = 0 <= value <= 1, "a share from 0 to 1"
-        elif key in _FLOATS_AT_LEAST_ZERO:
-            accepted, words = 0 <= value < float("inf"), "a number of at least 0"
-        else:
-            accepted, words = 0 < value < float("inf"), "a number above 0"
-        if not accepted:
-            raise ConfigError(f"{key} = {value}: {words} is accepted")
+def check_range(key: str, value: Any, facts: Facts) -> None:
+    """Raises ConfigError for a number outside its field's range."""
+    if type(value) in (int, float) and not facts.accepts(value):
+        raise ConfigError(f"{key} = {shown(value)}: {facts.accepted(type(value))} is accepted")
 
 
-def check_texts(flat: Mapping[str, Any]) -> None:
-    """Raises ConfigError for text that no file's name can hold, and for more text than a checkpoint's reader takes."""
+def check_texts(flat: Mapping[str, Any], facts: Mapping[str, Facts]) -> None:
+    """Raises ConfigError for a text that cannot be a file's name, and for more text than a reader of it takes."""
     size = 0
     for key, value in flat.items():
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str):
                 size += len(json.dumps(text)) + 8  # no less than it takes in TOML
-                if key not in PROSE:
+                if not facts_of(facts, key).is_prose:
                     check_text(key, text)
     if size > MOST_TEXT:
         raise ConfigError(
@@ -120,11 +95,7 @@ def check_model(model: ModelConfig) -> None:
             f"model.num_experts_per_tok = {model.num_experts_per_tok}: at most {group_size * model.topk_group} is "
             f"accepted, the experts in the model.topk_group = {model.topk_group} groups of a token"
         )
-    if model.rope_theta <= 1:
-        raise ConfigError(f"model.rope_theta = {model.rope_theta}: a number above 1 is accepted")
     scaling = model.rope_scaling
-    if scaling.factor < 1:
-        raise ConfigError(f"model.rope_scaling.factor = {scaling.factor}: a number of at least 1 is accepted")
     if scaling.beta_slow >= scaling.beta_fast:
         raise ConfigError(
             f"model.rope_scaling.beta_slow = {scaling.beta_slow}: "
@@ -136,16 +107,59 @@ def check_run(config: Config) -> None:
     data, model = config.data, config.model
     if config.train.steps > LARGEST_INT:
         raise ConfigError(f"train.tokens is {config.train.steps:.3g} steps: at most {LARGEST_INT:,} are accepted")
-    if not config.name or config.name in (".", "..") or "/" in config.name or "\0" in config.name:
-        raise ConfigError(f"name = {config.name[:80]!r}: one directory name is accepted")
-    if len(config.name.encode("utf-8", "replace")) > LONGEST_NAME:
-        raise ConfigError(f"name = {config.name[:80]!r}…: at most {LONGEST_NAME} bytes are accepted")
+    check_name(config.name)
     if data.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length = {data.sequence_length}: "
             f"at most model.max_position_embeddings = {model.max_position_embeddings} is accepted"
         )
     check_data(data)
+    check_engine(config)
+    shortest, longest = config.prepare.min_characters, config.prepare.max_characters
+    if 0 < longest < shortest:
+        raise ConfigError(
+            f"prepare.max_characters = {longest}: at least prepare.min_characters = {shortest} is accepted"
+        )
+    check_tokenizer(config.tokenizer)
+    check_schedule(config.schedule, config.train.steps)
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ConfigError(
+            f"optimizer.betas = {list(config.optimizer.betas)}: two numbers of at least 0 and below 1 are accepted"
+        )
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError if the run's name cannot be that of a directory."""
+    if not name or name in (".", "..") or "/" in name or "\0" in name:
+        raise ConfigError(f"name = {name[:80]!r}: one directory name is accepted")
+    if len(name.encode("utf-8", "replace")) > LONGEST_NAME:
+        raise ConfigError(f"name = {name[:80]!r}…: at most {LONGEST_NAME} bytes are accepted")
+
+
+def check_tokenizer(tokenizer: TokenizerConfig) -> None:
+    if len(tokenizer.eos_token) < 2:  # of one letter it would end a document wherever that stands
+        raise ConfigError(
+            f"tokenizer.eos_token = {tokenizer.eos_token!r}: a token of at least two characters is accepted, "
+            "one that text does not become"
+        )
+    if tokenizer.name == "train" and tokenizer.vocab_size < 257:
+        raise ConfigError(
+            f"tokenizer.vocab_size = {tokenizer.vocab_size}: at least 257 (256 bytes and the end token) is accepted"
+        )
+
+
+def check_schedule(schedule: ScheduleConfig, steps: int) -> None:
+    """`steps` are those of the whole run."""
+    if schedule.kind == "wsd" and schedule.decay_steps == 0:
+        raise ConfigError('schedule.decay_steps = 0: with schedule.kind = "wsd", at least 1 is accepted')
+    if schedule.kind == "wsd" and schedule.warmup_steps + schedule.decay_steps > steps:
+        raise ConfigError(
+            f"schedule.decay_steps = {schedule.decay_steps}: with schedule.warmup_steps = {schedule.warmup_steps} "
+            f"it exceeds train.steps = {steps}"
+        )
+
+
+def check_engine(config: Config) -> None:
     if config.deepspeed.config and config.engine == "plain":
         raise ConfigError(f'deepspeed.config = "{config.deepspeed.config}": accepted with engine = "deepspeed"')
     if config.engine == "deepspeed" and config.optimizer.moment_dtype == "bfloat16":
@@ -154,33 +168,6 @@ def check_run(config: Config) -> None:
             "which are both float32"
         )
     check_deepspeed(config.deepspeed)
-    shortest, longest = config.prepare.min_characters, config.prepare.max_characters
-    if 0 < longest < shortest:
-        raise ConfigError(
-            f"prepare.max_characters = {longest}: at least prepare.min_characters = {shortest} is accepted"
-        )
-    if len(config.tokenizer.eos_token) < 2:  # of one letter it would end a document wherever that stands
-        raise ConfigError(
-            f"tokenizer.eos_token = {config.tokenizer.eos_token!r}: a token of at least two characters is accepted, "
-            "one that text does not become"
-        )
-    if config.tokenizer.name == "train" and config.tokenizer.vocab_size < 257:
-        raise ConfigError(
-            f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: "
-            "at least 257 (256 bytes and the end token) is accepted"
-        )
-    schedule = config.schedule
-    if schedule.kind == "wsd" and schedule.decay_steps == 0:
-        raise ConfigError('schedule.decay_steps = 0: with schedule.kind = "wsd", at least 1 is accepted')
-    if schedule.kind == "wsd" and schedule.warmup_steps + schedule.decay_steps > config.train.steps:
-        raise ConfigError(
-            f"schedule.decay_steps = {schedule.decay_steps}: with schedule.warmup_steps = {schedule.warmup_steps} "
-            f"it exceeds train.steps = {config.train.steps}"
-        )
-    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise ConfigError(
-            f"optimizer.betas = {list(config.optimizer.betas)}: two numbers of at least 0 and below 1 are accepted"
-        )
 
 
 def remarks(config: Config) -> list[str]:
@@ -220,8 +207,10 @@ def check_data(data: DataConfig) -> None:
             )
     if data.validation.kind == "files" and not data.validation.files:
         raise ConfigError('data.validation.files is empty: with data.validation.kind = "files", give at least one glob')
-    if data.validation.kind == "held_out" and not 0 < data.validation.share < 1:
-        raise ConfigError(f"data.validation.share = {data.validation.share}: a share between 0 and 1 is accepted")
+    if data.validation.kind == "held_out" and not 0 < data.validation.fraction < 1:
+        raise ConfigError(
+            f"data.validation.fraction = {data.validation.fraction}: a fraction between 0 and 1 is accepted"
+        )
     check_mixture(data)
 
 

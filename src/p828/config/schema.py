@@ -1,6 +1,8 @@
-"""Every setting of a run: frozen dataclasses, made from files (`config_files`), overridden by flags, checked once.
+"""Every setting of a run, as frozen dataclasses: made from files (`files`), changed by flags, checked once (`rules`).
 
-The attribute docstrings are the command line's help. Nothing here imports torch.
+A field says here all that is true of it by itself: its default, whether a run that has a checkpoint keeps it (`fixed`)
+or may change it (`changeable`), its range and the rest of `Facts`. Its docstring is the command line's help. Nothing
+here imports torch.
 """
 
 import dataclasses
@@ -10,141 +12,143 @@ from typing import Annotated, Literal
 
 import tyro.conf
 
+from p828.config.facts import changeable, fixed
+
 
 @dataclass(frozen=True)
 class RopeScaling:
-    factor: float = 1.0
+    factor: float = changeable(1.0, at_least=1)
     """YaRN's context extension s; 1 is plain RoPE."""
-    original_max_position_embeddings: int = 2048
+    original_max_position_embeddings: int = changeable(2048, at_least=1)
     """Context, in tokens, that the unscaled frequencies were trained for."""
-    beta_fast: float = 32.0
+    beta_fast: float = changeable(32.0, above=0)
     """Dimensions that turn at least this often over the original context keep their frequency."""
-    beta_slow: float = 1.0
+    beta_slow: float = changeable(1.0, above=0)
     """Dimensions that turn at most this often over the original context are interpolated fully."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    vocab_size: int = 0
+    vocab_size: int = fixed(0, at_least=0)
     """Rows of the embedding and of the output head; 0 takes the tokenizer's vocabulary, up to a multiple of 128."""
-    hidden_size: int = 512
+    hidden_size: int = fixed(512, at_least=1)
     """Width of the residual stream."""
-    moe_intermediate_size: int = 768
+    moe_intermediate_size: int = fixed(768, at_least=1)
     """Inner width of one expert."""
-    num_hidden_layers: int = 1
+    num_hidden_layers: int = fixed(1, at_least=1)
     """Transformer layers."""
-    num_attention_heads: int = 8
+    num_attention_heads: int = fixed(8, at_least=1)
     """Query heads."""
-    num_key_value_heads: int = 2
+    num_key_value_heads: int = fixed(2, at_least=1)
     """Key and value heads; each serves an equal share of the query heads."""
-    head_dim: int = 64
+    head_dim: int = fixed(64, at_least=1)
     """Width of one head; even, for RoPE."""
-    use_qk_norm: bool = False
+    use_qk_norm: bool = fixed(False)
     """RMSNorm on each head's queries and keys before RoPE."""
-    attention_sinks: bool = True
+    attention_sinks: bool = fixed(True)
     """One learned logit a head in the softmax's denominator."""
-    attention_backend: Literal["auto", "reference", "flash"] = "auto"
+    attention_backend: Literal["auto", "reference", "flash"] = changeable("auto")
     """`reference` is plain math, `flash` is fused; `auto` takes the fused one where the device has it."""
-    mask_documents: bool = True
-    """Documents packed into one row do not see each other."""
-    max_position_embeddings: int = 4096
+    mask_documents: bool = fixed(True)
+    """Documents packed into one sequence do not attend to each other."""
+    max_position_embeddings: int = changeable(4096, at_least=1)
     """Longest context in tokens, in training and in generation."""
-    rope_theta: float = 10000.0
+    rope_theta: float = fixed(10000.0, above=1)
     """RoPE's base."""
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    n_routed_experts: int = 4
+    n_routed_experts: int = fixed(4, at_least=1)
     """Experts the router chooses from, in every layer."""
-    n_shared_experts: int = 1
+    n_shared_experts: int = fixed(1, at_least=0)
     """Experts applied to every token, computed as one of this many times the width."""
-    num_experts_per_tok: int = 2
+    num_experts_per_tok: int = fixed(2, at_least=1)
     """Routed experts chosen for a token."""
-    n_group: int = 1
+    n_group: int = fixed(1, at_least=1)
     """Groups the routed experts are split into."""
-    topk_group: int = 1
+    topk_group: int = fixed(1, at_least=1)
     """Groups a token may choose from."""
-    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    scoring_func: Literal["sigmoid", "softmax"] = fixed("sigmoid")
     """How router logits become scores."""
-    norm_topk_prob: bool = True
+    norm_topk_prob: bool = fixed(True)
     """Normalise the chosen experts' weights to sum to one."""
-    routed_scaling_factor: float = 1.0
+    routed_scaling_factor: float = fixed(1.0, above=0)
     """Factor on the routed experts' weights."""
-    hidden_act: Literal["swiglu", "swiglu_of_product"] = "swiglu"
+    hidden_act: Literal["swiglu", "swiglu_of_product"] = fixed("swiglu")
     """`swiglu`: silu(W1 x) * W3 x. `swiglu_of_product`: SwiGLU over the halves of W1 x * W3 x, both twice as wide."""
-    dropout: float = 0.0
-    """Share of an expert's inner activations dropped in training."""
-    rms_norm_eps: float = 1e-5
+    dropout: float = changeable(0.0, at_least=0, below=1)
+    """Fraction of an expert's inner activations dropped in training."""
+    rms_norm_eps: float = fixed(1e-5, above=0)
     """Added to the mean square in every RMSNorm."""
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool = fixed(False)
     """Use the embedding as the output head."""
-    initializer_range: float = 0.02
+    initializer_range: float = fixed(0.02, above=0)
     """Standard deviation of the initial weights."""
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    kind: Literal["held_out", "split", "files"] = "held_out"
-    """`held_out`: a share of the training text; `split`: a split on the hub; `files`: other files."""
-    share: float = 0.01
-    """Share held out: of the documents, by hash; of few local documents the end of each."""
-    files: tuple[str, ...] = ()
+    kind: Literal["held_out", "split", "files"] = fixed("held_out", decides_tokens=True)
+    """`held_out`: a fraction of the training text; `split`: a split on the hub; `files`: other files."""
+    fraction: float = fixed(0.01, at_least=0, at_most=1, decides_tokens=True, implies="held_out", old_name="share")
+    """Fraction held out: of the documents, by hash; of few local documents the end of each."""
+    files: tuple[str, ...] = changeable((), decides_tokens=True, implies="files")
     """Validation files: paths, directories or globs, from the working directory; given, they imply the kind."""
-    hub_name: str = ""
+    hub_name: str = fixed("", decides_tokens=True, implies="split")
     """Hub data set of the validation split; empty means the training one."""
-    hub_revision: str = ""
+    hub_revision: str = fixed("", decides_tokens=True, only_with=("split",))
     """Commit, tag or branch of that data set; empty means the newest, which is then recorded and kept."""
-    split: str = "validation"
+    split: str = fixed("validation", decides_tokens=True, implies="split")
     """Name of the validation split."""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    prepared: str = ""
+    prepared: str = changeable("", decides_tokens=False)
     """Directory of tokens that `p828 prepare` writes and `p828 train` then reads in place of the source."""
-    source: Literal["python", "files", "hf"] = "python"
+    source: Literal["python", "files", "hf"] = fixed("python", decides_tokens=True)
     """`python`: this interpreter's standard library; `files`: local files; `hf`: a data set on the Hugging Face hub."""
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = changeable((), decides_tokens=True, implies="files")
     """Paths, directories or globs of .txt, .py, .md, .jsonl (.gz, .xz, .zst), from the working directory."""
-    text_field: str = "text"
+    text_field: str = fixed("text", decides_tokens=True, only_with=("files", "hf"))
     """Field that holds the text in .jsonl lines and in hub rows."""
-    hub_name: str = ""
+    hub_name: str = fixed("", decides_tokens=True, implies="hf")
     """Hub data set (codeparrot/codeparrot-clean), or a local directory in the hub's layout."""
-    hub_subset: str = ""
+    hub_subset: str = fixed("", decides_tokens=True, only_with=("hf",))
     """Subset of the hub data set (`en` of allenai/c4)."""
-    hub_revision: str = ""
+    hub_revision: str = fixed("", decides_tokens=False, only_with=("hf",))
     """Commit, tag or branch of the hub data set; empty means the newest, which is then recorded and kept."""
-    hub_split: str = "train"
+    hub_split: str = fixed("train", decides_tokens=True, only_with=("hf",))
     """Split of the hub data set that is trained on."""
 
 
 @dataclass(frozen=True)
 class MixedSource(SourceConfig):
-    name: str = ""
+    name: str = fixed("", decides_tokens=False)
     """What records and console call the source."""
-    weights: tuple[float, ...] = (1.0,)
-    """Shares of the tokens, relative to the other sources' weights: one for each of `data.mixture_steps`."""
+    weights: tuple[float, ...] = changeable((1.0,), decides_tokens=False)
+    """Proportions of the tokens, relative to the other sources' weights: one for each of `data.mixture_steps`."""
 
 
 @dataclass(frozen=True)
 class DataConfig(SourceConfig):
-    mixture: Annotated[tuple[MixedSource, ...], tyro.conf.Suppress] = ()
+    mixture: Annotated[tuple[MixedSource, ...], tyro.conf.Suppress] = fixed((), decides_tokens=False)
     """Several sources in place of the one above, each a [[data.mixture]] with its keys, a name and weights."""
-    mixture_steps: tuple[int, ...] = (0,)
+    mixture_steps: tuple[int, ...] = changeable((0,), decides_tokens=False, only_trains=True)
     """Steps after which the mixture's next weights hold; the first is 0."""
-    sequence_length: int = 2048
-    """Tokens of a row that the model predicts; a row holds one more."""
-    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    sequence_length: int = fixed(2048, at_least=1, decides_tokens=True)
+    """Tokens of a sequence that the model predicts; a sequence holds one more."""
+    packing: Literal["concatenate", "best_fit"] = fixed("concatenate", decides_tokens=True, only_trains=True)
     """`concatenate`: documents end to end; `best_fit`: as many as possible whole, the others in pieces that fill."""
-    streams: int = 1
+    streams: int = fixed(1, at_least=1, decides_tokens=False, only_trains=True)
     """Parts that a source read as text is dealt to; give a multiple of the ranks, and each reads parts of its own."""
-    block_documents: int = 1024
+    block_documents: int = fixed(1024, at_least=1, decides_tokens=False, only_trains=True)
     """Documents that are read and shuffled together."""
-    shuffle_rows: int = 1024
-    """Rows that are shuffled together, so that a batch is not one long document; 1 keeps their order."""
-    read_retries: int = 6
+    shuffle_rows: int = fixed(1024, at_least=1, decides_tokens=False, only_trains=True)
+    """Sequences that are shuffled together, so that a batch is not one long document; 1 keeps their order."""
+    read_retries: int = changeable(6, at_least=0, decides_tokens=False)
     """Attempts to read on after a failed read of a file or the hub, 1, 2, 4, ... seconds apart."""
-    bad_records: Literal["stop", "skip"] = "stop"
+    bad_records: Literal["stop", "skip"] = changeable("stop", decides_tokens=False)
     """At a line, row or file that is no document: `stop`, with a checkpoint, or `skip` it and count it."""
-    max_document_megabytes: int = 16
+    max_document_megabytes: int = fixed(16, at_least=1, decides_tokens=True)
     """Largest document: a longer line is a bad record; a larger text file is read in pieces, each a document."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
@@ -164,167 +168,167 @@ class DataConfig(SourceConfig):
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    min_characters: int = 0
+    min_characters: int = changeable(0, at_least=0, decides_tokens=True)
     """Shorter documents are left out."""
-    max_characters: int = 0
+    max_characters: int = changeable(0, at_least=0, decides_tokens=True)
     """Longer documents are left out; 0 keeps any."""
-    drop_duplicates: bool = False
+    drop_duplicates: bool = changeable(False, decides_tokens=True)
     """Of documents with the same text keep the first."""
-    only_code: bool = False
+    only_code: bool = changeable(False, decides_tokens=True)
     """Keep documents with lines of at most 1,000 characters, 100 in the mean, a quarter of all letters or digits."""
-    shard_tokens: int = 100_000_000
+    shard_tokens: int = changeable(100_000_000, at_least=1, decides_tokens=True)
     """Tokens after which a new shard begins."""
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    name: str = "train"
+    name: str = fixed("train", decides_tokens=True)
     """`train` (byte-level BPE from the run's own source), the path of a tokenizer.json, or a name on the hub."""
-    vocab_size: int = 4096
+    vocab_size: int = fixed(4096, at_least=1, decides_tokens=True)
     """Vocabulary of a trained tokenizer; of another one, what `--dry-run` assumes before the tokenizer is read."""
-    training_megabytes: int = 64
+    training_megabytes: int = fixed(64, at_least=1, decides_tokens=True)
     """Text that a tokenizer is trained on, at most."""
-    eos_token: str = "<|endoftext|>"
+    eos_token: str = fixed("<|endoftext|>", decides_tokens=True, is_prose=True)
     """Token that ends a document."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: float = 3e-4
+    learning_rate: float = changeable(3e-4, above=0)
     """Peak learning rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = changeable((0.9, 0.95))
     """Decay of the first and second moment."""
-    eps: float = 1e-8
+    eps: float = changeable(1e-8, above=0)
     """Added to the root of the second moment."""
-    weight_decay: float = 0.01
+    weight_decay: float = changeable(0.01, at_least=0)
     """Decoupled decay of matrices; norms, biases and sinks have none."""
-    decay_embeddings: bool = False
+    decay_embeddings: bool = changeable(False)
     """Decay the embedding too."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = changeable(1.0, above=0)
     """Gradients are scaled down to this global norm."""
-    moment_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What AdamW's moments are kept in; bfloat16 needs `train.dtype` bfloat16. `auto`: that, on CUDA, if it can be."""
+    moment_dtype: Literal["auto", "float32", "bfloat16"] = changeable("auto")
+    """Dtype of AdamW's moments. bfloat16 needs a bfloat16 run of the plain engine; `auto` takes it there on CUDA."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    kind: Literal["cosine", "constant", "wsd"] = "cosine"
+    kind: Literal["cosine", "constant", "wsd"] = changeable("cosine")
     """Shape after the linear warm-up; `wsd` is warm-up, stable, linear decay."""
-    warmup_steps: int = 2000
+    warmup_steps: int = changeable(2000, at_least=0)
     """Steps of linear warm-up."""
-    decay_steps: int = 0
+    decay_steps: int = changeable(0, at_least=0)
     """Last steps over which `wsd` decays."""
-    min_lr_ratio: float = 0.1
-    """Where `cosine` ends and `wsd` falls to, as a share of the peak."""
+    min_lr_ratio: float = changeable(0.1, at_least=0, at_most=1)
+    """Where `cosine` ends and `wsd` falls to, as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
 class BalanceConfig:
-    update_rate: float = 1e-3
+    update_rate: float = changeable(1e-3, at_least=0)
     """Change of an expert's selection bias after a step."""
-    sequence_loss_weight: float = 0.0
+    sequence_loss_weight: float = changeable(0.0, at_least=0)
     """Weight of the sequence-wise auxiliary loss, for comparison."""
-    z_loss_weight: float = 0.0
+    z_loss_weight: float = changeable(0.0, at_least=0)
     """Weight of the router's z-loss, for comparison."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 100_000
+    steps: int = changeable(100_000, at_least=1)
     """Optimizer updates in the whole run."""
-    tokens: float = 0.0
+    tokens: float = changeable(0.0, at_least=0)
     """Tokens of the whole run, on all ranks, as 5e9: decides `train.steps`, rounded up, where it is not 0."""
-    hours: float = 0.0
+    hours: float = changeable(0.0, at_least=0)
     """Hours of training, over all its starts, after which the run is complete, whatever `train.steps`; 0: no limit."""
-    micro_batch_size: int = 8
-    """Rows put through the model at once."""
-    gradient_accumulation: int = 16
-    """Micro-batches of a step, on each rank."""
-    seed: int = 0
+    micro_batch_size: int = changeable(8, at_least=1)
+    """Sequences put through the model at once, on each rank."""
+    gradient_accumulation: int = changeable(16, at_least=1)
+    """Micro-batches of a step, on each rank; the global batch is this times the micro-batch size times the ranks."""
+    seed: int = fixed(0, at_least=0)
     """Seed of the weights, the data order and dropout."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = changeable("auto")
     """`auto` takes the GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = changeable("auto")
     """Arithmetic of the layers; master weights and router are float32. `auto`: bfloat16 on CUDA, float32 on a CPU."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off"] = changeable("auto")
     """torch.compile; `auto` compiles on CUDA."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = changeable(False)
     """Recompute each layer in the backward pass: less memory, about a third more time."""
-    deterministic: bool = False
+    deterministic: bool = changeable(False)
     """Only algorithms that give bit-equal results when repeated: p828's kernels all do, and cost no more for it."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    every: int = 500
+    every: int = changeable(500, at_least=0)
     """Steps between evaluations; 0 evaluates at the end only."""
-    rows: int = 64
-    """Validation rows, the same at every evaluation."""
-    prompts: tuple[str, ...] = ()
+    rows: int = changeable(64, at_least=1)
+    """Validation sequences, the same at every evaluation."""
+    prompts: tuple[str, ...] = changeable((), is_prose=True)
     """Prompts continued at every evaluation."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = changeable(64, at_least=1)
     """Tokens sampled for each prompt."""
-    temperature: float = 0.8
+    temperature: float = changeable(0.8, at_least=0)
     """Temperature of those samples; 0 is greedy."""
-    patience: int = 0
+    patience: int = changeable(0, at_least=0)
     """Stop after this many evaluations without a better validation loss; 0 never stops early."""
-    bigram_baseline: bool = False
-    """Also compute what a bigram model of one epoch of training tokens, held in memory, gets on the validation rows."""
+    bigram_baseline: bool = changeable(False)
+    """Also compute what a bigram model of one epoch of training tokens, held in memory, gets on the validation text."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 1000
+    every: int = changeable(1000, at_least=1)
     """Steps between checkpoints; the last step always makes one."""
-    keep_last: int = 3
+    keep_last: int = changeable(3, at_least=1)
     """Newest checkpoints kept; the best one is kept besides."""
 
 
 @dataclass(frozen=True)
 class RollbackConfig:
-    after_steps: int = 0
-    """Bad steps in a row after which the run goes back to its newest checkpoint and past the data since; 0: never."""
-    spike_nats: float = 1.0
-    """A step is bad whose loss is that much above the usual of late, and one that is not finite."""
-    limit: int = 3
-    """Rollbacks in a run; where one more is due, it ends instead."""
+    after_steps: int = changeable(0, at_least=0)
+    """Anomalous steps in a row after which the run goes back to a checkpoint and skips the data since; 0: never."""
+    spike_threshold: float = changeable(1.0, above=0, old_name="spike_nats")
+    """A step is anomalous whose loss is this many nats above the recent average, or is not finite."""
+    limit: int = changeable(3, at_least=1)
+    """Maximum number of rollbacks; the run stops at the next one."""
 
 
 @dataclass(frozen=True)
 class DeepSpeedConfig:
-    config: str = ""
+    config: str = changeable("")
     """A DeepSpeed configuration (a .json file, or zero1, zero2, zero3, zero3-offload) over the keys below."""
-    stage: int = 1
-    """ZeRO: 0 every rank holds all, 1 a share of the optimizer's state, 2 of gradients too, 3 of weights too."""
-    offload_optimizer: Literal["none", "cpu"] = "none"
+    stage: int = changeable(1, at_least=0)
+    """ZeRO: 0 partitions nothing over the ranks, 1 the optimizer's state, 2 the gradients too, 3 the weights too."""
+    offload_optimizer: Literal["none", "cpu"] = changeable("none")
     """`cpu` keeps the optimizer's state in main memory and updates there; from stage 1 on."""
-    offload_param: Literal["none", "cpu"] = "none"
+    offload_param: Literal["none", "cpu"] = changeable("none")
     """`cpu` keeps the weights in main memory and fetches each layer's for its use; stage 3 only."""
-    reduce_bucket_size: int = 50_000_000
+    reduce_bucket_size: int = changeable(50_000_000, at_least=1)
     """Gradients, in numbers, that are reduced together."""
-    allgather_bucket_size: int = 500_000_000
+    allgather_bucket_size: int = changeable(500_000_000, at_least=1)
     """Updated weights, in numbers, that are gathered together."""
-    overlap_comm: bool = True
+    overlap_comm: bool = changeable(True)
     """Reduce gradients while the backward pass goes on."""
-    timeout_seconds: int = 1800
+    timeout_seconds: int = changeable(1800, at_least=1)
     """Longest time without progress: then every rank's stack is written down and the run ended."""
 
 
 @dataclass(frozen=True)
 class WandbConfig:
-    mode: Literal["off", "online", "offline"] = "off"
+    mode: Literal["off", "online", "offline"] = changeable("off")
     """Weights & Biases: `online` needs an account, `offline` writes into the run's directory."""
-    project: str = "p828"
+    project: str = changeable("p828")
     """Weights & Biases project."""
 
 
 @dataclass(frozen=True)
 class Config:
-    name: str = ""
+    name: str = changeable("")
     """The run's name; empty means the configuration's."""
-    runs_dir: str = "runs"
+    runs_dir: str = changeable("runs")
     """Directory that holds the runs."""
-    engine: Literal["plain", "deepspeed"] = "plain"
+    engine: Literal["plain", "deepspeed"] = changeable("plain")
     """`plain` trains on one device; `deepspeed` on one or more, each with a process of its own."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -16,7 +16,7 @@ from typing import Any
 
 import tomli_w
 
-from p828.config import Config, load, with_vocabulary
+from p828.config import Config, facts_by_key, facts_of, load, with_vocabulary
 from p828.config.values import flatten, to_dict
 from p828.data.mixture import at_step
 from p828.data.retry import Retry
@@ -34,17 +34,7 @@ from p828.train.checkpointing import Checkpointing
 CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.toml", "tokenizer.json", "checkpoints"
 LARGEST_TOKENIZER = 256 * MEBIBYTE
 LEFT_BEHIND = re.compile(r"\.[a-z_]+(\.[a-z]+)?\.(tmp|\d+)")  # a file that was being written when a process was killed
-
 A_JUMP = 0.05  # as a fraction of the larger of two learning rates
-IN_MIXTURE = re.compile(r"mixture\[\d+\]\.")  # a source's own key is as free as the same one of a single source
-
-# A resumed run must have the same weights' shapes and the same rows in the same order; all else may change on the way.
-FIXED = ("model.", "data.", "tokenizer.", "train.seed")
-FREE = (
-    "model.attention_backend", "model.dropout", "model.max_position_embeddings", "model.rope_scaling.",
-    "data.prepared", "data.files", "data.validation.files", "data.read_retries", "data.bad_records",
-    "data.weights", "data.mixture_steps",
-)  # fmt: skip
 
 
 @dataclass
@@ -173,7 +163,8 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
         _refuse_if_there_were_some(run_dir, damaged)
     before = _before(config, newest, retry)
     changes = _changes(config, before)
-    blocking = [line for line in changes if line.startswith(FIXED) and not IN_MIXTURE.sub("", line).startswith(FREE)]
+    facts = facts_by_key(Config)
+    blocking = [line for key, line in changes.items() if facts_of(facts, key).is_fixed]
     if blocking and newest is not None:
         raise ConfigError(
             f"{run_dir} was started with other settings: {'; '.join(blocking)}.\n"
@@ -187,7 +178,7 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
         write_atomic(run_dir / TOKENIZER_FILE, text)
     if newest is None:
         return None, damaged, [], 0
-    return newest, damaged, changes, before["model.vocab_size"]
+    return newest, damaged, list(changes.values()), before["model.vocab_size"]
 
 
 def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:
@@ -219,17 +210,19 @@ def _before(config: Config, newest: Path | None, retry: Retry) -> dict[str, Any]
     return {}
 
 
-def _changes(config: Config, before: dict[str, Any]) -> list[str]:
+def _changes(config: Config, before: dict[str, Any]) -> dict[str, str]:
     """`key = before, now after` for every key that differs."""
     if not before:
-        return []
+        return {}
     after = flatten(config)
     if not config.model.vocab_size:  # it follows the tokenizer, as the run's own did
         after["model.vocab_size"] = before["model.vocab_size"]
     if config.tokenizer.name != "train" and before["tokenizer.name"] == config.tokenizer.name:
         after["tokenizer.vocab_size"] = before["tokenizer.vocab_size"]  # of a trained one
     keys = (key for key in {**before, **after} if key not in ("name", "runs_dir"))
-    return [f"{key} = {before.get(key)!r}, now {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
+    return {
+        key: f"{key} = {before.get(key)!r}, now {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)
+    }
 
 
 def _remove(run_dir: Path, made: list[Path]) -> None:

@@ -62,7 +62,7 @@ class Trainer:
             learning_rate = self.schedule(self.state.step)
             result = self.step(batches, stats, learning_rate)
             self.state.count(stats)
-            self.state.update(result.loss, result.applied, self.rollback.config.spike_nats)
+            self.state.update(result.loss, result.applied, self.rollback.config.spike_threshold)
             seconds, is_evaluated = time.perf_counter() - started, self.is_due(self.evaluation.every)
             self.log.step(self.state, result, stats, learning_rate, seconds, is_evaluated)
             if self.rollback.is_due(self.state):

@@ -82,7 +82,7 @@ def test_a_state_of_other_data_is_refused(tmp_path: Path) -> None:
 def test_held_out_documents_are_disjoint_and_complete(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [text(i) for i in range(1000)])
     write_jsonl(tmp_path / "b.jsonl", [text(i) for i in range(900, 1500)])  # duplicates stay on one side
-    config = DataConfig(source="files", files=(str(tmp_path / "*.jsonl"),), validation=ValidationConfig(share=0.1))
+    config = DataConfig(source="files", files=(str(tmp_path / "*.jsonl"),), validation=ValidationConfig(fraction=0.1))
     training, validation = list(open_training(config, seed=0, epochs=1)), list(open_validation(config))
     assert not set(training) & set(validation)
     assert sorted(training + validation) == sorted(text(i) for i in [*range(1000), *range(900, 1500)])
@@ -93,7 +93,7 @@ def test_held_out_documents_are_disjoint_and_complete(tmp_path: Path) -> None:
 
 
 def test_held_out_shards_are_spread() -> None:
-    config = DataConfig(validation=ValidationConfig(share=0.1))
+    config = DataConfig(validation=ValidationConfig(fraction=0.1))
     shards = {(shard.root / shard.name).read_text(encoding="utf-8"): i for i, shard in enumerate(python_shards())}
     places = [shards[document] for document in open_validation(config)]
     assert len(places) > 20
@@ -207,7 +207,7 @@ def test_a_source_without_documents_is_named(tmp_path: Path) -> None:
     config = DataConfig(source="files", files=(str(tmp_path / "*.*"),))
     with pytest.raises(DataError, match=r"no documents in data\.files = \["):
         next(open_training(config, seed=0))
-    with pytest.raises(DataError, match=r"no documents in the held-out share data\.validation\.share = 0\.01 of"):
+    with pytest.raises(DataError, match=r"no documents in the held-out share data\.validation\.fraction = 0\.01 of"):
         next(open_validation(config))
 
 

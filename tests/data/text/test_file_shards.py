@@ -200,7 +200,7 @@ def test_the_bound_is_a_setting(tmp_path: Path) -> None:
 def test_blank_and_empty_sources_are_told_apart(tmp_path: Path) -> None:
     def data(name: str, content: str) -> DataConfig:
         (tmp_path / name).write_text(content)
-        return DataConfig(source="files", files=(str(tmp_path / name),), validation=ValidationConfig(share=0.999999))
+        return DataConfig(source="files", files=(str(tmp_path / name),), validation=ValidationConfig(fraction=0.999999))
 
     with pytest.raises(DataError, match=r"no documents in data\.files = .*: all of it is empty"):
         next(open_training(data("empty.txt", ""), 0))

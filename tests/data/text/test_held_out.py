@@ -13,7 +13,7 @@ from p828.data.tokens.text_reader import Reader
 
 
 def config(path: Path, share: float = 0.1) -> DataConfig:
-    return DataConfig(source="files", files=(str(path),), validation=ValidationConfig(share=share))
+    return DataConfig(source="files", files=(str(path),), validation=ValidationConfig(fraction=share))
 
 
 def book(lines: int = 500) -> str:

@@ -109,13 +109,13 @@ def test_a_parquet_file_without_rows_holds_no_documents(tmp_path: Path, caplog: 
     assert [list(shard.documents()) for shard in shards] == [["a", "b"], [], ["c"]]
     assert list(shards[1].documents(1)) == []
     assert not caplog.records  # nothing that looks like an error
-    validation = ValidationConfig(share=0.3)
+    validation = ValidationConfig(fraction=0.3)
     config = DataConfig(source="hf", hub_name=str(tmp_path), validation=validation)
     assert sorted(open_training(config, 0, epochs=1)) == ["a", "b", "c"]  # of one character nothing can be held out
 
 
 def test_few_documents_of_a_local_directory_have_their_ends_held_out(hub: Path) -> None:
-    config = DataConfig(source="hf", hub_name=str(hub), hub_subset="en", validation=ValidationConfig(share=0.1))
+    config = DataConfig(source="hf", hub_name=str(hub), hub_subset="en", validation=ValidationConfig(fraction=0.1))
     training, validation = list(open_training(config, 0, epochs=1)), list(open_validation(config))
     assert sum(map(len, training + validation)) == sum(len(text(i)) for i in range(18))
     assert len(training) == 18

@@ -30,7 +30,7 @@ def config(tmp_path: Path) -> Config:
         files=(str(tmp_path / "*.jsonl"),),
         sequence_length=15,
         packing="best_fit",
-        validation=ValidationConfig(share=0.2),
+        validation=ValidationConfig(fraction=0.2),
     )
     return Config(data=data, prepare=PrepareConfig(shard_tokens=600, drop_duplicates=True))
 

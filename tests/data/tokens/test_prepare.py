@@ -39,7 +39,7 @@ def texts(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def config(tmp_path: Path, texts: list[str]) -> Config:
     files = (str(tmp_path / "texts" / "*.jsonl"),)
-    validation = ValidationConfig(share=SHARE)
+    validation = ValidationConfig(fraction=SHARE)
     data = DataConfig(source="files", files=files, sequence_length=31, validation=validation)
     return Config(data=data, prepare=PrepareConfig(shard_tokens=900), tokenizer=TokenizerConfig(vocab_size=320))
 

@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Config:
         files=(str(tmp_path / "texts" / "*.jsonl"),),
         sequence_length=LENGTH,
         prepared=str(tmp_path / "prepared"),
-        validation=ValidationConfig(share=0.2),
+        validation=ValidationConfig(fraction=0.2),
     )
     return Config(data=data, train=TrainConfig(micro_batch_size=2), prepare=PrepareConfig(shard_tokens=600))
 
@@ -173,6 +173,8 @@ def test_a_manifest_of_the_version_before_is_read(directory: Path, tokenizer: To
     fields = manifests.json.loads(path.read_bytes())
     del fields[CHECKSUM], fields["files"]
     fields["format_version"] = 1
+    validation = fields["settings"]["data"]["validation"]
+    validation["share"] = validation.pop("fraction")
     path.write_text(manifests.json.dumps(fields, indent=1))
     manifest = open_manifest(directory)
     # What a checkpoint of that version holds, worked out as it was then.

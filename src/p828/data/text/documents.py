@@ -241,7 +241,7 @@ class DocumentStream:
         found = (text for shard in self.shards for text in self.retry.documents(shard, 0) if text)
         if any(isinstance(text, str) for text in found):
             remedy = "Raise" if self.held_out else "Lower"
-            return f"{where}\n{remedy} data.validation.share, or give data.validation.files"
+            return f"{where}\n{remedy} data.validation.fraction, or give data.validation.files"
         if self.bad_records:
             return f"{where}: all of it is bad records, {self.bad_records:,} that were passed over"
         return f"{where}: " + ("there is none" if not self.shards else "all of it is empty")
@@ -285,7 +285,7 @@ def open_training(
     ends.
     """
     shards, source = _training_shards(config)
-    share = config.validation.share if config.validation.kind == "held_out" else 0.0
+    share = config.validation.fraction if config.validation.kind == "held_out" else 0.0
     if by_end is None:
         by_end = _is_held_out_by_end(config, shards, retry)
     shards = deal(shards, part, parts)
@@ -330,9 +330,16 @@ def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | 
         by_end = _is_held_out_by_end(config, in_order, retry)
     # Spread over the source: evaluation may read the first documents only.
     spread = [in_order[i] for i in permutation(len(in_order), HELD_OUT_ORDER)]
-    source = f"the held-out share data.validation.share = {validation.share} of {source}"
+    source = f"the held-out share data.validation.fraction = {validation.fraction} of {source}"
     return DocumentStream(
-        spread, source, block_documents=1, epochs=1, share=validation.share, held_out=True, by_end=by_end, retry=retry
+        spread,
+        source,
+        block_documents=1,
+        epochs=1,
+        share=validation.fraction,
+        held_out=True,
+        by_end=by_end,
+        retry=retry,
     )
 
 
@@ -346,10 +353,10 @@ def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
     source = " ".join(config.files) if config.source == "files" and len(config.files) <= 3 else _words(config)
     if by_end is None:
         by_end = _may_be_few(config) and _is_held_out_by_end(config, _training_shards(config)[0], NO_RETRY)
-    share = f"{100 * config.validation.share:.3g}%"
+    share = f"{100 * config.validation.fraction:.3g}%"
     if not by_end:
         return f"held out for validation: {share} of the documents in {source}"
-    few = f"it has fewer than {enough_documents(config.validation.share):,} documents"
+    few = f"it has fewer than {enough_documents(config.validation.fraction):,} documents"
     return f"held out for validation: the last {share} of each document in {source}, as {few}"
 
 
@@ -383,7 +390,7 @@ def _is_held_out_by_end(config: DataConfig, shards: Sequence[Shard], retry: Retr
     if not _may_be_few(config):
         return False
     local = [shard for shard in shards if isinstance(shard, FileShard | HubShard)]
-    return are_few(local, config.validation.share, retry)
+    return are_few(local, config.validation.fraction, retry)
 
 
 def _may_be_few(config: DataConfig) -> bool:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from p828.config import Config, DataConfig
-from p828.config.values import shown, to_dict
+from p828.config.facts import deciding_tokens
+from p828.config.old_names import renamed
+from p828.config.values import shown
 from p828.data.tokenizer import Tokenizer, load_tokenizer
 from p828.data.tokens.format import MANIFEST_FILE, TOKENIZER_FILE, check_tokenizer, open_manifest
 from p828.data.tokens.sealed import LARGEST_FILE, check_seal
@@ -19,10 +21,7 @@ from p828.errors import ConfigError, DataError, RunFailed
 from p828.files import LOCK_FILE, locked, open_appended, read_limited
 
 PROGRESS_FILE, HASHES_FILE = "progress.json", "hashes.partial"
-OF_THE_TOKENS = (  # keys of the section data that decide them
-    "source", "files", "text_field", "hub_name", "hub_subset", "hub_split", "packing", "validation",
-)  # fmt: skip
-LONGEST_DOCUMENT = "max_document_megabytes"  # decides them, too: what is longer is divided, or no document
+LONGEST_DOCUMENT = "max_document_megabytes"  # what is longer is divided, or no document
 PROGRESS_TYPES = {
     "settings": dict, "tokenizer": str, "reader": int, "position": dict, "counts": list, "tokens": int, "hashes": dict,
     "training": dict, "validation": dict,
@@ -226,22 +225,26 @@ def settings(config: Config, data: DataConfig | None = None) -> dict[str, Any]:
     data = config.data if data is None else data
     return {
         "data": {**data_settings(data), LONGEST_DOCUMENT: getattr(data, LONGEST_DOCUMENT)},
-        "tokenizer": to_dict(config.tokenizer),
-        "prepare": to_dict(config.prepare),
+        "tokenizer": deciding_tokens(config.tokenizer),
+        "prepare": deciding_tokens(config.prepare),
     }
 
 
 def data_settings(data: DataConfig) -> dict[str, Any]:
     """The part of `settings` that training has to have as well."""
-    keys = (*OF_THE_TOKENS, "sequence_length") if data.packing == "best_fit" else OF_THE_TOKENS
-    values = to_dict(data)
+    values = deciding_tokens(data)
+    del values[LONGEST_DOCUMENT]  # of text; training reads the tokens
+    length = values.pop("sequence_length")
+    if data.packing == "best_fit":
+        values["sequence_length"] = length  # after `packing`, which is told first where both differ
     if not data.validation.hub_revision:
         del values["validation"]["hub_revision"]  # which data prepared by an earlier version does not know
-    return {key: values[key] for key in keys}
+    return values
 
 
 def check_settings(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Raises ConfigError with the first setting that is another."""
+    """Raises ConfigError with the first setting that is another. `before` may have old names."""
+    before = renamed(Config, before, str(path))[0]
     for section, values in now.items():
         for key, value in values.items():
             made = before[section].get(key)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from p828.config import Config
+from p828.config.old_names import under_old_names
 from p828.data.retry import NO_RETRY, Retry
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.sealed import CHECKSUM, LARGEST_FILE, check_seal, write_sealed
@@ -72,6 +74,7 @@ class Manifest:
     def fingerprint(self) -> str:
         """Of everything that says what it holds: two directories with equal fingerprints hold the same rows."""
         fields = {key: value for key, value in asdict(self).items() if key != "files"}
+        fields["settings"] = under_old_names(Config, self.settings)  # as fingerprints in checkpoints were made of
         return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())
 
     def write(self, directory: Path) -> None:

@@ -81,5 +81,5 @@ class Reader:
         validation = self.config.data.validation
         if validation.kind != "held_out":
             return {self.part: text}
-        training, held_out = divided(text, validation.share, self.stream.by_end)
+        training, held_out = divided(text, validation.fraction, self.stream.by_end)
         return {part: piece for part, piece in ((self.part, training), ("validation", held_out)) if piece}
