@@ -24,9 +24,8 @@ from p828.cli.main import dispatch
 from p828.data.text.files import FileShard
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.directory import read_progress
-from p828.data.tokens.format import Manifest, check_shards, open_manifest
+from p828.data.tokens.format import Manifest, check_shards, open_manifest, write_sealed
 from p828.data.tokens.read import Prepared
-from p828.data.tokens.sealed import write_sealed
 from p828.engine.deepspeed.settings import read_strictly
 from p828.errors import ConfigError
 from p828.runs import checkpoint

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.engine.plain import PlainEngine, StepResult
 from p828.inference.evaluate import evaluate
 from p828.kernels.adamw import join_float32

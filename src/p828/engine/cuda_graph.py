@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 
 T = TypeVar("T")
 Key = tuple[torch.Size, bool]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from p828.config import Config
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.engine.microbatch import GradientAccumulator
 from p828.model.backend import check_widths
 from p828.model.init import initialise

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.errors import ConfigError
 from p828.inference.mode import inference
 from p828.model.loss import linear_cross_entropy

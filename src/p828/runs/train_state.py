@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
-from p828.data.loader import DIGESTS, Batch
+from p828.data.batch import HASHES, Batch
 
 USUAL_STEPS = 20  # that the usual loss is a mean of, with weights that fall off
 
@@ -17,7 +17,7 @@ class BatchStats:
     documents: int
     cut_documents: int
     digest: int
-    """Of the rows, as `Batch.digest`."""
+    """Of the rows, as `Batch.hash`."""
     by_source: tuple[int, ...]
     """Targets."""
     epoch: int = 0
@@ -34,8 +34,8 @@ class BatchStats:
         return BatchStats(
             sum(batch.num_targets for batch in batches),
             sum(batch.documents for batch in batches),
-            sum(batch.cut_documents for batch in batches),
-            sum(batch.digest for batch in batches) % DIGESTS,
+            sum(batch.split_documents for batch in batches),
+            sum(batch.hash for batch in batches) % HASHES,
             tuple(by_source),
             max((batch.epoch for batch in batches), default=0),
             sum(batch.attended_pairs for batch in batches),

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from p828.config import Config, load, rules, validate, with_steps
 from p828.data.amount import amounts, repeated
-from p828.data.build import held_out_lines, open_loader, prepared_tokenizer, training_documents, validation_batches
+from p828.data.build import held_out_lines, prepared_tokenizer, training_documents, validation_batches
+from p828.data.loader import open_loader
 from p828.data.retry import Retry
-from p828.data.text.documents import open_training, open_validation
 from p828.data.text.held_out import trained_on_too
 from p828.data.text.hub import pinned
+from p828.data.text.open import open_training, open_validation
 from p828.data.tokenizer import Tokenizer, load_tokenizer, remarks
 from p828.data.tokens.format import open_manifest
 from p828.distributed.group import ProcessGroup, joined
@@ -104,8 +105,9 @@ def _train(
                         rules = rules_of(saved)
                 with console.waiting("reading the validation rows"):
                     validation = validation_batches(
-                        config,
+                        config.data,
                         tokenizer,
+                        config.model.mask_documents,
                         config.evaluation.rows,
                         config.train.micro_batch_size,
                         rules,
@@ -114,7 +116,15 @@ def _train(
                     )
                 with console.waiting("opening the training data"):
                     opened = open_loader(
-                        config, tokenizer, device.type == "cuda", ranks.rank, ranks.size, tell=console.event, part=part
+                        config.data,
+                        config.train,
+                        tokenizer,
+                        config.model.mask_documents,
+                        device.type == "cuda",
+                        ranks.rank,
+                        ranks.size,
+                        tell=console.event,
+                        part=part,
                     )
             with opened as loader:
                 with console.waiting("making the model"):
@@ -130,7 +140,7 @@ def _train(
                     if ranks.is_first:
                         run.write(config)
                 ranks.on_rank_0(lambda: _introduce(trainer, settings, mirror))
-                _tell_how_it_begins(trainer, [*held_out_lines(config, rules), *newer], changes)
+                _tell_how_it_begins(trainer, [*held_out_lines(config.data, rules), *newer], changes)
                 run.keep()
                 with graceful_shutdown(loader.cancel, console.event) as trainer.stop:
                     trainer.run()
@@ -201,20 +211,23 @@ def _make_tokenizer(config: Config, console: Console) -> None:
     tokenizer = _tokenizer(config, console)
     if is_new:
         has_text = not any(data.prepared for data in config.data.sources)
-        for line in remarks(config.tokenizer, tokenizer, training_documents(config) if has_text else ()):
+        documents = training_documents(config.data, config.train.seed) if has_text else ()
+        for line in remarks(config.tokenizer, tokenizer, documents):
             console.event(line)
 
 
 def _tokenizer(config: Config, console: Console) -> Tokenizer:
     """The run's own if it has one, else as the configuration says."""
     path = config.run_dir / TOKENIZER_FILE
-    if not path.exists() and (prepared := prepared_tokenizer(config)) is not None:
+    if not path.exists() and (prepared := prepared_tokenizer(config.data, config.tokenizer)) is not None:
         prepared.save(path)
     is_trained = config.tokenizer.name == "train" and not path.exists()
     if is_trained:
         console.print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens")
     with contextlib.nullcontext() if is_trained else console.waiting("loading the tokenizer"):
-        return load_tokenizer(config.tokenizer, lambda: training_documents(config), config.model.vocab_size, path)
+        return load_tokenizer(
+            config.tokenizer, lambda: training_documents(config.data, config.train.seed), config.model.vocab_size, path
+        )
 
 
 def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:

@@ -2,7 +2,7 @@
 
 from p828.data.bigram import bigram_loss
 from p828.data.build import training_rows
-from p828.data.mixture import held_out_rules
+from p828.data.order import held_out_rules
 from p828.errors import ConfigError, TransientReadError
 from p828.inference.evaluate import perplexity
 from p828.runs import checkpoint
@@ -43,7 +43,7 @@ def _compare_with_bigram(trainer: Trainer) -> None:
     try:
         with trainer.console.waiting("counting pairs of tokens for the bigram baseline"):
             rules = held_out_rules(trainer.loader.state_dict())
-            rows = training_rows(trainer.config, trainer.tokenizer, rules)
+            rows = training_rows(trainer.config.data, trainer.config.train.seed, trainer.tokenizer, rules)
             bigram = bigram_loss(rows, trainer.evaluations.batches, trainer.tokenizer.vocab_size)
     except (ConfigError, TransientReadError) as error:
         trainer.tell("no_bigram_baseline", f"there is no bigram baseline: {error}")

@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 
 from p828.config import Config
 from p828.config.values import to_dict
-from p828.data.loader import DIGESTS, Batch, Loader
-from p828.data.mixture import at_step, bad_records, is_stopped, merged
+from p828.data.batch import HASHES, Batch
+from p828.data.loader import Loader
+from p828.data.order import at_step, bad_records, is_stopped, merged
 from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
 from p828.distributed.group import ProcessGroup
@@ -183,7 +184,7 @@ class Trainer:
         if any(failures) or any(stops):
             self.pause(before, failure)
         pairs, targets, documents, cut_documents, digest, *by_source = map(sum, counts)
-        found = BatchStats(targets, documents, cut_documents, digest % DIGESTS, tuple(by_source), max(epochs), pairs)
+        found = BatchStats(targets, documents, cut_documents, digest % HASHES, tuple(by_source), max(epochs), pairs)
         return batches, found
 
     def pause(self, position: dict[str, Any], failure: str) -> NoReturn:

@@ -16,8 +16,9 @@ from data_samples import write_bytes, write_jsonl
 from p828.config import DataConfig, ValidationConfig
 from p828.data.retry import Retry
 from p828.data.text import compression
-from p828.data.text.documents import open_training, open_validation
+from p828.data.text.documents import read_documents
 from p828.data.text.files import FileShard, file_shards
+from p828.data.text.open import open_training, open_validation
 from p828.data.text.shard import BadRecord
 from p828.errors import ConfigError
 
@@ -80,7 +81,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is neither a regular file nor a directory"):
             names(str(tmp_path / name))
         with pytest.raises(ConfigError, match=rf"{name}.* cannot be read"):  # put there later; not waited for, either
-            list(Retry(3, pytest.fail).documents(FileShard(str(tmp_path / name), "text"), 0))
+            list(read_documents(FileShard(str(tmp_path / name), "text"), 0, Retry(3, pytest.fail)))
     with pytest.raises(ConfigError, match="neither a regular file"):
         names("/dev/zero")
     with pytest.raises(ConfigError, match="matches no file"):

@@ -51,10 +51,10 @@ def test_what_is_written_reads_back_with_its_documents(tmp_path: Path) -> None:
         assert row.document_ids.tolist() == (number_of[inside] - number_of[start]).tolist() + [-1] * (23 - size)
         ended = [i for i, end in enumerate(ends) if start < end <= inside.stop]
         assert row.documents == len(ended)
-        assert row.cut_documents == sum(ends[i] - len(some[i]) < start for i in ended)
+        assert row.split_documents == sum(ends[i] - len(some[i]) < start for i in ended)
 
 
-def test_cut_documents_of_all_rows_are_counted(tmp_path: Path) -> None:
+def test_split_documents_of_all_rows_are_counted(tmp_path: Path) -> None:
     for best_fit in (False, True):
         directory = tmp_path / str(best_fit)
         directory.mkdir()
@@ -63,7 +63,7 @@ def test_cut_documents_of_all_rows_are_counted(tmp_path: Path) -> None:
         written.close()
         tokens = read(directory, written)
         rows = [tokens.row(start, ROW, 0) for start in range(0, len(tokens), ROW)]
-        assert tokens.cut_documents(ROW) == sum(row.cut_documents for row in rows)
+        assert tokens.split_documents(ROW) == sum(row.split_documents for row in rows)
         assert sum(row.documents for row in rows) == 80
 
 
@@ -81,7 +81,7 @@ def test_best_fit_keeps_what_fits_whole(tmp_path: Path, monkeypatch: pytest.Monk
     )
     whole = {tuple(document.tolist()) for document in some}
     found = {tuple(row.tokens[row.document_ids == number].tolist()) for row in rows for number in set(row.document_ids)}
-    assert len(whole - found) == tokens.cut_documents(ROW)
+    assert len(whole - found) == tokens.split_documents(ROW)
     assert len(whole - found) < 0.15 * len(whole)
 
 

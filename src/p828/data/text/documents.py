@@ -2,24 +2,17 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from p828.config import DataConfig
 from p828.data.retry import NO_RETRY, Retry
-from p828.data.text.files import FileShard, file_shards, python_shards
-from p828.data.text.held_out import are_few, divided, enough_documents
-from p828.data.text.held_out import is_held_out as is_held_out
-from p828.data.text.hub import HubShard, hub_shards
 from p828.data.text.identities import Identities
-from p828.data.text.shard import BadRecord, EveryNth, Shard, deal
+from p828.data.text.shard import BadRecord, EveryNth, Shard
 from p828.errors import ConfigError, TransientReadError
 
-HELD_OUT_ORDER = (0,)  # held-out documents come in one shard order, whatever the run's seed
 BLOCK_CHARACTERS = 2**28  # that are read and shuffled together at most, in however few documents
 
 
@@ -202,7 +195,7 @@ class DocumentStream:
         self.bad_records = self._bad_before
         while place < len(order) and len(documents) < self.block_documents and characters < self._block_characters:
             if self._reader is None:
-                self._reader = self.retry.documents(self.shards[order[place]], record)
+                self._reader = read_documents(self.shards[order[place]], record, self.retry)
             try:
                 for text in self._reader:
                     record += 1
@@ -237,7 +230,7 @@ class DocumentStream:
         where = f"no documents in {self.source}"
         if any(isinstance(shard, EveryNth) for shard in self.shards):
             return f"{where}: it has too few of them. Lower data.streams"
-        found = (text for shard in self.shards for text in self.retry.documents(shard, 0) if text)
+        found = (text for shard in self.shards for text in read_documents(shard, 0, self.retry) if text)
         if any(isinstance(text, str) for text in found):
             remedy = "Raise" if self.held_out else "Lower"
             return f"{where}\n{remedy} data.validation.share, or give data.validation.files"
@@ -268,129 +261,42 @@ def permutation(length: int, key: tuple[int, ...]) -> list[int]:
     return order
 
 
-def open_training(
-    config: DataConfig,
-    seed: int,
-    epochs: int | None = None,
-    part: int = 0,
-    parts: int = 1,
-    retry: Retry = NO_RETRY,
-    by_end: bool | None = None,
-) -> DocumentStream:
-    """The training documents, shuffled; without the held-out share if validation takes one.
-
-    Of `parts` streams, which have no document in common, it is the one numbered `part`. `by_end` is the rule by which
-    text is held out, if that is known already. Raises ConfigError if the source cannot be opened; `epochs=None` never
-    ends.
-    """
-    shards, source = _training_shards(config)
-    share = config.validation.share if config.validation.kind == "held_out" else 0.0
-    if by_end is None:
-        by_end = _is_held_out_by_end(config, shards, retry)
-    shards = deal(shards, part, parts)
-    if parts > 1:
-        source = f"part {part + 1} of data.streams = {parts} of {source}"
-    return DocumentStream(shards, source, config.block_documents, seed, epochs, share, by_end=by_end, retry=retry)
+def read_documents(shard: Shard, start: int, retry: Retry) -> Iterator[str | BadRecord]:
+    """A shard's documents from number `start` on; failed reads are repeated. Raises what the shard raises."""
+    failures = 0
+    while True:
+        try:
+            for text in shard.documents(start):
+                start, failures = start + 1, 0
+                yield text
+            return
+        except TransientReadError as error:
+            retry.wait(error, failures)
+            failures += 1
 
 
-def open_in_order(config: DataConfig, retry: Retry = NO_RETRY) -> DocumentStream:
-    """Every document of the source once, whole, as they come. Raises ConfigError as `open_training`.
-
-    Its `by_end` says by which rule the caller is to hold out text.
-    """
-    shards, source = _training_shards(config)
-    by_end = _is_held_out_by_end(config, shards, retry)
-    return DocumentStream(shards, source, block_documents=1, epochs=1, by_end=by_end, retry=retry)
+def divided(text: str, share: float, by_end: bool) -> tuple[str, str]:
+    """A document's text for training and the text held out; together they are the document."""
+    if by_end:
+        cut = _place_to_cut(text, share)
+        return text[:cut], text[cut:]
+    return ("", text) if is_held_out(text, share) else (text, "")
 
 
-def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | None = None) -> DocumentStream:
-    """The validation documents, once, in an order that no seed changes. Raises ConfigError as `open_training`."""
-    validation = config.validation
-    # Blocks of one document: evaluation reads no further than it needs.
-    if validation.kind == "files":
-        files = file_shards(
-            validation.files,
-            config.text_field,
-            "data.validation.files",
-            config.max_document_megabytes * 10**6,
-            config.bad_records == "skip",
-        )
-        return DocumentStream(
-            files, f"data.validation.files = {_shown(validation.files)}", block_documents=1, epochs=1, retry=retry
-        )
-    if validation.kind == "split":
-        name = validation.hub_name or config.hub_name
-        subset = config.hub_subset if name == config.hub_name else ""
-        revision = validation.hub_revision or (config.hub_revision if name == config.hub_name else "")
-        shards = _hub_shards(config, name, subset, validation.split, revision)
-        return DocumentStream(shards, f"split {validation.split!r} of {name}", block_documents=1, epochs=1, retry=retry)
-    in_order, source = _training_shards(config)
-    if by_end is None:
-        by_end = _is_held_out_by_end(config, in_order, retry)
-    # Spread over the source: evaluation may read the first documents only.
-    spread = [in_order[i] for i in permutation(len(in_order), HELD_OUT_ORDER)]
-    source = f"the held-out share data.validation.share = {validation.share} of {source}"
-    return DocumentStream(
-        spread, source, block_documents=1, epochs=1, share=validation.share, held_out=True, by_end=by_end, retry=retry
-    )
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a hash of the text, as a fraction of its range, is below the share: the same in every run."""
+    hashed = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(hashed, "big") < share * 2**64
 
 
-def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
-    """What is never trained on, in a line; empty where validation has text of its own.
-
-    Raises ConfigError as `open_training`.
-    """
-    if config.validation.kind != "held_out":
-        return ""
-    source = " ".join(config.files) if config.source == "files" and len(config.files) <= 3 else _words(config)
-    if by_end is None:
-        by_end = _may_be_few(config) and _is_held_out_by_end(config, _training_shards(config)[0], NO_RETRY)
-    share = f"{100 * config.validation.share:.3g}%"
-    if not by_end:
-        return f"held out for validation: {share} of the documents in {source}"
-    few = f"it has fewer than {enough_documents(config.validation.share):,} documents"
-    return f"held out for validation: the last {share} of each document in {source}, as {few}"
-
-
-def _training_shards(config: DataConfig) -> tuple[Sequence[Shard], str]:
-    if config.source == "python":
-        return python_shards(), _words(config)
-    if config.source == "files":
-        limit = config.max_document_megabytes * 10**6
-        files = file_shards(config.files, config.text_field, "data.files", limit, config.bad_records == "skip")
-        return files, _words(config)
-    shards = _hub_shards(config, config.hub_name, config.hub_subset, config.hub_split, config.hub_revision)
-    return shards, _words(config)
-
-
-def _words(config: DataConfig) -> str:
-    """Where the training documents come from, in words."""
-    if config.source == "python":
-        return "the standard library's source"
-    if config.source == "files":
-        return f"data.files = {_shown(config.files)}"
-    return f"split {config.hub_split!r} of {config.hub_name}"
-
-
-def _hub_shards(config: DataConfig, name: str, subset: str, split: str, revision: str) -> list[HubShard]:
-    limit = config.max_document_megabytes * 10**6
-    return hub_shards(name, subset, split, config.text_field, revision, limit, config.bad_records == "skip")
-
-
-def _is_held_out_by_end(config: DataConfig, shards: Sequence[Shard], retry: Retry) -> bool:
-    """Whether there are too few documents to hold out whole ones."""
-    if not _may_be_few(config):
-        return False
-    local = [shard for shard in shards if isinstance(shard, FileShard | HubShard)]
-    return are_few(local, config.validation.share, retry)
-
-
-def _may_be_few(config: DataConfig) -> bool:
-    """The standard library is known not to be; what has to come over the network is not counted."""
-    is_local = config.source == "files" or (config.source == "hf" and os.path.isdir(config.hub_name))
-    return config.validation.kind == "held_out" and is_local
-
-
-def _shown(globs: Sequence[str]) -> str:
-    text = str(list(globs))
-    return text if len(text) <= 200 else text[:200] + "…"
+def _place_to_cut(text: str, share: float) -> int:
+    """Where the held-out end begins: near the share, behind a line or a word if there is one near."""
+    length = len(text.rstrip())
+    exact = max(length - max(round(length * share), 1), 1)
+    near = min(exact, length - exact) // 4
+    for end in ("\n", " "):
+        before = text.rfind(end, exact - near, exact)
+        after = text.find(end, exact, exact + near) if before < 0 else before
+        if after >= 0:
+            return after + 1
+    return exact

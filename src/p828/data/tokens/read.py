@@ -5,15 +5,17 @@ two files each: `NAME.tokens` (token ids, every document followed by EOS) and `N
 in the shard where each document ends, plus one if it is a piece of a cut document). Integers are little-endian.
 """
 
+import os
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from p828.data.batch import Sample
 from p828.data.retry import NO_RETRY, Retry
-from p828.data.sample import Sample
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.format import (
     DOCUMENTS,
@@ -24,15 +26,76 @@ from p828.data.tokens.format import (
     check_tokenizer,
     open_manifest,
 )
-from p828.data.tokens.number_files import NumberFiles
 from p828.data.tokens.permutation import Permutation
-from p828.errors import ConfigError
+from p828.errors import ConfigError, TransientReadError
+from p828.files import open_regular
 
 VALIDATION_ORDER = (0,)  # the key of an order that no seed changes
 DOCUMENT_ENDS = np.dtype("<u8")
 NUMBERS_AT_ONCE = 1024  # of rows: computing so many takes little more time than one
 INDEXED = 512  # the end of every 512th document is in memory; the ends between two of them are read together
 COUNTED_TOGETHER = 1 << 16  # documents
+MOST_OPEN = 1024  # files that one `NumberFiles` keeps open at most
+SHARE_OPEN = 16  # it also keeps no more open than a 16th of the files that the process may open
+
+
+class NumberFiles:
+    """Files of numbers of one type, read by their place, of which those used last are open.
+
+    They are read and not mapped into memory: the system ends a process whose mapped file is cut or cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path], dtype: np.dtype[Any], lengths: Sequence[int], retry: Retry) -> None:
+        """`lengths` are in numbers. Raises ConfigError naming a file that is not there or of another size."""
+        self.paths, self.dtype, self.lengths, self.retry = paths, dtype, lengths, retry
+        self._open: dict[int, BinaryIO] = {}  # the one used last at the end
+        self._most_open = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // SHARE_OPEN, MOST_OPEN), 2)
+        for path, length in zip(paths, lengths, strict=True):
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+            if size != length * dtype.itemsize:
+                raise ConfigError(f"{path}: damaged or changed: {size:,} bytes, not {length * dtype.itemsize:,}")
+
+    def read(self, file: int, start: int, stop: int) -> Any:
+        """The numbers from `start` to `stop` of a file. Raises TransientReadError, also when the file is shorter by
+        now.
+        """
+        start, stop = max(start, 0), min(stop, self.lengths[file])
+        if start >= stop:
+            return np.empty(0, self.dtype)
+        return np.frombuffer(self.retry.call(lambda: self._bytes(file, start, stop)), self.dtype)
+
+    def __del__(self) -> None:
+        for file in self.__dict__.get("_open", {}).values():
+            file.close()
+
+    def _bytes(self, file: int, start: int, stop: int) -> bytes:
+        at, size = start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
+        try:
+            descriptor = self._opened(file).fileno()
+            data = os.pread(descriptor, size, at)
+            while len(data) < size:  # more than a call gives, or the end of the file
+                more = os.pread(descriptor, size - len(data), at + len(data))
+                if not more:
+                    now = os.fstat(descriptor).st_size
+                    raise TransientReadError(f"{self.paths[file]}: damaged or changed: cut to {now:,} bytes")
+                data += more
+        except OSError as error:
+            if file in self._open:
+                self._open.pop(file).close()  # the next attempt opens it anew
+            raise TransientReadError(f"{self.paths[file]}: cannot be read: {error.strerror}") from None
+        else:
+            return data
+        finally:
+            if len(self._open) > self._most_open:
+                self._open.pop(next(iter(self._open))).close()
+
+    def _opened(self, file: int) -> BinaryIO:
+        found = self._open.pop(file, None) or open_regular(self.paths[file])
+        self._open[file] = found
+        return found
 
 
 class TokenDataset:
@@ -88,8 +151,8 @@ class TokenDataset:
             length, self._eos_id
         )
 
-    def cut_documents(self, row_length: int) -> int:
-        """How many documents have parts in several rows. Raises TransientReadError."""
+    def split_documents(self, row_length: int) -> int:
+        """How many documents are in several rows. Raises TransientReadError."""
         cut = 0
         for shard, offset in enumerate(self._starts[:-1]):
             last_end = 0
@@ -174,7 +237,7 @@ class Prepared:
 class ShuffledTokenDataset:
     """Training rows in random order: what stands at a place of an epoch is a function of (seed, epoch, place) alone.
 
-    Sample r is the tokens from r (S+1) on; the last one is padded. The state is how many rows were given to all ranks,
+    Sample r is the tokens from r (S+1) on; the last one is padded. The state is how many rows were issued to all ranks,
     so that any number of them goes on at once from any place.
     """
 
@@ -193,7 +256,7 @@ class ShuffledTokenDataset:
         self.row_length = sequence_length + 1
         self.seed = seed
         self._retry, self._part = retry, part
-        self._given = 0
+        self._issued = 0
         self._numbers: tuple[tuple[int, int], Any] = ((-1, -1), None)  # a block of the order, by epoch and number
         self._known: dict[str, list[int]] = {}  # files as they were when their checksums were last seen to be right
         self._checked: dict[str, list[int]] | None = None  # the same, for this process
@@ -203,16 +266,16 @@ class ShuffledTokenDataset:
         return -(-len(self.tokens) // self.row_length)
 
     def take(self, batch: int, count: int) -> list[Sample]:
-        """The next `count` rows. Raises ConfigError, before the first, if a shard is damaged, and TransientReadError.
+        """The next `count` samples. Raises ConfigError, before the first, for a damaged shard, and TransientReadError.
         """
         if self._checked is None:
             shards = self.prepared.manifest.training
             self._checked = check_shards(self.prepared.directory, shards, self._known, self._retry, self._part)
-        self._given += count
-        return [self.at(index) for index in range(self._given - count, self._given)]
+        self._issued += count
+        return [self.at(index) for index in range(self._issued - count, self._issued)]
 
     def skip(self, batch: int, count: int) -> None:
-        self._given += count
+        self._issued += count
 
     def at(self, index: int) -> Sample:
         """The row with a number over all epochs."""
@@ -230,7 +293,7 @@ class ShuffledTokenDataset:
     def state_dict(self) -> dict[str, Any]:
         """The place, and what is known of the files: of those that are compared here, once they were."""
         checked = self._known if self._checked is None else self._checked
-        return {"prepared": self.fingerprint, "rows": self._given, "checked": checked}
+        return {"prepared": self.fingerprint, "rows": self._issued, "checked": checked}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ConfigError if the state is of other data."""
@@ -239,4 +302,4 @@ class ShuffledTokenDataset:
                 f"{self.prepared.directory}: not the data of the checkpoint. Give that as data.prepared, or start a "
                 "new run"
             )
-        self._given, self._known, self._checked = state["rows"], state["checked"], None
+        self._issued, self._known, self._checked = state["rows"], state["checked"], None

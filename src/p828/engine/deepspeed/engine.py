@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from p828.config import Config
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.distributed.group import ProcessGroup
 from p828.engine.deepspeed.partitions import flat_groups, partitions, sync_from_masters
 from p828.engine.deepspeed.reduce import GradientReducer
