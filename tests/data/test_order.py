@@ -175,7 +175,7 @@ def test_a_thousand_random_points_go_on_as_before(
 def test_prepared_rows_of_an_epoch_are_a_permutation(configs: dict[str, Config], tokenizer: Tokenizer) -> None:
     config = configs["prepared"]
     tokens = open_prepared(config.data, tokenizer).tokens("training")
-    in_order = [tokens.row(start, LENGTH + 1, 0).tokens.tobytes() for start in range(0, len(tokens), LENGTH + 1)]
+    in_order = [tokens.sample(start, LENGTH + 1, 0).tokens.tobytes() for start in range(0, len(tokens), LENGTH + 1)]
     opened = ranks(config, tokenizer, 1, None)
     given = [row.tokens.tobytes() for rows, _ in zip(steps(opened), range(40), strict=False) for row in rows]
     first, second = given[: len(in_order)], given[len(in_order) : 2 * len(in_order)]

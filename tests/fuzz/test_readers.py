@@ -139,9 +139,9 @@ def test_a_manifest_of_prepared_data(place: Path, prepared: Path, data: st.DataO
         for shard in (*manifest.training, *manifest.validation):
             assert (directory / shard.name).parent == directory
         opened = Prepared.open(directory, tokenizer)
-        opened.validation_rows(4, 32)
+        opened.validation_samples(4, 32)
         check_shards(directory, opened.manifest.training)
-        opened.tokens("training").row(0, 33, 0)
+        opened.tokens("training").sample(0, 33, 0)
 
     answered(read)
 
@@ -165,7 +165,7 @@ def test_shards_of_prepared_data_whatever_their_checksums_say(place: Path, prepa
     def read() -> None:
         tokens = Prepared.open(directory, tokenizer).tokens("training")
         for start in range(0, len(tokens), 33):
-            row = tokens.row(start, 33, 0)
+            row = tokens.sample(start, 33, 0)
             assert 0 <= row.tokens.min() <= row.tokens.max() < tokenizer.vocab_size
             assert row.document_ids.min() >= -1
 

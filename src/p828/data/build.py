@@ -96,7 +96,7 @@ def _validation_samples(
     retry = Retry(data.read_retries, tell=tell)
     if not data.prepared:
         return list(islice(_read_samples(data, tokenizer, retry, by_end), count))
-    samples = open_prepared(data, tokenizer).validation_rows(count, data.sequence_length, retry, part)
+    samples = open_prepared(data, tokenizer).validation_samples(count, data.sequence_length, retry, part)
     return [replace(one, text_bytes=tokenizer.spelled_bytes(one.tokens, one.document_ids)) for one in samples]
 
 
@@ -130,7 +130,7 @@ def training_rows(
         if data.prepared:
             tokens = open_prepared(data, tokenizer).tokens("training")
             length = data.sequence_length + 1
-            yield from (tokens.row(start, length, 0).tokens for start in range(0, len(tokens) - length + 1, length))
+            yield from (tokens.sample(start, length, 0).tokens for start in range(0, len(tokens) - length + 1, length))
         else:
             documents = open_training(data, seed, epochs=1, by_end=by_end)
             packer = Packer(documents, tokenizer, data.sequence_length)

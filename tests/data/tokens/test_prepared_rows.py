@@ -54,7 +54,7 @@ def test_a_shard_that_is_cut_while_it_is_read_is_told(directory: Path, tokenizer
     os.truncate(directory / name, 8)
     before = rows.state_dict()
     with pytest.raises(TransientReadError, match=rf"{name}: damaged or changed: cut to 8 bytes"):
-        rows.take(0, rows.rows_per_epoch)
+        rows.take(0, rows.samples_per_epoch)
     (directory / name).write_bytes(content)
     resumed = ShuffledTokenDataset(Prepared.open(directory, tokenizer), LENGTH, seed=0)
     resumed.load_state_dict(before)
@@ -63,7 +63,7 @@ def test_a_shard_that_is_cut_while_it_is_read_is_told(directory: Path, tokenizer
 
 def test_a_failed_read_is_repeated(directory: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a file that is opened again: on a network's file system it may be another."""
-    whole = Prepared.open(directory, tokenizer).tokens("training").row(0, 33, 0)
+    whole = Prepared.open(directory, tokenizer).tokens("training").sample(0, 33, 0)
     failures, opened, told, pread = [2], [], [], os.pread
 
     def failing(descriptor: int, size: int, at: int) -> bytes:
@@ -75,14 +75,14 @@ def test_a_failed_read_is_repeated(directory: Path, tokenizer: Tokenizer, monkey
     monkeypatch.setattr(os, "pread", failing)
     monkeypatch.setattr(read, "open_regular", lambda path: opened.append(path) or path.open("rb", buffering=0))
     retry = Retry(2, pause=lambda seconds: None, tell=told.append)
-    row = Prepared.open(directory, tokenizer).tokens("training", retry).row(0, 33, 0)
+    row = Prepared.open(directory, tokenizer).tokens("training", retry).sample(0, 33, 0)
     assert row.tokens.tolist() == whole.tokens.tolist()
     assert len(told) == 2
     assert "Stale file handle; attempt 2 of 3 in 1 s" in told[0]
     assert len(opened) == len(set(opened)) + 2
     failures[0] = 3
     with pytest.raises(TransientReadError, match="Stale file handle"):
-        Prepared.open(directory, tokenizer).tokens("training", retry).row(0, 33, 0)
+        Prepared.open(directory, tokenizer).tokens("training", retry).sample(0, 33, 0)
 
 
 def test_few_files_are_open_at_a_time(
@@ -93,7 +93,7 @@ def test_few_files_are_open_at_a_time(
     assert len(open_manifest(directory).training) > 3
     before = len(os.listdir("/proc/self/fd"))
     for start in range(0, len(tokens) - 40, 40):
-        tokens.row(start, 40, 0)
+        tokens.sample(start, 40, 0)
         assert len(os.listdir("/proc/self/fd")) <= before + 6
     del tokens
     assert len(os.listdir("/proc/self/fd")) == before
@@ -103,7 +103,7 @@ def test_documents_are_found_between_those_in_memory(
     directory: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rows(tokens: TokenDataset) -> list[tuple[list[int], list[int], int, int]]:
-        found = [tokens.row(start, 21, 0) for start in range(0, len(tokens), 7)]
+        found = [tokens.sample(start, 21, 0) for start in range(0, len(tokens), 7)]
         return [(r.tokens.tolist(), r.document_ids.tolist(), r.documents, r.split_documents) for r in found]
 
     prepared = Prepared.open(directory, tokenizer)

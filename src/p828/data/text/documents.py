@@ -20,17 +20,17 @@ class DocumentStream:
     """Iterator of documents (`str`, never empty).
 
     Each epoch visits the shards in an order drawn from (seed, epoch). `block_documents` documents at a
-    time are read, across shards, and given in an order drawn from (seed, epoch, number of the block): the
-    state is where the block starts and how much of it was given, and no buffer need be stored.
+    time are read, across shards, and put in an order drawn from (seed, epoch, number of the block). The state is where
+    the block starts and how many of its documents were consumed: no buffer need be stored.
 
     Args:
         shards: the pieces, in their unshuffled order.
         source: what the documents come from, in words, for messages.
         block_documents: documents read and shuffled together.
-        seed: of the order; None gives every shard and document in the order they have.
+        seed: of the order; with None, shards and documents keep the order they have.
         epochs: passes over the shards; None never ends.
         share: share of the text that is held out.
-        held_out: give what is held out, instead of the rest.
+        held_out: return what is held out, instead of the rest.
         by_end: the end of each document is held out, not whole documents by a hash.
         retry: what is done about failed reads.
     """
@@ -63,11 +63,11 @@ class DocumentStream:
         self._bytes_read = 0, 0  # shards of the epoch that are read, and their size
         self._orders: dict[int, list[int]] = {}  # of the shards, by epoch: the current one's
         self._block_characters: float = BLOCK_CHARACTERS
-        # The current block: which one, where in the epoch's shards it starts, and how much of it was given.
+        # The current block: which one, where in the epoch's shards it starts, and how much of it was consumed.
         self._epoch = 0
         self._block = 0
         self._start = (0, 0)  # place of the shard in the epoch's order, documents of it before the block
-        self._given = 0
+        self._consumed = 0
         self._bad_before = 0  # bad records before the block
         # What reading the block gave; all of it follows from those above.
         self._documents: list[str] | None = None
@@ -76,7 +76,7 @@ class DocumentStream:
 
     @property
     def epoch(self) -> int:
-        """Epoch, from 0, of the document given last (of the first document, before any)."""
+        """Epoch, from 0, of the document returned last; before any, of the first document."""
         return self._epoch
 
     def share_read(self) -> float:
@@ -101,11 +101,11 @@ class DocumentStream:
                 self._read_block()
             documents = self._documents
             assert documents is not None
-            if self._given > len(documents):
+            if self._consumed > len(documents):
                 raise ConfigError(f"{self.source}: fewer documents than were given before the checkpoint: it changed")
-            if self._given < len(documents):
-                self._given += 1
-                return documents[self._given - 1]
+            if self._consumed < len(documents):
+                self._consumed += 1
+                return documents[self._consumed - 1]
             if documents:
                 self._begin_block(self._epoch, self._block + 1, self._end)
             elif self._block == 0:
@@ -121,7 +121,7 @@ class DocumentStream:
             "block": self._block,
             "shard": shard,
             "record": record,
-            "given": self._given,
+            "given": self._consumed,
             "bad_records": self._bad_before,
             "order": self._order_fingerprint,
             "shards": self._identities.text,
@@ -129,7 +129,7 @@ class DocumentStream:
         return {**state, "by_end": True} if self.by_end else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the document after the one given last before `state_dict`.
+        """Continue with the document after the one returned last before `state_dict`.
 
         The shards may have moved, and one that is in `stopped` may have changed from its bad record on. Raises
         ConfigError naming a shard that is another, or if the order's seed, the held-out share or the blocks are others.
@@ -151,9 +151,9 @@ class DocumentStream:
             self._block_characters = float("inf")
         self.by_end = state.get("by_end", False)
         self.bad_records = bad_records
-        epoch, block, shard, record, given = place
+        epoch, block, shard, record, consumed = place
         self._begin_block(epoch, block, (shard, record))
-        self._given = given
+        self._consumed = consumed
         self._reader = None
 
     def _difference(self, state: dict[str, Any]) -> str:
@@ -183,7 +183,7 @@ class DocumentStream:
         return _fingerprint([shards, self.block_documents, self.seed, self.share, self.held_out], 8)
 
     def _begin_block(self, epoch: int, block: int, start: tuple[int, int]) -> None:
-        self._epoch, self._block, self._start, self._given = epoch, block, start, 0
+        self._epoch, self._block, self._start, self._consumed = epoch, block, start, 0
         self._bad_before = self.bad_records
         self._documents = None
 
@@ -217,7 +217,7 @@ class DocumentStream:
         self._end = (place, record)
 
     def _kept(self, text: str | BadRecord) -> str:
-        """The part of a document that this stream gives."""
+        """What this stream returns of a document."""
         if isinstance(text, BadRecord):
             self.bad_records += self._epoch == 0
             return ""

@@ -129,7 +129,7 @@ class Preparation:
         return BestFitWriter(shards, self.config.data.sequence_length + 1, state)
 
     def rate(self, seconds: float) -> float:
-        """TokenDataset a second, if this process has been at work for so many seconds."""
+        """Tokens a second, if this process has been at work for so many seconds."""
         return (self.tokens - self._tokens_before) / seconds
 
     def share_done(self) -> float:

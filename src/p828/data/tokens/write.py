@@ -211,7 +211,7 @@ class ShardWriter:
 
 
 class BestFitWriter:
-    """Writes documents in such an order, and in such pieces, that rows of one length cut few of them.
+    """Writes documents in such an order, and in such pieces, that samples of one length split few of them.
 
     Documents wait until they fill some rows. What fills no row goes on waiting. What waits is in a file of its own, to
     which new documents are added; after each packing a new file begins, and the one before goes once that is saved.
