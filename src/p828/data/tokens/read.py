@@ -265,8 +265,7 @@ class ShuffledTokenDataset:
         return -(-len(self.tokens) // self.sample_length)
 
     def take(self, batch: int, count: int) -> list[Sample]:
-        """The next `count` samples. Raises ConfigError, before the first, for a damaged shard, and TransientReadError.
-        """
+        """The next `count` samples. Raises ConfigError, before the first, for a damaged shard; TransientReadError."""
         if self._checked is None:
             shards = self.prepared.manifest.training
             self._checked = check_shards(self.prepared.directory, shards, self._known, self._retry, self._part)
