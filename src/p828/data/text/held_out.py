@@ -7,11 +7,13 @@ import math
 import os
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 
 from p828.config import DataConfig
 from p828.data.retry import Retry
 from p828.data.text.documents import read_documents
 from p828.data.text.files import FileShard, file_shards
+from p828.data.text.hub import HubShard
 from p828.data.text.shard import BadRecord, Shard
 
 EXPECTED_DOCUMENTS = 10  # held out whole, and trained on: where they would be fewer, it is the end of each one
@@ -30,25 +32,27 @@ def are_few(shards: Sequence[Shard], share: float, retry: Retry) -> bool:
         if isinstance(shard, FileShard) and not shard.has_lines:
             count += shard.size > 0
         else:
-            count += _count(copy(shard), enough - count, retry)  # a copy: a shard tells how much of it was read
+            count += _count(shard, enough - count, retry)
         if count >= enough:
             return False
     return True
 
 
 def _count(shard: Shard, most: int, retry: Retry) -> int:
-    """Documents of a shard that are not blank, and its bad records; at most `most`."""
-    count = start = 0
-    while count < most:
-        try:
-            for text in read_documents(shard, start, retry):
-                start += 1
-                count += not isinstance(text, str) or bool(text.strip())
-                if count >= most:
-                    break
-            return count
-        except BadRecord as bad:
-            count, start = count + 1, bad.record + 1
+    """Documents of a shard that are not blank, and its bad records; at most `most`.
+
+    A kind of shard that cannot skip bad records is counted up to its first one.
+    """
+    # Another object, since a shard tells how much of it was read.
+    shard = replace(shard, skips=True) if isinstance(shard, FileShard | HubShard) else copy(shard)
+    count = 0
+    try:
+        for text in read_documents(shard, 0, retry):
+            count += not isinstance(text, str) or bool(text.strip())
+            if count >= most:
+                break
+    except BadRecord:  # training tells of it when it comes to it
+        count += 1
     return count
 
 
