@@ -5,7 +5,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -32,28 +32,23 @@ def are_few(shards: Sequence[Shard], share: float, retry: Retry) -> bool:
         if isinstance(shard, FileShard) and not shard.has_lines:
             count += shard.size > 0
         else:
-            count += _count(shard, enough - count, retry)
+            for text in _documents(shard, retry):
+                count += not isinstance(text, str) or bool(text.strip())
+                if count >= enough:
+                    break
         if count >= enough:
             return False
     return True
 
 
-def _count(shard: Shard, most: int, retry: Retry) -> int:
-    """Documents of a shard that are not blank, and its bad records; at most `most`.
-
-    A kind of shard that cannot skip bad records is counted up to its first one.
-    """
+def _documents(shard: Shard, retry: Retry) -> Iterator[str | BadRecord]:
+    """A shard's documents and bad records; up to the first bad one of a kind of shard that cannot skip it."""
     # Another object, since a shard tells how much of it was read.
     shard = replace(shard, skips=True) if isinstance(shard, FileShard | HubShard) else copy(shard)
-    count = 0
     try:
-        for text in read_documents(shard, 0, retry):
-            count += not isinstance(text, str) or bool(text.strip())
-            if count >= most:
-                break
-    except BadRecord:  # training tells of it when it comes to it
-        count += 1
-    return count
+        yield from read_documents(shard, 0, retry)
+    except BadRecord as bad:  # training tells of it when it comes to it
+        yield bad
 
 
 def trained_on_too(config: DataConfig) -> list[str]:
