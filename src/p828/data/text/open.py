@@ -1,7 +1,7 @@
 """The documents that a configuration names: to train on, to validate on, or all of them in order.
 
-Another kind of text source is a `Shard` in a file of its own, a value of `data.source`, and a branch here in
-`_training_shards` and `source_name`.
+Another kind of text is a `Shard` in a file of its own. A kind of local file is chosen in `_file_shards`, by its ending;
+another source is a value of `data.source`, and a branch in `_training_shards` and `source_name`.
 """
 
 import os
