@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from p828.config import Config, load, with_vocabulary
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.engine.plain import PlainEngine
 
 

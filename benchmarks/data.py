@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from p828.config import Config, load
-from p828.data.build import open_loader
+from p828.data.loader import open_loader
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.prepare import prepare
 
@@ -62,7 +62,9 @@ def prepare_rate(texts: list[str], config: Config, tokenizer: Tokenizer) -> floa
 
 def row_rates(config: Config, tokenizer: Tokenizer) -> tuple[float, float]:
     """Rows and tokens a second out of the loader, in pinned memory if there is a GPU."""
-    with open_loader(config, tokenizer, pin_memory=torch.cuda.is_available()) as loader:
+    with open_loader(
+        config.data, config.train, tokenizer, config.model.mask_documents, pin_memory=torch.cuda.is_available()
+    ) as loader:
         loader.start()
         for _ in range(100):
             next(loader)
@@ -114,7 +116,7 @@ def prepare_once(config: Config, tokenizer_file: str) -> None:
 
 def read_rows(config: Config, tokenizer_file: str) -> None:
     tokenizer = Tokenizer.from_file(tokenizer_file, config.tokenizer.eos_token)
-    with open_loader(config, tokenizer) as loader:
+    with open_loader(config.data, config.train, tokenizer, config.model.mask_documents) as loader:
         for _ in range(500):
             next(loader)
 

@@ -17,7 +17,7 @@ from p828.bench.batches import random_batches
 from p828.bench.step import rotate
 from p828.bench.systems import load_shape
 from p828.config import Config
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.distributed.group import ProcessGroup
 from p828.engine.plain import PlainEngine
 from p828.train.checkpoint_writer import save

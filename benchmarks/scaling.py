@@ -33,7 +33,7 @@ from p828.bench.step import rotate
 from p828.bench.systems import load_shape
 from p828.config import Config, from_dict
 from p828.config.values import to_dict
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.distributed.group import ProcessGroup, joined
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
 from p828.engine.interface import Engine

@@ -14,8 +14,7 @@ from p828.config.facts import facts_by_key
 from p828.config.old_names import renamed, under_old_names
 from p828.config.values import flatten, to_dict
 from p828.data.tokens.directory import settings
-from p828.data.tokens.format import INDENT, open_manifest
-from p828.data.tokens.sealed import CHECKSUM, write_sealed
+from p828.data.tokens.format import CHECKSUM, INDENT, open_manifest, write_sealed
 from p828.errors import ConfigError
 from runs import write_toml
 

@@ -4,8 +4,13 @@ import lzma
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import zstandard
+
+from p828.config import Config
+from p828.data.loader import Loader, open_loader
+from p828.data.tokenizer import Tokenizer
 
 WORDS = (
     "def",
@@ -26,6 +31,10 @@ WORDS = (
     "",
     "",
 )
+
+
+def open_run_loader(config: Config, tokenizer: Tokenizer, **options: Any) -> Loader:
+    return open_loader(config.data, config.train, tokenizer, config.model.mask_documents, **options)
 
 
 def text(seed: int, words: int = 60) -> str:

@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p828.config import DataConfig, ValidationConfig
+from p828.data.batch import PADDING
 from p828.data.best_fit import best_fit
-from p828.data.sample import PADDING
-from p828.data.text import best_fit_packer
-from p828.data.text.best_fit_packer import BestFitPacker
-from p828.data.text.documents import DocumentStream, open_training
+from p828.data.text import packing
+from p828.data.text.documents import DocumentStream
+from p828.data.text.open import open_training
+from p828.data.text.packing import BestFitPacker
 from p828.data.tokenizer import Tokenizer
 
 LENGTH = 31
@@ -54,8 +55,8 @@ def config(tmp_path: Path) -> DataConfig:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(best_fit_packer, "BLOCK_ROWS", 12)
-    monkeypatch.setattr(best_fit_packer, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(packing, "BLOCK_ROWS", 12)
+    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 4)
 
 
 def packer(config: DataConfig, tokenizer: Tokenizer, epochs: int | None = 2) -> BestFitPacker:
@@ -91,7 +92,7 @@ def test_a_resume_at_any_row_gives_the_same_rows(config: DataConfig, tokenizer: 
         assert [row.tokens.tolist() for row in resumed] == rows[at + 1 :]
 
 
-def test_cut_documents_are_counted(config: DataConfig, tokenizer: Tokenizer) -> None:
+def test_split_documents_are_counted(config: DataConfig, tokenizer: Tokenizer) -> None:
     rows = list(packer(config, tokenizer, epochs=1))
     whole = {tuple(document) for document in documents(config, tokenizer)}
     found = set()
@@ -99,4 +100,4 @@ def test_cut_documents_are_counted(config: DataConfig, tokenizer: Tokenizer) -> 
         for number in range(max(row.document_ids) + 1):
             found.add(tuple(row.tokens[row.document_ids == number].tolist()))
     assert sum(row.documents for row in rows) == len(whole)  # each begins with its number, so none is another's copy
-    assert sum(row.cut_documents for row in rows) == len(whole - found)
+    assert sum(row.split_documents for row in rows) == len(whole - found)

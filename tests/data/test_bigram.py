@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from p828.data.batch import Batch
 from p828.data.bigram import STRENGTHS, bigram_loss
-from p828.data.loader import Batch
 
 
 def batch(tokens: np.ndarray, targets: np.ndarray) -> Batch:

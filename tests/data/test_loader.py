@@ -7,16 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_samples import text, write_jsonl
+from data_samples import open_run_loader, text, write_jsonl
 
 from p828.config import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
-from p828.data.build import open_loader, validation_batches
-from p828.data.loader import Batch, Loader, make_batch
-from p828.data.mixture import SampleOrder
-from p828.data.sample import PADDING, Sample
-from p828.data.shuffle import SampleShuffler
-from p828.data.streams import Streams
-from p828.data.text.documents import open_training, open_validation
+from p828.data.batch import PADDING, Batch, Sample
+from p828.data.build import validation_batches
+from p828.data.loader import Loader, make_batch
+from p828.data.order import SampleOrder, SampleShuffler, TextStreams
+from p828.data.text.open import open_training, open_validation
 from p828.data.text.packing import Packer
 from p828.data.tokenizer import Tokenizer
 from p828.errors import DataError, TransientReadError
@@ -40,7 +38,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def in_batches(packer: Packer, micro_batch_size: int) -> SampleOrder:
-    unshuffled = Streams([SampleShuffler(packer, 1, seed=0)])
+    unshuffled = TextStreams([SampleShuffler(packer, 1, seed=0)])
     return SampleOrder([unshuffled], [(0, [1.0])], micro_batch_size, batches_per_step=1)
 
 
@@ -54,7 +52,7 @@ def equal(one: Batch, other: Batch) -> bool:
 def test_batches_are_the_rows(config: Config, tokenizer: Tokenizer) -> None:
     packer = Packer(open_training(config.data, seed=0), tokenizer, LENGTH)
     shuffler = SampleShuffler(packer, config.data.shuffle_rows, config.train.seed)
-    with open_loader(config, tokenizer) as loader:
+    with open_run_loader(config, tokenizer) as loader:
         for batch, _ in zip(loader, range(20), strict=False):
             rows = [next(shuffler) for _ in range(3)]
             assert batch.tokens_BS.tolist() == [row.tokens[:-1].tolist() for row in rows]
@@ -84,13 +82,13 @@ def test_positions(config: Config, tokenizer: Tokenizer, mask_documents: bool) -
 
 
 def test_the_state_is_that_of_the_last_batch_handed_out(config: Config, tokenizer: Tokenizer) -> None:
-    with open_loader(config, tokenizer) as loader:
+    with open_run_loader(config, tokenizer) as loader:
         states, batches = [loader.state_dict()], []
         for _ in range(30):
             batches.append(next(loader))
             states.append(loader.state_dict())
     for stop in (0, 1, 2, 13, 29):
-        with open_loader(config, tokenizer) as loader:
+        with open_run_loader(config, tokenizer) as loader:
             loader.load_state_dict(json.loads(json.dumps(states[stop])))
             assert loader.state_dict() == states[stop]
             for i in range(stop, 30):
@@ -100,9 +98,9 @@ def test_the_state_is_that_of_the_last_batch_handed_out(config: Config, tokenize
 
 def test_close_ends_the_thread_while_batches_wait(config: Config, tokenizer: Tokenizer) -> None:
     before = threading.active_count()
-    loader = open_loader(config, tokenizer)
+    loader = open_run_loader(config, tokenizer)
     loader.close()
-    with open_loader(config, tokenizer) as loader:
+    with open_run_loader(config, tokenizer) as loader:
         next(loader)
         assert threading.active_count() == before + 1
         while not loader._made.full():
@@ -150,7 +148,7 @@ def test_a_read_that_hangs_is_waited_for_neither_at_a_stop_nor_at_the_end(config
 def test_an_exception_in_the_thread_reaches_the_consumer(config: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write('{"no": "text"}\n')
-    with open_loader(config, tokenizer) as loader:
+    with open_run_loader(config, tokenizer) as loader:
         for _ in range(2):
             with pytest.raises(DataError, match=r"a\.jsonl:61: no field 'text'"):
                 for _ in loader:
@@ -158,7 +156,7 @@ def test_an_exception_in_the_thread_reaches_the_consumer(config: Config, tokeniz
 
 
 def test_moving_to_a_device_keeps_the_batch(config: Config, tokenizer: Tokenizer) -> None:
-    (batch, *_) = validation_batches(config, tokenizer, 2, 2)
+    (batch, *_) = validation_batches(config.data, tokenizer, True, 2, 2)
     assert equal(batch.to("cpu"), batch)
     assert batch.to(torch.device("meta")).tokens_BS.device.type == "meta"
 
@@ -169,7 +167,7 @@ def test_the_last_validation_row_is_padded(config: Config, tokenizer: Tokenizer,
     expected = [i for words in open_validation(config.data) for i in [*tokenizer.encode(words), tokenizer.eos_id]]
     size = next(size for size in range(10, len(expected)) if len(expected) % size == rest)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=size - 1))
-    batches = validation_batches(config, tokenizer, 1000, 4)
+    batches = validation_batches(config.data, tokenizer, True, 1000, 4)
 
     rows = len(expected) // size + (rest > 1)
     assert sum(len(batch.tokens_BS) for batch in batches) == rows
@@ -187,7 +185,7 @@ def test_the_last_validation_row_is_padded(config: Config, tokenizer: Tokenizer,
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_validation_rows_do_not_depend_on_the_batch(config: Config, tokenizer: Tokenizer, rows: int) -> None:
     def columns(micro_batch_size: int) -> list[list[list[int]]]:
-        batches = validation_batches(config, tokenizer, rows, micro_batch_size)
+        batches = validation_batches(config.data, tokenizer, True, rows, micro_batch_size)
         names = ("tokens_BS", "targets_BS", "positions_BS", "document_ids_BS")
         return [torch.cat([getattr(batch, name) for batch in batches]).tolist() for name in names]
 

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p828.data.loader import Batch, Loader
-from p828.data.mixture import SampleOrder
-from p828.data.sample import Sample
+from p828.data.batch import Batch, Sample
+from p828.data.loader import Loader
+from p828.data.order import SampleOrder
 
 
 class Numbered:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import text, write_jsonl
+from data_samples import open_run_loader, text, write_jsonl
 
 from p828.config import Config, DataConfig, MixedSource, TrainConfig, ValidationConfig
-from p828.data.build import open_loader, open_prepared
-from p828.data.mixture import merged
-from p828.data.sample import PADDING, Sample
+from p828.data.batch import PADDING, Sample
+from p828.data.loader import open_prepared
+from p828.data.order import merged
 from p828.data.text import packing
 from p828.data.text.documents import is_held_out
 from p828.data.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ def ranks(config: Config, tokenizer: Tokenizer, world_size: int, state: dict[str
     """Each rank's micro-batches from a state on, which has been through JSON as in a checkpoint."""
     accumulation = BATCHES_PER_STEP // world_size
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_accumulation=accumulation))
-    opened = [open_loader(config, tokenizer, rank=rank, world_size=world_size).rows for rank in range(world_size)]
+    opened = [open_run_loader(config, tokenizer, rank=rank, world_size=world_size).order for rank in range(world_size)]
     if state is not None:
         for rows in opened:
             rows.load_state_dict(json.loads(json.dumps(state)))
@@ -175,7 +175,7 @@ def test_a_thousand_random_points_go_on_as_before(
 def test_prepared_rows_of_an_epoch_are_a_permutation(configs: dict[str, Config], tokenizer: Tokenizer) -> None:
     config = configs["prepared"]
     tokens = open_prepared(config.data, tokenizer).tokens("training")
-    in_order = [tokens.row(start, LENGTH + 1, 0).tokens.tobytes() for start in range(0, len(tokens), LENGTH + 1)]
+    in_order = [tokens.sample(start, LENGTH + 1, 0).tokens.tobytes() for start in range(0, len(tokens), LENGTH + 1)]
     opened = ranks(config, tokenizer, 1, None)
     given = [row.tokens.tobytes() for rows, _ in zip(steps(opened), range(40), strict=False) for row in rows]
     first, second = given[: len(in_order)], given[len(in_order) : 2 * len(in_order)]

@@ -6,6 +6,7 @@ import pytest
 from data_samples import write_bytes, write_jsonl
 
 from p828.data.retry import Retry
+from p828.data.text.documents import read_documents
 from p828.data.text.files import FileShard
 from p828.errors import DataError, TransientReadError
 
@@ -33,7 +34,7 @@ class Unsteady:
 
 def test_failed_reads_are_repeated_from_where_they_failed() -> None:
     shard, waits, said = Unsteady({0: 2, 4: 3, 9: 1}), list[float](), list[str]()
-    assert list(Retry(3, waits.append, said.append).documents(shard, 0)) == list("0123456789")
+    assert list(read_documents(shard, 0, Retry(3, waits.append, said.append))) == list("0123456789")
     assert waits == [1, 2, 1, 2, 4, 1]  # a document in between starts the waits again
     assert shard.opened == [0, 0, 0, 4, 4, 4, 9]
     assert said[0] == "before 0; attempt 2 of 4 in 1 s"
@@ -43,7 +44,7 @@ def test_after_the_last_attempt_the_failure_is_raised() -> None:
     waits: list[float] = []
     given: list[str] = []
     with pytest.raises(TransientReadError, match="before 3"):
-        given.extend(Retry(2, waits.append).documents(Unsteady({3: 3}), 1))
+        given.extend(read_documents(Unsteady({3: 3}), 1, Retry(2, waits.append)))
     assert waits == [1, 2]
 
 
@@ -52,7 +53,7 @@ def test_a_file_that_is_away_may_come_back(tmp_path: Path) -> None:
     away = path.rename(tmp_path / "away")
     said: list[str] = []
     retry = Retry(1, lambda seconds: away.rename(path), said.append)
-    assert list(retry.documents(FileShard(str(path), "text"), 1)) == ["two"]
+    assert list(read_documents(FileShard(str(path), "text"), 1, retry)) == ["two"]
     assert "a.jsonl: cannot be read: " in said[0]
 
 

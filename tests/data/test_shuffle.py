@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from p828.config import Config
-from p828.data.sample import Sample
-from p828.data.shuffle import SampleShuffler
-from p828.data.text.documents import open_training
+from p828.data.batch import Sample
+from p828.data.order import SampleShuffler
+from p828.data.text.open import open_training
 from p828.data.text.packing import Packer
 from p828.data.tokenizer import Tokenizer, train_tokenizer
 from runs import run_config

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from p828.config import Config, DataConfig, TokenizerConfig, ValidationConfig
+from p828.config import DataConfig, TokenizerConfig, ValidationConfig
 from p828.data.build import validation_batches
 from p828.data.tokenizer import Tokenizer, load_tokenizer, lost_share, remarks
 from p828.errors import ConfigError
@@ -77,8 +77,8 @@ def test_validation_counts_every_byte_once(tmp_path: Path, kind: str) -> None:
     counted = made.encode_counted(texts)
     of_all = np.concatenate([counts for _, counts in counted])
     for length in (7, 16, 1000):
-        config = Config(data=DataConfig(sequence_length=length, validation=validation))
-        batches = validation_batches(config, made, 1000, 3)
+        config = DataConfig(sequence_length=length, validation=validation)
+        batches = validation_batches(config, made, True, 1000, 3)
         assert sum(batch.text_bytes for batch in batches) == of_all.sum() - of_all[:: length + 1].sum()
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from oracles import assert_near
 from p828.config import Config
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.engine.microbatch import GradientAccumulator
 from p828.model.init import initialise
 from p828.model.precision import matrices

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from p828.config import Config
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.engine.interface import StepResult
 from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError

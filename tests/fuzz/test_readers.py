@@ -24,9 +24,8 @@ from p828.cli.main import dispatch
 from p828.data.text.files import FileShard
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.directory import read_progress
-from p828.data.tokens.format import Manifest, check_shards, open_manifest
+from p828.data.tokens.format import Manifest, check_shards, open_manifest, write_sealed
 from p828.data.tokens.read import Prepared
-from p828.data.tokens.sealed import write_sealed
 from p828.engine.deepspeed.settings import read_strictly
 from p828.errors import ConfigError, DataError
 from p828.runs import checkpoint
@@ -140,9 +139,9 @@ def test_a_manifest_of_prepared_data(place: Path, prepared: Path, data: st.DataO
         for shard in (*manifest.training, *manifest.validation):
             assert (directory / shard.name).parent == directory
         opened = Prepared.open(directory, tokenizer)
-        opened.validation_rows(4, 32)
+        opened.validation_samples(4, 32)
         check_shards(directory, opened.manifest.training)
-        opened.tokens("training").row(0, 33, 0)
+        opened.tokens("training").sample(0, 33, 0)
 
     answered(read)
 
@@ -166,7 +165,7 @@ def test_shards_of_prepared_data_whatever_their_checksums_say(place: Path, prepa
     def read() -> None:
         tokens = Prepared.open(directory, tokenizer).tokens("training")
         for start in range(0, len(tokens), 33):
-            row = tokens.row(start, 33, 0)
+            row = tokens.sample(start, 33, 0)
             assert 0 <= row.tokens.min() <= row.tokens.max() < tokenizer.vocab_size
             assert row.document_ids.min() >= -1
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.engine.interface import StepResult
 from p828.engine.plain import PlainEngine
 from p828.inference.evaluate import evaluate

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from taught_text import TAUGHT
 
 from p828.config import Config, DataConfig, ValidationConfig
+from p828.data.batch import Batch
 from p828.data.build import validation_batches
-from p828.data.loader import Batch
 from p828.data.tokenizer import Tokenizer
 from p828.errors import DataError
 from p828.inference.evaluate import Evaluation, evaluate
@@ -31,7 +31,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def batches_of(config: Config, tokenizer: Tokenizer, micro_batch_size: int, rows: int = 100) -> list[Batch]:
-    return validation_batches(config, tokenizer, rows, micro_batch_size)
+    return validation_batches(config.data, tokenizer, config.model.mask_documents, rows, micro_batch_size)
 
 
 @pytest.mark.parametrize("mask_documents", [True, False])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.engine.plain import PlainEngine
 from p828.kernels.adamw import join_float32, split_float32
 from p828.optim.clipping import clip_factor

@@ -10,7 +10,7 @@ import torch
 
 from p828.cli.main import dispatch
 from p828.config import Config, from_dict, load
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.engine.plain import PlainEngine
 from p828.model.costs import training_flops
 from p828.runs import checkpoint

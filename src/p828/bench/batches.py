@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from p828.config import Config
-from p828.data.loader import Batch, make_batch
-from p828.data.sample import Sample
+from p828.data.batch import Batch, Sample
+from p828.data.loader import make_batch
 
 NUM_BATCHES = 4  # rotated, so that the experts' loads and the documents change from one micro-batch to the next
 MEAN_DOCUMENT = 300

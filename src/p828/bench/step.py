@@ -12,7 +12,7 @@ from p828.bench.peers import peer_step
 from p828.bench.routing import GivenRouter, balanced_experts, random_experts
 from p828.bench.systems import System
 from p828.config import Config
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.engine.plain import PlainEngine
 
 

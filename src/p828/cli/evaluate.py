@@ -14,8 +14,8 @@ from p828.config import Config, DataConfig, facts_by_key, facts_of, validate
 from p828.config.files import implied
 from p828.config.rules import check_text
 from p828.config.values import shown
+from p828.data.batch import Batch
 from p828.data.build import all_validation_batches, validation_batches
-from p828.data.loader import Batch
 from p828.errors import ConfigError
 from p828.inference.evaluate import evaluate
 from p828.inference.load import LoadedModel, load_model
@@ -123,11 +123,11 @@ def _is_every_row(config: Config, flags: Collection[str]) -> bool:
 
 
 def _batches(config: Config, loaded: LoadedModel, flags: Collection[str]) -> Iterable[Batch]:
-    size = config.train.micro_batch_size
+    size, mask_documents = config.train.micro_batch_size, config.model.mask_documents
     if _is_every_row(config, flags):
-        return all_validation_batches(config, loaded.tokenizer, size)
+        return all_validation_batches(config.data, loaded.tokenizer, mask_documents, size)
     rules = loaded.rules if _texts(config) == _texts(loaded.config) else []
-    return validation_batches(config, loaded.tokenizer, config.evaluation.rows, size, rules)
+    return validation_batches(config.data, loaded.tokenizer, mask_documents, config.evaluation.rows, size, rules)
 
 
 def _texts(config: Config) -> list[tuple[Any, ...]]:

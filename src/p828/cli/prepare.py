@@ -20,8 +20,8 @@ from p828.config.files import preset_names
 from p828.data.amount import short
 from p828.data.build import training_documents
 from p828.data.retry import Retry
-from p828.data.text.documents import open_in_order
 from p828.data.text.held_out import trained_on_too
+from p828.data.text.open import open_in_order
 from p828.data.tokenizer import Tokenizer, remarks
 from p828.data.tokens.directory import GOES_ON, open_output_dirs, resolve_tokenizer, told_at_work
 from p828.data.tokens.format import MANIFEST_FILE, Manifest
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> None:
     with _ended_by_signals(), open_output_dirs(directories):
         made: list[Manifest] = []  # by this command
         tokenizer = resolve_tokenizer(config, directories, lambda: _documents(config))
-        for line in remarks(config.tokenizer, tokenizer, training_documents(config)):
+        for line in remarks(config.tokenizer, tokenizer, training_documents(config.data, config.train.seed)):
             print(line, flush=True)
         for data in wanted:
             is_new = not (Path(data.prepared) / MANIFEST_FILE).exists()
@@ -101,7 +101,7 @@ def _documents(config: Config) -> Iterator[str]:
     print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens", flush=True)
     is_begun = False
     try:
-        for text in training_documents(config):
+        for text in training_documents(config.data, config.train.seed):
             is_begun = True
             yield text
     except DataError as error:
@@ -157,7 +157,7 @@ def describe(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) -> str:
     training, validation = (sum(s.tokens for s in part) for part in (manifest.training, manifest.validation))
     counts = manifest.counts
     tokens = Prepared(Path(data.prepared), manifest, tokenizer.eos_id, tokenizer.vocab_size).tokens("training")
-    cut = tokens.cut_documents(data.sequence_length + 1) / counts["training"]
+    cut = tokens.split_documents(data.sequence_length + 1) / counts["training"]
     lines = [
         f"{data.prepared}: {training:,} tokens to train on in {counts['training']:,} documents, "
         f"{validation:,} to validate on in {counts['validation']:,}",

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from p828.config import Config, DataConfig
-from p828.data.build import source_seed
-from p828.data.text.documents import open_training
+from p828.data.order import source_seed
+from p828.data.text.open import open_training
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.format import open_manifest
 from p828.errors import ConfigError, DataError, TransientReadError
@@ -27,7 +27,7 @@ class Amount:
     is_exact: bool
     """Counted when the data was prepared; else estimated from the first documents and the files' sizes."""
     planned: float
-    """TokenDataset that the whole run takes from it."""
+    """Tokens that the whole run takes from it."""
     problem: str = ""
     """Why it is not known."""
 
@@ -70,7 +70,7 @@ def planned_shares(config: Config) -> list[float]:
 
 
 def _estimated(data: DataConfig, seed: int, tokenizer: Tokenizer) -> int | None:
-    """TokenDataset of an epoch: those of the first documents by the share of the files' bytes that these are."""
+    """Tokens of an epoch: those of the first documents by the share of the files' bytes that these are."""
     if data.source == "hf":  # which has no sizes
         return None
     stream = open_training(replace(data, block_documents=1), seed, epochs=1)  # which reads no further than it gives

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """TokenDataset `start` to `end` of a document."""
+    """Tokens `start` to `end` of a document."""
 
     document: int
     start: int
@@ -14,12 +14,12 @@ class Piece(NamedTuple):
 
 
 def best_fit(lengths: Sequence[int], row_length: int) -> list[list[Piece]]:
-    """Documents, by their lengths in tokens, in rows of which all but the last are full.
+    """Rows of pieces of documents, given by their lengths in tokens; all rows but the last are full.
 
     What is longer than a row gives full rows first. The rest is packed best fit decreasing: the longest first, each
     to the row with the least room that takes it whole (Ding et al., "Fewer Truncations Improve Language Modeling",
     arXiv 2404.10830). The rooms that are left are filled with pieces of documents from the emptiest rows, so that
-    nothing is padded: only those are cut.
+    nothing is padded: only those are split.
     """
     rows: list[list[Piece]] = []
     rests: list[Piece] = []
@@ -50,7 +50,7 @@ def _pack(pieces: list[Piece], row_length: int) -> list[list[Piece]]:
 
 
 def _fill(rows: list[list[Piece]], row_length: int) -> list[list[Piece]]:
-    """Break up the emptiest rows to fill the others. The longest documents go first: few are cut, into many pieces."""
+    """Break up the emptiest rows to fill the others. The longest documents go first: few are split, in many pieces."""
     tokens = [sum(piece.end - piece.start for piece in row) for row in rows]
     fullest = sorted(range(len(rows)), key=lambda row: -tokens[row])
     full = sum(tokens) // row_length

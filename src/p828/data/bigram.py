@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from p828.data.loader import NO_TARGET, Batch
+from p828.data.batch import NO_TARGET, Batch
 
 # Back-off strengths that are tried, in counts.
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)

@@ -1,11 +1,10 @@
 """Reading on after a failed read: a file system or a network that is away for a while."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from p828.data.text.shard import BadRecord, Shard
 from p828.errors import TransientReadError
 
 T = TypeVar("T")
@@ -20,19 +19,6 @@ class Retry:
     tell: Callable[[str], None] = lambda text: None
     """Is given a line before each wait."""
 
-    def documents(self, shard: Shard, start: int) -> Iterator[str | BadRecord]:
-        """A shard's texts from number `start` on. Raises what the shard raises; in the end TransientReadError."""
-        failures = 0
-        while True:
-            try:
-                for text in shard.documents(start):
-                    start, failures = start + 1, 0
-                    yield text
-                return
-            except TransientReadError as error:
-                self._wait(error, failures)
-                failures += 1
-
     def call(self, function: Callable[[], T]) -> T:
         """What the function gives. Raises what it raises, TransientReadError after the attempts."""
         failures = 0
@@ -40,10 +26,10 @@ class Retry:
             try:
                 return function()
             except TransientReadError as error:
-                self._wait(error, failures)
+                self.wait(error, failures)
                 failures += 1
 
-    def _wait(self, error: TransientReadError, failures: int) -> None:
+    def wait(self, error: TransientReadError, failures: int) -> None:
         """Until the next attempt. Raises the error if there is none."""
         if failures == self.attempts:
             raise error

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import torch
 
 from p828.config import ModelConfig, TrainConfig
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.model.backend import allows_cuda_graph
 from p828.system.device import compiles
 

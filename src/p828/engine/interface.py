@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.model.transformer import Transformer
 from p828.runs.fragments import Saveable
 from p828.runs.tensors import Tensors

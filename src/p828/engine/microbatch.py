@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from p828.config import BalanceConfig, ModelConfig, TrainConfig
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.engine.cuda_graph import CudaGraphRunner
 from p828.kernels.embedding import add_embedding_gradient_
 from p828.model.loss import IGNORE, loss_and_gradients

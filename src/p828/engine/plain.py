@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from p828.config import Config, ModelConfig
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.engine.cuda_graph import is_capturable
 from p828.engine.interface import StepResult, StepStats
 from p828.engine.microbatch import GradientAccumulator, prepare_layers

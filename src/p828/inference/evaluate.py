@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.errors import DataError
 from p828.model.loss import linear_cross_entropy
 from p828.model.transformer import Transformer

@@ -17,7 +17,7 @@ import torch
 
 from p828.config import Config, ModelConfig, from_dict
 from p828.config.values import shown
-from p828.data.mixture import held_out_rules
+from p828.data.order import held_out_rules
 from p828.errors import ConfigError
 from p828.model.transformer import Transformer
 from p828.runs.checkpoint import STATE, OpenCheckpoint

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from p828.data.loader import DIGESTS, Batch
+from p828.data.batch import HASHES, Batch
 
 EMA_STEPS = 20  # of the moving average of the loss; of fewer steps it is their plain mean
 # Names that fields have in checkpoints of earlier versions.
@@ -18,9 +18,9 @@ class BatchStats:
 
     targets: int
     documents: int
-    cut_documents: int
-    digest: int
-    """Of the rows, as `Batch.digest`."""
+    split_documents: int
+    hash: int
+    """Of the rows, as `Batch.hash`."""
     by_source: tuple[int, ...]
     """Targets."""
     epoch: int = 0
@@ -39,8 +39,8 @@ class BatchStats:
         return BatchStats(
             sum(batch.num_targets for batch in batches),
             sum(batch.documents for batch in batches),
-            sum(batch.cut_documents for batch in batches),
-            sum(batch.digest for batch in batches) % DIGESTS,
+            sum(batch.split_documents for batch in batches),
+            sum(batch.hash for batch in batches) % HASHES,
             tuple(by_source),
             max((batch.epoch for batch in batches), default=0),
             sum(batch.attended_pairs for batch in batches),
@@ -83,7 +83,7 @@ class TrainState:
         self.source_tokens = [sum(counts) for counts in by_source]
         self.tokens += stats.targets
         self.documents += stats.documents
-        self.cut_documents += stats.cut_documents
+        self.cut_documents += stats.split_documents
 
     def update(self, loss: float, applied: bool, spike_threshold: float) -> None:
         """Take in a step's loss. A spike is a loss above its moving average by more than the threshold, in nats."""

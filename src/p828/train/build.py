@@ -11,11 +11,12 @@ import torch
 
 from p828.config import Config, load, validate, with_steps
 from p828.data.amount import amounts, repeated
-from p828.data.build import held_out_lines, open_loader, prepared_tokenizer, training_documents, validation_batches
-from p828.data.loader import Batch, Loader
+from p828.data.batch import Batch
+from p828.data.build import held_out_lines, prepared_tokenizer, training_documents, validation_batches
+from p828.data.loader import Loader, open_loader
 from p828.data.retry import Retry
-from p828.data.text.documents import open_training, open_validation
 from p828.data.text.hub import pinned
+from p828.data.text.open import open_training, open_validation
 from p828.data.tokenizer import Tokenizer, load_tokenizer, remarks
 from p828.data.tokens.format import open_manifest
 from p828.distributed.group import ProcessGroup, joined
@@ -149,14 +150,32 @@ def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs) -> _Inp
         if run.newest is not None:
             with checkpoint.opened(run.newest, names=()) as saved:
                 rules = rules_of(saved)
-        rows, micro_batch_size = config.evaluation.rows, config.train.micro_batch_size
         with console.waiting("reading the validation rows"):
             validation = interruptible(
-                lambda: validation_batches(config, tokenizer, rows, micro_batch_size, rules, part, console.event)
+                lambda: validation_batches(
+                    config.data,
+                    tokenizer,
+                    config.model.mask_documents,
+                    config.evaluation.rows,
+                    config.train.micro_batch_size,
+                    rules,
+                    part,
+                    console.event,
+                )
             )
         is_pinned = outputs.device.type == "cuda"
         with console.waiting("opening the training data"):
-            loader = open_loader(config, tokenizer, is_pinned, ranks.rank, ranks.size, tell=console.event, part=part)
+            loader = open_loader(
+                config.data,
+                config.train,
+                tokenizer,
+                config.model.mask_documents,
+                is_pinned,
+                ranks.rank,
+                ranks.size,
+                tell=console.event,
+                part=part,
+            )
     return _Inputs(config, tokenizer, rules, validation, loader)
 
 
@@ -184,7 +203,7 @@ def _run(
         if ranks.is_first:
             run.write(config)
     ranks.on_rank_0(lambda: _introduce(config, trainer, tokenizer, settings, outputs.mirror))
-    report_start(config, run, trainer, tokenizer, [*held_out_lines(config, inputs.rules), *newer], changes)
+    report_start(config, run, trainer, tokenizer, [*held_out_lines(config.data, inputs.rules), *newer], changes)
     run.keep()
     with graceful_shutdown(loader.cancel, console.event) as shutdown:
         trainer.run(shutdown)
@@ -260,20 +279,23 @@ def _make_tokenizer(config: Config, console: Console) -> None:
     tokenizer = _tokenizer(config, console)
     if is_new:
         has_text = not any(data.prepared for data in config.data.sources)
-        for line in remarks(config.tokenizer, tokenizer, training_documents(config) if has_text else ()):
+        documents = training_documents(config.data, config.train.seed) if has_text else ()
+        for line in remarks(config.tokenizer, tokenizer, documents):
             console.event(line)
 
 
 def _tokenizer(config: Config, console: Console) -> Tokenizer:
     """The run's own if it has one, else as the configuration says."""
     path = config.run_dir / TOKENIZER_FILE
-    if not path.exists() and (prepared := prepared_tokenizer(config)) is not None:
+    if not path.exists() and (prepared := prepared_tokenizer(config.data, config.tokenizer)) is not None:
         prepared.save(path)
     is_trained = config.tokenizer.name == "train" and not path.exists()
     if is_trained:
         console.print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens")
     with contextlib.nullcontext() if is_trained else console.waiting("loading the tokenizer"):
-        return load_tokenizer(config.tokenizer, lambda: training_documents(config), config.model.vocab_size, path)
+        return load_tokenizer(
+            config.tokenizer, lambda: training_documents(config.data, config.train.seed), config.model.vocab_size, path
+        )
 
 
 def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from p828.config import Config
 from p828.config.values import to_dict
 from p828.data.loader import Loader
-from p828.data.mixture import merged
+from p828.data.order import merged
 from p828.data.retry import Retry
 from p828.distributed.group import ProcessGroup
 from p828.engine.interface import Engine

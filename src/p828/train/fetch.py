@@ -5,8 +5,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from p828.data.loader import DIGESTS, Batch, Loader
-from p828.data.mixture import bad_records, is_stopped
+from p828.data.batch import HASHES, Batch
+from p828.data.loader import Loader
+from p828.data.order import bad_records, is_stopped
 from p828.distributed.group import ProcessGroup
 from p828.errors import ConfigError, DataError, RunFailed, RunPaused, TransientReadError
 from p828.runs.train_state import BatchStats, TrainState
@@ -63,17 +64,17 @@ class Fetcher:
             peak_memory(self.device),
             self.usage.seconds() * MICRO,
         )
-        sums = (own.attended_pairs, own.targets, own.documents, own.cut_documents, own.digest, *own.by_source)
+        sums = (own.attended_pairs, own.targets, own.documents, own.split_documents, own.hash, *own.by_source)
         bad = bad_records(self.loader.state_dict())  # so far, by stream: the rank that has read furthest knows most
         numbers = [*about, own.epoch, *sums, *bad]
         columns = [[int(n) for n in column] for column in zip(*self.ranks.all_gather(numbers), strict=True)]
         about_columns, (epochs, *rest) = columns[: len(about)], columns[len(about) :]
-        pairs, targets, documents, cut_documents, digest, *by_source = map(sum, rest[: len(sums)])
+        pairs, targets, documents, split_documents, hash_sum, *by_source = map(sum, rest[: len(sums)])
         stats = BatchStats(
             targets,
             documents,
-            cut_documents,
-            digest % DIGESTS,
+            split_documents,
+            hash_sum % HASHES,
             tuple(by_source),
             epoch=max(epochs),
             attended_pairs=pairs,

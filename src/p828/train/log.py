@@ -62,7 +62,7 @@ class Log:
             tokens=state.tokens,
             epoch=stats.epoch,
             **self._data_record(state, stats),
-            rows=f"{stats.digest:08x}",
+            rows=f"{stats.hash:08x}",
             **result.numbers(),
             perplexity=perplexity(result.loss),
             lr=learning_rate,

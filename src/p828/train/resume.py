@@ -18,7 +18,7 @@ import tomli_w
 
 from p828.config import Config, facts_by_key, facts_of, load, with_vocabulary
 from p828.config.values import flatten, to_dict
-from p828.data.mixture import at_step
+from p828.data.order import at_step
 from p828.data.retry import Retry
 from p828.distributed.group import ProcessGroup
 from p828.errors import ConfigError, P828Error, warn

@@ -6,7 +6,7 @@ from p828.config import Config, DataConfig, rules
 from p828.data.amount import Amount, describe, short
 from p828.data.bigram import bigram_loss
 from p828.data.build import training_rows
-from p828.data.mixture import held_out_rules
+from p828.data.order import held_out_rules
 from p828.data.text.held_out import trained_on_too
 from p828.data.tokenizer import Tokenizer
 from p828.distributed.group import ProcessGroup
@@ -108,7 +108,9 @@ def _compare_with_bigram(config: Config, trainer: Trainer, tokenizer: Tokenizer)
     log, step = trainer.log, trainer.state.step
     try:
         with log.console.waiting("counting pairs of tokens for the bigram baseline"):
-            rows = training_rows(config, tokenizer, held_out_rules(trainer.fetcher.loader.state_dict()))
+            rows = training_rows(
+                config.data, config.train.seed, tokenizer, held_out_rules(trainer.fetcher.loader.state_dict())
+            )
             batches, vocab_size = trainer.evaluator.batches, tokenizer.vocab_size
             bigram = interruptible(lambda: bigram_loss(rows, batches, vocab_size))
     except (ConfigError, DataError, TransientReadError) as error:

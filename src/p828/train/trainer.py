@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from p828.config import CheckpointConfig, EvaluationConfig, TrainConfig
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.distributed.group import ProcessGroup
 from p828.engine.interface import Engine, StepResult
 from p828.errors import ConfigError, DataError, P828Error, RecordsFailed, RunFailed

@@ -7,8 +7,9 @@ import pytest
 from data_samples import text, write_bytes, write_jsonl
 
 from p828.config import DataConfig, ValidationConfig
-from p828.data.text.documents import DocumentStream, is_held_out, open_training, open_validation, permutation
+from p828.data.text.documents import DocumentStream, is_held_out, permutation
 from p828.data.text.files import FileShard, python_shards
+from p828.data.text.open import open_training, open_validation
 from p828.errors import ConfigError, DataError
 
 KEEP_ALL = ValidationConfig(kind="files", files=("none",))

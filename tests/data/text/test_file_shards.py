@@ -16,8 +16,8 @@ from data_samples import write_bytes, write_jsonl
 from p828.config import DataConfig, ValidationConfig
 from p828.data.retry import Retry
 from p828.data.text import compression
-from p828.data.text.documents import open_training, open_validation
 from p828.data.text.files import FileShard, file_shards
+from p828.data.text.open import open_training, open_validation
 from p828.data.text.shard import BadRecord
 from p828.errors import ConfigError, DataError
 

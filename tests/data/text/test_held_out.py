@@ -7,8 +7,9 @@ from data_samples import text, write_jsonl
 from p828.config import Config, DataConfig, ValidationConfig
 from p828.data.build import held_out_lines, training_documents
 from p828.data.retry import NO_RETRY
-from p828.data.text.documents import open_in_order, open_training, open_validation
-from p828.data.text.held_out import are_few, divided, is_held_out, trained_on_too
+from p828.data.text.documents import divided, is_held_out
+from p828.data.text.held_out import are_few, trained_on_too
+from p828.data.text.open import open_in_order, open_training, open_validation
 from p828.data.tokens.text_reader import Reader
 
 
@@ -54,7 +55,7 @@ def test_a_share_that_leaves_hardly_a_document_takes_the_end_of_each(tmp_path: P
 def test_every_reader_keeps_to_the_same_rule(tmp_path: Path, count: int) -> None:
     data = config(write_jsonl(tmp_path / "a.jsonl", [text(i, 300) for i in range(count)]))
     training, validation = sorted(open_training(data, 5, 1)), sorted(open_validation(data))
-    assert sorted(training_documents(Config(data=data))) == training, "a tokenizer's training text"
+    assert sorted(training_documents(data, seed=0)) == training, "a tokenizer's training text"
     parts = [list(open_training(data, 5, 1, part=part, parts=2)) for part in range(2)]
     assert sorted(parts[0] + parts[1]) == training
     reader = Reader(open_in_order(data), "training", Config(data=data), seen=None)  # type: ignore[arg-type]
@@ -94,11 +95,9 @@ def test_it_is_said(tmp_path: Path) -> None:
     few = config(write_jsonl(tmp_path / "few.jsonl", ["one", "two"]), share=0.02)
     many = config(write_jsonl(tmp_path / "many.jsonl", [text(i) for i in range(500)]), share=0.02)
     few_words = f"the last 2% of each document in {tmp_path}/few.jsonl, as it has fewer than 500 documents"
-    assert held_out_lines(Config(data=few)) == [f"held out for validation: {few_words}"]
-    assert held_out_lines(Config(data=many)) == [
-        f"held out for validation: 2% of the documents in {tmp_path}/many.jsonl"
-    ]
-    assert held_out_lines(Config(data=few), [False])[0].startswith("held out for validation: 2% of the documents")
+    assert held_out_lines(few) == [f"held out for validation: {few_words}"]
+    assert held_out_lines(many) == [f"held out for validation: 2% of the documents in {tmp_path}/many.jsonl"]
+    assert held_out_lines(few, [False])[0].startswith("held out for validation: 2% of the documents")
 
 
 def test_nothing_is_lost_in_dividing() -> None:

@@ -14,8 +14,8 @@ from data_samples import text, write_jsonl
 
 from p828.config import Config, DataConfig, MixedSource, ValidationConfig
 from p828.data.build import validation_batches
-from p828.data.text.documents import open_training, open_validation
 from p828.data.text.hub import hub_shards, pinned
+from p828.data.text.open import open_training, open_validation
 from p828.data.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError
 
@@ -299,5 +299,5 @@ def test_a_mixtures_common_split_is_read_once(hub: Path, tokenizer: Tokenizer) -
     sources = [MixedSource(name=str(i), source="hf", hub_name=str(hub), hub_subset="en") for i in range(2)]
     data = DataConfig(mixture=tuple(sources), sequence_length=31, validation=validation)
     one = DataConfig(source="hf", hub_name=str(hub), hub_subset="en", sequence_length=31, validation=validation)
-    mixed, alone = (validation_batches(Config(data=d), tokenizer, 100, 1) for d in (data, one))
+    mixed, alone = (validation_batches(d, tokenizer, True, 100, 1) for d in (data, one))
     assert [batch.tokens_BS.tolist() for batch in mixed] == [batch.tokens_BS.tolist() for batch in alone]

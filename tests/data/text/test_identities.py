@@ -10,8 +10,9 @@ import pytest
 from data_samples import text, write_bytes, write_jsonl
 
 from p828.config import Config, DataConfig, ValidationConfig
-from p828.data.text.documents import DocumentStream, _fingerprint, open_in_order, open_training
+from p828.data.text.documents import DocumentStream, _fingerprint
 from p828.data.text.identities import Identities
+from p828.data.text.open import open_in_order, open_training
 from p828.data.text.shard import BadRecord
 from p828.data.tokens.filters import SeenTexts
 from p828.data.tokens.text_reader import Reader

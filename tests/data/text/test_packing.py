@@ -7,9 +7,10 @@ import pytest
 from data_samples import text, write_jsonl
 
 from p828.config import DataConfig, ValidationConfig
-from p828.data.sample import Sample
+from p828.data.batch import Sample
 from p828.data.text import packing
-from p828.data.text.documents import DocumentStream, open_training
+from p828.data.text.documents import DocumentStream
+from p828.data.text.open import open_training
 from p828.data.text.packing import Packer
 from p828.data.tokenizer import Tokenizer
 from p828.errors import DataError

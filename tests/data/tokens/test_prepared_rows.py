@@ -7,19 +7,17 @@ import threading
 from pathlib import Path
 
 import pytest
-from data_samples import text, write_jsonl
+from data_samples import open_run_loader, text, write_jsonl
 
 from p828.config import Config, DataConfig, PrepareConfig, TrainConfig, ValidationConfig
-from p828.data.build import open_loader
-from p828.data.mixture import merged
+from p828.data.order import merged
 from p828.data.retry import Retry
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens import format as manifests
-from p828.data.tokens import number_files
-from p828.data.tokens.format import check_shards, open_manifest
+from p828.data.tokens import read
+from p828.data.tokens.format import CHECKSUM, check_shards, open_manifest
 from p828.data.tokens.prepare import prepare
 from p828.data.tokens.read import Prepared, ShuffledTokenDataset, TokenDataset
-from p828.data.tokens.sealed import CHECKSUM
 from p828.errors import ConfigError, DataError, TransientReadError
 
 LENGTH = 15
@@ -56,7 +54,7 @@ def test_a_shard_that_is_cut_while_it_is_read_is_told(directory: Path, tokenizer
     os.truncate(directory / name, 8)
     before = rows.state_dict()
     with pytest.raises(TransientReadError, match=rf"{name}: damaged or changed: cut to 8 bytes"):
-        rows.take(0, rows.rows_per_epoch)
+        rows.take(0, rows.samples_per_epoch)
     (directory / name).write_bytes(content)
     resumed = ShuffledTokenDataset(Prepared.open(directory, tokenizer), LENGTH, seed=0)
     resumed.load_state_dict(before)
@@ -65,7 +63,7 @@ def test_a_shard_that_is_cut_while_it_is_read_is_told(directory: Path, tokenizer
 
 def test_a_failed_read_is_repeated(directory: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a file that is opened again: on a network's file system it may be another."""
-    whole = Prepared.open(directory, tokenizer).tokens("training").row(0, 33, 0)
+    whole = Prepared.open(directory, tokenizer).tokens("training").sample(0, 33, 0)
     failures, opened, told, pread = [2], [], [], os.pread
 
     def failing(descriptor: int, size: int, at: int) -> bytes:
@@ -75,27 +73,27 @@ def test_a_failed_read_is_repeated(directory: Path, tokenizer: Tokenizer, monkey
         return pread(descriptor, size, at)
 
     monkeypatch.setattr(os, "pread", failing)
-    monkeypatch.setattr(number_files, "open_regular", lambda path: opened.append(path) or path.open("rb", buffering=0))
+    monkeypatch.setattr(read, "open_regular", lambda path: opened.append(path) or path.open("rb", buffering=0))
     retry = Retry(2, pause=lambda seconds: None, tell=told.append)
-    row = Prepared.open(directory, tokenizer).tokens("training", retry).row(0, 33, 0)
+    row = Prepared.open(directory, tokenizer).tokens("training", retry).sample(0, 33, 0)
     assert row.tokens.tolist() == whole.tokens.tolist()
     assert len(told) == 2
     assert "Stale file handle; attempt 2 of 3 in 1 s" in told[0]
     assert len(opened) == len(set(opened)) + 2
     failures[0] = 3
     with pytest.raises(TransientReadError, match="Stale file handle"):
-        Prepared.open(directory, tokenizer).tokens("training", retry).row(0, 33, 0)
+        Prepared.open(directory, tokenizer).tokens("training", retry).sample(0, 33, 0)
 
 
 def test_few_files_are_open_at_a_time(
     directory: Path, tokenizer: Tokenizer, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(number_files, "MOST_OPEN", 3)
+    monkeypatch.setattr(read, "MOST_OPEN", 3)
     tokens = Prepared.open(directory, tokenizer).tokens("training")
     assert len(open_manifest(directory).training) > 3
     before = len(os.listdir("/proc/self/fd"))
     for start in range(0, len(tokens) - 40, 40):
-        tokens.row(start, 40, 0)
+        tokens.sample(start, 40, 0)
         assert len(os.listdir("/proc/self/fd")) <= before + 6
     del tokens
     assert len(os.listdir("/proc/self/fd")) == before
@@ -105,18 +103,18 @@ def test_documents_are_found_between_those_in_memory(
     directory: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rows(tokens: TokenDataset) -> list[tuple[list[int], list[int], int, int]]:
-        found = [tokens.row(start, 21, 0) for start in range(0, len(tokens), 7)]
-        return [(r.tokens.tolist(), r.document_ids.tolist(), r.documents, r.cut_documents) for r in found]
+        found = [tokens.sample(start, 21, 0) for start in range(0, len(tokens), 7)]
+        return [(r.tokens.tolist(), r.document_ids.tolist(), r.documents, r.split_documents) for r in found]
 
     prepared = Prepared.open(directory, tokenizer)
-    expected = rows(prepared.tokens("training")), prepared.tokens("training").cut_documents(16)
+    expected = rows(prepared.tokens("training")), prepared.tokens("training").split_documents(16)
     monkeypatch.setattr("p828.data.tokens.read.INDEXED", 2)
     monkeypatch.setattr("p828.data.tokens.read.COUNTED_TOGETHER", 4)
-    assert (rows(prepared.tokens("training")), prepared.tokens("training").cut_documents(16)) == expected
+    assert (rows(prepared.tokens("training")), prepared.tokens("training").split_documents(16)) == expected
 
 
 def test_ranks_of_a_host_compare_each_file_once(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
-    opened = [open_loader(config, tokenizer, rank=r, world_size=3, part=(r, 3)).rows for r in range(3)]
+    opened = [open_run_loader(config, tokenizer, rank=r, world_size=3, part=(r, 3)).order for r in range(3)]
     states = []
     for rows in opened:
         next(rows)
@@ -129,7 +127,7 @@ def test_ranks_of_a_host_compare_each_file_once(config: Config, directory: Path,
     flipped[3] ^= 8
     (directory / names[1]).write_bytes(flipped)
     for rank in range(3):
-        rows = open_loader(config, tokenizer, rank=rank, world_size=3, part=(rank, 3)).rows
+        rows = open_run_loader(config, tokenizer, rank=rank, world_size=3, part=(rank, 3)).order
         rows.load_state_dict(merged(states))
         if names[1] in seen[rank]:
             with pytest.raises(DataError, match=names[1]):
@@ -201,5 +199,5 @@ def test_other_files_of_the_source_are_noticed(
 
 def test_rows_do_not_need_the_text(config: Config, directory: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "texts").rename(tmp_path / "away")
-    with open_loader(config, tokenizer) as loader:
+    with open_run_loader(config, tokenizer) as loader:
         assert next(loader).num_targets == 2 * LENGTH

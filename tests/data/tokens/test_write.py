@@ -44,17 +44,17 @@ def test_what_is_written_reads_back_with_its_documents(tmp_path: Path) -> None:
     number_of = np.repeat(np.arange(80), [len(document) for document in some])
     ends = np.cumsum([len(document) for document in some])
     for start in range(0, len(flat), 7):
-        row = tokens.row(start, 23, epoch=0)
+        row = tokens.sample(start, 23, epoch=0)
         inside = slice(start, min(start + 23, len(flat)))
         size = inside.stop - start
         assert row.tokens[:size].tolist() == flat[inside].tolist()
         assert row.document_ids.tolist() == (number_of[inside] - number_of[start]).tolist() + [-1] * (23 - size)
         ended = [i for i, end in enumerate(ends) if start < end <= inside.stop]
         assert row.documents == len(ended)
-        assert row.cut_documents == sum(ends[i] - len(some[i]) < start for i in ended)
+        assert row.split_documents == sum(ends[i] - len(some[i]) < start for i in ended)
 
 
-def test_cut_documents_of_all_rows_are_counted(tmp_path: Path) -> None:
+def test_split_documents_of_all_rows_are_counted(tmp_path: Path) -> None:
     for best_fit in (False, True):
         directory = tmp_path / str(best_fit)
         directory.mkdir()
@@ -62,8 +62,8 @@ def test_cut_documents_of_all_rows_are_counted(tmp_path: Path) -> None:
         written.write(documents(80))
         written.close()
         tokens = read(directory, written)
-        rows = [tokens.row(start, ROW, 0) for start in range(0, len(tokens), ROW)]
-        assert tokens.cut_documents(ROW) == sum(row.cut_documents for row in rows)
+        rows = [tokens.sample(start, ROW, 0) for start in range(0, len(tokens), ROW)]
+        assert tokens.split_documents(ROW) == sum(row.split_documents for row in rows)
         assert sum(row.documents for row in rows) == 80
 
 
@@ -75,13 +75,13 @@ def test_best_fit_keeps_what_fits_whole(tmp_path: Path, monkeypatch: pytest.Monk
         written.write(some[i : i + 9])
     written.close()
     tokens = read(tmp_path, written)
-    rows = [tokens.row(start, ROW, 0) for start in range(0, len(tokens), ROW)]
+    rows = [tokens.sample(start, ROW, 0) for start in range(0, len(tokens), ROW)]
     assert Counter(t for row in rows for t in row.tokens[row.document_ids >= 0].tolist()) == Counter(
         np.concatenate(some).tolist()
     )
     whole = {tuple(document.tolist()) for document in some}
     found = {tuple(row.tokens[row.document_ids == number].tolist()) for row in rows for number in set(row.document_ids)}
-    assert len(whole - found) == tokens.cut_documents(ROW)
+    assert len(whole - found) == tokens.split_documents(ROW)
     assert len(whole - found) < 0.15 * len(whole)
 
 

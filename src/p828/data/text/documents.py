@@ -2,24 +2,17 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from p828.config import DataConfig
 from p828.data.retry import NO_RETRY, Retry
-from p828.data.text.files import FileShard, file_shards, python_shards
-from p828.data.text.held_out import are_few, divided, enough_documents
-from p828.data.text.held_out import is_held_out as is_held_out
-from p828.data.text.hub import HubShard, hub_shards
 from p828.data.text.identities import Identities
-from p828.data.text.shard import BadRecord, EveryNth, Shard, deal
+from p828.data.text.shard import BadRecord, EveryNth, Shard
 from p828.errors import ConfigError, DataError, TransientReadError
 
-HELD_OUT_ORDER = (0,)  # held-out documents come in one shard order, whatever the run's seed
 BLOCK_CHARACTERS = 2**28  # that are read and shuffled together at most, in however few documents
 
 
@@ -27,17 +20,17 @@ class DocumentStream:
     """Iterator of documents (`str`, never empty).
 
     Each epoch visits the shards in an order drawn from (seed, epoch). `block_documents` documents at a
-    time are read, across shards, and given in an order drawn from (seed, epoch, number of the block): the
-    state is where the block starts and how much of it was given, and no buffer need be stored.
+    time are read, across shards, and put in an order drawn from (seed, epoch, number of the block). The state is where
+    the block starts and how many of its documents were consumed: no buffer need be stored.
 
     Args:
         shards: the pieces, in their unshuffled order.
         source: what the documents come from, in words, for messages.
         block_documents: documents read and shuffled together.
-        seed: of the order; None gives every shard and document in the order they have.
+        seed: of the order; with None, shards and documents keep the order they have.
         epochs: passes over the shards; None never ends.
         share: share of the text that is held out.
-        held_out: give what is held out, instead of the rest.
+        held_out: return what is held out, instead of the rest.
         by_end: the end of each document is held out, not whole documents by a hash.
         retry: what is done about failed reads.
     """
@@ -70,11 +63,11 @@ class DocumentStream:
         self._bytes_read = 0, 0  # shards of the epoch that are read, and their size
         self._orders: dict[int, list[int]] = {}  # of the shards, by epoch: the current one's
         self._block_characters: float = BLOCK_CHARACTERS
-        # The current block: which one, where in the epoch's shards it starts, and how much of it was given.
+        # The current block: which one, where in the epoch's shards it starts, and how much of it was consumed.
         self._epoch = 0
         self._block = 0
         self._start = (0, 0)  # place of the shard in the epoch's order, documents of it before the block
-        self._given = 0
+        self._consumed = 0
         self._bad_before = 0  # bad records before the block
         # What reading the block gave; all of it follows from those above.
         self._documents: list[str] | None = None
@@ -83,7 +76,7 @@ class DocumentStream:
 
     @property
     def epoch(self) -> int:
-        """Epoch, from 0, of the document given last (of the first document, before any)."""
+        """Epoch, from 0, of the document returned last; before any, of the first document."""
         return self._epoch
 
     def share_read(self) -> float:
@@ -108,11 +101,11 @@ class DocumentStream:
                 self._read_block()
             documents = self._documents
             assert documents is not None
-            if self._given > len(documents):
+            if self._consumed > len(documents):
                 raise DataError(f"{self.source}: fewer documents than were given before the checkpoint: it changed")
-            if self._given < len(documents):
-                self._given += 1
-                return documents[self._given - 1]
+            if self._consumed < len(documents):
+                self._consumed += 1
+                return documents[self._consumed - 1]
             if documents:
                 self._begin_block(self._epoch, self._block + 1, self._end)
             elif self._block == 0:
@@ -128,7 +121,7 @@ class DocumentStream:
             "block": self._block,
             "shard": shard,
             "record": record,
-            "given": self._given,
+            "given": self._consumed,
             "bad_records": self._bad_before,
             "order": self._order_fingerprint,
             "shards": self._identities.text,
@@ -136,7 +129,7 @@ class DocumentStream:
         return {**state, "by_end": True} if self.by_end else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the document after the one given last before `state_dict`.
+        """Continue with the document after the one returned last before `state_dict`.
 
         The shards may have moved, and one that is in `stopped` may have changed from its bad record on. Raises
         ConfigError naming a shard that is another, or if the order's seed, the held-out share or the blocks are others,
@@ -159,9 +152,9 @@ class DocumentStream:
             self._block_characters = float("inf")
         self.by_end = state.get("by_end", False)
         self.bad_records = bad_records
-        epoch, block, shard, record, given = place
+        epoch, block, shard, record, consumed = place
         self._begin_block(epoch, block, (shard, record))
-        self._given = given
+        self._consumed = consumed
         self._reader = None
 
     def _difference(self, state: dict[str, Any]) -> str:
@@ -191,7 +184,7 @@ class DocumentStream:
         return _fingerprint([shards, self.block_documents, self.seed, self.share, self.held_out], 8)
 
     def _begin_block(self, epoch: int, block: int, start: tuple[int, int]) -> None:
-        self._epoch, self._block, self._start, self._given = epoch, block, start, 0
+        self._epoch, self._block, self._start, self._consumed = epoch, block, start, 0
         self._bad_before = self.bad_records
         self._documents = None
 
@@ -203,7 +196,7 @@ class DocumentStream:
         self.bad_records = self._bad_before
         while place < len(order) and len(documents) < self.block_documents and characters < self._block_characters:
             if self._reader is None:
-                self._reader = self.retry.documents(self.shards[order[place]], record)
+                self._reader = read_documents(self.shards[order[place]], record, self.retry)
             try:
                 for text in self._reader:
                     record += 1
@@ -225,7 +218,7 @@ class DocumentStream:
         self._end = (place, record)
 
     def _kept(self, text: str | BadRecord) -> str:
-        """The part of a document that this stream gives."""
+        """What this stream returns of a document."""
         if isinstance(text, BadRecord):
             self.bad_records += self._epoch == 0
             return ""
@@ -238,7 +231,7 @@ class DocumentStream:
         where = f"no documents in {self.source}"
         if any(isinstance(shard, EveryNth) for shard in self.shards):
             return f"{where}: it has too few of them. Lower data.streams"
-        found = (text for shard in self.shards for text in self.retry.documents(shard, 0) if text)
+        found = (text for shard in self.shards for text in read_documents(shard, 0, self.retry) if text)
         if any(isinstance(text, str) for text in found):
             remedy = "Raise" if self.held_out else "Lower"
             return f"{where}\n{remedy} data.validation.fraction, or give data.validation.files"
@@ -269,136 +262,42 @@ def permutation(length: int, key: tuple[int, ...]) -> list[int]:
     return order
 
 
-def open_training(
-    config: DataConfig,
-    seed: int,
-    epochs: int | None = None,
-    part: int = 0,
-    parts: int = 1,
-    retry: Retry = NO_RETRY,
-    by_end: bool | None = None,
-) -> DocumentStream:
-    """The training documents, shuffled; without the held-out share if validation takes one.
-
-    Of `parts` streams, which have no document in common, it is the one numbered `part`. `by_end` is the rule by which
-    text is held out, if that is known already. Raises ConfigError if the source cannot be opened; `epochs=None` never
-    ends.
-    """
-    shards, source = _training_shards(config)
-    share = config.validation.fraction if config.validation.kind == "held_out" else 0.0
-    if by_end is None:
-        by_end = _is_held_out_by_end(config, shards, retry)
-    shards = deal(shards, part, parts)
-    if parts > 1:
-        source = f"part {part + 1} of data.streams = {parts} of {source}"
-    return DocumentStream(shards, source, config.block_documents, seed, epochs, share, by_end=by_end, retry=retry)
+def read_documents(shard: Shard, start: int, retry: Retry) -> Iterator[str | BadRecord]:
+    """A shard's documents from number `start` on; failed reads are repeated. Raises what the shard raises."""
+    failures = 0
+    while True:
+        try:
+            for text in shard.documents(start):
+                start, failures = start + 1, 0
+                yield text
+            return
+        except TransientReadError as error:
+            retry.wait(error, failures)
+            failures += 1
 
 
-def open_in_order(config: DataConfig, retry: Retry = NO_RETRY) -> DocumentStream:
-    """Every document of the source once, whole, as they come. Raises ConfigError as `open_training`.
-
-    Its `by_end` says by which rule the caller is to hold out text.
-    """
-    shards, source = _training_shards(config)
-    by_end = _is_held_out_by_end(config, shards, retry)
-    return DocumentStream(shards, source, block_documents=1, epochs=1, by_end=by_end, retry=retry)
+def divided(text: str, share: float, by_end: bool) -> tuple[str, str]:
+    """A document's text for training and the text held out; together they are the document."""
+    if by_end:
+        cut = _place_to_cut(text, share)
+        return text[:cut], text[cut:]
+    return ("", text) if is_held_out(text, share) else (text, "")
 
 
-def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | None = None) -> DocumentStream:
-    """The validation documents, once, in an order that no seed changes. Raises ConfigError as `open_training`."""
-    validation = config.validation
-    # Blocks of one document: evaluation reads no further than it needs.
-    if validation.kind == "files":
-        files = file_shards(
-            validation.files,
-            config.text_field,
-            "data.validation.files",
-            config.max_document_megabytes * 10**6,
-            config.bad_records == "skip",
-        )
-        return DocumentStream(
-            files, f"data.validation.files = {_shown(validation.files)}", block_documents=1, epochs=1, retry=retry
-        )
-    if validation.kind == "split":
-        name = validation.hub_name or config.hub_name
-        subset = config.hub_subset if name == config.hub_name else ""
-        revision = validation.hub_revision or (config.hub_revision if name == config.hub_name else "")
-        shards = _hub_shards(config, name, subset, validation.split, revision)
-        return DocumentStream(shards, f"split {validation.split!r} of {name}", block_documents=1, epochs=1, retry=retry)
-    in_order, source = _training_shards(config)
-    if by_end is None:
-        by_end = _is_held_out_by_end(config, in_order, retry)
-    # Spread over the source: evaluation may read the first documents only.
-    spread = [in_order[i] for i in permutation(len(in_order), HELD_OUT_ORDER)]
-    source = f"the held-out share data.validation.fraction = {validation.fraction} of {source}"
-    return DocumentStream(
-        spread,
-        source,
-        block_documents=1,
-        epochs=1,
-        share=validation.fraction,
-        held_out=True,
-        by_end=by_end,
-        retry=retry,
-    )
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a hash of the text, as a fraction of its range, is below the share: the same in every run."""
+    hashed = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(hashed, "big") < share * 2**64
 
 
-def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
-    """What is never trained on, in a line; empty where validation has text of its own.
-
-    Raises ConfigError as `open_training`.
-    """
-    if config.validation.kind != "held_out":
-        return ""
-    source = " ".join(config.files) if config.source == "files" and len(config.files) <= 3 else _words(config)
-    if by_end is None:
-        by_end = _may_be_few(config) and _is_held_out_by_end(config, _training_shards(config)[0], NO_RETRY)
-    share = f"{100 * config.validation.fraction:.3g}%"
-    if not by_end:
-        return f"held out for validation: {share} of the documents in {source}"
-    few = f"it has fewer than {enough_documents(config.validation.fraction):,} documents"
-    return f"held out for validation: the last {share} of each document in {source}, as {few}"
-
-
-def _training_shards(config: DataConfig) -> tuple[Sequence[Shard], str]:
-    if config.source == "python":
-        return python_shards(), _words(config)
-    if config.source == "files":
-        limit = config.max_document_megabytes * 10**6
-        files = file_shards(config.files, config.text_field, "data.files", limit, config.bad_records == "skip")
-        return files, _words(config)
-    shards = _hub_shards(config, config.hub_name, config.hub_subset, config.hub_split, config.hub_revision)
-    return shards, _words(config)
-
-
-def _words(config: DataConfig) -> str:
-    """Where the training documents come from, in words."""
-    if config.source == "python":
-        return "the standard library's source"
-    if config.source == "files":
-        return f"data.files = {_shown(config.files)}"
-    return f"split {config.hub_split!r} of {config.hub_name}"
-
-
-def _hub_shards(config: DataConfig, name: str, subset: str, split: str, revision: str) -> list[HubShard]:
-    limit = config.max_document_megabytes * 10**6
-    return hub_shards(name, subset, split, config.text_field, revision, limit, config.bad_records == "skip")
-
-
-def _is_held_out_by_end(config: DataConfig, shards: Sequence[Shard], retry: Retry) -> bool:
-    """Whether there are too few documents to hold out whole ones."""
-    if not _may_be_few(config):
-        return False
-    local = [shard for shard in shards if isinstance(shard, FileShard | HubShard)]
-    return are_few(local, config.validation.fraction, retry)
-
-
-def _may_be_few(config: DataConfig) -> bool:
-    """The standard library is known not to be; what has to come over the network is not counted."""
-    is_local = config.source == "files" or (config.source == "hf" and os.path.isdir(config.hub_name))
-    return config.validation.kind == "held_out" and is_local
-
-
-def _shown(globs: Sequence[str]) -> str:
-    text = str(list(globs))
-    return text if len(text) <= 200 else text[:200] + "…"
+def _place_to_cut(text: str, share: float) -> int:
+    """Where the held-out end begins: near the share, behind a line or a word if there is one near."""
+    length = len(text.rstrip())
+    exact = max(length - max(round(length * share), 1), 1)
+    near = min(exact, length - exact) // 4
+    for end in ("\n", " "):
+        before = text.rfind(end, exact - near, exact)
+        after = text.find(end, exact, exact + near) if before < 0 else before
+        if after >= 0:
+            return after + 1
+    return exact

@@ -1,32 +1,23 @@
-"""Which text is held out of training: whole documents, or the end of each one where there are few."""
+"""By which rule text is held out of training: whole documents, or the end of each one where there are few.
 
-import hashlib
+`documents.divided` applies the rule to a document.
+"""
+
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 
 from p828.config import DataConfig
 from p828.data.retry import Retry
+from p828.data.text.documents import read_documents
 from p828.data.text.files import FileShard, file_shards
 from p828.data.text.hub import HubShard
+from p828.data.text.shard import BadRecord, Shard
 
 EXPECTED_DOCUMENTS = 10  # held out whole, and trained on: where they would be fewer, it is the end of each one
 MOST_DOCUMENTS = 2**53  # that are counted with; a share can be so small that it would be infinitely many
-
-
-def is_held_out(text: str, share: float) -> bool:
-    """Whether a hash of the text, as a fraction of its range, is below the share: the same in every run."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
-
-
-def divided(text: str, share: float, by_end: bool) -> tuple[str, str]:
-    """A document's text for training and the text held out; together they are the document."""
-    if by_end:
-        cut = _place_to_cut(text, share)
-        return text[:cut], text[cut:]
-    return ("", text) if is_held_out(text, share) else (text, "")
 
 
 def enough_documents(share: float) -> int:
@@ -34,20 +25,30 @@ def enough_documents(share: float) -> int:
     return math.ceil(min(EXPECTED_DOCUMENTS / min(share, 1 - share), MOST_DOCUMENTS))
 
 
-def are_few(shards: Sequence[FileShard | HubShard], share: float, retry: Retry) -> bool:
+def are_few(shards: Sequence[Shard], share: float, retry: Retry) -> bool:
     """Whether there are fewer than `enough_documents`. No more than those are read, and of text files none."""
     enough, count = enough_documents(share), 0
     for shard in shards:
         if isinstance(shard, FileShard) and not shard.has_lines:
             count += shard.size > 0
         else:
-            for text in retry.documents(replace(shard, skips=True), 0):
+            for text in _documents(shard, retry):
                 count += not isinstance(text, str) or bool(text.strip())
                 if count >= enough:
                     break
         if count >= enough:
             return False
     return True
+
+
+def _documents(shard: Shard, retry: Retry) -> Iterator[str | BadRecord]:
+    """A shard's documents and bad records; up to the first bad one of a kind of shard that cannot skip it."""
+    # Another object, since a shard tells how much of it was read.
+    shard = replace(shard, skips=True) if isinstance(shard, FileShard | HubShard) else copy(shard)
+    try:
+        yield from read_documents(shard, 0, retry)
+    except BadRecord as bad:  # training tells of it when it comes to it
+        yield bad
 
 
 def trained_on_too(config: DataConfig) -> list[str]:
@@ -63,16 +64,3 @@ def trained_on_too(config: DataConfig) -> list[str]:
         f"data.validation.files: {len(both):,} of {len(validation):,} files are in data.files too, as {both[0]}: "
         "they are trained on, so the validation loss does not tell how the model does on other text"
     ]
-
-
-def _place_to_cut(text: str, share: float) -> int:
-    """Where the held-out end begins: near the share, behind a line or a word if there is one near."""
-    length = len(text.rstrip())
-    exact = max(length - max(round(length * share), 1), 1)
-    near = min(exact, length - exact) // 4
-    for end in ("\n", " "):
-        before = text.rfind(end, exact - near, exact)
-        after = text.find(end, exact, exact + near) if before < 0 else before
-        if after >= 0:
-            return after + 1
-    return exact

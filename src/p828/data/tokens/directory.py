@@ -15,8 +15,14 @@ from p828.config.facts import deciding_tokens
 from p828.config.old_names import renamed
 from p828.config.values import shown
 from p828.data.tokenizer import Tokenizer, load_tokenizer
-from p828.data.tokens.format import MANIFEST_FILE, TOKENIZER_FILE, check_tokenizer, open_manifest
-from p828.data.tokens.sealed import LARGEST_FILE, check_seal
+from p828.data.tokens.format import (
+    LARGEST_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    check_seal,
+    check_tokenizer,
+    open_manifest,
+)
 from p828.errors import ConfigError, DataError, RunFailed
 from p828.files import LOCK_FILE, locked, open_appended, read_limited
 

@@ -1,4 +1,4 @@
-"""The manifest of prepared data: what its shards are, and whether they still are that."""
+"""The manifest of prepared data: what its shards are, whether they still are that, and the seal on its JSON files."""
 
 import errno
 import json
@@ -18,11 +18,12 @@ from p828.config import Config
 from p828.config.old_names import under_old_names
 from p828.data.retry import NO_RETRY, Retry
 from p828.data.tokenizer import Tokenizer
-from p828.data.tokens.sealed import CHECKSUM, LARGEST_FILE, check_seal, write_sealed
 from p828.data.tokens.source_files import SourceFiles
 from p828.errors import ConfigError, DataError, TransientReadError
-from p828.files import MEBIBYTE, open_regular, read_limited
+from p828.files import MEBIBYTE, open_regular, read_limited, write_atomic
 
+CHECKSUM = "xxh3_128"
+LARGEST_FILE = 64 * MEBIBYTE  # of the manifest and the progress of prepared data: two hundred thousand shards
 FORMAT_VERSION = 2
 WITHOUT_CHECKSUM = 1  # the version before, which does not say what files the source had either
 MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
@@ -207,3 +208,29 @@ def checksum_of(path: Path) -> str:
         while data := file.read(MEBIBYTE):
             state.update(data)
     return state.hexdigest()
+
+
+def write_sealed(path: Path, fields: dict[str, Any], indent: int | None = None) -> None:
+    """Put the fields and their checksum in place of what the file held. Raises OSError.
+
+    Raises ConfigError, leaving the file as it was, if they are more than its readers accept.
+    """
+    text = _spelled(fields, indent)
+    if len(text) > LARGEST_FILE:
+        raise ConfigError(
+            f"{path}: would have {len(text):,} bytes, and at most {LARGEST_FILE:,} are accepted. Give patterns or "
+            "directories in place of long lists of file names"
+        )
+    write_atomic(path, text)
+
+
+def check_seal(content: bytes, fields: dict[str, Any], indent: int | None = None) -> None:
+    """Raises ValueError if `content`, which holds these fields and perhaps their checksum, is not as it was written."""
+    unsealed = {key: value for key, value in fields.items() if key != CHECKSUM}
+    if content != _spelled(unsealed, indent).encode():
+        raise ValueError("its checksum is another")
+
+
+def _spelled(fields: dict[str, Any], indent: int | None) -> str:
+    checksum = xxhash.xxh3_128_hexdigest(json.dumps(fields, indent=indent).encode())
+    return json.dumps({**fields, CHECKSUM: checksum}, indent=indent)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from p828.config import Config
 from p828.data.retry import NO_RETRY, Retry
-from p828.data.text.documents import DocumentStream, open_in_order, open_validation
+from p828.data.text.documents import DocumentStream
+from p828.data.text.open import open_in_order, open_validation
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.directory import (
     HASHES_FILE,
@@ -34,12 +35,11 @@ from p828.data.tokens.format import (
     check_shards,
     check_tokenizer,
     open_manifest,
+    write_sealed,
 )
-from p828.data.tokens.partial_file import PartialFile
-from p828.data.tokens.sealed import write_sealed
 from p828.data.tokens.source_files import SourceFiles
 from p828.data.tokens.text_reader import PARTS, Reader, TextBatch
-from p828.data.tokens.write import BestFitWriter, ShardWriter
+from p828.data.tokens.write import BestFitWriter, PartialFile, ShardWriter
 from p828.errors import ConfigError, DataError, RunFailed
 
 SAVE_EVERY = 5.0  # seconds
@@ -125,7 +125,7 @@ class Preparation:
         return BestFitWriter(shards, self.config.data.sequence_length + 1, state)
 
     def rate(self, seconds: float) -> float:
-        """TokenDataset a second, if this process has been at work for so many seconds."""
+        """Tokens a second, if this process has been at work for so many seconds."""
         return (self.tokens - self._tokens_before) / seconds
 
     def share_done(self) -> float:

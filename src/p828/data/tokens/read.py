@@ -1,19 +1,21 @@
-"""Prepared data: token ids in shards, and rows of them in an order that is computed.
+"""Prepared data: token ids in shards, and samples of them in an order that is computed.
 
 A prepared directory holds `manifest.json`, `tokenizer.json` and, for the parts `training` and `validation`, shards of
 two files each: `NAME.tokens` (token ids, every document followed by EOS) and `NAME.documents` (uint64: twice the place
-in the shard where each document ends, plus one if it is a piece of a cut document). Integers are little-endian.
+in the shard where each document ends, plus one if it is a piece of a split document). Integers are little-endian.
 """
 
+import os
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from p828.data.batch import Sample
 from p828.data.retry import NO_RETRY, Retry
-from p828.data.sample import Sample
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.format import (
     DOCUMENTS,
@@ -24,15 +26,76 @@ from p828.data.tokens.format import (
     check_tokenizer,
     open_manifest,
 )
-from p828.data.tokens.number_files import NumberFiles
 from p828.data.tokens.permutation import Permutation
-from p828.errors import ConfigError, DataError
+from p828.errors import ConfigError, DataError, TransientReadError
+from p828.files import open_regular
 
 VALIDATION_ORDER = (0,)  # the key of an order that no seed changes
 DOCUMENT_ENDS = np.dtype("<u8")
-NUMBERS_AT_ONCE = 1024  # of rows: computing so many takes little more time than one
+NUMBERS_AT_ONCE = 1024  # of samples: computing so many takes little more time than one
 INDEXED = 512  # the end of every 512th document is in memory; the ends between two of them are read together
 COUNTED_TOGETHER = 1 << 16  # documents
+MOST_OPEN = 1024  # files that one `NumberFiles` keeps open at most
+SHARE_OPEN = 16  # it also keeps no more open than a 16th of the files that the process may open
+
+
+class NumberFiles:
+    """Files of numbers of one type, read by their place, of which those used last are open.
+
+    They are read and not mapped into memory: the system ends a process whose mapped file is cut or cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path], dtype: np.dtype[Any], lengths: Sequence[int], retry: Retry) -> None:
+        """`lengths` are in numbers. Raises DataError naming a file that is not there or of another size."""
+        self.paths, self.dtype, self.lengths, self.retry = paths, dtype, lengths, retry
+        self._open: dict[int, BinaryIO] = {}  # the one used last at the end
+        self._most_open = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // SHARE_OPEN, MOST_OPEN), 2)
+        for path, length in zip(paths, lengths, strict=True):
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+            if size != length * dtype.itemsize:
+                raise DataError(f"{path}: damaged or changed: {size:,} bytes, not {length * dtype.itemsize:,}")
+
+    def read(self, file: int, start: int, stop: int) -> Any:
+        """The numbers from `start` to `stop` of a file. Raises TransientReadError, also when the file is shorter by
+        now.
+        """
+        start, stop = max(start, 0), min(stop, self.lengths[file])
+        if start >= stop:
+            return np.empty(0, self.dtype)
+        return np.frombuffer(self.retry.call(lambda: self._bytes(file, start, stop)), self.dtype)
+
+    def __del__(self) -> None:
+        for file in self.__dict__.get("_open", {}).values():
+            file.close()
+
+    def _bytes(self, file: int, start: int, stop: int) -> bytes:
+        at, size = start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
+        try:
+            descriptor = self._opened(file).fileno()
+            data = os.pread(descriptor, size, at)
+            while len(data) < size:  # more than a call gives, or the end of the file
+                more = os.pread(descriptor, size - len(data), at + len(data))
+                if not more:
+                    now = os.fstat(descriptor).st_size
+                    raise TransientReadError(f"{self.paths[file]}: damaged or changed: cut to {now:,} bytes")
+                data += more
+        except OSError as error:
+            if file in self._open:
+                self._open.pop(file).close()  # the next attempt opens it anew
+            raise TransientReadError(f"{self.paths[file]}: cannot be read: {error.strerror}") from None
+        else:
+            return data
+        finally:
+            if len(self._open) > self._most_open:
+                self._open.pop(next(iter(self._open))).close()
+
+    def _opened(self, file: int) -> BinaryIO:
+        found = self._open.pop(file, None) or open_regular(self.paths[file])
+        self._open[file] = found
+        return found
 
 
 class TokenDataset:
@@ -65,8 +128,8 @@ class TokenDataset:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def row(self, start: int, length: int, epoch: int) -> Sample:
-        """The `length` tokens from `start` on, padded at the end; documents count from 0 within the row.
+    def sample(self, start: int, length: int, epoch: int) -> Sample:
+        """The `length` tokens from `start` on, padded at the end; documents count from 0 within the sample.
 
         Raises TransientReadError, and DataError if the shards hold no prepared data.
         """
@@ -84,13 +147,12 @@ class TokenDataset:
                 begins_document |= int(before) // 2 == at - offset
             ends.append(inside.astype(np.int64) + 2 * (offset - start))
             shard, at = shard + 1, stop
-        return self._row(np.concatenate(tokens).astype(np.int64), np.concatenate(ends), begins_document, epoch).padded(
-            length, self._eos_id
-        )
+        found = np.concatenate(tokens).astype(np.int64)
+        return self._sample(found, np.concatenate(ends), begins_document, epoch).padded(length, self._eos_id)
 
-    def cut_documents(self, row_length: int) -> int:
-        """How many documents have parts in several rows. Raises TransientReadError."""
-        cut = 0
+    def split_documents(self, sample_length: int) -> int:
+        """How many documents are in several samples. Raises TransientReadError."""
+        split = 0
         for shard, offset in enumerate(self._starts[:-1]):
             last_end = 0
             for first in range(0, self._ends.lengths[shard], COUNTED_TOGETHER):
@@ -101,10 +163,10 @@ class TokenDataset:
                     (self._tokens.read(shard, end - 1, end) == self._eos_id).all() for end in ends[is_piece].tolist()
                 ]
                 starts = np.concatenate([[last_end], ends[:-1]])
-                crosses = (starts + offset) // row_length != (ends - 1 + offset) // row_length
-                cut += int((is_last & (is_piece | crosses)).sum())
+                crosses = (starts + offset) // sample_length != (ends - 1 + offset) // sample_length
+                split += int((is_last & (is_piece | crosses)).sum())
                 last_end = int(ends[-1])
-        return cut
+        return split
 
     def _ends_between(self, shard: int, start: int, stop: int) -> tuple[Any, Any]:
         """The marks of the documents that end at > start and <= stop, and the one before them, None if none is."""
@@ -120,8 +182,8 @@ class TokenDataset:
         numbers = range(0, self._ends.lengths[shard], COUNTED_TOGETHER)
         return np.concatenate([self._ends.read(shard, at, at + COUNTED_TOGETHER)[::INDEXED] for at in numbers])
 
-    def _row(self, tokens: Any, marks: Any, begins_document: bool, epoch: int) -> Sample:
-        """A row of documents with these marks: twice the place of their end in it, plus one if they are pieces."""
+    def _sample(self, tokens: Any, marks: Any, begins_document: bool, epoch: int) -> Sample:
+        """A sample of documents with these marks: twice the place of their end in it, plus one if they are pieces."""
         ends, is_piece = marks // 2, marks % 2 == 1
         if (np.diff(ends, prepend=0) < 1).any() or (ends > len(tokens)).any() or (tokens >= self._vocab_size).any():
             raise DataError(f"{self._directory}: no prepared data: documents end nowhere, or ids are no tokens")
@@ -155,27 +217,27 @@ class Prepared:
         shards = self.manifest.training if part == "training" else self.manifest.validation
         return TokenDataset(self.directory, shards, self.manifest.token_dtype, self.eos_id, self.vocab_size, retry)
 
-    def validation_rows(
+    def validation_samples(
         self, count: int, sequence_length: int, retry: Retry = NO_RETRY, part: tuple[int, int] = (0, 1)
     ) -> list[Sample]:
-        """Up to `count` rows from all over the validation documents, the same ones whatever the seed.
+        """Up to `count` samples from all over the validation documents, the same ones whatever the seed.
 
         `part` is as in `check_shards`. Raises DataError naming a damaged shard, and TransientReadError.
         """
         tokens = self.tokens("validation", retry)
         check_shards(self.directory, self.manifest.validation, retry=retry, part=part)
         length = sequence_length + 1
-        # A last row of a single token has nothing to predict.
+        # A last sample of a single token has nothing to predict.
         order = Permutation(max(-(-(len(tokens) - 1) // length), 1), VALIDATION_ORDER)
         numbers = order(range(min(count, order.length)))
-        return [tokens.row(int(number) * length, length, epoch=0) for number in numbers]
+        return [tokens.sample(int(number) * length, length, epoch=0) for number in numbers]
 
 
 class ShuffledTokenDataset:
-    """Training rows in random order: what stands at a place of an epoch is a function of (seed, epoch, place) alone.
+    """Training samples in random order: what stands at a place of an epoch is a function of (seed, epoch, place) alone.
 
-    Sample r is the tokens from r (S+1) on; the last one is padded. The state is how many rows were given to all ranks,
-    so that any number of them goes on at once from any place.
+    Sample r is the tokens from r (S+1) on; the last one is padded. The state is how many samples were issued to all
+    ranks, so that any number of ranks goes on at once from any place.
     """
 
     def __init__(
@@ -190,46 +252,46 @@ class ShuffledTokenDataset:
         self.prepared = prepared
         self.tokens = prepared.tokens("training", retry)
         self.fingerprint = prepared.manifest.fingerprint()
-        self.row_length = sequence_length + 1
+        self.sample_length = sequence_length + 1
         self.seed = seed
         self._retry, self._part = retry, part
-        self._given = 0
+        self._issued = 0
         self._numbers: tuple[tuple[int, int], Any] = ((-1, -1), None)  # a block of the order, by epoch and number
         self._known: dict[str, list[int]] = {}  # files as they were when their checksums were last seen to be right
         self._checked: dict[str, list[int]] | None = None  # the same, for this process
 
     @property
-    def rows_per_epoch(self) -> int:
-        return -(-len(self.tokens) // self.row_length)
+    def samples_per_epoch(self) -> int:
+        return -(-len(self.tokens) // self.sample_length)
 
     def take(self, batch: int, count: int) -> list[Sample]:
-        """The next `count` rows. Raises DataError, before the first, if a shard is damaged, and TransientReadError."""
+        """The next `count` samples. Raises DataError, before the first, for a damaged shard; TransientReadError."""
         if self._checked is None:
             shards = self.prepared.manifest.training
             self._checked = check_shards(self.prepared.directory, shards, self._known, self._retry, self._part)
-        self._given += count
-        return [self.at(index) for index in range(self._given - count, self._given)]
+        self._issued += count
+        return [self.at(index) for index in range(self._issued - count, self._issued)]
 
     def skip(self, batch: int, count: int) -> None:
-        self._given += count
+        self._issued += count
 
     def at(self, index: int) -> Sample:
-        """The row with a number over all epochs."""
-        epoch, place = divmod(index, self.rows_per_epoch)
-        return self.tokens.row(self._number(epoch, place) * self.row_length, self.row_length, epoch)
+        """The sample with a number over all epochs."""
+        epoch, place = divmod(index, self.samples_per_epoch)
+        return self.tokens.sample(self._number(epoch, place) * self.sample_length, self.sample_length, epoch)
 
     def _number(self, epoch: int, place: int) -> int:
         block, within = divmod(place, NUMBERS_AT_ONCE)
         key = (epoch, block)
         if self._numbers[0] != key:
-            places = range(block * NUMBERS_AT_ONCE, min((block + 1) * NUMBERS_AT_ONCE, self.rows_per_epoch))
-            self._numbers = key, Permutation(self.rows_per_epoch, (self.seed, epoch))(places)
+            places = range(block * NUMBERS_AT_ONCE, min((block + 1) * NUMBERS_AT_ONCE, self.samples_per_epoch))
+            self._numbers = key, Permutation(self.samples_per_epoch, (self.seed, epoch))(places)
         return int(self._numbers[1][within])
 
     def state_dict(self) -> dict[str, Any]:
         """The place, and what is known of the files: of those that are compared here, once they were."""
         checked = self._known if self._checked is None else self._checked
-        return {"prepared": self.fingerprint, "rows": self._given, "checked": checked}
+        return {"prepared": self.fingerprint, "rows": self._issued, "checked": checked}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ConfigError if the state is of other data."""
@@ -238,4 +300,4 @@ class ShuffledTokenDataset:
                 f"{self.prepared.directory}: not the data of the checkpoint. Give that as data.prepared, or start a "
                 "new run"
             )
-        self._given, self._known, self._checked = state["rows"], state["checked"], None
+        self._issued, self._known, self._checked = state["rows"], state["checked"], None

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from p828.config import Config
-from p828.data.text.documents import DocumentStream
-from p828.data.text.held_out import divided
+from p828.data.text.documents import DocumentStream, divided
 from p828.data.text.packing import BATCH_CHARACTERS, BATCH_DOCUMENTS
 from p828.data.tokens.filters import SeenTexts, reason_to_drop
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from p828.config import Config, OptimizerConfig
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.distributed.group import ProcessGroup
 from p828.engine.cuda_graph import is_capturable
 from p828.engine.deepspeed.partitions import Partition, flat_groups, partitions, sync_from_masters

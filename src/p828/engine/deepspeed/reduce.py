@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from p828.config import BalanceConfig
-from p828.data.loader import Batch
+from p828.data.batch import Batch
 from p828.engine.microbatch import GradientAccumulator
 from p828.model.transformer import Transformer
 

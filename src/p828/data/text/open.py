@@ -1,0 +1,160 @@
+"""The documents that a configuration names: to train on, to validate on, or all of them in order.
+
+Another kind of text is a `Shard` in a file of its own. A kind of local file is chosen in `_file_shards`, by its ending;
+another source is a value of `data.source`, and a branch in `_training_shards` and `source_name`.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from p828.config import DataConfig
+from p828.data.retry import NO_RETRY, Retry
+from p828.data.text.documents import DocumentStream, permutation
+from p828.data.text.files import FileShard, file_shards, python_shards
+from p828.data.text.held_out import are_few, enough_documents
+from p828.data.text.hub import HubShard, hub_shards
+from p828.data.text.shard import Shard, deal
+
+HELD_OUT_ORDER = (0,)  # held-out documents come in one shard order, whatever the run's seed
+
+
+def open_training(
+    config: DataConfig,
+    seed: int,
+    epochs: int | None = None,
+    part: int = 0,
+    parts: int = 1,
+    retry: Retry = NO_RETRY,
+    by_end: bool | None = None,
+) -> DocumentStream:
+    """The training documents, shuffled; without the held-out share if validation takes one.
+
+    Of `parts` streams, which have no document in common, it is the one numbered `part`. `by_end` is the rule by which
+    text is held out, if that is known already. Raises ConfigError if the source cannot be opened; `epochs=None` never
+    ends.
+    """
+    shards, source = _training_shards(config), source_name(config)
+    share = config.validation.fraction if config.validation.kind == "held_out" else 0.0
+    if by_end is None:
+        by_end = _is_held_out_by_end(config, shards, retry)
+    shards = deal(shards, part, parts)
+    if parts > 1:
+        source = f"part {part + 1} of data.streams = {parts} of {source}"
+    return DocumentStream(shards, source, config.block_documents, seed, epochs, share, by_end=by_end, retry=retry)
+
+
+def open_in_order(config: DataConfig, retry: Retry = NO_RETRY) -> DocumentStream:
+    """Every document of the source once, whole, in its own order. Raises ConfigError as `open_training`.
+
+    Its `by_end` says by which rule the caller is to hold out text.
+    """
+    shards = _training_shards(config)
+    by_end = _is_held_out_by_end(config, shards, retry)
+    return DocumentStream(shards, source_name(config), block_documents=1, epochs=1, by_end=by_end, retry=retry)
+
+
+def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | None = None) -> DocumentStream:
+    """The validation documents, once, in an order that no seed changes. Raises ConfigError as `open_training`."""
+    validation = config.validation
+    # Blocks of one document: evaluation reads no further than it needs.
+    if validation.kind == "files":
+        files = _file_shards(config, validation.files, "data.validation.files")
+        source = f"data.validation.files = {_shown(validation.files)}"
+        return DocumentStream(files, source, block_documents=1, epochs=1, retry=retry)
+    if validation.kind == "split":
+        name = validation.hub_name or config.hub_name
+        subset = config.hub_subset if name == config.hub_name else ""
+        revision = validation.hub_revision or (config.hub_revision if name == config.hub_name else "")
+        shards = _hub_shards(config, name, subset, validation.split, revision)
+        return DocumentStream(shards, f"split {validation.split!r} of {name}", block_documents=1, epochs=1, retry=retry)
+    in_order = _training_shards(config)
+    if by_end is None:
+        by_end = _is_held_out_by_end(config, in_order, retry)
+    # Spread over the source: evaluation may read the first documents only.
+    spread = [in_order[i] for i in permutation(len(in_order), HELD_OUT_ORDER)]
+    source = f"the held-out share data.validation.fraction = {validation.fraction} of {source_name(config)}"
+    return DocumentStream(
+        spread,
+        source,
+        block_documents=1,
+        epochs=1,
+        share=validation.fraction,
+        held_out=True,
+        by_end=by_end,
+        retry=retry,
+    )
+
+
+def check_streams(config: DataConfig, seed: int, retry: Retry, by_end: bool) -> None:
+    """Raises ConfigError if one of several streams has no document, which would end the run at its first batch.
+
+    What has to come over the network is not asked for.
+    """
+    if config.streams > 1 and _is_local(config):
+        one_by_one = replace(config, block_documents=1)
+        for part in range(config.streams):
+            next(open_training(one_by_one, seed, part=part, parts=config.streams, retry=retry, by_end=by_end))
+
+
+def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
+    """What is never trained on, in a line; empty where validation has text of its own.
+
+    Raises ConfigError as `open_training`.
+    """
+    if config.validation.kind != "held_out":
+        return ""
+    source = " ".join(config.files) if config.source == "files" and len(config.files) <= 3 else source_name(config)
+    if by_end is None:
+        by_end = _may_be_few(config) and _is_held_out_by_end(config, _training_shards(config), NO_RETRY)
+    share = f"{100 * config.validation.fraction:.3g}%"
+    if not by_end:
+        return f"held out for validation: {share} of the documents in {source}"
+    few = f"it has fewer than {enough_documents(config.validation.fraction):,} documents"
+    return f"held out for validation: the last {share} of each document in {source}, as {few}"
+
+
+def _training_shards(config: DataConfig) -> Sequence[Shard]:
+    if config.source == "python":
+        return python_shards()
+    if config.source == "files":
+        return _file_shards(config, config.files, "data.files")
+    return _hub_shards(config, config.hub_name, config.hub_subset, config.hub_split, config.hub_revision)
+
+
+def source_name(config: DataConfig) -> str:
+    """Where the training documents come from, in words."""
+    if config.source == "python":
+        return "the standard library's source"
+    if config.source == "files":
+        return f"data.files = {_shown(config.files)}"
+    return f"split {config.hub_split!r} of {config.hub_name}"
+
+
+def _file_shards(config: DataConfig, globs: tuple[str, ...], key: str) -> list[FileShard]:
+    limit = config.max_document_megabytes * 10**6
+    return file_shards(globs, config.text_field, key, limit, config.bad_records == "skip")
+
+
+def _hub_shards(config: DataConfig, name: str, subset: str, split: str, revision: str) -> list[HubShard]:
+    limit = config.max_document_megabytes * 10**6
+    return hub_shards(name, subset, split, config.text_field, revision, limit, config.bad_records == "skip")
+
+
+def _is_held_out_by_end(config: DataConfig, shards: Sequence[Shard], retry: Retry) -> bool:
+    """Whether there are too few documents to hold out whole ones."""
+    return _may_be_few(config) and are_few(shards, config.validation.fraction, retry)
+
+
+def _may_be_few(config: DataConfig) -> bool:
+    """The standard library is known not to be; what has to come over the network is not counted."""
+    return config.validation.kind == "held_out" and config.source != "python" and _is_local(config)
+
+
+def _is_local(config: DataConfig) -> bool:
+    return config.source != "hf" or os.path.isdir(config.hub_name)
+
+
+def _shown(globs: Sequence[str]) -> str:
+    text = str(list(globs))
+    return text if len(text) <= 200 else text[:200] + "…"
