@@ -20,9 +20,9 @@ from p828.data.text.best_fit_packer import BestFitPacker
 from p828.data.text.documents import held_out_words, open_in_order, open_training, open_validation
 from p828.data.text.packing import Packer, Packing
 from p828.data.tokenizer import Tokenizer
-from p828.data.tokens.directory import check_settings, data_settings
 from p828.data.tokens.format import MANIFEST_FILE, TOKENIZER_FILE, open_manifest
 from p828.data.tokens.read import Prepared, ShuffledTokenDataset
+from p828.data.tokens.settings import check_settings, data_settings
 from p828.errors import ConfigError
 
 

@@ -42,6 +42,10 @@ class PythonShard:
     def size(self) -> int:
         return (self.root / self.name).stat().st_size
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (self.root / self.name,)
+
     def identity(self, with_contents: bool) -> str:
         return f"{self.name} {self.size}"
 
@@ -88,17 +92,14 @@ class FileShard:
     def has_lines(self) -> bool:
         return _ending(Path(self.name)) == ".jsonl"
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (Path(self.name),)
+
     def identity(self, with_contents: bool) -> str:
         """Name, size and, if wanted, a checksum of the first and last bytes."""
-        size = self.size
-        known = f"{Path(self.name).name} {size}"
-        if not with_contents:
-            return known
         try:
-            with open_regular(Path(self.name)) as file:
-                head = file.read(IDENTIFIED_BY)
-                file.seek(max(size - IDENTIFIED_BY, 0))
-                return f"{known} {xxhash.xxh3_64_hexdigest(head + file.read(IDENTIFIED_BY))}"
+            return file_identity(Path(self.name), with_contents)
         except OSError as error:
             raise self._unreadable(error) from None
 
@@ -111,8 +112,7 @@ class FileShard:
         return f"{count} {checksum.hexdigest()}"
 
     def documents(self, start: int = 0) -> Iterator[str | BadRecord]:
-        """Raises ConfigError naming the file, and the line of a JSON Lines file, that is wrong, and TransientReadError.
-        """
+        """Raises ConfigError naming the file, and the line of a JSON Lines file, that is wrong, and TransientReadError."""
         with closing(self._records()) as records:
             for number, record in enumerate(records):
                 if number < start:
@@ -174,6 +174,18 @@ class FileShard:
         except (ValueError, RecursionError) as error:
             raise BadRecord(f"{where}: not a line of JSON: {error}", number) from None
         return text_of(fields, self.text_field, where, number)
+
+
+def file_identity(path: Path, with_contents: bool) -> str:
+    """A file's name, size and, if wanted, a checksum of its first and last bytes. Raises OSError."""
+    size = path.stat().st_size
+    known = f"{path.name} {size}"
+    if not with_contents:
+        return known
+    with open_regular(path) as file:
+        head = file.read(IDENTIFIED_BY)
+        file.seek(max(size - IDENTIFIED_BY, 0))
+        return f"{known} {xxhash.xxh3_64_hexdigest(head + file.read(IDENTIFIED_BY))}"
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

@@ -16,10 +16,11 @@ import xxhash
 
 from p828.data.retry import NO_RETRY, Retry
 from p828.data.tokenizer import Tokenizer
+from p828.data.tokens.checksum import checksum_of
 from p828.data.tokens.sealed import CHECKSUM, LARGEST_FILE, check_seal, write_sealed
 from p828.data.tokens.source_files import SourceFiles
 from p828.errors import ConfigError, TransientReadError
-from p828.files import MEBIBYTE, open_regular, read_limited
+from p828.files import read_limited
 
 FORMAT_VERSION = 2
 WITHOUT_CHECKSUM = 1  # the version before, which does not say what files the source had either
@@ -195,12 +196,3 @@ def _wait(directory: Path, checks: Sequence[Future[list[int]]], retry: Retry) ->
         if left:
             retry.tell(f"{directory}: comparing its files with their checksums: {done} of {len(checks)} done")
             patience += NEXT_WORD
-
-
-def checksum_of(path: Path) -> str:
-    """Outside the interpreter's lock, at about the memory's speed. Raises OSError."""
-    state = xxhash.xxh3_128()
-    with open_regular(path) as file:
-        while data := file.read(MEBIBYTE):
-            state.update(data)
-    return state.hexdigest()
