@@ -128,9 +128,9 @@ def _is_every_row(config: Config, flags: Collection[str]) -> bool:
 def _batches(config: Config, loaded: LoadedModel, flags: Collection[str]) -> Iterable[Batch]:
     size = config.train.micro_batch_size
     if _is_every_row(config, flags):
-        return all_validation_batches(config, loaded.tokenizer, size)
+        return all_validation_batches(config, loaded.tokenizer, size, note)
     rules = loaded.rules if _texts(config) == _texts(loaded.config) else []
-    return validation_batches(config, loaded.tokenizer, config.evaluation.rows, size, rules)
+    return validation_batches(config, loaded.tokenizer, config.evaluation.rows, size, rules, tell=note)
 
 
 def _texts(config: Config) -> list[tuple[Any, ...]]:

@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> None:
         key = "data.mixture[0].prepared" if config.data.mixture else "data.prepared"
         raise ConfigError(f"{key} is empty: give the directory to write to. Usage: {USAGE}")
     for data in wanted:
-        open_in_order(data)  # a source that is not there ends it here
+        open_in_order(data, Retry(tell=_say))  # a source that is not there ends it here
         for line in trained_on_too(data):
             print(line, flush=True)
     directories = [Path(data.prepared) for data in wanted]
@@ -87,6 +87,10 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _answer(number: signal.Signals) -> None:

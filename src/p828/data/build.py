@@ -135,13 +135,15 @@ def validation_batches(
     return [make_batch(chosen[i : i + micro_batch_size], mask) for i in range(0, len(chosen), micro_batch_size)]
 
 
-def all_validation_batches(config: Config, tokenizer: Tokenizer, micro_batch_size: int) -> Iterator[Batch]:
+def all_validation_batches(
+    config: Config, tokenizer: Tokenizer, micro_batch_size: int, tell: Callable[[str], None] = lambda text: None
+) -> Iterator[Batch]:
     """Every row of the validation documents that are read as text, as they are read, the last one padded.
 
-    Raises ConfigError if there is no validation text.
+    `tell` is as in `open_loader`. Raises ConfigError if there is no validation text.
     """
     data = config.data.sources[0]
-    rows = _read_rows(data, tokenizer, Retry(data.read_retries))
+    rows = _read_rows(data, tokenizer, Retry(data.read_retries, tell=tell))
     while chosen := list(islice(rows, micro_batch_size)):
         yield make_batch(chosen, config.model.mask_documents)
 

@@ -55,8 +55,8 @@ def train(config: Config) -> None:
                 if data.prepared:
                     open_manifest(Path(data.prepared))
                 else:
-                    open_training(data, config.train.seed)
-                    next(open_validation(data, Retry(data.read_retries)))
+                    open_training(data, config.train.seed, retry=Retry(tell=tell))
+                    next(open_validation(data, Retry(data.read_retries, tell=tell)))
         if config.train.deterministic:
             make_deterministic()
         # Advice to round float32 products to TF32; the router is to stay in float32.

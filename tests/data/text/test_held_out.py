@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_every_reader_keeps_to_the_same_rule(tmp_path: Path, count: int) -> None
     assert sum(map(len, training + validation)) == sum(len(text(i, 300)) for i in range(count))
 
 
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_a_document_that_comes_again_and_again_is_not_searched_to_the_end(tmp_path: Path, share: float) -> None:
+    """The last line, which is none, would end the reading."""
+    path = write_jsonl(tmp_path / "a.jsonl", [text(1)] * 2000)
+    path.write_text(path.read_text() + "{")
+    data = config(path, share)
+    training, validation = next(open_training(replace(data, block_documents=1), 0)), next(open_validation(data))
+    assert training + validation == text(1)
+
+
 def test_a_rule_is_kept(tmp_path: Path) -> None:
     data = config(write_jsonl(tmp_path / "a.jsonl", [text(i) for i in range(50)]))
     stream = open_training(data, 0)
@@ -94,6 +105,7 @@ def test_it_is_said(tmp_path: Path) -> None:
     few = config(write_jsonl(tmp_path / "few.jsonl", ["one", "two"]), share=0.02)
     many = config(write_jsonl(tmp_path / "many.jsonl", [text(i) for i in range(500)]), share=0.02)
     few_words = f"the last 2% of each document in {tmp_path}/few.jsonl, as it has fewer than 500 documents"
+    few_words += ", or the same few again and again"
     assert held_out_lines(Config(data=few)) == [f"held out for validation: {few_words}"]
     assert held_out_lines(Config(data=many)) == [
         f"held out for validation: 2% of the documents in {tmp_path}/many.jsonl"

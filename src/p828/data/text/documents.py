@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -283,7 +283,7 @@ def open_training(
     text is held out, if that is known already. Raises ConfigError if the source cannot be opened; `epochs=None` never
     ends.
     """
-    shards, source = _training_shards(config)
+    shards, source = _training_shards(config, retry.tell)
     share = config.validation.share if config.validation.kind == "held_out" else 0.0
     if by_end is None:
         by_end = _is_held_out_by_end(config, shards, retry)
@@ -298,7 +298,7 @@ def open_in_order(config: DataConfig, retry: Retry = NO_RETRY) -> DocumentStream
 
     Its `by_end` says by which rule the caller is to hold out text.
     """
-    shards, source = _training_shards(config)
+    shards, source = _training_shards(config, retry.tell)
     by_end = _is_held_out_by_end(config, shards, retry)
     return DocumentStream(shards, source, block_documents=1, epochs=1, by_end=by_end, retry=retry)
 
@@ -314,6 +314,7 @@ def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | 
             "data.validation.files",
             config.max_document_megabytes * 10**6,
             config.bad_records == "skip",
+            retry.tell,
         )
         return DocumentStream(
             files, f"data.validation.files = {_shown(validation.files)}", block_documents=1, epochs=1, retry=retry
@@ -324,7 +325,7 @@ def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | 
         revision = validation.hub_revision or (config.hub_revision if name == config.hub_name else "")
         shards = _hub_shards(config, name, subset, validation.split, revision)
         return DocumentStream(shards, f"split {validation.split!r} of {name}", block_documents=1, epochs=1, retry=retry)
-    in_order, source = _training_shards(config)
+    in_order, source = _training_shards(config, retry.tell)
     if by_end is None:
         by_end = _is_held_out_by_end(config, in_order, retry)
     # Spread over the source: evaluation may read the first documents only.
@@ -348,16 +349,18 @@ def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
     share = f"{100 * config.validation.share:.3g}%"
     if not by_end:
         return f"held out for validation: {share} of the documents in {source}"
-    few = f"it has fewer than {enough_documents(config.validation.share):,} documents"
+    few = f"it has fewer than {enough_documents(config.validation.share):,} documents, or the same few again and again"
     return f"held out for validation: the last {share} of each document in {source}, as {few}"
 
 
-def _training_shards(config: DataConfig) -> tuple[Sequence[Shard], str]:
+def _training_shards(
+    config: DataConfig, tell: Callable[[str], None] = lambda text: None
+) -> tuple[Sequence[Shard], str]:
     if config.source == "python":
         return python_shards(), _words(config)
     if config.source == "files":
         limit = config.max_document_megabytes * 10**6
-        files = file_shards(config.files, config.text_field, "data.files", limit, config.bad_records == "skip")
+        files = file_shards(config.files, config.text_field, "data.files", limit, config.bad_records == "skip", tell)
         return files, _words(config)
     shards = _hub_shards(config, config.hub_name, config.hub_subset, config.hub_split, config.hub_revision)
     return shards, _words(config)

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 from p828.config import DataConfig
 from p828.data.retry import Retry
@@ -12,6 +13,7 @@ from p828.data.text.files import FileShard, file_shards
 from p828.data.text.hub import HubShard
 
 EXPECTED_DOCUMENTS = 10  # held out whole, and trained on: where they would be fewer, it is the end of each one
+SEARCHED = 3  # times as many documents are searched for one to hold out: of different ones, exp(-30) have none
 MOST_DOCUMENTS = 2**53  # that are counted with; a share can be so small that it would be infinitely many
 
 
@@ -35,8 +37,28 @@ def enough_documents(share: float) -> int:
 
 
 def are_few(shards: Sequence[FileShard | HubShard], share: float, retry: Retry) -> bool:
-    """Whether there are fewer than `enough_documents`. No more than those are read, and of text files none."""
-    enough, count = enough_documents(share), 0
+    """Whether there are fewer than `enough_documents`, or the hash parts none of three times as many.
+
+    So it is where the same document comes again and again. No more documents than that are read.
+    """
+    enough = enough_documents(share)
+    return _are_fewer(shards, enough, retry) or not _are_parted(shards, share, SEARCHED * enough, retry)
+
+
+def _are_parted(shards: Sequence[FileShard | HubShard], share: float, most: int, retry: Retry) -> bool:
+    """Whether some of the first `most` documents are held out whole, and others are not."""
+    found: set[bool] = set()
+    texts = (text for shard in shards for text in retry.documents(replace(shard, skips=True), 0))
+    for text in islice((text for text in texts if isinstance(text, str) and text.strip()), most):
+        found.add(is_held_out(text, share))
+        if len(found) == 2:
+            return True
+    return False
+
+
+def _are_fewer(shards: Sequence[FileShard | HubShard], enough: int, retry: Retry) -> bool:
+    """Whether there are fewer documents than that. No more than those are read, and of text files none."""
+    count = 0
     for shard in shards:
         if isinstance(shard, FileShard) and not shard.has_lines:
             count += shard.size > 0
