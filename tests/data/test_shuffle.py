@@ -10,7 +10,8 @@ from p828.data.sample import Sample
 from p828.data.shuffle import SampleShuffler
 from p828.data.text.documents import open_training
 from p828.data.text.packing import Packer
-from p828.data.tokenizer import Tokenizer, train_tokenizer
+from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer_training import train_tokenizer
 from runs import run_config
 
 ROWS = 8

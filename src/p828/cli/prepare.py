@@ -20,9 +20,10 @@ from p828.config.files import preset_names
 from p828.data.amount import short
 from p828.data.build import training_documents
 from p828.data.retry import Retry
+from p828.data.run_tokenizer import remarks
 from p828.data.text.documents import open_in_order
 from p828.data.text.held_out import trained_on_too
-from p828.data.tokenizer import Tokenizer, remarks
+from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.directory import GOES_ON, open_output_dirs, resolve_tokenizer
 from p828.data.tokens.format import Manifest
 from p828.data.tokens.prepare import Preparation, WrongText, prepare

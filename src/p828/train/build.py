@@ -9,10 +9,11 @@ from p828.config import Config, load, rules, validate, with_steps
 from p828.data.amount import amounts, repeated
 from p828.data.build import held_out_lines, open_loader, prepared_tokenizer, training_documents, validation_batches
 from p828.data.retry import Retry
+from p828.data.run_tokenizer import load_tokenizer, remarks
 from p828.data.text.documents import open_training, open_validation
 from p828.data.text.held_out import trained_on_too
 from p828.data.text.hub import pinned
-from p828.data.tokenizer import Tokenizer, load_tokenizer, remarks
+from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.format import open_manifest
 from p828.distributed.group import ProcessGroup, joined
 from p828.distributed.links import check_topology

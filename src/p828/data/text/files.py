@@ -259,7 +259,7 @@ def _matches(pattern: str, key: str, tell: Callable[[str], None]) -> list[str]:
         return _files_below(path, f"{key}: {shown}", tell)
     if os.path.exists(path):
         raise ConfigError(f"{key}: {shown} is neither a regular file nor a directory")
-    looked_at = SlowCount(tell, f"{key}: looking for {_plain(shown)}: {{:,}} files so far")
+    looked_at = SlowCount(tell, f"{_plain(f'{key}: {shown}')}: looking for text: {{:,}} files so far")
     matches = []
     try:
         for name in glob.iglob(str(Path(path)), recursive=True):

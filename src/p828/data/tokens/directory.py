@@ -12,7 +12,8 @@ from typing import Any
 
 from p828.config import Config
 from p828.config.values import shown
-from p828.data.tokenizer import Tokenizer, load_tokenizer
+from p828.data.run_tokenizer import load_tokenizer
+from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.format import MANIFEST_FILE, TOKENIZER_FILE, check_tokenizer, open_manifest
 from p828.data.tokens.sealed import LARGEST_FILE, check_seal
 from p828.data.tokens.settings import check_settings, settings, with_paths_of
