@@ -33,7 +33,10 @@ def test_prepared_once_and_trained_on(toml: str, capsys: pytest.CaptureFixture[s
         r"^prepared: [\d,]+ tokens to train on in \d+ documents, [\d,]+ to validate on in \d+$", said, re.M
     )
     assert re.search(r"packing concatenate, cut \d+\.\d% of the documents$", said, re.M)
+    assert "match their checksums" not in said
     assert dispatch(["prepare", toml, *flags]) == 0
+    num_files = len([*Path("prepared").glob("*.tokens"), *Path("prepared").glob("*.documents")])
+    assert f"complete already; all {num_files} files match their checksums" in capsys.readouterr().out
     assert dispatch(["train", toml, *flags, "--evaluation.bigram-baseline", "True"]) == 0
     assert "a bigram model of the same tokens" in capsys.readouterr().out
     assert Path("runs/tiny/tokenizer.json").read_bytes() == Path("prepared/tokenizer.json").read_bytes()

@@ -22,10 +22,10 @@ from p828.data.build import training_documents
 from p828.data.retry import Retry
 from p828.data.run_tokenizer import remarks
 from p828.data.text.documents import open_in_order
-from p828.data.text.held_out import trained_on_too
+from p828.data.text.held_out import trained_on_too, unused_text_field
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.directory import GOES_ON, open_output_dirs, resolve_tokenizer
-from p828.data.tokens.format import Manifest
+from p828.data.tokens.format import MANIFEST_FILE, Manifest
 from p828.data.tokens.prepare import Preparation, WrongText, prepare
 from p828.data.tokens.read import Prepared
 from p828.errors import ConfigError, RunStopped, TransientReadError
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> None:
         raise ConfigError(f"{key} is empty: give the directory to write to. Usage: {USAGE}")
     for data in wanted:
         open_in_order(data, Retry(tell=_say))  # a source that is not there ends it here
-        for line in trained_on_too(data):
+        for line in (*trained_on_too(data), *unused_text_field(data)):
             print(line, flush=True)
     directories = [Path(data.prepared) for data in wanted]
     with _ended_by_signals(), open_output_dirs(directories):
@@ -54,6 +54,7 @@ def run(arguments: list[str]) -> None:
         for line in remarks(config.tokenizer, tokenizer, training_documents(config)):
             print(line, flush=True)
         for number, data in enumerate(wanted):
+            was_complete = (Path(data.prepared) / MANIFEST_FILE).exists()
             try:
                 manifest = _prepare(replace(config, data=data), tokenizer)
             except WrongText as error:
@@ -61,6 +62,8 @@ def run(arguments: list[str]) -> None:
                     raise
                 raise RunStopped(f"{error}\n{GOES_ON}") from error
             print(describe(manifest, data, tokenizer))
+            if was_complete:
+                print(f"it was complete already; all {_num_files(manifest)} files match their checksums")
 
 
 @contextmanager
@@ -170,6 +173,10 @@ def describe(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) -> str:
         *(f"left out, {kind.replace('_', ' ')}: {count:,}" for kind, count in counts.items() if kind not in KEPT),
     ]
     return "\n".join(lines)
+
+
+def _num_files(manifest: Manifest) -> int:
+    return sum(len(shard.checksums) for shard in (*manifest.training, *manifest.validation))
 
 
 def _describe(default: Config) -> str:

@@ -11,7 +11,7 @@ from p828.data.build import held_out_lines, open_loader, prepared_tokenizer, tra
 from p828.data.retry import Retry
 from p828.data.run_tokenizer import load_tokenizer, remarks
 from p828.data.text.documents import open_training, open_validation
-from p828.data.text.held_out import trained_on_too
+from p828.data.text.held_out import trained_on_too, unused_text_field
 from p828.data.text.hub import pinned
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.format import open_manifest
@@ -179,7 +179,8 @@ def _tell_how_it_begins(trainer: Trainer, about_data: list[str], changes: list[s
     for line in lines:
         trainer.tell("resume", line)
     read = [data for data in config.data.sources if not data.prepared]
-    for line in (*rules.remarks(config), *(line for data in read for line in trained_on_too(data))):
+    of_text = [line for data in read for line in (*trained_on_too(data), *unused_text_field(data))]
+    for line in (*rules.remarks(config), *of_text):
         trainer.tell("remark", line)
     if config.train.dtype == "auto" and lacks_bfloat16(trainer.engine.device):
         trainer.tell("remark", "this GPU does not compute in bfloat16: the run is in float32")

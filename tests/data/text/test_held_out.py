@@ -9,7 +9,7 @@ from p828.config import Config, DataConfig, ValidationConfig
 from p828.data.build import held_out_lines, training_documents
 from p828.data.retry import NO_RETRY
 from p828.data.text.documents import open_in_order, open_training, open_validation
-from p828.data.text.held_out import are_few, divided, is_held_out, trained_on_too
+from p828.data.text.held_out import are_few, divided, is_held_out, trained_on_too, unused_text_field
 from p828.data.tokens.text_reader import Reader
 
 
@@ -99,6 +99,17 @@ def test_validation_files_that_are_trained_on_are_told(tmp_path: Path) -> None:
         lines = trained_on_too(DataConfig(source="files", files=trained, validation=validation))
         assert [line.startswith(f"data.validation.files: {count} of ") for line in lines] == [True] * bool(count)
     assert not trained_on_too(config(tmp_path))
+
+
+def test_a_text_field_of_no_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    data = replace(config(tmp_path / "a.txt"), text_field="content")
+    (line,) = unused_text_field(data)
+    assert line.startswith("data.text_field = 'content': it changes nothing")
+    assert not unused_text_field(config(tmp_path / "a.txt"))
+    other = write_jsonl(tmp_path / "b.jsonl", ["one"], field="content")
+    assert not unused_text_field(replace(data, files=(str(tmp_path),)))
+    assert not unused_text_field(replace(data, validation=ValidationConfig(kind="files", files=(str(other),))))
 
 
 def test_it_is_said(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from p828.data.text.hub import HubShard
 
 EXPECTED_DOCUMENTS = 10  # held out whole, and trained on: where they would be fewer, it is the end of each one
 SEARCHED = 3  # times as many documents are searched for one to hold out: of different ones, exp(-30) have none
+LEAST_SEARCHED = 1000  # documents, however large the share
 MOST_DOCUMENTS = 2**53  # that are counted with; a share can be so small that it would be infinitely many
 
 
@@ -42,7 +43,8 @@ def are_few(shards: Sequence[FileShard | HubShard], share: float, retry: Retry) 
     So it is where the same document comes again and again. No more documents than that are read.
     """
     enough = enough_documents(share)
-    return _are_fewer(shards, enough, retry) or not _are_parted(shards, share, SEARCHED * enough, retry)
+    searched = max(SEARCHED * enough, LEAST_SEARCHED)
+    return _are_fewer(shards, enough, retry) or not _are_parted(shards, share, searched, retry)
 
 
 def _are_parted(shards: Sequence[FileShard | HubShard], share: float, most: int, retry: Retry) -> bool:
@@ -84,6 +86,21 @@ def trained_on_too(config: DataConfig) -> list[str]:
     return [
         f"data.validation.files: {len(both):,} of {len(validation):,} files are in data.files too, as {both[0]}: "
         "they are trained on, so the validation loss does not tell how the model does on other text"
+    ]
+
+
+def unused_text_field(config: DataConfig) -> list[str]:
+    """A line if `data.text_field` is not the default and no file has fields. Raises ConfigError as `file_shards`."""
+    if config.source != "files" or config.text_field == DataConfig.text_field or config.validation.kind == "split":
+        return []
+    shards = file_shards(config.files, config.text_field, "data.files")
+    if config.validation.kind == "files":
+        shards += file_shards(config.validation.files, config.text_field, "data.validation.files")
+    if not shards or any(shard.has_lines for shard in shards):
+        return []
+    return [
+        f"data.text_field = {config.text_field[:80]!r}: it changes nothing, as there is no .jsonl file, which has "
+        f"fields; {shards[0].name} is text as a whole"
     ]
 
 
