@@ -14,6 +14,7 @@ from p828.data.tokenizer import Tokenizer
 from p828.data.tokens import source_files
 from p828.data.tokens.format import Manifest
 from p828.data.tokens.prepare import prepare
+from p828.data.tokens.sealed import CHECKSUM, write_sealed
 from p828.errors import ConfigError
 
 
@@ -71,6 +72,21 @@ def test_text_that_changes_while_it_is_read_is_not_taken_for_what_was_read(
         make(config, tmp_path / "prepared", tokenizer)
 
 
+def test_an_interruption_while_checksums_are_made_keeps_the_tokens(
+    config: Config, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make(config, tmp_path / "whole", tokenizer)
+    with monkeypatch.context() as interrupted:
+
+        def interrupt(path: Path) -> str:
+            raise KeyboardInterrupt
+
+        interrupted.setattr(source_files, "checksum_of", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make(config, tmp_path / "prepared", tokenizer)
+    assert make(config, tmp_path / "prepared", tokenizer) == whole
+
+
 def test_manifests_of_before_are_accepted(config: Config, tmp_path: Path, tokenizer: Tokenizer) -> None:
     manifest = make(config, tmp_path / "prepared", tokenizer)
     assert manifest.files is not None
@@ -80,8 +96,6 @@ def test_manifests_of_before_are_accepted(config: Config, tmp_path: Path, tokeni
     fields = json.loads(path.read_text())
     for key in ("times", "contents", "checksums"):
         del fields["files"][key]
-    from p828.data.tokens.sealed import CHECKSUM, write_sealed
-
     write_sealed(path, {key: value for key, value in fields.items() if key != CHECKSUM}, 1)
     edit(tmp_path / "texts" / "1.jsonl")  # which they do not tell
     assert make(config, tmp_path / "prepared", tokenizer).files == dataclasses.replace(
