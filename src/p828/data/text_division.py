@@ -41,8 +41,7 @@ def borders(spec: dict[str, Any]) -> re.Pattern[str] | None:
         found = BEFORE_SPACE if _merges_end_before(space, spec["model"]) else None
     else:
         found = _ends_of_pieces(spec["pre_tokenizer"], space)
-    added = spec["added_tokens"]
-    return found if found and not any(_may_cross(token, found, added) for token in added) else None
+    return None if found is None or _may_cross(spec["added_tokens"], found) else found
 
 
 def parts_of(text: str, where: re.Pattern[str], size: int) -> Iterator[str]:
@@ -98,11 +97,17 @@ def _ends_of_pieces(pre_tokenizer: dict[str, Any], space: str) -> re.Pattern[str
     return None
 
 
-def _may_cross(token: dict[str, Any], where: re.Pattern[str], added: list[dict[str, Any]]) -> bool:
+def _may_cross(added: list[dict[str, Any]], where: re.Pattern[str]) -> bool:
     """Whether an added token, which is found in the text before it is divided into pieces, may lie on a border."""
-    content = token["content"].replace(METASPACE, SPACE)
-    if not token["special"]:
-        return bool(token["lstrip"] or token["rstrip"] or token["single_word"] or where.search(content))
-    # A special token is no such token, but where text spells one, no other is found that overlaps with it.
-    others = {char for other in added if not other["special"] for char in other["content"].replace(METASPACE, SPACE)}
-    return not others.isdisjoint(content) and bool(where.search(content))
+    ordinary = [token for token in added if not token["special"]]
+    if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in ordinary):
+        return True
+    characters = {character for token in ordinary for character in _with_spaces(token)}
+    # A special token is not looked for, but where text spells one, none is found that overlaps with it.
+    overlapping = [token for token in added if token["special"] and not characters.isdisjoint(_with_spaces(token))]
+    return any(where.search(_with_spaces(token)) for token in (*ordinary, *overlapping))
+
+
+def _with_spaces(token: dict[str, Any]) -> str:
+    content: str = token["content"]
+    return content.replace(METASPACE, SPACE)
