@@ -1,14 +1,22 @@
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from p828.cli.main import dispatch
 from p828.config import TokenizerConfig
 from p828.data.text.documents import is_held_out
-from p828.data.tokenizer import train_tokenizer
+from p828.data.tokenizer_training import train_tokenizer
 from p828.runs import records as metrics
 from runs import write_text, write_toml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 @pytest.fixture
@@ -25,7 +33,10 @@ def test_prepared_once_and_trained_on(toml: str, capsys: pytest.CaptureFixture[s
         r"^prepared: [\d,]+ tokens to train on in \d+ documents, [\d,]+ to validate on in \d+$", said, re.M
     )
     assert re.search(r"packing concatenate, cut \d+\.\d% of the documents$", said, re.M)
+    assert "match their checksums" not in said
     assert dispatch(["prepare", toml, *flags]) == 0
+    num_files = len([*Path("prepared").glob("*.tokens"), *Path("prepared").glob("*.documents")])
+    assert f"complete already; all {num_files} files match their checksums" in capsys.readouterr().out
     assert dispatch(["train", toml, *flags, "--evaluation.bigram-baseline", "True"]) == 0
     assert "a bigram model of the same tokens" in capsys.readouterr().out
     assert Path("runs/tiny/tokenizer.json").read_bytes() == Path("prepared/tokenizer.json").read_bytes()
@@ -84,6 +95,51 @@ def test_a_mixtures_sources_share_one_tokenizer(
     assert dispatch(["train", toml]) == 0
     said = capsys.readouterr().out
     assert "tokens so far: one 128 (50.0%), two 128 (50.0%)" in said
+
+
+def test_prepared_data_says_what_it_was_made_from(
+    toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No flag but the directory is needed to train on it, though the configuration names other text."""
+    flags = ["--data.files", "text", "--data.validation.share", "0.3", "--data.packing", "best_fit"]
+    assert dispatch(["prepare", toml, "--data.prepared", "prepared", *flags]) == 0
+    values = tomllib.loads(Path(toml).read_text())
+    del values["data"]["source"], values["data"]["files"], values["data"]["validation"]
+    (tmp_path / "other.toml").write_text(tomli_w.dumps({**values, "name": "other"}))
+    (tmp_path / "text").rename(tmp_path / "moved")  # which training does not read
+    assert dispatch(["train", "other.toml", "--data.prepared", "prepared"]) == 0, capsys.readouterr().err
+    assert dispatch(["train", "runs/other", "--train.steps", "3"]) == 0, capsys.readouterr().err
+    run = tomllib.loads(Path("runs/other/config.toml").read_text())["data"]
+    assert (run["source"], run["files"], run["packing"]) == ("files", ["text"], "best_fit")
+    assert run["validation"]["share"] == 0.3
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--data.files", "text/*.txt"], ""),
+        (["--data.files", "./text/../text/*.txt"], ""),
+        (["--data.files", "elsewhere/*.txt"], ""),
+        (["--data.files", "text/00*.txt"], "made with data.files = "),
+        (["--data.files", "edited"], "made with data.files = "),
+        (["--data.source", "python"], "made with data.source = 'files', not 'python'"),
+        (["--data.hub-name", "some/text"], "made with data.source = 'files', not 'hf'"),
+    ],
+)
+def test_given_text_has_to_be_what_was_prepared(
+    toml: str, tmp_path: Path, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = tomllib.loads(Path(toml).read_text())
+    del values["data"]["source"], values["data"]["files"], values["data"]["validation"]
+    Path(toml).write_text(tomli_w.dumps(values))
+    assert dispatch(["prepare", toml, "--data.files", "text/*.txt", "--data.prepared", "prepared"]) == 0
+    for copy in ("elsewhere", "edited"):
+        shutil.copytree("text", copy, copy_function=shutil.copyfile)
+    edited = Path("edited/007.txt")
+    edited.write_text(edited.read_text().swapcase())
+    capsys.readouterr()
+    assert dispatch(["train", toml, "--data.prepared", "prepared", *flags]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

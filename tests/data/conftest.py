@@ -2,7 +2,8 @@ import pytest
 from data_samples import text
 
 from p828.config import TokenizerConfig
-from p828.data.tokenizer import Tokenizer, train_tokenizer
+from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture(scope="session")

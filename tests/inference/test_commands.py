@@ -13,14 +13,22 @@ from taught_text import TAUGHT
 
 from p828.cli.main import dispatch
 from p828.cli.output import printable
-from p828.config import Config, DataConfig, EvaluationConfig, TokenizerConfig, ValidationConfig
-from p828.config.values import to_dict
+from p828.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    TokenizerConfig,
+    ValidationConfig,
+    facts_by_key,
+    facts_of,
+)
+from p828.config.values import flatten, to_dict
 from p828.data.tokenizer import Tokenizer
 from p828.model.transformer import Transformer
 from p828.runs import records as metrics
 from p828.train import checkpoint_writer
 from p828.train.build import train
-from runs import run_config, write_text
+from runs import run_config, write_text, write_toml
 from tiny import tiny_model
 
 
@@ -215,6 +223,35 @@ def test_evaluate_measures_all_of_the_given_files(
     assert explicit["on"].startswith(f"{targets} tokens, ")
     assert dispatch(["evaluate", str(run), "--device", "cpu", "--data.files", "none/*.txt"]) == 2
     assert "none/*.txt" in capsys.readouterr().err
+
+
+def test_the_help_of_evaluate_lists_what_it_accepts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        dispatch(["evaluate", "--help"])
+    said = capsys.readouterr().out
+    listed = set(re.findall(r"--(data\.[\w.-]+)", said.partition("data options")[2]))
+    assert listed == {
+        f"data.{key.replace('_', '-')}"
+        for key in flatten(DataConfig())
+        if not facts_of(facts_by_key(Config), f"data.{key}").only_trains
+    }  # fmt: skip
+    options = " ".join(said.partition("data options")[2].replace("│", " ").split())
+    assert set(re.findall(r"\(default: ([^)]*)\)", options)) == {"the run's"}
+    assert "Paths, directories or globs" in options
+
+
+def test_evaluate_on_prepared_data_that_the_run_does_not_know(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text(tmp_path / "other", 40, seed=9)
+    prepared = ["--data.prepared", str(tmp_path / "prepared")]
+    write_toml(tmp_path, tokenizer={"name": str(run / "tokenizer.json")}, model={"vocab_size": 0})
+    flags = [*prepared, "--data.files", str(tmp_path / "other")]
+    assert dispatch(["prepare", str(tmp_path / "tiny.toml"), *flags]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    measured = evaluation(capsys, run, *prepared, "--rows", "3")
+    assert measured["on"].startswith("48 tokens")
+    assert str(tmp_path / "prepared") in measured["text"]
 
 
 @pytest.mark.parametrize(

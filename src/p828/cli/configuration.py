@@ -32,11 +32,13 @@ def read_configuration(
     usage: str,
     describe: Callable[[Config], str],
     others: tuple[str, ...] = (),
+    reads_prepared: bool = False,
 ) -> tuple[Config, A]:
     """The named configuration, changed by flags and validated, and all arguments, for the command's own flags.
 
     `describe` gives the help's text for the unchanged configuration. `others` are flags that the caller has taken out
-    before. Raises ConfigError, also for a key that is given and changes nothing.
+    before. With `reads_prepared`, complete prepared data says what it was made from, where that is not given. Raises
+    ConfigError, also for a key that is given and changes nothing.
     """
     prog = " ".join(usage.split()[:2])
     if any(argument in HELP for argument in arguments):
@@ -52,6 +54,10 @@ def read_configuration(
     sections = {f.name for f in dataclasses.fields(Config)}
     flags = {key: value for key, value in flags.items() if key.partition(".")[0] in sections}
     config = _with_length(changed(loaded, {**implied(flags, in_files), **flags}), flags)
+    if reads_prepared and any(source.prepared for source in config.data.sources):
+        from p828.data.tokens.settings import with_prepared_sources  # with what it reads tokens by
+
+        config = with_prepared_sources(config, {*flags, *in_files})
     configuration.validate(config)
     check_given(configuration.with_steps(config, 1), flags, loaded, in_files)
     return config, own

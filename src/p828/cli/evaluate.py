@@ -1,13 +1,17 @@
 """`p828 evaluate`: loss, perplexity and bits per byte of a trained model on validation text."""
 
+import ast
 import dataclasses
+import inspect
+import itertools
+import typing
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from p828.cli.flags import changed, parse_given
+from p828.cli.flags import HELP, changed, parse_given
 from p828.cli.given import check_given
 from p828.cli.output import note
 from p828.config import Config, DataConfig, facts_by_key, facts_of, validate
@@ -16,6 +20,7 @@ from p828.config.rules import check_text
 from p828.config.values import shown
 from p828.data.batch import Batch
 from p828.data.build import all_validation_batches, validation_batches
+from p828.data.tokens.settings import with_prepared_sources
 from p828.errors import ConfigError
 from p828.inference.evaluate import evaluate
 from p828.inference.load import LoadedModel, load_model
@@ -44,6 +49,8 @@ class Arguments:
 
 
 def run(arguments: list[str]) -> None:
+    if any(argument in HELP for argument in arguments):
+        parse_given(_described(Arguments), ["--help"], prog="p828 evaluate", description=DESCRIPTION)  # ends with it
     own, flags = parse_given(Arguments, arguments, prog="p828 evaluate", description=DESCRIPTION)
     check_text("CHECKPOINT", own.checkpoint)
     facts = facts_by_key(Config)
@@ -53,9 +60,11 @@ def run(arguments: list[str]) -> None:
     with waiting("loading the model", note):
         loaded = load_model(own.checkpoint, own.device)
     data = _data_flags(flags)
+    config = with_prepared_sources(
+        dataclasses.replace(loaded.config, data=_data(loaded.config.data, data)), [f"data.{key}" for key in data]
+    )
     config = dataclasses.replace(
-        loaded.config,
-        data=_data(loaded.config.data, data),
+        config,
         evaluation=dataclasses.replace(loaded.config.evaluation, rows=flags.get("rows", loaded.config.evaluation.rows)),
         train=dataclasses.replace(
             loaded.config.train,
@@ -76,6 +85,37 @@ def run(arguments: list[str]) -> None:
     if any(key.startswith("data.") for key in flags):
         lines.append(f"text           {_text(config, flags)}")
     print("\n".join(lines), flush=True)
+
+
+def _described(cls: type[Any], table: str = "") -> type[Any]:
+    """The same class for the help: of `data` what is measured with, and the run's values as the defaults."""
+    kinds, texts = typing.get_type_hints(cls, include_extras=True), _texts_of_fields(cls)
+    fields: list[tuple[str, Any, Any]] = []
+    for own in dataclasses.fields(cls):
+        kind, name = kinds[own.name], f"{table}{own.name}"
+        if dataclasses.is_dataclass(kind):
+            inner = _described(typing.cast(type[Any], kind), "" if name == "data" else f"{name}.")
+            fields.append((own.name, inner, field(default_factory=inner)))
+        elif cls is Arguments:
+            default = {} if own.default is dataclasses.MISSING else {"default": own.default}
+            fields.append((own.name, Annotated[kind, tyro.conf.arg(help=texts.get(own.name, ""))], field(**default)))
+        elif not facts_of(facts_by_key(Config), f"data.{name}").only_trains:
+            told = tyro.conf.arg(help=texts.get(own.name, ""), help_behavior_hint="(default: the run's)")
+            fields.append((own.name, Annotated[kind, told], field(default=own.default)))
+    return dataclasses.make_dataclass(cls.__name__, fields)
+
+
+def _texts_of_fields(cls: type[Any]) -> dict[str, str]:
+    """The text below each field in the source of a dataclass and those that it extends."""
+    found: dict[str, str] = {}
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(base)).body[0]).body
+        for own, text in itertools.pairwise(body):
+            if not isinstance(own, ast.AnnAssign) or not isinstance(own.target, ast.Name):
+                continue
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[own.target.id] = inspect.cleandoc(str(text.value.value))
+    return found
 
 
 def _data_flags(flags: dict[str, Any]) -> dict[str, Any]:
@@ -125,9 +165,10 @@ def _is_every_row(config: Config, flags: Collection[str]) -> bool:
 def _batches(config: Config, loaded: LoadedModel, flags: Collection[str]) -> Iterable[Batch]:
     size, mask_documents = config.train.micro_batch_size, config.model.mask_documents
     if _is_every_row(config, flags):
-        return all_validation_batches(config.data, loaded.tokenizer, mask_documents, size)
+        return all_validation_batches(config.data, loaded.tokenizer, mask_documents, size, note)
     rules = loaded.rules if _texts(config) == _texts(loaded.config) else []
-    return validation_batches(config.data, loaded.tokenizer, mask_documents, config.evaluation.rows, size, rules)
+    rows = config.evaluation.rows
+    return validation_batches(config.data, loaded.tokenizer, mask_documents, rows, size, rules, tell=note)
 
 
 def _texts(config: Config) -> list[tuple[Any, ...]]:

@@ -20,9 +20,10 @@ from p828.config.files import preset_names
 from p828.data.amount import short
 from p828.data.build import training_documents
 from p828.data.retry import Retry
-from p828.data.text.held_out import trained_on_too
+from p828.data.run_tokenizer import remarks
+from p828.data.text.held_out import trained_on_too, unused_text_field
 from p828.data.text.open import open_in_order
-from p828.data.tokenizer import Tokenizer, remarks
+from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.directory import GOES_ON, open_output_dirs, resolve_tokenizer, told_at_work
 from p828.data.tokens.format import MANIFEST_FILE, Manifest
 from p828.data.tokens.prepare import Preparation, prepare
@@ -44,8 +45,8 @@ def run(arguments: list[str]) -> None:
         key = "data.mixture[0].prepared" if config.data.mixture else "data.prepared"
         raise ConfigError(f"{key} is empty: give the directory to write to. Usage: {USAGE}")
     for data in wanted:
-        open_in_order(data)  # a source that is not there ends it here
-        for line in trained_on_too(data):
+        open_in_order(data, Retry(tell=_say))  # a source that is not there ends it here
+        for line in (*trained_on_too(data), *unused_text_field(data)):
             print(line, flush=True)
     directories = [Path(data.prepared) for data in wanted]
     with _ended_by_signals(), open_output_dirs(directories):
@@ -54,12 +55,14 @@ def run(arguments: list[str]) -> None:
         for line in remarks(config.tokenizer, tokenizer, training_documents(config.data, config.train.seed)):
             print(line, flush=True)
         for data in wanted:
-            is_new = not (Path(data.prepared) / MANIFEST_FILE).exists()
+            was_complete = (Path(data.prepared) / MANIFEST_FILE).exists()
             with told_at_work(lambda: bool(made)):
                 manifest = _prepare(replace(config, data=data), tokenizer)
-            if is_new:
+            if not was_complete:
                 made.append(manifest)
             print(describe(manifest, data, tokenizer))
+            if was_complete:
+                print(f"it was complete already; all {_num_files(manifest)} files match their checksums")
 
 
 @contextmanager
@@ -87,6 +90,10 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _answer(number: signal.Signals) -> None:
@@ -165,6 +172,10 @@ def describe(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) -> str:
         *(f"left out, {kind.replace('_', ' ')}: {count:,}" for kind, count in counts.items() if kind not in KEPT),
     ]
     return "\n".join(lines)
+
+
+def _num_files(manifest: Manifest) -> int:
+    return sum(len(shard.checksums) for shard in (*manifest.training, *manifest.validation))
 
 
 def _describe(default: Config) -> str:

@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> None:
             raise ConfigError("--presets: accepted alone, as p828 train --presets")
         print(presets_table())
         return
-    config, given = read_configuration(flags, Arguments, USAGE, _describe, others=(DEEPSPEED_CONFIG,))
+    config, given = read_configuration(flags, Arguments, USAGE, _describe, (DEEPSPEED_CONFIG,), reads_prepared=True)
     if given.dry_run:
         config = configuration.with_vocabulary(configuration.with_steps(config, 1))
         lines = "\n".join([_costs(config), *(f"# {line}" for line in rules.remarks(config))])

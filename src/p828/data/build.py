@@ -73,14 +73,18 @@ def validation_batches(
 
 
 def all_validation_batches(
-    config: DataConfig, tokenizer: Tokenizer, mask_documents: bool, micro_batch_size: int
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    mask_documents: bool,
+    micro_batch_size: int,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Batch]:
     """Every sample of the validation documents that are read as text, as they are read, the last one padded.
 
-    Raises ConfigError if there is no validation text.
+    `tell` is as in `open_loader`. Raises ConfigError if there is no validation text.
     """
     data = config.sources[0]
-    samples = _read_samples(data, tokenizer, Retry(data.read_retries))
+    samples = _read_samples(data, tokenizer, Retry(data.read_retries, tell=tell))
     while chosen := list(islice(samples, micro_batch_size)):
         yield make_batch(chosen, mask_documents)
 

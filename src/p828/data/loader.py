@@ -19,9 +19,9 @@ from p828.data.retry import Retry
 from p828.data.text.open import check_streams, open_in_order, open_training
 from p828.data.text.packing import BestFitPacker, Packer, Packing
 from p828.data.tokenizer import Tokenizer
-from p828.data.tokens.directory import check_settings, data_settings
 from p828.data.tokens.format import MANIFEST_FILE
 from p828.data.tokens.read import Prepared, ShuffledTokenDataset
+from p828.data.tokens.settings import check_settings, data_settings
 from p828.errors import TransientReadError
 
 PREFETCHED_BATCHES = 8

@@ -1,46 +1,32 @@
-"""The tokenizer: trained on the run's own source, read from a file, or fetched from the hub."""
+"""Text to token ids and back, with whatever tokenizer.json."""
 
-import contextlib
 import hashlib
 import json
-import threading
-from collections import Counter
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import models
 
-from p828.config import TokenizerConfig
 from p828.data.special_tokens import BYTE_TOKEN, keep_out_of_text, settle_end_token
-from p828.data.text.hub import download_tokenizer
-from p828.data.text.shard import BadRecord
+from p828.data.text_division import borders, parts_of
 from p828.data.tokenizer_trial import LONGEST_CAUSE, SAMPLES, try_out
 from p828.errors import ConfigError, DataError, P828Error
 from p828.files import MEBIBYTE, read_limited, write_atomic
 
-# cl100k_base's pattern (tiktoken) with single digits: a word takes the space or the sign before it, a run of
-# indentation is one piece but for the space that belongs to the next word, signs take the newlines behind them.
-PIECES = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# Training takes time with the square of a piece's length. No piece of ordinary text is this long.
-LONG_PIECE = r"(?m:.{256})"
-LOOK_EVERY = 0.1  # seconds between looks whether Ctrl-C was pressed
-LONGEST_FAREWELL = 0.5  # seconds that an interrupted training is waited for
 LARGEST_FILE = 256 * MEBIBYTE  # ten times the largest that is in use
 LARGEST_VOCABULARY = 2**21  # twice the largest that is in use
-SAMPLED_CHARACTERS = 200_000  # of a run's text, to see whether it comes back from its tokens
 CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what cut-off UTF-8 is decoded to
 # The same character as whole tokens spell it: byte-level, and in byte tokens.
 WHOLE_REPLACEMENTS = ("ï¿½", "<0xEF><0xBF><0xBD>")
 MOST_READINGS = 8  # after which a Unigram's scores no longer change; one or two are usual
+LONG_TEXT, PART, PARTS_TOGETHER = 2**19, 2**15, 8  # characters; a longer text is encoded in parts
 FAILS = "the tokenizer fails on a text"
 
 
@@ -65,6 +51,8 @@ class Tokenizer:
         self.eos_id: int = settle_end_token(inner, spec, eos_token)
         keep_out_of_text(inner, spec, eos_token)
         self.inner = inner
+        self._borders: re.Pattern[str] | None = borders(spec)
+        """Where a long text may be divided without changing its tokens."""
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest id."""
         if self.vocab_size > LARGEST_VOCABULARY:
@@ -112,9 +100,35 @@ class Tokenizer:
 
         Raises DataError when the tokenizer fails on a text.
         """
+        short = [text for text in texts if len(text) < LONG_TEXT]
         with _answered(FAILS, DataError):
-            encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array([*encoding.ids, self.eos_id], dtype=np.int64) for encoding in encodings]
+            encodings = iter(self.inner.encode_batch_fast(short, add_special_tokens=False))
+        return [
+            np.append(self._long_ids(text), self.eos_id)
+            if len(text) >= LONG_TEXT
+            else np.array([*next(encodings).ids, self.eos_id], dtype=np.int64)
+            for text in texts
+        ]
+
+    def _long_ids(self, text: str) -> npt.NDArray[np.int64]:
+        parts = self._encoded_parts(text, self.inner.encode_batch_fast)
+        return np.concatenate([np.array(encoding.ids, dtype=np.int64) for _, encoding in parts])
+
+    def _encoded_parts(
+        self, text: str, encode_batch: Callable[..., list[tokenizers.Encoding]]
+    ) -> Iterator[tuple[int, tokenizers.Encoding]]:
+        """Where each part of a long text begins, and its tokens.
+
+        The library takes a hundred bytes and more for each token, so only a few parts are encoded at a time.
+        """
+        parts = iter([text] if self._borders is None else parts_of(text, self._borders, PART))
+        start = 0
+        while together := list(islice(parts, PARTS_TOGETHER)):
+            with _answered(FAILS, DataError):
+                encodings = encode_batch(together, add_special_tokens=False)
+            for part, encoding in zip(together, encodings, strict=True):
+                yield start, encoding
+                start += len(part)
 
     def encode_counted(self, texts: list[str]) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """As `encode_documents`, each with the bytes of UTF-8 text that its tokens stand for.
@@ -122,20 +136,34 @@ class Tokenizer:
         A token has what lies between the end of the one before and its own, the last one all the rest: so the bytes of
         a document are those of its text, whatever the tokenizer makes of it. Its end has none.
         """
+        short = [text for text in texts if len(text) < LONG_TEXT]
         with _answered(FAILS, DataError):
-            encodings = self.inner.encode_batch(texts, add_special_tokens=False)
-        counted = []
-        for text, encoding in zip(texts, encodings, strict=True):
-            code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-            sizes = 1 + sum((code_points >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000))
-            bounds = np.concatenate([[0], np.cumsum(sizes)])
-            ends = np.array([end for _, end in encoding.offsets] or [0], dtype=np.int64)
-            bytes_before = np.maximum.accumulate(bounds[np.minimum(ends, len(text))])
-            bytes_before[-1] = bounds[-1]
-            counts = np.diff(bytes_before, prepend=0)
-            ids = np.array([*encoding.ids, self.eos_id], dtype=np.int64)
-            counted.append((ids, np.append(counts, 0) if encoding.ids else counts))
-        return counted
+            encodings = iter(self.inner.encode_batch(short, add_special_tokens=False))
+        return [
+            self._counted(text, [(0, next(encodings))] if len(text) < LONG_TEXT else self._counted_parts(text))
+            for text in texts
+        ]
+
+    def _counted_parts(self, text: str) -> Iterator[tuple[int, tokenizers.Encoding]]:
+        return self._encoded_parts(text, self.inner.encode_batch)
+
+    def _counted(
+        self, text: str, parts: Iterable[tuple[int, tokenizers.Encoding]]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The ids and bytes of a text from its encoded parts, as `_encoded_parts` gives them."""
+        code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        sizes = 1 + sum((code_points >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000))
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        all_ids, all_ends = [], []
+        for start, encoding in parts:
+            all_ids.append(np.array(encoding.ids, dtype=np.int64))
+            all_ends.append(np.array([end for _, end in encoding.offsets], dtype=np.int64) + start)
+        ids, ends = np.concatenate(all_ids), np.concatenate(all_ends)
+        if not len(ids):
+            return np.array([self.eos_id]), bounds[-1:]
+        bytes_before = np.maximum.accumulate(bounds[np.minimum(ends, len(text))])
+        bytes_before[-1] = bounds[-1]
+        return np.append(ids, self.eos_id), np.append(np.diff(bytes_before, prepend=0), 0)
 
     def spelled_bytes(
         self, tokens: npt.NDArray[np.int64], document_ids: npt.NDArray[np.int32]
@@ -206,149 +234,6 @@ class Tokenizer:
         return hashlib.sha256(self._json.encode()).hexdigest()
 
 
-def load_tokenizer(
-    config: TokenizerConfig, documents: Callable[[], Iterable[str]], model_vocab_size: int, saved: Path
-) -> Tokenizer:
-    """The run's tokenizer: `saved` if it exists, else made as `config` says and written to `saved`.
-
-    Args:
-        documents: opens the text that a tokenizer is trained on; called for `train` only.
-        model_vocab_size: rows of the model's embedding, which the vocabulary may not exceed; 0 for as many as it needs.
-
-    Raises ConfigError; `saved` is written only when all is well.
-    """
-    if saved.exists():
-        source, tokenizer = str(saved), Tokenizer.from_file(saved, config.eos_token)
-    elif config.name == "train":
-        if 0 < model_vocab_size < config.vocab_size:  # a run's own may have come out smaller
-            raise ConfigError(
-                f"tokenizer.vocab_size = {config.vocab_size}: a vocabulary of {config.vocab_size} exceeds "
-                f"model.vocab_size = {model_vocab_size}; with 0 there the model has what it needs"
-            )
-        source, tokenizer = "tokenizer.vocab_size", train_tokenizer(config, documents())
-    else:
-        path = Path(config.name).expanduser()
-        if path.is_dir():
-            path = path / "tokenizer.json"
-        elif path.suffix != ".json" and not path.exists():
-            path = download_tokenizer(config.name)
-        source, tokenizer = config.name, Tokenizer.tried(path, config.eos_token)
-    if 0 < model_vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"{source}: the tokenizer's vocabulary of {tokenizer.vocab_size} exceeds "
-            f"model.vocab_size = {model_vocab_size}"
-        )
-    if not saved.exists():
-        tokenizer.save(saved)
-    return tokenizer
-
-
-def remarks(config: TokenizerConfig, tokenizer: Tokenizer, documents: Iterable[str]) -> list[str]:
-    """What a user should know of a tokenizer that is taken over, a line each; the first of the documents are read.
-
-    Raises ConfigError when it fails on them. One that was trained here has nothing to be said of.
-    """
-    lines = []
-    if tokenizer.dropout:
-        lines.append(
-            f"tokenizer.name = {config.name}: its BPE dropout of {tokenizer.dropout:g} is switched off, so that equal "
-            "text becomes equal tokens"
-        )
-    share = 0.0 if config.name == "train" else lost_share(tokenizer, documents)
-    if share > 0:
-        shown = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
-        lines.append(
-            f"tokenizer.name = {config.name}: {shown} of the text does not come back from its tokens, in a sample of "
-            "the training documents: characters that it does not know or that it changes"
-        )
-    return lines
-
-
-def lost_share(tokenizer: Tokenizer, documents: Iterable[str]) -> float:
-    """Share of the bytes of the first documents that decoding their tokens does not give back, or gives besides."""
-    left, all_bytes, lost_bytes = SAMPLED_CHARACTERS, 0, 0
-    for document in _readable(documents):
-        text = document[:left]
-        back = tokenizer.decode(tokenizer.encode(text))
-        all_bytes += len(text.encode())
-        if back != text:
-            before, after = Counter(text), Counter(back)
-            lost_bytes += max(_bytes_of(before - after), _bytes_of(after - before), 1)
-        left -= len(text)
-        if left <= 0:
-            break
-    return min(lost_bytes / all_bytes, 1.0) if all_bytes else 0.0
-
-
-def _readable(documents: Iterable[str]) -> Iterator[str]:
-    """Those before a bad record, which training tells of when it comes to it."""
-    with contextlib.suppress(BadRecord):
-        yield from documents
-
-
-def train_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE on the first `training_megabytes` of the documents; the same text gives the same tokenizer.
-
-    Ctrl-C ends it at once. Raises what reading the documents raises.
-    """
-    inner = tokenizers.Tokenizer(models.BPE())
-    byte_level: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    split: Any = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-    cut: Any = pre_tokenizers.Split(Regex(LONG_PIECE), behavior="isolated")
-    inner.pre_tokenizer = pre_tokenizers.Sequence([split, cut, byte_level])
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        special_tokens=[config.eos_token],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = _first_bytes(documents, config.training_megabytes * 10**6)
-    _interruptible(text, lambda given: inner.train_from_iterator(given, trainer))
-    inner.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])  # encoding takes long pieces as they are
-    return Tokenizer(inner, config.eos_token)
-
-
-def _interruptible(texts: Iterable[str], work: Callable[[Iterable[str]], None]) -> None:
-    """Work on the texts in a thread, so that a signal is answered meanwhile. Raises what the thread raises."""
-    failures: list[BaseException] = []
-    is_left, is_done = threading.Event(), threading.Event()
-
-    def given() -> Iterator[str]:
-        for text in texts:
-            if is_left.is_set():
-                raise InterruptedError
-            yield text
-
-    def run() -> None:
-        try:
-            work(given())
-        except BaseException as error:
-            failures.append(error)
-        is_done.set()
-
-    threading.Thread(target=run, name="tokenizer", daemon=True).start()
-    try:
-        while not is_done.wait(LOOK_EVERY):
-            pass
-    finally:
-        # While it takes texts it needs the interpreter, and ends at the next one; later it does not, and is left alone.
-        is_left.set()
-        is_done.wait(LONGEST_FAREWELL)
-    if failures:
-        raise failures[0]
-
-
-def _first_bytes(documents: Iterable[str], limit: int) -> Iterator[str]:
-    """Documents until their UTF-8 would exceed `limit` bytes; the last one is cut."""
-    for text in documents:
-        data = text.encode()
-        yield text if len(data) <= limit else data[:limit].decode("utf-8", "ignore")
-        limit -= len(data)
-        if limit <= 0:
-            return
-
-
 def _read(path: Path) -> str:
     try:
         return read_limited(path, LARGEST_FILE).decode("utf-8")
@@ -389,10 +274,6 @@ def _answered(what: str, kind: type[P828Error] = ConfigError) -> Iterator[None]:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise kind(f"{what}: {' '.join(str(error).split())[:LONGEST_CAUSE]}") from None
-
-
-def _bytes_of(characters: Counter[str]) -> int:
-    return sum(len(character.encode()) * count for character, count in characters.items())
 
 
 def _whole_bytes(text: str) -> int:

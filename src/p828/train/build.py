@@ -15,9 +15,10 @@ from p828.data.batch import Batch
 from p828.data.build import held_out_lines, prepared_tokenizer, training_documents, validation_batches
 from p828.data.loader import Loader, open_loader
 from p828.data.retry import Retry
+from p828.data.run_tokenizer import load_tokenizer, remarks
 from p828.data.text.hub import pinned
 from p828.data.text.open import open_training, open_validation
-from p828.data.tokenizer import Tokenizer, load_tokenizer, remarks
+from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.format import open_manifest
 from p828.distributed.group import ProcessGroup, joined
 from p828.distributed.links import check_topology
@@ -111,8 +112,8 @@ def _check_data(config: Config, ranks: ProcessGroup, report: Callable[[str], Non
             if data.prepared:
                 open_manifest(Path(data.prepared))
             else:
-                open_training(data, config.train.seed)
-                next(open_validation(data, Retry(data.read_retries)))
+                open_training(data, config.train.seed, retry=Retry(tell=report))
+                next(open_validation(data, Retry(data.read_retries, tell=report)))
 
 
 def _configure_torch(config: Config) -> None:

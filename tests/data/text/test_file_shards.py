@@ -3,6 +3,7 @@
 import gzip
 import lzma
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import zstandard
 from data_samples import write_bytes, write_jsonl
 
 from p828.config import DataConfig, ValidationConfig
+from p828.data import slow_count
 from p828.data.retry import Retry
 from p828.data.text import compression
 from p828.data.text.files import FileShard, file_shards
@@ -208,3 +210,17 @@ def test_blank_and_empty_sources_are_told_apart(tmp_path: Path) -> None:
         next(open_training(data("blank.txt", "\n \n\n"), 0))
     with pytest.raises(DataError, match=r"no documents in data\.files = .*: all of it is empty"):
         next(open_training(data("blank.jsonl", "\n \n\n"), 0))
+
+
+@pytest.mark.parametrize("pattern", ["{here}", "{here}/**/*.txt"])
+def test_a_long_look_for_files_says_how_many_there_are(
+    tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slow_count, "FIRST_WORD", 0.0)
+    here = tmp_path / "a {brace}"
+    for number in range(3):
+        write_bytes(here / f"{number}" / "a.txt", b"text")
+    told: list[str] = []
+    file_shards((pattern.format(here=here),), "text", "data.files", tell=told.append)
+    assert len(told) == 1
+    assert re.fullmatch(r"data\.files: .*a \{brace\}.*: look.* [01] files so far", told[0])

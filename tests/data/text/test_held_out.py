@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from p828.config import Config, DataConfig, ValidationConfig
 from p828.data.build import held_out_lines, training_documents
 from p828.data.retry import NO_RETRY
 from p828.data.text.documents import divided, is_held_out
-from p828.data.text.held_out import are_few, trained_on_too
+from p828.data.text.held_out import are_few, trained_on_too, unused_text_field
 from p828.data.text.open import open_in_order, open_training, open_validation
 from p828.data.tokens.text_reader import Reader
 
@@ -65,6 +66,16 @@ def test_every_reader_keeps_to_the_same_rule(tmp_path: Path, count: int) -> None
     assert sum(map(len, training + validation)) == sum(len(text(i, 300)) for i in range(count))
 
 
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_a_document_that_comes_again_and_again_is_not_searched_to_the_end(tmp_path: Path, share: float) -> None:
+    """The last line, which is none, would end the reading."""
+    path = write_jsonl(tmp_path / "a.jsonl", [text(1)] * 2000)
+    path.write_text(path.read_text() + "{")
+    data = config(path, share)
+    training, validation = next(open_training(replace(data, block_documents=1), 0)), next(open_validation(data))
+    assert training + validation == text(1)
+
+
 def test_a_rule_is_kept(tmp_path: Path) -> None:
     data = config(write_jsonl(tmp_path / "a.jsonl", [text(i) for i in range(50)]))
     stream = open_training(data, 0)
@@ -91,10 +102,22 @@ def test_validation_files_that_are_trained_on_are_told(tmp_path: Path) -> None:
     assert not trained_on_too(config(tmp_path))
 
 
+def test_a_text_field_of_no_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    data = replace(config(tmp_path / "a.txt"), text_field="content")
+    (line,) = unused_text_field(data)
+    assert line.startswith("data.text_field = 'content': it changes nothing")
+    assert not unused_text_field(config(tmp_path / "a.txt"))
+    other = write_jsonl(tmp_path / "b.jsonl", ["one"], field="content")
+    assert not unused_text_field(replace(data, files=(str(tmp_path),)))
+    assert not unused_text_field(replace(data, validation=ValidationConfig(kind="files", files=(str(other),))))
+
+
 def test_it_is_said(tmp_path: Path) -> None:
     few = config(write_jsonl(tmp_path / "few.jsonl", ["one", "two"]), share=0.02)
     many = config(write_jsonl(tmp_path / "many.jsonl", [text(i) for i in range(500)]), share=0.02)
     few_words = f"the last 2% of each document in {tmp_path}/few.jsonl, as it has fewer than 500 documents"
+    few_words += ", or the same few again and again"
     assert held_out_lines(few) == [f"held out for validation: {few_words}"]
     assert held_out_lines(many) == [f"held out for validation: 2% of the documents in {tmp_path}/many.jsonl"]
     assert held_out_lines(few, [False])[0].startswith("held out for validation: 2% of the documents")

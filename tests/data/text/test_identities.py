@@ -1,6 +1,9 @@
 """Whether a state's shards are still what they were, and which one is not."""
 
+import base64
 import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -257,3 +260,38 @@ def test_reading_again_after_a_bad_record_leaves_nothing_out(folder: Path) -> No
         next(stream)
     path.write_text(good)
     assert given + list(stream) == whole
+
+
+@pytest.mark.parametrize("change", ["", "moved", "edited"])
+def test_a_local_data_set_is_known_by_its_files(tmp_path: Path, change: str) -> None:
+    here = tmp_path / "here"
+    for i in range(2):
+        write_jsonl(here / f"train-{i}.jsonl", [text(10 * i + k) for k in range(10)])
+    data = DataConfig(source="hf", hub_name=str(here), block_documents=4, validation=KEEP_ALL)
+    whole = list(open_training(data, 1, epochs=1))
+    given, state = stopped_state(open_training(data, 1, epochs=1), 9)
+    if change == "moved":
+        data = dataclasses.replace(data, hub_name=str(here.rename(tmp_path / "there")))
+    if change == "edited":
+        path = here / "train-1.jsonl"
+        path.write_bytes(path.read_bytes().replace(b'"id": 9', b'"id": 8'))
+    stream = open_training(data, 1, epochs=1)
+    if change == "edited":
+        with pytest.raises(ConfigError, match="shard 2 of 2 changed or is another one"):
+            stream.load_state_dict(state)
+    else:
+        stream.load_state_dict(state)
+        assert given + list(stream) == whole
+
+
+def test_a_state_that_knows_a_local_data_set_by_names_alone_is_accepted(tmp_path: Path) -> None:
+    """As those of an earlier version."""
+    for i in range(2):
+        write_jsonl(tmp_path / f"train-{i}.jsonl", [text(10 * i + k) for k in range(10)])
+    data = DataConfig(source="hf", hub_name=str(tmp_path), block_documents=4, validation=KEEP_ALL)
+    given, state = stopped_state(open_training(data, 1, epochs=1), 9)
+    names = [hashlib.blake2b(f"{tmp_path} split train shard {i} of 2".encode(), digest_size=6).digest() for i in (1, 2)]
+    state["shards"] = f"6:{base64.b64encode(b''.join(names)).decode()}"
+    stream = open_training(data, 1, epochs=1)
+    stream.load_state_dict(state)
+    assert given + list(stream) == list(open_training(data, 1, epochs=1))

@@ -5,7 +5,7 @@ import glob
 import json
 import os
 import sysconfig
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import xxhash
 
+from p828.data.slow_count import SlowCount
 from p828.data.text.compression import COMPRESSIONS, DAMAGE, lines, pieces, unpacked
 from p828.data.text.shard import BadRecord
 from p828.errors import ConfigError, DataError, TransientReadError
@@ -41,6 +42,10 @@ class PythonShard:
     @property
     def size(self) -> int:
         return (self.root / self.name).stat().st_size
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (self.root / self.name,)
 
     def identity(self, with_contents: bool) -> str:
         return f"{self.name} {self.size}"
@@ -88,17 +93,14 @@ class FileShard:
     def has_lines(self) -> bool:
         return _ending(Path(self.name)) == ".jsonl"
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (Path(self.name),)
+
     def identity(self, with_contents: bool) -> str:
         """Name, size and, if wanted, a checksum of the first and last bytes."""
-        size = self.size
-        known = f"{Path(self.name).name} {size}"
-        if not with_contents:
-            return known
         try:
-            with open_regular(Path(self.name)) as file:
-                head = file.read(IDENTIFIED_BY)
-                file.seek(max(size - IDENTIFIED_BY, 0))
-                return f"{known} {xxhash.xxh3_64_hexdigest(head + file.read(IDENTIFIED_BY))}"
+            return file_identity(Path(self.name), with_contents)
         except OSError as error:
             raise self._unreadable(error) from None
 
@@ -175,6 +177,18 @@ class FileShard:
         return text_of(fields, self.text_field, where, number)
 
 
+def file_identity(path: Path, with_contents: bool) -> str:
+    """A file's name, size and, if wanted, a checksum of its first and last bytes. Raises OSError."""
+    size = path.stat().st_size
+    known = f"{path.name} {size}"
+    if not with_contents:
+        return known
+    with open_regular(path) as file:
+        head = file.read(IDENTIFIED_BY)
+        file.seek(max(size - IDENTIFIED_BY, 0))
+        return f"{known} {xxhash.xxh3_64_hexdigest(head + file.read(IDENTIFIED_BY))}"
+
+
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"{error}; save it as UTF-8, as iconv does"
 
@@ -213,15 +227,21 @@ def python_shards() -> list[PythonShard]:
 
 
 def file_shards(
-    globs: tuple[str, ...], text_field: str, key: str, limit: int = LARGEST_DOCUMENT, skips: bool = False
+    globs: tuple[str, ...],
+    text_field: str,
+    key: str,
+    limit: int = LARGEST_DOCUMENT,
+    skips: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> list[FileShard]:
     """The files that are named, match or lie in a directory that is named, each once, in the order of their paths.
 
-    `key` is the setting that holds the globs. Raises ConfigError naming a glob that matches no file, a directory
-    without one, and a file whose ending is not supported.
+    `key` is the setting that holds the globs. `tell` is given a line now and then while looking takes long.
+    Raises ConfigError naming a glob that matches no file, a directory without one, and a file whose ending is not
+    supported.
     """
     found: dict[str, str] = {}  # by where a file really is: the name that it was found under
-    names = [name for pattern in globs for name in _matches(pattern, key)]
+    names = [name for pattern in globs for name in _matches(pattern, key, tell)]
     for name in sorted(names, key=os.path.abspath):
         found.setdefault(os.path.realpath(name), name)
     for name in found.values():
@@ -230,17 +250,21 @@ def file_shards(
     return [FileShard(name, text_field, limit, skips) for name in found.values()]
 
 
-def _matches(pattern: str, key: str) -> list[str]:
+def _matches(pattern: str, key: str, tell: Callable[[str], None]) -> list[str]:
     """The files of a path, or of a glob if no such path exists. Raises ConfigError if there are none."""
     path, shown = os.path.expanduser(pattern), repr(pattern[:LONGEST_SHOWN])
     if os.path.isfile(path):
         return [str(Path(path))]
     if os.path.isdir(path):
-        return _files_below(path, f"{key}: {shown}")
+        return _files_below(path, f"{key}: {shown}", tell)
     if os.path.exists(path):
         raise ConfigError(f"{key}: {shown} is neither a regular file nor a directory")
+    looked_at = SlowCount(tell, f"{_plain(f'{key}: {shown}')}: looking for text: {{:,}} files so far")
+    matches = []
     try:
-        matches = glob.glob(str(Path(path)), recursive=True)
+        for name in glob.iglob(str(Path(path)), recursive=True):
+            matches.append(name)
+            looked_at.to(len(matches))
     except (OSError, ValueError) as error:  # a name that is too long, or no glob
         raise ConfigError(f"{key}: {shown}: {str(error)[:LONGEST_SHOWN]}") from None
     files = [name for name in matches if os.path.isfile(name)]
@@ -250,11 +274,13 @@ def _matches(pattern: str, key: str) -> list[str]:
     return files
 
 
-def _files_below(directory: str, where: str) -> list[str]:
+def _files_below(directory: str, where: str, tell: Callable[[str], None]) -> list[str]:
     """The supported files of a directory and those in it, without hidden ones. Raises ConfigError if there are none."""
     found: list[str] = []
     others: list[str] = []
+    looked_at = SlowCount(tell, f"{_plain(where)}: looking for text: {{:,}} files so far")
     for here, subdirectories, files in os.walk(directory):
+        looked_at.to(len(found))
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
         for name in sorted(name for name in files if not name.startswith(".")):
             path = os.path.join(here, name)
@@ -263,6 +289,11 @@ def _files_below(directory: str, where: str) -> list[str]:
         there = ", ".join(others[:3])[:LONGEST_SHOWN] + (" and so on" if len(others) > 3 else "") or "no file"
         raise ConfigError(f"{where}: no file ending in {_accepted()}; there is {there}")
     return found
+
+
+def _plain(text: str) -> str:
+    """Text within a format string."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _is_accepted(name: str) -> bool:

@@ -8,15 +8,18 @@ import os
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
+from itertools import islice
 
 from p828.config import DataConfig
 from p828.data.retry import Retry
-from p828.data.text.documents import read_documents
+from p828.data.text.documents import is_held_out, read_documents
 from p828.data.text.files import FileShard, file_shards
 from p828.data.text.hub import HubShard
 from p828.data.text.shard import BadRecord, Shard
 
 EXPECTED_DOCUMENTS = 10  # held out whole, and trained on: where they would be fewer, it is the end of each one
+SEARCHED = 3  # times as many documents are searched for one to hold out: of different ones, exp(-30) have none
+LEAST_SEARCHED = 1000  # documents, however large the share
 MOST_DOCUMENTS = 2**53  # that are counted with; a share can be so small that it would be infinitely many
 
 
@@ -26,8 +29,29 @@ def enough_documents(share: float) -> int:
 
 
 def are_few(shards: Sequence[Shard], share: float, retry: Retry) -> bool:
-    """Whether there are fewer than `enough_documents`. No more than those are read, and of text files none."""
-    enough, count = enough_documents(share), 0
+    """Whether there are fewer than `enough_documents`, or the hash parts none of three times as many.
+
+    So it is where the same document comes again and again. No more documents than that are read.
+    """
+    enough = enough_documents(share)
+    searched = max(SEARCHED * enough, LEAST_SEARCHED)
+    return _are_fewer(shards, enough, retry) or not _are_parted(shards, share, searched, retry)
+
+
+def _are_parted(shards: Sequence[Shard], share: float, most: int, retry: Retry) -> bool:
+    """Whether some of the first `most` documents are held out whole, and others are not."""
+    found: set[bool] = set()
+    texts = (text for shard in shards for text in _documents(shard, retry))
+    for text in islice((text for text in texts if isinstance(text, str) and text.strip()), most):
+        found.add(is_held_out(text, share))
+        if len(found) == 2:
+            return True
+    return False
+
+
+def _are_fewer(shards: Sequence[Shard], enough: int, retry: Retry) -> bool:
+    """Whether there are fewer documents than that. No more than those are read, and of text files none."""
+    count = 0
     for shard in shards:
         if isinstance(shard, FileShard) and not shard.has_lines:
             count += shard.size > 0
@@ -63,4 +87,19 @@ def trained_on_too(config: DataConfig) -> list[str]:
     return [
         f"data.validation.files: {len(both):,} of {len(validation):,} files are in data.files too, as {both[0]}: "
         "they are trained on, so the validation loss does not tell how the model does on other text"
+    ]
+
+
+def unused_text_field(config: DataConfig) -> list[str]:
+    """A line if `data.text_field` is not the default and no file has fields. Raises ConfigError as `file_shards`."""
+    if config.source != "files" or config.text_field == DataConfig.text_field or config.validation.kind == "split":
+        return []
+    shards = file_shards(config.files, config.text_field, "data.files")
+    if config.validation.kind == "files":
+        shards += file_shards(config.validation.files, config.text_field, "data.validation.files")
+    if not shards or any(shard.has_lines for shard in shards):
+        return []
+    return [
+        f"data.text_field = {config.text_field[:80]!r}: it changes nothing, as there is no .jsonl file, which has "
+        f"fields; {shards[0].name} is text as a whole"
     ]

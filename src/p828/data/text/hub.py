@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from p828.config import Config
-from p828.data.text.files import LARGEST_DOCUMENT, text_of
+from p828.data.text.files import LARGEST_DOCUMENT, file_identity, text_of
 from p828.data.text.shard import BadRecord
 from p828.errors import ConfigError, DataError, TransientReadError
 
@@ -31,9 +31,18 @@ class HubShard:
     skips: bool = False
     """Whether bad records are given in the place of texts, and not raised."""
     size: int = 0
+    paths: tuple[Path, ...] = ()
+    """Of a local directory, the shard's file, or all files of the split where a shard is none of them."""
 
     def identity(self, with_contents: bool) -> str:
-        return self.name
+        """The name; of local files name, size and, if wanted, a checksum of the first and last bytes."""
+        if not self.paths:
+            return self.name
+        try:
+            files = [file_identity(path, with_contents) for path in self.paths]
+            return " ".join([f"{self.index + 1} of {self.num_shards}", *files])
+        except OSError as error:
+            raise TransientReadError(f"{self.name}: cannot be read: {error}") from None
 
     def prefix(self, records: int) -> str:
         return ""
@@ -115,23 +124,44 @@ def hub_shards(
             advice = without_network("dataset")
         raise ConfigError(f"data set {place}, split {split!r}: {_in_short(error)}\n{advice}") from error
     count = dataset.num_shards
+    paths = _paths(name, subset, split) if os.path.isdir(name) else []
     return [
-        HubShard(dataset, i, count, f"{place} split {split} shard {i + 1} of {count}", text_field, limit, skips)
+        HubShard(
+            dataset,
+            i,
+            count,
+            f"{place} split {split} shard {i + 1} of {count}",
+            text_field,
+            limit,
+            skips,
+            paths=tuple(paths[i : i + 1] if len(paths) == count else paths),
+        )
         for i in range(count)
     ]
+
+
+def _paths(directory: str, subset: str, split: str) -> list[Path]:
+    """The files of a split of a local directory, in their order. It has been loaded before."""
+    import datasets
+
+    files = datasets.load_dataset_builder(directory, subset or None).config.data_files or {}
+    return [Path(file) for file in files.get(split, ()) if os.path.isfile(file)]
 
 
 def pinned(config: Config, before: Config | None) -> tuple[Config, list[str]]:
     """The configuration with every hub data set at one commit, and a line for each that has a newer commit on the hub.
 
     A run goes on with the commits in its own configuration, `before`, and without one where that has none. Without the
-    network nothing is pinned. Raises ConfigError as `hub_shards`.
+    network nothing is pinned, nor is what prepared data was made from, which is not read. Raises ConfigError as
+    `hub_shards`.
     """
     lines: list[str] = []
     data = config.data
     earlier = {source.hub_name: source.hub_revision for source in before.data.sources} if before else {}
 
-    def commit(name: str, key: str, of_run: str | None) -> str:
+    def commit(name: str, key: str, of_run: str | None, is_read: bool) -> str:
+        if not is_read:
+            return of_run or ""
         newest = check_reachable(name, "dataset")
         if of_run and newest and newest != of_run:
             lines.append(f"{name}: the hub has a newer commit, {newest}; the run goes on with its {key} = {of_run}")
@@ -141,10 +171,13 @@ def pinned(config: Config, before: Config | None) -> tuple[Config, list[str]]:
         return bool(name) and not revision and not os.path.isdir(name)
 
     if data.source == "hf" and not data.mixture and is_free(data.hub_name, data.hub_revision):
-        revision = commit(data.hub_name, "data.hub_revision", earlier.get(data.hub_name))
+        revision = commit(data.hub_name, "data.hub_revision", earlier.get(data.hub_name), not data.prepared)
         data = replace(data, hub_revision=revision)
     mixture = tuple(
-        replace(mixed, hub_revision=commit(mixed.hub_name, "hub_revision", earlier.get(mixed.hub_name)))
+        replace(
+            mixed,
+            hub_revision=commit(mixed.hub_name, "hub_revision", earlier.get(mixed.hub_name), not mixed.prepared),
+        )
         if mixed.source == "hf" and is_free(mixed.hub_name, mixed.hub_revision)
         else mixed
         for mixed in data.mixture
@@ -152,7 +185,8 @@ def pinned(config: Config, before: Config | None) -> tuple[Config, list[str]]:
     validation = data.validation
     if validation.kind == "split" and is_free(validation.hub_name, validation.hub_revision):
         of_run = before.data.validation.hub_revision if before else None
-        revision = commit(validation.hub_name, "data.validation.hub_revision", of_run)
+        is_read = not all(source.prepared for source in config.data.sources)
+        revision = commit(validation.hub_name, "data.validation.hub_revision", of_run, is_read)
         validation = replace(validation, hub_revision=revision)
     return replace(config, data=replace(data, mixture=mixture, validation=validation)), lines
 

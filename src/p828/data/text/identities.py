@@ -19,12 +19,12 @@ class Identities:
         self._shards = shards
         width = max(min(BYTES_EACH, BYTES_IN_ALL // max(len(shards), 1)), 1)
         with_contents = len(shards) <= MOST_COMPARED
-        self._hashes = [
-            hashlib.blake2b(shard.identity(with_contents).encode("utf-8", "replace"), digest_size=width).digest()
-            for shard in shards
-        ]
-        self.text = f"{width}:{base64.b64encode(b''.join(self._hashes)).decode()}"
+        self._hashes = _hashes([shard.identity(with_contents) for shard in shards], width)
+        self.text = _text(self._hashes, width)
         """All of them, for a state."""
+        names = [_own_name(shard) for shard in shards]
+        # Earlier versions knew the shards of a local directory in the hub's layout by their names only.
+        self._text_of_names = _text(_hashes(names, width), width)
 
     def stopped(self, number: int, record: int) -> dict[str, Any]:
         """What is to be known of a shard whose record could not be used, to accept the shard when it is mended."""
@@ -33,7 +33,7 @@ class Identities:
 
     def difference(self, text: str, stopped: Sequence[dict[str, Any]]) -> str:
         """How the shards differ from those of a state, in words; empty if they do not, or were only mended."""
-        if text == self.text:
+        if text in (self.text, self._text_of_names):
             return ""
         width, _, encoded = text.partition(":")
         packed = base64.b64decode(encoded)
@@ -57,5 +57,16 @@ class Identities:
 
     def _named(self, numbers: Sequence[int], what: str) -> str:
         others = f" (and {len(numbers) - 1:,} more)" if len(numbers) > 1 else ""
-        shard = self._shards[numbers[0]]
-        return f"{shard.shard.name if isinstance(shard, EveryNth) else shard.name}{others} {what}"
+        return f"{_own_name(self._shards[numbers[0]])}{others} {what}"
+
+
+def _own_name(shard: Shard) -> str:
+    return shard.shard.name if isinstance(shard, EveryNth) else shard.name
+
+
+def _hashes(identities: Sequence[str], width: int) -> list[bytes]:
+    return [hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=width).digest() for text in identities]
+
+
+def _text(hashes: Sequence[bytes], width: int) -> str:
+    return f"{width}:{base64.b64encode(b''.join(hashes)).decode()}"

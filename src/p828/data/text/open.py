@@ -5,7 +5,7 @@ another source is a value of `data.source`, and a branch in `_training_shards` a
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from p828.config import DataConfig
@@ -34,7 +34,7 @@ def open_training(
     text is held out, if that is known already. Raises ConfigError if the source cannot be opened; `epochs=None` never
     ends.
     """
-    shards, source = _training_shards(config), source_name(config)
+    shards, source = _training_shards(config, retry.tell), source_name(config)
     share = config.validation.fraction if config.validation.kind == "held_out" else 0.0
     if by_end is None:
         by_end = _is_held_out_by_end(config, shards, retry)
@@ -49,7 +49,7 @@ def open_in_order(config: DataConfig, retry: Retry = NO_RETRY) -> DocumentStream
 
     Its `by_end` says by which rule the caller is to hold out text.
     """
-    shards = _training_shards(config)
+    shards = _training_shards(config, retry.tell)
     by_end = _is_held_out_by_end(config, shards, retry)
     return DocumentStream(shards, source_name(config), block_documents=1, epochs=1, by_end=by_end, retry=retry)
 
@@ -59,7 +59,7 @@ def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | 
     validation = config.validation
     # Blocks of one document: evaluation reads no further than it needs.
     if validation.kind == "files":
-        files = _file_shards(config, validation.files, "data.validation.files")
+        files = _file_shards(config, validation.files, "data.validation.files", retry.tell)
         source = f"data.validation.files = {_shown(validation.files)}"
         return DocumentStream(files, source, block_documents=1, epochs=1, retry=retry)
     if validation.kind == "split":
@@ -68,7 +68,7 @@ def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | 
         revision = validation.hub_revision or (config.hub_revision if name == config.hub_name else "")
         shards = _hub_shards(config, name, subset, validation.split, revision)
         return DocumentStream(shards, f"split {validation.split!r} of {name}", block_documents=1, epochs=1, retry=retry)
-    in_order = _training_shards(config)
+    in_order = _training_shards(config, retry.tell)
     if by_end is None:
         by_end = _is_held_out_by_end(config, in_order, retry)
     # Spread over the source: evaluation may read the first documents only.
@@ -110,15 +110,16 @@ def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
     share = f"{100 * config.validation.fraction:.3g}%"
     if not by_end:
         return f"held out for validation: {share} of the documents in {source}"
-    few = f"it has fewer than {enough_documents(config.validation.fraction):,} documents"
+    enough = enough_documents(config.validation.fraction)
+    few = f"it has fewer than {enough:,} documents, or the same few again and again"
     return f"held out for validation: the last {share} of each document in {source}, as {few}"
 
 
-def _training_shards(config: DataConfig) -> Sequence[Shard]:
+def _training_shards(config: DataConfig, tell: Callable[[str], None] = lambda text: None) -> Sequence[Shard]:
     if config.source == "python":
         return python_shards()
     if config.source == "files":
-        return _file_shards(config, config.files, "data.files")
+        return _file_shards(config, config.files, "data.files", tell)
     return _hub_shards(config, config.hub_name, config.hub_subset, config.hub_split, config.hub_revision)
 
 
@@ -131,9 +132,9 @@ def source_name(config: DataConfig) -> str:
     return f"split {config.hub_split!r} of {config.hub_name}"
 
 
-def _file_shards(config: DataConfig, globs: tuple[str, ...], key: str) -> list[FileShard]:
+def _file_shards(config: DataConfig, globs: tuple[str, ...], key: str, tell: Callable[[str], None]) -> list[FileShard]:
     limit = config.max_document_megabytes * 10**6
-    return file_shards(globs, config.text_field, key, limit, config.bad_records == "skip")
+    return file_shards(globs, config.text_field, key, limit, config.bad_records == "skip", tell)
 
 
 def _hub_shards(config: DataConfig, name: str, subset: str, split: str, revision: str) -> list[HubShard]:

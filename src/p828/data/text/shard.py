@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Protocol
 
 from p828.errors import DataError
@@ -24,6 +25,11 @@ class Shard(Protocol):
     @property
     def size(self) -> int:
         """Bytes; 0 where they are not known."""
+        ...
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files of this machine that it is read from; none where it comes over the network."""
         ...
 
     def identity(self, with_contents: bool) -> str:
@@ -62,6 +68,10 @@ class EveryNth:
     @property
     def size(self) -> int:
         return self.shard.size
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return self.shard.paths
 
     def identity(self, with_contents: bool) -> str:
         return self.shard.identity(with_contents)

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from p828.config import Config, DataConfig
-from p828.config.facts import deciding_tokens
-from p828.config.old_names import renamed
+from p828.config import Config
 from p828.config.values import shown
-from p828.data.tokenizer import Tokenizer, load_tokenizer
+from p828.data.run_tokenizer import load_tokenizer
+from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.format import (
     LARGEST_FILE,
     MANIFEST_FILE,
@@ -23,11 +22,11 @@ from p828.data.tokens.format import (
     check_tokenizer,
     open_manifest,
 )
+from p828.data.tokens.settings import check_settings, settings, with_paths_of
 from p828.errors import ConfigError, DataError, RunFailed
 from p828.files import LOCK_FILE, locked, open_appended, read_limited
 
 PROGRESS_FILE, HASHES_FILE = "progress.json", "hashes.partial"
-LONGEST_DOCUMENT = "max_document_megabytes"  # what is longer is divided, or no document
 PROGRESS_TYPES = {
     "settings": dict, "tokenizer": str, "reader": int, "position": dict, "counts": list, "tokens": int, "hashes": dict,
     "training": dict, "validation": dict,
@@ -41,7 +40,7 @@ MAY_PASS = (
     errno.ENFILE, errno.ENOMEM,
 )  # fmt: skip
 GOES_ON = "What was made is kept, and the same command goes on from there"
-LONGEST_VALUE = 200  # characters of a setting in a message
+LONGEST_PATH = 200  # characters of a path, or of a library's message
 
 
 @contextmanager
@@ -92,7 +91,7 @@ def writing(directory: Path, at_work: bool = True) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        said = f"{str(error.filename or directory)[-LONGEST_VALUE:]}: cannot be written: {error.strerror or error}"
+        said = f"{str(error.filename or directory)[-LONGEST_PATH:]}: cannot be written: {error.strerror or error}"
         if at_work or error.errno in MAY_PASS:
             raise RunFailed(f"{said}\n{GOES_ON}") from None
         raise ConfigError(said) from None
@@ -173,7 +172,8 @@ def resolve_tokenizer(config: Config, directories: Sequence[Path], documents: Ca
     begun = []
     for directory, data in zip(directories, (data for data in config.data.sources if data.prepared), strict=True):
         if (directory / MANIFEST_FILE).exists():
-            path, made = directory / MANIFEST_FILE, open_manifest(directory).settings
+            manifest = open_manifest(directory)
+            path, made, data = directory / MANIFEST_FILE, manifest.settings, with_paths_of(manifest, data)
         elif (directory / PROGRESS_FILE).exists():
             path = directory / PROGRESS_FILE
             made = read_progress(path)["settings"]
@@ -221,46 +221,6 @@ def read_progress(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno in MAY_PASS:
             raise RunFailed(f"{path}: cannot be read: {error.strerror}\n{GOES_ON}") from None
-        said = str(error)[:LONGEST_VALUE]
+        said = str(error)[:LONGEST_PATH]
         raise ConfigError(f"{path}: damaged: {said}. Remove {path.parent} to begin again") from None
     return progress
-
-
-def settings(config: Config, data: DataConfig | None = None) -> dict[str, Any]:
-    """What decides the tokens of prepared data, their order and their division into files."""
-    data = config.data if data is None else data
-    return {
-        "data": {**data_settings(data), LONGEST_DOCUMENT: getattr(data, LONGEST_DOCUMENT)},
-        "tokenizer": deciding_tokens(config.tokenizer),
-        "prepare": deciding_tokens(config.prepare),
-    }
-
-
-def data_settings(data: DataConfig) -> dict[str, Any]:
-    """The part of `settings` that training has to have as well."""
-    values = deciding_tokens(data)
-    del values[LONGEST_DOCUMENT]  # of text; training reads the tokens
-    length = values.pop("sequence_length")
-    if data.packing == "best_fit":
-        values["sequence_length"] = length  # after `packing`, which is told first where both differ
-    if not data.validation.hub_revision:
-        del values["validation"]["hub_revision"]  # which data prepared by an earlier version does not know
-    return values
-
-
-def check_settings(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Raises ConfigError with the first setting that is another. `before` may have old names."""
-    before = renamed(Config, before, str(path))[0]
-    for section, values in now.items():
-        for key, value in values.items():
-            made = before[section].get(key)
-            if (section, key) == ("tokenizer", "vocab_size") and values["name"] != "train":
-                continue  # of a trained one
-            if key == LONGEST_DOCUMENT and key not in before[section]:
-                continue  # prepared by a version that did not keep it
-            if made != value:
-                old, new = shown(made, LONGEST_VALUE), shown(value, LONGEST_VALUE)
-                raise ConfigError(
-                    f"{path}: made with {section}.{key} = {old}, not {new}. Give the configuration and flags that it "
-                    "was prepared with, or another directory as data.prepared"
-                )

@@ -18,9 +18,10 @@ from p828.config import Config
 from p828.config.old_names import under_old_names
 from p828.data.retry import NO_RETRY, Retry
 from p828.data.tokenizer import Tokenizer
+from p828.data.tokens.checksum import checksum_of
 from p828.data.tokens.source_files import SourceFiles
 from p828.errors import ConfigError, DataError, TransientReadError
-from p828.files import MEBIBYTE, open_regular, read_limited, write_atomic
+from p828.files import MEBIBYTE, read_limited, write_atomic
 
 CHECKSUM = "xxh3_128"
 LARGEST_FILE = 64 * MEBIBYTE  # of the manifest and the progress of prepared data: two hundred thousand shards
@@ -199,15 +200,6 @@ def _wait(directory: Path, checks: Sequence[Future[list[int]]], retry: Retry) ->
         if left:
             retry.tell(f"{directory}: comparing its files with their checksums: {done} of {len(checks)} done")
             patience += NEXT_WORD
-
-
-def checksum_of(path: Path) -> str:
-    """Outside the interpreter's lock, at about the memory's speed. Raises OSError."""
-    state = xxhash.xxh3_128()
-    with open_regular(path) as file:
-        while data := file.read(MEBIBYTE):
-            state.update(data)
-    return state.hexdigest()
 
 
 def write_sealed(path: Path, fields: dict[str, Any], indent: int | None = None) -> None:

@@ -13,17 +13,17 @@ import numpy.typing as npt
 
 from p828.config import Config
 from p828.data.retry import NO_RETRY, Retry
+from p828.data.slow_count import SlowCount
 from p828.data.text.documents import DocumentStream
 from p828.data.text.open import open_in_order, open_validation
+from p828.data.text.shard import Shard
 from p828.data.tokenizer import Tokenizer
 from p828.data.tokens.directory import (
     HASHES_FILE,
     PROGRESS_FILE,
     UNFINISHED,
-    check_settings,
     read_progress,
     remove,
-    settings,
     told_at_work,
     writing,
 )
@@ -37,6 +37,7 @@ from p828.data.tokens.format import (
     open_manifest,
     write_sealed,
 )
+from p828.data.tokens.settings import check_settings, settings, shards_of, with_paths_of
 from p828.data.tokens.source_files import SourceFiles
 from p828.data.tokens.text_reader import PARTS, Reader, TextBatch
 from p828.data.tokens.write import BestFitWriter, PartialFile, ShardWriter
@@ -65,9 +66,11 @@ def prepare(
             directory.mkdir(parents=True, exist_ok=True)
         return Preparation(config, directory, tokenizer, retry).run(report)
     manifest = open_manifest(directory)
-    check_settings(manifest.settings, settings(config), directory / MANIFEST_FILE)
+    data = with_paths_of(manifest, config.data, retry)
+    check_settings(manifest.settings, settings(config, data), directory / MANIFEST_FILE)
     check_tokenizer(manifest, tokenizer, directory)
-    changes = manifest.files.changes(_files(_streams(config, retry))) if manifest.files else ""
+    shards = shards_of(config.data, retry)
+    changes = manifest.files.changes(shards, _read_files(shards, retry)) if manifest.files else ""
     if changes:
         raise ConfigError(
             f"{directory / MANIFEST_FILE}: the source's files are not those that were prepared: {changes}.\n"
@@ -85,8 +88,9 @@ def _streams(config: Config, retry: Retry) -> list[DocumentStream]:
     return streams
 
 
-def _files(streams: list[DocumentStream]) -> SourceFiles:
-    return SourceFiles.of([shard for stream in streams for shard in stream.shards])
+def _read_files(shards: list[Shard], retry: Retry) -> Callable[[int], None]:
+    """Is given how many of the shards are read for their checksums."""
+    return SlowCount(retry.tell, f"reading the text's files for their checksums: {{:,}} of {len(shards):,} done").to
 
 
 class Preparation:
@@ -103,7 +107,8 @@ class Preparation:
         self.config, self.directory, self.tokenizer = config, directory, tokenizer
         self.seen = SeenTexts()
         streams = _streams(config, retry)
-        self.files = _files(streams)
+        self.shards, self.retry = [shard for stream in streams for shard in stream.shards], retry
+        self.files = SourceFiles.of(self.shards)
         self.readers = [Reader(stream, part, config, self.seen) for stream, part in zip(streams, PARTS, strict=False)]
         self.reader_number = 0
         self._saved_at = 0.0
@@ -241,6 +246,8 @@ class Preparation:
                 raise error(f"{source}: nothing is left for {part}; documents: {counts}")
         with writing(self.directory):
             self._save()
+        files = self.files.with_contents(self.shards, _read_files(self.shards, self.retry))
+        with writing(self.directory):
             self._is_whole = False
             for writer in self.writers.values():
                 writer.close()
@@ -253,7 +260,7 @@ class Preparation:
                 counts=counts,
                 training=tuple(self.writers["training"].complete),
                 validation=tuple(self.writers["validation"].complete),
-                files=self.files,
+                files=files,
             )
             manifest.write(self.directory)
             remove(self.directory, UNFINISHED)
