@@ -31,7 +31,7 @@ from p828.engine.deepspeed.settings import read_strictly
 from p828.errors import ConfigError
 from p828.runs import checkpoint
 from p828.runs import records as metrics
-from p828.runs.fragments import TensorShard
+from p828.runs.tensors import TensorShard
 from p828.train import checkpoint_writer
 from runs import tiny_values, write_toml
 from tokenizer_kinds import EOS, KINDS

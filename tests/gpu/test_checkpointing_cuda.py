@@ -7,7 +7,7 @@ import torch
 
 from p828.distributed.group import ProcessGroup
 from p828.runs import checkpoint
-from p828.runs.fragments import TensorShard
+from p828.runs.tensors import TensorShard
 from p828.train.checkpointing import AsyncCheckpointer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -9,7 +9,7 @@ import torch
 from p828.distributed.group import ProcessGroup
 from p828.errors import ConfigError
 from p828.runs import checkpoint
-from p828.runs.fragments import TensorShard
+from p828.runs.tensors import TensorShard
 from p828.train import checkpointing as background_saver
 from p828.train.checkpointing import AsyncCheckpointer
 

@@ -59,8 +59,7 @@ def check_range(key: str, value: Any) -> None:
 
 
 def check_texts(flat: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a text that no file's name can hold, and for more text than a checkpoint's reader takes.
-    """
+    """Raises ConfigError for a text that no file's name can hold, and for more text than a checkpoint's reader takes."""
     size = 0
     for key, value in flat.items():
         for text in value if isinstance(value, tuple) else (value,):

@@ -143,8 +143,7 @@ class Loader:
         cancelled: threading.Event | None = None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`cancelled` is set when nothing is to be waited for any more. `tell` is given a line when data is waited for.
-        """
+        """`cancelled` is set when nothing is to be waited for any more. `tell` is given a line when data is waited for."""
         self.rows = rows
         self.sources = sources
         self.mask_documents = mask_documents

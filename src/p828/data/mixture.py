@@ -88,8 +88,7 @@ class SampleOrder:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on there, with any number of ranks after a step. Raises ConfigError if a source is not that of the state.
-        """
+        """Go on there, with any number of ranks after a step. Raises ConfigError if a source is not that of the state."""
         counts = {len(state[key]) for key in ("sources", "weights", "chosen")}
         if counts != {len(self.sources)}:
             raise ValueError(f"data: a place in other than {len(self.sources)} sources")

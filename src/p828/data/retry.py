@@ -21,8 +21,7 @@ class Retry:
     """Is given a line before each wait."""
 
     def documents(self, shard: Shard, start: int) -> Iterator[str | BadRecord]:
-        """A shard's texts from number `start` on. Raises what the shard raises, TransientReadError after the attempts.
-        """
+        """A shard's texts from number `start` on. Raises what the shard raises, TransientReadError after the attempts."""
         failures = 0
         while True:
             try:

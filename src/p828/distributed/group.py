@@ -76,8 +76,7 @@ class ProcessGroup:
         return own.index(self.rank), len(own)
 
     def on_rank_0(self, function: Callable[[], T]) -> T:
-        """What the function gives on rank 0, where alone it runs; a ConfigError or RunStopped there is raised on all.
-        """
+        """What the function gives on rank 0, where alone it runs; a ConfigError or RunStopped there is raised on all."""
         if self.size == 1:
             return function()
         outcome: list[Any] = [None, None]

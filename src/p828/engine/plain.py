@@ -21,8 +21,7 @@ from p828.model.init import initialise
 from p828.model.transformer import Transformer
 from p828.optim.adamw import Optimizer, pick_moment_dtype
 from p828.optim.balance import update_biases
-from p828.runs.fragments import Saveable
-from p828.runs.tensors import Tensors
+from p828.runs.tensors import Saveable, Tensors
 from p828.system.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
 
 

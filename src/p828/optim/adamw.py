@@ -18,7 +18,7 @@ from p828.errors import ConfigError
 from p828.kernels.adamw import adamw_, bias_corrections, join_float32, split_float32
 from p828.kernels.adamw_state import MatrixState, Update
 from p828.model.precision import matrices
-from p828.runs.fragments import Master
+from p828.runs.tensors import Master
 
 
 class Optimizer:

@@ -23,8 +23,7 @@ from p828.runs.checkpoint import (
     name_of,
     recover,
 )
-from p828.runs.fragments import Saveable, tensors_of
-from p828.runs.tensors import file_name, write_tensors
+from p828.runs.tensors import Saveable, file_name, tensors_of, write_tensors
 
 T = TypeVar("T")
 

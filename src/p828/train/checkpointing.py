@@ -14,7 +14,7 @@ from torch import Tensor
 from p828.distributed.group import ProcessGroup
 from p828.errors import ConfigError
 from p828.runs import checkpoint
-from p828.runs.fragments import Saveable, tensors_of, with_tensors
+from p828.runs.tensors import Saveable, tensors_of, with_tensors
 from p828.system.device import machine
 from p828.system.host_memory import free_host_bytes
 from p828.train.checkpoint_writer import CheckpointWriter, num_bytes

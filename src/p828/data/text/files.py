@@ -111,8 +111,7 @@ class FileShard:
         return f"{count} {checksum.hexdigest()}"
 
     def documents(self, start: int = 0) -> Iterator[str | BadRecord]:
-        """Raises ConfigError naming the file, and the line of a JSON Lines file, that is wrong, and TransientReadError.
-        """
+        """Raises ConfigError naming the file, and the line of a JSON Lines file, that is wrong, and TransientReadError."""
         with closing(self._records()) as records:
             for number, record in enumerate(records):
                 if number < start:

@@ -191,8 +191,7 @@ def _saving() -> Iterator[None]:
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """What an interrupted preparation left. Raises ConfigError if it is damaged, and RunStopped if it cannot be read.
-    """
+    """What an interrupted preparation left. Raises ConfigError if it is damaged, and RunStopped if it cannot be read."""
     try:
         content = read_limited(path, LARGEST_FILE)
         progress: dict[str, Any] = json.loads(content)

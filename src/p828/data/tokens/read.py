@@ -203,8 +203,7 @@ class ShuffledTokenDataset:
         return -(-len(self.tokens) // self.row_length)
 
     def take(self, batch: int, count: int) -> list[Sample]:
-        """The next `count` rows. Raises ConfigError, before the first, if a shard is damaged, and TransientReadError.
-        """
+        """The next `count` rows. Raises ConfigError, before the first, if a shard is damaged, and TransientReadError."""
         if self._checked is None:
             shards = self.prepared.manifest.training
             self._checked = check_shards(self.prepared.directory, shards, self._known, self._retry, self._part)

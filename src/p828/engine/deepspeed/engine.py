@@ -29,8 +29,7 @@ from p828.model.loss import IGNORE, LinearCrossEntropy
 from p828.model.transformer import Layer, Transformer
 from p828.optim.adamw import decayed_names
 from p828.optim.balance import update_biases
-from p828.runs.fragments import Saveable
-from p828.runs.tensors import Tensors
+from p828.runs.tensors import Saveable, Tensors
 from p828.system.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
