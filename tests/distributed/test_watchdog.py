@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from p828.distributed.watchdog import FILE_NAME, LONGEST_GREETING, _accept, stacks
+from p828.distributed.watchdog import LONGEST_GREETING, _accept, stacks
 from p828.errors import RunStopped
+from p828.runs.layout import HANG_FILE
 
 TOKEN = "secret"
 STRANGERS = {
@@ -104,7 +105,7 @@ def heard(server: socket.socket, answer: bytes) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "no directory", "link"])
 def test_a_hang_ends_all_ranks_whatever_the_report_is(server: socket.socket, tmp_path: Path, kind: str) -> None:
-    report, other = tmp_path / FILE_NAME, tmp_path / "other"
+    report, other = tmp_path / HANG_FILE, tmp_path / "other"
     other.write_text("of someone else")
     if kind == "directory":
         report.mkdir()
@@ -113,7 +114,7 @@ def test_a_hang_ends_all_ranks_whatever_the_report_is(server: socket.socket, tmp
     elif kind == "link":
         report.symlink_to(other)
     else:
-        report = tmp_path / "none" / FILE_NAME
+        report = tmp_path / "none" / HANG_FILE
     with watcher(server, 0, report) as process:
         said = heard(server, json.dumps({"stack": 'Thread 0x1 (M):\n  File "a.py", line 1 in f'}).encode() + b"\n")
         _, err = process.communicate(timeout=60)
@@ -132,7 +133,7 @@ def test_a_hang_ends_all_ranks_whatever_the_report_is(server: socket.socket, tmp
 def test_a_hang_ends_all_ranks_when_nobody_reads_what_they_say(server: socket.socket, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with watcher(server, 0, tmp_path / FILE_NAME, writer) as process:
+    with watcher(server, 0, tmp_path / HANG_FILE, writer) as process:
         os.close(writer)
         said = heard(server, b'{"stack": "-"}\n')
         process.communicate(timeout=60)
@@ -141,7 +142,7 @@ def test_a_hang_ends_all_ranks_when_nobody_reads_what_they_say(server: socket.so
 
 
 def test_a_watcher_that_fails_says_so_and_ends_all_ranks(server: socket.socket, tmp_path: Path) -> None:
-    with watcher(server, 0, tmp_path / FILE_NAME) as process:
+    with watcher(server, 0, tmp_path / HANG_FILE) as process:
         said = heard(server, b"no JSON\n")
         _, err = process.communicate(timeout=60)
     assert said[-1] == {"end": 1}

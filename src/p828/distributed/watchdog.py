@@ -26,9 +26,9 @@ import torch
 
 from p828.errors import ConfigError, RunStopped
 from p828.files import open_appended, write_atomic
+from p828.runs.layout import HANG_FILE
 from p828.system.device import machine
 
-FILE_NAME = "hang.txt"
 LOOK_EVERY = 0.5  # seconds
 ANSWER_WITHIN = 15.0  # seconds for a rank's stack
 MOURN_WITHIN = 3.0  # seconds in which a death is noticed that made an operation fail
@@ -54,7 +54,7 @@ def connect_watchdog(
             peers = _accept(server, size, token, CONNECT_WITHIN)
     about: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
     abouts: dict[int, dict[str, Any]] = dict(enumerate(gather(about)))
-    return Watchdog(rank, peers, abouts, timeout, run_dir / FILE_NAME)
+    return Watchdog(rank, peers, abouts, timeout, run_dir / HANG_FILE)
 
 
 class Watchdog:

@@ -13,10 +13,7 @@ A wrong size, checksum or content is damage. A file that the system fails to rea
 """
 
 import errno
-import hashlib
-import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,21 +26,22 @@ from torch import Tensor
 
 from p828.data.retry import NO_RETRY, Retry
 from p828.errors import ConfigError, TransientReadError
-from p828.files import MEBIBYTE, move_directory, open_regular, read_limited
+from p828.files import move_directory
+from p828.runs.layout import (
+    CHECKPOINTS,
+    DELETED,
+    MANIFEST_FILE,
+    REPLACED,
+    SAVING,
+    SET_ASIDE,
+    STEP_NAME,
+    beside,
+    step_of,
+)
+from p828.runs.manifest import describe, read_manifest, read_state, reading_file
 from p828.runs.tensors import DamagedCheckpoint as DamagedCheckpoint
 from p828.runs.tensors import Tensors, part_of
 
-FORMAT_VERSION = 3
-MANIFEST = "manifest.json"
-STATE = "state.json"
-STEP_NAME = re.compile(r"step_(\d{8,})")
-ASIDE = "damaged_"  # before the name of what was set aside
-NON_FINITE = "$float"  # key of the object that stands for a float that JSON does not have
-FILE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-LARGEST_JSON = 64 * MEBIBYTE
-READ_BYTES = 8 * 2**20
-# What opening gives where something else than a regular file is: not for now, but for good.
-NO_FILE = (errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ELOOP)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -92,9 +90,9 @@ def opened(
 
     Raises DamagedCheckpoint and TransientReadError; what the block raises is its own.
     """
-    manifest = manifest or retry.call(partial(_read_manifest, path))
+    manifest = manifest or retry.call(partial(read_manifest, path))
     wanted = set(_parts(manifest) if names is None else names)
-    state = retry.call(partial(_read_state, path))
+    state = retry.call(partial(read_state, path))
     files = frozenset(manifest["files"])
     with Tensors(path, sorted(file for file in files if part_of(file) in wanted), device) as tensors:
         yield OpenCheckpoint(path, manifest["step"], tensors, state, files)
@@ -138,7 +136,7 @@ def find_newest(
 
 
 def _set_aside(path: Path) -> Path:
-    aside = _unused(path.with_name(f"{ASIDE}{path.name}"))
+    aside = _unused(path.with_name(f"{SET_ASIDE}{path.name}"))
     move_directory(path, aside)
     return aside
 
@@ -175,20 +173,20 @@ def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[
     And a line for each newer one that is damaged. Changes nothing on disk, so it is safe beside a running training.
     Raises ConfigError saying what was found instead, and TransientReadError.
     """
-    if (path / MANIFEST).is_file() or (STEP_NAME.fullmatch(path.name) and path.is_dir()):
+    if (path / MANIFEST_FILE).is_file() or (STEP_NAME.fullmatch(path.name) and path.is_dir()):
         return path, []
     if not path.exists():
         raise ConfigError(f"{path}: no such directory; give a run's directory or one of its checkpoints")
     if not path.is_dir():
         raise ConfigError(f"{path} is a file; give a run's directory or one of its checkpoints")
-    for entry in (path, path / "checkpoints"):
+    for entry in (path, path / CHECKPOINTS):
         if entry.is_dir() and not os.access(entry, os.R_OK | os.X_OK):
             raise ConfigError(f"{entry}: no permission to read it")
-    linked = path / "checkpoints"
+    linked = path / CHECKPOINTS
     if linked.is_symlink() and not linked.exists():
         raise ConfigError(f"{linked} is a link to {os.readlink(linked)}, which is not there")
     damage: list[str] = []
-    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     for candidate in reversed(_checkpoints(directory)):
         try:
             verify(candidate, retry=retry)
@@ -207,11 +205,11 @@ def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[
 
 def recover(directory: Path) -> None:
     """Put back or remove what an unfinished save left, and finish deletions."""
-    for path in directory.glob(".step_*.replaced"):
-        original = directory / path.name[1:].removesuffix(".replaced")
+    for path in directory.glob(f".step_*.{REPLACED}"):
+        original = directory / path.name[1:].removesuffix(f".{REPLACED}")
         if not path.is_dir():
             path.unlink()
-        elif (original / MANIFEST).exists():
+        elif (original / MANIFEST_FILE).exists():
             for name in os.listdir(path):  # of files that are moved one by one some may have been
                 if not (original / name).exists():
                     os.rename(path / name, original / name)
@@ -219,11 +217,11 @@ def recover(directory: Path) -> None:
         else:
             if original.exists():
                 _delete(original)
-            move_directory(path, original, last=MANIFEST)
-    for ending in ("tmp", "old"):
+            move_directory(path, original, last=MANIFEST_FILE)
+    for ending in (SAVING, DELETED):
         for path in directory.glob(f".step_*.{ending}"):
             original = directory / path.name[1:].removesuffix(f".{ending}")
-            if original.is_dir() and path.is_dir() and not (original / MANIFEST).exists():
+            if original.is_dir() and path.is_dir() and not (original / MANIFEST_FILE).exists():
                 _delete(original)  # the part of it that a killed process had moved
             _delete(path)
 
@@ -231,8 +229,8 @@ def recover(directory: Path) -> None:
 def _remove(paths: Iterable[Path]) -> None:
     """Each is renamed before it is emptied, so that a kill never leaves half of what looks like a checkpoint."""
     for path in paths:
-        aside = path.with_name(f".{path.name}.old")
-        move_directory(path, aside, first=MANIFEST)
+        aside = beside(path, DELETED)
+        move_directory(path, aside, first=MANIFEST_FILE)
         _delete(aside)
 
 
@@ -245,7 +243,7 @@ def _delete(path: Path) -> None:
 
 def _verified_manifest(path: Path, names: list[str] | None) -> dict[str, Any]:
     """The manifest, after checking it, the files without tensors and the parts in `names` (None: all)."""
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     files = manifest["files"]
     parts = _parts(manifest)
     for name in names or ():
@@ -254,7 +252,7 @@ def _verified_manifest(path: Path, names: list[str] | None) -> dict[str, Any]:
     for file in files:
         if names is not None and part_of(file) not in (None, *names):
             continue
-        with _reading(path, file):
+        with reading_file(path, file):
             size = (path / file).stat().st_size
             if size != files[file]["size"]:
                 raise DamagedCheckpoint(f"{path}: {file} has {size} bytes, {files[file]['size']} were written")
@@ -263,103 +261,11 @@ def _verified_manifest(path: Path, names: list[str] | None) -> dict[str, Any]:
     return manifest
 
 
-@contextmanager
-def _reading(path: Path, file: str) -> Iterator[None]:
-    """Turns what the system says when a checkpoint's file is read into what it means for the checkpoint."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{path}: {file} is missing") from None
-    except PermissionError as error:
-        raise ConfigError(f"{path}: {file} cannot be read: {error.strerror}") from None
-    except OSError as error:
-        kind = DamagedCheckpoint if error.errno in NO_FILE else TransientReadError
-        raise kind(f"{path}: {file} cannot be read: {error.strerror}") from None
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    with _reading(path, STATE):
-        try:
-            state = json.loads(read_limited(path / STATE, LARGEST_JSON), object_hook=_decode)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise DamagedCheckpoint(f"{path}: {STATE} cannot be read: {error}") from None
-    if not isinstance(state, dict):
-        raise DamagedCheckpoint(f"{path}: {STATE} is no table of what a checkpoint's has")
-    return state
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest's fields without its checksum. Later versions keep the checksum, so damage is told from newness."""
-    with _reading(path, MANIFEST):
-        try:
-            content = read_limited(path / MANIFEST, LARGEST_JSON)
-        except ValueError as error:
-            raise DamagedCheckpoint(f"{path}: {MANIFEST} cannot be read: {error}") from None
-    try:
-        manifest: dict[str, Any] = json.loads(content)
-        del manifest["sha256"]
-        intact = manifest_bytes(manifest) == content
-    except (ValueError, TypeError, KeyError, RecursionError):
-        intact = False
-    if not intact:
-        raise DamagedCheckpoint(f"{path}: {MANIFEST} is not what was written: its checksum differs")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ConfigError(
-            f"{path}: its checkpoint format is {manifest.get('format_version')}; "
-            f"this version of p828 reads format {FORMAT_VERSION}"
-        )
-    if not _is_manifest(manifest):
-        raise DamagedCheckpoint(f"{path}: {MANIFEST} does not say what a checkpoint's does")
-    return manifest
-
-
-def _is_manifest(fields: Mapping[str, Any]) -> bool:
-    """Whether it lists files by plain names, with their sizes and checksums; anyone can make the sum over it right."""
-    files = fields.get("files")
-    return (
-        type(fields.get("step")) is int
-        and isinstance(files, dict)
-        and STATE in files
-        and all(FILE_NAME.fullmatch(name) for name in files)
-        and all(isinstance(about, dict) and about.keys() == {"size", "sha256"} for about in files.values())
-        and all(type(about["size"]) is int and isinstance(about["sha256"], str) for about in files.values())
-    )
-
-
-def manifest_bytes(fields: Mapping[str, Any]) -> bytes:
-    """The one spelling of a manifest, checksum included: any other bytes are damage."""
-    content = json.dumps(fields, sort_keys=True).encode()
-    return json.dumps({**fields, "sha256": hashlib.sha256(content).hexdigest()}, sort_keys=True, indent=2).encode()
-
-
-def describe(path: Path, sync: bool = False) -> dict[str, Any]:
-    """Size and SHA-256 of a regular file, which with `sync` is on the disk afterwards. Raises OSError."""
-    digest, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(READ_BYTES))
-    with open_regular(path) as file:
-        while count := file.readinto(buffer):  # type: ignore[attr-defined]
-            digest.update(buffer[:count])
-            size += count
-        if sync:
-            os.fsync(file.fileno())
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
 def _checkpoints(directory: Path) -> list[Path]:
     """The directories that are named as checkpoints, by rising step."""
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if STEP_NAME.fullmatch(path.name)), key=step_of)
-
-
-def name_of(step: int) -> str:
-    """The name of a step's checkpoint directory."""
-    return f"step_{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint directory's name."""
-    return int(path.name.removeprefix("step_"))
 
 
 def _parts(manifest: Mapping[str, Any]) -> list[str]:
@@ -372,11 +278,3 @@ def _unused(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}_{number}")
     return candidate
-
-
-def _decode(value: dict[str, Any]) -> Any:
-    if value.keys() != {NON_FINITE}:
-        return value
-    if value[NON_FINITE] not in ("nan", "inf", "-inf"):
-        raise ValueError(f"{NON_FINITE} is given for what is no float")
-    return float(value[NON_FINITE])

@@ -20,7 +20,8 @@ from p828.config.values import shown
 from p828.data.mixture import held_out_rules
 from p828.errors import ConfigError
 from p828.model.transformer import Transformer
-from p828.runs.checkpoint import STATE, OpenCheckpoint
+from p828.runs.checkpoint import OpenCheckpoint
+from p828.runs.layout import STATE_FILE
 from p828.runs.tensors import DamagedCheckpoint, Kind
 from p828.runs.train_state import TrainState
 
@@ -37,7 +38,7 @@ def config_of(saved: OpenCheckpoint) -> Config:
     """The configuration of the run that wrote it. Raises DamagedCheckpoint, ConfigError naming the key."""
     values = saved.state.get("config")
     if not isinstance(values, Mapping):
-        raise DamagedCheckpoint(f"{saved.path}: holds no configuration (config in {STATE})")
+        raise DamagedCheckpoint(f"{saved.path}: holds no configuration (config in {STATE_FILE})")
     return from_dict(values, str(saved.path))
 
 
@@ -86,9 +87,9 @@ def progress_of(saved: OpenCheckpoint) -> TrainState:
     kinds = typing.get_type_hints(TrainState)
     for name in [*values, *kinds]:
         if name not in kinds:
-            raise DamagedCheckpoint(f"{saved.path}: {STATE}: progress.{shown(name)} is no field of it")
+            raise DamagedCheckpoint(f"{saved.path}: {STATE_FILE}: progress.{shown(name)} is no field of it")
         if name not in values and name in FIRST_FIELDS:
-            raise DamagedCheckpoint(f"{saved.path}: {STATE}: progress.{name} is missing")
+            raise DamagedCheckpoint(f"{saved.path}: {STATE_FILE}: progress.{name} is missing")
         if name in values and not _is_one(values[name], kinds[name]):
             raise _wrong(saved, f"progress.{name}", values[name], _in_words(kinds[name]))
     progress = TrainState(**values)
@@ -125,7 +126,7 @@ def reading_position(path: Path) -> Iterator[None]:
         raise
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise DamagedCheckpoint(
-            f"{path}: {STATE}: data is no place in it: {type(error).__name__}: {shown(str(error))}"
+            f"{path}: {STATE_FILE}: data is no place in it: {type(error).__name__}: {shown(str(error))}"
         ) from error
 
 
@@ -251,4 +252,6 @@ def _in_words(kind: Any) -> str:
 
 
 def _wrong(saved: OpenCheckpoint, key: str, value: Any, accepted: str) -> DamagedCheckpoint:
-    return DamagedCheckpoint(f"{saved.path}: {STATE}: {key} = {shown(value)}: {accepted} is what a run writes there")
+    return DamagedCheckpoint(
+        f"{saved.path}: {STATE_FILE}: {key} = {shown(value)}: {accepted} is what a run writes there"
+    )

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from p828.errors import ConfigError
 from p828.files import fsync, move_directory, write_atomic
-
-TRIAL = ".trial"
+from p828.runs.layout import TRIAL_DIRECTORY
 
 
 def try_out(directory: Path) -> None:
@@ -16,7 +15,7 @@ def try_out(directory: Path) -> None:
 
     Raises ConfigError naming the first that the file system refuses; nothing is left then.
     """
-    trial = directory / TRIAL
+    trial = directory / TRIAL_DIRECTORY
     saving, saved = trial / "saving", trial / "saved"
     steps: list[tuple[str, Callable[[], object]]] = [
         ("make a directory", lambda: saving.mkdir(parents=True)),

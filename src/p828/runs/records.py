@@ -20,9 +20,8 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from p828.errors import ConfigError, RecordsFailed, RunPaused, closed_after
 from p828.files import fsync, open_appended, open_regular
+from p828.runs.layout import DAMAGED_RECORDS_FILE, RECORDS_FILE
 
-FILE_NAME = "metrics.jsonl"
-DAMAGED_NAME = "metrics.damaged"
 LOADS_A_STEP = 32  # experts' loads that a step's line has on average at most, but for those of evaluations
 STARVED_UNDER = 0.1  # of an even share of a layer's tokens
 PIECE = 2**20  # bytes
@@ -54,7 +53,7 @@ class Recorder:
         self.is_quiet, self.mirror = is_quiet, mirror
         self.waiting: list[bytes] = []
         """Lines for which there was no room on the disk; they are written when there is."""
-        self.path = run_dir / FILE_NAME
+        self.path = run_dir / RECORDS_FILE
         self._file: BinaryIO | None = None
         try:
             if not is_quiet:
@@ -104,7 +103,7 @@ class Recorder:
         """
         if self.is_quiet:
             return ""
-        beside, damaged = self.path.with_name(f".{FILE_NAME}.tmp"), self.path.with_name(DAMAGED_NAME)
+        beside, damaged = self.path.with_name(f".{RECORDS_FILE}.tmp"), self.path.with_name(DAMAGED_RECORDS_FILE)
         moved = 0
         try:
             beside.unlink(missing_ok=True)  # what a killed process left

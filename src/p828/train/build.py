@@ -23,13 +23,14 @@ from p828.errors import ConfigError
 from p828.model.costs import count_parameters, unused_vocabulary
 from p828.runs import checkpoint
 from p828.runs.checkpoint_content import rules_of
+from p828.runs.layout import CONFIG_FILE, TOKENIZER_FILE, step_of
 from p828.runs.records import Recorder
 from p828.system.device import check_room, lacks_bfloat16, make_deterministic, pick_device
 from p828.train.banner import entries
 from p828.train.conclusion import conclude
 from p828.train.console import Console, say, waiting
 from p828.train.evaluation import Evaluations
-from p828.train.resume import CONFIG_FILE, TOKENIZER_FILE, open_run
+from p828.train.resume import open_run
 from p828.train.signals import graceful_shutdown
 from p828.train.trainer import Trainer
 from p828.train.wandb import WandbMirror, open_mirror
@@ -86,7 +87,7 @@ def _train(
         with waiting("starting Weights & Biases" if config.wandb.mode != "off" else "opening the records", tell):
             mirror = None if is_quiet else open_mirror(run.path, config)
             recorder = stack.enter_context(Recorder(run.path, is_quiet, mirror))
-        first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
+        first_step = 0 if run.newest is None else step_of(run.newest)
         with Console(run.path, max(config.train.steps, first_step), first_step, is_quiet=is_quiet) as console:
             part = ranks.on_host()  # they compare the files of prepared data together
             ranks.on_rank_0(

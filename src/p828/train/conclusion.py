@@ -5,7 +5,7 @@ from p828.data.build import training_rows
 from p828.data.mixture import held_out_rules
 from p828.errors import ConfigError, TransientReadError
 from p828.inference.evaluate import perplexity
-from p828.runs import checkpoint
+from p828.runs.layout import name_of
 from p828.train.trainer import Trainer
 
 
@@ -32,7 +32,7 @@ def conclude(trainer: Trainer) -> None:
         how = f"is complete after train.hours = {config.train.hours:g}"
     console.print(f"{config.run_dir} {how} at step {progress.step}")
     if progress.saved_best_step not in (None, progress.step):
-        best = trainer.checkpoints / checkpoint.name_of(progress.saved_best_step)
+        best = trainer.checkpoints / name_of(progress.saved_best_step)
         is_best_of_all = progress.best_step == progress.saved_best_step
         with_loss = f", with validation loss {progress.best_loss:.3f}," if is_best_of_all else ""
         console.print(f"the best checkpoint{with_loss} is {best}")

@@ -26,8 +26,15 @@ from p828.runs import checkpoint
 from p828.runs import records as metrics
 from p828.runs.checkpoint_content import config_of
 from p828.runs.file_system import try_out
+from p828.runs.layout import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    RECORDS_FILE,
+    SET_ASIDE,
+    TOKENIZER_FILE,
+    WANDB_ID_FILE,
+)
 
-CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.toml", "tokenizer.json", "checkpoints"
 LARGEST_TOKENIZER = 256 * MEBIBYTE
 LEFT_BEHIND = re.compile(r"\.[a-z_]+(\.[a-z]+)?\.(tmp|\d+)")  # a file that was being written when a process was killed
 
@@ -175,7 +182,7 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
             "Set them back to go on with that run, or give this one another --name"
         )
     if blocking:
-        for name in (TOKENIZER_FILE, "metrics.jsonl", "wandb_id"):
+        for name in (TOKENIZER_FILE, RECORDS_FILE, WANDB_ID_FILE):
             (run_dir / name).unlink(missing_ok=True)
     if newest is not None and (newest / TOKENIZER_FILE).is_file() and not (run_dir / TOKENIZER_FILE).exists():
         text = read_limited(newest / TOKENIZER_FILE, LARGEST_TOKENIZER).decode()
@@ -192,8 +199,8 @@ def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:
     if damaged:
         more = f" ({len(damaged) - 1} more are damaged, too)" if len(damaged) > 1 else ""
         raise ConfigError(f"{run_dir} has no complete checkpoint to go on from: {damaged[0]}{more}.\n{how}")
-    aside = checkpoints.is_dir() and any(path.name.startswith(checkpoint.ASIDE) for path in checkpoints.iterdir())
-    records = run_dir / metrics.FILE_NAME
+    aside = checkpoints.is_dir() and any(path.name.startswith(SET_ASIDE) for path in checkpoints.iterdir())
+    records = run_dir / RECORDS_FILE
     saved = (line["step"] for line in metrics.read(records) if line.get("event") == "saved") if records.exists() else ()
     last = max(saved, default=None)
     if aside or last is not None:

@@ -21,6 +21,7 @@ from p828.model.costs import training_flops
 from p828.optim.schedule import learning_rate
 from p828.runs import checkpoint
 from p828.runs.checkpoint_content import check_content, config_of, reading_position, seconds_of
+from p828.runs.layout import CHECKPOINTS, TOKENIZER_FILE, step_of
 from p828.runs.records import Recorder, loads_every, loads_record
 from p828.runs.train_state import BatchStats, TrainState
 from p828.system.device import compiles, out_of_memory_told, peak_flops, peak_memory
@@ -29,7 +30,7 @@ from p828.train.checkpointing import AsyncCheckpointer
 from p828.train.console import Console
 from p828.train.evaluation import Evaluations
 from p828.train.pace import A_DAY, Pace, how_long
-from p828.train.resume import CHECKPOINTS, TOKENIZER_FILE, RunDirectory
+from p828.train.resume import RunDirectory
 from p828.train.signals import GracefulShutdown
 
 NON_FINITE_LIMIT = 3  # steps in a row
@@ -383,7 +384,7 @@ class Trainer:
         with self.ranks.raise_together(), checkpoint.opened(path, retry=self.retry) as saved:
             if saved.state.get("tokenizer") != self.tokenizer.fingerprint():
                 raise ConfigError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
-            if saved.step != checkpoint.step_of(path):
+            if saved.step != step_of(path):
                 raise checkpoint.DamagedCheckpoint(f"{path}: its manifest says step {saved.step}")
             self.progress = check_content(saved, self.config, self.loader.state_dict())
             with reading_position(path):
