@@ -66,7 +66,7 @@ def prepared(place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(place: Path) -> Path:
-    """A checkpoint with whole tensors and fragments."""
+    """A checkpoint with whole tensors and shards."""
     tensors = {
         "model": {"a": torch.randn(4, 6), "b": TensorShard(torch.randn(12), 0, (3, 4))},
         "random": {"cpu": torch.zeros(16, dtype=torch.uint8)},

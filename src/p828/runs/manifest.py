@@ -8,7 +8,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,16 +108,14 @@ def state_bytes(state: Mapping[str, Any]) -> bytes:
     return json.dumps(_encode(state), allow_nan=False).encode()
 
 
-def describe(path: Path, sync: bool = False) -> dict[str, Any]:
-    """Size and SHA-256 of a regular file, which with `sync` is on the disk afterwards. Raises OSError."""
+def describe(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a regular file, as the manifest lists them. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     buffer = memoryview(bytearray(READ_BYTES))
     with open_regular(path) as file:
         while count := file.readinto(buffer):  # type: ignore[attr-defined]
             digest.update(buffer[:count])
             size += count
-        if sync:
-            os.fsync(file.fileno())
     return {"size": size, "sha256": digest.hexdigest()}
 
 

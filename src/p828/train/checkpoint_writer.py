@@ -131,8 +131,7 @@ def _write_own(temporary: Path, tensors: Mapping[str, Mapping[str, Saveable]], r
     files: dict[str, Any] = {}
     for part, values in tensors.items():
         path = temporary / file_name(part, ranks.rank, ranks.size)
-        write_tensors(path, values)
-        files[path.name] = describe(path, sync=True)
+        files[path.name] = write_tensors(path, values)
     return files
 
 

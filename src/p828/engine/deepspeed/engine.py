@@ -216,11 +216,11 @@ class DeepSpeedEngine:
             buffer.copy_(tensors.tensor("model", name))
         saved = set(tensors.names("optimizer"))  # older ones from before the first step have not all
         for part in self.partitions:
-            part.of(part.flat).values.copy_(tensors.fragment("model", part.name, part.start, part.length))
+            part.of(part.flat).values.copy_(tensors.shard("model", part.name, part.start, part.length))
             for key in MOMENTS:
                 moments, moments_name = part.of(self._state(part.flat)[key]).values, f"{key}/{part.name}"
                 if moments_name in saved:
-                    moments.copy_(tensors.fragment("optimizer", moments_name, part.start, part.length))
+                    moments.copy_(tensors.shard("optimizer", moments_name, part.start, part.length))
                 else:
                     moments.zero_()
         counts = [
