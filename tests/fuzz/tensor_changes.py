@@ -1,16 +1,18 @@
 """Changes of a checkpoint's tensors at random, with checksums that are right again; and, as a program, resumes of them.
 
 `python tensor_changes.py CONFIG RUNS_DIR SEED COUNT [FLAGS]` changes the one checkpoint of the run `tiny` in RUNS_DIR
-and resumes it, COUNT times, in this one process: a crash in native code ends it. A line of JSON on each goes to
-standard output: first the change, then the exit code and what was said on standard error.
+and resumes it, COUNT times, each in a fork of this process, as DeepSpeed can be set up once in one. A line of JSON on
+each goes to standard output: the change, the exit code (below 0 a signal), and what was said on standard error.
 """
 
 import contextlib
 import io
 import json
+import os
 import random
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,8 @@ def _change_header(path: Path, draw: random.Random) -> str:
 
 
 def main(config: str, runs_dir: str, seed: str, count: str, *flags: str) -> None:
+    if "deepspeed" in flags:
+        import deepspeed  # noqa: F401 (once for all forks)
     kept, run = Path(runs_dir) / "kept", Path(runs_dir) / "tiny"
     if not kept.exists():
         shutil.copytree(run, kept)
@@ -142,11 +146,24 @@ def main(config: str, runs_dir: str, seed: str, count: str, *flags: str) -> None
         shutil.rmtree(run)
         shutil.copytree(kept, run)
         draw = random.Random(f"{seed}-{number}")
-        print(json.dumps(change(run / CHECKPOINTS / name_of(STEP), draw)), flush=True)
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = dispatch(["train", config, "--runs-dir", runs_dir, "--train.steps", str(STEP + 1), *flags])
-        print(json.dumps([code, err.getvalue()]), flush=True)
+        how = change(run / CHECKPOINTS / name_of(STEP), draw)
+        said = Path(runs_dir) / "said.txt"
+        said.unlink(missing_ok=True)
+        if (child := os.fork()) == 0:
+            os._exit(_resume(said, ["train", config, "--runs-dir", runs_dir, "--train.steps", str(STEP + 1), *flags]))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps([how, code, said.read_text() if said.exists() else ""]), flush=True)
+
+
+def _resume(said: Path, arguments: list[str]) -> int:
+    """The command's exit code; what it and its libraries say on standard error goes to a file."""
+    code = 1
+    with said.open("w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = dispatch(arguments)
+        except BaseException:
+            traceback.print_exc()
+    return code
 
 
 if __name__ == "__main__":

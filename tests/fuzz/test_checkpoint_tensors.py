@@ -14,7 +14,7 @@ from runs import write_toml
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "30"))
 PROGRAM = Path(__file__).with_name("tensor_changes.py")
 ENGINES = {"plain": (), "deepspeed": ("--engine", "deepspeed")}
-SHARE = {"plain": 1.0, "deepspeed": 0.3}  # of the examples: setting DeepSpeed up takes most of a second
+SHARE = {"plain": 0.5, "deepspeed": 0.1}  # of the examples: a resume takes some 0.2 s, and one under DeepSpeed 2 s
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,10 @@ def test_each_is_taken_or_answered_in_a_line(trained: Path, engine: str) -> None
     found = subprocess.run(
         arguments, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
-    lines = [json.loads(line) for line in found.stdout.splitlines() if line.startswith(('"', "["))]
-    assert found.returncode == 0, f"{lines[-1:]}\n{found.stderr[-4000:]}"
-    assert len(lines) == 2 * int(count)
-    for change, (code, err) in zip(lines[::2], lines[1::2], strict=True):
+    assert found.returncode == 0, found.stderr
+    lines = [json.loads(line) for line in found.stdout.splitlines() if line.startswith('["')]
+    assert len(lines) == int(count)
+    for change, code, err in lines:
         said = [line for line in err.splitlines() if "p828: " in line]
         assert code in (0, 2), f"{change}: {err}"
         assert "Traceback" not in err, f"{change}: {err}"
@@ -47,4 +47,4 @@ def test_each_is_taken_or_answered_in_a_line(trained: Path, engine: str) -> None
             assert len(said) == 1, f"{change}: {err}"
             assert "step_00000003" in said[0], f"{change}: {err}"
             assert len(said[0]) < 2000, f"{change}: {err}"
-    assert any(code == 2 for code, _ in lines[1::2])
+    assert any(code == 2 for _, code, _ in lines)
