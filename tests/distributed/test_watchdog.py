@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from p828.distributed.watchdog import LONGEST_GREETING, _accept, stacks
+from p828.distributed.connections import LONGEST_GREETING, accept
+from p828.distributed.stacks import stacks
 from p828.errors import RunStopped
 from p828.runs.layout import HANG_FILE
 
@@ -53,7 +54,7 @@ def test_strangers_are_turned_away_and_keep_nobody_waiting(server: socket.socket
         came(server, b"").close()
         for rank in (2, 1):
             stack.enter_context(came(server, greeting(rank)))
-        peers = _accept(server, 3, TOKEN, within=60)
+        peers = accept(server, 3, TOKEN, within=60)
         assert [peer.rank for peer in peers] == [2, 1]
         for name, stranger in strangers.items():
             stranger.settimeout(10)
@@ -66,7 +67,7 @@ def test_strangers_are_turned_away_and_keep_nobody_waiting(server: socket.socket
 def test_a_rank_that_does_not_come_is_named(server: socket.socket) -> None:
     expected = r"waited 0\.5 s for the connections of ranks \[1, 3\]"
     with came(server, greeting(2)), came(server, b"{"), pytest.raises(RunStopped, match=expected):
-        _accept(server, 4, TOKEN, within=0.5)
+        accept(server, 4, TOKEN, within=0.5)
 
 
 def test_stacks_tell_where_every_thread_is() -> None:
@@ -79,8 +80,9 @@ WATCHER = """
 import socket, sys, time
 from pathlib import Path
 del socket.TCP_KEEPIDLE  # which not every system has
-from p828.distributed.watchdog import Watchdog, _Peer
-peer = _Peer(socket.create_connection(("127.0.0.1", int(sys.argv[2]))), int(sys.argv[1] == "0"))
+from p828.distributed.connections import Peer
+from p828.distributed.watchdog import Watchdog
+peer = Peer(socket.create_connection(("127.0.0.1", int(sys.argv[2]))), int(sys.argv[1] == "0"))
 about = {rank: {"host": "here", "pid": rank} for rank in (0, 1)}
 watchdog = Watchdog(int(sys.argv[1]), [peer], about, 0.2, Path(sys.argv[3]))
 time.sleep(60)
