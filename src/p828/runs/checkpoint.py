@@ -1,15 +1,15 @@
-"""Checkpoints on disk: one directory a step, complete or absent, every byte of it under a checksum.
+"""Checkpoints on disk, to be found, verified, opened and deleted: one directory a step, complete or absent.
 
-`step_00000100/` holds the tensors of each part ("model", "optimizer", ...) as `tensor_files` says, from one process or
-from several ranks, `state.json` (progress, data position, metadata), other files that were enclosed, and
-`manifest.json`, which lists the others with size and SHA-256 and is itself checksummed. Nothing is ever unpickled.
+`step_00000100/` holds the tensors of each part ("model", "optimizer", ...) as `runs.tensors` says, from one process or
+from several ranks, `state.json` (progress, data position, metadata), enclosed files as the tokenizer, and
+`manifest.json`, which lists all others with size and SHA-256 and has a checksum of its own. Nothing is ever unpickled.
 
-A checkpoint is written as `.step_00000100.tmp` and renamed. A step that is saved again is first renamed to
-`.step_00000100.replaced`. One that is deleted is renamed to `.step_00000100.old` first. Where directories cannot be
-renamed, their files are moved one by one, the manifest last, or first from what is deleted: where it is, all is.
-What a killed process leaves of these is mended at the next save, search or pruning.
+A checkpoint is written as `.step_00000100.tmp` and then renamed. When a step is saved again, the older checkpoint is
+first renamed to `.step_00000100.replaced`; one that is to be deleted is first renamed to `.step_00000100.old`. Where
+directories cannot be renamed, their files are moved one by one: the manifest is the last file to come and the first to
+go, so that a directory with a manifest is complete. `recover` mends what a killed process leaves of all this.
 
-A wrong size, checksum or content is damage. A file that the system fails to read is not: it may be there tomorrow.
+A wrong size, checksum or content is damage. A file that the system fails to read is not, as it may be read later.
 """
 
 import errno
@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 class OpenCheckpoint(NamedTuple):
-    """A `Checkpoint` whose tensors are still on disk."""
+    """A `Checkpoint` whose tensors are read from its open files one by one."""
 
     path: Path
     step: int
@@ -66,10 +66,10 @@ class OpenCheckpoint(NamedTuple):
 
 
 def load(path: Path, names: Iterable[str] | None = None, device: str = "cpu", retry: Retry = NO_RETRY) -> Checkpoint:
-    """Read a checkpoint, all its parts or only those in `names`, onto `device`; what is read is verified first.
+    """Verify a checkpoint and read all its parts, or only those in `names`, onto `device`.
 
-    Raises DamagedCheckpoint, ConfigError for a part that it does not have or a version that is not read, and
-    TransientReadError.
+    Raises DamagedCheckpoint, ConfigError for a part that the checkpoint lacks or a format version that p828 does not
+    read, and TransientReadError.
     """
     manifest = verify(path, names, retry)
     wanted = _parts(manifest) if names is None else list(names)
@@ -86,9 +86,9 @@ def opened(
     device: str = "cpu",
     retry: Retry = NO_RETRY,
 ) -> Iterator[OpenCheckpoint]:
-    """A checkpoint that was verified before, its tensors to be read one by one.
+    """Open a checkpoint that was verified before, to read its tensors one by one.
 
-    Raises DamagedCheckpoint and TransientReadError; what the block raises is its own.
+    Raises DamagedCheckpoint and TransientReadError. Errors of the block are raised as they are.
     """
     manifest = manifest or retry.call(partial(read_manifest, path))
     wanted = set(_parts(manifest) if names is None else names)
@@ -99,9 +99,10 @@ def opened(
 
 
 def verify(path: Path, names: Iterable[str] | None = None, retry: Retry = NO_RETRY) -> dict[str, Any]:
-    """Check the manifest and every file's size and checksum, or of tensors only the parts in `names`.
+    """Check the manifest and every file's size and checksum, of the tensors' files only the parts in `names`.
 
-    The manifest. Raises DamagedCheckpoint for the first that is wrong, and TransientReadError after the attempts.
+    Returns the manifest. Raises DamagedCheckpoint naming the first file that is wrong, ConfigError as `load` does, and
+    TransientReadError after all attempts.
     """
     return retry.call(partial(_verified_manifest, path, None if names is None else list(names)))
 
@@ -109,13 +110,11 @@ def verify(path: Path, names: Iterable[str] | None = None, retry: Retry = NO_RET
 def find_newest(
     directory: Path, last_step: int | None = None, retry: Retry = NO_RETRY
 ) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint in `directory`, and a line for each damaged one that was met on the way to it.
+    """The newest complete checkpoint in `directory` up to `last_step`, and a line for each newer one that is damaged.
 
-    With `last_step`, the newest up to that step.
-
-    A damaged checkpoint is renamed to `damaged_step_XXXXXXXX`, once one before it is found to be complete. Only the
-    process that trains the run may call this (it also removes what a killed save left); readers use `resolve`.
-    Raises TransientReadError where one cannot be read for now: nothing is renamed then.
+    Once a complete checkpoint is found, newer damaged ones are renamed to `damaged_step_XXXXXXXX`. This also removes
+    what a killed save left, so only the process that trains the run may call it; readers use `resolve`. Raises
+    TransientReadError where a checkpoint cannot be read for now, and then renames nothing.
     """
     damaged: list[tuple[Path, str]] = []
     try:
@@ -155,7 +154,7 @@ def prune(directory: Path, keep_last: int, best_step: int | None) -> None:
 
 
 def forget_after(directory: Path, step: int) -> None:
-    """Delete those of later steps, as `prune` does."""
+    """Delete the checkpoints of later steps. Raises ConfigError when the file system refuses."""
     try:
         _remove(path for path in _checkpoints(directory) if step_of(path) > step)
     except OSError as error:
@@ -163,15 +162,15 @@ def forget_after(directory: Path, step: int) -> None:
 
 
 def resolve(path: Path) -> Path:
-    """As `resolve_with_notes`, without the notes."""
+    """The checkpoint that `resolve_with_notes` returns."""
     return resolve_with_notes(path)[0]
 
 
 def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[str]]:
-    """The checkpoint that a user means by a run's directory (its newest complete one), its `checkpoints`, or itself.
+    """The checkpoint that a user names: by its own path, or the newest complete one of a run or its `checkpoints`.
 
-    And a line for each newer one that is damaged. Changes nothing on disk, so it is safe beside a running training.
-    Raises ConfigError saying what was found instead, and TransientReadError.
+    Also returns a line for each newer checkpoint that is damaged. Changes nothing on disk, so that it is safe while the
+    run is training. Raises ConfigError saying what was found instead, and TransientReadError.
     """
     if (path / MANIFEST_FILE).is_file() or (STEP_NAME.fullmatch(path.name) and path.is_dir()):
         return path, []
@@ -192,7 +191,7 @@ def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[
             verify(candidate, retry=retry)
             return candidate, [f"{text}; {candidate.name} is used instead" for text in damage]
         except DamagedCheckpoint as error:
-            if candidate.exists():  # else the run deleted it meanwhile, as it had newer ones
+            if candidate.exists():  # else the run has deleted it meanwhile
                 damage.append(str(error))
     if damage:
         raise ConfigError(f"{path} has no complete checkpoint: {damage[0]}")
@@ -204,13 +203,13 @@ def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[
 
 
 def recover(directory: Path) -> None:
-    """Put back or remove what an unfinished save left, and finish deletions."""
+    """Put back or remove what an unfinished save left, and finish deletions. Raises OSError."""
     for path in directory.glob(f".step_*.{REPLACED}"):
         original = directory / path.name[1:].removesuffix(f".{REPLACED}")
         if not path.is_dir():
             path.unlink()
         elif (original / MANIFEST_FILE).exists():
-            for name in os.listdir(path):  # of files that are moved one by one some may have been
+            for name in os.listdir(path):  # where files are moved one by one, some may be moved already
                 if not (original / name).exists():
                     os.rename(path / name, original / name)
             _delete(path)
@@ -222,12 +221,12 @@ def recover(directory: Path) -> None:
         for path in directory.glob(f".step_*.{ending}"):
             original = directory / path.name[1:].removesuffix(f".{ending}")
             if original.is_dir() and path.is_dir() and not (original / MANIFEST_FILE).exists():
-                _delete(original)  # the part of it that a killed process had moved
+                _delete(original)  # the files that a killed process had moved
             _delete(path)
 
 
 def _remove(paths: Iterable[Path]) -> None:
-    """Each is renamed before it is emptied, so that a kill never leaves half of what looks like a checkpoint."""
+    """Delete checkpoints. Each is renamed first, so that a kill leaves no half of one under a checkpoint's name."""
     for path in paths:
         aside = beside(path, DELETED)
         move_directory(path, aside, first=MANIFEST_FILE)
@@ -242,7 +241,7 @@ def _delete(path: Path) -> None:
 
 
 def _verified_manifest(path: Path, names: list[str] | None) -> dict[str, Any]:
-    """The manifest, after checking it, the files without tensors and the parts in `names` (None: all)."""
+    """The manifest, after a check of it, of the files without tensors and of the parts in `names` (None: all)."""
     manifest = read_manifest(path)
     files = manifest["files"]
     parts = _parts(manifest)
@@ -262,7 +261,7 @@ def _verified_manifest(path: Path, names: list[str] | None) -> dict[str, Any]:
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    """The directories that are named as checkpoints, by rising step."""
+    """The directories with names of checkpoints, by rising step."""
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if STEP_NAME.fullmatch(path.name)), key=step_of)

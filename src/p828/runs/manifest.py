@@ -30,7 +30,7 @@ NO_FILE = (errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ELOOP)
 
 @contextmanager
 def reading_file(path: Path, file: str) -> Iterator[None]:
-    """Turns what the system says when a checkpoint's file is read into what it means for the checkpoint."""
+    """Raise the system's error on reading a checkpoint's file as what it means: damage, no permission, or try later."""
     try:
         yield
     except FileNotFoundError:
@@ -83,7 +83,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _is_manifest(fields: Mapping[str, Any]) -> bool:
-    """Whether it lists files by plain names, with their sizes and checksums; anyone can make the sum over it right."""
+    """Whether it lists files by plain names with sizes and checksums: a right checksum tells nothing of the writer."""
     files = fields.get("files")
     return (
         type(fields.get("step")) is int

@@ -1,4 +1,4 @@
-"""How far a run is, and how well it goes."""
+"""The train state: how far a run is and how its loss goes; saved with every checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
