@@ -137,8 +137,9 @@ def _change_header(path: Path, draw: random.Random) -> str:
 
 
 def main(config: str, runs_dir: str, seed: str, count: str, *flags: str) -> None:
+
     if "deepspeed" in flags:
-        import deepspeed  # noqa: F401 (once for all forks)
+        import deepspeed  # noqa: F401
     kept, run = Path(runs_dir) / "kept", Path(runs_dir) / "tiny"
     if not kept.exists():
         shutil.copytree(run, kept)
