@@ -137,6 +137,7 @@ def _change_header(path: Path, draw: random.Random) -> str:
 
 
 def main(config: str, runs_dir: str, seed: str, count: str, *flags: str) -> None:
+    import p828.train.build  # noqa: F401 (once for all forks)
 
     if "deepspeed" in flags:
         import deepspeed  # noqa: F401
