@@ -14,7 +14,7 @@ from runs import write_toml
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "30"))
 PROGRAM = Path(__file__).with_name("tensor_changes.py")
 ENGINES = {"plain": (), "deepspeed": ("--engine", "deepspeed")}
-SHARE = {"plain": 0.3, "deepspeed": 0.1}  # of the examples: a resume takes some 0.2 s, and one under DeepSpeed 2 s
+SHARE = {"plain": 0.3, "deepspeed": 0.1}  # of the examples, as a start of DeepSpeed takes seconds
 
 
 @pytest.fixture(scope="module")
