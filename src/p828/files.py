@@ -1,7 +1,7 @@
-"""Small files, files that are there whole or not at all, and directories for one process at a time.
+"""Opening regular files only, reading small ones, replacing files and directories atomically, and locking directories.
 
-Only regular files are opened: a FIFO, a device or a socket is refused at once and never waited for. Where p828 writes,
-a link in the file's place is refused too, so that nothing outside the directory is touched.
+A FIFO, a device or a socket in a file's place is refused at once and never waited for. Where p828 writes, a link in the
+file's place is refused or replaced, so that nothing outside the directory is touched.
 """
 
 import errno
@@ -19,9 +19,9 @@ from p828.errors import ConfigError
 
 MEBIBYTE = 2**20
 LOCK_FILE = ".lock"
-OWNER_FILE = ".lock.owner"  # in its stead, where the file system has no locks
+OWNER_FILE = ".lock.owner"  # takes its place where the file system has no locks
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-UNKNOWN_TO_DIRECTORIES = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # syncing, on some network file systems
+UNKNOWN_TO_DIRECTORIES = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems sync files only
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -31,9 +31,9 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def open_appended(path: Path) -> BinaryIO:
-    """Open a regular file, made if need be, for appending, unbuffered. Raises OSError for anything else and for links.
+    """Open a regular file for appending and create it if it is missing. Raises OSError for anything else and for links.
 
-    Unbuffered, so that nothing stays behind in a buffer when there is no room on the disk.
+    The file is unbuffered, so that no bytes stay in a buffer when the disk has no room.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -48,7 +48,7 @@ def open_appended(path: Path) -> BinaryIO:
 
 
 def read_limited(path: Path, most: int) -> bytes:
-    """A file's content. Raises OSError, and ValueError if it has more than `most` bytes; then no more are read."""
+    """A file's content. Raises OSError, and ValueError once more than `most` bytes are read."""
     content = bytearray()
     with open_regular(path) as file:
         while len(content) <= most and (data := file.read(MEBIBYTE)):
@@ -59,11 +59,11 @@ def read_limited(path: Path, most: int) -> bytes:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Put UTF-8 text in place of what the file held, in one step. Raises OSError, leaving the file as it was.
+    """Replace a file's content by UTF-8 text in one step, durably. Raises OSError and then leaves the file as it was.
 
     A link in the file's place is replaced and not followed.
     """
-    beside = path.with_name(f".{path.name}.tmp")  # what a killed process left of it is overwritten
+    beside = path.with_name(f".{path.name}.tmp")  # one that a killed process left is removed first
     try:
         beside.unlink(missing_ok=True)
         with beside.open("x", encoding="utf-8") as file:
@@ -77,7 +77,10 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Have a file's bytes, or a directory's names, on the disk when this returns."""
+    """Write a file's bytes, or a directory's names, to the disk. Raises OSError.
+
+    On file systems that cannot sync directories, a directory is passed over.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,10 +92,10 @@ def fsync(path: Path) -> None:
 
 
 def move_directory(source: Path, target: Path, first: str = "", last: str = "") -> None:
-    """Rename a directory to a name that is free. Raises OSError.
+    """Rename a directory to a name that is not taken. Raises OSError.
 
-    Some file systems rename files only. There its files are moved one by one, `first` before and `last` after all
-    others, so that a reader who looks for that file takes neither half for the whole.
+    Some file systems rename files only. There the files are moved one by one, `first` before and `last` after all
+    others: a reader who looks for that file never takes a directory that is half moved for a whole one.
     """
     try:
         source.rename(target)
@@ -109,11 +112,11 @@ def move_directory(source: Path, target: Path, first: str = "", last: str = "") 
 
 @contextmanager
 def locked(directory: Path, complaint: str) -> Iterator[None]:
-    """Hold the directory's lock, which the system gives back however the process ends.
+    """Hold the directory's lock, which the system releases however the process ends.
 
-    Where the file system has no locks, a file that names the process takes its place; what a process of this machine
-    left of it when it died is replaced. Raises ConfigError with the complaint while another process holds it, and
-    OSError.
+    Where the file system has no locks, a file that names the owning process takes its place; one whose process on this
+    machine has ended is replaced. Raises ConfigError with the text `complaint` while another process holds the lock,
+    and OSError.
     """
     with open_appended(directory / LOCK_FILE) as file:
         has_locks = True
@@ -131,7 +134,7 @@ def locked(directory: Path, complaint: str) -> Iterator[None]:
 
 @contextmanager
 def _owned(path: Path, complaint: str) -> Iterator[None]:
-    """Hold what the file stands for, which no other process can make meanwhile."""
+    """Hold the lock by a file that names this process. Raises ConfigError while another process holds it."""
     own = json.dumps({**_place(), "pid": os.getpid(), "start": _start_of(os.getpid())}).encode()
     while not _made(path, own):
         try:
@@ -142,7 +145,7 @@ def _owned(path: Path, complaint: str) -> Iterator[None]:
             os.rename(path, aside)
             if read_limited(aside, MEBIBYTE) == found:
                 aside.unlink()
-            else:  # another process was faster, and has made its own
+            else:  # another process was faster and has put its own there
                 os.rename(aside, path)
         except FileNotFoundError:
             continue
@@ -153,6 +156,7 @@ def _owned(path: Path, complaint: str) -> Iterator[None]:
 
 
 def _made(path: Path, content: bytes) -> bool:
+    """Whether the file could be created, which only one process can do."""
     try:
         with path.open("xb") as file:
             file.write(content)
@@ -164,7 +168,7 @@ def _made(path: Path, content: bytes) -> bool:
 
 
 def _is_left_behind(content: bytes) -> bool:
-    """Whether it names a process of this machine, since it was started, that has ended."""
+    """Whether the file names a process that ended, of this machine and not of before its last start."""
     try:
         owner: Any = json.loads(content)
         pid, start = owner["pid"], owner["start"]
@@ -175,7 +179,7 @@ def _is_left_behind(content: bytes) -> bool:
 
 
 def _place() -> dict[str, str]:
-    """What tells this machine, since it was started, and its table of processes from others."""
+    """This machine, its last start and its table of processes: within them, a process id means one process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return {"host": socket.gethostname(), "boot": boot, "processes": os.readlink("/proc/self/ns/pid")}
@@ -184,7 +188,7 @@ def _place() -> dict[str, str]:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process was started, in ticks since the machine was; None if it has ended, "" where that is not told."""
+    """When a process started, in ticks since the machine did; None if it has ended, "" if the system does not tell."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

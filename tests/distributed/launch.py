@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import p828
-from p828.runs import checkpoint
+from p828.runs import checkpoint, layout
 from p828.runs import records as metrics
 from runs import start, wait_for_step, write_text, write_toml
 
@@ -167,7 +167,7 @@ def assert_same_training(ours: Path, theirs: Path) -> None:
 
 def final_state(run: Path) -> checkpoint.Checkpoint:
     """The checkpoint of the last step, its tensors made whole."""
-    return checkpoint.load(run / "checkpoints" / checkpoint.name_of(steps(run)[-1]["step"]))
+    return checkpoint.load(run / "checkpoints" / layout.name_of(steps(run)[-1]["step"]))
 
 
 def assert_same_bits(ours: Path, theirs: Path) -> None:

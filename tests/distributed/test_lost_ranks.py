@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launch import ENDLESS, Launch, cases, config_that_reads_on, launched, the_message, told, torchrun
 
-from p828.distributed.watchdog import FILE_NAME
+from p828.runs.layout import HANG_FILE
 
 pytestmark = pytest.mark.xdist_group("ranks")
 A_MINUTE = 60
@@ -62,7 +62,7 @@ def test_a_hang_is_reported_with_every_ranks_stack(
         launch.wait_for_step(1)
         said = freeze_one_of(launch, rank)
     assert "p828: no progress for 12 s; the run ends." in said
-    report = (run / FILE_NAME).read_text()
+    report = (run / HANG_FILE).read_text()
     for other in range(ranks):
         place = "no answer" if other == rank else PLACE
         assert re.search(f"^  rank {other}: {place}$", said, re.MULTILINE), said
@@ -77,7 +77,7 @@ def test_when_rank_0_hangs_the_others_say_so(config: Path, tmp_path: Path) -> No
         said = freeze_one_of(launch, 0)
     assert "p828: no progress for 12 s, and no answer from rank 0 (" in said
     assert "  rank 1: " in said
-    report = (run / FILE_NAME).read_text()
+    report = (run / HANG_FILE).read_text()
     assert all(has_stack(report, other) for other in (1, 2, 3))
 
 
@@ -92,7 +92,7 @@ def test_where_all_ranks_wait_for_data_that_does_not_come(tmp_path: Path) -> Non
             os.mkfifo(path)
         message = the_message(launch, A_MINUTE)
     assert "no progress for 12 s; the run ends." in message
-    report = (run / FILE_NAME).read_text()
+    report = (run / HANG_FILE).read_text()
     for rank in range(2):
         assert re.search(rf"^  rank {rank}: {PLACE}$", report, re.MULTILINE)
         assert has_stack(report, rank)

@@ -26,7 +26,7 @@ from p828.distributed.group import joined
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
 from p828.engine.plain import PlainEngine
 from p828.runs import checkpoint
-from p828.runs.fragments import tensors_of
+from p828.runs.tensors import tensors_of
 from p828.train import checkpoint_writer
 from runs import run_config
 

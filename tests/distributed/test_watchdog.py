@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from p828.distributed.watchdog import FILE_NAME, LONGEST_GREETING, _accept, stacks
+from p828.distributed.connections import LONGEST_GREETING, accept
+from p828.distributed.stacks import stacks
 from p828.errors import RunFailed
+from p828.runs.layout import HANG_FILE
 
 TOKEN = "secret"
 STRANGERS = {
@@ -52,7 +54,7 @@ def test_strangers_are_turned_away_and_keep_nobody_waiting(server: socket.socket
         came(server, b"").close()
         for rank in (2, 1):
             stack.enter_context(came(server, greeting(rank)))
-        peers = _accept(server, 3, TOKEN, within=60)
+        peers = accept(server, 3, TOKEN, within=60)
         assert [peer.rank for peer in peers] == [2, 1]
         for name, stranger in strangers.items():
             stranger.settimeout(10)
@@ -65,7 +67,7 @@ def test_strangers_are_turned_away_and_keep_nobody_waiting(server: socket.socket
 def test_a_rank_that_does_not_come_is_named(server: socket.socket) -> None:
     expected = r"waited 0\.5 s for the connections of ranks \[1, 3\]"
     with came(server, greeting(2)), came(server, b"{"), pytest.raises(RunFailed, match=expected):
-        _accept(server, 4, TOKEN, within=0.5)
+        accept(server, 4, TOKEN, within=0.5)
 
 
 def test_stacks_tell_where_every_thread_is() -> None:
@@ -78,8 +80,9 @@ WATCHER = """
 import socket, sys, time
 from pathlib import Path
 del socket.TCP_KEEPIDLE  # which not every system has
-from p828.distributed.watchdog import Watchdog, _Peer
-peer = _Peer(socket.create_connection(("127.0.0.1", int(sys.argv[2]))), int(sys.argv[1] == "0"))
+from p828.distributed.connections import Peer
+from p828.distributed.watchdog import Watchdog
+peer = Peer(socket.create_connection(("127.0.0.1", int(sys.argv[2]))), int(sys.argv[1] == "0"))
 about = {rank: {"host": "here", "pid": rank} for rank in (0, 1)}
 watchdog = Watchdog(int(sys.argv[1]), [peer], about, 0.2, Path(sys.argv[3]))
 time.sleep(60)
@@ -104,7 +107,7 @@ def heard(server: socket.socket, answer: bytes) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "no directory", "link"])
 def test_a_hang_ends_all_ranks_whatever_the_report_is(server: socket.socket, tmp_path: Path, kind: str) -> None:
-    report, other = tmp_path / FILE_NAME, tmp_path / "other"
+    report, other = tmp_path / HANG_FILE, tmp_path / "other"
     other.write_text("of someone else")
     if kind == "directory":
         report.mkdir()
@@ -113,7 +116,7 @@ def test_a_hang_ends_all_ranks_whatever_the_report_is(server: socket.socket, tmp
     elif kind == "link":
         report.symlink_to(other)
     else:
-        report = tmp_path / "none" / FILE_NAME
+        report = tmp_path / "none" / HANG_FILE
     with watcher(server, 0, report) as process:
         said = heard(server, json.dumps({"stack": 'Thread 0x1 (M):\n  File "a.py", line 1 in f'}).encode() + b"\n")
         _, err = process.communicate(timeout=60)
@@ -132,7 +135,7 @@ def test_a_hang_ends_all_ranks_whatever_the_report_is(server: socket.socket, tmp
 def test_a_hang_ends_all_ranks_when_nobody_reads_what_they_say(server: socket.socket, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with watcher(server, 0, tmp_path / FILE_NAME, writer) as process:
+    with watcher(server, 0, tmp_path / HANG_FILE, writer) as process:
         os.close(writer)
         said = heard(server, b'{"stack": "-"}\n')
         process.communicate(timeout=60)
@@ -141,7 +144,7 @@ def test_a_hang_ends_all_ranks_when_nobody_reads_what_they_say(server: socket.so
 
 
 def test_a_watcher_that_fails_says_so_and_ends_all_ranks(server: socket.socket, tmp_path: Path) -> None:
-    with watcher(server, 0, tmp_path / FILE_NAME) as process:
+    with watcher(server, 0, tmp_path / HANG_FILE) as process:
         said = heard(server, b"no JSON\n")
         _, err = process.communicate(timeout=60)
     assert said[-1] == {"end": 1}

@@ -12,7 +12,7 @@ from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError
 from p828.kernels.adamw import join_float32
 from p828.model.loss import linear_cross_entropy
-from p828.runs.fragments import Master, Saveable, tensors_of
+from p828.runs.tensors import Master, Saveable, tensors_of
 from p828.system.device import pick_dtype
 from runs import run_config
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from p828.cli.main import dispatch
 from p828.config import load
 from p828.errors import ConfigError, DataError
-from p828.runs import checkpoint
+from p828.runs import checkpoint, layout
 from p828.runs.checkpoint_content import check_content
+from p828.runs.manifest import describe, manifest_bytes
 from p828.runs.tensors import write_tensors
 from runs import write_toml
 
@@ -42,7 +43,7 @@ class Changed:
 
     def __init__(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.place, self.capsys = trained, capsys
-        self.path = trained / "tiny" / "checkpoints" / checkpoint.name_of(3)
+        self.path = trained / "tiny" / "checkpoints" / layout.name_of(3)
         self.kept = trained / "kept"
         if not self.kept.exists():
             shutil.copytree(trained / "tiny", self.kept)
@@ -64,8 +65,8 @@ class Changed:
                 write_tensors(self.path / f"{part}.safetensors", values)
         manifest = json.loads((self.path / "manifest.json").read_text())
         del manifest["sha256"]
-        manifest["files"] = {name: checkpoint.describe(self.path / name) for name in manifest["files"]}
-        (self.path / "manifest.json").write_bytes(checkpoint.manifest_bytes(manifest))
+        manifest["files"] = {name: describe(self.path / name) for name in manifest["files"]}
+        (self.path / "manifest.json").write_bytes(manifest_bytes(manifest))
 
     def answer(self, *arguments: str) -> tuple[int, str]:
         """Exit code and what is said on standard error, which are the form of an answer; a traceback fails here."""
@@ -175,7 +176,7 @@ def test_each_is_named(changed: Changed, change: Change, said: str) -> None:
     changed.write(change)
     code, answer = changed.resume()
     assert code == 2
-    assert checkpoint.name_of(3) in answer
+    assert layout.name_of(3) in answer
     assert said in answer
     if said.startswith(("the weights", NAME)):
         code, answer = changed.generate()
@@ -185,7 +186,7 @@ def test_each_is_named(changed: Changed, change: Change, said: str) -> None:
 
 def test_one_of_another_step_than_its_name(changed: Changed) -> None:
     changed.write(lambda state, tensors: None)
-    changed.path.rename(changed.path.with_name(checkpoint.name_of(2)))
+    changed.path.rename(changed.path.with_name(layout.name_of(2)))
     code, answer = changed.resume()
     assert code == 2
     assert "its manifest says step 3" in answer

@@ -30,7 +30,8 @@ from p828.engine.deepspeed.settings import read_strictly
 from p828.errors import ConfigError, DataError
 from p828.runs import checkpoint
 from p828.runs import records as metrics
-from p828.runs.fragments import TensorShard
+from p828.runs.manifest import describe, manifest_bytes
+from p828.runs.tensors import TensorShard
 from p828.train import checkpoint_writer
 from runs import tiny_values, write_toml
 from tokenizer_kinds import EOS, KINDS
@@ -64,7 +65,7 @@ def prepared(place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(place: Path) -> Path:
-    """A checkpoint with whole tensors and fragments."""
+    """A checkpoint with whole tensors and shards."""
     tensors = {
         "model": {"a": torch.randn(4, 6), "b": TensorShard(torch.randn(12), 0, (3, 4))},
         "random": {"cpu": torch.zeros(16, dtype=torch.uint8)},
@@ -271,9 +272,9 @@ def test_a_checkpoint_of_someone_who_means_it(place: Path, saved: Path, data: st
         size = data.draw(st.just(len(spelled)) | st.sampled_from([0, 2**40, 2**64 - 1]))
         path.write_bytes(size.to_bytes(8, "little") + spelled + content[8 + length :])
     if kind != "manifest":
-        manifest["files"] = {name: checkpoint.describe(copied / name) for name in manifest["files"]}
+        manifest["files"] = {name: describe(copied / name) for name in manifest["files"]}
     try:
-        (copied / "manifest.json").write_bytes(checkpoint.manifest_bytes(manifest))
+        (copied / "manifest.json").write_bytes(manifest_bytes(manifest))
     except TypeError:  # nested too deeply for the manifest's one spelling
         return
     answered(lambda: checkpoint.load(copied))

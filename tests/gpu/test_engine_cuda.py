@@ -14,7 +14,7 @@ from p828.engine.plain import PlainEngine
 from p828.inference.evaluate import evaluate
 from p828.kernels.adamw import join_float32
 from p828.optim.clipping import global_norm
-from p828.runs.fragments import Master
+from p828.runs.tensors import Master
 from runs import run_config
 
 

@@ -298,5 +298,5 @@ def test_the_text_that_the_run_held_out_is_measured(
 
 def read_kinds(config: Config) -> dict[str, float]:
     """The last loss of each kind of records, and of events."""
-    lines = metrics.read(config.run_dir / metrics.FILE_NAME)
+    lines = metrics.read(config.run_dir / "metrics.jsonl")
     return {line.get("event", line["kind"]): line["loss"] for line in lines if "loss" in line}

@@ -13,7 +13,7 @@ from p828.kernels.adamw import join_float32, split_float32
 from p828.optim.clipping import clip_factor
 from p828.optim.interface import Optimizer
 from p828.optim.masters import Masters
-from p828.runs.fragments import Master, tensors_of
+from p828.runs.tensors import Master, tensors_of
 from runs import run_config
 
 RATE = 2.0**-8

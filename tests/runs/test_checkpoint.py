@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from p828.errors import ConfigError, DataError, RunFailed
-from p828.runs import checkpoint
+from p828.runs import checkpoint, layout
 from p828.runs.checkpoint import DamagedCheckpoint
+from p828.runs.manifest import FORMAT_VERSION, describe, manifest_bytes
 from p828.train import checkpoint_writer
 
 
@@ -137,10 +138,8 @@ def test_an_unlisted_file_does_not_matter(tmp_path: Path) -> None:
 def test_a_pickle_in_the_place_of_tensors_is_not_loaded(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     torch.save({"a": torch.ones(1)}, path / "model.safetensors")
-    files = {file.name: checkpoint.describe(file) for file in path.iterdir() if file.name != "manifest.json"}
-    (path / "manifest.json").write_bytes(
-        checkpoint.manifest_bytes({"format_version": checkpoint.FORMAT_VERSION, "step": 1, "files": files})
-    )
+    files = {file.name: describe(file) for file in path.iterdir() if file.name != "manifest.json"}
+    (path / "manifest.json").write_bytes(manifest_bytes({"format_version": FORMAT_VERSION, "step": 1, "files": files}))
     checkpoint.verify(path)
     with pytest.raises(DamagedCheckpoint, match="cannot be read"):
         checkpoint.load(path)
@@ -151,8 +150,8 @@ def test_another_format_is_named_and_left_in_place(tmp_path: Path, difference: i
     path = save(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
-    ours, other = checkpoint.FORMAT_VERSION, checkpoint.FORMAT_VERSION + difference
-    (path / "manifest.json").write_bytes(checkpoint.manifest_bytes({**manifest, "format_version": other}))
+    ours, other = FORMAT_VERSION, FORMAT_VERSION + difference
+    (path / "manifest.json").write_bytes(manifest_bytes({**manifest, "format_version": other}))
     for read in (lambda: checkpoint.load(path), lambda: checkpoint.find_newest(tmp_path)):
         with pytest.raises(DataError, match=f"format is {other}; this version of p828 reads format {ours}") as caught:
             read()
@@ -379,7 +378,7 @@ def test_a_process_killed_at_any_moment_leaves_a_complete_checkpoint(tmp_path: P
 def test_the_newest_up_to_a_step_and_what_comes_after(tmp_path: Path) -> None:
     for step in (1, 3, 5, 7):
         save(tmp_path, step)
-    assert checkpoint.find_newest(tmp_path, last_step=4) == (tmp_path / checkpoint.name_of(3), [])
+    assert checkpoint.find_newest(tmp_path, last_step=4) == (tmp_path / layout.name_of(3), [])
     assert checkpoint.find_newest(tmp_path, last_step=0) == (None, [])
     checkpoint.forget_after(tmp_path, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.name_of(step) for step in (1, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [layout.name_of(step) for step in (1, 3)]

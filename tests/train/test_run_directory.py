@@ -11,6 +11,7 @@ from p828.cli.main import dispatch
 from p828.config import Config
 from p828.config.old_names import under_old_names
 from p828.runs import checkpoint
+from p828.runs.manifest import manifest_bytes
 from runs import write_text, write_toml
 
 Command = Callable[..., tuple[int, str, str]]
@@ -100,7 +101,7 @@ def make_older(path: Path) -> None:
     (path / "tokenizer.json").unlink()
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"], manifest["files"]["tokenizer.json"]
-    (path / "manifest.json").write_bytes(checkpoint.manifest_bytes(manifest))
+    (path / "manifest.json").write_bytes(manifest_bytes(manifest))
 
 
 def test_an_older_checkpoint_is_not_used_without_a_word(here: Path, command: Command) -> None:

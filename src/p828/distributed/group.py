@@ -1,7 +1,7 @@
-"""The processes that train one run together, and what they tell each other.
+"""The process group: the ranks that train one run together, and their collective calls about numbers and errors.
 
-Rank 0 speaks for the run: it enters the run's directory, prints and records. What only it can know, the others learn by
-`on_rank_0`; where each may find something wrong by itself, `raise_together` makes them end together, with one message.
+Rank 0 opens the run's directory, prints and records. `on_rank_0` runs a function there alone and broadcasts its result.
+Where any rank may meet an error by itself, `raise_together` raises it on all ranks, so that they end with one message.
 """
 
 import os
@@ -23,28 +23,29 @@ from p828.errors import ConfigError, LocalRankError, P828Error, closed_after
 
 T = TypeVar("T")
 E = TypeVar("E", bound=P828Error)
-RECORDED_OPERATIONS = "1000"  # that PyTorch's flight recorder keeps
-AFTER_US = 60  # seconds that a collective operation may outlast our own time-out, which says more
+RECORDED_OPERATIONS = "1000"  # collective operations that PyTorch's flight recorder keeps
+AFTER_WATCHDOG = 60  # seconds that PyTorch waits longer than the watchdog, whose report says more
 
 
 @dataclass
 class ProcessGroup:
-    """This process among `size`, or alone. All ranks must make the same calls in the same order."""
+    """This process as rank `rank` of `size`, or alone. All ranks must make the same calls in the same order."""
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    """For what is on the host: gloo, whatever the tensors' backend is."""
+    """Of gloo, for values on the host; tensors on a GPU go by PyTorch's default group."""
     watchdog: Watchdog | None = None
     timeout: timedelta | None = None
-    """Of a call that others do not make."""
+    """After which a collective call fails that another rank does not make."""
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def all_gather(self, values: Sequence[float]) -> list[list[float]]:
-        """Everyone's numbers, as many on each rank, by rank. Whole ones are exact up to 2^53."""
+        """Every rank's numbers as float64, by rank; each rank must give equally many. Integers are exact to 2^53."""
         if self.size == 1:
             return [[float(value) for value in values]]
         own = torch.tensor(values, dtype=torch.float64)
@@ -54,11 +55,11 @@ class ProcessGroup:
         return [tensor.tolist() for tensor in found]
 
     def all_reduce(self, values: Sequence[float]) -> list[float]:
-        """The sums over ranks, added in the ranks' order, so that they are the same bits everywhere."""
+        """The sums over ranks, added in the order of ranks, so that all ranks have the same bits."""
         return [sum(of_ranks) for of_ranks in zip(*self.all_gather(values), strict=True)]
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Everyone's value, by rank."""
+        """Every rank's value, by rank. It is pickled on the way, between processes of this run alone."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -67,7 +68,7 @@ class ProcessGroup:
         return found
 
     def on_host(self) -> tuple[int, int]:
-        """This rank's number among the ranks of its host, and how many ranks the host has."""
+        """This rank's index among the ranks of its host, and the number of ranks on the host."""
         own = [
             rank
             for rank, host in enumerate(self.all_gather_object(socket.gethostname()))
@@ -76,7 +77,10 @@ class ProcessGroup:
         return own.index(self.rank), len(own)
 
     def on_rank_0(self, function: Callable[[], T]) -> T:
-        """What the function gives on rank 0, where alone it runs; an error of ours there is raised on all."""
+        """Run the function on rank 0 alone and return its result on all ranks.
+
+        A P828Error of the function is raised on all ranks; another error is raised on rank 0 alone.
+        """
         if self.size == 1:
             return function()
         outcome: list[Any] = [None, None]
@@ -93,19 +97,22 @@ class ProcessGroup:
         return outcome[0]
 
     def new_group(self) -> "ProcessGroup":
-        """The same ranks, whose calls may come between those of this object: for another thread."""
+        """A second group of the same ranks, for another thread: its calls may come between those of this one."""
         if self.size == 1:
             return self
         return ProcessGroup(self.rank, self.size, dist.new_group(backend="gloo", timeout=self.timeout))
 
     def on_all_ranks(self, error: E) -> E:
-        """An error that every rank raises now, marked so."""
+        """Mark an error that all ranks raise now, so that rank 0 alone shows it; returns the error."""
         error.is_everywhere = self.size > 1
         return error
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """If the block, which calls nothing else here, raises an error of ours on a rank, raise it on all."""
+        """Raise a P828Error that the block raises on any rank on all ranks, with the rank's number.
+
+        The block must make no collective calls. Of several ranks' errors the lowest rank's is raised.
+        """
         error: P828Error | None = None
         try:
             yield
@@ -126,7 +133,7 @@ class ProcessGroup:
 
 @contextmanager
 def _not_hiding(found: BaseException | None) -> Iterator[None]:
-    """Where the block cannot tell the other ranks of an error, as one of them has died, raise that error itself."""
+    """Raise the error `found` where the block fails to tell the other ranks of it, as when one of them has died."""
     try:
         yield
     except Exception:
@@ -137,9 +144,10 @@ def _not_hiding(found: BaseException | None) -> Iterator[None]:
 
 @contextmanager
 def joined(config: Config) -> Iterator[ProcessGroup]:
-    """Join the processes that the launcher started; leave them again, however the block ends.
+    """Join the process group that the launcher started, and leave it however the block ends.
 
-    Raises ConfigError when the launcher's word and `engine` or the machine's GPUs do not go together.
+    Raises ConfigError for several ranks with the plain engine, and LocalRankError where the machine has fewer GPUs than
+    ranks.
     """
     rank, size, local_rank, is_launched = launched()
     if config.engine == "plain":
@@ -151,7 +159,7 @@ def joined(config: Config) -> Iterator[ProcessGroup]:
         return
     device = _own_device(config.train.device, local_rank)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_OPERATIONS)
-    timeout = timedelta(seconds=config.deepspeed.timeout_seconds + AFTER_US)
+    timeout = timedelta(seconds=config.deepspeed.timeout_seconds + AFTER_WATCHDOG)
     before = dict(os.environ)
     if is_launched:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
@@ -170,7 +178,7 @@ def joined(config: Config) -> Iterator[ProcessGroup]:
             for name in _OF_ONE_PROCESS:
                 os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
         if device.type == "cuda" and sys.exc_info()[0] is not None:
-            dist.distributed_c10d._abort_process_group()  # what is under way on the GPU would never end
+            dist.distributed_c10d._abort_process_group()  # collective operations under way on the GPU would never end
         else:
             dist.destroy_process_group()
 
@@ -191,11 +199,11 @@ def joined(config: Config) -> Iterator[ProcessGroup]:
                 raise
 
 
-_OF_ONE_PROCESS = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}  # what DeepSpeed reads
+_OF_ONE_PROCESS = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads these
 
 
 def _own_device(wanted: str, local_rank: int) -> torch.device:
-    """Make this rank's GPU the current one. Raises ConfigError if the machine has not as many."""
+    """Make this rank's GPU the current one and return it. Raises LocalRankError if the machine has too few GPUs."""
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():

@@ -1,28 +1,27 @@
-"""Which of a run's processes this is, as a launcher says in the environment. Imports no torch."""
+"""This process's rank, as a launcher gives it in the environment. Imports no torch."""
 
 import os
 from typing import NamedTuple
 
-# What torchrun, DeepSpeed's launcher and a start by hand all set, since PyTorch cannot join the processes without.
+# torchrun, DeepSpeed's launcher and a start by hand all set these; PyTorch cannot join the processes without them.
 ALL_SET = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Process(NamedTuple):
-    """One of `size` processes that train one run; by itself, the only one."""
+    """A rank among the `size` processes that train one run; without a launcher, the only one."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Among those of its machine."""
+    """The rank among the processes of its machine."""
     is_launched: bool = False
 
 
 def launched() -> Process:
     """This process's place among those that a launcher started.
 
-    A launcher is at work where `ALL_SET` are. Fewer of them, as a RANK that some other program left behind or what
-    srun sets, say nothing: the process is alone. So it is where they are no whole numbers, or no place among
-    so many.
+    A launcher started it if all of `ALL_SET` are set. The process is alone if some are missing (a RANK that another
+    program left behind, or srun's variables), if they are no whole numbers, or if RANK is not below WORLD_SIZE.
     """
     if not all(name in os.environ for name in ALL_SET):
         return Process()

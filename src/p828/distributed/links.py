@@ -1,7 +1,7 @@
-"""Whether the links between the GPUs are fast enough to train on several, told before hours are spent.
+"""Whether the links between the GPUs are fast enough to train on several, measured before hours are spent.
 
-Every step sums the gradient over all ranks. Over a slow link that can take longer than the computing it spreads, and
-one GPU would be done sooner. So the links are read, such a sum is timed, and what it will cost is said.
+Every step all-reduces the gradient. Over a slow link that can take longer than the computing that is spread, and one
+GPU would be faster. So p828 reads the kinds of links, times an all-reduce, and warns of what it costs a step.
 """
 
 import re
@@ -15,22 +15,22 @@ import torch.distributed as dist
 from p828.distributed.group import ProcessGroup
 from p828.system.device import machine
 
-# What `nvidia-smi topo -m` calls the link of two GPUs, by their numbers there, the lower one first.
+# The name that `nvidia-smi topo -m` gives the link of two GPUs, by their indices there, the lower one first.
 Links = dict[tuple[int, int], str]
 
-# GB/s, by kind of link. NCCL plans with these (src/graph/topo.h), and of what it has for several generations the
-# lowest is taken: 12 for one NVLink of an RTX 3090 and for PCIe 3.0 x16, 6 between processors.
+# GB/s, by kind of link: the numbers with which NCCL plans (src/graph/topo.h), of several generations the lowest. One
+# NVLink of an RTX 3090 and PCIe 3.0 x16 have 12, the link between processors 6.
 NVLINK = 12.0
 PCIE = 12.0
 FAR = 6.0
 EXPECTED = {"PIX": PCIE, "PXB": PCIE, "PHB": PCIE, "NODE": FAR, "SYS": FAR}
 SLOW = {"NODE": "between host bridges of a processor", "SYS": "between processors"}
-FAR_UNDER = 1 / 3  # of what is expected; PCIe through main memory, or with half of its lanes, is still above
-LATENCY = 1e-3  # seconds; a sum that takes no longer says nothing of the bandwidth
+FAR_UNDER = 1 / 3  # of the expected bandwidth; PCIe through main memory, or with half of its lanes, is above it
+LATENCY = 1e-3  # seconds; the time of a shorter all-reduce says nothing of the bandwidth
 NAMED = 3  # pairs of GPUs in a message
 
 FIRST_BYTES = 2**20
-MOST_BYTES = 2**28  # by then a link carries what it can, and the time grows with the size
+MOST_BYTES = 2**28  # at this size a link is at its full bandwidth, and the time grows with the size
 GROWTH = 8
 REPEATS = 3
 MOST_SECONDS = 10.0
@@ -40,16 +40,16 @@ ANSWER_WITHIN = 30.0  # seconds for nvidia-smi
 def check_topology(
     ranks: ProcessGroup, device: torch.device, gradient_numbers: int, dtype: torch.dtype, reductions: int = 1
 ) -> list[str]:
-    """What to tell the user of the links between the ranks' GPUs, the same on all ranks; to be called by all.
+    """Lines for the user about slow links between the ranks' GPUs, the same on all ranks; all ranks must call it.
 
-    `gradient_numbers` of `dtype` are summed `reductions` times a step. Empty when there is nothing to tell, on one GPU
-    or on CPUs. Takes up to about 10 s and, for that time, 330 MiB of the device.
+    `gradient_numbers` numbers of `dtype` are all-reduced `reductions` times a step. Returns no lines where the links
+    are as fast as usual, on one GPU, and on CPUs. Takes up to about 10 s and meanwhile 330 MiB of the device.
     """
     if ranks.size == 1 or device.type != "cuda":
         return []
     own = (machine(), str(torch.cuda.get_device_properties(device).uuid))
     hosts, uuids = zip(*ranks.all_gather_object(own), strict=True)
-    is_one_host = len(set(hosts)) == 1  # of what is between hosts, only the measurement knows
+    is_one_host = len(set(hosts)) == 1  # nvidia-smi does not know the links between hosts
     links = ranks.on_rank_0(lambda: links_between(uuids) if is_one_host else {})
     seconds = time_all_reduce(gradient_numbers, dtype, device, ranks)
     return advice(links, seconds, gradient_numbers * dtype.itemsize, ranks.size, reductions=reductions)
@@ -57,7 +57,7 @@ def check_topology(
 
 def links_between(uuids: Sequence[str]) -> Links:
     """The links between these GPUs of this machine; empty where nvidia-smi is missing, fails or does not know them."""
-    # PyTorch's numbers depend on CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER, so the GPUs are found by what they are.
+    # PyTorch's indices depend on CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER, so the GPUs are found by their UUIDs.
     rows = (line.split(", ") for line in _nvidia_smi("--query-gpu=index,uuid", "--format=csv,noheader").splitlines())
     numbers = {row[1].strip().removeprefix("GPU-"): int(row[0]) for row in rows if row[0].isdigit()}
     wanted = {numbers.get(uuid.removeprefix("GPU-")) for uuid in uuids}
@@ -83,20 +83,20 @@ def read_links(text: str) -> Links:
 def time_all_reduce(
     numbers: int, dtype: torch.dtype, device: torch.device, ranks: ProcessGroup, most_seconds: float = MOST_SECONDS
 ) -> float:
-    """Seconds in which the default process group sums `numbers` numbers over ranks, the same on all of them.
+    """Seconds of an all-reduce of `numbers` numbers in PyTorch's default process group, the same on all ranks.
 
-    Begins with 1 MiB and goes on to larger tensors, up to 256 MiB, while the next is done within `most_seconds`; to
-    `numbers` it is extrapolated.
+    Measures tensors of 1 MiB and then larger ones, up to 256 MiB, as long as the next one fits into `most_seconds`.
+    The time for `numbers` is extrapolated from the largest.
     """
-    _all_reduce(torch.zeros(1, dtype=dtype, device=device))  # makes the connections, which training needs as well
+    _all_reduce(torch.zeros(1, dtype=dtype, device=device))  # makes the connections, which training needs too
     begun = time.monotonic()
     limit = min(numbers, MOST_BYTES // dtype.itemsize)
     size = min(limit, FIRST_BYTES // dtype.itemsize)
     while True:
         tensor = torch.zeros(size, dtype=dtype, device=device)
-        _all_reduce(tensor)  # sets up what NCCL uses for this size
+        _all_reduce(tensor)  # NCCL sets up its buffers for this size
         fastest = min(_all_reduce(tensor) for _ in range(REPEATS))
-        # The ranks must go on to the same size, so that they decide by the same times: those of the slowest.
+        # All ranks must go on to the same size, so all of them decide by the slowest rank's times.
         seconds, spent = map(max, zip(*ranks.all_gather([fastest, time.monotonic() - begun]), strict=True))
         larger = min(limit, GROWTH * size)
         if larger == size or spent + (1 + REPEATS) * seconds * larger / size > most_seconds:
@@ -107,16 +107,16 @@ def time_all_reduce(
 def bus_bandwidth(num_bytes: int, seconds: float, world_size: int) -> float:
     """GB/s over the slowest link, from the time of an all-reduce.
 
-    2 (n - 1) / n of the bytes must cross it: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+    2 (n - 1) / n of the bytes cross that link: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
     """
     return num_bytes / seconds * 2 * (world_size - 1) / world_size / 1e9
 
 
 def advice(links: Links, seconds: float, gradient_bytes: int, world_size: int, reductions: int = 1) -> list[str]:
-    """Lines for the user about a slow link, its cost and what to set; empty if all is well.
+    """Lines for the user about a slow link, its cost and what to set; empty if no link is slow.
 
-    One sum of the gradient over ranks takes `seconds`, and a step has `reductions` of them. Without links the
-    measurement is judged alone.
+    One all-reduce of the gradient takes `seconds`, and a step has `reductions` of them. Without `links`, the measured
+    bandwidth alone decides.
     """
     kind, cost = slowest_needed(links), reductions * seconds
     bandwidth, expected = bus_bandwidth(gradient_bytes, seconds, world_size), expected_bandwidth(kind)
@@ -133,8 +133,8 @@ def advice(links: Links, seconds: float, gradient_bytes: int, world_size: int, r
         f"({bandwidth:.3g} GB/s; at least {expected:.3g} is usual): up to {cost:.3g} s of every step, "
         "less what overlaps with the backward pass"
     )
-    lines.append(f"try {_fewer_sums(reductions)}; {_variables(kind)}")
-    # In one step and its sums, n ranks do what takes one GPU n steps.
+    lines.append(f"try {_fewer_reductions(reductions)}; {_variables(kind)}")
+    # In one step and its all-reduces, n ranks do the work of n steps of one GPU.
     limit = cost / (world_size - 1)
     lines.append(
         f"without overlap, one GPU (--engine plain) is faster if it computes a step in less than {limit:.3g} s"
@@ -143,9 +143,9 @@ def advice(links: Links, seconds: float, gradient_bytes: int, world_size: int, r
 
 
 def slowest_needed(links: Links) -> str:
-    """The slowest kind of link that joining all GPUs takes; empty without links.
+    """The slowest kind of link in the fastest tree that joins all GPUs; empty without links.
 
-    Not every pair counts: eight V100s are joined by NVLink although some pairs are not, and NCCL goes round those.
+    Not every pair counts: NVLink joins eight V100s although some pairs have none, and NCCL goes round those pairs.
     """
     joined_to = {gpu: {gpu} for pair in links for gpu in pair}
     slowest = ""
@@ -158,21 +158,21 @@ def slowest_needed(links: Links) -> str:
 
 
 def expected_bandwidth(kind: str) -> float:
-    """GB/s of an all-reduce over such a link at least; of one that is not known, as between processors."""
+    """GB/s that an all-reduce over such a link reaches at least; a kind that is not known counts as `FAR`."""
     if bonded := re.fullmatch(r"NV(\d+)", kind):
         return NVLINK * int(bonded[1])
     return EXPECTED.get(kind, FAR)
 
 
 def _named(links: Links, kind: str) -> str:
-    """The pairs of GPUs with such a link, or the first of them, and the verb."""
+    """The pairs of GPUs with this kind of link, at most `NAMED` of them, and the verb."""
     pairs = [f"GPU{first}-GPU{second}" for (first, second), found in sorted(links.items()) if found == kind]
     more = f" and {len(pairs) - NAMED} more pairs" if len(pairs) > NAMED else ""
     return ", ".join(pairs[:NAMED]) + more + (" is connected" if len(pairs) == 1 else " are connected")
 
 
-def _fewer_sums(reductions: int) -> str:
-    """What of ours to set. From ZeRO stage 2 on every micro-batch is summed over ranks, so more of them do not help."""
+def _fewer_reductions(reductions: int) -> str:
+    """The setting that makes fewer all-reduces: from ZeRO stage 2 on each micro-batch has one, so more do not help."""
     if reductions == 1:
         return "a higher --train.gradient-accumulation (one sum for more tokens)"
     return (
@@ -182,7 +182,7 @@ def _fewer_sums(reductions: int) -> str:
 
 
 def _variables(kind: str) -> str:
-    """What of NCCL's to set."""
+    """The environment variables of NCCL to set."""
     if not kind:
         return "NCCL_SOCKET_IFNAME=<the fastest interface between hosts>; NCCL_DEBUG=INFO tells what NCCL uses"
     if kind.startswith("NV"):
@@ -191,7 +191,7 @@ def _variables(kind: str) -> str:
 
 
 def _all_reduce(tensor: torch.Tensor) -> float:
-    """Seconds for it, from when the device has nothing else to do."""
+    """Seconds of one all-reduce; the device has finished all other work before."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
     start = time.perf_counter()
@@ -207,7 +207,7 @@ def _number(name: str) -> int | None:
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    """What it prints; nothing where it is missing or fails."""
+    """The output of nvidia-smi; empty where it is missing or fails."""
     try:
         return subprocess.run(
             ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=ANSWER_WITHIN, check=True

@@ -1,7 +1,7 @@
-"""`python -m p828.distributed.torchrun`: torchrun, but that it passes on what asks a run to end, and lets it.
+"""`python -m p828.distributed.torchrun`: torchrun that passes signals on to the ranks and waits until they have saved.
 
-torchrun itself ends the ranks half a minute after Ctrl-C or SIGTERM, saved or not, and then with a traceback. Here the
-ranks get the signal and end by themselves; the exit code is theirs.
+torchrun itself kills the ranks half a minute after Ctrl-C or SIGTERM, saved or not, and ends with a traceback. Here the
+ranks get the signal and end by themselves. The exit code is that of the first rank that failed.
 """
 
 import signal
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
-    """Send it to every rank, each of which is in a session of its own, where a terminal's signals do not get."""
+    """Send the signal to every rank: a rank is in a session of its own, which a terminal's signals do not reach."""
     ranks = psutil.Process().children()
     for rank in ranks:
         try:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from p828.data.batch import Batch
 from p828.model.transformer import Transformer
-from p828.runs.fragments import Saveable
-from p828.runs.tensors import Tensors
+from p828.runs.tensors import Saveable, Tensors
 
 Number = float | list[float]
 """Of a step's record: a scalar, or a list with an entry a layer."""

@@ -21,8 +21,7 @@ from p828.optim.clipping import global_norm
 from p828.optim.groups import parameter_groups
 from p828.optim.interface import Optimizer
 from p828.optim.masters import Masters
-from p828.runs.fragments import Saveable
-from p828.runs.tensors import Tensors
+from p828.runs.tensors import Saveable, Tensors
 from p828.system.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
 
 

@@ -20,7 +20,7 @@ from p828.kernels.adamw_state import MatrixState, Update
 from p828.optim.clipping import clip_factor
 from p828.optim.groups import Group
 from p828.optim.masters import Masters
-from p828.runs.fragments import Master
+from p828.runs.tensors import Master
 
 
 class AdamW:

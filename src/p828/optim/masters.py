@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from p828.kernels.adamw import join_float32, split_float32
 from p828.model.precision import matrices
-from p828.runs.fragments import Master
+from p828.runs.tensors import Master
 
 
 class Masters:

@@ -1,22 +1,19 @@
-"""Checkpoints on disk: one directory a step, complete or absent, every byte of it under a checksum.
+"""Checkpoints on disk, to be found, verified, opened and deleted: one directory a step, complete or absent.
 
-`step_00000100/` holds the tensors of each part ("model", "optimizer", ...) as `tensor_files` says, from one process or
-from several ranks, `state.json` (progress, data position, metadata), other files that were enclosed, and
-`manifest.json`, which lists the others with size and SHA-256 and is itself checksummed. Nothing is ever unpickled.
+`step_00000100/` holds the tensors of each part ("model", "optimizer", ...) as `runs.tensors` says, from one process or
+from several ranks, `state.json` (progress, data position, metadata), enclosed files as the tokenizer, and
+`manifest.json`, which lists all others with size and SHA-256 and has a checksum of its own. Nothing is ever unpickled.
 
-A checkpoint is written as `.step_00000100.tmp` and renamed. A step that is saved again is first renamed to
-`.step_00000100.replaced`. One that is deleted is renamed to `.step_00000100.old` first. Where directories cannot be
-renamed, their files are moved one by one, the manifest last, or first from what is deleted: where it is, all is.
-What a killed process leaves of these is mended at the next save, search or pruning.
+A checkpoint is written as `.step_00000100.tmp` and then renamed. When a step is saved again, the older checkpoint is
+first renamed to `.step_00000100.replaced`; one that is to be deleted is first renamed to `.step_00000100.old`. Where
+directories cannot be renamed, their files are moved one by one: the manifest is the last file to come and the first to
+go, so that a directory with a manifest is complete. `recover` mends what a killed process leaves of all this.
 
-A wrong size, checksum or content is damage. A file that the system fails to read is not: it may be there tomorrow.
+A wrong size, checksum or content is damage. A file that the system fails to read is not, as it may be read later.
 """
 
 import errno
-import hashlib
-import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,21 +26,22 @@ from torch import Tensor
 
 from p828.data.retry import NO_RETRY, Retry
 from p828.errors import ConfigError, DataError, RunFailed, TransientReadError
-from p828.files import MEBIBYTE, move_directory, open_regular, read_limited
+from p828.files import move_directory
+from p828.runs.layout import (
+    CHECKPOINTS,
+    DELETED,
+    MANIFEST_FILE,
+    REPLACED,
+    SAVING,
+    SET_ASIDE,
+    STEP_NAME,
+    beside,
+    step_of,
+)
+from p828.runs.manifest import describe, read_manifest, read_state, reading_file
 from p828.runs.tensors import DamagedCheckpoint as DamagedCheckpoint
 from p828.runs.tensors import Tensors, part_of
 
-FORMAT_VERSION = 3
-MANIFEST = "manifest.json"
-STATE = "state.json"
-STEP_NAME = re.compile(r"step_(\d{8,})")
-ASIDE = "damaged_"  # before the name of what was set aside
-NON_FINITE = "$float"  # key of the object that stands for a float that JSON does not have
-FILE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-LARGEST_JSON = 64 * MEBIBYTE
-READ_BYTES = 8 * 2**20
-# What opening gives where something else than a regular file is: not for now, but for good.
-NO_FILE = (errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ELOOP)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -57,7 +55,7 @@ class Checkpoint:
 
 
 class OpenCheckpoint(NamedTuple):
-    """A `Checkpoint` whose tensors are still on disk."""
+    """A `Checkpoint` whose tensors are read from its open files one by one."""
 
     path: Path
     step: int
@@ -68,10 +66,10 @@ class OpenCheckpoint(NamedTuple):
 
 
 def load(path: Path, names: Iterable[str] | None = None, device: str = "cpu", retry: Retry = NO_RETRY) -> Checkpoint:
-    """Read a checkpoint, all its parts or only those in `names`, onto `device`; what is read is verified first.
+    """Verify a checkpoint and read all its parts, or only those in `names`, onto `device`.
 
-    Raises DamagedCheckpoint, DataError for a part that it does not have or a version that is not read, and
-    TransientReadError.
+    Raises DamagedCheckpoint, DataError for a part that the checkpoint lacks or a format version that p828 does not
+    read, and TransientReadError.
     """
     manifest = verify(path, names, retry)
     wanted = _parts(manifest) if names is None else list(names)
@@ -88,22 +86,23 @@ def opened(
     device: str = "cpu",
     retry: Retry = NO_RETRY,
 ) -> Iterator[OpenCheckpoint]:
-    """A checkpoint that was verified before, its tensors to be read one by one.
+    """Open a checkpoint that was verified before, to read its tensors one by one.
 
-    Raises DamagedCheckpoint and TransientReadError; what the block raises is its own.
+    Raises DamagedCheckpoint and TransientReadError. Errors of the block are raised as they are.
     """
-    manifest = manifest or retry.call(partial(_read_manifest, path))
+    manifest = manifest or retry.call(partial(read_manifest, path))
     wanted = set(_parts(manifest) if names is None else names)
-    state = retry.call(partial(_read_state, path))
+    state = retry.call(partial(read_state, path))
     files = frozenset(manifest["files"])
     with Tensors(path, sorted(file for file in files if part_of(file) in wanted), device) as tensors:
         yield OpenCheckpoint(path, manifest["step"], tensors, state, files)
 
 
 def verify(path: Path, names: Iterable[str] | None = None, retry: Retry = NO_RETRY) -> dict[str, Any]:
-    """Check the manifest and every file's size and checksum, or of tensors only the parts in `names`.
+    """Check the manifest and every file's size and checksum, of the tensors' files only the parts in `names`.
 
-    The manifest. Raises DamagedCheckpoint for the first that is wrong, and TransientReadError after the attempts.
+    Returns the manifest. Raises DamagedCheckpoint naming the first file that is wrong, ConfigError as `load` does, and
+    TransientReadError after all attempts.
     """
     return retry.call(partial(_verified_manifest, path, None if names is None else list(names)))
 
@@ -111,13 +110,11 @@ def verify(path: Path, names: Iterable[str] | None = None, retry: Retry = NO_RET
 def find_newest(
     directory: Path, last_step: int | None = None, retry: Retry = NO_RETRY
 ) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint in `directory`, and a line for each damaged one that was met on the way to it.
+    """The newest complete checkpoint in `directory` up to `last_step`, and a line for each newer one that is damaged.
 
-    With `last_step`, the newest up to that step.
-
-    A damaged checkpoint is renamed to `damaged_step_XXXXXXXX`, once one before it is found to be complete. Only the
-    process that trains the run may call this (it also removes what a killed save left); readers use `resolve`.
-    Raises TransientReadError where one cannot be read for now: nothing is renamed then.
+    Once a complete checkpoint is found, newer damaged ones are renamed to `damaged_step_XXXXXXXX`. This also removes
+    what a killed save left, so only the process that trains the run may call it; readers use `resolve`. Raises
+    TransientReadError where a checkpoint cannot be read for now, and then renames nothing.
     """
     damaged: list[tuple[Path, str]] = []
     try:
@@ -138,7 +135,7 @@ def find_newest(
 
 
 def _set_aside(path: Path) -> Path:
-    aside = _unused(path.with_name(f"{ASIDE}{path.name}"))
+    aside = _unused(path.with_name(f"{SET_ASIDE}{path.name}"))
     move_directory(path, aside)
     return aside
 
@@ -157,7 +154,7 @@ def prune(directory: Path, keep_last: int, best_step: int | None) -> None:
 
 
 def forget_after(directory: Path, step: int) -> None:
-    """Delete those of later steps, as `prune` does."""
+    """Delete the checkpoints of later steps. Raises ConfigError when the file system refuses."""
     try:
         _remove(path for path in _checkpoints(directory) if step_of(path) > step)
     except OSError as error:
@@ -165,36 +162,36 @@ def forget_after(directory: Path, step: int) -> None:
 
 
 def resolve(path: Path) -> Path:
-    """As `resolve_with_notes`, without the notes."""
+    """The checkpoint that `resolve_with_notes` returns."""
     return resolve_with_notes(path)[0]
 
 
 def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[str]]:
-    """The checkpoint that a user means by a run's directory (its newest complete one), its `checkpoints`, or itself.
+    """The checkpoint that a user names: by its own path, or the newest complete one of a run or its `checkpoints`.
 
-    And a line for each newer one that is damaged. Changes nothing on disk, so it is safe beside a running training.
-    Raises ConfigError saying what was found instead, and TransientReadError.
+    Also returns a line for each newer checkpoint that is damaged. Changes nothing on disk, so that it is safe while the
+    run is training. Raises ConfigError saying what was found instead, and TransientReadError.
     """
-    if (path / MANIFEST).is_file() or (STEP_NAME.fullmatch(path.name) and path.is_dir()):
+    if (path / MANIFEST_FILE).is_file() or (STEP_NAME.fullmatch(path.name) and path.is_dir()):
         return path, []
     if not path.exists():
         raise ConfigError(f"{path}: no such directory; give a run's directory or one of its checkpoints")
     if not path.is_dir():
         raise ConfigError(f"{path} is a file; give a run's directory or one of its checkpoints")
-    for entry in (path, path / "checkpoints"):
+    for entry in (path, path / CHECKPOINTS):
         if entry.is_dir() and not os.access(entry, os.R_OK | os.X_OK):
             raise ConfigError(f"{entry}: no permission to read it")
-    linked = path / "checkpoints"
+    linked = path / CHECKPOINTS
     if linked.is_symlink() and not linked.exists():
         raise ConfigError(f"{linked} is a link to {os.readlink(linked)}, which is not there")
     damage: list[str] = []
-    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     for candidate in reversed(_checkpoints(directory)):
         try:
             verify(candidate, retry=retry)
             return candidate, [f"{text}; {candidate.name} is used instead" for text in damage]
         except DamagedCheckpoint as error:
-            if candidate.exists():  # else the run deleted it meanwhile, as it had newer ones
+            if candidate.exists():  # else the run has deleted it meanwhile
                 damage.append(str(error))
     if damage:
         raise ConfigError(f"{path} has no complete checkpoint: {damage[0]}")
@@ -206,33 +203,33 @@ def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[
 
 
 def recover(directory: Path) -> None:
-    """Put back or remove what an unfinished save left, and finish deletions."""
-    for path in directory.glob(".step_*.replaced"):
-        original = directory / path.name[1:].removesuffix(".replaced")
+    """Put back or remove what an unfinished save left, and finish deletions. Raises OSError."""
+    for path in directory.glob(f".step_*.{REPLACED}"):
+        original = directory / path.name[1:].removesuffix(f".{REPLACED}")
         if not path.is_dir():
             path.unlink()
-        elif (original / MANIFEST).exists():
-            for name in os.listdir(path):  # of files that are moved one by one some may have been
+        elif (original / MANIFEST_FILE).exists():
+            for name in os.listdir(path):  # where files are moved one by one, some may be moved already
                 if not (original / name).exists():
                     os.rename(path / name, original / name)
             _delete(path)
         else:
             if original.exists():
                 _delete(original)
-            move_directory(path, original, last=MANIFEST)
-    for ending in ("tmp", "old"):
+            move_directory(path, original, last=MANIFEST_FILE)
+    for ending in (SAVING, DELETED):
         for path in directory.glob(f".step_*.{ending}"):
             original = directory / path.name[1:].removesuffix(f".{ending}")
-            if original.is_dir() and path.is_dir() and not (original / MANIFEST).exists():
-                _delete(original)  # the part of it that a killed process had moved
+            if original.is_dir() and path.is_dir() and not (original / MANIFEST_FILE).exists():
+                _delete(original)  # the files that a killed process had moved
             _delete(path)
 
 
 def _remove(paths: Iterable[Path]) -> None:
-    """Each is renamed before it is emptied, so that a kill never leaves half of what looks like a checkpoint."""
+    """Delete checkpoints. Each is renamed first, so that a kill leaves no half of one under a checkpoint's name."""
     for path in paths:
-        aside = path.with_name(f".{path.name}.old")
-        move_directory(path, aside, first=MANIFEST)
+        aside = beside(path, DELETED)
+        move_directory(path, aside, first=MANIFEST_FILE)
         _delete(aside)
 
 
@@ -244,8 +241,8 @@ def _delete(path: Path) -> None:
 
 
 def _verified_manifest(path: Path, names: list[str] | None) -> dict[str, Any]:
-    """The manifest, after checking it, the files without tensors and the parts in `names` (None: all)."""
-    manifest = _read_manifest(path)
+    """The manifest, after a check of it, of the files without tensors and of the parts in `names` (None: all)."""
+    manifest = read_manifest(path)
     files = manifest["files"]
     parts = _parts(manifest)
     for name in names or ():
@@ -254,7 +251,7 @@ def _verified_manifest(path: Path, names: list[str] | None) -> dict[str, Any]:
     for file in files:
         if names is not None and part_of(file) not in (None, *names):
             continue
-        with _reading(path, file):
+        with reading_file(path, file):
             size = (path / file).stat().st_size
             if size != files[file]["size"]:
                 raise DamagedCheckpoint(f"{path}: {file} has {size} bytes, {files[file]['size']} were written")
@@ -263,103 +260,11 @@ def _verified_manifest(path: Path, names: list[str] | None) -> dict[str, Any]:
     return manifest
 
 
-@contextmanager
-def _reading(path: Path, file: str) -> Iterator[None]:
-    """Turns what the system says when a checkpoint's file is read into what it means for the checkpoint."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{path}: {file} is missing") from None
-    except PermissionError as error:
-        raise DataError(f"{path}: {file} cannot be read: {error.strerror}") from None
-    except OSError as error:
-        kind = DamagedCheckpoint if error.errno in NO_FILE else TransientReadError
-        raise kind(f"{path}: {file} cannot be read: {error.strerror}") from None
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    with _reading(path, STATE):
-        try:
-            state = json.loads(read_limited(path / STATE, LARGEST_JSON), object_hook=_decode)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise DamagedCheckpoint(f"{path}: {STATE} cannot be read: {error}") from None
-    if not isinstance(state, dict):
-        raise DamagedCheckpoint(f"{path}: {STATE} is no table of what a checkpoint's has")
-    return state
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest's fields without its checksum. Later versions keep the checksum, so damage is told from newness."""
-    with _reading(path, MANIFEST):
-        try:
-            content = read_limited(path / MANIFEST, LARGEST_JSON)
-        except ValueError as error:
-            raise DamagedCheckpoint(f"{path}: {MANIFEST} cannot be read: {error}") from None
-    try:
-        manifest: dict[str, Any] = json.loads(content)
-        del manifest["sha256"]
-        intact = manifest_bytes(manifest) == content
-    except (ValueError, TypeError, KeyError, RecursionError):
-        intact = False
-    if not intact:
-        raise DamagedCheckpoint(f"{path}: {MANIFEST} is not what was written: its checksum differs")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: its checkpoint format is {manifest.get('format_version')}; "
-            f"this version of p828 reads format {FORMAT_VERSION}"
-        )
-    if not _is_manifest(manifest):
-        raise DamagedCheckpoint(f"{path}: {MANIFEST} does not say what a checkpoint's does")
-    return manifest
-
-
-def _is_manifest(fields: Mapping[str, Any]) -> bool:
-    """Whether it lists files by plain names, with their sizes and checksums; anyone can make the sum over it right."""
-    files = fields.get("files")
-    return (
-        type(fields.get("step")) is int
-        and isinstance(files, dict)
-        and STATE in files
-        and all(FILE_NAME.fullmatch(name) for name in files)
-        and all(isinstance(about, dict) and about.keys() == {"size", "sha256"} for about in files.values())
-        and all(type(about["size"]) is int and isinstance(about["sha256"], str) for about in files.values())
-    )
-
-
-def manifest_bytes(fields: Mapping[str, Any]) -> bytes:
-    """The one spelling of a manifest, checksum included: any other bytes are damage."""
-    content = json.dumps(fields, sort_keys=True).encode()
-    return json.dumps({**fields, "sha256": hashlib.sha256(content).hexdigest()}, sort_keys=True, indent=2).encode()
-
-
-def describe(path: Path, sync: bool = False) -> dict[str, Any]:
-    """Size and SHA-256 of a regular file, which with `sync` is on the disk afterwards. Raises OSError."""
-    digest, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(READ_BYTES))
-    with open_regular(path) as file:
-        while count := file.readinto(buffer):  # type: ignore[attr-defined]
-            digest.update(buffer[:count])
-            size += count
-        if sync:
-            os.fsync(file.fileno())
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
 def _checkpoints(directory: Path) -> list[Path]:
-    """The directories that are named as checkpoints, by rising step."""
+    """The directories with names of checkpoints, by rising step."""
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if STEP_NAME.fullmatch(path.name)), key=step_of)
-
-
-def name_of(step: int) -> str:
-    """The name of a step's checkpoint directory."""
-    return f"step_{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint directory's name."""
-    return int(path.name.removeprefix("step_"))
 
 
 def _parts(manifest: Mapping[str, Any]) -> list[str]:
@@ -372,11 +277,3 @@ def _unused(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}_{number}")
     return candidate
-
-
-def _decode(value: dict[str, Any]) -> Any:
-    if value.keys() != {NON_FINITE}:
-        return value
-    if value[NON_FINITE] not in ("nan", "inf", "-inf"):
-        raise ValueError(f"{NON_FINITE} is given for what is no float")
-    return float(value[NON_FINITE])

@@ -1,6 +1,6 @@
-"""Whether what a checkpoint says can be what a run wrote, field by field, before anything is made of it.
+"""Checks that a checkpoint's content is what a run writes, field by field and tensor by tensor, before it is used.
 
-Checksums tell that a file is what its writer wrote. They tell nothing of who the writer was.
+A checksum shows that a file is as it was written. It does not show that p828 wrote it.
 """
 
 import contextlib
@@ -20,13 +20,14 @@ from p828.config.values import shown
 from p828.data.order import held_out_rules
 from p828.errors import ConfigError
 from p828.model.transformer import Transformer
-from p828.runs.checkpoint import STATE, OpenCheckpoint
+from p828.runs.checkpoint import OpenCheckpoint
+from p828.runs.layout import STATE_FILE
 from p828.runs.tensors import DamagedCheckpoint, Kind
 from p828.runs.train_state import TrainState, with_current_names
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MOST = 2**63 - 1  # of a whole number
-CUDA_STATE = Kind("U8", (16,))  # of PyTorch's generator on a GPU: its seed and how far it is
+CUDA_STATE = Kind("U8", (16,))  # of PyTorch's generator on a GPU: its seed and its offset
 FIRST_FIELDS = {  # of the progress, in every checkpoint of this format; later ones came with the version that has them
     "step", "tokens", "loss", "validation_loss", "best_loss", "best_step", "evaluations_since_best",
     "non_finite_steps", "source_tokens", "documents", "cut_documents",
@@ -34,27 +35,27 @@ FIRST_FIELDS = {  # of the progress, in every checkpoint of this format; later o
 
 
 def config_of(saved: OpenCheckpoint) -> Config:
-    """The configuration of the run that wrote it. Raises DamagedCheckpoint, ConfigError naming the key."""
+    """The configuration of the run that wrote the checkpoint. Raises DamagedCheckpoint, and ConfigError for a key."""
     values = saved.state.get("config")
     if not isinstance(values, Mapping):
-        raise DamagedCheckpoint(f"{saved.path}: holds no configuration (config in {STATE})")
+        raise DamagedCheckpoint(f"{saved.path}: holds no configuration (config in {STATE_FILE})")
     return from_dict(values, str(saved.path))
 
 
 def rules_of(saved: OpenCheckpoint) -> list[bool | None]:
-    """By which rule its run holds out text of each source; none where its position is none, which a resume tells of."""
+    """By which rule the run holds out text of each source; empty for a damaged position, which a resume finds."""
     with contextlib.suppress(LookupError, TypeError, AttributeError):
         return held_out_rules(saved.state["data"])
     return []
 
 
 def check_content(saved: OpenCheckpoint, config: Config, first_position: Mapping[str, Any]) -> TrainState:
-    """Check all that a run with this configuration goes on from. Raises DamagedCheckpoint.
+    """Check everything that a run with this configuration resumes from, and return its train state.
 
     Args:
-        first_position: where its data begins, which has the form of any position.
+        first_position: the position at which the run's data begins; a later one has the same form.
 
-    Returns how far the run is.
+    Raises DamagedCheckpoint naming the first field or tensor that is wrong.
     """
     config_of(saved)
     progress = progress_of(saved)
@@ -71,7 +72,7 @@ def check_content(saved: OpenCheckpoint, config: Config, first_position: Mapping
 
 
 def seconds_of(saved: OpenCheckpoint) -> float:
-    """How long the run was trained; 0 for an older one, which does not say. Raises DamagedCheckpoint."""
+    """Seconds that the run was trained; 0 in checkpoints of older versions. Raises DamagedCheckpoint."""
     seconds = saved.state.get("seconds", 0.0)
     if type(seconds) not in (int, float) or not 0 <= seconds <= MOST:
         raise _wrong(saved, "seconds", seconds, "a number of at least 0")
@@ -79,16 +80,16 @@ def seconds_of(saved: OpenCheckpoint) -> float:
 
 
 def progress_of(saved: OpenCheckpoint) -> TrainState:
-    """Raises DamagedCheckpoint naming the field."""
+    """The train state in a checkpoint. Raises DamagedCheckpoint naming the field."""
     values = with_current_names(saved.state.get("progress"))
     if not isinstance(values, dict):
         raise _wrong(saved, "progress", values, "a table")
     kinds = typing.get_type_hints(TrainState)
     for name in [*values, *kinds]:
         if name not in kinds:
-            raise DamagedCheckpoint(f"{saved.path}: {STATE}: progress.{shown(name)} is no field of it")
+            raise DamagedCheckpoint(f"{saved.path}: {STATE_FILE}: progress.{shown(name)} is no field of it")
         if name not in values and name in FIRST_FIELDS:
-            raise DamagedCheckpoint(f"{saved.path}: {STATE}: progress.{name} is missing")
+            raise DamagedCheckpoint(f"{saved.path}: {STATE_FILE}: progress.{name} is missing")
         if name in values and not _is_one(values[name], kinds[name]):
             raise _wrong(saved, f"progress.{name}", values[name], _in_words(kinds[name]))
     progress = TrainState(**values)
@@ -101,7 +102,7 @@ def progress_of(saved: OpenCheckpoint) -> TrainState:
 
 
 def _check_position(saved: OpenCheckpoint, value: Any, first: Any, key: str) -> None:
-    """Tables, lists, texts and counts have to be where they are in the first one. Its reader looks at the rest."""
+    """Compare its form with the first position's: tables, lists, texts and counts. Its reader checks the rest."""
     if isinstance(first, Mapping):
         if not isinstance(value, Mapping):
             raise _wrong(saved, key, value, "a table")
@@ -118,21 +119,21 @@ def _check_position(saved: OpenCheckpoint, value: Any, first: Any, key: str) -> 
 
 @contextmanager
 def reading_position(path: Path) -> Iterator[None]:
-    """Raise DamagedCheckpoint where the block fails because the checkpoint's position is no place in the data."""
+    """Raise DamagedCheckpoint for the errors of a block that goes to the checkpoint's data position."""
     try:
         yield
     except ConfigError:
         raise
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise DamagedCheckpoint(
-            f"{path}: {STATE}: data is no place in it: {type(error).__name__}: {shown(str(error))}"
+            f"{path}: {STATE_FILE}: data is no place in it: {type(error).__name__}: {shown(str(error))}"
         ) from error
 
 
 def check_weights(saved: OpenCheckpoint, model: ModelConfig) -> None:
-    """Whether they are those of the configured model. Raises DamagedCheckpoint naming the first that differs."""
+    """Compare the weights' names, shapes and dtypes with the configured model's. Raises DamagedCheckpoint."""
     names = saved.tensors.names("model")
-    if model.num_hidden_layers > len(names):  # without making such a model
+    if model.num_hidden_layers > len(names):  # before a model of that size is made
         raise DamagedCheckpoint(
             f"{saved.path}: the weights are {len(names)} tensors, "
             f"fewer than model.num_hidden_layers = {model.num_hidden_layers}"
@@ -142,7 +143,7 @@ def check_weights(saved: OpenCheckpoint, model: ModelConfig) -> None:
 
 
 def _check_optimizer(saved: OpenCheckpoint, model: ModelConfig, step: int) -> None:
-    """Moments and numbers of updates. Older checkpoints from before the first step have not all of them."""
+    """Check moments and numbers of updates. Checkpoints of step 0 of older versions lack some."""
     expected: dict[str, Kind] = {}
     for name, (shape, is_parameter) in _expected(saved, model).items():
         if is_parameter:
@@ -160,7 +161,7 @@ def _check_optimizer(saved: OpenCheckpoint, model: ModelConfig, step: int) -> No
 
 
 def _check_random(saved: OpenCheckpoint, ranks: int) -> None:
-    """The states of the generators of every rank that wrote the checkpoint."""
+    """Check the random states of every rank that wrote the checkpoint."""
     names = set(saved.tensors.names("random"))
     on_cpu = Kind("U8", tuple(torch.get_rng_state().shape))
     for rank in range(ranks):
@@ -189,7 +190,7 @@ def _check_cuda_state(state: torch.Tensor) -> None:
 
 
 def _expected(saved: OpenCheckpoint, model: ModelConfig) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Each of the model's tensors with its shape, and whether it is a parameter."""
+    """The shape of each of the model's tensors by name, and whether it is a parameter."""
     try:
         with torch.device("meta"):  # which takes no memory
             twin = Transformer(model)
@@ -251,4 +252,6 @@ def _in_words(kind: Any) -> str:
 
 
 def _wrong(saved: OpenCheckpoint, key: str, value: Any, accepted: str) -> DamagedCheckpoint:
-    return DamagedCheckpoint(f"{saved.path}: {STATE}: {key} = {shown(value)}: {accepted} is what a run writes there")
+    return DamagedCheckpoint(
+        f"{saved.path}: {STATE_FILE}: {key} = {shown(value)}: {accepted} is what a run writes there"
+    )

@@ -1,4 +1,4 @@
-"""Whether two runs came to the same."""
+"""A diff of two runs: their newest checkpoints and their records."""
 
 import itertools
 import json
@@ -11,15 +11,16 @@ import torch
 
 from p828.runs import checkpoint
 from p828.runs import records as metrics
+from p828.runs.layout import RECORDS_FILE
 
-OF_THE_MACHINE = ("tokens_per_second", "mfu", "memory_bytes", "seconds")  # what two equal runs record differently
+OF_THE_MACHINE = ("tokens_per_second", "mfu", "memory_bytes", "seconds")  # keys in which two equal runs differ
 
 
 def first_difference(first: Path, second: Path) -> str | None:
-    """The first thing in which two runs' newest checkpoints or records differ by a bit, in words; None if nothing.
+    """A sentence on the first bit in which two runs' newest checkpoints or records differ; None if all are equal.
 
-    Compared are weights, balance bias, optimizer, random states, progress, place in the data, and every record but
-    times, memory and events. Raises ConfigError if one has no checkpoint.
+    It compares weights, balance bias, optimizer, random states, progress, data position, and every record but times,
+    memory and events. Raises ConfigError if a run has no checkpoint.
     """
     ours, theirs = (checkpoint.load(checkpoint.resolve(run)) for run in (first, second))
     if ours.step != theirs.step:
@@ -34,14 +35,14 @@ def first_difference(first: Path, second: Path) -> str | None:
 
 
 def distance_of_losses(first: Path, second: Path) -> tuple[float, str | None]:
-    """How far apart the losses of two runs are at most, in nats; and the first thing about their data that differs.
+    """The greatest difference of two runs' losses at the same step, in nats, and the first difference of their data.
 
-    For runs whose sums were in another order, as on another number of ranks. The place in the data at the end is
-    compared, which belongs to no rank, and of every step its rows, by their digest.
-    Raises ConfigError as `first_difference`.
+    For runs that add floats in another order, as on another number of ranks. Of the data it compares the hash of every
+    step's samples and the position at the end, which is the same for any number of ranks. Raises ConfigError as
+    `first_difference` does.
     """
     ours, theirs = (
-        [line for line in metrics.read(run / metrics.FILE_NAME) if line["kind"] == "step"] for run in (first, second)
+        [line for line in metrics.read(run / RECORDS_FILE) if line["kind"] == "step"] for run in (first, second)
     )
     if len(ours) != len(theirs):
         return float("inf"), f"one has records of {len(ours)} steps, the other of {len(theirs)}"
@@ -56,7 +57,7 @@ def distance_of_losses(first: Path, second: Path) -> tuple[float, str | None]:
 
 
 def _distance(first: float, second: float) -> float:
-    """Infinite if one alone is not a number."""
+    """The absolute difference; infinite if only one of them is NaN."""
     if math.isnan(first) or math.isnan(second):
         return 0.0 if math.isnan(first) and math.isnan(second) else math.inf
     return 0.0 if first == second else abs(first - second)
@@ -76,7 +77,7 @@ def _of_tensors(ours: dict[str, dict[str, torch.Tensor]], theirs: dict[str, dict
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """(numbers, bytes of one): what tells 0.0 from -0.0, and takes a NaN for itself."""
+    """(numbers, bytes a number), in which 0.0 differs from -0.0 and a NaN equals itself."""
     return tensor.contiguous().flatten().view(torch.uint8).view(tensor.numel(), tensor.element_size())
 
 
@@ -84,7 +85,7 @@ def _of_values(where: str, ours: Any, theirs: Any) -> Iterator[str]:
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
         for key in ours:
             yield from _of_values(f"{where}.{key}", ours[key], theirs[key])
-    elif json.dumps(ours) != json.dumps(theirs):  # where NaN is NaN
+    elif json.dumps(ours) != json.dumps(theirs):  # in JSON a NaN equals a NaN
         yield f"{where} is {ours} and {theirs}"
 
 
@@ -98,6 +99,6 @@ def _of_records(first: Path, second: Path) -> Iterator[str]:
 
 
 def _kept_records(run: Path) -> Iterator[dict[str, Any]]:
-    for line in metrics.read(run / metrics.FILE_NAME):
+    for line in metrics.read(run / RECORDS_FILE):
         if line["kind"] in metrics.REPEATED_KINDS:
             yield {key: value for key, value in line.items() if key not in OF_THE_MACHINE}

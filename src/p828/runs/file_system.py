@@ -1,4 +1,4 @@
-"""Whether a directory can hold what a run keeps, tried before anything is computed."""
+"""Whether the file system of a run's directory can do what a run needs, tried before anything is computed."""
 
 import os
 import shutil
@@ -7,16 +7,15 @@ from pathlib import Path
 
 from p828.errors import ConfigError
 from p828.files import fsync, move_directory, write_atomic
-
-TRIAL = ".trial"
+from p828.runs.layout import TRIAL_DIRECTORY
 
 
 def try_out(directory: Path) -> None:
-    """Do there, in small, what a run does: make, write, sync, rename and remove files and directories.
+    """Make, write, sync, rename and remove small files and directories in it, as a run does later.
 
-    Raises ConfigError naming the first that the file system refuses; nothing is left then.
+    Raises ConfigError naming the first of these that the file system refuses. Leaves nothing behind.
     """
-    trial = directory / TRIAL
+    trial = directory / TRIAL_DIRECTORY
     saving, saved = trial / "saving", trial / "saved"
     steps: list[tuple[str, Callable[[], object]]] = [
         ("make a directory", lambda: saving.mkdir(parents=True)),
@@ -28,7 +27,7 @@ def try_out(directory: Path) -> None:
         ("remove a directory", lambda: saved.rmdir()),
     ]
     try:
-        if trial.exists():  # what a killed process left
+        if trial.exists():  # left by a killed process
             shutil.rmtree(trial)
         for what, do in steps:
             try:

@@ -1,11 +1,11 @@
-"""A run's one record, `metrics.jsonl`.
+"""A run's records, `metrics.jsonl`: the format, its writer (`Recorder`) and its reader (`read`).
 
 Every line is an object with `kind` ("step", "eval", "sample", "event", ...) and `step`. JSON has no NaN and no
 infinity, so these are the strings "NaN", "Infinity" and "-Infinity", which `float()` of Python, pandas and
 JavaScript's `Number()` understand.
 
-A step's line has a few numbers a layer of how its tokens went to the experts; every so many steps, and at evaluations,
-it has the loads of all experts, too (`loads_record`). Files of earlier versions have them in every step's line.
+A step's line has a few numbers a layer about the balance of its experts. Every n steps, and at evaluations, it has the
+loads of all experts, too (`loads_record`). Files of earlier versions have the loads in every step's line.
 """
 
 import errno
@@ -20,23 +20,22 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from p828.errors import ConfigError, RecordsFailed, RunPaused, closed_after
 from p828.files import fsync, open_appended, open_regular
+from p828.runs.layout import DAMAGED_RECORDS_FILE, RECORDS_FILE
 
-FILE_NAME = "metrics.jsonl"
-DAMAGED_NAME = "metrics.damaged"
-LOADS_A_STEP = 32  # experts' loads that a step's line has on average at most, but for those of evaluations
-STARVED_UNDER = 0.1  # of an even share of a layer's tokens
+LOADS_A_STEP = 32  # loads of experts that a step's line has on average at most, evaluations apart
+STARVED_UNDER = 0.1  # of the mean load of a layer's experts
 PIECE = 2**20  # bytes
-LONGEST_LINE = 16 * 2**20  # bytes; a step of a thousand layers of a thousand experts has half of it
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)  # or not for now
+LONGEST_LINE = 16 * 2**20  # bytes; a step of a thousand layers of a thousand experts takes half of it
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)  # a full disk, or one that fails for now
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-REPEATED_KINDS = ("step", "eval", "sample")  # a resumed run writes these again
+REPEATED_KINDS = ("step", "eval", "sample")  # kinds that a resumed run writes again
 
 
 class Mirror(Protocol):
-    """Where records are shown besides, as in Weights & Biases."""
+    """A second place that gets the records, as Weights & Biases."""
 
     problem: str
-    """What the run should be told of it; empty when there is nothing, or once that is done."""
+    """A failure of the mirror that the run should report; empty without one, and once it is reported."""
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None: ...
 
@@ -44,17 +43,17 @@ class Mirror(Protocol):
 
 
 class Recorder:
-    """Appends to `run_dir/metrics.jsonl`, and gives every record to a mirror, if there is one.
+    """Appends to `run_dir/metrics.jsonl`, and gives every record to the mirror, if there is one.
 
-    Use as a context manager, or call `close`. A quiet one, for ranks but the first, records nothing. Raises ConfigError
-    when the file cannot be written.
+    Use as a context manager, or call `close`. With `is_quiet`, on all ranks but rank 0, it records nothing. Raises
+    ConfigError when the file cannot be written.
     """
 
     def __init__(self, run_dir: Path, is_quiet: bool = False, mirror: Mirror | None = None) -> None:
         self.is_quiet, self.mirror = is_quiet, mirror
         self.waiting: list[bytes] = []
-        """Lines for which there was no room on the disk; they are written when there is."""
-        self.path = run_dir / FILE_NAME
+        """Lines for which the disk had no room; they are written as soon as it has."""
+        self.path = run_dir / RECORDS_FILE
         self._file: BinaryIO | None = None
         try:
             if not is_quiet:
@@ -65,10 +64,11 @@ class Recorder:
             raise ConfigError(_unwritable(self.path, error)) from None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append one line. `values` are JSON values: loads and balance scores are lists with an entry a layer.
+        """Append one line. `values` are JSON values; values of layers are lists with an entry a layer.
 
-        The line goes out in one call of the operating system, so a killed process leaves at most a partial last line.
-        On a full disk it waits for room. Raises RecordsFailed where the file cannot be written for another reason.
+        The line is written in one call of the operating system, so that a killed process leaves at most a partial last
+        line. On a full disk the line is kept in `waiting`. Raises RecordsFailed where the file cannot be written for
+        another reason.
         """
         if self.is_quiet:
             return
@@ -83,7 +83,7 @@ class Recorder:
             self.mirror.write(kind, step, values)
 
     def _append(self, line: bytes) -> bool:
-        """Whether there was room for the line, of which else nothing is written."""
+        """Append the line, or nothing of it if the disk has no room. Returns whether it had."""
         assert self._file is not None
         end, written = os.fstat(self._file.fileno()).st_size, 0
         try:
@@ -97,15 +97,15 @@ class Recorder:
         return True
 
     def rewind(self, step: int) -> str:
-        """Drop what the run will write again when it continues after `step`; lines of other kinds stay.
+        """Drop the records that the run will write again when it continues after `step`; lines of other kinds stay.
 
-        Lines that are no records, as a loss of power leaves, are moved to `metrics.damaged`; in words, where and how
-        many, or nothing. Memory is for one line at a time, and a process that is killed leaves the file as it was.
-        Raises RecordsFailed.
+        Lines that are no records, as a loss of power leaves them, are moved to `metrics.damaged`. Returns a sentence
+        about them, or an empty text. Holds one line in memory at a time. A process that is killed leaves the file as it
+        was. Raises RecordsFailed when the file cannot be written.
         """
         if self.is_quiet:
             return ""
-        beside, damaged = self.path.with_name(f".{FILE_NAME}.tmp"), self.path.with_name(DAMAGED_NAME)
+        beside, damaged = self.path.with_name(f".{RECORDS_FILE}.tmp"), self.path.with_name(DAMAGED_RECORDS_FILE)
         moved = 0
         try:
             beside.unlink(missing_ok=True)  # what a killed process left
@@ -134,7 +134,7 @@ class Recorder:
         return f"{self.path}: {lines} now in {damaged}" if moved else ""
 
     def close(self, exit_code: int = 0) -> None:
-        """`exit_code` other than 0 marks the run as failed in the mirror."""
+        """Close the file and the mirror, where an `exit_code` other than 0 marks the run as failed."""
         try:
             if self.mirror is not None:
                 self.mirror.finish(exit_code)
@@ -154,9 +154,9 @@ class Recorder:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file, in order; a partial last line, which a killed process leaves, is left out.
+    """The records of a `metrics.jsonl`, in order. A partial last line, as a killed process leaves it, is left out.
 
-    Raises ConfigError naming the line for anything else that is no record.
+    Raises ConfigError for a file that cannot be read, and for any other line that is no record, by its number.
     """
     try:
         for number, line in enumerate(_lines(path), start=1):
@@ -169,16 +169,16 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def loads_every(layers: int, experts: int) -> int:
-    """One step in this many has the loads of all experts in its line; in a small model every step, which is 1."""
+    """n, where every n-th step's line has the loads of all experts. In a small model n is 1."""
     return math.ceil(layers * experts / LOADS_A_STEP)
 
 
 def loads_record(loads_LE: Sequence[Sequence[int]], is_whole: bool) -> dict[str, list[Any]]:
-    """What a step's line says of the tokens that each of E experts got, in each of L layers; lists of L.
+    """The keys of a step's line about the loads: the tokens that each of E experts got, in each of L layers.
 
-    `balance` is `load_entropy`. `min_share` and `max_share` are the least and the greatest load over the mean one,
-    `starved` counts the experts under a tenth of it. `load` has all of them, if it is to be whole. A dead expert shows
-    in every step's `starved`, and in the next `load` which one it is.
+    Each is a list of L: `balance` is `load_entropy`, `min_share` and `max_share` the least and the greatest load over
+    the mean load, `starved` the number of experts under a tenth of the mean load. With `is_whole`, `load` has all of
+    them. A dead expert is counted in every step's `starved`; the next `load` shows which one it is.
     """
     shares_LE = [[load * len(load_E) / max(sum(load_E), 1) for load in load_E] for load_E in loads_LE]
     found: dict[str, list[Any]] = {"load": [list(load_E) for load_E in loads_LE]} if is_whole else {}
@@ -191,11 +191,11 @@ def loads_record(loads_LE: Sequence[Sequence[int]], is_whole: bool) -> dict[str,
 
 
 def load_entropy(load_E: Sequence[int]) -> float:
-    """How evenly a layer's tokens went to its E experts: 1 perfectly even, 0 all on one.
+    """Normalised entropy of a layer's loads: 1 if all E experts got equally many tokens, 0 if one got all.
 
-    The entropy of the shares p_e = load_e / sum(load) over its greatest value: -sum(p_e ln p_e) / ln E.
-    Unlike max/mean it sees every expert and not the busiest alone, and 1 and 0 mean the same for any E.
-    An empty load, as one expert has, is even.
+    The entropy of the shares p_e = load_e / sum(load) over its greatest value: -sum(p_e ln p_e) / ln E. Unlike max/mean
+    it depends on every expert and not on the busiest alone, and 1 and 0 mean the same for any E. A load of no tokens,
+    and that of a single expert, count as even.
     """
     total = sum(load_E)
     if len(load_E) < 2 or total == 0:
@@ -205,7 +205,7 @@ def load_entropy(load_E: Sequence[int]) -> float:
 
 
 def _is_kept(record: dict[str, Any], step: int) -> bool:
-    """Whether a run that goes on after `step` does not write it again."""
+    """Whether a run that continues after `step` does not write this record again."""
     return record["kind"] not in REPEATED_KINDS or record["step"] <= step
 
 
@@ -237,10 +237,10 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """What a line says; None if it is no record."""
+    """The record in a line; None if the line is no record."""
     try:
         record = json.loads(line)
-        if isinstance(record, dict) and record.get("kind") != "sample":  # these are texts, and a text may be "NaN"
+        if isinstance(record, dict) and record.get("kind") != "sample":  # of text, which may be "NaN"
             record = _decode(record)
     except (ValueError, RecursionError):
         return None

@@ -29,8 +29,9 @@ from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError
 from p828.model.costs import count_parameters
 from p828.optim.schedule import learning_rate
-from p828.runs import checkpoint
+from p828.runs import checkpoint, layout
 from p828.runs.checkpoint_content import rules_of
+from p828.runs.layout import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
 from p828.runs.records import Recorder
 from p828.runs.train_state import TrainState
 from p828.system.device import check_room, make_deterministic, pick_device
@@ -39,7 +40,7 @@ from p828.train.console import Console, say, waiting
 from p828.train.evaluation import Evaluator
 from p828.train.fetch import Fetcher
 from p828.train.log import Log
-from p828.train.resume import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunDirectory, open_run, resume
+from p828.train.resume import RunDirectory, open_run, resume
 from p828.train.rollback import Rollback
 from p828.train.signals import graceful_shutdown, interruptible
 from p828.train.summary import banner, conclude, report_start
@@ -132,7 +133,7 @@ def _open_outputs(
     with waiting("starting Weights & Biases" if config.wandb.mode != "off" else "opening the records", report):
         mirror = None if is_quiet else open_mirror(run.path, config)
         recorder = stack.enter_context(Recorder(run.path, is_quiet, mirror))
-    first_step = 0 if run.newest is None else checkpoint.step_of(run.newest)
+    first_step = 0 if run.newest is None else layout.step_of(run.newest)
     console = Console(run.path, max(config.train.steps, first_step), first_step, is_quiet=is_quiet)
     return _Outputs(run, mirror, recorder, stack.enter_context(console), device)
 
@@ -196,7 +197,7 @@ def _run(
     trainer = _trainer(inputs, outputs, engine, ranks)
     changes: list[str] = []
     if run.newest is not None:
-        with console.waiting(f"loading the checkpoint of step {checkpoint.step_of(run.newest)}"):
+        with console.waiting(f"loading the checkpoint of step {layout.step_of(run.newest)}"):
             trainer.state, lines = resume(run.newest, trainer.checkpointing)
             changes = [*run.changes, *lines]
     with ranks.raise_together():

@@ -1,7 +1,6 @@
 """Writing a checkpoint: all of it or nothing, from one process or several."""
 
 import errno
-import json
 import math
 import os
 import shutil
@@ -12,19 +11,10 @@ from typing import Any, TypeVar
 from p828.distributed.group import ProcessGroup
 from p828.errors import RunFailed
 from p828.files import fsync, move_directory
-from p828.runs.checkpoint import (
-    FORMAT_VERSION,
-    LARGEST_JSON,
-    MANIFEST,
-    NON_FINITE,
-    STATE,
-    describe,
-    manifest_bytes,
-    name_of,
-    recover,
-)
-from p828.runs.fragments import Saveable, tensors_of
-from p828.runs.tensors import file_name, write_tensors
+from p828.runs.checkpoint import recover
+from p828.runs.layout import MANIFEST_FILE, REPLACED, SAVING, STATE_FILE, beside, name_of
+from p828.runs.manifest import FORMAT_VERSION, LARGEST_JSON, describe, manifest_bytes, state_bytes
+from p828.runs.tensors import Saveable, file_name, tensors_of, write_tensors
 
 T = TypeVar("T")
 
@@ -50,8 +40,8 @@ class CheckpointWriter:
     ) -> None:
         self.step, self.tensors, self.ranks = step, tensors, ranks
         self.final = directory / name_of(step)
-        self._temporary = directory / f".{self.final.name}.tmp"
-        self._small = {**(enclosed or {}), STATE: json.dumps(_encode(state), allow_nan=False).encode()}
+        self._temporary = beside(self.final, SAVING)
+        self._small = {**(enclosed or {}), STATE_FILE: state_bytes(state)}
         self._needed = sum(map(len, self._small.values())) + sum(ranks.all_gather_object(num_bytes(tensors)))
         self._files: dict[str, Any] = {}
         self._refusal: OSError | None = None
@@ -88,13 +78,14 @@ class CheckpointWriter:
             raise self._refusal
 
     def _complete(self, files: dict[str, Any]) -> None:
-        if len(self._small[STATE]) > LARGEST_JSON:
-            raise OSError(errno.EFBIG, f"{STATE} would have {len(self._small[STATE]):,} bytes of {LARGEST_JSON:,}")
+        state_size = len(self._small[STATE_FILE])
+        if state_size > LARGEST_JSON:
+            raise OSError(errno.EFBIG, f"{STATE_FILE} would have {state_size:,} bytes of {LARGEST_JSON:,}")
         for name, content in self._small.items():
             _write_new(self._temporary / name, content)
             files[name] = describe(self._temporary / name)
         manifest = manifest_bytes({"format_version": FORMAT_VERSION, "step": self.step, "files": files})
-        _write_new(self._temporary / MANIFEST, manifest)
+        _write_new(self._temporary / MANIFEST_FILE, manifest)
         fsync(self._temporary)
         _publish(self._temporary, self.final)
 
@@ -140,8 +131,7 @@ def _write_own(temporary: Path, tensors: Mapping[str, Mapping[str, Saveable]], r
     files: dict[str, Any] = {}
     for part, values in tensors.items():
         path = temporary / file_name(part, ranks.rank, ranks.size)
-        write_tensors(path, values)
-        files[path.name] = describe(path, sync=True)
+        files[path.name] = write_tensors(path, values)
     return files
 
 
@@ -156,23 +146,9 @@ def _write_new(path: Path, content: bytes) -> None:
 def _publish(temporary: Path, final: Path) -> None:
     """Rename into place, durably. Between the two renames of a replacement, `recover` restores the older one."""
     if final.exists():
-        move_directory(final, final.with_name(f".{final.name}.replaced"), last=MANIFEST)
-    move_directory(temporary, final, last=MANIFEST)
+        move_directory(final, beside(final, REPLACED), last=MANIFEST_FILE)
+    move_directory(temporary, final, last=MANIFEST_FILE)
     fsync(final.parent)
-
-
-def _encode(value: Any) -> Any:
-    """JSON values with non-finite floats as {NON_FINITE: "nan"}, since JSON has none."""
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"state: key {key!r} is not a string and would come back as one")
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {NON_FINITE: repr(float(value))}
-    return value
 
 
 def _free_space(directory: Path) -> str:

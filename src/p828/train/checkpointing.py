@@ -23,7 +23,7 @@ from p828.errors import RunFailed
 from p828.runs import checkpoint
 from p828.runs.checkpoint import OpenCheckpoint
 from p828.runs.checkpoint_content import check_content
-from p828.runs.fragments import Saveable, tensors_of, with_tensors
+from p828.runs.tensors import Saveable, tensors_of, with_tensors
 from p828.runs.train_state import TrainState
 from p828.system.device import machine
 from p828.system.host_memory import free_host_bytes

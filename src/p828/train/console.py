@@ -25,6 +25,7 @@ from rich.text import Text
 
 from p828.errors import ConfigError, RecordsFailed
 from p828.files import open_appended
+from p828.runs.layout import LOG_FILE
 from p828.runs.records import NO_ROOM
 
 LINES_PER_RUN = 20  # a plain progress line comes at least this many times in a run
@@ -88,7 +89,7 @@ class Console:
         self._task = self._bar.add_task(
             "", total=total_steps, completed=first_step, at=first_step, shown=_percent(first_step, total_steps)
         )
-        self._log_path = Path(os.devnull) if is_quiet else run_dir / "log.txt"
+        self._log_path = Path(os.devnull) if is_quiet else run_dir / LOG_FILE
         try:
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
             self._log = open_appended(self._log_path) if not is_quiet else _open_nothing()

@@ -24,14 +24,14 @@ from p828.distributed.group import ProcessGroup
 from p828.errors import ConfigError, P828Error, warn
 from p828.files import MEBIBYTE, locked, read_limited, write_atomic
 from p828.optim.schedule import learning_rate
-from p828.runs import checkpoint
+from p828.runs import checkpoint, layout
 from p828.runs import records as metrics
 from p828.runs.checkpoint_content import config_of, reading_position, seconds_of
 from p828.runs.file_system import try_out
+from p828.runs.layout import CHECKPOINTS, CONFIG_FILE, RECORDS_FILE, SET_ASIDE, TOKENIZER_FILE, WANDB_ID_FILE
 from p828.runs.train_state import TrainState
 from p828.train.checkpointing import Checkpointing
 
-CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.toml", "tokenizer.json", "checkpoints"
 LARGEST_TOKENIZER = 256 * MEBIBYTE
 LEFT_BEHIND = re.compile(r"\.[a-z_]+(\.[a-z]+)?\.(tmp|\d+)")  # a file that was being written when a process was killed
 A_JUMP = 0.05  # as a fraction of the larger of two learning rates
@@ -171,7 +171,7 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
             "Set them back to go on with that run, or give this one another --name"
         )
     if blocking:
-        for name in (TOKENIZER_FILE, "metrics.jsonl", "wandb_id"):
+        for name in (TOKENIZER_FILE, RECORDS_FILE, WANDB_ID_FILE):
             (run_dir / name).unlink(missing_ok=True)
     if newest is not None and (newest / TOKENIZER_FILE).is_file() and not (run_dir / TOKENIZER_FILE).exists():
         text = read_limited(newest / TOKENIZER_FILE, LARGEST_TOKENIZER).decode()
@@ -188,8 +188,8 @@ def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:
     if damaged:
         more = f" ({len(damaged) - 1} more are damaged, too)" if len(damaged) > 1 else ""
         raise ConfigError(f"{run_dir} has no complete checkpoint to go on from: {damaged[0]}{more}.\n{how}")
-    aside = checkpoints.is_dir() and any(path.name.startswith(checkpoint.ASIDE) for path in checkpoints.iterdir())
-    records = run_dir / metrics.FILE_NAME
+    aside = checkpoints.is_dir() and any(path.name.startswith(SET_ASIDE) for path in checkpoints.iterdir())
+    records = run_dir / RECORDS_FILE
     saved = (line["step"] for line in metrics.read(records) if line.get("event") == "saved") if records.exists() else ()
     last = max(saved, default=None)
     if aside or last is not None:
@@ -268,7 +268,7 @@ def resume(path: Path, checkpointing: Checkpointing) -> tuple[TrainState, list[s
     with ranks.raise_together(), checkpoint.opened(path, retry=retry) as saved:
         if saved.state.get("tokenizer") != checkpointing.fingerprint:
             raise ConfigError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
-        if saved.step != checkpoint.step_of(path):
+        if saved.step != layout.step_of(path):
             raise checkpoint.DamagedCheckpoint(f"{path}: its manifest says step {saved.step}")
         state = checkpointing.read_state(saved)
         with reading_position(path):

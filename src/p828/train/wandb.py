@@ -11,9 +11,9 @@ from p828.config import Config
 from p828.config.values import to_dict
 from p828.errors import ConfigError
 from p828.files import read_limited, write_atomic
+from p828.runs.layout import WANDB_ID_FILE
 
 SECTIONS = {"step": "train", "eval": "validation"}  # the kinds of records that it sees, and its names for them
-ID_FILE = "wandb_id"
 STEP = "step"
 LONGEST_ID = 128  # bytes
 FINISH_WITHIN = 60  # seconds to send what is left, or it stays on the disk
@@ -46,7 +46,7 @@ class WandbMirror:
         """Where the run is shown; None offline."""
         self._errors = (wandb.errors.Error, OSError)
         self.problem = ""
-        self._id = _run_id(run_dir / ID_FILE)
+        self._id = _run_id(run_dir / WANDB_ID_FILE)
         try:
             try:
                 self._run = self._start(run_dir, config, config.wandb.mode)

@@ -21,7 +21,7 @@ from p828.config.values import to_dict
 from p828.errors import RunFailed, warn
 from p828.runs import records as metrics
 from p828.runs.compare import distance_of_losses, first_difference
-from p828.train.resume import CHECKPOINTS
+from p828.runs.layout import CHECKPOINTS, RECORDS_FILE
 
 STEPS, CHECKPOINTS_IN_ALL, EVALUATIONS = 60, 12, 3
 POLL_EVERY = 0.005  # seconds
@@ -216,7 +216,7 @@ class KillResumeCheck:
         return False
 
     def _records(self, name: str = "killed") -> Path:
-        return self.directory / name / metrics.FILE_NAME
+        return self.directory / name / RECORDS_FILE
 
     def _step(self, name: str = "killed") -> int:
         """The last step in a run's records."""

@@ -34,8 +34,7 @@ from p828.model.transformer import Layer, Transformer
 from p828.optim.balance import update_biases
 from p828.optim.clipping import clip_factor
 from p828.optim.groups import parameter_groups
-from p828.runs.fragments import Saveable
-from p828.runs.tensors import Tensors
+from p828.runs.tensors import Saveable, Tensors
 from p828.system.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -250,11 +249,11 @@ class DeepSpeedEngine:
     def _load_partition(self, partition: Partition, tensors: Tensors, saved: Collection[str]) -> None:
         """Read a partition's masters, and its moments where `saved`, the names of optimizer tensors, has them."""
         name, start, length = partition.name, partition.start, partition.length
-        partition.of(partition.flat).values.copy_(tensors.fragment("model", name, start, length))
+        partition.of(partition.flat).values.copy_(tensors.shard("model", name, start, length))
         for key in MOMENTS:
             moments = partition.of(self._state(partition.flat)[key]).values
             if f"{key}/{name}" in saved:
-                moments.copy_(tensors.fragment("optimizer", f"{key}/{name}", start, length))
+                moments.copy_(tensors.shard("optimizer", f"{key}/{name}", start, length))
             else:
                 moments.zero_()
 

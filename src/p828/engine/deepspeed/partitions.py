@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from p828.runs.fragments import TensorShard
+from p828.runs.tensors import TensorShard
 
 
 class Partition(NamedTuple):
