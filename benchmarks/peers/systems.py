@@ -49,7 +49,7 @@ def has_liger() -> bool:
 def missing(peer: str, device: str) -> str | None:
     """Why a peer cannot be timed here, in words that say what to do; None if it can."""
     if importlib.util.find_spec(peer) is None:
-        return f"it is not installed. In the checkout: pip install --constraint constraints.txt '.[peers]', or {peer}"
+        return f"it is not installed. pip install {peer}, or p828's extra `peers`"
     if peer == "torchtitan" and device != "cuda":
         return "its CUDA graph needs a GPU. On a CPU transformers is accepted"
     return None

@@ -101,7 +101,7 @@ def test_prepared_data_says_what_it_was_made_from(
     toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No flag but the directory is needed to train on it, though the configuration names other text."""
-    flags = ["--data.files", "text", "--data.validation.share", "0.3", "--data.packing", "best_fit"]
+    flags = ["--data.files", "text", "--data.validation.fraction", "0.3", "--data.packing", "best_fit"]
     assert dispatch(["prepare", toml, "--data.prepared", "prepared", *flags]) == 0
     values = tomllib.loads(Path(toml).read_text())
     del values["data"]["source"], values["data"]["files"], values["data"]["validation"]
@@ -111,7 +111,7 @@ def test_prepared_data_says_what_it_was_made_from(
     assert dispatch(["train", "runs/other", "--train.steps", "3"]) == 0, capsys.readouterr().err
     run = tomllib.loads(Path("runs/other/config.toml").read_text())["data"]
     assert (run["source"], run["files"], run["packing"]) == ("files", ["text"], "best_fit")
-    assert run["validation"]["share"] == 0.3
+    assert run["validation"]["fraction"] == 0.3
 
 
 @pytest.mark.parametrize(

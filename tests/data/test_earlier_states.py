@@ -42,7 +42,7 @@ def test_a_saved_state_goes_on(kind: str, ranks: int, tmp_path: Path, monkeypatc
         write_jsonl(Path(f"texts/{shard}.jsonl"), [text(100 * shard + i) for i in range(count)])
     data = DataConfig(
         source="files", files=FILES, sequence_length=31, block_documents=9, shuffle_rows=16,
-        validation=ValidationConfig(share=0.1), **KINDS[kind],
+        validation=ValidationConfig(fraction=0.1), **KINDS[kind],
     )  # fmt: skip
     config = Config(data=data, train=TrainConfig(micro_batch_size=2, gradient_accumulation=4 // ranks, seed=3))
     tokenizer = Tokenizer.from_file(EARLIER / "prepared/tokenizer.json", "<|endoftext|>")

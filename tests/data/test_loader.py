@@ -9,7 +9,7 @@ import pytest
 import torch
 from data_samples import open_run_loader, text, write_jsonl
 
-from p828.config import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
+from p828.config import Config, DataConfig, TrainConfig, ValidationConfig
 from p828.data.batch import PADDING, Batch, Sample
 from p828.data.build import validation_batches
 from p828.data.loader import Loader, make_batch
@@ -197,7 +197,7 @@ def test_no_text_to_validate_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "v.txt").write_text("")
     data = DataConfig(validation=ValidationConfig(kind="files", files=(str(tmp_path / "v.txt"),)))
     with pytest.raises(DataError, match=r"no documents in data\.validation\.files"):
-        validation_batches(Config(data=data, model=ModelConfig()), tokenizer, 4, 2)
+        validation_batches(data, tokenizer, True, 4, 2)
 
 
 def test_numpy_and_torch_share_no_memory_with_the_packer(config: Config, tokenizer: Tokenizer) -> None:

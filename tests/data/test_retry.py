@@ -63,4 +63,4 @@ def test_a_damaged_file_is_not_read_again(tmp_path: Path, ending: str) -> None:
     write_bytes(path, b"some text " * 1000)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match=r"a\.txt.*cannot be read"):
-        list(Retry(5, pytest.fail).documents(FileShard(str(path), "text"), 0))
+        list(read_documents(FileShard(str(path), "text"), 0, Retry(5, pytest.fail)))

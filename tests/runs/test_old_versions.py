@@ -1,4 +1,4 @@
-"""What p828 0.1.0 left on disk (commit 88bb633) is gone on with, as that version itself went on with it.
+"""What p828 0.1.0 left on disk is gone on with, as that version itself went on with it.
 
 `data_of_old_versions` holds two runs that were killed at step 7, one of them on two ranks through DeepSpeed, a prepared
 directory, and in `expected.json` the records of that version when it trained on in one process.
@@ -67,4 +67,8 @@ def test_a_checkpoint_is_evaluated_and_sampled(
 def test_prepared_data_is_trained_on(expected: dict[str, list[dict[str, Any]]]) -> None:
     flags = ["--name", "from-prepared", "--data.prepared", "prepared", "--train.steps", "4"]
     assert dispatch(["train", "tiny.toml", *flags]) == 0
-    assert_recorded("from-prepared", expected["from-prepared"])
+    # The rows are the same. The losses are not: initial weights are drawn in another way since.
+    of_the_data = ("kind", "step", "rows", "tokens", "documents", "cut_documents")
+    old = [{key: line[key] for key in of_the_data if key in line} for line in expected["from-prepared"]]
+    assert all("rows" in line for line in old if line["kind"] == "step")
+    assert_recorded("from-prepared", old)

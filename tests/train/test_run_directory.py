@@ -10,8 +10,7 @@ import pytest
 from p828.cli.main import dispatch
 from p828.config import Config
 from p828.config.old_names import under_old_names
-from p828.runs import checkpoint
-from p828.runs.manifest import manifest_bytes
+from p828.runs.manifest import describe, manifest_bytes
 from runs import write_text, write_toml
 
 Command = Callable[..., tuple[int, str, str]]
@@ -171,8 +170,8 @@ def with_old_names(run: Path) -> None:
     (path / "state.json").write_text(json.dumps(state))
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
-    manifest["files"]["state.json"] = checkpoint.describe(path / "state.json")
-    (path / "manifest.json").write_bytes(checkpoint.manifest_bytes(manifest))
+    manifest["files"]["state.json"] = describe(path / "state.json")
+    (path / "manifest.json").write_bytes(manifest_bytes(manifest))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from p828.config import DataConfig, ValidationConfig
 from p828.data import slow_count
 from p828.data.retry import Retry
 from p828.data.text import compression
+from p828.data.text.documents import read_documents
 from p828.data.text.files import FileShard, file_shards
 from p828.data.text.open import open_training, open_validation
 from p828.data.text.shard import BadRecord
@@ -82,7 +83,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is neither a regular file nor a directory"):
             names(str(tmp_path / name))
         with pytest.raises(DataError, match=rf"{name}.* cannot be read"):  # put there later; not waited for, either
-            list(Retry(3, pytest.fail).documents(FileShard(str(tmp_path / name), "text"), 0))
+            list(read_documents(FileShard(str(tmp_path / name), "text"), 0, Retry(3, pytest.fail)))
     with pytest.raises(ConfigError, match="neither a regular file"):
         names("/dev/zero")
     with pytest.raises(ConfigError, match="matches no file"):
