@@ -17,7 +17,7 @@ import torch
 
 from p828.config import Config, load
 from p828.data.loader import open_loader
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.prepare import prepare
 
 SECONDS = 5.0

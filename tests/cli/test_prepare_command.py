@@ -9,7 +9,7 @@ import tomli_w
 from p828.cli.main import dispatch
 from p828.config import TokenizerConfig
 from p828.data.text.documents import is_held_out
-from p828.data.tokenizer_training import train_tokenizer
+from p828.data.tokenizer.training import train_tokenizer
 from p828.runs import records as metrics
 from runs import write_text, write_toml
 

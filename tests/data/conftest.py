@@ -2,8 +2,8 @@ import pytest
 from data_samples import text
 
 from p828.config import TokenizerConfig
-from p828.data.tokenizer import Tokenizer
-from p828.data.tokenizer_training import train_tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.training import train_tokenizer
 
 
 @pytest.fixture(scope="session")

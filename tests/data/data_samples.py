@@ -10,7 +10,7 @@ import zstandard
 
 from p828.config import Config
 from p828.data.loader import Loader, open_loader
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 
 WORDS = (
     "def",

@@ -11,7 +11,7 @@ from p828.config import Config, DataConfig, MixedSource, TrainConfig, Validation
 from p828.data.amount import Amount, amounts, describe, planned_shares, repeated
 from p828.data.order import SampleOrder
 from p828.data.text.open import open_training
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from runs import run_config, write_toml
 
 

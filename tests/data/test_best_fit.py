@@ -14,7 +14,7 @@ from p828.data.text import packing
 from p828.data.text.documents import DocumentStream
 from p828.data.text.open import open_training
 from p828.data.text.packing import BestFitPacker
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 
 LENGTH = 31
 

@@ -12,7 +12,7 @@ import pytest
 from data_samples import open_run_loader, text, write_jsonl
 
 from p828.config import Config, DataConfig, MixedSource, TrainConfig, ValidationConfig
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 
 EARLIER = Path(__file__).parent / "earlier_version"
 SAVED: dict[str, Any] = json.loads((EARLIER / "states.json").read_text())

@@ -16,7 +16,7 @@ from p828.data.loader import Loader, make_batch
 from p828.data.order import SampleOrder, SampleShuffler, TextStreams
 from p828.data.text.open import open_training, open_validation
 from p828.data.text.packing import Packer
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import DataError, TransientReadError
 
 LENGTH = 31

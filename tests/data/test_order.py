@@ -17,7 +17,7 @@ from p828.data.loader import open_prepared
 from p828.data.order import merged
 from p828.data.text import packing
 from p828.data.text.documents import is_held_out
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.prepare import prepare
 from p828.errors import ConfigError
 

@@ -10,8 +10,8 @@ from p828.data.batch import Sample
 from p828.data.order import SampleShuffler
 from p828.data.text.open import open_training
 from p828.data.text.packing import Packer
-from p828.data.tokenizer import Tokenizer
-from p828.data.tokenizer_training import train_tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.training import train_tokenizer
 from runs import run_config
 
 ROWS = 8

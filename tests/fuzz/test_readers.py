@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from p828 import config as configuration
 from p828.cli.main import dispatch
 from p828.data.text.files import FileShard
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.directory import read_progress
 from p828.data.tokens.format import Manifest, check_shards, open_manifest, write_sealed
 from p828.data.tokens.read import Prepared

@@ -8,8 +8,8 @@ from taught_text import TAUGHT
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from p828.config import TokenizerConfig
-from p828.data.tokenizer import Tokenizer
-from p828.data.tokenizer_training import train_tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.training import train_tokenizer
 from p828.model.init import initialise
 from p828.model.loss import linear_cross_entropy
 from p828.model.transformer import Transformer

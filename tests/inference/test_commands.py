@@ -23,7 +23,7 @@ from p828.config import (
     facts_of,
 )
 from p828.config.values import flatten, to_dict
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.model.transformer import Transformer
 from p828.runs import records as metrics
 from p828.train import checkpoint_writer

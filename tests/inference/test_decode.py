@@ -4,7 +4,7 @@ import pytest
 import torch
 from taught_text import TAUGHT
 
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.inference.decode import Continuation, FinishReason, decode
 from p828.inference.sampling import SamplingConfig
 from p828.inference.text import generate

@@ -11,7 +11,7 @@ from taught_text import TAUGHT
 from p828.config import Config, DataConfig, ValidationConfig
 from p828.data.batch import Batch
 from p828.data.build import validation_batches
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import DataError
 from p828.inference.evaluate import Evaluation, evaluate
 from p828.model.transformer import Transformer

@@ -8,7 +8,7 @@ from taught_text import TAUGHT
 from torch import Tensor
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError
 from p828.inference.sampling import SamplingConfig
 from p828.inference.text import Completion, generate

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from p828.config import Config, DataConfig, TokenizerConfig, TrainConfig
 from p828.config.values import to_dict
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError, DataError
 from p828.inference import load

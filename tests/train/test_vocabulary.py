@@ -9,7 +9,7 @@ import tomli_w
 
 from p828.cli.main import dispatch
 from p828.config import Config, ModelConfig, load, rounded_vocabulary, with_vocabulary
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.inference.load import load_model
 from p828.model.costs import count_parameters, unused_vocabulary
 from p828.runs import checkpoint

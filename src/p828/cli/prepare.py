@@ -20,10 +20,10 @@ from p828.config.files import preset_names
 from p828.data.amount import short
 from p828.data.build import training_documents
 from p828.data.retry import Retry
-from p828.data.run_tokenizer import remarks
 from p828.data.text.held_out import trained_on_too, unused_text_field
 from p828.data.text.open import open_in_order
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.of_run import remarks
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.directory import GOES_ON, open_output_dirs, resolve_tokenizer, told_at_work
 from p828.data.tokens.format import MANIFEST_FILE, Manifest
 from p828.data.tokens.prepare import Preparation, prepare

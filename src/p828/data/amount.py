@@ -7,7 +7,7 @@ from pathlib import Path
 from p828.config import Config, DataConfig
 from p828.data.order import source_seed
 from p828.data.text.open import open_training
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.format import open_manifest
 from p828.errors import ConfigError, DataError, TransientReadError
 

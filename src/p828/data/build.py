@@ -17,7 +17,7 @@ from p828.data.loader import make_batch, open_prepared
 from p828.data.retry import Retry
 from p828.data.text.open import held_out_words, open_training, open_validation
 from p828.data.text.packing import Packer
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.format import MANIFEST_FILE, TOKENIZER_FILE, open_manifest
 from p828.errors import ConfigError
 

@@ -18,7 +18,7 @@ from p828.data.order import SampleOrder, SampleShuffler, SampleSource, TextStrea
 from p828.data.retry import Retry
 from p828.data.text.open import check_streams, open_in_order, open_training
 from p828.data.text.packing import BestFitPacker, Packer, Packing
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.format import MANIFEST_FILE
 from p828.data.tokens.read import Prepared, ShuffledTokenDataset
 from p828.data.tokens.settings import check_settings, data_settings

@@ -8,7 +8,7 @@ import torch
 
 from p828.config import Config, ModelConfig, validate
 from p828.data.retry import Retry
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, warn
 from p828.kernels.adamw import split_float32
 from p828.model.backend import computable

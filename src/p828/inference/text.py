@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from p828.data.tokenizer import CUT_CHARACTER, Tokenizer
+from p828.data.tokenizer.tokenizer import CUT_CHARACTER, Tokenizer
 from p828.errors import ConfigError
 from p828.inference.decode import FinishReason, decode
 from p828.inference.sampling import SamplingConfig

@@ -15,10 +15,10 @@ from p828.data.batch import Batch
 from p828.data.build import held_out_lines, prepared_tokenizer, training_documents, validation_batches
 from p828.data.loader import Loader, open_loader
 from p828.data.retry import Retry
-from p828.data.run_tokenizer import load_tokenizer, remarks
 from p828.data.text.hub import pinned
 from p828.data.text.open import open_training, open_validation
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.of_run import load_tokenizer, remarks
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.format import open_manifest
 from p828.distributed.group import ProcessGroup, joined
 from p828.distributed.links import check_topology

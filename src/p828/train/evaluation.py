@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from p828.config import EvaluationConfig
 from p828.data.batch import Batch
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.distributed.group import ProcessGroup
 from p828.engine.interface import Engine
 from p828.errors import NotFinite

@@ -8,7 +8,7 @@ from p828.data.bigram import bigram_loss
 from p828.data.build import training_rows
 from p828.data.order import held_out_rules
 from p828.data.text.held_out import trained_on_too
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.distributed.group import ProcessGroup
 from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine

@@ -16,7 +16,7 @@ from p828.config import Config, DataConfig, MixedSource, ValidationConfig
 from p828.data.build import validation_batches
 from p828.data.text.hub import hub_shards, pinned
 from p828.data.text.open import open_training, open_validation
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError
 
 README = """---

@@ -12,7 +12,7 @@ from p828.data.text import packing
 from p828.data.text.documents import DocumentStream
 from p828.data.text.open import open_training
 from p828.data.text.packing import Packer
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import DataError
 
 LENGTH = 31

@@ -13,7 +13,7 @@ from data_samples import text, write_jsonl
 import p828.data.tokens.prepare
 import p828.data.tokens.text_reader
 from p828.config import Config, DataConfig, PrepareConfig, ValidationConfig
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens import directory as prepared_directory
 from p828.data.tokens import write as shard_writer
 from p828.data.tokens.directory import open_output_dirs, read_progress

@@ -16,8 +16,8 @@ from p828.config import Config, DataConfig, PrepareConfig, TokenizerConfig, Vali
 from p828.config.values import to_dict
 from p828.data.retry import NO_RETRY
 from p828.data.text.documents import is_held_out
-from p828.data.tokenizer import Tokenizer
-from p828.data.tokenizer_training import train_tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.training import train_tokenizer
 from p828.data.tokens.filters import looks_like_code
 from p828.data.tokens.format import Manifest, ShardEntry, check_shards, open_manifest
 from p828.data.tokens.prepare import Preparation, prepare

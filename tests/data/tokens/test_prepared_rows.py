@@ -12,7 +12,7 @@ from data_samples import open_run_loader, text, write_jsonl
 from p828.config import Config, DataConfig, PrepareConfig, TrainConfig, ValidationConfig
 from p828.data.order import merged
 from p828.data.retry import Retry
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens import format as manifests
 from p828.data.tokens import read
 from p828.data.tokens.format import CHECKSUM, check_shards, open_manifest

@@ -10,7 +10,7 @@ import pytest
 from data_samples import text, write_jsonl
 
 from p828.config import Config, DataConfig
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens import source_files
 from p828.data.tokens.format import CHECKSUM, Manifest, write_sealed
 from p828.data.tokens.prepare import prepare

@@ -13,11 +13,11 @@ from typing import BinaryIO
 
 import xxhash
 
-from p828.data.slow_count import SlowCount
 from p828.data.text.compression import COMPRESSIONS, DAMAGE, lines, pieces, unpacked
 from p828.data.text.shard import BadRecord
 from p828.errors import ConfigError, DataError, TransientReadError
 from p828.files import open_regular
+from p828.system.slow_count import SlowCount
 
 ENDINGS = (".txt", ".py", ".md", ".jsonl")
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages"}

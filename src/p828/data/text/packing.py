@@ -9,7 +9,7 @@ import numpy.typing as npt
 from p828.data.batch import Sample
 from p828.data.best_fit import Piece, best_fit
 from p828.data.text.documents import DocumentStream
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import DataError
 
 BATCH_DOCUMENTS = 256  # tokenized together: enough to keep all cores busy,

@@ -12,8 +12,8 @@ from typing import Any
 
 from p828.config import Config
 from p828.config.values import shown
-from p828.data.run_tokenizer import load_tokenizer
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.of_run import load_tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.format import (
     LARGEST_FILE,
     MANIFEST_FILE,

@@ -17,7 +17,7 @@ import xxhash
 from p828.config import Config
 from p828.config.old_names import under_old_names
 from p828.data.retry import NO_RETRY, Retry
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.checksum import checksum_of
 from p828.data.tokens.source_files import SourceFiles
 from p828.errors import ConfigError, DataError, TransientReadError

@@ -13,11 +13,10 @@ import numpy.typing as npt
 
 from p828.config import Config
 from p828.data.retry import NO_RETRY, Retry
-from p828.data.slow_count import SlowCount
 from p828.data.text.documents import DocumentStream
 from p828.data.text.open import open_in_order, open_validation
 from p828.data.text.shard import Shard
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.directory import (
     HASHES_FILE,
     PROGRESS_FILE,
@@ -42,6 +41,7 @@ from p828.data.tokens.source_files import SourceFiles
 from p828.data.tokens.text_reader import PARTS, Reader, TextBatch
 from p828.data.tokens.write import BestFitWriter, PartialFile, ShardWriter
 from p828.errors import ConfigError, DataError, RunFailed
+from p828.system.slow_count import SlowCount
 
 SAVE_EVERY = 5.0  # seconds
 TOKENIZED_TOGETHER = 2  # batches: while the tokens of one become arrays, which one core does, others are encoded

@@ -16,7 +16,7 @@ import numpy as np
 
 from p828.data.batch import Sample
 from p828.data.retry import NO_RETRY, Retry
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.format import (
     DOCUMENTS,
     TOKENS,

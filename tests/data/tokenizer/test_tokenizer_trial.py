@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from p828.cli.main import dispatch
-from p828.data import tokenizer_trial
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer import trial as tokenizer_trial
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
 from runs import p828, write_toml
 from tokenizer_kinds import EOS, KINDS

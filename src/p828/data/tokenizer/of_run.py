@@ -8,8 +8,8 @@ from pathlib import Path
 from p828.config import TokenizerConfig
 from p828.data.text.hub import download_tokenizer
 from p828.data.text.shard import BadRecord
-from p828.data.tokenizer import Tokenizer
-from p828.data.tokenizer_training import train_tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.training import train_tokenizer
 from p828.errors import ConfigError
 
 SAMPLED_CHARACTERS = 200_000  # of a run's text, to see whether it comes back from its tokens

@@ -18,7 +18,7 @@ SAMPLES = (
     " ",
 )
 # The paths of this process, so that nothing of the working directory is imported.
-PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from p828.data.tokenizer_trial import main; main()"
+PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from p828.data.tokenizer.trial import main; main()"
 
 
 def try_out(text: str, where: str) -> None:

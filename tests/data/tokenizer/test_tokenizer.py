@@ -16,10 +16,10 @@ from data_samples import text
 from tokenizers import Regex, models, pre_tokenizers, trainers
 
 from p828.config import TokenizerConfig
-from p828.data.run_tokenizer import load_tokenizer
-from p828.data.text_division import PIECES
-from p828.data.tokenizer import Tokenizer
-from p828.data.tokenizer_training import train_tokenizer
+from p828.data.tokenizer.division import PIECES
+from p828.data.tokenizer.of_run import load_tokenizer
+from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.training import train_tokenizer
 from p828.errors import ConfigError
 
 SAMPLES = [
@@ -59,7 +59,7 @@ def test_training_is_deterministic(tmp_path: Path) -> None:
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     program = (
         "import json, sys; from p828.config import TokenizerConfig\n"
-        "from p828.data.tokenizer_training import train_tokenizer\n"
+        "from p828.data.tokenizer.training import train_tokenizer\n"
         "texts = json.load(open(sys.argv[1] + '/texts.json'))\n"
         "train_tokenizer(TokenizerConfig(vocab_size=500), texts).save(sys.argv[1] + '/other.json')"
     )
@@ -198,7 +198,7 @@ def test_a_signal_ends_the_training_of_a_tokenizer(moment: str) -> None:
     program = (
         "import random, sys\n"
         "from p828.config import TokenizerConfig\n"
-        "from p828.data.tokenizer_training import train_tokenizer\n"
+        "from p828.data.tokenizer.training import train_tokenizer\n"
         "def documents():\n"
         "    for i in range(60):\n"
         "        yield ''.join(random.choices('abcdefghijklm nop', k=100_000))\n"

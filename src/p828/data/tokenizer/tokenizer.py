@@ -14,9 +14,9 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import models
 
-from p828.data.special_tokens import BYTE_TOKEN, keep_out_of_text, settle_end_token
-from p828.data.text_division import borders, parts_of
-from p828.data.tokenizer_trial import LONGEST_CAUSE, SAMPLES, try_out
+from p828.data.tokenizer.division import borders, parts_of
+from p828.data.tokenizer.special_tokens import BYTE_TOKEN, keep_out_of_text, settle_end_token
+from p828.data.tokenizer.trial import LONGEST_CAUSE, SAMPLES, try_out
 from p828.errors import ConfigError, DataError, P828Error
 from p828.files import MEBIBYTE, read_limited, write_atomic
 

@@ -8,8 +8,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from p828.config import TokenizerConfig
-from p828.data.text_division import PIECES
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.division import PIECES
+from p828.data.tokenizer.tokenizer import Tokenizer
 
 # Training takes time with the square of a piece's length. No piece of ordinary text is this long.
 LONG_PIECE = r"(?m:.{256})"

@@ -12,11 +12,11 @@ import tokenizers
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 
 from p828.config import TokenizerConfig
-from p828.data import text_division
-from p828.data import tokenizer as tokenizer_module
-from p828.data.text_division import parts_of
-from p828.data.tokenizer import Tokenizer
-from p828.data.tokenizer_training import train_tokenizer
+from p828.data.tokenizer import division as text_division
+from p828.data.tokenizer import tokenizer as tokenizer_module
+from p828.data.tokenizer.division import parts_of
+from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.training import train_tokenizer
 from tokenizer_kinds import EOS, KINDS, TRAINING_TEXT
 
 ODD = [
@@ -108,7 +108,7 @@ def test_parts_are_the_text() -> None:
 PROGRAM = """
 import random, resource, sys
 from p828.config import TokenizerConfig
-from p828.data.tokenizer_training import train_tokenizer
+from p828.data.tokenizer.training import train_tokenizer
 tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), ["a word", "12"])
 draw = random.Random(0)
 text = chr(10).join("%x" % draw.getrandbits(64) for _ in range(250_000))

@@ -10,8 +10,8 @@ from tokenizers import models, pre_tokenizers
 
 from p828.config import DataConfig, TokenizerConfig, ValidationConfig
 from p828.data.build import validation_batches
-from p828.data.run_tokenizer import load_tokenizer, lost_share, remarks
-from p828.data.tokenizer import Tokenizer
+from p828.data.tokenizer.of_run import load_tokenizer, lost_share, remarks
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
 from tokenizer_kinds import EOS, KINDS, SPECIAL
 
