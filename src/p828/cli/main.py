@@ -41,8 +41,8 @@ def main() -> None:
 def _leave(code: int) -> NoReturn:
     """End with this exit code, at once after Ctrl-C, and whatever threads are left behind.
 
-    One inside a library's call, as of a tokenizer's training that was broken off, crashes where it comes back to an
-    interpreter that is going.
+    A thread inside a library's call, as in a tokenizer's training that was broken off, would crash when it returns to
+    an interpreter that is shutting down.
     """
     if code != INTERRUPTED and not any(thread.daemon for thread in threading.enumerate()):
         sys.exit(code)
@@ -111,7 +111,7 @@ def _place(arguments: list[str]) -> Process:
 
 
 def _tell(text: object, is_everywhere: bool, process: Process) -> None:
-    """Print it, but of many processes that train one run and end with the same, once on each machine or once in all."""
+    """Print an error: once in all if every rank of the run ends with it, else once on each machine."""
     if (process.rank if is_everywhere else process.local_rank) == 0:
         warn(_cut(str(text)))
 

@@ -89,7 +89,7 @@ def _streams(config: Config, retry: Retry) -> list[DocumentStream]:
 
 
 def _read_files(shards: list[Shard], retry: Retry) -> Callable[[int], None]:
-    """Is given how many of the shards are read for their checksums."""
+    """Called with the number of shards that were read for their checksums."""
     return SlowCount(retry.tell, f"reading the text's files for their checksums: {{:,}} of {len(shards):,} done").to
 
 
@@ -130,7 +130,7 @@ class Preparation:
         return BestFitWriter(shards, self.config.data.sequence_length + 1, state)
 
     def rate(self, seconds: float) -> float:
-        """Tokens a second, if this process has been at work for so many seconds."""
+        """Tokens a second, over the `seconds` that this process has been at work."""
         return (self.tokens - self._tokens_before) / seconds
 
     def share_done(self) -> float:
