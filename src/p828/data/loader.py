@@ -41,7 +41,7 @@ def open_loader(
     tell: Callable[[str], None] = lambda text: None,
     part: tuple[int, int] = (0, 1),
 ) -> "Loader":
-    """A rank's training batches from the beginning. `tell` is called with a line when a failed read is repeated.
+    """A rank's training batches from the beginning. `tell` is given a line when a failed read is repeated.
 
     Ranks of one host compare prepared files with their checksums together: `part` is this rank's number among them, and
     how many they are. Raises ConfigError if the data cannot be opened.
@@ -142,7 +142,7 @@ class Loader:
         cancelled: threading.Event | None = None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`cancelled` is set once `next` may wait no longer. `tell` gets a line when `next` waits for long."""
+        """`cancelled` is set once `next` may wait no longer. `tell` is given a line when `next` waits for long."""
         self.order = order
         self.sources = sources
         self.mask_documents = mask_documents

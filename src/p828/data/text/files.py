@@ -236,7 +236,7 @@ def file_shards(
 ) -> list[FileShard]:
     """The files that are named, match or lie in a directory that is named, each once, in the order of their paths.
 
-    `key` is the setting that holds the globs. `tell` is called with a line now and then while looking takes long.
+    `key` is the setting that holds the globs. `tell` is given a line now and then while looking takes long.
     Raises ConfigError naming a glob that matches no file, a directory without one, and a file whose ending is not
     supported.
     """

@@ -18,8 +18,8 @@ from p828.data.text.hub import HubShard
 from p828.data.text.shard import BadRecord, Shard
 
 EXPECTED_DOCUMENTS = 10  # held out whole, and trained on, at least; else the end of each is held out
-SEARCHED = 3  # times as many documents are searched for one to hold out; it is missed with probability exp(-30)
-LEAST_SEARCHED = 1000  # documents that are searched, however large the share
+SEARCHED = 3  # times as many documents are searched for one to hold out: of different ones, exp(-30) have none
+LEAST_SEARCHED = 1000  # documents, however large the share
 MOST_DOCUMENTS = 2**53  # that are counted with; a share can be so small that it would be infinitely many
 
 
@@ -29,10 +29,9 @@ def enough_documents(share: float) -> int:
 
 
 def are_few(shards: Sequence[Shard], share: float, retry: Retry) -> bool:
-    """Whether there are fewer than `enough_documents`, or the hash puts the first documents all on one side.
+    """Whether there are fewer than `enough_documents`, or the hash parts none of three times as many.
 
-    The second happens where the same document comes again and again. The hash is tried on three times as many
-    documents as are enough, and no more are read.
+    So it is where the same document comes again and again. No more documents than that are read.
     """
     enough = enough_documents(share)
     searched = max(SEARCHED * enough, LEAST_SEARCHED)

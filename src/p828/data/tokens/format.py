@@ -158,9 +158,9 @@ def check_shards(
 ) -> dict[str, list[int]]:
     """Compare the shards' files with the manifest. Returns each one's size and time of change, in nanoseconds.
 
-    A file that is still as `known` says is not read again, so that a run resumes at once. `part` is a process's number
-    and how many processes share the files: each compares its part. The retry's `tell` is called with a line when it
-    takes long. Raises DataError naming a wrong file, and TransientReadError.
+    A file that is still as `known` says is not read again, so that a run resumes at once. Of several that compare the
+    same files, each takes a part: its number and theirs. The retry's `tell` is given a line when it takes long. Raises
+    DataError naming a wrong file, and TransientReadError.
     """
     number, parts = part
     files = [(shard.name + ending, checksum) for shard in shards for ending, checksum in shard.checksums.items()]
