@@ -81,7 +81,7 @@ class RunPaused(P828Error):
 
 @contextmanager
 def closed_after(close: Callable[[], object]) -> Iterator[None]:
-    """Call `close` after the block. If both fail, the block's error is raised and the other one is told in a line."""
+    """Call `close` after the block. If both fail, the block's error is raised and the other one is printed."""
     try:
         yield
     except BaseException:

@@ -41,8 +41,8 @@ def main() -> None:
 def _leave(code: int) -> NoReturn:
     """End with this exit code, at once after Ctrl-C, and whatever threads are left behind.
 
-    One inside a library's call, as of a tokenizer's training that was broken off, crashes where it comes back to an
-    interpreter that is going.
+    A thread inside a library's call, as in a tokenizer's training that was broken off, would crash when it returns to
+    an interpreter that is shutting down.
     """
     if code != INTERRUPTED and not any(thread.daemon for thread in threading.enumerate()):
         sys.exit(code)

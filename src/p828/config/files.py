@@ -212,7 +212,7 @@ def _set(values: dict[str, Any], changes: Mapping[str, str]) -> None:
     for key, value in changes.items():
         *tables, last = key.split(".")
         table = values
-        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # no table: told where it is read
+        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # no table: refused later
             for name in tables:
                 list_name, _, number = name.rstrip("]").partition("[")
                 table = table[list_name][int(number)] if number else table.setdefault(name, {})
@@ -238,7 +238,7 @@ def implied(given: Collection[str], before: Collection[str] = ()) -> dict[str, s
     for key in sorted(given):
         try:
             value, kind = facts_of(facts, key).implies, kind_key(key)
-        except KeyError:  # a key that there is none of: told where it is read
+        except KeyError:  # an unknown key: refused where it is read
             continue
         if not value or kind in given:
             continue

@@ -49,7 +49,7 @@ def amounts(config: Config, tokenizer: Tokenizer, ranks: int) -> list[Amount]:
             continue
         try:
             estimate, problem = _estimated(data, source_seed(config.train.seed, number), tokenizer), ""
-        except (ConfigError, DataError, TransientReadError) as error:  # training tells it when it comes to it
+        except (ConfigError, DataError, TransientReadError) as error:  # training reports it when it gets there
             estimate, problem = None, str(error)
         found.append(Amount(name, estimate, False, planned, problem))
     return found

@@ -268,7 +268,7 @@ class SampleOrder:
         for _ in range(self.micro_batch_size):
             place = sum(self._chosen) + 1
             behind = [weight / total * place - n for weight, n in zip(weights, self._chosen, strict=True)]
-            # a weight of 0 is never behind, but may be the equal of one that is not
+            # a source of weight 0 is never behind, but may be level with another
             source = max((i for i, weight in enumerate(weights) if weight), key=behind.__getitem__)
             self._chosen[source] += 1
             chosen.append(source)

@@ -20,7 +20,7 @@ class Retry:
     """Is given a line before each wait."""
 
     def call(self, function: Callable[[], T]) -> T:
-        """What the function gives. Raises what it raises, TransientReadError after the attempts."""
+        """The function's result. Raises what it raises, TransientReadError after the last attempt."""
         failures = 0
         while True:
             try:
@@ -30,7 +30,7 @@ class Retry:
                 failures += 1
 
     def wait(self, error: TransientReadError, failures: int) -> None:
-        """Until the next attempt. Raises the error if there is none."""
+        """Wait until the next attempt. Raises the error if there is none."""
         if failures == self.attempts:
             raise error
         seconds = 2.0**failures

@@ -22,7 +22,7 @@ LONGEST_GREETING = 4096  # bytes that whoever has not named the token may send
 
 
 class Peer:
-    """A connection to another rank, which carries JSON objects, one a line, and what that rank has told."""
+    """A connection to another rank, which carries JSON objects, one a line; and what that rank has sent."""
 
     def __init__(self, connection: socket.socket, rank: int) -> None:
         self.connection, self.rank = connection, rank
@@ -31,9 +31,9 @@ class Peer:
         self.is_closed = False
         """The connection is closed."""
         self.reason, self.code = "", 1
-        """Why it fails, if it told so, and the exit code for that."""
+        """Why it fails, if it has sent that, and the exit code for it."""
         self.stack = ""
-        """Where its threads were when it was asked."""
+        """The stacks of its threads, once it has sent them."""
         self._rest = b""
         self._sending = threading.Lock()
         connection.settimeout(SEND_WITHIN)
@@ -45,7 +45,7 @@ class Peer:
             with self._sending:
                 self.connection.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
-            self.is_closed = True  # whoever reads the connection tells of it
+            self.is_closed = True  # whoever reads the connection notices it
 
     def receive(self) -> list[dict[str, Any]]:
         """The messages that have come. `is_closed` is set once no more can. Raises ValueError for what is no JSON."""

@@ -28,7 +28,7 @@ from p828.runs.layout import HANG_FILE
 
 LOOK_EVERY = 0.5  # seconds
 ANSWER_WITHIN = 15.0  # seconds for a rank to send its stacks
-LOSS_NOTICED_WITHIN = 3.0  # seconds in which the death of a rank is noticed that made a collective operation fail
+LOSS_NOTICED_WITHIN = 3.0  # seconds within which the watchdog notices a death that made a collective operation fail
 INTERRUPTED = 130
 
 
@@ -41,7 +41,7 @@ def connect_watchdog(
         gather: returns every rank's value, by rank.
         timeout: seconds without progress after which the run is ended.
 
-    Raises RunStopped where a rank cannot be reached.
+    Raises RunFailed where a rank cannot be reached.
     """
     peers = connect(rank, size, gather)
     process: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -93,7 +93,7 @@ class Watchdog:
         return code
 
     def close(self) -> None:
-        """Stop watching. Unless this rank has failed, it first tells the others that it leaves in order."""
+        """Stop watching. Unless this rank has failed, it first sends the others a `bye`."""
         self._closing.set()
         for peer in self.peers:
             if not self._has_failed:
@@ -150,7 +150,7 @@ class Watchdog:
             _exit(message["end"])
 
     def _on_peer_lost(self, peer: Peer) -> None:
-        """A rank's connection closed although it had not told that it leaves: name it on one rank, and end."""
+        """A rank's connection closed before the rank sent `bye`: one rank names it, and all end."""
         who = self._process_of(peer.rank)
         if peer.code == INTERRUPTED:
             text = "interrupted"
@@ -226,7 +226,7 @@ class Watchdog:
 
 
 def _print(text: str) -> None:
-    """Print to standard error. A closed one is no reason not to go on."""
+    """Print to standard error, if it is still open."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""What the loop asks of an engine, and what an engine tells it of a step.
+"""What the loop asks of an engine, and the numbers that an engine returns for a step.
 
 An engine collects a step's findings in a `StepStats`, tensors on the device with a name each. `fetch` brings all of
 them to the host in one transfer, which is the step's one wait for the device. What is neither a load of the experts

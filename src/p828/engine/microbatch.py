@@ -16,7 +16,7 @@ from p828.model.transformer import RouterStatistics, Transformer
 
 
 def prepare_layers(model: Transformer, train: TrainConfig, balance: BalanceConfig) -> None:
-    """Tell the layers whether to recompute activations, and whether to compute auxiliary losses."""
+    """Set in each layer whether to recompute activations, and whether to compute auxiliary losses."""
     for layer in model.layers:
         layer.gradient_checkpointing = train.gradient_checkpointing
         layer.auxiliary_losses = bool(balance.sequence_loss_weight or balance.z_loss_weight)

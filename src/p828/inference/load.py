@@ -36,13 +36,13 @@ class LoadedModel:
     dtype: torch.dtype
     """What to compute in."""
     rules: list[bool | None]
-    """By which rule the run holds out text of each source (`mixture.held_out_rules`)."""
+    """By which rule the run holds out text of each source (`data.order.held_out_rules`)."""
 
 
 def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
     """Load from a run's directory (its newest complete checkpoint) or a checkpoint; `device`: auto, cpu or cuda.
 
-    A newer checkpoint that is damaged is told on stderr, and so is waiting for one that cannot be read for now. Raises
+    A line on stderr names a newer checkpoint that is damaged, and each wait for one that cannot be read for now. Raises
     ConfigError when there is no checkpoint, the tokenizer is missing or does not fit the model, or there is no GPU
     although one is asked for; DataError when it is damaged or does not fit its configuration; TransientReadError when
     it cannot be read.

@@ -4,7 +4,7 @@ A float32 product of (T, H) by a few experts runs on the plain cores and first n
 layer at 16,384 tokens of 1,024 on an H100, backward included, for 1.6 GFLOP. A float32 weight is the sum of three
 bfloat16 numbers, without a rest, and products of bfloat16 numbers are exact in float32, so one product of the bfloat16
 tokens with the three parts side by side gives what the float32 product gives. In the backward pass the weight's
-gradient takes the logits' gradient in two parts, 16 bits; the tokens' gradient is a bfloat16 product as everywhere.
+gradient takes the logits' gradient in two parts, 16 bits; the tokens' gradient is a bfloat16 product like any other.
 The plain twins are `F.linear` in float32 and `torch.topk`.
 """
 

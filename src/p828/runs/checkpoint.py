@@ -101,7 +101,7 @@ def opened(
 def verify(path: Path, names: Iterable[str] | None = None, retry: Retry = NO_RETRY) -> dict[str, Any]:
     """Check the manifest and every file's size and checksum, of the tensors' files only the parts in `names`.
 
-    Returns the manifest. Raises DamagedCheckpoint naming the first file that is wrong, ConfigError as `load` does, and
+    Returns the manifest. Raises DamagedCheckpoint naming the first file that is wrong, DataError as `load` does, and
     TransientReadError after all attempts.
     """
     return retry.call(partial(_verified_manifest, path, None if names is None else list(names)))
@@ -154,7 +154,7 @@ def prune(directory: Path, keep_last: int, best_step: int | None) -> None:
 
 
 def forget_after(directory: Path, step: int) -> None:
-    """Delete the checkpoints of later steps. Raises ConfigError when the file system refuses."""
+    """Delete the checkpoints of later steps. Raises RunFailed when the file system refuses."""
     try:
         _remove(path for path in _checkpoints(directory) if step_of(path) > step)
     except OSError as error:

@@ -57,7 +57,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest's fields without its checksum. Raises as `read_state`, DataError for another format's version.
 
-    Later versions keep the checksum, so damage is told from newness.
+    Later versions keep the checksum, so that a newer format is not taken for damage.
     """
     with reading_file(path, MANIFEST_FILE):
         try:
@@ -83,7 +83,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _is_manifest(fields: Mapping[str, Any]) -> bool:
-    """Whether it lists files by plain names with sizes and checksums: a right checksum tells nothing of the writer."""
+    """Whether it lists files by plain names, with sizes and checksums. Its own checksum does not show who wrote it."""
     files = fields.get("files")
     return (
         type(fields.get("step")) is int

@@ -22,7 +22,7 @@ from p828.errors import ConfigError, RecordsFailed, RunPaused, closed_after
 from p828.files import fsync, open_appended, open_regular
 from p828.runs.layout import DAMAGED_RECORDS_FILE, RECORDS_FILE
 
-LOADS_A_STEP = 32  # loads of experts that a step's line has on average at most, evaluations apart
+LOADS_A_STEP = 32  # loads of experts that a step's line has on average at most, without those at evaluations
 STARVED_UNDER = 0.1  # of the mean load of a layer's experts
 PIECE = 2**20  # bytes
 LONGEST_LINE = 16 * 2**20  # bytes; a step of a thousand layers of a thousand experts takes half of it

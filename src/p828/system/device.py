@@ -113,7 +113,7 @@ def restore_random_states(states: dict[str, torch.Tensor], device: torch.device)
 
 
 def machine() -> tuple[str, str]:
-    """The host's name, and what tells it from another of that name where the system has it."""
+    """The host's name and, on Linux, the id of its start, in which two hosts of one name differ."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

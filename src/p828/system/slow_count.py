@@ -1,4 +1,4 @@
-"""How far long work has come, told once it takes long."""
+"""Lines about the progress of work that takes long."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ FIRST_WORD, NEXT_WORD = 2.0, 30.0  # seconds after which there is a line, and an
 
 
 class SlowCount:
-    """Tells a growing count in lines, the first one after two seconds."""
+    """Reports a growing count in lines, the first one after two seconds."""
 
     def __init__(self, tell: Callable[[str], None], words: str) -> None:
         """`words` is the line, with `{:,}` for the count."""

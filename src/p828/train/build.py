@@ -103,7 +103,7 @@ def _before(config: Config) -> Config | None:
 
 
 def _nothing(text: str) -> None:
-    """In place of `say`, where rank 0 says it."""
+    """In place of `say` on every rank but the first, which prints for all."""
 
 
 def _check_data(config: Config, ranks: ProcessGroup, report: Callable[[str], None]) -> None:

@@ -31,7 +31,7 @@ class GracefulShutdown:
         """Whether a later signal asks for nothing new.
 
         Of two different ones in a moment the second is the launcher's, which passes on what the terminal has sent to
-        all. A terminal that closes sends SIGHUP, and so may its shell: nobody asks for anything with that.
+        all. A terminal that closes sends SIGHUP, and its shell may send it again: a SIGHUP never asks to end at once.
         """
         return name == "SIGHUP" or (name != self.reason and now - self.time < A_MOMENT)
 
@@ -67,7 +67,7 @@ def graceful_shutdown(
 ) -> Iterator[GracefulShutdown]:
     """In the block, the first SIGINT, SIGTERM or SIGHUP asks the run to end where it can be saved.
 
-    `when_asked` is then called, to cancel what the run may be waiting for, and `answer` is given a line for the user.
+    `when_asked` is then called, to cancel what the run may be waiting for, and `answer` gets a line for the user.
     A thread calls both at once: the main thread may be inside an operation of minutes, and Python calls no handler
     before that ends. A second signal ends the process, with the exit code that a shell gives to the signal. A SIGHUP
     that is ignored, as under `nohup`, stays so.

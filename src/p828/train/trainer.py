@@ -44,7 +44,7 @@ class Trainer:
     def run(self, shutdown: GracefulShutdown) -> None:
         """Train to the last step, or until patience or time runs out. A shutdown that is asked for ends it saved.
 
-        Raises RunPaused, RunFailed, RunStopped, and what is an error of ours.
+        Raises RunPaused, RunFailed and RunStopped; our own errors pass unchanged.
         """
         try:
             self.log.rewind(self.state.step)

@@ -13,7 +13,7 @@ from p828.data.text.identities import Identities
 from p828.data.text.shard import BadRecord, EveryNth, Shard
 from p828.errors import ConfigError, DataError, TransientReadError
 
-BLOCK_CHARACTERS = 2**28  # that are read and shuffled together at most, in however few documents
+BLOCK_CHARACTERS = 2**28  # after which a block ends, however few documents it has
 
 
 class DocumentStream:
@@ -57,10 +57,10 @@ class DocumentStream:
         self.by_end = by_end
         self.retry = retry
         self.bad_records = 0
-        """Passed over in the first epoch so far."""
+        """Records that were skipped so far in the first epoch."""
         self.stopped: list[dict[str, Any]] = []
-        """Where reading ended at a bad record: in `stopped` of a state, or here, it lets that go on with it mended."""
-        self._bytes_read = 0, 0  # shards of the epoch that are read, and their size
+        """The bad records at which reading ended. A state carries them, too, so that a mended one is accepted."""
+        self._bytes_read = 0, 0  # how many of the epoch's shards were read, and their bytes
         self._orders: dict[int, list[int]] = {}  # of the shards, by epoch: the current one's
         self._block_characters: float = BLOCK_CHARACTERS
         # The current block: which one, where in the epoch's shards it starts, and how much of it was consumed.

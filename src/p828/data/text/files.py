@@ -22,7 +22,7 @@ from p828.system.slow_count import SlowCount
 ENDINGS = (".txt", ".py", ".md", ".jsonl")
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 TABLES = {"encodings", "pydoc_data"}  # generated: character maps and the text of the manual
-# What waiting does not mend; EINVAL and ENXIO are of what is no regular file.
+# Errors that a later attempt meets again; EINVAL and ENXIO come from what is no regular file.
 FOR_GOOD = (
     errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ELOOP, errno.ENAMETOOLONG,
 )  # fmt: skip
@@ -305,7 +305,7 @@ def _accepted() -> str:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether an error of reading may be gone in a while, as a damaged file's is not: those carry no errno."""
+    """Whether a later attempt may succeed. The errors of a damaged file carry no errno, and it cannot."""
     return isinstance(error, OSError) and error.errno not in (None, *FOR_GOOD)
 
 

@@ -17,7 +17,7 @@ from p828.data.text.files import FileShard, file_shards
 from p828.data.text.hub import HubShard
 from p828.data.text.shard import BadRecord, Shard
 
-EXPECTED_DOCUMENTS = 10  # held out whole, and trained on: where they would be fewer, it is the end of each one
+EXPECTED_DOCUMENTS = 10  # held out whole, and trained on, at least; else the end of each is held out
 SEARCHED = 3  # times as many documents are searched for one to hold out: of different ones, exp(-30) have none
 LEAST_SEARCHED = 1000  # documents, however large the share
 MOST_DOCUMENTS = 2**53  # that are counted with; a share can be so small that it would be infinitely many
@@ -67,11 +67,11 @@ def _are_fewer(shards: Sequence[Shard], enough: int, retry: Retry) -> bool:
 
 def _documents(shard: Shard, retry: Retry) -> Iterator[str | BadRecord]:
     """A shard's documents and bad records; up to the first bad one of a kind of shard that cannot skip it."""
-    # Another object, since a shard tells how much of it was read.
+    # Another object, since a shard keeps how much of it was read.
     shard = replace(shard, skips=True) if isinstance(shard, FileShard | HubShard) else copy(shard)
     try:
         yield from read_documents(shard, 0, retry)
-    except BadRecord as bad:  # training tells of it when it comes to it
+    except BadRecord as bad:  # training reports it when it gets there
         yield bad
 
 

@@ -148,7 +148,7 @@ def _is_held_out_by_end(config: DataConfig, shards: Sequence[Shard], retry: Retr
 
 
 def _may_be_few(config: DataConfig) -> bool:
-    """The standard library is known not to be; what has to come over the network is not counted."""
+    """Whether it is worth counting: the standard library has enough, and the network is not asked."""
     return config.validation.kind == "held_out" and config.source != "python" and _is_local(config)
 
 

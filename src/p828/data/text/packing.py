@@ -235,7 +235,7 @@ class BestFitPacker:
         return documents, epoch or 0
 
     def _encoded(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
-        """Some at a time, as what the tokenizer makes on the way takes a hundred times a text's memory."""
+        """Tokens of each text. Few texts are encoded at a time, since that takes a hundred times a text's memory."""
         documents: list[npt.NDArray[np.int64]] = []
         together: list[str] = []
         for text in texts:

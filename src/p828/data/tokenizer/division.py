@@ -68,7 +68,7 @@ def _normalized_space(normalizer: dict[str, Any] | None) -> str:
 
 
 def _merges_end_before(space: str, model: dict[str, Any]) -> bool:
-    """Whether no token of a BPE has a space behind a letter or digit: what is before it is then merged apart."""
+    """Whether no token of a BPE has a space behind a letter or digit: then no merge goes across the two."""
     if model["type"] != "BPE" or model.get("ignore_merges") or space not in model["vocab"]:
         return False
     inside = re.compile(rf"[A-Za-z0-9]{space}")

@@ -55,7 +55,7 @@ def load_tokenizer(
 def remarks(config: TokenizerConfig, tokenizer: Tokenizer, documents: Iterable[str]) -> list[str]:
     """What a user should know of a tokenizer that is taken over, a line each; the first of the documents are read.
 
-    Raises ConfigError when it fails on them. One that was trained here has nothing to be said of.
+    Raises ConfigError when it fails on them. There are none of one that was trained here.
     """
     lines = []
     if tokenizer.dropout:
@@ -90,7 +90,7 @@ def lost_share(tokenizer: Tokenizer, documents: Iterable[str]) -> float:
 
 
 def _readable(documents: Iterable[str]) -> Iterator[str]:
-    """Those before a bad record, which training tells of when it comes to it."""
+    """Those before a bad record, which training reports when it gets there."""
     with contextlib.suppress(BadRecord):
         yield from documents
 

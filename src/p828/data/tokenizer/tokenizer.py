@@ -133,8 +133,8 @@ class Tokenizer:
     def encode_counted(self, texts: list[str]) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """As `encode_documents`, each with the bytes of UTF-8 text that its tokens stand for.
 
-        A token has what lies between the end of the one before and its own, the last one all the rest: so the bytes of
-        a document are those of its text, whatever the tokenizer makes of it. Its end has none.
+        A token counts the text from the end of the token before it to its own end, and the last token all the rest. So
+        the bytes of a document are those of its text, whatever the tokenizer makes of it. EOS counts none.
         """
         short = [text for text in texts if len(text) < LONG_TEXT]
         with _answered(FAILS, DataError):

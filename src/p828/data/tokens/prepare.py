@@ -130,7 +130,7 @@ class Preparation:
         return BestFitWriter(shards, self.config.data.sequence_length + 1, state)
 
     def rate(self, seconds: float) -> float:
-        """Tokens a second, if this process has been at work for so many seconds."""
+        """Tokens a second, over the `seconds` that this process has been at work."""
         return (self.tokens - self._tokens_before) / seconds
 
     def share_done(self) -> float:

@@ -32,7 +32,7 @@ from p828.files import open_regular
 
 VALIDATION_ORDER = (0,)  # the key of an order that no seed changes
 DOCUMENT_ENDS = np.dtype("<u8")
-NUMBERS_AT_ONCE = 1024  # of samples: computing so many takes little more time than one
+NUMBERS_AT_ONCE = 1024  # of samples, computed together: that takes little longer than one
 INDEXED = 512  # the end of every 512th document is in memory; the ends between two of them are read together
 COUNTED_TOGETHER = 1 << 16  # documents
 MOST_OPEN = 1024  # files that one `NumberFiles` keeps open at most

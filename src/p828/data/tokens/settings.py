@@ -41,7 +41,7 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
     del values[LONGEST_DOCUMENT]  # of text; training reads the tokens
     length = values.pop("sequence_length")
     if data.packing == "best_fit":
-        values["sequence_length"] = length  # after `packing`, which is told first where both differ
+        values["sequence_length"] = length  # after `packing`, which the message names where both differ
     if not data.validation.hub_revision:
         del values["validation"]["hub_revision"]  # which data prepared by an earlier version does not know
     return values
