@@ -8,10 +8,12 @@ from typing import Annotated, TypeVar
 import tyro
 
 from p828 import config as configuration
-from p828.cli.flags import HELP, changed, parse_given, tell_once
-from p828.cli.given import check_given
+from p828.cli.flags import HELP, parse_given
 from p828.config import Config
 from p828.config.files import implied, preset_names
+from p828.config.given import check_given
+from p828.config.values import changed
+from p828.distributed.launcher import tell_once
 from p828.errors import ConfigError
 
 
