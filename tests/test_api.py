@@ -329,7 +329,15 @@ def test_wrong_parts(config: p828.Config, tokenizer: Tokenizer) -> None:
         p828.build_model(dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_size=0)), tokenizer)
 
 
-# ---------- the README
+# ---------- the documents
+
+
+def test_the_loop_in_the_docs(config: p828.Config, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(lines, "docs/python.md", "exec"), {"p828": p828, "config": config, "tokenizer": tokenizer})
+    first, _, last = map(float, capsys.readouterr().out.split())
+    assert 0 < last < first
 
 
 def test_the_readmes_lines(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
