@@ -1,17 +1,19 @@
 """What `p828 train` and `p828 prepare` begin with: a preset, TOML file or run, and flags that change it."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
 import tyro
 
 from p828 import config as configuration
-from p828.cli.flags import HELP, changed, parse_given, tell_once
-from p828.cli.given import check_given
+from p828.api import settled
+from p828.cli.flags import HELP, parse_given
 from p828.config import Config
 from p828.config.files import implied, preset_names
+from p828.config.values import changed
+from p828.distributed.launcher import tell_once
 from p828.errors import ConfigError
 
 
@@ -49,27 +51,9 @@ def read_configuration(
     own, flags = parse_given(cls, arguments, prog, cls(), others=others)
     if not own.config:
         raise ConfigError(f"no configuration given. Usage: {usage}\nPresets: {', '.join(preset_names())}")
-    loaded, in_files, old_names = configuration.load_given(own.config)
-    tell_once(old_names)
+    loaded = configuration.load_given(own.config)
+    tell_once(loaded.old_names)
     sections = {f.name for f in dataclasses.fields(Config)}
     flags = {key: value for key, value in flags.items() if key.partition(".")[0] in sections}
-    config = _with_length(changed(loaded, {**implied(flags, in_files), **flags}), flags)
-    if reads_prepared and any(source.prepared for source in config.data.sources):
-        from p828.data.tokens.settings import with_prepared_sources  # with what it reads tokens by
-
-        config = with_prepared_sources(config, {*flags, *in_files})
-    configuration.validate(config)
-    check_given(configuration.with_steps(config, 1), flags, loaded, in_files)
-    return config, own
-
-
-def _with_length(config: Config, flags: Collection[str]) -> Config:
-    """Where flags give `train.steps`, they and not the file's `train.tokens` decide. Raises ConfigError for both."""
-    train = config.train
-    if not train.tokens or "train.steps" not in flags:
-        return config
-    if "train.tokens" in flags:
-        raise ConfigError(
-            f"--train.steps {train.steps} and --train.tokens {train.tokens:g}: one of them decides; give one"
-        )
-    return dataclasses.replace(config, train=dataclasses.replace(train, tokens=0.0))
+    config = changed(loaded.config, {**implied(flags, loaded.given), **flags})
+    return settled(config, flags, loaded, reads_prepared), own

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import sys
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,9 +13,9 @@ import tyro
 from p828.cli.flag_names import suggestion
 from p828.config.facts import fields_of
 from p828.config.old_names import old_names
-from p828.config.values import shown
-from p828.distributed.launcher import launched
-from p828.errors import ConfigError, warn
+from p828.config.values import changed, shown
+from p828.distributed.launcher import tell_once
+from p828.errors import ConfigError
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
@@ -202,13 +202,6 @@ def _old_flags(cls: type[Any], prefix: str) -> Iterator[tuple[str, str]]:
             yield from _old_flags(section, f"{prefix}{own.name.replace('_', '-')}.")
 
 
-def tell_once(lines: Iterable[str]) -> None:
-    """Warn of each; of several processes that train one run, the first does."""
-    if launched().rank == 0:
-        for line in lines:
-            warn(line)
-
-
 def _bare(kind: Any) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
 
@@ -294,12 +287,3 @@ def _words(kind: Any) -> str:
 def shown_word(text: str) -> str:
     """A word of the command line, short enough for a line."""
     return text if text.isprintable() and len(text) <= 80 else shown(text)
-
-
-def changed(base: Any, values: Mapping[str, Any]) -> Any:
-    """The dataclass instance with the values at dotted keys."""
-    own = {key: value for key, value in values.items() if "." not in key}
-    for table in dict.fromkeys(key.partition(".")[0] for key in values if "." in key):
-        inner = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{table}.")}
-        own[table] = changed(getattr(base, table), inner)
-    return dataclasses.replace(base, **own)

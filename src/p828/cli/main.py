@@ -111,7 +111,7 @@ def _place(arguments: list[str]) -> Process:
 
 
 def _tell(text: object, is_everywhere: bool, process: Process) -> None:
-    """Print it, but of many processes that train one run and end with the same, once on each machine or once in all."""
+    """Print an error: once in all if every rank of the run ends with it, else once on each machine."""
     if (process.rank if is_everywhere else process.local_rank) == 0:
         warn(_cut(str(text)))
 

@@ -1,11 +1,11 @@
 """`p828 train`: train a model, or go on with its run."""
 
-import sys
 from dataclasses import dataclass
 
 import tomli_w
 
 from p828 import config as configuration
+from p828.api import train_run
 from p828.cli import configuration as named
 from p828.cli.configuration import read_configuration
 from p828.cli.presets import presets_table
@@ -14,7 +14,6 @@ from p828.config.files import preset_names
 from p828.config.values import to_dict
 from p828.errors import ConfigError
 from p828.model.costs import count_parameters, flops_per_token
-from p828.train.console import say
 
 USAGE = "p828 train CONFIG [--dry-run] [--presets] [--section.key VALUE ...]"
 DEEPSPEED_CONFIG = "--deepspeed-config"
@@ -41,16 +40,7 @@ def run(arguments: list[str]) -> None:
         lines = "\n".join([_costs(config), *(f"# {line}" for line in rules.remarks(config))])
         print(tomli_w.dumps(to_dict(config)).rstrip(), lines, sep="\n\n")
         return
-    warmup, steps = config.schedule.warmup_steps, configuration.with_steps(config, 1).train.steps
-    if warmup > steps:  # given by other means than a flag: check_given
-        say(f"the run ends at step {steps:,}, within the {warmup:,} steps of its warm-up")
-    if "torch" not in sys.modules:
-        say(f"{config.name}: loading PyTorch")
-    from p828.system.device import out_of_memory_told  # imports torch
-    from p828.train.build import train
-
-    with out_of_memory_told(config.name):
-        train(config)
+    train_run(config)
 
 
 def _ours(argument: str) -> str:

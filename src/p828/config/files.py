@@ -124,13 +124,13 @@ def read_with_bases(name_or_path: str, num_keys: int, depth: int = 0) -> Values:
             f"{path}: base = {shown(base)}: give a preset's name or a .toml file, nested at most {MAX_BASES} deep"
         )
     values, old_names = renamed(Config, values, str(path))
-    given = frozenset(_keys(values))
+    given = frozenset(dotted_keys(values))
     is_whole = len(given) > num_keys / 2
     below = Values({})
     if base is not None:
         below = read_with_bases(str(path.parent / base) if base.endswith(".toml") else base, num_keys, depth + 1)
     if not is_whole:
-        _set(values, implied(given, below.given))
+        set_keys(values, implied(given, below.given))
     is_users = not is_whole and name_or_path.endswith(".toml")
     lines = [f"{path}: {old} is now {new}" for old, new in old_names.items()]
     if is_whole and path.name == RUN_FILE:  # which p828 wrote, and will write again
@@ -193,21 +193,21 @@ def _check_dots(text: str) -> None:
             raise ValueError(f"a line has more than {MOST_DOTS} dots")
 
 
-def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+def dotted_keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The dotted keys of nested tables; `key[0].inner` in a list of tables."""
     keys: list[str] = []
     for name, value in values.items():
         if isinstance(value, dict):
-            keys += _keys(value, f"{prefix}{name}.")
+            keys += dotted_keys(value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             for i, item in enumerate(value):
-                keys += _keys(item, f"{prefix}{name}[{i}].")
+                keys += dotted_keys(item, f"{prefix}{name}[{i}].")
         else:
             keys.append(prefix + name)
     return keys
 
 
-def _set(values: dict[str, Any], changes: Mapping[str, str]) -> None:
+def set_keys(values: dict[str, Any], changes: Mapping[str, str]) -> None:
     """Put values at dotted keys, making the tables that they need."""
     for key, value in changes.items():
         *tables, last = key.split(".")

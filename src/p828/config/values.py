@@ -102,3 +102,12 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def changed(base: Any, values: Mapping[str, Any]) -> Any:
+    """The dataclass instance with the values at dotted keys."""
+    own = {key: value for key, value in values.items() if "." not in key}
+    for table in dict.fromkeys(key.partition(".")[0] for key in values if "." in key):
+        inner = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{table}.")}
+        own[table] = changed(getattr(base, table), inner)
+    return dataclasses.replace(base, **own)

@@ -15,9 +15,9 @@ class Retry:
     attempts: int = 0
     """Failures in a row after which there is another attempt, 1, 2, 4, ... seconds later."""
     pause: Callable[[float], object] = time.sleep
-    """Waits so many seconds."""
+    """Called with the seconds to wait."""
     tell: Callable[[str], None] = lambda text: None
-    """Is given a line before each wait."""
+    """Called with a line before each wait."""
 
     def call(self, function: Callable[[], T]) -> T:
         """The function's result. Raises what it raises, TransientReadError after the last attempt."""

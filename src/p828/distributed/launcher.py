@@ -1,7 +1,10 @@
 """This process's rank, as a launcher gives it in the environment. Imports no torch."""
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
+
+from p828.errors import warn
 
 # torchrun, DeepSpeed's launcher and a start by hand all set these; PyTorch cannot join the processes without them.
 ALL_SET = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -32,3 +35,10 @@ def launched() -> Process:
     if rank >= size:
         return Process()
     return Process(rank, size, local_rank, is_launched=True)
+
+
+def tell_once(lines: Iterable[str]) -> None:
+    """Warn of each; of several processes that train one run, the first does."""
+    if launched().rank == 0:
+        for line in lines:
+            warn(line)

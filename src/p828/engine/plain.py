@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from p828.config import Config, ModelConfig
+from p828.config import Config
 from p828.data.batch import Batch
 from p828.engine.cuda_graph import is_capturable
 from p828.engine.interface import StepResult, StepStats
 from p828.engine.microbatch import GradientAccumulator, prepare_layers
 from p828.model.backend import check_widths
-from p828.model.init import initialise
+from p828.model.init import initial_model
 from p828.model.transformer import Transformer
 from p828.optim.adamw import AdamW, pick_moment_dtype
 from p828.optim.balance import update_biases
@@ -34,8 +34,7 @@ class PlainEngine:
         self.dtype = pick_dtype(config.train.dtype, self.device)
         check_widths(config.model, self.device, self.dtype)
         torch.manual_seed(config.train.seed)  # for dropout; a resume brings the state back
-        self.model = _empty_model(config.model, self.device)
-        initialise(self.model, config.train.seed)
+        self.model = initial_model(config.model, self.device, config.train.seed)
         prepare_layers(self.model, config.train, config.balance)
         if compiles(config.train, self.device):
             for layer in self.model.layers:
@@ -93,14 +92,3 @@ class PlainEngine:
         self.masters.load(tensors["model"])
         self.optimizer.load_state_dict(tensors["optimizer"])
         restore_random_states(tensors["random"], self.device)
-
-
-def _empty_model(config: ModelConfig, device: torch.device) -> Transformer:
-    """Without values yet. On a GPU it is made there: a large model would take the host most of a minute."""
-    if device.type != "cuda":
-        return Transformer(config)
-    with torch.device("meta"):
-        model = Transformer(config)
-    model.to_empty(device=device)
-    model.reset_buffers(device)
-    return model

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from p828.config import ModelConfig
@@ -9,6 +10,22 @@ from p828.model.random_normal import fill_normal_, make_key
 from p828.model.transformer import Transformer
 
 ROUTER_SHARE = 0.1  # a router that starts near even lets the balance bias, not chance, decide the first loads
+
+
+def initial_model(config: ModelConfig, device: torch.device, seed: int) -> Transformer:
+    """A model on `device` with its initial weights, float32.
+
+    On a GPU it is made there: a large model would take the host most of a minute.
+    """
+    if device.type != "cuda":
+        model = Transformer(config)
+    else:
+        with torch.device("meta"):
+            model = Transformer(config)
+        model.to_empty(device=device)
+        model.reset_buffers(device)
+    initialise(model, seed)
+    return model
 
 
 def initialise(model: Transformer, seed: int) -> None:

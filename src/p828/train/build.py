@@ -65,7 +65,7 @@ def train(config: Config) -> None:
             settings = check_deepspeed(config, ranks) if config.engine == "deepspeed" else None
         config, newer = ranks.on_rank_0(lambda: pinned(config, _before(config)))
         _check_data(config, ranks, report)
-        _configure_torch(config)
+        configure_torch(config)
         outputs = _open_outputs(config, ranks, report, stack)
         inputs = _open_inputs(config, ranks, outputs)
         with inputs.loader:
@@ -117,7 +117,8 @@ def _check_data(config: Config, ranks: ProcessGroup, report: Callable[[str], Non
                 next(open_validation(data, Retry(data.read_retries, tell=report)))
 
 
-def _configure_torch(config: Config) -> None:
+def configure_torch(config: Config) -> None:
+    """Set what holds for all of PyTorch in this process: `train.deterministic`, and a warning less."""
     if config.train.deterministic:
         make_deterministic()
     # Advice to round float32 products to TF32; the router is to stay in float32.

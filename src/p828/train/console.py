@@ -64,9 +64,9 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
         is_quiet: bool = False,
     ) -> None:
-        # an environment's FORCE_COLOR must not draw a bar into a pipe
+        # an environment's FORCE_COLOR must not draw a bar into a pipe; a notebook gets plain lines
         is_terminal = sys.stdout is not None and sys.stdout.isatty() and not is_quiet
-        self._output = output or _Output(force_terminal=is_terminal, quiet=is_quiet)
+        self._output = output or _Output(force_terminal=is_terminal, force_jupyter=False, quiet=is_quiet)
         self._total = total_steps
         self._clock = clock
         self._last_line = (-math.inf, -math.inf)  # step and time

@@ -29,9 +29,10 @@ def enough_documents(share: float) -> int:
 
 
 def are_few(shards: Sequence[Shard], share: float, retry: Retry) -> bool:
-    """Whether there are fewer than `enough_documents`, or the hash parts none of three times as many.
+    """Whether there are fewer than `enough_documents`, or the hash puts the first documents all on one side.
 
-    So it is where the same document comes again and again. No more documents than that are read.
+    The second happens where the same document comes again and again. The hash is tried on three times as many
+    documents as are enough, and no more are read.
     """
     enough = enough_documents(share)
     searched = max(SEARCHED * enough, LEAST_SEARCHED)

@@ -16,9 +16,9 @@ SAMPLED_CHARACTERS = 200_000  # of a run's text, to see whether it comes back fr
 
 
 def load_tokenizer(
-    config: TokenizerConfig, documents: Callable[[], Iterable[str]], model_vocab_size: int, saved: Path
+    config: TokenizerConfig, documents: Callable[[], Iterable[str]], model_vocab_size: int, saved: Path | None = None
 ) -> Tokenizer:
-    """The run's tokenizer: `saved` if it exists, else made as `config` says and written to `saved`.
+    """The run's tokenizer: `saved` if it exists, else made as `config` says and written to `saved`, if that is given.
 
     Args:
         documents: opens the text that a tokenizer is trained on; called for `train` only.
@@ -26,7 +26,7 @@ def load_tokenizer(
 
     Raises ConfigError; `saved` is written only when all is well.
     """
-    if saved.exists():
+    if saved is not None and saved.exists():
         source, tokenizer = str(saved), Tokenizer.from_file(saved, config.eos_token)
     elif config.name == "train":
         if 0 < model_vocab_size < config.vocab_size:  # a run's own may have come out smaller
@@ -47,7 +47,7 @@ def load_tokenizer(
             f"{source}: the tokenizer's vocabulary of {tokenizer.vocab_size} exceeds "
             f"model.vocab_size = {model_vocab_size}"
         )
-    if not saved.exists():
+    if saved is not None and not saved.exists():
         tokenizer.save(saved)
     return tokenizer
 

@@ -89,7 +89,7 @@ def _streams(config: Config, retry: Retry) -> list[DocumentStream]:
 
 
 def _read_files(shards: list[Shard], retry: Retry) -> Callable[[int], None]:
-    """Is given how many of the shards are read for their checksums."""
+    """Called with the number of shards that were read for their checksums."""
     return SlowCount(retry.tell, f"reading the text's files for their checksums: {{:,}} of {len(shards):,} done").to
 
 
