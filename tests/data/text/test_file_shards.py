@@ -15,7 +15,7 @@ import zstandard
 from data_samples import write_bytes, write_jsonl
 
 from p828.config import DataConfig, ValidationConfig
-from p828.data import slow_count
+from p828.system import slow_count
 from p828.data.retry import Retry
 from p828.data.text import compression
 from p828.data.text.documents import read_documents
