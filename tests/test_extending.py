@@ -125,9 +125,14 @@ def check_activation() -> None:
     assert backend.experts_backend("relu2", *gpu, drops=False) == "grouped_mm"
     assert not backend.allows_cuda_graph(config, *gpu)
     assert backend.allows_cuda_graph(tiny_config(), *gpu)
-    assert [line.partition(":")[0] for line in backend.remarks(config, *gpu)] == ['model.hidden_act = "relu2"']
-    assert train(write_toml(Path(), model={"hidden_act": "relu2"}, **STEPS)) == 0
+    on_a_gpu = backend.remarks(config, *gpu)
+    assert [line.partition(":")[0] for line in on_a_gpu] == ['model.hidden_act = "relu2"']
+    with pytest.MonkeyPatch.context() as patch:  # the run's start says what it would on a GPU
+        patch.setattr(backend, "remarks", lambda *_: on_a_gpu)
+        assert train(write_toml(Path(), model={"hidden_act": "relu2"}, **STEPS)) == 0
     assert len(steps_of("tiny")) == 3
+    said = [line for line in records.read(Path("runs/tiny/metrics.jsonl")) if line.get("event") == "remark"]
+    assert [line["text"] for line in said] == on_a_gpu
 
 
 def expert(x_H: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
