@@ -170,7 +170,8 @@ def check_csv() -> None:
         csv.writer(file).writerows([["id", "body"], *enumerate(texts)])
     Path("of.csv.gz/a.csv.gz").write_bytes(gzip.compress(Path("of.csv/a.csv").read_bytes()))
     for name, steps in (("jsonl", 6), ("csv", 3), ("csv", 6), ("csv.gz", 6)):  # the second one of .csv goes on
-        data = {"files": [f"of.{name}"], "text_field": "body"}
+        # Blocks that begin within the file, of one part of it or the other.
+        data = {"files": [f"of.{name}"], "text_field": "body", "block_documents": 7, "streams": 2}
         toml = write_toml(Path(), **{**STEPS, "data": {**tiny_values(Path())["data"], **data}})
         assert train(toml, "--name", name, "--train.steps", str(steps)) == 0
     expected = [line["rows"] for line in steps_of("jsonl")]
