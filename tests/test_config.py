@@ -181,6 +181,10 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"optimizer.betas": [0.9]}, ["optimizer.betas = [0.9]", "a list of 2 numbers"]),
     ({"optimizer.betas": [0.9, 1.0]}, ["optimizer.betas = [0.9, 1.0]", "below 1"]),
     ({"optimizer.betas": [NAN, 0.9]}, ["optimizer.betas", "below 1"]),
+    (
+        {"engine": "deepspeed", "optimizer.moment_dtype": "bfloat16"},
+        ['optimizer.moment_dtype = "bfloat16": with engine = "deepspeed", "auto" or "float32" is accepted'],
+    ),
     ({"model": 5}, ["model = 5", "[model]"]),
     ({"model.rope_scaling": [1]}, ["model.rope_scaling = [1]", "[model.rope_scaling]"]),
     ({"model.scoring_func": "relu"}, ["model.scoring_func = 'relu'", "sigmoid", "softmax"]),

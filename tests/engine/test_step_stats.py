@@ -63,8 +63,8 @@ def with_more_numbers(tmp_path: Path) -> Path:
     )
     edit(
         source / "p828" / "engine" / "microbatch.py",
-        'return {"loss": loss, "loads_LE": router.loads_LE}',
-        'return {"loss": loss, "z_loss": router.z_loss_L.sum(), "loads_LE": router.loads_LE}',
+        '"loads_LE": router.loads_LE}',
+        '"z_loss": router.z_loss_L.sum() * scale, "loads_LE": router.loads_LE}',
     )
     return source
 

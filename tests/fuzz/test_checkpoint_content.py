@@ -17,6 +17,7 @@ from torch import Tensor
 from p828.cli.main import dispatch
 from p828.config import load
 from p828.errors import ConfigError, DataError
+from p828.optim.adamw import AdamW
 from p828.runs import checkpoint, layout
 from p828.runs.checkpoint_content import check_content
 from p828.runs.manifest import describe, manifest_bytes
@@ -130,7 +131,7 @@ def test_values_of_the_state(changed: Changed) -> None:
         changed.write(mutation(changed.state, draw)[1])
         try:
             with checkpoint.opened(changed.path) as saved:
-                check_content(saved, config, changed.state["data"])
+                check_content(saved, config, changed.state["data"], AdamW.state_keys)
         except (ConfigError, DataError) as error:
             answers.append(str(error))
     assert len(answers) > 100
@@ -207,4 +208,4 @@ def test_the_rule_by_which_text_is_held_out_is_a_boolean(changed: Changed) -> No
         checkpoint.opened(changed.path) as saved,
         pytest.raises(checkpoint.DamagedCheckpoint, match=r"data\.by_end = \[\[1\]\]: true or false"),
     ):
-        check_content(saved, load(str(changed.place / "tiny.toml")), first)
+        check_content(saved, load(str(changed.place / "tiny.toml")), first, AdamW.state_keys)

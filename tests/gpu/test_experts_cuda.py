@@ -100,7 +100,7 @@ def test_shared_experts_against_float64(cuda: torch.device, hidden_act: str, siz
     ours = shared.to(cuda, torch.bfloat16)
     x, upstream = (torch.randn(tokens, hidden).bfloat16() for _ in range(2))
     (our_x,), (their_x,) = leaves(x, dtype=torch.bfloat16, device=cuda), leaves(x, dtype=torch.float64)
-    assert experts_backend(our_x.device, our_x.dtype, drops=False) == "triton"
+    assert experts_backend("swiglu", our_x.device, our_x.dtype, drops=False) == "triton"
     our_out, their_out = ours(our_x), twin(their_x)
     our_out.backward(upstream.to(cuda))
     their_out.backward(upstream.double())

@@ -1,20 +1,25 @@
 """Which code computes what, for every device and dtype; and that nobody else decides it."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
 import p828.model.backend
+import p828.model.experts
 from p828.model.backend import (
     allows_cuda_graph,
     attention_backend,
     computable,
     experts_backend,
+    remarks,
     uses_triton,
 )
+from p828.model.experts import Experts, SharedExperts
 from tiny import make_documents, tiny_config, tiny_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -34,14 +39,45 @@ def test_decisions(
     device: torch.device, dtype: torch.dtype, triton: bool, experts: str, attention: dict[str, str]
 ) -> None:
     assert uses_triton(device, dtype) == triton
-    assert experts_backend(device, dtype, drops=False) == experts
-    assert experts_backend(device, dtype, drops=True) == ("grouped_mm" if triton else "loop")
+    for hidden_act in ("swiglu", "swiglu_of_product"):
+        assert experts_backend(hidden_act, device, dtype, drops=False) == experts
+        assert experts_backend(hidden_act, device, dtype, drops=True) == ("grouped_mm" if triton else "loop")
     for wanted, expected in (attention | {"reference": "reference"}).items():
         model = tiny_config(attention_backend=wanted)
         assert attention_backend(model, device, dtype, has_cache=False) == expected
         assert attention_backend(model, device, dtype, has_cache=True) == "reference"
         assert allows_cuda_graph(model, device, dtype) == (expected == "flash_triton")
+        assert remarks(model, device, dtype) == []
     assert not allows_cuda_graph(tiny_config(dropout=0.1), device, dtype)
+
+
+@pytest.mark.parametrize("device, dtype", [(CPU, F32), (CPU, BF16), (GPU, F32), (GPU, BF16)])
+def test_an_activation_without_a_kernel_runs_on_plain_code(device: torch.device, dtype: torch.dtype) -> None:
+    model = replace(tiny_config(), hidden_act=cast(Any, "relu2"))
+    plain = "grouped_mm" if (device, dtype) == (GPU, BF16) else "loop"
+    assert {experts_backend(model.hidden_act, device, dtype, drops) for drops in (False, True)} == {plain}
+    assert not allows_cuda_graph(model, device, dtype)
+    expected = ['model.hidden_act = "relu2": no GPU kernel computes it; the experts run on plain code']
+    assert remarks(model, device, dtype) == (expected if plain == "grouped_mm" else [])
+
+
+@pytest.mark.parametrize("module", [Experts, SharedExperts])
+def test_experts_ask_by_their_activation(module: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables of a GPU are asked for tensors of a CPU: `triton` would end in a kernel that is not there."""
+    asked = []
+
+    def on_a_gpu(hidden_act: str, device: torch.device, dtype: torch.dtype, drops: bool) -> str:
+        asked.append(experts_backend(hidden_act, GPU, BF16, drops))
+        return "loop" if asked[-1] == "grouped_mm" else asked[-1]
+
+    monkeypatch.setattr(p828.model.experts, "experts_backend", on_a_gpu)
+    experts = module(replace(tiny_config(), hidden_act=cast(Any, "relu2")))
+    x_TH, experts_TK = torch.randn(5, 32), torch.arange(10).view(5, 2) % 8
+    if isinstance(experts, Experts):
+        experts(x_TH, torch.ones(5, 2), experts.permutation(x_TH, experts_TK, None))
+    else:
+        experts(x_TH)
+    assert set(asked) == {"grouped_mm"}
 
 
 @pytest.mark.parametrize(

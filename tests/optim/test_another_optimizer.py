@@ -22,6 +22,8 @@ RATE = 2.0**-8
 class SignDescent:
     """signSGD with momentum (arXiv 1802.04434): every number moves by the learning rate."""
 
+    state_keys = ("momentum",)
+
     def __init__(self, parameters: Mapping[str, Tensor], masters: Masters, sums: Mapping[Tensor, Tensor]) -> None:
         self.parameters, self.masters, self.sums = parameters, masters.state_dict(), sums
         self.momentum = {name: torch.zeros_like(sums[parameter]) for name, parameter in parameters.items()}

@@ -41,6 +41,8 @@ class Facts:
     """Of these sections: the kinds with which the key has an effect, where it does not imply one."""
     is_prose: bool = False
     """Whether a text is never part of a file's name, and so may be of any length."""
+    with_deepspeed: tuple[str, ...] = ()
+    """The values that are accepted with `engine = "deepspeed"`; empty: all."""
     old_name: str = ""
     """The name that the field had before. Configurations that use it are still read."""
 

@@ -162,11 +162,13 @@ def check_schedule(schedule: ScheduleConfig, steps: int) -> None:
 def check_engine(config: Config) -> None:
     if config.deepspeed.config and config.engine == "plain":
         raise ConfigError(f'deepspeed.config = "{config.deepspeed.config}": accepted with engine = "deepspeed"')
-    if config.engine == "deepspeed" and config.optimizer.moment_dtype == "bfloat16":
-        raise ConfigError(
-            'optimizer.moment_dtype = "bfloat16": with engine = "deepspeed", "auto" or "float32" is accepted, '
-            "which are both float32"
-        )
+    if config.engine == "deepspeed":
+        facts = facts_by_key(Config)
+        for key, value in flatten(config).items():
+            accepted = facts_of(facts, key).with_deepspeed
+            if accepted and value not in accepted:
+                words = " or ".join(f'"{one}"' for one in accepted)
+                raise ConfigError(f'{key} = "{value}": with engine = "deepspeed", {words} is accepted')
     check_deepspeed(config.deepspeed)
 
 

@@ -206,7 +206,7 @@ class OptimizerConfig:
     """Decay the embedding too."""
     max_grad_norm: float = changeable(1.0, above=0)
     """Gradients are scaled down to this global norm."""
-    moment_dtype: Literal["auto", "float32", "bfloat16"] = changeable("auto")
+    moment_dtype: Literal["auto", "float32", "bfloat16"] = changeable("auto", with_deepspeed=("auto", "float32"))
     """Dtype of AdamW's moments. bfloat16 needs a bfloat16 run of the plain engine; `auto` takes it there on CUDA."""
 
 

@@ -98,6 +98,11 @@ class Engine(Protocol):
     dtype: torch.dtype
     """What the layers compute in."""
 
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """What a checkpoint holds of every parameter for the optimizer, as `optim.interface.Optimizer` says."""
+        ...
+
     def forward_backward(self, batch: Batch, num_targets: int) -> None:
         """Add the gradients of one micro-batch. `num_targets` counts the whole step's targets, on all ranks."""
 

@@ -22,11 +22,12 @@ def prepare_layers(model: Transformer, train: TrainConfig, balance: BalanceConfi
         layer.auxiliary_losses = bool(balance.sequence_loss_weight or balance.z_loss_weight)
 
 
-def micro_batch_totals(loss: Tensor, router: RouterStatistics) -> dict[str, Tensor]:
+def micro_batch_totals(loss: Tensor, router: RouterStatistics, scale: Tensor) -> dict[str, Tensor]:
     """What is summed over a step's micro-batches and over ranks, by name: scalars and tensors (L,), and the loads.
 
-    `loss` is the micro-batch's share of the step's mean loss. A further sum is a line here; `interface.StepStats`
-    passes it on to the step's record under its name.
+    `loss` is the micro-batch's share of the step's mean loss. `scale` is 1 / targets of the step: times it, a sum over
+    the micro-batch's targets becomes its share of the step's mean. A further sum is a line here;
+    `interface.StepStats` passes it on to the step's record under its name.
     """
     return {"loss": loss, "loads_LE": router.loads_LE}
 
@@ -35,8 +36,9 @@ def zero_totals(model: ModelConfig, device: torch.device) -> dict[str, Tensor]:
     """What a step's sums of `micro_batch_totals` begin with, in the same order."""
     layers, experts = model.num_hidden_layers, model.n_routed_experts
     loads_LE = torch.zeros(layers, experts, dtype=torch.int64, device=device)
-    router = RouterStatistics(loads_LE, *(torch.zeros(layers, device=device) for _ in range(2)))
-    totals = micro_batch_totals(torch.zeros((), device=device), router)
+    others = (torch.zeros(layers, device=device) for _ in RouterStatistics._fields[1:])
+    zero = torch.zeros((), device=device)
+    totals = micro_batch_totals(zero, RouterStatistics(loads_LE, *others), zero)
     return {name: torch.zeros_like(total) for name, total in totals.items()}
 
 
@@ -127,7 +129,7 @@ class GradientAccumulator:
             loss, dhidden_TH = loss_and_gradients(
                 output.hidden_BSH.flatten(0, 1), self.model.head_weight, targets_T, self.scale, self._dhead_VH
             )
-        add_totals_(self.totals, micro_batch_totals(loss * self.scale, output.router))
+        add_totals_(self.totals, micro_batch_totals(loss * self.scale, output.router, self.scale))
         auxiliary = auxiliary_losses(output.router, self.balance, self.scale)
         outputs: Sequence[Tensor] = [output.hidden_BSH, *auxiliary]
         gradients: Sequence[Tensor] = [dhidden_TH.view_as(output.hidden_BSH), *map(torch.ones_like, auxiliary)]

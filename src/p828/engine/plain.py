@@ -50,6 +50,10 @@ class PlainEngine:
         moment_dtype = pick_moment_dtype(config.moment_dtype, self.dtype, self.device)
         return AdamW(self.model, config, groups, self.masters, moment_dtype, self.gradients.sums)
 
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        return self.optimizer.state_keys
+
     def forward_backward(self, batch: Batch, num_targets: int) -> None:
         """Add the gradients of one micro-batch. `num_targets` counts the whole step's targets."""
         self.gradients.scale.fill_(1 / num_targets)

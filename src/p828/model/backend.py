@@ -21,6 +21,8 @@ from p828.errors import ConfigError
 AttentionBackend = Literal["reference", "flash_cpu", "flash_triton"]
 ExpertsBackend = Literal["triton", "grouped_mm", "loop"]
 
+TRITON_ACTIVATIONS = ("swiglu", "swiglu_of_product")
+"""Values of `model.hidden_act` that the experts' Triton kernels compute. Any other runs on plain code."""
 LOSS_CHUNK_TOKENS = {
     "cpu": 256,  # so that a chunk of a small vocabulary stays in the cache
     "cuda": 4096,  # below that the products with the head do not fill an H100
@@ -53,22 +55,36 @@ def attention_backend(
     return "flash_triton"
 
 
-def experts_backend(device: torch.device, dtype: torch.dtype, drops: bool) -> ExpertsBackend:
-    """`drops`: dropout is at work, which no kernel has. `loop` makes the host wait for the experts' loads."""
+def experts_backend(hidden_act: str, device: torch.device, dtype: torch.dtype, drops: bool) -> ExpertsBackend:
+    """For routed and shared experts. `drops`: dropout is at work, which no kernel has.
+
+    `grouped_mm` and `loop` are plain code for any activation. `loop` makes the host wait for the experts' loads.
+    """
     if not uses_triton(device, dtype):
         return "loop"
-    return "grouped_mm" if drops else "triton"
+    return "triton" if hidden_act in TRITON_ACTIVATIONS and not drops else "grouped_mm"
 
 
 def router_chooses_in_triton(device: torch.device) -> bool:
-    """Whether a kernel chooses the experts; scores are float32 whatever layers compute in."""
+    """Whether a kernel chooses the experts; scores are float32 whatever layers compute in.
+
+    The kernel is given the finished scores, so it takes those of any `model.scoring_func`, which plain code computes.
+    """
     return device.type == "cuda"
 
 
 def allows_cuda_graph(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether forward and backward pass only start kernels: no loads are asked for, no random numbers drawn."""
     attention = attention_backend(model, device, dtype, has_cache=False)
-    return attention == "flash_triton" and experts_backend(device, dtype, drops=model.dropout > 0) == "triton"
+    experts = experts_backend(model.hidden_act, device, dtype, drops=model.dropout > 0)
+    return attention == "flash_triton" and experts == "triton"
+
+
+def remarks(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """A line for each setting that has no kernel where the rest of the model has."""
+    if uses_triton(device, dtype) and model.hidden_act not in TRITON_ACTIVATIONS:
+        return [f'model.hidden_act = "{model.hidden_act}": no GPU kernel computes it; the experts run on plain code']
+    return []
 
 
 def adds_products_in_float32(device: torch.device) -> bool:

@@ -71,7 +71,8 @@ class Experts(nn.Module):
         )
 
     def _backend(self, x_TH: Tensor) -> ExpertsBackend:
-        return experts_backend(x_TH.device, x_TH.dtype, drops=self.training and self.dropout > 0)
+        drops = self.training and self.dropout > 0
+        return experts_backend(self.hidden_act, x_TH.device, x_TH.dtype, drops)
 
 
 class SharedExperts(nn.Module):
@@ -89,7 +90,7 @@ class SharedExperts(nn.Module):
     def forward(self, x_TH: Tensor) -> Tensor:
         gate_TP, up_TP = self.gate_proj(x_TH), self.up_proj(x_TH)
         drops = self.training and self.dropout > 0
-        if experts_backend(x_TH.device, x_TH.dtype, drops) == "triton":
+        if experts_backend(self.hidden_act, x_TH.device, x_TH.dtype, drops) == "triton":
             return swiglu_down(gate_TP, up_TP, self.down_proj.weight.to(x_TH.dtype))
         inner_TI = activate(self.hidden_act, gate_TP, up_TP)
         return self.down_proj(F.dropout(inner_TI, self.dropout, self.training))

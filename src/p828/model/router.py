@@ -19,7 +19,7 @@ class Routing(NamedTuple):
     scores_TE: Tensor
     """float32: every expert's score, before bias and choice."""
     logits_TE: Tensor
-    """float32: the scores before sigmoid or softmax."""
+    """float32: what `score` makes the scores of."""
 
 
 class Router(nn.Module):
@@ -40,7 +40,7 @@ class Router(nn.Module):
         else:
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
-        scores_TE = logits_TE.sigmoid() if config.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
+        scores_TE = score(config.scoring_func, logits_TE)
         choice_TE = scores_TE.detach() + self.e_score_correction_bias
         if config.n_group > 1:
             choice_TE = limit_groups(choice_TE, config.n_group, config.topk_group)
@@ -53,6 +53,13 @@ class Router(nn.Module):
             # The floor keeps a token whose chosen scores all underflow to zero from dividing by zero.
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores_TE, logits_TE)
+
+
+def score(scoring_func: str, logits_TE: Tensor) -> Tensor:
+    """Scores of at least 0, in the logits' dtype: the weights of a token's experts are parts of their sum."""
+    if scoring_func == "softmax":
+        return logits_TE.softmax(dim=-1)
+    return logits_TE.sigmoid()
 
 
 def limit_groups(choice_TE: Tensor, n_group: int, topk_group: int) -> Tensor:

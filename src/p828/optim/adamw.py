@@ -26,6 +26,8 @@ from p828.runs.tensors import Master
 class AdamW:
     """An `optim.interface.Optimizer`."""
 
+    state_keys = ("exp_avg", "exp_avg_sq", "step")
+
     def __init__(
         self,
         model: nn.Module,

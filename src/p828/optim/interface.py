@@ -13,6 +13,14 @@ class Optimizer(Protocol):
     of parameters that are stored in bfloat16. Another update rule is another file beside `adamw.py`.
     """
 
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """What `state_dict` holds of every parameter: `KEY/PARAMETER` for each of these keys.
+
+        It has the parameter's shape, or, with the key `step`, is a float32 scalar: the number of its updates.
+        """
+        ...
+
     def update(self, learning_rate: float, norm: Tensor, applied: Tensor) -> None:
         """Clip the gradients, whose global norm is `norm`, and update all parameters.
 
@@ -20,7 +28,7 @@ class Optimizer(Protocol):
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state as tensors by a name that ends in the parameter's, for a checkpoint without pickle.
+        """The state as tensors named as `state_keys` says, for a checkpoint without pickle.
 
         They are the optimizer's own and not copies.
         """

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from p828.runs.layout import STATE_FILE
 from p828.runs.tensors import DamagedCheckpoint, Kind
 from p828.runs.train_state import TrainState, with_current_names
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MOST = 2**63 - 1  # of a whole number
 CUDA_STATE = Kind("U8", (16,))  # of PyTorch's generator on a GPU: its seed and its offset
 FIRST_FIELDS = {  # of the progress, in every checkpoint of this format; later ones came with the version that has them
@@ -49,11 +48,14 @@ def rules_of(saved: OpenCheckpoint) -> list[bool | None]:
     return []
 
 
-def check_content(saved: OpenCheckpoint, config: Config, first_position: Mapping[str, Any]) -> TrainState:
+def check_content(
+    saved: OpenCheckpoint, config: Config, first_position: Mapping[str, Any], state_keys: Collection[str]
+) -> TrainState:
     """Check everything that a run with this configuration resumes from, and return its train state.
 
     Args:
         first_position: the position at which the run's data begins; a later one has the same form.
+        state_keys: what the run's optimizer keeps of every parameter, as `engine.interface.Engine` says.
 
     Raises DamagedCheckpoint naming the first field or tensor that is wrong.
     """
@@ -66,7 +68,7 @@ def check_content(saved: OpenCheckpoint, config: Config, first_position: Mapping
     if type(ranks) is not int or not 1 <= ranks <= 2**20:
         raise _wrong(saved, "ranks", ranks, "a number of processes")
     check_weights(saved, config.model)
-    _check_optimizer(saved, config.model, progress.step)
+    _check_optimizer(saved, config.model, progress.step, state_keys)
     _check_random(saved, ranks)
     return progress
 
@@ -142,13 +144,12 @@ def check_weights(saved: OpenCheckpoint, model: ModelConfig) -> None:
     _check_kinds(saved, "model", "the weights", expected)
 
 
-def _check_optimizer(saved: OpenCheckpoint, model: ModelConfig, step: int) -> None:
+def _check_optimizer(saved: OpenCheckpoint, model: ModelConfig, step: int, state_keys: Collection[str]) -> None:
     """Check moments and numbers of updates. Checkpoints of step 0 of older versions lack some."""
     expected: dict[str, Kind] = {}
     for name, (shape, is_parameter) in _expected(saved, model).items():
         if is_parameter:
-            expected |= {f"{key}/{name}": Kind("F32", shape) for key in MOMENTS}
-            expected[f"step/{name}"] = Kind("F32", ())
+            expected |= {f"{key}/{name}": Kind("F32", () if key == "step" else shape) for key in state_keys}
     found = saved.tensors.names("optimizer")
     if step == 0:
         expected = {name: kind for name, kind in expected.items() if name in set(found)}

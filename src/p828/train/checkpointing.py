@@ -129,7 +129,7 @@ class Checkpointing:
 
     def read_state(self, saved: OpenCheckpoint) -> TrainState:
         """How far the run was. Raises DamagedCheckpoint if the checkpoint's content cannot be this run's."""
-        return check_content(saved, self.config, self.loader.state_dict())
+        return check_content(saved, self.config, self.loader.state_dict(), self.engine.state_keys)
 
     def load_engine(self, path: Path) -> None:
         """Give the engine the weights, optimizer state and random states of a checkpoint that was checked."""

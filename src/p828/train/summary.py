@@ -14,6 +14,7 @@ from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
 from p828.errors import ConfigError, DataError, TransientReadError
 from p828.inference.evaluate import perplexity
+from p828.model import backend
 from p828.model.costs import count_parameters, unused_vocabulary
 from p828.runs import layout
 from p828.system.device import lacks_bfloat16
@@ -68,7 +69,8 @@ def report_start(
     for line in lines:
         log.event("resume", step, line)
     read = [data for data in config.data.sources if not data.prepared]
-    for line in (*rules.remarks(config), *(line for data in read for line in trained_on_too(data))):
+    on_device = backend.remarks(config.model, trainer.engine.device, trainer.engine.dtype)
+    for line in (*rules.remarks(config), *on_device, *(line for data in read for line in trained_on_too(data))):
         log.event("remark", step, line)
     if config.train.dtype == "auto" and lacks_bfloat16(trainer.engine.device):
         log.event("remark", step, "this GPU does not compute in bfloat16: the run is in float32")

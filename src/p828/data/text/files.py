@@ -90,8 +90,14 @@ class FileShard:
             raise self._unreadable(error) from None
 
     @property
+    def ending(self) -> str:
+        """One of `ENDINGS`: the name's, without that of a compression."""
+        return _ending(Path(self.name))
+
+    @property
     def has_lines(self) -> bool:
-        return _ending(Path(self.name)) == ".jsonl"
+        """Whether it holds a record a line; otherwise the whole file is one document."""
+        return self.ending == ".jsonl"
 
     @property
     def paths(self) -> tuple[Path, ...]:

@@ -37,7 +37,7 @@ from p828.optim.groups import parameter_groups
 from p828.runs.tensors import Saveable, Tensors
 from p828.system.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # without the number of updates, one for all
 
 
 def check_deepspeed(config: Config, ranks: ProcessGroup) -> DeepSpeedSettings:
@@ -66,6 +66,8 @@ def check_deepspeed(config: Config, ranks: ProcessGroup) -> DeepSpeedSettings:
 
 class DeepSpeedEngine:
     """Weights in the run's dtype, float32 masters and moments, sharded over ranks as the ZeRO stage says."""
+
+    state_keys = (*MOMENTS, "step")
 
     def __init__(self, config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings) -> None:
         self.config, self.ranks, self.stage = config, ranks, settings.stage
