@@ -18,7 +18,6 @@ from launch import (
     assert_same_training,
     flags_of,
     launched,
-    records,
     told,
     torchrun,
 )
@@ -34,7 +33,7 @@ def test_evaluate_and_generate_read_it(whole: Run, capsys: pytest.CaptureFixture
     found = re.search(r"^loss +(\S+) ", capsys.readouterr().out, re.MULTILINE)
     assert found
     # Printed with five digits.
-    assert float(found[1]) == pytest.approx(records(run, "eval")[-1]["loss"], abs=1e-5)
+    assert float(found[1]) == pytest.approx(records_of(run, "eval")[-1]["loss"], abs=1e-5)
     arguments = ["--prompt", "ab", "--max-new-tokens", "4", "--temperature", "0", "--device", "cpu"]
     texts = []
     for of_run in (run, whole(None, 1)):

@@ -14,7 +14,7 @@ import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from p828.cli.configuration import Arguments, read_configuration
+from p828.cli.configuration import ConfigArguments, read_configuration
 from p828.config import Config, DataConfig
 from p828.config.files import preset_names
 from p828.data.amount import short
@@ -39,7 +39,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(arguments: list[str]) -> None:
-    config, _ = read_configuration(arguments, Arguments, USAGE, _describe)
+    config, _ = read_configuration(arguments, ConfigArguments, USAGE, _describe)
     wanted = [data for data in config.data.sources if data.prepared]
     if not wanted:
         key = "data.mixture[0].prepared" if config.data.mixture else "data.prepared"

@@ -24,8 +24,7 @@ from p828.distributed.group import ProcessGroup
 from p828.errors import ConfigError, P828Error, warn
 from p828.files import MEBIBYTE, locked, read_limited, write_atomic
 from p828.optim.schedule import learning_rate
-from p828.runs import checkpoint, layout
-from p828.runs import records as metrics
+from p828.runs import checkpoint, layout, records
 from p828.runs.checkpoint_content import config_of, reading_position, seconds_of
 from p828.runs.file_system import try_out
 from p828.runs.layout import CHECKPOINTS, CONFIG_FILE, RECORDS_FILE, SET_ASIDE, TOKENIZER_FILE, WANDB_ID_FILE
@@ -189,8 +188,8 @@ def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:
         more = f" ({len(damaged) - 1} more are damaged, too)" if len(damaged) > 1 else ""
         raise ConfigError(f"{run_dir} has no complete checkpoint to go on from: {damaged[0]}{more}.\n{how}")
     aside = checkpoints.is_dir() and any(path.name.startswith(SET_ASIDE) for path in checkpoints.iterdir())
-    records = run_dir / RECORDS_FILE
-    saved = (line["step"] for line in metrics.read(records) if line.get("event") == "saved") if records.exists() else ()
+    path = run_dir / RECORDS_FILE
+    saved = (line["step"] for line in records.read(path) if line.get("event") == "saved") if path.exists() else ()
     last = max(saved, default=None)
     if aside or last is not None:
         what = "those that are there are damaged" if aside else f"its records tell of one of step {last}"
