@@ -18,6 +18,7 @@ from launch import (
     assert_same_training,
     flags_of,
     launched,
+    records_of,
     told,
     torchrun,
 )

@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from p828.cli.flags import HELP, changed, parse_given, tell_once
+from p828.cli.flags import HELP, changed, parse_given, report_once
 from p828.cli.given import check_given
 from p828.config import Config, load, load_given, validate, with_steps
 from p828.config.files import implied, preset_names
@@ -49,7 +49,7 @@ def read_configuration(
     if not own.config:
         raise ConfigError(f"no configuration given. Usage: {usage}\nPresets: {', '.join(preset_names())}")
     loaded, in_files, old_names = load_given(own.config)
-    tell_once(old_names)
+    report_once(old_names)
     sections = {f.name for f in dataclasses.fields(Config)}
     flags = {key: value for key, value in flags.items() if key.partition(".")[0] in sections}
     config = _with_length(changed(loaded, {**implied(flags, in_files), **flags}), flags)

@@ -168,7 +168,7 @@ def _batches(config: Config, loaded: LoadedModel, flags: Collection[str]) -> Ite
         return all_validation_batches(config.data, loaded.tokenizer, mask_documents, size, note)
     rules = loaded.rules if _texts(config) == _texts(loaded.config) else []
     rows = config.evaluation.rows
-    return validation_batches(config.data, loaded.tokenizer, mask_documents, rows, size, rules, tell=note)
+    return validation_batches(config.data, loaded.tokenizer, mask_documents, rows, size, rules, report=note)
 
 
 def _texts(config: Config) -> list[tuple[Any, ...]]:

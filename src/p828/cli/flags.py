@@ -62,7 +62,7 @@ def parse_given(
     if words.is_help:
         _print_help(cls, prog, default, description)
     if not is_again:
-        tell_once(f"{old} is now {words.old_flags[old]}" for old in words.used_old_flags)
+        report_once(f"{old} is now {words.old_flags[old]}" for old in words.used_old_flags)
     given = {_key(name): _value(name, kinds[name], words.values[name]) for name in words.values}
     given.update(_positionals(cls, words.positionals, default, description))
     if default is None:
@@ -202,7 +202,7 @@ def _old_flags(cls: type[Any], prefix: str) -> Iterator[tuple[str, str]]:
             yield from _old_flags(section, f"{prefix}{own.name.replace('_', '-')}.")
 
 
-def tell_once(lines: Iterable[str]) -> None:
+def report_once(lines: Iterable[str]) -> None:
     """Warn of each; of several processes that train one run, the first does."""
     if launched().rank == 0:
         for line in lines:

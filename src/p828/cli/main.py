@@ -73,10 +73,10 @@ def dispatch(arguments: list[str]) -> int:
         if isinstance(error, LocalRankError):
             warn(_cut(str(error)))
         else:
-            _tell(error, error.is_everywhere, _place(arguments))
+            _show(error, error.is_everywhere, _place(arguments))
         return error.exit_code
     except KeyboardInterrupt:
-        _tell("interrupted", is_everywhere=True, process=_place(arguments))
+        _show("interrupted", is_everywhere=True, process=_place(arguments))
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone; point stdout elsewhere so that its flush at exit does not complain.
@@ -88,13 +88,13 @@ def _module(command: str) -> ModuleType:
     """The command's own; imported late, since most of them import PyTorch, which takes seconds."""
     from p828.train.console import say, waiting
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         if command == "prepare":
             say(text)
         elif sys.stderr.isatty():  # standard output is for what the others find out
             note(text)
 
-    with waiting("loading PyTorch", tell):
+    with waiting("loading PyTorch", report):
         return importlib.import_module(f"p828.cli.{command.replace('-', '_')}")
 
 
@@ -110,7 +110,7 @@ def _place(arguments: list[str]) -> Process:
     return launched() if arguments[:1] == ["train"] else Process()
 
 
-def _tell(text: object, is_everywhere: bool, process: Process) -> None:
+def _show(text: object, is_everywhere: bool, process: Process) -> None:
     """Print it, but of many processes that train one run and end with the same, once on each machine or once in all."""
     if (process.rank if is_everywhere else process.local_rank) == 0:
         warn(_cut(str(text)))

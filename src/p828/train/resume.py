@@ -150,7 +150,7 @@ def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
     What stands in the way of beginning anew is removed.
     """
     run_dir = config.run_dir
-    checkpoints, retry = run_dir / CHECKPOINTS, Retry(config.data.read_retries, tell=warn)
+    checkpoints, retry = run_dir / CHECKPOINTS, Retry(config.data.read_retries, report=warn)
     if checkpoints.is_symlink() and not checkpoints.exists():
         raise ConfigError(f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there")
     if checkpoints.exists():

@@ -34,7 +34,7 @@ def open_training(
     text is held out, if that is known already. Raises ConfigError if the source cannot be opened; `epochs=None` never
     ends.
     """
-    shards, source = _training_shards(config, retry.tell), source_name(config)
+    shards, source = _training_shards(config, retry.report), source_name(config)
     share = config.validation.fraction if config.validation.kind == "held_out" else 0.0
     if by_end is None:
         by_end = _is_held_out_by_end(config, shards, retry)
@@ -49,7 +49,7 @@ def open_in_order(config: DataConfig, retry: Retry = NO_RETRY) -> DocumentStream
 
     Its `by_end` says by which rule the caller is to hold out text.
     """
-    shards = _training_shards(config, retry.tell)
+    shards = _training_shards(config, retry.report)
     by_end = _is_held_out_by_end(config, shards, retry)
     return DocumentStream(shards, source_name(config), block_documents=1, epochs=1, by_end=by_end, retry=retry)
 
@@ -59,7 +59,7 @@ def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | 
     validation = config.validation
     # Blocks of one document: evaluation reads no further than it needs.
     if validation.kind == "files":
-        files = _file_shards(config, validation.files, "data.validation.files", retry.tell)
+        files = _file_shards(config, validation.files, "data.validation.files", retry.report)
         source = f"data.validation.files = {_shown(validation.files)}"
         return DocumentStream(files, source, block_documents=1, epochs=1, retry=retry)
     if validation.kind == "split":
@@ -68,7 +68,7 @@ def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | 
         revision = validation.hub_revision or (config.hub_revision if name == config.hub_name else "")
         shards = _hub_shards(config, name, subset, validation.split, revision)
         return DocumentStream(shards, f"split {validation.split!r} of {name}", block_documents=1, epochs=1, retry=retry)
-    in_order = _training_shards(config, retry.tell)
+    in_order = _training_shards(config, retry.report)
     if by_end is None:
         by_end = _is_held_out_by_end(config, in_order, retry)
     # Spread over the source: evaluation may read the first documents only.
@@ -115,11 +115,11 @@ def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
     return f"held out for validation: the last {share} of each document in {source}, as {few}"
 
 
-def _training_shards(config: DataConfig, tell: Callable[[str], None] = lambda text: None) -> Sequence[Shard]:
+def _training_shards(config: DataConfig, report: Callable[[str], None] = lambda text: None) -> Sequence[Shard]:
     if config.source == "python":
         return python_shards()
     if config.source == "files":
-        return _file_shards(config, config.files, "data.files", tell)
+        return _file_shards(config, config.files, "data.files", report)
     return _hub_shards(config, config.hub_name, config.hub_subset, config.hub_split, config.hub_revision)
 
 
@@ -132,9 +132,11 @@ def source_name(config: DataConfig) -> str:
     return f"split {config.hub_split!r} of {config.hub_name}"
 
 
-def _file_shards(config: DataConfig, globs: tuple[str, ...], key: str, tell: Callable[[str], None]) -> list[FileShard]:
+def _file_shards(
+    config: DataConfig, globs: tuple[str, ...], key: str, report: Callable[[str], None]
+) -> list[FileShard]:
     limit = config.max_document_megabytes * 10**6
-    return file_shards(globs, config.text_field, key, limit, config.bad_records == "skip", tell)
+    return file_shards(globs, config.text_field, key, limit, config.bad_records == "skip", report)
 
 
 def _hub_shards(config: DataConfig, name: str, subset: str, split: str, revision: str) -> list[HubShard]:
