@@ -15,7 +15,6 @@ import zstandard
 from data_samples import write_bytes, write_jsonl
 
 from p828.config import DataConfig, ValidationConfig
-from p828.data import slow_count
 from p828.data.retry import Retry
 from p828.data.text import compression
 from p828.data.text.documents import read_documents
@@ -23,6 +22,7 @@ from p828.data.text.files import FileShard, file_shards
 from p828.data.text.open import open_training, open_validation
 from p828.data.text.shard import BadRecord
 from p828.errors import ConfigError, DataError
+from p828.system import slow_count
 
 BOUNDED = """
 import resource, sys
