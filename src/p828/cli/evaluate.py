@@ -187,4 +187,4 @@ def _text(config: Config, flags: Collection[str]) -> str:
         return f"{rows} of the split {validation.split!r} of {validation.hub_name or data.hub_name}"
     source = {"python": "the standard library's source", "files": shown(list(data.files)), "hf": data.hub_name}
     what = "the mixture's sources" if data.mixture else data.prepared or source[data.source]
-    return f"{rows} of the share of {what} that is held out from training, {validation.fraction:g}"
+    return f"{rows} of the fraction of {what} that is held out from training, {validation.fraction:g}"

@@ -137,9 +137,8 @@ def _prepare(config: Config, tokenizer: Tokenizer) -> Manifest:
         rate = preparation.rate(now - started)
         shown = f"{short(preparation.tokens)} tokens  {rate / 1e6:.2f} M/s  {_time(left)} left"
         bar.update(task, completed=fraction, shown=shown)
-        if not output.is_terminal and (
-            fraction >= shown_last[0] + FRACTION_PER_LINE or now > shown_last[1] + SECONDS_PER_LINE
-        ):
+        is_line_due = fraction >= shown_last[0] + FRACTION_PER_LINE or now > shown_last[1] + SECONDS_PER_LINE
+        if is_line_due and not output.is_terminal:
             shown_last = fraction, now
             print(f"{directory}: {fraction:.0%}  {shown}", flush=True)
 

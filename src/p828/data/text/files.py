@@ -53,7 +53,7 @@ class PythonShard:
     def prefix(self, records: int) -> str:
         return ""
 
-    def share_read(self) -> float:
+    def fraction_read(self) -> float:
         return 0.0
 
     def documents(self, start: int = 0) -> Iterator[str]:
@@ -127,7 +127,7 @@ class FileShard:
                 else:
                     yield text
 
-    def share_read(self) -> float:
+    def fraction_read(self) -> float:
         if self._open is None or self._open.closed:
             return 0.0 if self._open is None else 1.0
         is_packed = Path(self.name).suffix in COMPRESSIONS

@@ -133,9 +133,9 @@ class Preparation:
         """Tokens a second, if this process has been at work for so many seconds."""
         return (self.tokens - self._tokens_before) / seconds
 
-    def share_done(self) -> float:
+    def fraction_done(self) -> float:
         """About how much of the text has been read, from 0 to 1; of validation text of its own it is not known."""
-        return self.readers[0].stream.share_read()
+        return self.readers[0].stream.fraction_read()
 
     def run(self, on_batch: Callable[["Preparation"], None]) -> Manifest:
         """Tokenize what is left and write the manifest. `on_batch` is called after every batch.
