@@ -38,7 +38,7 @@ class DataError(P828Error):
     """Content that is wrong: text, tokens, a checkpoint, a model. The message names the file, and the place in it.
 
     Raised by whoever reads it, before anything has begun or at work. Before, it is wrong input like a ConfigError: exit
-    code 2. `Trainer.run` and `data.tokens.directory.told_at_work` make a RunFailed of one that is met at work.
+    code 2. `Trainer.run` and `data.tokens.directory.failures_at_work` make a RunFailed of one that is met at work.
     """
 
     exit_code = 2

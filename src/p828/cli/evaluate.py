@@ -100,8 +100,8 @@ def _described(cls: type[Any], table: str = "") -> type[Any]:
             default = {} if own.default is dataclasses.MISSING else {"default": own.default}
             fields.append((own.name, Annotated[kind, tyro.conf.arg(help=texts.get(own.name, ""))], field(**default)))
         elif not facts_of(facts_by_key(Config), f"data.{name}").only_trains:
-            told = tyro.conf.arg(help=texts.get(own.name, ""), help_behavior_hint="(default: the run's)")
-            fields.append((own.name, Annotated[kind, told], field(default=own.default)))
+            with_help = tyro.conf.arg(help=texts.get(own.name, ""), help_behavior_hint="(default: the run's)")
+            fields.append((own.name, Annotated[kind, with_help], field(default=own.default)))
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 

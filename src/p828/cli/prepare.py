@@ -24,7 +24,7 @@ from p828.data.text.held_out import trained_on_too, unused_text_field
 from p828.data.text.open import open_in_order
 from p828.data.tokenizer.of_run import remarks
 from p828.data.tokenizer.tokenizer import Tokenizer
-from p828.data.tokens.directory import GOES_ON, open_output_dirs, resolve_tokenizer, told_at_work
+from p828.data.tokens.directory import GOES_ON, failures_at_work, open_output_dirs, resolve_tokenizer
 from p828.data.tokens.format import MANIFEST_FILE, Manifest
 from p828.data.tokens.prepare import Preparation, prepare
 from p828.data.tokens.read import Prepared
@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> None:
             print(line, flush=True)
         for data in wanted:
             was_complete = (Path(data.prepared) / MANIFEST_FILE).exists()
-            with told_at_work(lambda: bool(made)):
+            with failures_at_work(lambda: bool(made)):
                 manifest = _prepare(replace(config, data=data), tokenizer)
             if not was_complete:
                 made.append(manifest)

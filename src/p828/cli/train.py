@@ -44,10 +44,10 @@ def run(arguments: list[str]) -> None:
         say(f"the run ends at step {steps:,}, within the {warmup:,} steps of its warm-up")
     if "torch" not in sys.modules:
         say(f"{config.name}: loading PyTorch")
-    from p828.system.device import out_of_memory_told  # imports torch
+    from p828.system.device import explain_out_of_memory  # imports torch
     from p828.train.build import train
 
-    with out_of_memory_told(config.name):
+    with explain_out_of_memory(config.name):
         train(config)
 
 

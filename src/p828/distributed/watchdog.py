@@ -206,9 +206,9 @@ class Watchdog:
             for rank in range(len(self.peers) + 1)
         ]
         whole = "\n\n".join(f"rank {rank}\n{text}" for rank, text in sorted(found.items()))
-        said = f"no progress for {self.timeout:g} s; the run ends. Where each rank is"
-        where = self._write_report("\n".join([f"{said}:", *lines]) + "\n\n" + whole, is_whole=True)
-        _print("\n".join([f"p828: {said} (whole stacks: {where}):", *lines]))
+        summary = f"no progress for {self.timeout:g} s; the run ends. Where each rank is"
+        where = self._write_report("\n".join([f"{summary}:", *lines]) + "\n\n" + whole, is_whole=True)
+        _print("\n".join([f"p828: {summary} (whole stacks: {where}):", *lines]))
         self._end_others()
         _exit(1)
 

@@ -144,7 +144,7 @@ def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs) -> _Inp
     ranks.on_rank_0(lambda: _make_tokenizer(config, console))  # the others find it in the run's directory
     with ranks.raise_together():
         tokenizer = _tokenizer(config, console)
-        config = run.settled(config, tokenizer.vocab_size)
+        config = run.with_vocabulary(config, tokenizer.vocab_size)
         if outputs.mirror is not None:
             outputs.mirror.update(config)
         _check_prompts(config, tokenizer)

@@ -56,7 +56,7 @@ class RunDirectory:
         """Keep the directory from here on, whatever happens: it holds something of value."""
         self.made = []
 
-    def settled(self, config: Config, vocab_size: int) -> Config:
+    def with_vocabulary(self, config: Config, vocab_size: int) -> Config:
         """The configuration with a `model.vocab_size` of 0 replaced: by the run's own, else from a tokenizer's."""
         if not config.model.vocab_size and self.vocab_size:
             return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=self.vocab_size))
@@ -81,7 +81,7 @@ def open_run(config: Config, ranks: ProcessGroup) -> Iterator[RunDirectory]:
     block raises an error of ours before `keep`, a run's own only if it has no checkpoint.
     """
     with contextlib.ExitStack() as stack:
-        directory = ranks.on_rank_0(lambda: _entered(config, stack))
+        directory = ranks.on_rank_0(lambda: _opened(config, stack))
         try:
             with ranks.raise_together():
                 if not (directory.path / CONFIG_FILE).exists():
@@ -96,7 +96,7 @@ def open_run(config: Config, ranks: ProcessGroup) -> Iterator[RunDirectory]:
             raise
 
 
-def _entered(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
+def _opened(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
     """The directory, made and locked until the stack is closed. What was made is removed again if it is refused."""
     run_dir, made = config.run_dir, list[Path]()
     is_ours = True
@@ -107,7 +107,7 @@ def _entered(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
         is_ours = True
         try_out(run_dir)
         _sweep(run_dir)
-        newest, damaged, changes, vocab_size = _enter(config)
+        newest, damaged, changes, vocab_size = _resume_point(config)
         directory = RunDirectory(run_dir, versions(), newest, damaged, changes, made, vocab_size)
         if newest is None or not (run_dir / CONFIG_FILE).exists():  # else `write`, once the run can go on with it
             _write_config(run_dir / CONFIG_FILE, config, directory.versions)
@@ -144,7 +144,7 @@ def _sweep(run_dir: Path) -> None:
             path.unlink()
 
 
-def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
+def _resume_point(config: Config) -> tuple[Path | None, list[str], list[str], int]:
     """Newest checkpoint, damaged ones, changed settings, the checkpoint's model.vocab_size.
 
     What stands in the way of beginning anew is removed.

@@ -21,9 +21,9 @@ from p828.data.tokens.directory import (
     HASHES_FILE,
     PROGRESS_FILE,
     UNFINISHED,
+    failures_at_work,
     read_progress,
     remove,
-    told_at_work,
     writing,
 )
 from p828.data.tokens.filters import SeenTexts
@@ -158,7 +158,7 @@ class Preparation:
 
     def _read(self, on_batch: Callable[["Preparation"], None]) -> None:
         """What is left of the current reader's text."""
-        with told_at_work(lambda: any(reader.counts["read"] for reader in self.readers)):
+        with failures_at_work(lambda: any(reader.counts["read"] for reader in self.readers)):
             for batch, documents in self._tokenized(self.readers[self.reader_number]):
                 with writing(self.directory):
                     self._write(batch, documents)
