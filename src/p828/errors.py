@@ -67,7 +67,7 @@ class RecordsFailed(RunFailed):
 
 
 class RunStopped(P828Error):
-    """A run that ended by its own guard (three non-finite steps in a row), or a preparation that was asked to end.
+    """A run that its own guard ended (at the limit of rollbacks), or a preparation that was asked to end.
 
     All that was made is kept. Exit code 1.
     """

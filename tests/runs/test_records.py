@@ -17,7 +17,7 @@ import pytest
 from p828 import config as configuration
 from p828.cli.main import dispatch
 from p828.config import Config, WandbConfig
-from p828.errors import ConfigError, RunStopped, closed_after
+from p828.errors import ConfigError, DataError, RunStopped, closed_after
 from p828.runs import records
 from p828.runs.records import LOADS_A_STEP, Recorder, load_entropy, loads_every, loads_record
 from p828.train.wandb import _run_id
@@ -83,7 +83,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, bad: str) -> None:
     record(tmp_path, 1, 1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(bad + "\n")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl: line 2 is not a record"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl: line 2 is not a record"):
         lines(tmp_path)
 
 

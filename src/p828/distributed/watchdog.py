@@ -41,7 +41,7 @@ def connect_watchdog(
         gather: returns every rank's value, by rank.
         timeout: seconds without progress after which the run is ended.
 
-    Raises RunStopped where a rank cannot be reached.
+    Raises RunFailed where a rank cannot be reached.
     """
     peers = connect(rank, size, gather)
     process: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}

@@ -101,7 +101,7 @@ def opened(
 def verify(path: Path, names: Iterable[str] | None = None, retry: Retry = NO_RETRY) -> dict[str, Any]:
     """Check the manifest and every file's size and checksum, of the tensors' files only the parts in `names`.
 
-    Returns the manifest. Raises DamagedCheckpoint naming the first file that is wrong, ConfigError as `load` does, and
+    Returns the manifest. Raises DamagedCheckpoint naming the first file that is wrong, DataError as `load` does, and
     TransientReadError after all attempts.
     """
     return retry.call(partial(_verified_manifest, path, None if names is None else list(names)))
@@ -114,7 +114,8 @@ def find_newest(
 
     Once a complete checkpoint is found, newer damaged ones are renamed to `damaged_step_XXXXXXXX`. This also removes
     what a killed save left, so only the process that trains the run may call it; readers use `resolve`. Raises
-    TransientReadError where a checkpoint cannot be read for now, and then renames nothing.
+    DataError where the system does not let the directory be read or changed, and TransientReadError where it cannot be
+    read for now, and then renames nothing.
     """
     damaged: list[tuple[Path, str]] = []
     try:
@@ -154,7 +155,7 @@ def prune(directory: Path, keep_last: int, best_step: int | None) -> None:
 
 
 def forget_after(directory: Path, step: int) -> None:
-    """Delete the checkpoints of later steps. Raises ConfigError when the file system refuses."""
+    """Delete the checkpoints of later steps. Raises RunFailed when the file system refuses."""
     try:
         _remove(path for path in _checkpoints(directory) if step_of(path) > step)
     except OSError as error:
