@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from data_samples import text, write_jsonl
 
-from p828.config import Config, DataConfig, ValidationConfig
+from p828.config import DataConfig, PrepareConfig, ValidationConfig
 from p828.data.build import held_out_lines, training_documents
 from p828.data.retry import NO_RETRY
 from p828.data.text.documents import divided, is_held_out
@@ -59,7 +59,7 @@ def test_every_reader_keeps_to_the_same_rule(tmp_path: Path, count: int) -> None
     assert sorted(training_documents(data, seed=0)) == training, "a tokenizer's training text"
     parts = [list(open_training(data, 5, 1, part=part, parts=2)) for part in range(2)]
     assert sorted(parts[0] + parts[1]) == training
-    reader = Reader(open_in_order(data), "training", Config(data=data), seen=None)  # type: ignore[arg-type]
+    reader = Reader(open_in_order(data), "training", PrepareConfig(), data.validation, seen=None)  # type: ignore[arg-type]
     prepared = [batch.texts for batch in reader]
     assert sorted(t for texts in prepared for t in texts["training"]) == training
     assert sorted(t for texts in prepared for t in texts["validation"]) == validation

@@ -109,7 +109,10 @@ class Preparation:
         streams = _streams(config, retry)
         self.shards, self.retry = [shard for stream in streams for shard in stream.shards], retry
         self.files = SourceFiles.of(self.shards)
-        self.readers = [Reader(stream, part, config, self.seen) for stream, part in zip(streams, PARTS, strict=False)]
+        self.readers = [
+            Reader(stream, part, config.prepare, config.data.validation, self.seen)
+            for stream, part in zip(streams, PARTS, strict=False)
+        ]
         self.reader_number = 0
         self._saved_at = 0.0
         self.tokens = self._tokens_before = 0
