@@ -36,7 +36,7 @@ def test_where_directories_cannot_be_renamed_files_are(tmp_path: Path, shim: Shi
     weights.write_bytes(weights.read_bytes()[:-1])
     code, said, error = p828("train", path, "--name", "bucket", cwd=tmp_path)
     assert code == 0, error
-    assert "set aside as damaged_step_00000012" in said
+    assert "quarantined as damaged_step_00000012" in said
     assert_same_run(runs / "whole", runs / "bucket", step=12)
 
 

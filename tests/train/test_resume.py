@@ -49,7 +49,7 @@ def train_with_kills(path: str, moments: Sequence[int], tmp_path: Path) -> None:
     assert code == 0, said
 
 
-def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_named_quarantined_and_the_one_before_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -27,7 +27,7 @@ from p828.optim.schedule import learning_rate
 from p828.runs import checkpoint, layout, records
 from p828.runs.checkpoint_content import config_of, reading_position, seconds_of
 from p828.runs.file_system import try_out
-from p828.runs.layout import CHECKPOINTS, CONFIG_FILE, RECORDS_FILE, SET_ASIDE, TOKENIZER_FILE, WANDB_ID_FILE
+from p828.runs.layout import CHECKPOINTS, CONFIG_FILE, QUARANTINED, RECORDS_FILE, TOKENIZER_FILE, WANDB_ID_FILE
 from p828.runs.train_state import TrainState
 from p828.train.checkpointing import Checkpointing
 
@@ -187,12 +187,12 @@ def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:
     if damaged:
         more = f" ({len(damaged) - 1} more are damaged, too)" if len(damaged) > 1 else ""
         raise ConfigError(f"{run_dir} has no complete checkpoint to go on from: {damaged[0]}{more}.\n{how}")
-    aside = checkpoints.is_dir() and any(path.name.startswith(SET_ASIDE) for path in checkpoints.iterdir())
+    has_quarantined = checkpoints.is_dir() and any(path.name.startswith(QUARANTINED) for path in checkpoints.iterdir())
     path = run_dir / RECORDS_FILE
     saved = (line["step"] for line in records.read(path) if line.get("event") == "saved") if path.exists() else ()
     last = max(saved, default=None)
-    if aside or last is not None:
-        what = "those that are there are damaged" if aside else f"its records tell of one of step {last}"
+    if has_quarantined or last is not None:
+        what = "those that are there are damaged" if has_quarantined else f"its records tell of one of step {last}"
         raise ConfigError(f"{checkpoints} has no checkpoint left to go on from, and {what}.\n{how}")
 
 
