@@ -57,7 +57,7 @@ def test_prepared_tokens_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (amount.tokens, amount.is_exact) == (counted, True)
 
 
-def test_the_shares_of_a_mixture_are_those_of_its_rows() -> None:
+def test_the_fractions_of_a_mixture_are_those_of_its_rows() -> None:
     weights = [(3.0, 0.0), (1.0, 5.0)]
     mixture = tuple(MixedSource(name=str(i), weights=weights[i]) for i in range(2))
     config = Config(data=DataConfig(mixture=mixture, mixture_steps=(0, 40)), train=TrainConfig(steps=100))

@@ -43,7 +43,9 @@ def test_evaluate_and_generate_read_it(whole: Run, capsys: pytest.CaptureFixture
     assert texts[0] == texts[1] != "\n"
 
 
-def test_a_step_that_changes_with_the_ranks_is_told(config: Path, whole: Run, copied: Callable[[Path], Path]) -> None:
+def test_a_step_that_changes_with_the_ranks_is_reported(
+    config: Path, whole: Run, copied: Callable[[Path], Path]
+) -> None:
     run = copied(whole(1, 2))
     more = ["--train.steps", "21", "--schedule.kind", "constant"]
     with launched(config, run, 1, 1, *more, "--train.gradient-accumulation", str(MICRO_BATCHES // 2)) as launch:

@@ -21,7 +21,7 @@ def events(run: Path, kind: str) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT, errno.ESTALE])
-def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(
+def test_a_checkpoint_that_cannot_be_written_is_reported_and_the_run_goes_on(
     tmp_path: Path, shim: Shim, number: int
 ) -> None:
     path = str(write_toml(tmp_path, evaluation={"every": 0}))

@@ -380,7 +380,7 @@ def test_a_run_outlives_wandb(tmp_path: Path) -> None:
     assert "Traceback" not in error
 
 
-def test_wandb_that_has_no_directory_to_write_to_is_told(tmp_path: Path) -> None:
+def test_wandb_that_has_no_directory_to_write_to_is_reported(tmp_path: Path) -> None:
     (tmp_path / "wandb").write_text("a file")
     child = started_wandb(tmp_path, "offline")
     assert (child.returncode, child.stdout) == (2, f"{tmp_path}/wandb: cannot be written: Not a directory\n")

@@ -229,7 +229,7 @@ def test_another_learning_rate_is_no_jump_of_the_schedule(after: tuple[int, str,
     assert bool(changed_rate(config(*after), 6, config(12, "constant", 1e-2))) == jumps
 
 
-def test_data_and_epochs_are_told_and_recorded(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_and_epochs_are_reported_and_recorded(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(write_text(here / "few", documents=15) / "*.txt")]
     validation = {"kind": "files", "files": [str(here / "text" / "*.txt")]}
     data = {"files": files, "validation": validation}

@@ -47,7 +47,7 @@ def test_ten_documents_held_out_decide(tmp_path: Path) -> None:
     assert len(list(open_validation(config(few)))) == 99
 
 
-def test_a_share_that_leaves_hardly_a_document_takes_the_end_of_each(tmp_path: Path) -> None:
+def test_a_fraction_that_leaves_hardly_a_document_takes_the_end_of_each(tmp_path: Path) -> None:
     data = config(write_jsonl(tmp_path / "a.jsonl", [text(i, 300) for i in range(40)]), fraction=0.99)
     assert len(list(open_training(data, 0, epochs=1))) == len(list(open_validation(data))) == 40
 
@@ -90,7 +90,7 @@ def test_a_rule_is_kept(tmp_path: Path) -> None:
     assert not stream.by_end
 
 
-def test_validation_files_that_are_trained_on_are_told(tmp_path: Path) -> None:
+def test_validation_files_that_are_trained_on_are_reported(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "c.txt"):
         (tmp_path / name).write_text(book(9))
     (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
@@ -102,7 +102,7 @@ def test_validation_files_that_are_trained_on_are_told(tmp_path: Path) -> None:
     assert not trained_on_too(config(tmp_path))
 
 
-def test_a_text_field_of_no_file_is_told(tmp_path: Path) -> None:
+def test_a_text_field_of_no_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     data = replace(config(tmp_path / "a.txt"), text_field="content")
     (line,) = unused_text_field(data)
@@ -132,5 +132,5 @@ def test_nothing_is_lost_in_dividing() -> None:
         assert training
 
 
-def test_a_share_next_to_nothing_is_of_few_documents() -> None:
+def test_a_fraction_next_to_nothing_is_of_few_documents() -> None:
     assert are_few([], 1e-320, NO_RETRY)

@@ -73,7 +73,7 @@ def test_a_changed_file_is_named(folder: Path, change: str) -> None:
     assert "\n" not in str(said.value)
 
 
-def test_new_and_missing_files_are_told(folder: Path) -> None:
+def test_new_and_missing_files_are_reported(folder: Path) -> None:
     _, state = stopped_state(open_training(config(folder), 1), 7)
     write_jsonl(folder / "7.jsonl", ["x"])
     write_jsonl(folder / "8.jsonl", ["y"])

@@ -100,7 +100,7 @@ def test_bytes_of_what_is_decoded(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_does_not_come_back_is_told(kind: str) -> None:
+def test_what_does_not_come_back_is_reported(kind: str) -> None:
     made = Tokenizer(KINDS[kind](), EOS)
     text = "The cat said: naïve 龘\n  AND\tsat.\n"
     fraction = lost_fraction(made, [text])
@@ -110,7 +110,7 @@ def test_what_does_not_come_back_is_told(kind: str) -> None:
     assert lines == [] if fraction == 0 else f"{fraction:.1%} of the text does not come back" in lines[0]
 
 
-def test_the_share_that_is_lost() -> None:
+def test_the_fraction_that_is_lost() -> None:
     made = Tokenizer(KINDS["word_level"](), EOS)
     assert lost_fraction(made, ["the unheard cat\n"]) == len("unheard \n") / len("the unheard cat\n")
     assert lost_fraction(made, []) == 0

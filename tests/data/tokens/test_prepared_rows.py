@@ -47,7 +47,7 @@ def make(config: Config, tokenizer: Tokenizer, retry: Retry | None = None) -> No
 
 
 @pytest.mark.parametrize("name", ["training-00000.tokens", "training-00000.documents"])
-def test_a_shard_that_is_cut_while_it_is_read_is_told(directory: Path, tokenizer: Tokenizer, name: str) -> None:
+def test_a_shard_that_is_cut_while_it_is_read_is_reported(directory: Path, tokenizer: Tokenizer, name: str) -> None:
     rows = ShuffledTokenDataset(Prepared.open(directory, tokenizer), LENGTH, seed=0)
     rows.take(0, 1)
     content = (directory / name).read_bytes()
