@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+INTERRUPTED = 130  # exit code after Ctrl-C, 128 + SIGINT, as shells report it
+
 
 class P828Error(Exception):
     """What all of them have in common: the message is for the user, in one line or two."""

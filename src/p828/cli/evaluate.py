@@ -13,7 +13,6 @@ import tyro
 
 from p828.cli.flags import HELP, changed, parse_given
 from p828.cli.given import check_given
-from p828.cli.output import note
 from p828.config import Config, DataConfig, facts_by_key, facts_of, validate
 from p828.config.files import implied
 from p828.config.rules import check_text
@@ -21,7 +20,7 @@ from p828.config.values import shown
 from p828.data.batch import Batch
 from p828.data.build import all_validation_batches, validation_batches
 from p828.data.tokens.settings import with_prepared_sources
-from p828.errors import ConfigError
+from p828.errors import ConfigError, warn
 from p828.inference.evaluate import evaluate
 from p828.inference.load import LoadedModel, load_model
 from p828.train.console import waiting
@@ -57,7 +56,7 @@ def run(arguments: list[str]) -> None:
     for key in flags:
         if key.startswith("data.") and facts_of(facts, key).only_trains:
             raise ConfigError(f"--{key.replace('_', '-')}: of training alone; it changes nothing that is measured")
-    with waiting("loading the model", note):
+    with waiting("loading the model", warn):
         loaded = load_model(own.checkpoint, own.device)
     data = _data_flags(flags)
     config = with_prepared_sources(
@@ -73,7 +72,7 @@ def run(arguments: list[str]) -> None:
     )
     validate(config)
     check_given(config, [f"data.{key}" for key in data], loaded.config, in_files=())
-    with waiting("measuring", note):
+    with waiting("measuring", warn):
         result = interruptible(lambda: evaluate(loaded.model, _batches(config, loaded, flags), loaded.dtype))
     lines = [
         f"checkpoint     {loaded.path} (step {loaded.step})",
@@ -165,10 +164,10 @@ def _is_every_row(config: Config, flags: Collection[str]) -> bool:
 def _batches(config: Config, loaded: LoadedModel, flags: Collection[str]) -> Iterable[Batch]:
     size, mask_documents = config.train.micro_batch_size, config.model.mask_documents
     if _is_every_row(config, flags):
-        return all_validation_batches(config.data, loaded.tokenizer, mask_documents, size, note)
+        return all_validation_batches(config.data, loaded.tokenizer, mask_documents, size, warn)
     rules = loaded.rules if _texts(config) == _texts(loaded.config) else []
     rows = config.evaluation.rows
-    return validation_batches(config.data, loaded.tokenizer, mask_documents, rows, size, rules, report=note)
+    return validation_batches(config.data, loaded.tokenizer, mask_documents, rows, size, rules, report=warn)
 
 
 def _texts(config: Config) -> list[tuple[Any, ...]]:

@@ -8,10 +8,10 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from types import ModuleType
 from typing import NoReturn
 
-from p828.cli.output import escape_what_output_lacks, note
+from p828.cli.output import escape_what_output_lacks
 from p828.config.values import shown
 from p828.distributed.launcher import Process, launched
-from p828.errors import ConfigError, LocalRankError, P828Error, did_you_mean, warn
+from p828.errors import INTERRUPTED, ConfigError, LocalRankError, P828Error, did_you_mean, warn
 
 COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",
@@ -22,7 +22,6 @@ COMMANDS = {
     "bench": "how fast this machine trains, beside other libraries",
 }
 LONGEST_LINE = 1200  # characters of a message; what is longer holds a value that goes on and on
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main() -> None:
@@ -92,7 +91,7 @@ def _module(command: str) -> ModuleType:
         if command == "prepare":
             say(text)
         elif sys.stderr.isatty():  # standard output is for what the others find out
-            note(text)
+            warn(text)
 
     with waiting("loading PyTorch", report):
         return importlib.import_module(f"p828.cli.{command.replace('-', '_')}")

@@ -22,14 +22,13 @@ from typing import Any
 
 from p828.distributed.connections import Peer, connect
 from p828.distributed.stacks import main_thread, stacks
-from p828.errors import P828Error
+from p828.errors import INTERRUPTED, P828Error
 from p828.files import open_appended, write_atomic
 from p828.runs.layout import HANG_FILE
 
 LOOK_EVERY = 0.5  # seconds
 ANSWER_WITHIN = 15.0  # seconds for a rank to send its stacks
 LOSS_NOTICED_WITHIN = 3.0  # seconds in which the death of a rank is noticed that made a collective operation fail
-INTERRUPTED = 130
 
 
 def connect_watchdog(
