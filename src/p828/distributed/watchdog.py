@@ -32,19 +32,19 @@ LOSS_NOTICED_WITHIN = 3.0  # seconds in which the death of a rank is noticed tha
 
 
 def connect_watchdog(
-    rank: int, size: int, gather: Callable[[Any], list[Any]], timeout: float, run_dir: Path
+    rank: int, size: int, all_gather_object: Callable[[Any], list[Any]], timeout: float, run_dir: Path
 ) -> "Watchdog":
     """Start this rank's watchdog; all ranks must call it.
 
     Args:
-        gather: returns every rank's value, by rank.
+        all_gather_object: returns every rank's value, by rank.
         timeout: seconds without progress after which the run is ended.
 
     Raises RunFailed where a rank cannot be reached.
     """
-    peers = connect(rank, size, gather)
+    peers = connect(rank, size, all_gather_object)
     process: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
-    processes: dict[int, dict[str, Any]] = dict(enumerate(gather(process)))
+    processes: dict[int, dict[str, Any]] = dict(enumerate(all_gather_object(process)))
     return Watchdog(rank, peers, processes, timeout, run_dir / HANG_FILE)
 
 
