@@ -128,7 +128,7 @@ def train_and_kill(config: Path, run: Path, stage: int | None, ranks: int, step:
     assert step <= last < STEPS, "the run was over before it was killed"
 
 
-def told(err: str) -> list[str]:
+def messages(err: str) -> list[str]:
     """What p828 itself said on standard error, launchers and libraries apart, which no process of it may add to."""
     assert f'File "{Path(p828.__file__).parent}' not in err, err  # a traceback
     return [line for line in err.splitlines() if line.startswith("p828: ")]
@@ -138,8 +138,8 @@ def the_message(launch: Launch, within: float = WITHIN) -> str:
     """The one line that a run which failed on all its ranks ends with."""
     code, _, err = launch.end(within)
     assert code != 0
-    assert len(told(err)) == 1, err
-    return told(err)[0]
+    assert len(messages(err)) == 1, err
+    return messages(err)[0]
 
 
 def records_of(run: Path, kind: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from launch import (
     cases,
     config_that_reads_on,
     launched,
-    told,
+    messages,
     train,
     train_and_kill,
     write_config,
@@ -80,7 +80,7 @@ def test_a_run_that_is_asked_to_end_is_saved_by_all_ranks_and_goes_on(
         launch.wait_for_step(5)
         launch.process.send_signal(number)
         _, _, err = launch.end()
-    (message,) = told(err)
+    (message,) = messages(err)
     found = re.fullmatch(rf"p828: stopped by {number.name} after step (\d+), which is saved; .*", message)
     assert found, message
     assert f"resumed from step {found[1]}" in train(config, run, 3, 2)

@@ -18,8 +18,8 @@ from launch import (
     assert_same_training,
     flags_of,
     launched,
+    messages,
     records_of,
-    told,
     torchrun,
 )
 
@@ -104,7 +104,7 @@ def test_every_rank_leaves_its_process_groups(
     script.write_text(AND_THEN)
     with launched(config, tmp_path / "runs" / "left", 3, 2, *flags, launcher=torchrun(2, str(script))) as launch:
         _, out, err = launch.end()
-    assert len(told(err)) == (1 if expected else 0), err
+    assert len(messages(err)) == (1 if expected else 0), err
     assert out.count(f"{expected} on its own") == 2
 
 
@@ -144,4 +144,4 @@ def test_our_launcher_ends_with_the_ranks_exit_code(config: Path, tmp_path: Path
     with launched(config, tmp_path / "runs" / "wrong", 1, 2, *NO_DATA, launcher=OUR_LAUNCHER) as launch:
         code, _, err = launch.end()
     assert code == 2
-    assert len(told(err)) == 1, err
+    assert len(messages(err)) == 1, err
