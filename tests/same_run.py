@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from p828.runs import checkpoint
-from p828.runs import records as metrics
+from p828.runs import checkpoint, records
 
 KEPT = ("loss", "grad_norm", "lr", "tokens", "load", "balance", "perplexity")
 
@@ -24,12 +23,12 @@ def assert_same_run(first: Path, second: Path, step: int) -> None:
             assert torch.equal(tensor, theirs.tensors[part][name]), f"{part}: {name}"
     assert ours.state["progress"] == theirs.state["progress"]
     assert ours.state["data"] == theirs.state["data"]
-    assert records(first) == records(second)
+    assert comparable_records(first) == comparable_records(second)
 
 
-def records(run: Path) -> list[tuple[object, ...]]:
+def comparable_records(run: Path) -> list[tuple[object, ...]]:
     """Everything recorded but times, memory and events."""
-    lines = [line for line in metrics.read(run / "metrics.jsonl") if line["kind"] in ("step", "eval", "sample")]
+    lines = [line for line in records.read(run / "metrics.jsonl") if line["kind"] in ("step", "eval", "sample")]
     return [
         (line["kind"], line["step"], json.dumps({k: v for k, v in line.items() if k in KEPT or line["kind"] != "step"}))
         for line in lines

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from p828.config import ModelConfig
+from p828.kernels.adamw import join_float32
 from p828.model.init import initialise
 from p828.model.transformer import Transformer
+from p828.optim.masters import Masters
 
 TINY: dict[str, Any] = {
     "vocab_size": 97,
@@ -50,3 +52,8 @@ def make_documents(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     documents = [torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)) for lengths in rows]
     positions = [torch.cat([torch.arange(n) for n in lengths]) for lengths in rows]
     return torch.stack(documents), torch.stack(positions)
+
+
+def joined(masters: Masters) -> dict[str, Tensor]:
+    """float32 values on the CPU, by the parameter's name."""
+    return {name: join_float32(*master).cpu() for name, master in masters.state_dict().items()}

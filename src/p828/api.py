@@ -17,7 +17,7 @@ from p828.config.files import Loaded
 from p828.config.given import check_given
 from p828.config.overrides import read_overrides
 from p828.config.values import changed
-from p828.distributed.launcher import tell_once
+from p828.distributed.launcher import report_once
 from p828.errors import ConfigError, DataError, P828Error, RunFailed, RunPaused, RunStopped
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def load_config(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     """
     loaded = load_given(os.fspath(name_or_path))
     found = read_overrides(overrides or {}, loaded.given)
-    tell_once([*loaded.old_names, *found.old_names])
+    report_once([*loaded.old_names, *found.old_names])
     return settled(changed(loaded.config, found.values), found.given, loaded)
 
 
@@ -112,10 +112,10 @@ def train_run(config: Config) -> "Run":
         say(f"the run ends at step {steps:,}, within the {warmup:,} steps of its warm-up")
     if "torch" not in sys.modules:
         say(f"{config.name}: loading PyTorch")
-    from p828.system.device import out_of_memory_told
+    from p828.system.device import explain_out_of_memory
     from p828.train.build import train
 
-    with out_of_memory_told(config.name):
+    with explain_out_of_memory(config.name):
         train(config)
     return Run(config.run_dir, config.train.device)
 
@@ -293,7 +293,7 @@ def batches(config: Config, tokenizer: "Tokenizer") -> "Loader":
 
     validate(config)
     is_pinned = pick_device(config.train.device).type == "cuda"
-    return open_loader(config.data, config.train, tokenizer, config.model.mask_documents, is_pinned, tell=warn)
+    return open_loader(config.data, config.train, tokenizer, config.model.mask_documents, is_pinned, report=warn)
 
 
 def loss(model: "Transformer", batch: "Batch", dtype: "torch.dtype | None" = None) -> "Tensor":

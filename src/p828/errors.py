@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+INTERRUPTED = 130  # exit code after Ctrl-C, 128 + SIGINT, as shells report it
+
 
 class P828Error(Exception):
     """What all of them have in common: the message is for the user, in one line or two."""
@@ -38,7 +40,7 @@ class DataError(P828Error):
     """Content that is wrong: text, tokens, a checkpoint, a model. The message names the file, and the place in it.
 
     Raised by whoever reads it, before anything has begun or at work. Before, it is wrong input like a ConfigError: exit
-    code 2. `Trainer.run` and `data.tokens.directory.told_at_work` make a RunFailed of one that is met at work.
+    code 2. `Trainer.run` and `data.tokens.directory.failures_at_work` make a RunFailed of one that is met at work.
     """
 
     exit_code = 2
@@ -67,7 +69,7 @@ class RecordsFailed(RunFailed):
 
 
 class RunStopped(P828Error):
-    """A run that ended by its own guard (three non-finite steps in a row), or a preparation that was asked to end.
+    """A run that its own guard ended (at the limit of rollbacks), or a preparation that was asked to end.
 
     All that was made is kept. Exit code 1.
     """

@@ -10,7 +10,7 @@ from p828.cli.main import dispatch
 from p828.config import TokenizerConfig
 from p828.data.text.documents import is_held_out
 from p828.data.tokenizer.training import train_tokenizer
-from p828.runs import records as metrics
+from p828.runs import records
 from runs import write_text, write_toml
 
 if sys.version_info >= (3, 11):
@@ -233,7 +233,7 @@ def test_a_step_without_targets_changes_nothing(toml: str, capsys: pytest.Captur
     arguments = [toml, *data, *validation, *sizes]
     assert dispatch(["prepare", *arguments]) == 0
     assert dispatch(["train", *arguments]) == 0, capsys.readouterr().err
-    steps = [line for line in metrics.read(Path("runs/tiny/metrics.jsonl")) if line["kind"] == "step"]
+    steps = [line for line in records.read(Path("runs/tiny/metrics.jsonl")) if line["kind"] == "step"]
     assert sorted(step["loss"] == 0 for step in steps) == [False, True]
 
 

@@ -62,7 +62,7 @@ def test_a_signal_ends_the_run_that_is_at_work_too(toml: str, number: signal.Sig
     assert not list(Path("runs").iterdir()), "nothing is left of the two runs"
 
 
-def test_a_difference_is_told_and_kept(
+def test_a_difference_is_reported_and_kept(
     toml: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run of another seed in place of the one that is resumed."""

@@ -8,7 +8,7 @@ from data_samples import text, write_jsonl
 
 from p828.cli.main import dispatch
 from p828.config import Config, DataConfig, MixedSource, TrainConfig, ValidationConfig
-from p828.data.amount import Amount, amounts, describe, planned_shares, repeated
+from p828.data.amount import Amount, amounts, describe, planned_fractions, repeated
 from p828.data.order import SampleOrder
 from p828.data.text.open import open_training
 from p828.data.tokenizer.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ def test_prepared_tokens_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (amount.tokens, amount.is_exact) == (counted, True)
 
 
-def test_the_shares_of_a_mixture_are_those_of_its_rows() -> None:
+def test_the_fractions_of_a_mixture_are_those_of_its_rows() -> None:
     weights = [(3.0, 0.0), (1.0, 5.0)]
     mixture = tuple(MixedSource(name=str(i), weights=weights[i]) for i in range(2))
     config = Config(data=DataConfig(mixture=mixture, mixture_steps=(0, 40)), train=TrainConfig(steps=100))
@@ -65,7 +65,7 @@ def test_the_shares_of_a_mixture_are_those_of_its_rows() -> None:
     for _ in range(100):
         next(rows)
     given = [source.count for source in rows.sources]  # type: ignore[attr-defined]
-    assert planned_shares(config) == pytest.approx([count / 400 for count in given])
+    assert planned_fractions(config) == pytest.approx([count / 400 for count in given])
 
 
 class Rows:

@@ -44,7 +44,7 @@ def seen(rows: list[Sample]) -> list[tuple[int, int]]:
     return sorted((row.source, int(row.tokens[0])) for row in rows)
 
 
-def test_shares_follow_the_weights_at_every_moment() -> None:
+def test_fractions_follow_the_weights_at_every_moment() -> None:
     weights = [0.5, 0.2, 0.3]
     counts: Counter[int] = Counter()
     mixed = mixture([(0, weights)], rows=1, batches_per_step=1)

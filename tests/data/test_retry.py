@@ -20,7 +20,7 @@ class Unsteady:
     size: int = 0
     opened: list[int] = field(default_factory=list)
 
-    def share_read(self) -> float:
+    def fraction_read(self) -> float:
         return 0.0
 
     def documents(self, start: int = 0) -> Iterator[str]:

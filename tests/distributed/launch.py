@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import p828
-from p828.runs import checkpoint, layout
-from p828.runs import records as metrics
+from p828.runs import checkpoint, layout, records
 from runs import start, wait_for_step, write_text, write_toml
 
 Run = Callable[[int | None, int], Path]
@@ -129,7 +128,7 @@ def train_and_kill(config: Path, run: Path, stage: int | None, ranks: int, step:
     assert step <= last < STEPS, "the run was over before it was killed"
 
 
-def told(err: str) -> list[str]:
+def messages(err: str) -> list[str]:
     """What p828 itself said on standard error, launchers and libraries apart, which no process of it may add to."""
     assert f'File "{Path(p828.__file__).parent}' not in err, err  # a traceback
     return [line for line in err.splitlines() if line.startswith("p828: ")]
@@ -139,16 +138,16 @@ def the_message(launch: Launch, within: float = WITHIN) -> str:
     """The one line that a run which failed on all its ranks ends with."""
     code, _, err = launch.end(within)
     assert code != 0
-    assert len(told(err)) == 1, err
-    return told(err)[0]
+    assert len(messages(err)) == 1, err
+    return messages(err)[0]
 
 
-def records(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in metrics.read(run / "metrics.jsonl") if line["kind"] == kind]
+def records_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in records.read(run / "metrics.jsonl") if line["kind"] == kind]
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
-    return records(run, "step")
+    return records_of(run, "step")
 
 
 def assert_same_training(ours: Path, theirs: Path) -> None:
@@ -159,9 +158,9 @@ def assert_same_training(ours: Path, theirs: Path) -> None:
     assert [line["loss"] for line in first] == pytest.approx([line["loss"] for line in second], abs=TOLERANCE)
     norms = [line["grad_norm"] for line in second]
     assert [line["grad_norm"] for line in first] == pytest.approx(norms, rel=TOLERANCE, abs=0)
-    evaluations = [[(line["step"], line["tokens"]) for line in records(run, "eval")] for run in (ours, theirs)]
+    evaluations = [[(line["step"], line["tokens"]) for line in records_of(run, "eval")] for run in (ours, theirs)]
     assert evaluations[0] == evaluations[1]
-    losses = [[line["loss"] for line in records(run, "eval")] for run in (ours, theirs)]
+    losses = [[line["loss"] for line in records_of(run, "eval")] for run in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], abs=TOLERANCE)
 
 
@@ -174,7 +173,7 @@ def assert_same_bits(ours: Path, theirs: Path) -> None:
     """The same records and, at the end, weights, optimizer, random states and place in the data."""
     timed = ("time", "seconds", "tokens_per_second", "memory_bytes")
     for kind in ("step", "eval", "sample"):
-        first, second = ([{**line, **dict.fromkeys(timed)} for line in records(run, kind)] for run in (ours, theirs))
+        first, second = ([{**line, **dict.fromkeys(timed)} for line in records_of(run, kind)] for run in (ours, theirs))
         assert first == second
     first, second = final_state(ours), final_state(theirs)
     assert (first.state["progress"], first.state["data"]) == (second.state["progress"], second.state["data"])

@@ -155,7 +155,7 @@ def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
         ({}, 0.1, True),
     ],
 )
-def test_slow_links_and_slow_measurements_are_told(
+def test_slow_links_and_slow_measurements_are_reported(
     links: dict[tuple[int, int], str], bandwidth: float, is_told: bool
 ) -> None:
     assert bool(advice(links, seconds_at(bandwidth), GIB, 2)) is is_told
@@ -166,7 +166,7 @@ def test_a_small_gradient_says_nothing_of_the_bandwidth() -> None:
     assert advice(PIX, 100.0, 10_000, 2)
 
 
-def test_the_pairs_and_the_cost_per_step_are_told() -> None:
+def test_the_pairs_and_the_cost_per_step_are_reported() -> None:
     lines = advice(read_links(FOUR_T4), 2.5, GIB, 4)
     assert "GPU0-GPU1, GPU0-GPU2, GPU0-GPU3 are connected by SYS" in lines[0]
     assert "1.07 GB) over 4 ranks takes 2.5 s (0.644 GB/s" in lines[1]

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from launch import ENDLESS, Launch, cases, config_that_reads_on, launched, the_message, told, torchrun
+from launch import ENDLESS, Launch, cases, config_that_reads_on, launched, messages, the_message, torchrun
 
 from p828.runs.layout import HANG_FILE
 
@@ -49,7 +49,7 @@ def freeze_one_of(launch: Launch, rank: int) -> str:
     frozen.kill()  # a launcher waits half a minute for it
     code, _, err = launch.end()
     assert code != 0
-    assert len(told(err)) == 1, err
+    assert len(messages(err)) == 1, err
     return err
 
 

@@ -16,7 +16,7 @@ from launch import (
     cases,
     config_that_reads_on,
     launched,
-    told,
+    messages,
     train,
     train_and_kill,
     write_config,
@@ -80,7 +80,7 @@ def test_a_run_that_is_asked_to_end_is_saved_by_all_ranks_and_goes_on(
         launch.wait_for_step(5)
         launch.process.send_signal(number)
         _, _, err = launch.end()
-    (message,) = told(err)
+    (message,) = messages(err)
     found = re.fullmatch(rf"p828: stopped by {number.name} after step (\d+), which is saved; .*", message)
     assert found, message
     assert f"resumed from step {found[1]}" in train(config, run, 3, 2)
@@ -94,7 +94,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage, damage", cases(product((1, 3), (flip_a_bit, Path.unlink)), short=[(1, flip_a_bit)]))
-def test_a_damaged_share_is_named_set_aside_and_the_checkpoint_before_is_used(
+def test_a_damaged_shard_is_named_quarantined_and_the_checkpoint_before_is_used(
     config: Path, whole: Run, copied: Copy, stage: int, damage: Callable[[Path], None]
 ) -> None:
     run = copied(whole(stage, 2))
@@ -105,7 +105,7 @@ def test_a_damaged_share_is_named_set_aside_and_the_checkpoint_before_is_used(
     (half / "model.rank_0001.safetensors").write_bytes(b"half of")
     said = train(config, run, stage, 2)
     assert "step_00000020: optimizer.rank_0001.safetensors is" in said
-    assert "set aside as damaged_step_00000020" in said
+    assert "quarantined as damaged_step_00000020" in said
     assert "resumed from step 16" in said
     assert (checkpoints / "damaged_step_00000020").exists()
     assert not half.exists()

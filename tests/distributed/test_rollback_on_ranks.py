@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from launch import TOLERANCE, records, steps, train, write_config
+from launch import TOLERANCE, records_of, steps, train, write_config
 
 from runs import write_text
 
@@ -26,7 +26,7 @@ def test_ranks_are_rolled_back_as_one_device_is(tmp_path: Path, stage: int) -> N
     one, two = tmp_path / "runs" / "one", tmp_path / "runs" / "two"
     train(config, one, None, 1)
     train(config, two, stage, 2)
-    events = [[line["text"] for line in records(run, "event") if line["event"] == "rollback"] for run in (one, two)]
+    events = [[line["text"] for line in records_of(run, "event") if line["event"] == "rollback"] for run in (one, two)]
     assert len(events[0]) > 0
     assert [text.split("(")[0] for text in events[0]] == [text.split("(")[0] for text in events[1]]
     first, second = steps(one), steps(two)

@@ -18,8 +18,8 @@ from launch import (
     assert_same_training,
     flags_of,
     launched,
-    records,
-    told,
+    messages,
+    records_of,
     torchrun,
 )
 
@@ -34,7 +34,7 @@ def test_evaluate_and_generate_read_it(whole: Run, capsys: pytest.CaptureFixture
     found = re.search(r"^loss +(\S+) ", capsys.readouterr().out, re.MULTILINE)
     assert found
     # Printed with five digits.
-    assert float(found[1]) == pytest.approx(records(run, "eval")[-1]["loss"], abs=1e-5)
+    assert float(found[1]) == pytest.approx(records_of(run, "eval")[-1]["loss"], abs=1e-5)
     arguments = ["--prompt", "ab", "--max-new-tokens", "4", "--temperature", "0", "--device", "cpu"]
     texts = []
     for of_run in (run, whole(None, 1)):
@@ -43,7 +43,9 @@ def test_evaluate_and_generate_read_it(whole: Run, capsys: pytest.CaptureFixture
     assert texts[0] == texts[1] != "\n"
 
 
-def test_a_step_that_changes_with_the_ranks_is_told(config: Path, whole: Run, copied: Callable[[Path], Path]) -> None:
+def test_a_step_that_changes_with_the_ranks_is_reported(
+    config: Path, whole: Run, copied: Callable[[Path], Path]
+) -> None:
     run = copied(whole(1, 2))
     more = ["--train.steps", "21", "--schedule.kind", "constant"]
     with launched(config, run, 1, 1, *more, "--train.gradient-accumulation", str(MICRO_BATCHES // 2)) as launch:
@@ -102,7 +104,7 @@ def test_every_rank_leaves_its_process_groups(
     script.write_text(AND_THEN)
     with launched(config, tmp_path / "runs" / "left", 3, 2, *flags, launcher=torchrun(2, str(script))) as launch:
         _, out, err = launch.end()
-    assert len(told(err)) == (1 if expected else 0), err
+    assert len(messages(err)) == (1 if expected else 0), err
     assert out.count(f"{expected} on its own") == 2
 
 
@@ -142,4 +144,4 @@ def test_our_launcher_ends_with_the_ranks_exit_code(config: Path, tmp_path: Path
     with launched(config, tmp_path / "runs" / "wrong", 1, 2, *NO_DATA, launcher=OUR_LAUNCHER) as launch:
         code, _, err = launch.end()
     assert code == 2
-    assert len(told(err)) == 1, err
+    assert len(messages(err)) == 1, err

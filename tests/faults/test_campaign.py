@@ -46,7 +46,7 @@ def test_kills(tmp_path: Path, shim: Shim, capsys: pytest.CaptureFixture[str], c
 
 @counts(20, 200)
 def test_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int) -> None:
-    """Every damaged checkpoint is named and set aside, and the one before is used."""
+    """Every damaged checkpoint is named and quarantined, and the one before is used."""
     path = write_toml(tmp_path, checkpoint={"every": 6, "keep_last": 2})
     assert p828("train", str(path), cwd=tmp_path)[0] == 0
     whole, draw, kinds = tmp_path / "runs" / "tiny" / "checkpoints", random.Random(0), Counter[str]()
@@ -60,7 +60,7 @@ def test_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int) 
         assert found == copied / before.name
         assert len(notes) == 1
         assert damaged.name in notes[0]
-        assert f"set aside as damaged_{newest.name}" in notes[0]
+        assert f"quarantined as damaged_{newest.name}" in notes[0]
         shutil.rmtree(copied)
     with capsys.disabled():
         print(f"\n{count} damaged checkpoints, all found: {dict(kinds)}")

@@ -10,11 +10,10 @@ import pytest
 import torch
 from shim import Shim
 
-from p828.runs import checkpoint
-from p828.runs import records as metrics
+from p828.runs import checkpoint, records
 from p828.train import checkpoint_writer
 from runs import p828, start, wait_for_step, write_toml
-from same_run import assert_same_run, records
+from same_run import assert_same_run, comparable_records
 
 
 def saved_steps(run: Path) -> list[str]:
@@ -28,7 +27,7 @@ def test_where_directories_cannot_be_renamed_files_are(tmp_path: Path, shim: Shi
     code, _, error = p828("train", path, "--name", "bucket", cwd=tmp_path)
     assert code == 0, error
     runs = tmp_path / "runs"
-    assert all(line.get("event") != "not_saved" for line in metrics.read(runs / "bucket" / "metrics.jsonl"))
+    assert all(line.get("event") != "not_saved" for line in records.read(runs / "bucket" / "metrics.jsonl"))
     kept = saved_steps(runs / "bucket")
     assert kept[-2:] == ["step_00000010", "step_00000012"]
     assert all(name.startswith("step_") for name in kept)
@@ -37,7 +36,7 @@ def test_where_directories_cannot_be_renamed_files_are(tmp_path: Path, shim: Shi
     weights.write_bytes(weights.read_bytes()[:-1])
     code, said, error = p828("train", path, "--name", "bucket", cwd=tmp_path)
     assert code == 0, error
-    assert "set aside as damaged_step_00000012" in said
+    assert "quarantined as damaged_step_00000012" in said
     assert_same_run(runs / "whole", runs / "bucket", step=12)
 
 
@@ -63,7 +62,7 @@ MOVED = """
 import json, os, signal, sys, torch
 from pathlib import Path
 from p828.runs import checkpoint
-from p828.runs import records as metrics
+from p828.runs import records
 from p828.train import checkpoint_writer
 top, outcomes = Path(sys.argv[1]), []
 
@@ -139,7 +138,7 @@ def test_a_checkpoint_that_cannot_be_read_for_now_is_not_damaged(tmp_path: Path,
     path = str(write_toml(tmp_path, checkpoint={"every": 4, "keep_last": 3}, data={"read_retries": 2}))
     assert p828("train", path, cwd=tmp_path)[0] == 0
     run = tmp_path / "runs" / "tiny"
-    before, names = records(run), saved_steps(run)
+    before, names = comparable_records(run), saved_steps(run)
     shim(file="/checkpoints/step_", errno=errno.EIO, **({} if is_for_good else {"times": 2}))
     code, out, said = p828("train", path, "--train.steps", "14", cwd=tmp_path)
     assert "step_00000012: manifest.json cannot be read: Input/output error; attempt 2 of 3 in 1 s" in said
@@ -147,7 +146,7 @@ def test_a_checkpoint_that_cannot_be_read_for_now_is_not_damaged(tmp_path: Path,
         assert code == 1
         assert said.splitlines()[-1].endswith("manifest.json cannot be read: Input/output error")
         assert saved_steps(run) == names
-        assert records(run) == before
+        assert comparable_records(run) == before
         code, out, said = p828("evaluate", "runs/tiny", cwd=tmp_path)
         assert code == 1
         assert "attempt 2 of 5 in 1 s" in said

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from p828.runs import checkpoint, layout
-from p828.runs import records as metrics
+from p828.runs import checkpoint, layout, records
 from runs import p828, start, wait_for_step, write_toml
 from same_run import assert_same_run
 
@@ -57,7 +56,7 @@ def test_a_run_goes_on_while_the_disk_is_full_and_keeps_its_last_checkpoint(smal
     _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert_same_run(tmp_path / "runs" / "whole", run, step=300)
-    events = [line["event"] for line in metrics.read(run / "metrics.jsonl") if line["kind"] == "event"]
+    events = [line["event"] for line in records.read(run / "metrics.jsonl") if line["kind"] == "event"]
     assert set(events) == {"saved", "not_saved"}
 
 

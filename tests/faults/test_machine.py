@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from shim import Shim
 
-from p828.runs import checkpoint, layout
-from p828.runs import records as metrics
+from p828.runs import checkpoint, layout, records
 from runs import p828, start, wait_for_step, write_text, write_toml
 from same_run import assert_same_run
 
@@ -18,11 +17,11 @@ YEARS = 10**9  # seconds
 
 
 def events(run: Path, kind: str) -> list[dict[str, object]]:
-    return [line for line in metrics.read(run / "metrics.jsonl") if line["kind"] == "event" and line["event"] == kind]
+    return [line for line in records.read(run / "metrics.jsonl") if line["kind"] == "event" and line["event"] == kind]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT, errno.ESTALE])
-def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(
+def test_a_checkpoint_that_cannot_be_written_is_reported_and_the_run_goes_on(
     tmp_path: Path, shim: Shim, number: int
 ) -> None:
     path = str(write_toml(tmp_path, evaluation={"every": 0}))
@@ -48,7 +47,7 @@ def test_training_goes_on_beside_a_slow_disk(tmp_path: Path, shim: Shim) -> None
     runs = tmp_path / "runs"
     assert_same_run(runs / "whole", runs / "slow", step=200)
     at, beside = 0, 0  # the step that training has come to, and checkpoints that were complete only later
-    for line in metrics.read(runs / "slow" / "metrics.jsonl"):
+    for line in records.read(runs / "slow" / "metrics.jsonl"):
         at = line["step"] if line["kind"] == "step" else at
         beside += line.get("event") == "saved" and at > line["step"]
     assert beside > 0
@@ -109,7 +108,7 @@ def test_a_clock_that_jumps(tmp_path: Path, shim: Shim) -> None:
     assert code == 0, error
     runs = tmp_path / "runs"
     assert_same_run(runs / "whole", runs / "jumping", step=60)
-    steps = [line for line in metrics.read(runs / "jumping" / "metrics.jsonl") if line["kind"] == "step"]
+    steps = [line for line in records.read(runs / "jumping" / "metrics.jsonl") if line["kind"] == "step"]
     assert all(0 < line["seconds"] < YEARS / 2 for line in steps)
 
 

@@ -15,8 +15,7 @@ import tokenizers
 from shim import Shim
 from tokenizers import models, pre_tokenizers
 
-from p828.runs import checkpoint, layout
-from p828.runs import records as metrics
+from p828.runs import checkpoint, layout, records
 from runs import p828, start, wait_for_step, write_text, write_toml
 from same_run import assert_same_run
 
@@ -151,7 +150,7 @@ def test_a_run_whose_terminal_goes_is_saved(tmp_path: Path) -> None:
     os.close(main)
     process.wait(timeout=60)
     newest = layout.step_of(checkpoint.resolve(tmp_path / "runs" / "tiny"))
-    steps = [line["step"] for line in metrics.read(tmp_path / "runs" / "tiny" / "metrics.jsonl") if "loss" in line]
+    steps = [line["step"] for line in records.read(tmp_path / "runs" / "tiny" / "metrics.jsonl") if "loss" in line]
     assert newest == max(steps) >= 5
 
 

@@ -28,8 +28,7 @@ from p828.data.tokens.format import Manifest, check_shards, open_manifest, write
 from p828.data.tokens.read import Prepared
 from p828.engine.deepspeed.settings import read_strictly
 from p828.errors import ConfigError, DataError
-from p828.runs import checkpoint
-from p828.runs import records as metrics
+from p828.runs import checkpoint, records
 from p828.runs.manifest import describe, manifest_bytes
 from p828.runs.tensors import TensorShard
 from p828.train import checkpoint_writer
@@ -214,7 +213,7 @@ def test_records(place: Path, data: st.DataObject) -> None:
     )
     values = mutated_values({"kind": "step", "step": 1, "load": [[1, 2]]}).map(lambda value: to_json(value) + b"\n")
     path.write_bytes(data.draw(values | mutated_bytes(valid)))
-    answered(lambda: list(metrics.read(path)))
+    answered(lambda: list(records.read(path)))
 
 
 @fuzzed

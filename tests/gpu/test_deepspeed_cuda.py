@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from p828.runs import checkpoint
-from p828.runs import records as metrics
+from p828.runs import checkpoint, records
 from runs import p828, write_text, write_toml
 
 pytest.importorskip("deepspeed")
@@ -38,7 +37,7 @@ def train(toml: Path, name: str, ranks: int, *flags: str) -> list[dict[str, obje
         launcher=(*launcher, "-m", "p828"),
     )  # fmt: skip
     assert code == 0, said[-4000:]
-    return [line for line in metrics.read(toml.parent / "runs" / name / "metrics.jsonl") if line["kind"] == "step"]
+    return [line for line in records.read(toml.parent / "runs" / name / "metrics.jsonl") if line["kind"] == "step"]
 
 
 @pytest.fixture(scope="module")

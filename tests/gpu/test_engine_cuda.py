@@ -17,6 +17,7 @@ from p828.model import backend
 from p828.optim.clipping import global_norm
 from p828.runs.tensors import Master
 from runs import run_config
+from tiny import joined
 
 
 @pytest.fixture(autouse=True)
@@ -163,8 +164,8 @@ def test_a_run_goes_on_on_the_cpu(cuda: torch.device, tmp_path: Path) -> None:
     engine, on_cpu = make_engine(tmp_path), make_engine(tmp_path, device="cpu")
     train(engine, range(3))
     on_cpu.load_state_dict(saved(engine))
-    masters = engine.masters.joined()
-    assert all(torch.equal(value, masters[name]) for name, value in on_cpu.masters.joined().items())
+    masters = joined(engine.masters)
+    assert all(torch.equal(value, masters[name]) for name, value in joined(on_cpu.masters).items())
     assert torch.equal(on_cpu.model.head_weight, engine.model.head_weight.cpu())
     # The same step in bfloat16 on two devices: losses differ by the layers' rounding.
     assert train(on_cpu, range(3, 4))[0].loss == pytest.approx(train(engine, range(3, 4))[0].loss, rel=2e-2)

@@ -25,7 +25,7 @@ from p828.config import (
 from p828.config.values import flatten, to_dict
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.model.transformer import Transformer
-from p828.runs import records as metrics
+from p828.runs import records
 from p828.train import checkpoint_writer
 from p828.train.build import train
 from runs import run_config, write_text, write_toml
@@ -114,8 +114,8 @@ def test_a_full_context_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -
         ([], "nothing to continue: give --prompt TEXT or --interactive"),
         (["--prompt", "a", "--temprature", "1"], "unknown flag --temprature; did you mean --temperature?"),
         (["--prompt", "a", "--temperature", "hot"], "--temperature"),
-        (["--prompt", "a", "--top-p", "2"], "top_p = 2.0: a share above 0 and up to 1 is accepted"),
-        (["--prompt", "a", "--top-p", "0"], "top_p = 0.0: a share above 0 and up to 1 is accepted"),
+        (["--prompt", "a", "--top-p", "2"], "top_p = 2.0: a fraction above 0 and up to 1 is accepted"),
+        (["--prompt", "a", "--top-p", "0"], "top_p = 0.0: a fraction above 0 and up to 1 is accepted"),
         (["--prompt", "a", "--temperature", "-1"], "temperature = -1.0: a number of at least 0"),
         (["--prompt", "a", "--temperature", "nan"], "temperature = nan: a number of at least 0"),
         (["--prompt", "a", "--temperature", "inf"], "temperature = inf: a number of at least 0"),
@@ -298,5 +298,5 @@ def test_the_text_that_the_run_held_out_is_measured(
 
 def read_kinds(config: Config) -> dict[str, float]:
     """The last loss of each kind of records, and of events."""
-    lines = metrics.read(config.run_dir / "metrics.jsonl")
+    lines = records.read(config.run_dir / "metrics.jsonl")
     return {line.get("event", line["kind"]): line["loss"] for line in lines if "loss" in line}

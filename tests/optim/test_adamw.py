@@ -14,7 +14,7 @@ from p828.optim.clipping import global_norm
 from p828.optim.groups import parameter_groups
 from p828.optim.interface import Optimizer
 from p828.optim.masters import Masters
-from tiny import tiny_config
+from tiny import joined, tiny_config
 
 YES = torch.tensor(True)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -40,7 +40,7 @@ class Training:
     def weights(self) -> dict[str, Tensor]:
         """All in float32."""
         own = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        return {**own, **self.masters.joined()}
+        return {**own, **joined(self.masters)}
 
     def set_gradients(self, seed: int, scale: float = 1.0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -55,9 +55,9 @@ class Training:
         self.update()
 
     def load(self, other: "Training") -> None:
-        saved = {**other.model.state_dict(), **other.masters.joined()}
+        saved = {**other.model.state_dict(), **joined(other.masters)}
         self.model.load_state_dict(saved)
-        self.masters.load(saved)
+        self.masters.load_state_dict(saved)
         self.optimizer.load_state_dict({name: value.clone() for name, value in other.optimizer.state_dict().items()})
 
 
@@ -90,7 +90,7 @@ def test_matrices_decay_and_norms_sinks_and_embedding_do_not(
 def test_a_step_is_torchs_clipping_and_adamw(dtype: torch.dtype, moment_dtype: torch.dtype, scale: float) -> None:
     training = Training(dtype, moment_dtype)
     twin = copy.deepcopy(training.model).float()
-    twin.load_state_dict({**training.model.state_dict(), **training.masters.joined()})
+    twin.load_state_dict({**training.model.state_dict(), **joined(training.masters)})
     groups = [
         {
             "params": [p for n, p in twin.named_parameters() if (p.ndim > 1 and "embed" not in n) == decays],
@@ -156,7 +156,7 @@ def test_what_is_kept_in_which_dtype(dtype: torch.dtype, moment_dtype: torch.dty
         assert parameter.dtype == (dtype if is_matrix else F32)
         assert moments[f"exp_avg_sq/{name}"].dtype == (moment_dtype if is_matrix else F32)
         assert moments[f"step/{name}"].item() == 1
-    assert all(value.dtype == F32 for value in training.masters.joined().values())
+    assert all(value.dtype == F32 for value in joined(training.masters).values())
 
 
 def test_moment_dtypes() -> None:

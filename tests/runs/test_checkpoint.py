@@ -159,7 +159,7 @@ def test_another_format_is_named_and_left_in_place(tmp_path: Path, difference: i
     assert names(tmp_path) == ["step_00000001"]
 
 
-def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_used(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_quarantined_and_the_one_before_is_used(tmp_path: Path) -> None:
     for _ in range(2):
         for step in (1, 2, 10):
             save(tmp_path, step)

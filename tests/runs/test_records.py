@@ -17,8 +17,8 @@ import pytest
 from p828 import config as configuration
 from p828.cli.main import dispatch
 from p828.config import Config, WandbConfig
-from p828.errors import ConfigError, RunStopped, closed_after
-from p828.runs import records as metrics
+from p828.errors import ConfigError, DataError, RunStopped, closed_after
+from p828.runs import records
 from p828.runs.records import LOADS_A_STEP, Recorder, load_entropy, loads_every, loads_record
 from p828.train.wandb import _run_id
 from runs import p828, start, wait_for_step, write_toml
@@ -34,7 +34,7 @@ def record(run_dir: Path, first: int, last: int) -> None:
 
 
 def lines(run_dir: Path) -> list[tuple[str, int]]:
-    return [(line["kind"], line["step"]) for line in metrics.read(run_dir / "metrics.jsonl")]
+    return [(line["kind"], line["step"]) for line in records.read(run_dir / "metrics.jsonl")]
 
 
 def test_values_come_back_from_strict_json(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_values_come_back_from_strict_json(tmp_path: Path) -> None:
 
     content = (tmp_path / "metrics.jsonl").read_text()
     assert [json.loads(line, parse_constant=refuse)["step"] for line in content.splitlines()] == [3, 3]
-    step, sample = metrics.read(tmp_path / "metrics.jsonl")
+    step, sample = records.read(tmp_path / "metrics.jsonl")
     assert math.isnan(step.pop("bad"))
     assert step == {"kind": "step", "step": 3, **values}
     assert sample["samples"] == [["NaN", "Infinity"]]
@@ -83,7 +83,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, bad: str) -> None:
     record(tmp_path, 1, 1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(bad + "\n")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl: line 2 is not a record"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl: line 2 is not a record"):
         lines(tmp_path)
 
 
@@ -111,9 +111,9 @@ import resource, signal, sys
 from pathlib import Path
 from p828.config import Config
 from p828.errors import RecordsFailed
-from p828.runs import records as metrics
+from p828.runs import records
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-recorder = metrics.Recorder(Path(sys.argv[1]))
+recorder = records.Recorder(Path(sys.argv[1]))
 recorder.write("step", 1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40, resource.RLIM_INFINITY))
 try:
@@ -176,7 +176,7 @@ def test_a_step_of_fine_grained_takes_less_than_a_kilobyte(tmp_path: Path) -> No
                 **{key: draw.random() * 1e-5 for key in numbers},
                 **loads_record(loads_LE, is_whole=step % loads_every(layers, experts) == 0),
             )  # fmt: skip
-    assert sum("load" in line for line in metrics.read(tmp_path / "metrics.jsonl")) == steps // 18
+    assert sum("load" in line for line in records.read(tmp_path / "metrics.jsonl")) == steps // 18
     assert (tmp_path / "metrics.jsonl").stat().st_size < 1000 * steps
 
 
@@ -212,11 +212,11 @@ def test_a_long_partial_line_is_cut_off(tmp_path: Path) -> None:
     record(tmp_path, 1, 3)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
-    for rest in (b"x" * (metrics.PIECE - 1), b"x" * metrics.PIECE, b"\0" * (3 * metrics.PIECE + 7)):
+    for rest in (b"x" * (records.PIECE - 1), b"x" * records.PIECE, b"\0" * (3 * records.PIECE + 7)):
         path.write_bytes(whole + rest)
         Recorder(tmp_path).close()
         assert path.read_bytes() == whole
-    path.write_bytes(b"x" * (2 * metrics.PIECE))
+    path.write_bytes(b"x" * (2 * records.PIECE))
     Recorder(tmp_path).close()
     assert path.read_bytes() == b""
 
@@ -225,8 +225,8 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from p828.config import Config
-from p828.runs import records as metrics
-recorder = metrics.Recorder(Path(sys.argv[1]))
+from p828.runs import records
+recorder = records.Recorder(Path(sys.argv[1]))
 os.replace = lambda *paths: os._exit(9)
 recorder.rewind(2)
 """
@@ -287,7 +287,7 @@ def test_only_regular_files_are_read_as_records(tmp_path: Path, kind: str, monke
     monkeypatch.chdir(tmp_path)
     put(kind, Path("metrics.jsonl"), tmp_path)
     with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be read"):
-        list(metrics.read(Path("metrics.jsonl")))
+        list(records.read(Path("metrics.jsonl")))
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_wandb_that_cannot_be_reached_is_written_for_offline(tmp_path: Path, mon
     assert "Weights & Biases cannot be reached" in said
     assert "recorded offline" in said
     run = tmp_path / "runs" / "tiny"
-    (event,) = (line for line in metrics.read(run / "metrics.jsonl") if line.get("event") == "wandb")
+    (event,) = (line for line in records.read(run / "metrics.jsonl") if line.get("event") == "wandb")
     assert "connection refused" in event["text"]
     (path,) = run.glob("wandb/offline-run-*/*.wandb")
     logged, _, _ = read_wandb(path)
@@ -380,7 +380,7 @@ def test_a_run_outlives_wandb(tmp_path: Path) -> None:
     assert "Traceback" not in error
 
 
-def test_wandb_that_has_no_directory_to_write_to_is_told(tmp_path: Path) -> None:
+def test_wandb_that_has_no_directory_to_write_to_is_reported(tmp_path: Path) -> None:
     (tmp_path / "wandb").write_text("a file")
     child = started_wandb(tmp_path, "offline")
     assert (child.returncode, child.stdout) == (2, f"{tmp_path}/wandb: cannot be written: Not a directory\n")

@@ -52,7 +52,7 @@ def test_without_room_for_a_copy_training_waits(saver: AsyncCheckpointer, monkey
     checkpoint.verify(saver.directory / layout.name_of(1))
 
 
-def test_a_file_system_that_refuses_is_told_at_the_end(saver: AsyncCheckpointer, tmp_path: Path) -> None:
+def test_a_file_system_that_refuses_is_reported_at_the_end(saver: AsyncCheckpointer, tmp_path: Path) -> None:
     saver.start(1, parts(1.0), {})
     saver.finish()
     saver.directory = tmp_path / "gone"

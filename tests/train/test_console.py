@@ -237,7 +237,7 @@ def test_the_bar_moves_within_a_step(tmp_path: Path) -> None:
     assert bars[4].endswith("0%  micro-batch 4/8")
 
 
-def test_a_long_step_without_a_bar_is_told(tmp_path: Path) -> None:
+def test_a_long_step_without_a_bar_is_reported(tmp_path: Path) -> None:
     console, file = output(60, terminal=False)
     clock = Clock()
     with Console(tmp_path, 4, output=console, clock=clock) as view:
@@ -248,7 +248,7 @@ def test_a_long_step_without_a_bar_is_told(tmp_path: Path) -> None:
     assert shown(file)[:-1] == [f"step 1: micro-batch {number} of 16" for number in told]
 
 
-def test_a_wait_is_told_while_it_lasts(tmp_path: Path) -> None:
+def test_a_wait_is_reported_while_it_lasts(tmp_path: Path) -> None:
     console, file = output(60, terminal=False)
     with Console(tmp_path, 4, output=console) as view:
         with view.waiting("opening the data", after=0.0):

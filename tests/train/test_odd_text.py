@@ -9,7 +9,7 @@ import torch
 
 from p828.cli.main import dispatch
 from p828.data.text import packing
-from p828.runs import records as metrics
+from p828.runs import records
 from runs import write_toml
 from same_run import assert_same_run, final_state
 
@@ -89,7 +89,7 @@ def test_bad_lines_that_are_passed_over_are_recorded(
     assert train(tmp_path, text, tokenizer=tokenizer) == 1
     assert train(tmp_path, text, "--data.bad_records", "skip", tokenizer=tokenizer) == 0
     assert "data.bad_records = 'stop', now 'skip'" in capsys.readouterr().out
-    steps = [line for line in metrics.read(tmp_path / "runs/run/metrics.jsonl") if line["kind"] == "step"]
+    steps = [line for line in records.read(tmp_path / "runs/run/metrics.jsonl") if line["kind"] == "step"]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     assert "bad_records" not in steps[0]
     assert steps[-1]["bad_records"] == 1

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from p828.cli.main import dispatch
-from p828.runs import records as metrics
+from p828.runs import records
 from runs import p828, start, wait_for_step, write_text, write_toml
-from same_run import assert_same_run, final_state, records
+from same_run import assert_same_run, comparable_records, final_state
 
 
 def test_two_resumes_equal_an_uninterrupted_run(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def train_with_kills(path: str, moments: Sequence[int], tmp_path: Path) -> None:
     assert code == 0, said
 
 
-def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_named_quarantined_and_the_one_before_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -76,10 +76,10 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
     monkeypatch.chdir(tmp_path)
     path = str(write_toml(tmp_path))
     assert dispatch(["train", path]) == 0
-    before = records(tmp_path / "runs" / "tiny")
+    before = comparable_records(tmp_path / "runs" / "tiny")
     assert dispatch(["train", path]) == 0
     assert "runs/tiny is complete at step 12" in capsys.readouterr().out
-    assert records(tmp_path / "runs" / "tiny") == before
+    assert comparable_records(tmp_path / "runs" / "tiny") == before
 
 
 def test_a_run_that_had_checkpoints_never_begins_again_by_itself(
@@ -89,7 +89,7 @@ def test_a_run_that_had_checkpoints_never_begins_again_by_itself(
     path = str(write_toml(tmp_path))
     assert dispatch(["train", path]) == 0
     run = tmp_path / "runs" / "tiny"
-    before, steps = records(run), sorted((run / "checkpoints").iterdir())
+    before, steps = comparable_records(run), sorted((run / "checkpoints").iterdir())
     for step in steps:
         (step / "state.json").rename(step / "moved.json")
     for _ in range(2):
@@ -100,7 +100,7 @@ def test_a_run_that_had_checkpoints_never_begins_again_by_itself(
         assert f"{steps[-1].name}: state.json is missing" in said[0]
         assert said[1:] == ["To begin again, give another --name or remove runs/tiny"]
     assert sorted((run / "checkpoints").iterdir()) == steps
-    assert records(run) == before
+    assert comparable_records(run) == before
     (steps[-1] / "moved.json").rename(steps[-1] / "state.json")
     assert dispatch(["train", path]) == 0
     shutil.move(run / "checkpoints", tmp_path / "away")
@@ -174,7 +174,7 @@ def test_kill_9_while_training_on_a_mixture_changes_nothing(tmp_path: Path) -> N
     assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
     train_with_kills(path, (9, 20), tmp_path)
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed", step=30)
-    last = [line for line in metrics.read(tmp_path / "runs" / "whole" / "metrics.jsonl") if line["kind"] == "step"][-1]
+    last = [line for line in records.read(tmp_path / "runs" / "whole" / "metrics.jsonl") if line["kind"] == "step"][-1]
     assert sum(last["source_tokens"].values()) == last["tokens"]
     assert last["source_tokens"]["text"] > last["source_tokens"]["prepared"] > 0
     assert 0 < last["cut_documents"] <= last["documents"]

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from p828.cli.main import dispatch
-from p828.runs import checkpoint, layout
-from p828.runs import records as metrics
+from p828.runs import checkpoint, layout, records
 from p828.runs.train_state import EMA_STEPS, TrainState
 from p828.train import checkpoint_writer
 from runs import write_text, write_toml
@@ -38,7 +37,7 @@ def train(directory: Path, name: str, *flags: str, **sections: dict[str, object]
 
 
 def events(run: Path, kind: str) -> list[dict[str, object]]:
-    return [line for line in metrics.read(run / "metrics.jsonl") if line["kind"] == "event" and line["event"] == kind]
+    return [line for line in records.read(run / "metrics.jsonl") if line["kind"] == "event" and line["event"] == kind]
 
 
 def test_it_goes_on_as_from_that_checkpoint_with_the_data_that_comes_next(odd_text: Path) -> None:
@@ -49,7 +48,7 @@ def test_it_goes_on_as_from_that_checkpoint_with_the_data_that_comes_next(odd_te
     assert f"back to step {back}: 3 steps in a row up to step" in str(event["text"])
     bad = int(str(event["text"]).split("up to step ")[1].split()[0])
     assert bad - 3 - 4 < back <= bad - 3, "the newest checkpoint before the bad steps"
-    losses = [line["loss"] for line in metrics.read(runs / "back" / "metrics.jsonl") if line["kind"] == "step"]
+    losses = [line["loss"] for line in records.read(runs / "back" / "metrics.jsonl") if line["kind"] == "step"]
     assert len(losses) == STEPS
 
     # The same by hand: from a run without it, the weights of the one step and the place in the data of the other.
@@ -78,7 +77,7 @@ def test_a_mixtures_weights_are_those_of_the_step_that_a_run_went_back_to(odd_te
     (event,) = events(odd_text / "runs" / "back", "rollback")
     bad = int(str(event["text"]).split("up to step ")[1].split()[0])
     assert int(event["step"]) < bad < 50  # type: ignore[call-overload]
-    lines = [line for line in metrics.read(odd_text / "runs" / "back" / "metrics.jsonl") if line["kind"] == "step"]
+    lines = [line for line in records.read(odd_text / "runs" / "back" / "metrics.jsonl") if line["kind"] == "step"]
     tokens = {line["step"]: line["source_tokens"]["other"] for line in lines}
     assert [tokens[step] for step in (49, 50)] == [0, 0]
     assert tokens[51] == lines[0]["tokens"], "the first step with the new weights"

@@ -13,8 +13,7 @@ from p828.config import Config, from_dict, load
 from p828.data.batch import Batch
 from p828.engine.plain import PlainEngine
 from p828.model.costs import training_flops
-from p828.runs import checkpoint
-from p828.runs import records as metrics
+from p828.runs import checkpoint, records
 from p828.train.resume import changed_rate
 from runs import write_text, write_toml
 
@@ -26,7 +25,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lines(here: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in metrics.read(here / "runs" / "tiny" / "metrics.jsonl") if line["kind"] == kind]
+    return [line for line in records.read(here / "runs" / "tiny" / "metrics.jsonl") if line["kind"] == kind]
 
 
 def checkpoints(here: Path) -> list[int]:
@@ -230,7 +229,7 @@ def test_another_learning_rate_is_no_jump_of_the_schedule(after: tuple[int, str,
     assert bool(changed_rate(config(*after), 6, config(12, "constant", 1e-2))) == jumps
 
 
-def test_data_and_epochs_are_told_and_recorded(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_and_epochs_are_reported_and_recorded(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(write_text(here / "few", documents=15) / "*.txt")]
     validation = {"kind": "files", "files": [str(here / "text" / "*.txt")]}
     data = {"files": files, "validation": validation}

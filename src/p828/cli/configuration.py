@@ -7,25 +7,24 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from p828 import config as configuration
 from p828.api import settled
 from p828.cli.flags import HELP, parse_given
-from p828.config import Config
+from p828.config import Config, load, load_given
 from p828.config.files import implied, preset_names
 from p828.config.values import changed
-from p828.distributed.launcher import tell_once
+from p828.distributed.launcher import report_once
 from p828.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Arguments(Config):
+class ConfigArguments(Config):
     """A configuration's flags, and the configuration that they change. A command adds flags of its own."""
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG", help_behavior_hint="(required)")] = ""
     """A preset, a .toml file, or the directory of a run."""
 
 
-A = TypeVar("A", bound=Arguments)
+A = TypeVar("A", bound=ConfigArguments)
 
 
 def read_configuration(
@@ -45,14 +44,14 @@ def read_configuration(
     prog = " ".join(usage.split()[:2])
     if any(argument in HELP for argument in arguments):
         name = arguments[0] if not arguments[0].startswith("-") else ""
-        default = configuration.load(name) if name else Config()
+        default = load(name) if name else Config()
         values = {f.name: getattr(default, f.name) for f in dataclasses.fields(Config)}
         parse_given(cls, arguments, prog, cls(**values, config=name), describe(default), others)  # ends with the help
     own, flags = parse_given(cls, arguments, prog, cls(), others=others)
     if not own.config:
         raise ConfigError(f"no configuration given. Usage: {usage}\nPresets: {', '.join(preset_names())}")
-    loaded = configuration.load_given(own.config)
-    tell_once(loaded.old_names)
+    loaded = load_given(own.config)
+    report_once(loaded.old_names)
     sections = {f.name for f in dataclasses.fields(Config)}
     flags = {key: value for key, value in flags.items() if key.partition(".")[0] in sections}
     config = changed(loaded.config, {**implied(flags, loaded.given), **flags})

@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from p828.cli.flags import HELP, parse_given
-from p828.cli.output import note
 from p828.config import Config, DataConfig, facts_by_key, facts_of
 from p828.config.rules import check_text
-from p828.errors import ConfigError
+from p828.errors import ConfigError, warn
 from p828.inference.evaluate import evaluate
 from p828.inference.load import load_model
 from p828.inference.measured_text import batches_of, in_words, measured_config
@@ -51,11 +50,11 @@ def run(arguments: list[str]) -> None:
     for key in flags:
         if key.startswith("data.") and facts_of(facts, key).only_trains:
             raise ConfigError(f"--{key.replace('_', '-')}: of training alone; it changes nothing that is measured")
-    with waiting("loading the model", note):
+    with waiting("loading the model", warn):
         loaded = load_model(own.checkpoint, own.device)
     config = measured_config(loaded, flags)
-    with waiting("measuring", note):
-        result = interruptible(lambda: evaluate(loaded.model, batches_of(config, loaded, flags, note), loaded.dtype))
+    with waiting("measuring", warn):
+        result = interruptible(lambda: evaluate(loaded.model, batches_of(config, loaded, flags, warn), loaded.dtype))
     lines = [
         f"checkpoint     {loaded.path} (step {loaded.step})",
         f"loss           {result.loss:.5f} nats per token",
@@ -81,8 +80,8 @@ def _described(cls: type[Any], table: str = "") -> type[Any]:
             default = {} if own.default is dataclasses.MISSING else {"default": own.default}
             fields.append((own.name, Annotated[kind, tyro.conf.arg(help=texts.get(own.name, ""))], field(**default)))
         elif not facts_of(facts_by_key(Config), f"data.{name}").only_trains:
-            told = tyro.conf.arg(help=texts.get(own.name, ""), help_behavior_hint="(default: the run's)")
-            fields.append((own.name, Annotated[kind, told], field(default=own.default)))
+            with_help = tyro.conf.arg(help=texts.get(own.name, ""), help_behavior_hint="(default: the run's)")
+            fields.append((own.name, Annotated[kind, with_help], field(default=own.default)))
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 

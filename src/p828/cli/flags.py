@@ -14,7 +14,7 @@ from p828.cli.flag_names import suggestion
 from p828.config.facts import fields_of
 from p828.config.old_names import old_names
 from p828.config.values import changed, shown
-from p828.distributed.launcher import tell_once
+from p828.distributed.launcher import report_once
 from p828.errors import ConfigError
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def parse_given(
     if words.is_help:
         _print_help(cls, prog, default, description)
     if not is_again:
-        tell_once(f"{old} is now {words.old_flags[old]}" for old in words.used_old_flags)
+        report_once(f"{old} is now {words.old_flags[old]}" for old in words.used_old_flags)
     given = {_key(name): _value(name, kinds[name], words.values[name]) for name in words.values}
     given.update(_positionals(cls, words.positionals, default, description))
     if default is None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from p828.cli.flags import parse
-from p828.cli.output import note, show
+from p828.cli.output import show
 from p828.config.rules import check_text
 from p828.errors import ConfigError, DataError, warn
 from p828.inference.load import LoadedModel, load_model
@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> None:
     if not given.prompt and not given.interactive:
         raise ConfigError("nothing to continue: give --prompt TEXT or --interactive")
     check_text("CHECKPOINT", given.checkpoint)
-    with waiting("loading the model", note):
+    with waiting("loading the model", warn):
         loaded = load_model(given.checkpoint, given.device)
     if len(given.prompt) == 1:
         _stream(loaded, given.prompt[0], given)

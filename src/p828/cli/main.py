@@ -8,10 +8,10 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from types import ModuleType
 from typing import NoReturn
 
-from p828.cli.output import escape_what_output_lacks, note
+from p828.cli.output import escape_what_output_lacks
 from p828.config.values import shown
 from p828.distributed.launcher import Process, launched
-from p828.errors import ConfigError, LocalRankError, P828Error, did_you_mean, warn
+from p828.errors import INTERRUPTED, ConfigError, LocalRankError, P828Error, did_you_mean, warn
 
 COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",
@@ -22,7 +22,6 @@ COMMANDS = {
     "bench": "how fast this machine trains, beside other libraries",
 }
 LONGEST_LINE = 1200  # characters of a message; what is longer holds a value that goes on and on
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main() -> None:
@@ -73,10 +72,10 @@ def dispatch(arguments: list[str]) -> int:
         if isinstance(error, LocalRankError):
             warn(_cut(str(error)))
         else:
-            _tell(error, error.is_everywhere, _place(arguments))
+            _show(error, error.is_everywhere, _place(arguments))
         return error.exit_code
     except KeyboardInterrupt:
-        _tell("interrupted", is_everywhere=True, process=_place(arguments))
+        _show("interrupted", is_everywhere=True, process=_place(arguments))
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone; point stdout elsewhere so that its flush at exit does not complain.
@@ -88,13 +87,13 @@ def _module(command: str) -> ModuleType:
     """The command's own; imported late, since most of them import PyTorch, which takes seconds."""
     from p828.train.console import say, waiting
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         if command == "prepare":
             say(text)
         elif sys.stderr.isatty():  # standard output is for what the others find out
-            note(text)
+            warn(text)
 
-    with waiting("loading PyTorch", tell):
+    with waiting("loading PyTorch", report):
         return importlib.import_module(f"p828.cli.{command.replace('-', '_')}")
 
 
@@ -110,7 +109,7 @@ def _place(arguments: list[str]) -> Process:
     return launched() if arguments[:1] == ["train"] else Process()
 
 
-def _tell(text: object, is_everywhere: bool, process: Process) -> None:
+def _show(text: object, is_everywhere: bool, process: Process) -> None:
     """Print an error: once in all if every rank of the run ends with it, else once on each machine."""
     if (process.rank if is_everywhere else process.local_rank) == 0:
         warn(_cut(str(text)))

@@ -20,8 +20,3 @@ def printable(text: str) -> str:
 def show(text: str, end: str = "") -> None:
     """Print at once. Raises BrokenPipeError at a closed pipe."""
     print(printable(text), end=end, flush=True)
-
-
-def note(text: str) -> None:
-    """Print a line beside what a command finds out."""
-    print(f"p828: {text}", file=sys.stderr, flush=True)

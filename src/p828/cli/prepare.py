@@ -14,7 +14,7 @@ import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from p828.cli.configuration import Arguments, read_configuration
+from p828.cli.configuration import ConfigArguments, read_configuration
 from p828.config import Config, DataConfig
 from p828.config.files import preset_names
 from p828.data.amount import short
@@ -24,7 +24,7 @@ from p828.data.text.held_out import trained_on_too, unused_text_field
 from p828.data.text.open import open_in_order
 from p828.data.tokenizer.of_run import remarks
 from p828.data.tokenizer.tokenizer import Tokenizer
-from p828.data.tokens.directory import GOES_ON, open_output_dirs, resolve_tokenizer, told_at_work
+from p828.data.tokens.directory import GOES_ON, failures_at_work, open_output_dirs, resolve_tokenizer
 from p828.data.tokens.format import MANIFEST_FILE, Manifest
 from p828.data.tokens.prepare import Preparation, prepare
 from p828.data.tokens.read import Prepared
@@ -34,18 +34,18 @@ from p828.train.signals import A_MOMENT, end_now
 USAGE = "p828 prepare CONFIG --data.prepared DIRECTORY [--section.key VALUE ...]"
 
 KEPT = ("read", "training", "validation")  # what is counted and not left out
-SHARE_PER_LINE, SECONDS_PER_LINE = 0.1, 30.0  # a plain line comes after either
+FRACTION_PER_LINE, SECONDS_PER_LINE = 0.1, 30.0  # a plain line comes after either
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(arguments: list[str]) -> None:
-    config, _ = read_configuration(arguments, Arguments, USAGE, _describe)
+    config, _ = read_configuration(arguments, ConfigArguments, USAGE, _describe)
     wanted = [data for data in config.data.sources if data.prepared]
     if not wanted:
         key = "data.mixture[0].prepared" if config.data.mixture else "data.prepared"
         raise ConfigError(f"{key} is empty: give the directory to write to. Usage: {USAGE}")
     for data in wanted:
-        open_in_order(data, Retry(tell=_say))  # a source that is not there ends it here
+        open_in_order(data, Retry(report=_say))  # a source that is not there ends it here
         for line in (*trained_on_too(data), *unused_text_field(data)):
             print(line, flush=True)
     directories = [Path(data.prepared) for data in wanted]
@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> None:
             print(line, flush=True)
         for data in wanted:
             was_complete = (Path(data.prepared) / MANIFEST_FILE).exists()
-            with told_at_work(lambda: bool(made)):
+            with failures_at_work(lambda: bool(made)):
                 manifest = _prepare(replace(config, data=data), tokenizer)
             if not was_complete:
                 made.append(manifest)
@@ -127,27 +127,28 @@ def _prepare(config: Config, tokenizer: Tokenizer) -> Manifest:
     columns = TextColumn("{task.percentage:>3.0f}%"), BarColumn(bar_width=None), TextColumn("{task.fields[shown]}")
     directory, started = Path(config.data.prepared), time.monotonic()
     first = -1.0
-    said = (-1.0, started)  # share and time of the last line
+    shown_last = (-1.0, started)  # fraction and time of the last line
 
-    def report(preparation: Preparation) -> None:
-        nonlocal said, first
-        share, now = preparation.share_done(), time.monotonic()
-        first = share if first < 0 else first  # what an interrupted command had done before
-        left = (1 - share) * (now - started) / (share - first) if share > first else None
+    def show_progress(preparation: Preparation) -> None:
+        nonlocal shown_last, first
+        fraction, now = preparation.fraction_done(), time.monotonic()
+        first = fraction if first < 0 else first  # what an interrupted command had done before
+        left = (1 - fraction) * (now - started) / (fraction - first) if fraction > first else None
         rate = preparation.rate(now - started)
         shown = f"{short(preparation.tokens)} tokens  {rate / 1e6:.2f} M/s  {_time(left)} left"
-        bar.update(task, completed=share, shown=shown)
-        if not output.is_terminal and (share >= said[0] + SHARE_PER_LINE or now > said[1] + SECONDS_PER_LINE):
-            said = share, now
-            print(f"{directory}: {share:.0%}  {shown}", flush=True)
+        bar.update(task, completed=fraction, shown=shown)
+        is_line_due = fraction >= shown_last[0] + FRACTION_PER_LINE or now > shown_last[1] + SECONDS_PER_LINE
+        if is_line_due and not output.is_terminal:
+            shown_last = fraction, now
+            print(f"{directory}: {fraction:.0%}  {shown}", flush=True)
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         output.print(Text(text), soft_wrap=True)
 
     with Progress(*columns, console=output, expand=True, disable=not output.is_terminal) as bar:
         task = bar.add_task("", total=1.0, shown="")
         try:
-            return prepare(config, directory, tokenizer, report, Retry(config.data.read_retries, tell=tell))
+            return prepare(config, directory, tokenizer, show_progress, Retry(config.data.read_retries, report=report))
         except TransientReadError as error:
             raise RunFailed(f"{error}\n{GOES_ON}") from error
 

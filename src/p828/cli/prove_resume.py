@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from p828 import config as configuration
-from p828.cli import configuration as named
-from p828.cli.configuration import read_configuration
+from p828.cli.configuration import ConfigArguments, read_configuration
 from p828.cli.flags import parse_given, shown_word
-from p828.config import Config
+from p828.config import Config, with_steps
 from p828.config.files import preset_names
 from p828.config.values import flatten, shown
 from p828.errors import ConfigError, RunFailed
@@ -26,7 +24,7 @@ TOLERANCE = 0.01  # nats between losses whose sums were in another order; in flo
 
 
 @dataclass(frozen=True)
-class Arguments(named.Arguments):
+class Arguments(ConfigArguments):
     kills: int = KILLS
     """Kills, at random moments; at least 2."""
     seed: str = ""
@@ -53,7 +51,7 @@ def run(arguments: list[str]) -> None:
             )
     seed = _number("--seed", given.seed, 0) if given.seed else None
     _, flags = parse_given(Arguments, arguments, "p828 prove-resume", Arguments(), is_again=True)
-    _prove(configuration.with_steps(config, max(ranks, 1)), flags, kills, seed, ranks, ranks_after)
+    _prove(with_steps(config, max(ranks, 1)), flags, kills, seed, ranks, ranks_after)
 
 
 def _prove(

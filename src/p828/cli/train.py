@@ -4,12 +4,10 @@ from dataclasses import dataclass
 
 import tomli_w
 
-from p828 import config as configuration
 from p828.api import train_run
-from p828.cli import configuration as named
-from p828.cli.configuration import read_configuration
+from p828.cli.configuration import ConfigArguments, read_configuration
 from p828.cli.presets import presets_table
-from p828.config import Config, rules
+from p828.config import Config, rules, with_steps, with_vocabulary
 from p828.config.files import preset_names
 from p828.config.values import to_dict
 from p828.errors import ConfigError
@@ -20,7 +18,7 @@ DEEPSPEED_CONFIG = "--deepspeed-config"
 
 
 @dataclass(frozen=True)
-class Arguments(named.Arguments):
+class Arguments(ConfigArguments):
     dry_run: bool = False
     """Print the resolved configuration with its parameters and FLOPs, and end."""
     presets: bool = False
@@ -36,7 +34,7 @@ def run(arguments: list[str]) -> None:
         return
     config, given = read_configuration(flags, Arguments, USAGE, _describe, (DEEPSPEED_CONFIG,), reads_prepared=True)
     if given.dry_run:
-        config = configuration.with_vocabulary(configuration.with_steps(config, 1))
+        config = with_vocabulary(with_steps(config, 1))
         lines = "\n".join([_costs(config), *(f"# {line}" for line in rules.remarks(config))])
         print(tomli_w.dumps(to_dict(config)).rstrip(), lines, sep="\n\n")
         return
@@ -61,7 +59,7 @@ def _describe(default: Config) -> str:
 
 def _costs(config: Config) -> str:
     """Total and active parameters and FLOPs of a configuration."""
-    config = configuration.with_vocabulary(config)
+    config = with_vocabulary(config)
     parameters = count_parameters(config.model)
     flops = flops_per_token(config.model, config.data.sequence_length)
     return (

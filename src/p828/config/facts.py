@@ -65,9 +65,9 @@ class Facts:
         if kind is int:
             return f"a whole number from {self.at_least} to {min(self.at_most, LARGEST_INT)}"
         if self.below < INFINITY:
-            return f"a share from {self.at_least} to below {self.below}"
+            return f"a fraction from {self.at_least} to below {self.below}"
         if self.at_most < INFINITY:
-            return f"a share from {self.at_least} to {self.at_most}"
+            return f"a fraction from {self.at_least} to {self.at_most}"
         return f"a number above {self.above}" if self.above > -INFINITY else f"a number of at least {self.at_least}"
 
 

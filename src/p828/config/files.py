@@ -63,7 +63,7 @@ def load(name_or_path: str) -> Config:
 
 
 def load_given(name_or_path: str) -> Loaded:
-    """As `load`, with what the user's own files give, and without the warnings."""
+    """As `load`, with what the user's own files give, and without the warnings. Raises ConfigError."""
     path = Path(name_or_path)
     is_named = path.suffix == ".toml" or name_or_path in ("", *preset_names())
     is_run = not is_named and _is_directory(path)

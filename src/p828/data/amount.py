@@ -40,9 +40,9 @@ class Amount:
 def amounts(config: Config, tokenizer: Tokenizer, ranks: int) -> list[Amount]:
     """The amount of every source. Text is read no further than the loader reads it for its first batch."""
     found = []
-    names, shares = config.data.source_names, planned_shares(config)
-    for number, (name, data, share) in enumerate(zip(names, config.data.sources, shares, strict=True)):
-        planned = share * config.train.steps * config.tokens_per_step * ranks
+    names, fractions = config.data.source_names, planned_fractions(config)
+    for number, (name, data, fraction) in enumerate(zip(names, config.data.sources, fractions, strict=True)):
+        planned = fraction * config.train.steps * config.tokens_per_step * ranks
         if data.prepared:
             tokens = sum(shard.tokens for shard in open_manifest(Path(data.prepared)).training)
             found.append(Amount(name, tokens, True, planned))
@@ -55,22 +55,22 @@ def amounts(config: Config, tokenizer: Tokenizer, ranks: int) -> list[Amount]:
     return found
 
 
-def planned_shares(config: Config) -> list[float]:
-    """The share of the whole run's tokens that comes from each source."""
+def planned_fractions(config: Config) -> list[float]:
+    """The fraction of the whole run's tokens that comes from each source."""
     data, steps = config.data, config.train.steps
     if not data.mixture:
         return [1.0]
-    shares = [0.0] * len(data.mixture)
+    fractions = [0.0] * len(data.mixture)
     for number, begin in enumerate(data.mixture_steps):
         end = data.mixture_steps[number + 1] if number + 1 < len(data.mixture_steps) else steps
         weights = [mixed.weights[number] for mixed in data.mixture]
         for source, weight in enumerate(weights):
-            shares[source] += weight / sum(weights) * max(min(end, steps) - begin, 0) / steps
-    return shares
+            fractions[source] += weight / sum(weights) * max(min(end, steps) - begin, 0) / steps
+    return fractions
 
 
 def _estimated(data: DataConfig, seed: int, tokenizer: Tokenizer) -> int | None:
-    """Tokens of an epoch: those of the first documents by the share of the files' bytes that these are."""
+    """Tokens of an epoch: those of the first documents by the fraction of the files' bytes that these are."""
     if data.source == "hf":  # which has no sizes
         return None
     stream = open_training(replace(data, block_documents=1), seed, epochs=1)  # which reads no further than it gives
@@ -81,8 +81,8 @@ def _estimated(data: DataConfig, seed: int, tokenizer: Tokenizer) -> int | None:
         documents += 1
         if documents == SAMPLE_DOCUMENTS:
             break
-    share = stream.share_read() if documents == SAMPLE_DOCUMENTS else 1.0
-    return round(tokens / share) if share else None
+    fraction = stream.fraction_read() if documents == SAMPLE_DOCUMENTS else 1.0
+    return round(tokens / fraction) if fraction else None
 
 
 def describe(amount: Amount) -> str:

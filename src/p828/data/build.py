@@ -49,14 +49,14 @@ def validation_batches(
     micro_batch_size: int,
     rules: Sequence[bool | None] = (),
     part: tuple[int, int] = (0, 1),
-    tell: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> list[Batch]:
     """The first `rows` samples of the validation documents, or fewer if there are fewer; a source's last one is padded.
 
     Of prepared data they come from all over it, and are the same in every run. A mixture's sources give equal numbers,
     whatever their weights. The samples do not depend on `micro_batch_size`; the last batch may have fewer than that.
     `rules` say of each source by which rule its text is held out (`order.held_out_rules`), if that is settled.
-    `part` and `tell` are as in `open_loader`. Raises ConfigError if there is no validation text.
+    `part` and `report` are as in `open_loader`. Raises ConfigError if there is no validation text.
     """
     sources, validation = config.sources, config.validation
     if validation.kind == "files" or (validation.kind == "split" and validation.hub_name):
@@ -66,7 +66,7 @@ def validation_batches(
         sample
         for data, count, by_end in zip(sources, counts, rules or [None] * len(sources), strict=False)
         if count
-        for sample in _validation_samples(data, tokenizer, count, by_end, part, tell)
+        for sample in _validation_samples(data, tokenizer, count, by_end, part, report)
     ]
     size = micro_batch_size
     return [make_batch(chosen[i : i + size], mask_documents) for i in range(0, len(chosen), size)]
@@ -77,14 +77,14 @@ def all_validation_batches(
     tokenizer: Tokenizer,
     mask_documents: bool,
     micro_batch_size: int,
-    tell: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Batch]:
     """Every sample of the validation documents that are read as text, as they are read, the last one padded.
 
-    `tell` is as in `open_loader`. Raises ConfigError if there is no validation text.
+    `report` is as in `open_loader`. Raises ConfigError if there is no validation text.
     """
     data = config.sources[0]
-    samples = _read_samples(data, tokenizer, Retry(data.read_retries, tell=tell))
+    samples = _read_samples(data, tokenizer, Retry(data.read_retries, report=report))
     while chosen := list(islice(samples, micro_batch_size)):
         yield make_batch(chosen, mask_documents)
 
@@ -95,9 +95,9 @@ def _validation_samples(
     count: int,
     by_end: bool | None,
     part: tuple[int, int],
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> list[Sample]:
-    retry = Retry(data.read_retries, tell=tell)
+    retry = Retry(data.read_retries, report=report)
     if not data.prepared:
         return list(islice(_read_samples(data, tokenizer, retry, by_end), count))
     samples = open_prepared(data, tokenizer).validation_samples(count, data.sequence_length, retry, part)

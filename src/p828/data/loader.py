@@ -26,7 +26,7 @@ from p828.errors import TransientReadError
 
 PREFETCHED_BATCHES = 8
 LOOK_EVERY = 0.05  # seconds, while a batch is waited for
-TELL_AFTER, TELL_EVERY = 2.0, 60.0  # seconds
+REPORT_AFTER, REPORT_EVERY = 2.0, 60.0  # seconds
 CLOSE_WITHIN = 2.0  # seconds: a thread whose read hangs is left behind
 
 
@@ -38,16 +38,16 @@ def open_loader(
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
-    tell: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
     part: tuple[int, int] = (0, 1),
 ) -> "Loader":
-    """A rank's training batches from the beginning. `tell` is given a line when a failed read is repeated.
+    """A rank's training batches from the beginning. `report` is given a line when a failed read is repeated.
 
     Ranks of one host compare prepared files with their checksums together: `part` is this rank's number among them, and
     how many they are. Raises ConfigError if the data cannot be opened.
     """
     cancelled = threading.Event()
-    retry = Retry(data.read_retries, cancelled.wait, tell)
+    retry = Retry(data.read_retries, cancelled.wait, report)
     sources = [
         _open_source(source, source_seed(train.seed, number), tokenizer, retry, part)
         for number, source in enumerate(data.sources)
@@ -56,7 +56,7 @@ def open_loader(
     schedule = list(zip(data.mixture_steps, weights, strict=True))
     batches_per_step = train.gradient_accumulation * world_size
     order = SampleOrder(sources, schedule, train.micro_batch_size, batches_per_step, rank, world_size)
-    return Loader(order, mask_documents, pin_memory, len(sources), cancelled, tell)
+    return Loader(order, mask_documents, pin_memory, len(sources), cancelled, report)
 
 
 def _open_source(
@@ -140,9 +140,9 @@ class Loader:
         pin_memory: bool = False,
         sources: int = 1,
         cancelled: threading.Event | None = None,
-        tell: Callable[[str], None] = lambda text: None,
+        report: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`cancelled` is set once `next` may wait no longer. `tell` is given a line when `next` waits for long."""
+        """`cancelled` is set once `next` may wait no longer. `report` is given a line when `next` waits for long."""
         self.order = order
         self.sources = sources
         self.mask_documents = mask_documents
@@ -153,7 +153,7 @@ class Loader:
         self._error: BaseException | None = None
         self._stop, self._cancelled = threading.Event(), cancelled or threading.Event()
         self._thread: threading.Thread | None = None
-        self._tell, self._told = tell, -TELL_EVERY
+        self._report, self._reported = report, -REPORT_EVERY
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -234,9 +234,9 @@ class Loader:
                 if self._cancelled.is_set():
                     raise TransientReadError("data was not waited for, as the run was asked to end") from None
             now = time.monotonic()
-            if now - begun > TELL_AFTER and now - self._told > TELL_EVERY:
-                self._told = now
-                self._tell("waiting for data: the next rows are not read yet")
+            if now - begun > REPORT_AFTER and now - self._reported > REPORT_EVERY:
+                self._reported = now
+                self._report("waiting for data: the next rows are not read yet")
 
     def _make(self) -> None:
         try:

@@ -16,7 +16,7 @@ class Retry:
     """Failures in a row after which there is another attempt, 1, 2, 4, ... seconds later."""
     pause: Callable[[float], object] = time.sleep
     """Called with the seconds to wait."""
-    tell: Callable[[str], None] = lambda text: None
+    report: Callable[[str], None] = lambda text: None
     """Called with a line before each wait."""
 
     def call(self, function: Callable[[], T]) -> T:
@@ -34,7 +34,7 @@ class Retry:
         if failures == self.attempts:
             raise error
         seconds = 2.0**failures
-        self.tell(f"{error}; attempt {failures + 2} of {self.attempts + 1} in {seconds:.0f} s")
+        self.report(f"{error}; attempt {failures + 2} of {self.attempts + 1} in {seconds:.0f} s")
         self.pause(seconds)
 
 

@@ -58,15 +58,15 @@ class Peer:
         return [json.loads(line) for line in lines]
 
 
-def connect(rank: int, size: int, gather: Callable[[Any], list[Any]]) -> list[Peer]:
+def connect(rank: int, size: int, all_gather_object: Callable[[Any], list[Any]]) -> list[Peer]:
     """On rank 0 a connection to every other rank, elsewhere the one to rank 0; all ranks must call it.
 
-    `gather` returns every rank's value, by rank. Raises RunFailed where a rank cannot be reached.
+    `all_gather_object` returns every rank's value, by rank. Raises RunFailed where a rank cannot be reached.
     """
-    hosts = set(gather(machine()))
+    hosts = set(all_gather_object(machine()))
     server = socket.create_server(("127.0.0.1" if len(hosts) == 1 else "", 0), backlog=1024) if rank == 0 else None
     place = None if server is None else (_address(server), secrets.token_hex(16))
-    address, token = next(found for found in gather(place) if found is not None)
+    address, token = next(found for found in all_gather_object(place) if found is not None)
     if server is None:
         return [greet(address, token, rank)]
     with server:

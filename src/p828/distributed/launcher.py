@@ -37,7 +37,7 @@ def launched() -> Process:
     return Process(rank, size, local_rank, is_launched=True)
 
 
-def tell_once(lines: Iterable[str]) -> None:
+def report_once(lines: Iterable[str]) -> None:
     """Warn of each; of several processes that train one run, the first does."""
     if launched().rank == 0:
         for line in lines:

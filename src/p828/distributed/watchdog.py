@@ -22,30 +22,29 @@ from typing import Any
 
 from p828.distributed.connections import Peer, connect
 from p828.distributed.stacks import main_thread, stacks
-from p828.errors import P828Error
+from p828.errors import INTERRUPTED, P828Error
 from p828.files import open_appended, write_atomic
 from p828.runs.layout import HANG_FILE
 
 LOOK_EVERY = 0.5  # seconds
 ANSWER_WITHIN = 15.0  # seconds for a rank to send its stacks
 LOSS_NOTICED_WITHIN = 3.0  # seconds within which the watchdog notices a death that made a collective operation fail
-INTERRUPTED = 130
 
 
 def connect_watchdog(
-    rank: int, size: int, gather: Callable[[Any], list[Any]], timeout: float, run_dir: Path
+    rank: int, size: int, all_gather_object: Callable[[Any], list[Any]], timeout: float, run_dir: Path
 ) -> "Watchdog":
     """Start this rank's watchdog; all ranks must call it.
 
     Args:
-        gather: returns every rank's value, by rank.
+        all_gather_object: returns every rank's value, by rank.
         timeout: seconds without progress after which the run is ended.
 
     Raises RunFailed where a rank cannot be reached.
     """
-    peers = connect(rank, size, gather)
+    peers = connect(rank, size, all_gather_object)
     process: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
-    processes: dict[int, dict[str, Any]] = dict(enumerate(gather(process)))
+    processes: dict[int, dict[str, Any]] = dict(enumerate(all_gather_object(process)))
     return Watchdog(rank, peers, processes, timeout, run_dir / HANG_FILE)
 
 
@@ -206,9 +205,9 @@ class Watchdog:
             for rank in range(len(self.peers) + 1)
         ]
         whole = "\n\n".join(f"rank {rank}\n{text}" for rank, text in sorted(found.items()))
-        said = f"no progress for {self.timeout:g} s; the run ends. Where each rank is"
-        where = self._write_report("\n".join([f"{said}:", *lines]) + "\n\n" + whole, is_whole=True)
-        _print("\n".join([f"p828: {said} (whole stacks: {where}):", *lines]))
+        summary = f"no progress for {self.timeout:g} s; the run ends. Where each rank is"
+        where = self._write_report("\n".join([f"{summary}:", *lines]) + "\n\n" + whole, is_whole=True)
+        _print("\n".join([f"p828: {summary} (whole stacks: {where}):", *lines]))
         self._end_others()
         _exit(1)
 

@@ -93,6 +93,6 @@ class PlainEngine:
     def load_state_dict(self, tensors: Mapping[str, dict[str, Tensor]] | Tensors) -> None:
         """Go on from what any engine saved."""
         self.model.load_state_dict(tensors["model"])
-        self.masters.load(tensors["model"])
+        self.masters.load_state_dict(tensors["model"])
         self.optimizer.load_state_dict(tensors["optimizer"])
         restore_random_states(tensors["random"], self.device)

@@ -49,7 +49,7 @@ def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('device = "cuda": this machine shows no GPU to PyTorch; "auto" or "cpu" is accepted')
-    place, retry = pick_device(device), Retry(READ_RETRIES, tell=warn)
+    place, retry = pick_device(device), Retry(READ_RETRIES, report=warn)
     found, notes = checkpoint.resolve_with_notes(Path(path), retry)
     for note in notes:
         warn(note)

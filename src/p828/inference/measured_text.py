@@ -81,18 +81,18 @@ def _is_every_row(config: Config, given: Collection[str]) -> bool:
 
 
 def batches_of(
-    config: Config, loaded: LoadedModel, given: Collection[str], tell: Callable[[str], None]
+    config: Config, loaded: LoadedModel, given: Collection[str], report: Callable[[str], None]
 ) -> Iterable[Batch]:
-    """What to measure with `measured_config`. `tell` is given a line when a failed read is repeated.
+    """What to measure with `measured_config`. `report` is given a line when a failed read is repeated.
 
     Raises ConfigError if there is no text.
     """
     size, mask_documents = config.train.micro_batch_size, config.model.mask_documents
     if _is_every_row(config, given):
-        return all_validation_batches(config.data, loaded.tokenizer, mask_documents, size, tell)
+        return all_validation_batches(config.data, loaded.tokenizer, mask_documents, size, report)
     rules = loaded.rules if _texts(config) == _texts(loaded.config) else []
     rows = config.evaluation.rows
-    return validation_batches(config.data, loaded.tokenizer, mask_documents, rows, size, rules, tell=tell)
+    return validation_batches(config.data, loaded.tokenizer, mask_documents, rows, size, rules, report=report)
 
 
 def _texts(config: Config) -> list[tuple[Any, ...]]:

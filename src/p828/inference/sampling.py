@@ -22,9 +22,9 @@ class SamplingConfig:
     top_k: int = 0
     """Draw from this many likeliest tokens only; 0 is off."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that hold this share of the probability; 1 is off."""
+    """Draw from the likeliest tokens that hold this fraction of the probability; 1 is off."""
     min_p: float = 0.0
-    """Leave out tokens with less than this share of the likeliest token's probability; 0 is off."""
+    """Leave out tokens with less than this fraction of the likeliest token's probability; 0 is off."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens of the prompt and of the text so far less likely; 1 is off."""
     max_new_tokens: int = 128
@@ -38,8 +38,8 @@ class SamplingConfig:
         infinity = math.inf
         _check("temperature", self.temperature, 0 <= self.temperature < infinity, "a number of at least 0")
         _check("top_k", self.top_k, self.top_k >= 0, "a whole number of at least 0 (0 is off)")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "a share above 0 and up to 1")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "a share from 0 to 1")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "a fraction above 0 and up to 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "a fraction from 0 to 1")
         least, most = PENALTIES
         penalty = self.repetition_penalty
         _check("repetition_penalty", penalty, least <= penalty <= most, f"a number from {least} to {most} (1 is off)")
@@ -111,7 +111,7 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     return logits_BV.masked_fill(excluded_BV.scatter(1, order_BV, excluded_BV), -math.inf)
 
 
-def keep_min_p(logits_BV: Tensor, share: float) -> Tensor:
-    """Tokens at least `share` times as likely as the likeliest stay (arXiv 2407.01082)."""
+def keep_min_p(logits_BV: Tensor, fraction: float) -> Tensor:
+    """Tokens at least `fraction` times as likely as the likeliest stay (arXiv 2407.01082)."""
     probabilities_BV = logits_BV.softmax(dim=-1)
-    return logits_BV.masked_fill(probabilities_BV < share * probabilities_BV.amax(dim=-1, keepdim=True), -math.inf)
+    return logits_BV.masked_fill(probabilities_BV < fraction * probabilities_BV.amax(dim=-1, keepdim=True), -math.inf)

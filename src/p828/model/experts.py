@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p828.config import ModelConfig
-from p828.kernels.moe import ops as kernels
 from p828.kernels.moe.grouped_gemm_cpu import grouped_linear, grouped_mm
+from p828.kernels.moe.ops import align_to_blocks, routed_experts
 from p828.kernels.moe.swiglu_down import swiglu_down
 from p828.kernels.moe.tiles import TILE
 from p828.model.backend import ExpertsBackend, experts_backend
@@ -53,12 +53,12 @@ class Experts(nn.Module):
         if self._backend(x_TH) != "triton":
             return sort_by_expert(experts_TK, valid_token_T, experts)
         tiles = -(-experts_TK.numel() // TILE) + experts  # no expert pads more than a tile
-        return TokenPermutation(*kernels.align_to_blocks(experts_TK, valid_token_T, experts, tiles * TILE))
+        return TokenPermutation(*align_to_blocks(experts_TK, valid_token_T, experts, tiles * TILE))
 
     def forward(self, x_TH: Tensor, weights_TK: Tensor, permutation: TokenPermutation) -> Tensor:
         gate_up, down = self.gate_up_proj.to(x_TH.dtype), self.down_proj.to(x_TH.dtype)
         if permutation.tile_expert is not None:
-            return kernels.routed_experts(x_TH, weights_TK, gate_up, down, *permutation[:4])[0]
+            return routed_experts(x_TH, weights_TK, gate_up, down, *permutation[:4])[0]
         rows_E = permutation.offsets_E1.diff()
         x_RH = PermuteTokens.apply(x_TH, permutation.destination_TK, permutation.source_R)
         product = grouped_linear if self._backend(x_TH) == "loop" else grouped_mm

@@ -17,6 +17,7 @@ from p828.config import OptimizerConfig
 from p828.errors import ConfigError
 from p828.kernels.adamw import adamw_, bias_corrections
 from p828.kernels.adamw_state import MatrixState, Update
+from p828.model.backend import uses_triton
 from p828.optim.clipping import clip_factor
 from p828.optim.groups import Group
 from p828.optim.masters import Masters
@@ -114,7 +115,7 @@ def pick_moment_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> 
             'optimizer.moment_dtype = "bfloat16": accepted in bfloat16 runs (train.dtype); this one is in float32'
         )
     if wanted == "auto":
-        return torch.bfloat16 if device.type == "cuda" and dtype == torch.bfloat16 else torch.float32
+        return torch.bfloat16 if uses_triton(device, dtype) else torch.float32
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from p828.kernels.adamw import join_float32, split_float32
+from p828.kernels.adamw import split_float32
 from p828.model.precision import matrices
 from p828.runs.tensors import Master
 
@@ -36,11 +36,7 @@ class Masters:
         """Masters by the parameter's name, not joined; the tensors are the ones that training goes on with."""
         return {self._names[parameter]: master for parameter, master in self.items()}
 
-    def joined(self) -> dict[str, Tensor]:
-        """float32 values on the CPU, by the parameter's name."""
-        return {name: join_float32(*master).cpu() for name, master in self.state_dict().items()}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Set all masters from float32 tensors by name. `tensors` may hold more than these."""
         for name, master in self.state_dict().items():
             high, low = split_float32(tensors[name].to(master.weight.device))

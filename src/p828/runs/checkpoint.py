@@ -31,9 +31,9 @@ from p828.runs.layout import (
     CHECKPOINTS,
     DELETED,
     MANIFEST_FILE,
+    QUARANTINED,
     REPLACED,
     SAVING,
-    SET_ASIDE,
     STEP_NAME,
     beside,
     step_of,
@@ -114,7 +114,8 @@ def find_newest(
 
     Once a complete checkpoint is found, newer damaged ones are renamed to `damaged_step_XXXXXXXX`. This also removes
     what a killed save left, so only the process that trains the run may call it; readers use `resolve`. Raises
-    TransientReadError where a checkpoint cannot be read for now, and then renames nothing.
+    DataError where the system does not let the directory be read or changed, and TransientReadError where it cannot be
+    read for now, and then renames nothing.
     """
     damaged: list[tuple[Path, str]] = []
     try:
@@ -127,15 +128,15 @@ def find_newest(
             except DamagedCheckpoint as error:
                 damaged.append((path, str(error)))
                 continue
-            return path, [f"{text}; set aside as {_set_aside(bad).name}" for bad, text in damaged]
+            return path, [f"{text}; quarantined as {_quarantine(bad).name}" for bad, text in damaged]
     except OSError as error:
         text = f"{directory}: cannot look for checkpoints: {error}"
         raise (DataError(text) if error.errno in REFUSED else TransientReadError(text)) from None
     return None, [text for _, text in damaged]
 
 
-def _set_aside(path: Path) -> Path:
-    aside = _unused(path.with_name(f"{SET_ASIDE}{path.name}"))
+def _quarantine(path: Path) -> Path:
+    aside = _unused(path.with_name(f"{QUARANTINED}{path.name}"))
     move_directory(path, aside)
     return aside
 

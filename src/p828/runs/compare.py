@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from p828.runs import checkpoint
-from p828.runs import records as metrics
+from p828.runs import checkpoint, records
 from p828.runs.layout import RECORDS_FILE
 
 OF_THE_MACHINE = ("tokens_per_second", "mfu", "memory_bytes", "seconds")  # keys in which two equal runs differ
@@ -42,7 +41,7 @@ def distance_of_losses(first: Path, second: Path) -> tuple[float, str | None]:
     `first_difference` does.
     """
     ours, theirs = (
-        [line for line in metrics.read(run / RECORDS_FILE) if line["kind"] == "step"] for run in (first, second)
+        [line for line in records.read(run / RECORDS_FILE) if line["kind"] == "step"] for run in (first, second)
     )
     if len(ours) != len(theirs):
         return float("inf"), f"one has records of {len(ours)} steps, the other of {len(theirs)}"
@@ -99,6 +98,6 @@ def _of_records(first: Path, second: Path) -> Iterator[str]:
 
 
 def _kept_records(run: Path) -> Iterator[dict[str, Any]]:
-    for line in metrics.read(run / RECORDS_FILE):
-        if line["kind"] in metrics.REPEATED_KINDS:
+    for line in records.read(run / RECORDS_FILE):
+        if line["kind"] in records.REPEATED_KINDS:
             yield {key: value for key, value in line.items() if key not in OF_THE_MACHINE}

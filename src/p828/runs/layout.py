@@ -22,7 +22,7 @@ TRIAL_DIRECTORY = ".trial"
 
 # In the directory of checkpoints; S is the name of a step's checkpoint:
 STEP_NAME = re.compile(r"step_(\d{8,})")
-SET_ASIDE = "damaged_"
+QUARANTINED = "damaged_"
 """Before S: a checkpoint that was found damaged."""
 SAVING, REPLACED, DELETED = "tmp", "replaced", "old"
 """Behind S, as `.S.tmp`: one that is being written, replaced by another of its step, or deleted."""

@@ -30,7 +30,10 @@ NO_FILE = (errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ELOOP)
 
 @contextmanager
 def reading_file(path: Path, file: str) -> Iterator[None]:
-    """Raise the system's error on reading a checkpoint's file as what it means: damage, no permission, or try later."""
+    """An error on reading a checkpoint's file as what it means.
+
+    DamagedCheckpoint: no such file; DataError: no permission; TransientReadError: it may be read later.
+    """
     try:
         yield
     except FileNotFoundError:
@@ -55,7 +58,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest's fields without its checksum. Raises as `read_state`, DataError for another format's version.
+    """The manifest's fields without its checksum. Raises as `read_state`, and DataError for another format version.
 
     Later versions keep the checksum, so that a newer format is not taken for damage.
     """

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, cast
 
-from p828.errors import ConfigError, RecordsFailed, RunPaused, closed_after
+from p828.errors import ConfigError, DataError, RecordsFailed, RunPaused, closed_after
 from p828.files import fsync, open_appended, open_regular
 from p828.runs.layout import DAMAGED_RECORDS_FILE, RECORDS_FILE
 
@@ -156,13 +156,13 @@ class Recorder:
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order. A partial last line, as a killed process leaves it, is left out.
 
-    Raises ConfigError for a file that cannot be read, and for any other line that is no record, by its number.
+    Raises ConfigError for a file that cannot be read, and DataError naming any other line that is no record.
     """
     try:
         for number, line in enumerate(_lines(path), start=1):
             record = _parsed(line)
             if record is None:
-                raise ConfigError(f"{path}: line {number} is not a record; mend or remove that line")
+                raise DataError(f"{path}: line {number} is not a record; mend or remove that line")
             yield record
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None

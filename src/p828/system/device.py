@@ -79,7 +79,7 @@ def check_room(parameters: int, device: torch.device) -> None:
 
 
 @contextmanager
-def out_of_memory_told(what: str) -> Iterator[None]:
+def explain_out_of_memory(what: str) -> Iterator[None]:
     """Where the block takes more memory than there is, raise RunFailed with what to change.
 
     PyTorch has an error of its own for a GPU, and a RuntimeError for the host.

@@ -9,13 +9,13 @@ FIRST_WORD, NEXT_WORD = 2.0, 30.0  # seconds after which there is a line, and an
 class SlowCount:
     """Reports a growing count in lines, the first one after two seconds."""
 
-    def __init__(self, tell: Callable[[str], None], words: str) -> None:
+    def __init__(self, report: Callable[[str], None], words: str) -> None:
         """`words` is the line, with `{:,}` for the count."""
-        self._tell, self._words = tell, words
+        self._report, self._words = report, words
         self._due = time.monotonic() + FIRST_WORD
 
     def to(self, count: int) -> None:
         """The count is `count` now."""
         if time.monotonic() >= self._due:
-            self._tell(self._words.format(count))
+            self._report(self._words.format(count))
             self._due = time.monotonic() + NEXT_WORD

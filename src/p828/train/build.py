@@ -113,8 +113,8 @@ def _check_data(config: Config, ranks: ProcessGroup, report: Callable[[str], Non
             if data.prepared:
                 open_manifest(Path(data.prepared))
             else:
-                open_training(data, config.train.seed, retry=Retry(tell=report))
-                next(open_validation(data, Retry(data.read_retries, tell=report)))
+                open_training(data, config.train.seed, retry=Retry(report=report))
+                next(open_validation(data, Retry(data.read_retries, report=report)))
 
 
 def configure_torch(config: Config) -> None:
@@ -145,7 +145,7 @@ def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs) -> _Inp
     ranks.on_rank_0(lambda: _make_tokenizer(config, console))  # the others find it in the run's directory
     with ranks.raise_together():
         tokenizer = _tokenizer(config, console)
-        config = run.settled(config, tokenizer.vocab_size)
+        config = run.with_vocabulary(config, tokenizer.vocab_size)
         if outputs.mirror is not None:
             outputs.mirror.update(config)
         _check_prompts(config, tokenizer)
@@ -176,7 +176,7 @@ def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs) -> _Inp
                 is_pinned,
                 ranks.rank,
                 ranks.size,
-                tell=console.event,
+                report=console.event,
                 part=part,
             )
     return _Inputs(config, tokenizer, rules, validation, loader)

@@ -60,7 +60,7 @@ class Checkpointing:
         self.engine, self.loader, self.log, self.usage, self.ranks = engine, loader, log, usage, ranks
         self.saved_step: int | None = None
         """Step of the newest checkpoint that is complete."""
-        self.retry = Retry(config.data.read_retries, tell=log.console.event)
+        self.retry = Retry(config.data.read_retries, report=log.console.event)
         """How checkpoints that cannot be read for now are waited for."""
         self._writer = AsyncCheckpointer(directory, ranks.new_group(), engine.device, enclosed)
 

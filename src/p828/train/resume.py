@@ -24,11 +24,10 @@ from p828.distributed.group import ProcessGroup
 from p828.errors import ConfigError, P828Error, warn
 from p828.files import MEBIBYTE, locked, read_limited, write_atomic
 from p828.optim.schedule import learning_rate
-from p828.runs import checkpoint, layout
-from p828.runs import records as metrics
+from p828.runs import checkpoint, layout, records
 from p828.runs.checkpoint_content import config_of, reading_position, seconds_of
 from p828.runs.file_system import try_out
-from p828.runs.layout import CHECKPOINTS, CONFIG_FILE, RECORDS_FILE, SET_ASIDE, TOKENIZER_FILE, WANDB_ID_FILE
+from p828.runs.layout import CHECKPOINTS, CONFIG_FILE, QUARANTINED, RECORDS_FILE, TOKENIZER_FILE, WANDB_ID_FILE
 from p828.runs.train_state import TrainState
 from p828.train.checkpointing import Checkpointing
 
@@ -57,7 +56,7 @@ class RunDirectory:
         """Keep the directory from here on, whatever happens: it holds something of value."""
         self.made = []
 
-    def settled(self, config: Config, vocab_size: int) -> Config:
+    def with_vocabulary(self, config: Config, vocab_size: int) -> Config:
         """The configuration with a `model.vocab_size` of 0 replaced: by the run's own, else from a tokenizer's."""
         if not config.model.vocab_size and self.vocab_size:
             return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=self.vocab_size))
@@ -82,7 +81,7 @@ def open_run(config: Config, ranks: ProcessGroup) -> Iterator[RunDirectory]:
     block raises an error of ours before `keep`, a run's own only if it has no checkpoint.
     """
     with contextlib.ExitStack() as stack:
-        directory = ranks.on_rank_0(lambda: _entered(config, stack))
+        directory = ranks.on_rank_0(lambda: _opened(config, stack))
         try:
             with ranks.raise_together():
                 if not (directory.path / CONFIG_FILE).exists():
@@ -97,7 +96,7 @@ def open_run(config: Config, ranks: ProcessGroup) -> Iterator[RunDirectory]:
             raise
 
 
-def _entered(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
+def _opened(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
     """The directory, made and locked until the stack is closed. What was made is removed again if it is refused."""
     run_dir, made = config.run_dir, list[Path]()
     is_ours = True
@@ -108,7 +107,7 @@ def _entered(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
         is_ours = True
         try_out(run_dir)
         _sweep(run_dir)
-        newest, damaged, changes, vocab_size = _enter(config)
+        newest, damaged, changes, vocab_size = _resume_point(config)
         directory = RunDirectory(run_dir, versions(), newest, damaged, changes, made, vocab_size)
         if newest is None or not (run_dir / CONFIG_FILE).exists():  # else `write`, once the run can go on with it
             _write_config(run_dir / CONFIG_FILE, config, directory.versions)
@@ -145,13 +144,13 @@ def _sweep(run_dir: Path) -> None:
             path.unlink()
 
 
-def _enter(config: Config) -> tuple[Path | None, list[str], list[str], int]:
+def _resume_point(config: Config) -> tuple[Path | None, list[str], list[str], int]:
     """Newest checkpoint, damaged ones, changed settings, the checkpoint's model.vocab_size.
 
     What stands in the way of beginning anew is removed.
     """
     run_dir = config.run_dir
-    checkpoints, retry = run_dir / CHECKPOINTS, Retry(config.data.read_retries, tell=warn)
+    checkpoints, retry = run_dir / CHECKPOINTS, Retry(config.data.read_retries, report=warn)
     if checkpoints.is_symlink() and not checkpoints.exists():
         raise ConfigError(f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there")
     if checkpoints.exists():
@@ -188,12 +187,12 @@ def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:
     if damaged:
         more = f" ({len(damaged) - 1} more are damaged, too)" if len(damaged) > 1 else ""
         raise ConfigError(f"{run_dir} has no complete checkpoint to go on from: {damaged[0]}{more}.\n{how}")
-    aside = checkpoints.is_dir() and any(path.name.startswith(SET_ASIDE) for path in checkpoints.iterdir())
-    records = run_dir / RECORDS_FILE
-    saved = (line["step"] for line in metrics.read(records) if line.get("event") == "saved") if records.exists() else ()
+    has_quarantined = checkpoints.is_dir() and any(path.name.startswith(QUARANTINED) for path in checkpoints.iterdir())
+    path = run_dir / RECORDS_FILE
+    saved = (line["step"] for line in records.read(path) if line.get("event") == "saved") if path.exists() else ()
     last = max(saved, default=None)
-    if aside or last is not None:
-        what = "those that are there are damaged" if aside else f"its records tell of one of step {last}"
+    if has_quarantined or last is not None:
+        what = "those that are there are damaged" if has_quarantined else f"its records tell of one of step {last}"
         raise ConfigError(f"{checkpoints} has no checkpoint left to go on from, and {what}.\n{how}")
 
 

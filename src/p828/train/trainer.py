@@ -12,7 +12,7 @@ from p828.distributed.group import ProcessGroup
 from p828.engine.interface import Engine, StepResult
 from p828.errors import ConfigError, DataError, P828Error, RecordsFailed, RunFailed
 from p828.runs.train_state import BatchStats, TrainState
-from p828.system.device import out_of_memory_told
+from p828.system.device import explain_out_of_memory
 from p828.train.checkpointing import Checkpointing
 from p828.train.evaluation import Evaluator
 from p828.train.fetch import Fetcher
@@ -76,7 +76,7 @@ class Trainer:
     def step(self, batches: list[Batch], stats: BatchStats, learning_rate: float) -> StepResult:
         """Forward, backward and update over this rank's micro-batches of a step."""
         step, num_targets = self.state.step + 1, max(stats.targets, 1)  # a last row may have no target
-        with out_of_memory_told(f"step {step}"), self.log.running_step(step):
+        with explain_out_of_memory(f"step {step}"), self.log.running_step(step):
             for number, batch in enumerate(batches, start=1):
                 self.engine.forward_backward(batch, num_targets)
                 self.log.micro_batch(step, number, len(batches))
@@ -84,7 +84,7 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Whether the validation loss is the best so far."""
-        with out_of_memory_told(f"the evaluation of step {self.state.step}"):
+        with explain_out_of_memory(f"the evaluation of step {self.state.step}"):
             return self.evaluator.run(self.state)
 
     def is_done(self) -> bool:

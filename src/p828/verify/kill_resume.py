@@ -19,7 +19,7 @@ import tomli_w
 from p828.config import Config
 from p828.config.values import to_dict
 from p828.errors import RunFailed, warn
-from p828.runs import records as metrics
+from p828.runs import records
 from p828.runs.compare import distance_of_losses, first_difference
 from p828.runs.layout import CHECKPOINTS, RECORDS_FILE
 
@@ -195,11 +195,11 @@ class KillResumeCheck:
 
         Returns whether it was killed before its end. Raises RunFailed if it failed by itself.
         """
-        records, checkpoints = self._records(), self.directory / "killed" / CHECKPOINTS
-        before = records.stat().st_ino if records.exists() else None
+        path, checkpoints = self._records(), self.directory / "killed" / CHECKPOINTS
+        before = path.stat().st_ino if path.exists() else None
         process = self._start("killed", ranks)
         # A process that is at work has replaced the records file, and removed what the one before it left.
-        while process.poll() is None and not (records.exists() and records.stat().st_ino != before):
+        while process.poll() is None and not (path.exists() and path.stat().st_ino != before):
             time.sleep(POLL_EVERY)
         while process.poll() is None and self._step() < until:
             time.sleep(POLL_EVERY)
@@ -222,7 +222,7 @@ class KillResumeCheck:
         """The last step in a run's records."""
         if not self._records(name).exists():
             return 0
-        return max((line["step"] for line in metrics.read(self._records(name)) if line["kind"] == "step"), default=0)
+        return max((line["step"] for line in records.read(self._records(name)) if line["kind"] == "step"), default=0)
 
 
 def _kill_all(process: subprocess.Popen[bytes]) -> None:

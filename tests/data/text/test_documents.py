@@ -208,7 +208,7 @@ def test_a_source_without_documents_is_named(tmp_path: Path) -> None:
     config = DataConfig(source="files", files=(str(tmp_path / "*.*"),))
     with pytest.raises(DataError, match=r"no documents in data\.files = \["):
         next(open_training(config, seed=0))
-    with pytest.raises(DataError, match=r"no documents in the held-out share data\.validation\.fraction = 0\.01 of"):
+    with pytest.raises(DataError, match=r"no documents in the held-out part \(data\.validation\.fraction = 0\.01\) of"):
         next(open_validation(config))
 
 

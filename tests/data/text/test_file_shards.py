@@ -222,6 +222,6 @@ def test_a_long_look_for_files_says_how_many_there_are(
     for number in range(3):
         write_bytes(here / f"{number}" / "a.txt", b"text")
     told: list[str] = []
-    file_shards((pattern.format(here=here),), "text", "data.files", tell=told.append)
+    file_shards((pattern.format(here=here),), "text", "data.files", report=told.append)
     assert len(told) == 1
     assert re.fullmatch(r"data\.files: .*a \{brace\}.*: look.* [01] files so far", told[0])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from data_samples import text, write_bytes, write_jsonl
 
-from p828.config import Config, DataConfig, ValidationConfig
+from p828.config import DataConfig, PrepareConfig, ValidationConfig
 from p828.data.text.documents import DocumentStream, _fingerprint
 from p828.data.text.identities import Identities
 from p828.data.text.open import open_in_order, open_training
@@ -73,7 +73,7 @@ def test_a_changed_file_is_named(folder: Path, change: str) -> None:
     assert "\n" not in str(said.value)
 
 
-def test_new_and_missing_files_are_told(folder: Path) -> None:
+def test_new_and_missing_files_are_reported(folder: Path) -> None:
     _, state = stopped_state(open_training(config(folder), 1), 7)
     write_jsonl(folder / "7.jsonl", ["x"])
     write_jsonl(folder / "8.jsonl", ["y"])
@@ -239,7 +239,7 @@ def test_a_preparation_knows_where_it_stopped(folder: Path) -> None:
     good = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*good[:6], "oops\n", *good[6:]]))
     stream = open_in_order(config(folder))
-    reader = Reader(stream, "training", Config(data=config(folder)), SeenTexts())
+    reader = Reader(stream, "training", PrepareConfig(), config(folder).validation, SeenTexts())
     before = reader.position().position
     with pytest.raises(BadRecord):
         list(reader)

@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers
 
 from p828.config import DataConfig, TokenizerConfig, ValidationConfig
 from p828.data.build import validation_batches
-from p828.data.tokenizer.of_run import load_tokenizer, lost_share, remarks
+from p828.data.tokenizer.of_run import load_tokenizer, lost_fraction, remarks
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
 from tokenizer_kinds import EOS, KINDS, SPECIAL
@@ -100,20 +100,20 @@ def test_bytes_of_what_is_decoded(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_does_not_come_back_is_told(kind: str) -> None:
+def test_what_does_not_come_back_is_reported(kind: str) -> None:
     made = Tokenizer(KINDS[kind](), EOS)
     text = "The cat said: naïve 龘\n  AND\tsat.\n"
-    share = lost_share(made, [text])
-    assert (share == 0) == (made.decode(made.encode(text)) == text)
-    assert (share == 0) == (kind in ("byte_level", "byte_fallback"))
+    fraction = lost_fraction(made, [text])
+    assert (fraction == 0) == (made.decode(made.encode(text)) == text)
+    assert (fraction == 0) == (kind in ("byte_level", "byte_fallback"))
     lines = remarks(TokenizerConfig(name="t.json"), made, [text])
-    assert lines == [] if share == 0 else f"{share:.1%} of the text does not come back" in lines[0]
+    assert lines == [] if fraction == 0 else f"{fraction:.1%} of the text does not come back" in lines[0]
 
 
-def test_the_share_that_is_lost() -> None:
+def test_the_fraction_that_is_lost() -> None:
     made = Tokenizer(KINDS["word_level"](), EOS)
-    assert lost_share(made, ["the unheard cat\n"]) == len("unheard \n") / len("the unheard cat\n")
-    assert lost_share(made, []) == 0
+    assert lost_fraction(made, ["the unheard cat\n"]) == len("unheard \n") / len("the unheard cat\n")
+    assert lost_fraction(made, []) == 0
 
 
 def test_dropout_is_not_done(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_what_killed_processes_left_is_swept(
     open_manifest(begun)
 
 
-def test_a_file_system_that_cannot_rename_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_cannot_rename_is_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 

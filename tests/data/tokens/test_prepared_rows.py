@@ -47,7 +47,7 @@ def make(config: Config, tokenizer: Tokenizer, retry: Retry | None = None) -> No
 
 
 @pytest.mark.parametrize("name", ["training-00000.tokens", "training-00000.documents"])
-def test_a_shard_that_is_cut_while_it_is_read_is_told(directory: Path, tokenizer: Tokenizer, name: str) -> None:
+def test_a_shard_that_is_cut_while_it_is_read_is_reported(directory: Path, tokenizer: Tokenizer, name: str) -> None:
     rows = ShuffledTokenDataset(Prepared.open(directory, tokenizer), LENGTH, seed=0)
     rows.take(0, 1)
     content = (directory / name).read_bytes()
@@ -74,7 +74,7 @@ def test_a_failed_read_is_repeated(directory: Path, tokenizer: Tokenizer, monkey
 
     monkeypatch.setattr(os, "pread", failing)
     monkeypatch.setattr(read, "open_regular", lambda path: opened.append(path) or path.open("rb", buffering=0))
-    retry = Retry(2, pause=lambda seconds: None, tell=told.append)
+    retry = Retry(2, pause=lambda seconds: None, report=told.append)
     row = Prepared.open(directory, tokenizer).tokens("training", retry).sample(0, 33, 0)
     assert row.tokens.tolist() == whole.tokens.tolist()
     assert len(told) == 2
@@ -141,7 +141,7 @@ def test_a_long_comparison_says_what_it_does(
 ) -> None:
     told, said, checksum_of = [], threading.Event(), manifests.checksum_of
 
-    def tell(line: str) -> None:
+    def report(line: str) -> None:
         told.append(line)
         said.set()
 
@@ -151,7 +151,7 @@ def test_a_long_comparison_says_what_it_does(
 
     monkeypatch.setattr(manifests, "FIRST_WORD", 0.0)
     monkeypatch.setattr(manifests, "checksum_of", slow)
-    make(config, tokenizer, Retry(tell=tell))
+    make(config, tokenizer, Retry(report=report))
     assert told == [f"{directory}: comparing its files with their checksums: 0 of 10 done"]
 
 

@@ -29,7 +29,7 @@ class DocumentStream:
         block_documents: documents read and shuffled together.
         seed: of the order; with None, shards and documents keep the order they have.
         epochs: passes over the shards; None never ends.
-        share: share of the text that is held out.
+        fraction: of the text that is held out.
         held_out: return what is held out, instead of the rest.
         by_end: the end of each document is held out, not whole documents by a hash.
         retry: what is done about failed reads.
@@ -42,7 +42,7 @@ class DocumentStream:
         block_documents: int,
         seed: int | None = None,
         epochs: int | None = None,
-        share: float = 0.0,
+        fraction: float = 0.0,
         held_out: bool = False,
         by_end: bool = False,
         retry: Retry = NO_RETRY,
@@ -52,7 +52,7 @@ class DocumentStream:
         self.block_documents = block_documents
         self.seed = seed
         self.epochs = epochs
-        self.share = share
+        self.fraction = fraction
         self.held_out = held_out
         self.by_end = by_end
         self.retry = retry
@@ -79,7 +79,7 @@ class DocumentStream:
         """Epoch, from 0, of the document returned last; before any, of the first document."""
         return self._epoch
 
-    def share_read(self) -> float:
+    def fraction_read(self) -> float:
         """About how much of the epoch has been read, from 0 to 1: by bytes, else by shards."""
         place, _ = self._end
         order = self._order()
@@ -88,7 +88,7 @@ class DocumentStream:
         counted, size = self._bytes_read
         size += sum(self._sizes[i] for i in order[counted:place])
         self._bytes_read = place, size
-        begun = self._sizes[order[place]] * self.shards[order[place]].share_read() if place < len(order) else 0
+        begun = self._sizes[order[place]] * self.shards[order[place]].fraction_read() if place < len(order) else 0
         return (size + begun) / sum(self._sizes)
 
     def __iter__(self) -> Iterator[str]:
@@ -132,8 +132,8 @@ class DocumentStream:
         """Continue with the document after the one returned last before `state_dict`.
 
         The shards may have moved, and one that is in `stopped` may have changed from its bad record on. Raises
-        ConfigError naming a shard that is another, or if the order's seed, the held-out share or the blocks are others,
-        and DataError for a state that is none.
+        ConfigError naming a shard that is another, or if the order's seed, the held-out fraction or the blocks are
+        others, and DataError for a state that is none.
         """
         place = [state[key] for key in ("epoch", "block", "shard", "record", "given")]
         bad_records = state.get("bad_records", 0)
@@ -177,11 +177,11 @@ class DocumentStream:
     @cached_property
     def _order_fingerprint(self) -> str:
         parts = [(shard.part, shard.parts) for shard in self.shards if isinstance(shard, EveryNth)]
-        return _fingerprint([self.block_documents, self.seed, self.share, self.held_out, parts], 4)
+        return _fingerprint([self.block_documents, self.seed, self.fraction, self.held_out, parts], 4)
 
     def _old_fingerprint(self) -> str:
         shards = [(shard.name, shard.size) for shard in self.shards]
-        return _fingerprint([shards, self.block_documents, self.seed, self.share, self.held_out], 8)
+        return _fingerprint([shards, self.block_documents, self.seed, self.fraction, self.held_out], 8)
 
     def _begin_block(self, epoch: int, block: int, start: tuple[int, int]) -> None:
         self._epoch, self._block, self._start, self._consumed = epoch, block, start, 0
@@ -222,9 +222,9 @@ class DocumentStream:
         if isinstance(text, BadRecord):
             self.bad_records += self._epoch == 0
             return ""
-        if not self.share:
+        if not self.fraction:
             return text
-        return divided(text, self.share, self.by_end)[self.held_out] if text else ""
+        return divided(text, self.fraction, self.by_end)[self.held_out] if text else ""
 
     def _emptiness(self) -> str:
         """Why an epoch had no document."""
@@ -276,24 +276,24 @@ def read_documents(shard: Shard, start: int, retry: Retry) -> Iterator[str | Bad
             failures += 1
 
 
-def divided(text: str, share: float, by_end: bool) -> tuple[str, str]:
+def divided(text: str, fraction: float, by_end: bool) -> tuple[str, str]:
     """A document's text for training and the text held out; together they are the document."""
     if by_end:
-        cut = _place_to_cut(text, share)
+        cut = _place_to_cut(text, fraction)
         return text[:cut], text[cut:]
-    return ("", text) if is_held_out(text, share) else (text, "")
+    return ("", text) if is_held_out(text, fraction) else (text, "")
 
 
-def is_held_out(text: str, share: float) -> bool:
-    """Whether a hash of the text, as a fraction of its range, is below the share: the same in every run."""
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a hash of the text, over its range, is below the fraction: the same in every run."""
     hashed = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(hashed, "big") < share * 2**64
+    return int.from_bytes(hashed, "big") < fraction * 2**64
 
 
-def _place_to_cut(text: str, share: float) -> int:
-    """Where the held-out end begins: near the share, behind a line or a word if there is one near."""
+def _place_to_cut(text: str, fraction: float) -> int:
+    """Where the held-out end begins: near the fraction, behind a line or a word if there is one near."""
     length = len(text.rstrip())
-    exact = max(length - max(round(length * share), 1), 1)
+    exact = max(length - max(round(length * fraction), 1), 1)
     near = min(exact, length - exact) // 4
     for end in ("\n", " "):
         before = text.rfind(end, exact - near, exact)

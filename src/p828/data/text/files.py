@@ -53,7 +53,7 @@ class PythonShard:
     def prefix(self, records: int) -> str:
         return ""
 
-    def share_read(self) -> float:
+    def fraction_read(self) -> float:
         return 0.0
 
     def documents(self, start: int = 0) -> Iterator[str]:
@@ -133,7 +133,7 @@ class FileShard:
                 else:
                     yield text
 
-    def share_read(self) -> float:
+    def fraction_read(self) -> float:
         if self._open is None or self._open.closed:
             return 0.0 if self._open is None else 1.0
         is_packed = Path(self.name).suffix in COMPRESSIONS
@@ -238,16 +238,16 @@ def file_shards(
     key: str,
     limit: int = LARGEST_DOCUMENT,
     skips: bool = False,
-    tell: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> list[FileShard]:
     """The files that are named, match or lie in a directory that is named, each once, in the order of their paths.
 
-    `key` is the setting that holds the globs. `tell` is given a line now and then while looking takes long.
+    `key` is the setting that holds the globs. `report` is given a line now and then while looking takes long.
     Raises ConfigError naming a glob that matches no file, a directory without one, and a file whose ending is not
     supported.
     """
     found: dict[str, str] = {}  # by where a file really is: the name that it was found under
-    names = [name for pattern in globs for name in _matches(pattern, key, tell)]
+    names = [name for pattern in globs for name in _matches(pattern, key, report)]
     for name in sorted(names, key=os.path.abspath):
         found.setdefault(os.path.realpath(name), name)
     for name in found.values():
@@ -256,16 +256,16 @@ def file_shards(
     return [FileShard(name, text_field, limit, skips) for name in found.values()]
 
 
-def _matches(pattern: str, key: str, tell: Callable[[str], None]) -> list[str]:
+def _matches(pattern: str, key: str, report: Callable[[str], None]) -> list[str]:
     """The files of a path, or of a glob if no such path exists. Raises ConfigError if there are none."""
     path, shown = os.path.expanduser(pattern), repr(pattern[:LONGEST_SHOWN])
     if os.path.isfile(path):
         return [str(Path(path))]
     if os.path.isdir(path):
-        return _files_below(path, f"{key}: {shown}", tell)
+        return _files_below(path, f"{key}: {shown}", report)
     if os.path.exists(path):
         raise ConfigError(f"{key}: {shown} is neither a regular file nor a directory")
-    looked_at = SlowCount(tell, f"{_plain(f'{key}: {shown}')}: looking for text: {{:,}} files so far")
+    looked_at = SlowCount(report, f"{_plain(f'{key}: {shown}')}: looking for text: {{:,}} files so far")
     matches = []
     try:
         for name in glob.iglob(str(Path(path)), recursive=True):
@@ -280,11 +280,11 @@ def _matches(pattern: str, key: str, tell: Callable[[str], None]) -> list[str]:
     return files
 
 
-def _files_below(directory: str, where: str, tell: Callable[[str], None]) -> list[str]:
+def _files_below(directory: str, where: str, report: Callable[[str], None]) -> list[str]:
     """The supported files of a directory and those in it, without hidden ones. Raises ConfigError if there are none."""
     found: list[str] = []
     others: list[str] = []
-    looked_at = SlowCount(tell, f"{_plain(where)}: looking for text: {{:,}} files so far")
+    looked_at = SlowCount(report, f"{_plain(where)}: looking for text: {{:,}} files so far")
     for here, subdirectories, files in os.walk(directory):
         looked_at.to(len(found))
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))

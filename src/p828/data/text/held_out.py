@@ -19,32 +19,32 @@ from p828.data.text.shard import BadRecord, Shard
 
 EXPECTED_DOCUMENTS = 10  # held out whole, and trained on, at least; else the end of each is held out
 SEARCHED = 3  # times as many documents are searched for one to hold out: of different ones, exp(-30) have none
-LEAST_SEARCHED = 1000  # documents, however large the share
-MOST_DOCUMENTS = 2**53  # that are counted with; a share can be so small that it would be infinitely many
+LEAST_SEARCHED = 1000  # documents, however large the fraction
+MOST_DOCUMENTS = 2**53  # that are counted with; a fraction can be so small that it would be infinitely many
 
 
-def enough_documents(share: float) -> int:
-    """How many documents there must be for the share of them to be held out whole, and for the others to be enough."""
-    return math.ceil(min(EXPECTED_DOCUMENTS / min(share, 1 - share), MOST_DOCUMENTS))
+def enough_documents(fraction: float) -> int:
+    """The fewest documents of which the fraction can be held out as whole documents, with enough left to train on."""
+    return math.ceil(min(EXPECTED_DOCUMENTS / min(fraction, 1 - fraction), MOST_DOCUMENTS))
 
 
-def are_few(shards: Sequence[Shard], share: float, retry: Retry) -> bool:
+def are_few(shards: Sequence[Shard], fraction: float, retry: Retry) -> bool:
     """Whether there are fewer than `enough_documents`, or the hash puts the first documents all on one side.
 
     The second happens where the same document comes again and again. The hash is tried on three times as many
     documents as are enough, and no more are read.
     """
-    enough = enough_documents(share)
+    enough = enough_documents(fraction)
     searched = max(SEARCHED * enough, LEAST_SEARCHED)
-    return _are_fewer(shards, enough, retry) or not _are_parted(shards, share, searched, retry)
+    return _are_fewer(shards, enough, retry) or not _are_parted(shards, fraction, searched, retry)
 
 
-def _are_parted(shards: Sequence[Shard], share: float, most: int, retry: Retry) -> bool:
+def _are_parted(shards: Sequence[Shard], fraction: float, most: int, retry: Retry) -> bool:
     """Whether some of the first `most` documents are held out whole, and others are not."""
     found: set[bool] = set()
     texts = (text for shard in shards for text in _documents(shard, retry))
     for text in islice((text for text in texts if isinstance(text, str) and text.strip()), most):
-        found.add(is_held_out(text, share))
+        found.add(is_held_out(text, fraction))
         if len(found) == 2:
             return True
     return False

@@ -47,7 +47,7 @@ class HubShard:
     def prefix(self, records: int) -> str:
         return ""
 
-    def share_read(self) -> float:
+    def fraction_read(self) -> float:
         return 0.0
 
     def documents(self, start: int = 0) -> Iterator[str | BadRecord]:

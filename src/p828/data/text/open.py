@@ -28,20 +28,20 @@ def open_training(
     retry: Retry = NO_RETRY,
     by_end: bool | None = None,
 ) -> DocumentStream:
-    """The training documents, shuffled; without the held-out share if validation takes one.
+    """The training documents, shuffled; without the held-out fraction if validation takes one.
 
     Of `parts` streams, which have no document in common, it is the one numbered `part`. `by_end` is the rule by which
     text is held out, if that is known already. Raises ConfigError if the source cannot be opened; `epochs=None` never
     ends.
     """
-    shards, source = _training_shards(config, retry.tell), source_name(config)
-    share = config.validation.fraction if config.validation.kind == "held_out" else 0.0
+    shards, source = _training_shards(config, retry.report), source_name(config)
+    fraction = config.validation.fraction if config.validation.kind == "held_out" else 0.0
     if by_end is None:
         by_end = _is_held_out_by_end(config, shards, retry)
     shards = deal(shards, part, parts)
     if parts > 1:
         source = f"part {part + 1} of data.streams = {parts} of {source}"
-    return DocumentStream(shards, source, config.block_documents, seed, epochs, share, by_end=by_end, retry=retry)
+    return DocumentStream(shards, source, config.block_documents, seed, epochs, fraction, by_end=by_end, retry=retry)
 
 
 def open_in_order(config: DataConfig, retry: Retry = NO_RETRY) -> DocumentStream:
@@ -49,7 +49,7 @@ def open_in_order(config: DataConfig, retry: Retry = NO_RETRY) -> DocumentStream
 
     Its `by_end` says by which rule the caller is to hold out text.
     """
-    shards = _training_shards(config, retry.tell)
+    shards = _training_shards(config, retry.report)
     by_end = _is_held_out_by_end(config, shards, retry)
     return DocumentStream(shards, source_name(config), block_documents=1, epochs=1, by_end=by_end, retry=retry)
 
@@ -59,7 +59,7 @@ def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | 
     validation = config.validation
     # Blocks of one document: evaluation reads no further than it needs.
     if validation.kind == "files":
-        files = _file_shards(config, validation.files, "data.validation.files", retry.tell)
+        files = _file_shards(config, validation.files, "data.validation.files", retry.report)
         source = f"data.validation.files = {_shown(validation.files)}"
         return DocumentStream(files, source, block_documents=1, epochs=1, retry=retry)
     if validation.kind == "split":
@@ -68,18 +68,18 @@ def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | 
         revision = validation.hub_revision or (config.hub_revision if name == config.hub_name else "")
         shards = _hub_shards(config, name, subset, validation.split, revision)
         return DocumentStream(shards, f"split {validation.split!r} of {name}", block_documents=1, epochs=1, retry=retry)
-    in_order = _training_shards(config, retry.tell)
+    in_order = _training_shards(config, retry.report)
     if by_end is None:
         by_end = _is_held_out_by_end(config, in_order, retry)
     # Spread over the source: evaluation may read the first documents only.
     spread = [in_order[i] for i in permutation(len(in_order), HELD_OUT_ORDER)]
-    source = f"the held-out share data.validation.fraction = {validation.fraction} of {source_name(config)}"
+    source = f"the held-out part (data.validation.fraction = {validation.fraction}) of {source_name(config)}"
     return DocumentStream(
         spread,
         source,
         block_documents=1,
         epochs=1,
-        share=validation.fraction,
+        fraction=validation.fraction,
         held_out=True,
         by_end=by_end,
         retry=retry,
@@ -107,19 +107,19 @@ def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
     source = " ".join(config.files) if config.source == "files" and len(config.files) <= 3 else source_name(config)
     if by_end is None:
         by_end = _may_be_few(config) and _is_held_out_by_end(config, _training_shards(config), NO_RETRY)
-    share = f"{100 * config.validation.fraction:.3g}%"
+    fraction = f"{100 * config.validation.fraction:.3g}%"
     if not by_end:
-        return f"held out for validation: {share} of the documents in {source}"
+        return f"held out for validation: {fraction} of the documents in {source}"
     enough = enough_documents(config.validation.fraction)
     few = f"it has fewer than {enough:,} documents, or the same few again and again"
-    return f"held out for validation: the last {share} of each document in {source}, as {few}"
+    return f"held out for validation: the last {fraction} of each document in {source}, as {few}"
 
 
-def _training_shards(config: DataConfig, tell: Callable[[str], None] = lambda text: None) -> Sequence[Shard]:
+def _training_shards(config: DataConfig, report: Callable[[str], None] = lambda text: None) -> Sequence[Shard]:
     if config.source == "python":
         return python_shards()
     if config.source == "files":
-        return _file_shards(config, config.files, "data.files", tell)
+        return _file_shards(config, config.files, "data.files", report)
     return _hub_shards(config, config.hub_name, config.hub_subset, config.hub_split, config.hub_revision)
 
 
@@ -132,9 +132,11 @@ def source_name(config: DataConfig) -> str:
     return f"split {config.hub_split!r} of {config.hub_name}"
 
 
-def _file_shards(config: DataConfig, globs: tuple[str, ...], key: str, tell: Callable[[str], None]) -> list[FileShard]:
+def _file_shards(
+    config: DataConfig, globs: tuple[str, ...], key: str, report: Callable[[str], None]
+) -> list[FileShard]:
     limit = config.max_document_megabytes * 10**6
-    return file_shards(globs, config.text_field, key, limit, config.bad_records == "skip", tell)
+    return file_shards(globs, config.text_field, key, limit, config.bad_records == "skip", report)
 
 
 def _hub_shards(config: DataConfig, name: str, subset: str, split: str, revision: str) -> list[HubShard]:

@@ -40,7 +40,7 @@ class Shard(Protocol):
         """A checksum of the first `records` records, to know them again; empty where there is none."""
         ...
 
-    def share_read(self) -> float:
+    def fraction_read(self) -> float:
         """About how much of it the latest reader has read, from 0 to 1; 0 where that is not known."""
         ...
 
@@ -79,8 +79,8 @@ class EveryNth:
     def prefix(self, records: int) -> str:
         return self.shard.prefix(records)
 
-    def share_read(self) -> float:
-        return self.shard.share_read()
+    def fraction_read(self) -> float:
+        return self.shard.fraction_read()
 
     def documents(self, start: int = 0) -> Iterator[str | BadRecord]:
         return islice(self.shard.documents(self.part + start * self.parts), 0, None, self.parts)

@@ -63,9 +63,9 @@ def remarks(config: TokenizerConfig, tokenizer: Tokenizer, documents: Iterable[s
             f"tokenizer.name = {config.name}: its BPE dropout of {tokenizer.dropout:g} is switched off, so that equal "
             "text becomes equal tokens"
         )
-    share = 0.0 if config.name == "train" else lost_share(tokenizer, documents)
-    if share > 0:
-        shown = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
+    fraction = 0.0 if config.name == "train" else lost_fraction(tokenizer, documents)
+    if fraction > 0:
+        shown = f"{fraction:.1%}" if fraction >= 0.001 else "less than 0.1%"
         lines.append(
             f"tokenizer.name = {config.name}: {shown} of the text does not come back from its tokens, in a sample of "
             "the training documents: characters that it does not know or that it changes"
@@ -73,7 +73,7 @@ def remarks(config: TokenizerConfig, tokenizer: Tokenizer, documents: Iterable[s
     return lines
 
 
-def lost_share(tokenizer: Tokenizer, documents: Iterable[str]) -> float:
+def lost_fraction(tokenizer: Tokenizer, documents: Iterable[str]) -> float:
     """Share of the bytes of the first documents that decoding their tokens does not give back, or gives besides."""
     left, all_bytes, lost_bytes = SAMPLED_CHARACTERS, 0, 0
     for document in _readable(documents):

@@ -41,7 +41,7 @@ class Tokenizer:
         """Raises ConfigError when `eos_token` is not in the vocabulary, or is what ordinary text becomes."""
         inner.no_truncation()
         inner.no_padding()
-        inner = _settled(inner)
+        inner = _as_read_again(inner)
         self._json: str = inner.to_str()
         spec = json.loads(self._json)
         self.dropout: float | None = spec["model"].get("dropout")
@@ -255,7 +255,7 @@ def _check_ids(text: str, where: str) -> None:
         raise ConfigError(f"{where}: a token has the id {largest}: at most {LARGEST_VOCABULARY - 1} is accepted")
 
 
-def _settled(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+def _as_read_again(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer as it comes back from its file: reading rounds a Unigram's scores, which fingerprints see."""
     for _ in range(MOST_READINGS if isinstance(inner.model, models.Unigram) else 0):
         written = inner.to_str()

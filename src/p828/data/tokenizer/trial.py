@@ -32,8 +32,8 @@ def try_out(text: str, where: str) -> None:
     except subprocess.TimeoutExpired:
         raise ConfigError(f"{where}: not usable as a tokenizer: trying it out took over {limit:.0f} s") from None
     if tried.returncode:
-        said = " ".join(tried.stdout.decode("utf-8", "replace").split())
-        raise ConfigError(f"{where}: {said[:LONGEST_CAUSE] or f'not a tokenizer.json: exit code {tried.returncode}'}")
+        cause = " ".join(tried.stdout.decode("utf-8", "replace").split())
+        raise ConfigError(f"{where}: {cause[:LONGEST_CAUSE] or f'not a tokenizer.json: exit code {tried.returncode}'}")
 
 
 def main() -> None:

@@ -91,14 +91,14 @@ def writing(directory: Path, at_work: bool = True) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        said = f"{str(error.filename or directory)[-LONGEST_PATH:]}: cannot be written: {error.strerror or error}"
+        problem = f"{str(error.filename or directory)[-LONGEST_PATH:]}: cannot be written: {error.strerror or error}"
         if at_work or error.errno in MAY_PASS:
-            raise RunFailed(f"{said}\n{GOES_ON}") from None
-        raise ConfigError(said) from None
+            raise RunFailed(f"{problem}\n{GOES_ON}") from None
+        raise ConfigError(problem) from None
 
 
 @contextmanager
-def told_at_work(is_at_work: Callable[[], bool]) -> Iterator[None]:
+def failures_at_work(is_at_work: Callable[[], bool]) -> Iterator[None]:
     """What the block finds wrong is raised as RunFailed if something has been made by then, which is kept."""
     try:
         yield
@@ -221,6 +221,6 @@ def read_progress(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno in MAY_PASS:
             raise RunFailed(f"{path}: cannot be read: {error.strerror}\n{GOES_ON}") from None
-        said = str(error)[:LONGEST_PATH]
-        raise ConfigError(f"{path}: damaged: {said}. Remove {path.parent} to begin again") from None
+        problem = str(error)[:LONGEST_PATH]
+        raise ConfigError(f"{path}: damaged: {problem}. Remove {path.parent} to begin again") from None
     return progress

@@ -159,8 +159,8 @@ def check_shards(
     """Compare the shards' files with the manifest. Returns each one's size and time of change, in nanoseconds.
 
     A file that is still as `known` says is not read again, so that a run resumes at once. Of several that compare the
-    same files, each takes a part: its number and theirs. The retry's `tell` is given a line when it takes long. Raises
-    DataError naming a wrong file, and TransientReadError.
+    same files, each takes a part: its number and theirs. The retry's `report` is given a line when it takes long.
+    Raises DataError naming a wrong file, and TransientReadError.
     """
     number, parts = part
     files = [(shard.name + ending, checksum) for shard in shards for ending, checksum in shard.checksums.items()]
@@ -198,7 +198,7 @@ def _wait(directory: Path, checks: Sequence[Future[list[int]]], retry: Retry) ->
             check.result()
         done += len(finished)
         if left:
-            retry.tell(f"{directory}: comparing its files with their checksums: {done} of {len(checks)} done")
+            retry.report(f"{directory}: comparing its files with their checksums: {done} of {len(checks)} done")
             patience += NEXT_WORD
 
 

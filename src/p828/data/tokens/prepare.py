@@ -21,9 +21,9 @@ from p828.data.tokens.directory import (
     HASHES_FILE,
     PROGRESS_FILE,
     UNFINISHED,
+    failures_at_work,
     read_progress,
     remove,
-    told_at_work,
     writing,
 )
 from p828.data.tokens.filters import SeenTexts
@@ -51,7 +51,7 @@ def prepare(
     config: Config,
     directory: Path,
     tokenizer: Tokenizer,
-    report: Callable[["Preparation"], None],
+    on_batch: Callable[["Preparation"], None],
     retry: Retry = NO_RETRY,
 ) -> Manifest:
     """Tokenize the one source of a configuration into a directory, or go on with that.
@@ -64,7 +64,7 @@ def prepare(
     if not (directory / MANIFEST_FILE).exists():
         with writing(directory, at_work=False):
             directory.mkdir(parents=True, exist_ok=True)
-        return Preparation(config, directory, tokenizer, retry).run(report)
+        return Preparation(config, directory, tokenizer, retry).run(on_batch)
     manifest = open_manifest(directory)
     data = with_paths_of(manifest, config.data, retry)
     check_settings(manifest.settings, settings(config, data), directory / MANIFEST_FILE)
@@ -90,7 +90,7 @@ def _streams(config: Config, retry: Retry) -> list[DocumentStream]:
 
 def _read_files(shards: list[Shard], retry: Retry) -> Callable[[int], None]:
     """Called with the number of shards that were read for their checksums."""
-    return SlowCount(retry.tell, f"reading the text's files for their checksums: {{:,}} of {len(shards):,} done").to
+    return SlowCount(retry.report, f"reading the text's files for their checksums: {{:,}} of {len(shards):,} done").to
 
 
 class Preparation:
@@ -109,7 +109,10 @@ class Preparation:
         streams = _streams(config, retry)
         self.shards, self.retry = [shard for stream in streams for shard in stream.shards], retry
         self.files = SourceFiles.of(self.shards)
-        self.readers = [Reader(stream, part, config, self.seen) for stream, part in zip(streams, PARTS, strict=False)]
+        self.readers = [
+            Reader(stream, part, config.prepare, config.data.validation, self.seen)
+            for stream, part in zip(streams, PARTS, strict=False)
+        ]
         self.reader_number = 0
         self._saved_at = 0.0
         self.tokens = self._tokens_before = 0
@@ -133,18 +136,18 @@ class Preparation:
         """Tokens a second, over the `seconds` that this process has been at work."""
         return (self.tokens - self._tokens_before) / seconds
 
-    def share_done(self) -> float:
+    def fraction_done(self) -> float:
         """About how much of the text has been read, from 0 to 1; of validation text of its own it is not known."""
-        return self.readers[0].stream.share_read()
+        return self.readers[0].stream.fraction_read()
 
-    def run(self, report: Callable[["Preparation"], None]) -> Manifest:
-        """Tokenize what is left and write the manifest. `report` is called after every batch.
+    def run(self, on_batch: Callable[["Preparation"], None]) -> Manifest:
+        """Tokenize what is left and write the manifest. `on_batch` is called after every batch.
 
         However it ends, what is written by then is saved. Raises RunFailed, and DataError if nothing was made.
         """
         try:
             while True:
-                self._read(report)
+                self._read(on_batch)
                 if self.reader_number + 1 == len(self.readers):
                     return self._conclude()
                 self._is_whole = False
@@ -156,13 +159,13 @@ class Preparation:
                 with contextlib.suppress(OSError):  # what was saved before stands
                     self._save()
 
-    def _read(self, report: Callable[["Preparation"], None]) -> None:
+    def _read(self, on_batch: Callable[["Preparation"], None]) -> None:
         """What is left of the current reader's text."""
-        with told_at_work(lambda: any(reader.counts["read"] for reader in self.readers)):
+        with failures_at_work(lambda: any(reader.counts["read"] for reader in self.readers)):
             for batch, documents in self._tokenized(self.readers[self.reader_number]):
                 with writing(self.directory):
                     self._write(batch, documents)
-                report(self)
+                on_batch(self)
 
     def _tokenized(self, reader: Reader) -> Iterator[tuple[TextBatch, dict[str, list[npt.NDArray[np.int64]]]]]:
         """Batches and their documents' tokens with EOS. Batches are read while those before are tokenized."""

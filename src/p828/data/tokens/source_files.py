@@ -88,8 +88,8 @@ class SourceFiles:
             "gone": [name for name in self.sizes if name not in now.sizes],
             "of another size": [name for name, size in now.sizes.items() if self.sizes.get(name, size) != size],
         }
-        said = "; ".join(_some(names, kind) for kind, names in changes.items() if names)
-        return said or "the files come in another order"
+        changed = "; ".join(_some(names, kind) for kind, names in changes.items() if names)
+        return changed or "the files come in another order"
 
 
 def _times(shards: Sequence[Shard]) -> str:

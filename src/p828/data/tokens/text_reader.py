@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from p828.config import Config
+from p828.config import PrepareConfig, ValidationConfig
 from p828.data.text.documents import DocumentStream, divided
 from p828.data.text.packing import BATCH_CHARACTERS, BATCH_DOCUMENTS
 from p828.data.tokens.filters import SeenTexts, reason_to_drop
@@ -29,9 +29,12 @@ class TextBatch:
 class Reader:
     """Iterator of the source's documents in its own order, filtered and divided into parts."""
 
-    def __init__(self, stream: DocumentStream, part: str, config: Config, seen: SeenTexts) -> None:
+    def __init__(
+        self, stream: DocumentStream, part: str, prepare: PrepareConfig, validation: ValidationConfig, seen: SeenTexts
+    ) -> None:
         """`part` takes the documents that are not held out."""
-        self.stream, self.part, self.config, self.seen = stream, part, config, seen
+        self.stream, self.part, self.seen = stream, part, seen
+        self.prepare, self.validation = prepare, validation
         self.counts = dict.fromkeys(("read", *PARTS), 0)
 
     def __iter__(self) -> Iterator[TextBatch]:
@@ -66,9 +69,9 @@ class Reader:
         return batch
 
     def _reason_to_drop(self, text: str, batch: TextBatch) -> str | None:
-        if reason := reason_to_drop(text, self.config.prepare):
+        if reason := reason_to_drop(text, self.prepare):
             return reason
-        if self.config.prepare.drop_duplicates:
+        if self.prepare.drop_duplicates:
             new = self.seen.add(text)
             if new is None:
                 return "duplicate"
@@ -77,8 +80,7 @@ class Reader:
 
     def _parts_of(self, text: str) -> dict[str, str]:
         """The document, or its beginning and its end, by the part that takes it."""
-        validation = self.config.data.validation
-        if validation.kind != "held_out":
+        if self.validation.kind != "held_out":
             return {self.part: text}
-        training, held_out = divided(text, validation.fraction, self.stream.by_end)
+        training, held_out = divided(text, self.validation.fraction, self.stream.by_end)
         return {part: piece for part, piece in ((self.part, training), ("validation", held_out)) if piece}

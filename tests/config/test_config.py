@@ -102,7 +102,7 @@ def test_ranges() -> None:
     assert facts["few"].accepted(int) == "a whole number from 0 to 3"
     assert facts["whole"].accepted(int) == "a whole number from 1 to 2147483647"
     assert facts["positive"].accepted(float) == "a number above 0"
-    assert facts["part"].accepted(float) == "a share from 0 to below 1"
+    assert facts["part"].accepted(float) == "a fraction from 0 to below 1"
 
 
 def test_derived_values() -> None:
