@@ -77,7 +77,7 @@ def _prove(
 
 
 def _verdict(check: "KillResumeCheck", is_exact: bool) -> str:
-    """What the two runs have in common. Raises RunStopped if they differ."""
+    """What the two runs have in common. Raises RunFailed if they differ."""
     saving = f"{check.killed} kills, {check.kills_while_saving} of them while a checkpoint was written"
     if is_exact:
         difference = check.difference()

@@ -14,7 +14,7 @@ from p828.data.retry import NO_RETRY, Retry
 from p828.data.text.open import open_in_order, open_validation
 from p828.data.text.shard import Shard
 from p828.data.tokens.format import MANIFEST_FILE, Manifest, open_manifest
-from p828.errors import ConfigError, TransientReadError
+from p828.errors import ConfigError, DataError, TransientReadError
 
 OF_A_SOURCE = ("source", "files", "text_field", "hub_name", "hub_subset", "hub_split")
 OF_THE_TOKENS = (*OF_A_SOURCE, "packing", "validation")  # keys of the section data
@@ -96,7 +96,7 @@ def with_paths_of(manifest: Manifest, data: DataConfig, retry: Retry = NO_RETRY)
         return data
     try:
         changes = manifest.files.changes(shards_of(data, retry))
-    except (ConfigError, TransientReadError):
+    except (ConfigError, DataError, TransientReadError):
         return data
     if changes:
         return data
