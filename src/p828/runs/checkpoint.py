@@ -154,7 +154,7 @@ def prune(directory: Path, keep_last: int, best_step: int | None) -> None:
 
 
 def forget_after(directory: Path, step: int) -> None:
-    """Delete the checkpoints of later steps. Raises ConfigError when the file system refuses."""
+    """Delete the checkpoints of later steps. Raises RunFailed when the file system refuses."""
     try:
         _remove(path for path in _checkpoints(directory) if step_of(path) > step)
     except OSError as error:
