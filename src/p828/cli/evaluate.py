@@ -64,7 +64,8 @@ def run(arguments: list[str]) -> None:
         dataclasses.replace(loaded.config, data=_data(loaded.config.data, data)), [f"data.{key}" for key in data]
     )
     config = dataclasses.replace(
-        config,
+        loaded.config,
+        data=config.data,
         evaluation=dataclasses.replace(loaded.config.evaluation, rows=flags.get("rows", loaded.config.evaluation.rows)),
         train=dataclasses.replace(
             loaded.config.train,
