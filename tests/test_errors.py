@@ -1,6 +1,7 @@
 """What each class of error means for the exit code, and for what a command leaves behind."""
 
 import json
+import pickle
 import random
 import shutil
 import signal
@@ -244,3 +245,11 @@ def test_a_users_file_put_into_a_directory_meanwhile_stays(here: Path) -> None:
 def test_one_suggestion_is_made_if_a_word_is_near() -> None:
     assert errors.did_you_mean("trian", ["train", "prepare"]) == "; did you mean train?"
     assert errors.did_you_mean("xyz", ["train", "prepare"]) == "."
+
+
+def test_a_bad_record_can_be_told_to_another_rank() -> None:
+    error = BadRecord("text.jsonl:4: not a line of JSON", 3)
+    error.args = ("rank 1: text.jsonl:4: not a line of JSON",)
+    error.is_everywhere = True
+    told = pickle.loads(pickle.dumps(error))
+    assert (str(told), told.record, told.is_everywhere) == ("rank 1: text.jsonl:4: not a line of JSON", 3, True)

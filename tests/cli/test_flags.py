@@ -44,7 +44,7 @@ def test_flags_override_the_default_and_take_both_spellings() -> None:
         (["--steps=x"], "--steps x: a whole number is accepted"),
         (["--steps"], "--steps: a whole number is accepted"),
         (["--loud", "--steps", "x"], "--steps x: a whole number is accepted"),
-        (["--is-on", "maybe"], "--is-on maybe: True or False is accepted"),
+        (["--is-on", "maybe"], "--is-on maybe: true or false is accepted"),
         (["--inner.kind", "odd"], "--inner.kind odd: plain or fancy is accepted"),
         (["--inner.betas", "0.1"], "--inner.betas 0.1: 2 values, each a number, is accepted"),
         (["stray"], "stray"),

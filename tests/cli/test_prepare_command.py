@@ -7,7 +7,7 @@ import pytest
 import tomli_w
 
 from p828.cli.main import dispatch
-from p828.config import TokenizerConfig
+from p828.config import TokenizerConfig, load
 from p828.data.text.documents import is_held_out
 from p828.data.tokenizer.training import train_tokenizer
 from p828.runs import records
@@ -40,6 +40,16 @@ def test_prepared_once_and_trained_on(toml: str, capsys: pytest.CaptureFixture[s
     assert dispatch(["train", toml, *flags, "--evaluation.bigram-baseline", "True"]) == 0
     assert "a bigram model of the same tokens" in capsys.readouterr().out
     assert Path("runs/tiny/tokenizer.json").read_bytes() == Path("prepared/tokenizer.json").read_bytes()
+
+
+def test_a_preset_takes_its_tokenizer_from_prepared_data(toml: str) -> None:
+    assert dispatch(["prepare", toml, "--data.prepared", "prepared"]) == 0
+    sizes = ["--model.hidden-size", "32", "--model.moe-intermediate-size", "32", "--model.num-hidden-layers", "1"]
+    sizes += ["--data.sequence-length", "32", "--train.micro-batch-size", "2", "--train.steps", "2"]
+    sizes += ["--schedule.warmup-steps", "1"]
+    assert dispatch(["train", "quickstart", "--data.prepared", "prepared", *sizes]) == 0
+    assert load("runs/quickstart").tokenizer.vocab_size == 300
+    assert Path("runs/quickstart/tokenizer.json").read_bytes() == Path("prepared/tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize(

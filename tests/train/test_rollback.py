@@ -135,3 +135,15 @@ def test_a_checkpoint_with_the_earlier_names_of_the_state_is_read(odd_text: Path
     for name in ("whole", "renamed"):
         assert train(odd_text, name, "--rollback.after-steps", "3") == 0
     assert_same_run(runs / "whole", runs / "renamed", STEPS)
+
+
+@pytest.mark.parametrize("every", [1, STEPS])
+def test_a_run_that_is_stopped_says_whether_a_checkpoint_was_saved(
+    every: int, odd_text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--optimizer.learning-rate", "1e30", "--optimizer.max-grad-norm", "1e30")
+    assert train(odd_text, "lost", *flags, checkpoint={"every": every}) == 1
+    error, checkpoints = capsys.readouterr().err, odd_text / "runs" / "lost" / "checkpoints"
+    saved = f"{checkpoints} keeps what was saved" if every == 1 else "no checkpoint was saved before"
+    assert f"the run stops here, and {saved}.\n" in error
+    assert checkpoints.exists() == (every == 1)

@@ -271,7 +271,7 @@ def _converted(kind: Any, given: list[str]) -> Any:
     return kind(given[0])
 
 
-_ONE = {int: "a whole number", float: "a number", bool: "True or False", str: "one text"}
+_ONE = {int: "a whole number", float: "a number", bool: "true or false", str: "one text"}
 
 
 def _words(kind: Any) -> str:

@@ -21,18 +21,18 @@ def measured_config(loaded: LoadedModel, given: Mapping[str, Any]) -> Config:
     Given `data.files` are what is measured, held out or not. Raises ConfigError.
     """
     data, run = _data_values(given), loaded.config
-    config = with_prepared_sources(
-        dataclasses.replace(run, data=_data(run.data, data)), [f"data.{key}" for key in data]
-    )
+    of_the_data = [f"data.{key}" for key in data]
+    prepared = with_prepared_sources(dataclasses.replace(run, data=_data(run.data, data)), of_the_data)
     config = dataclasses.replace(
-        config,
+        run,
+        data=prepared.data,  # the tokenizer is the run's
         evaluation=dataclasses.replace(run.evaluation, rows=given.get("rows", run.evaluation.rows)),
         train=dataclasses.replace(
             run.train, micro_batch_size=given.get("micro_batch_size", run.train.micro_batch_size)
         ),
     )
     validate(config)
-    check_given(config, [f"data.{key}" for key in data], run, in_files=())
+    check_given(config, of_the_data, run, in_files=())
     return config
 
 

@@ -85,6 +85,7 @@ class Rollback:
 
     def _stop(self, state: TrainState, what: str) -> NoReturn:
         self.checkpointing.finish(state)
-        kept = f"the run stops here; {self.checkpointing.directory} keeps what was saved."
+        has_saved = self.checkpointing.saved_step is not None
+        kept = f"{self.checkpointing.directory} keeps what was saved" if has_saved else "no checkpoint was saved before"
         causes = "Usual causes: optimizer.learning_rate too high, too short a warm-up, broken data"
-        raise self.ranks.on_all_ranks(RunStopped(f"{what}; {kept}\n{causes}"))
+        raise self.ranks.on_all_ranks(RunStopped(f"{what}; the run stops here, and {kept}.\n{causes}"))

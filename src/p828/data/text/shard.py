@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from p828.errors import DataError
 
@@ -16,6 +16,10 @@ class BadRecord(DataError):
         super().__init__(text)
         self.record = record
         """Its number in the shard, from 0."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Ranks pickle the errors that they tell each other of."""
+        return BadRecord, (str(self), self.record), self.__dict__
 
 
 class Shard(Protocol):

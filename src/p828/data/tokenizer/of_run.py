@@ -55,7 +55,7 @@ def load_tokenizer(
 def remarks(config: TokenizerConfig, tokenizer: Tokenizer, documents: Iterable[str]) -> list[str]:
     """What a user should know of a tokenizer that is taken over, a line each; the first of the documents are read.
 
-    Raises ConfigError when it fails on them. There are none of one that was trained here.
+    Raises DataError when it fails on them. There are none of one that was trained here.
     """
     lines = []
     if tokenizer.dropout:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from p828.config import Config, DataConfig, SourceConfig, ValidationConfig
+from p828.config import Config, DataConfig, SourceConfig, TokenizerConfig, ValidationConfig
 from p828.config.facts import deciding_tokens
 from p828.config.old_names import renamed
 from p828.config.values import build, shown, to_dict
@@ -14,10 +14,11 @@ from p828.data.retry import NO_RETRY, Retry
 from p828.data.text.open import open_in_order, open_validation
 from p828.data.text.shard import Shard
 from p828.data.tokens.format import MANIFEST_FILE, Manifest, open_manifest
-from p828.errors import ConfigError, TransientReadError
+from p828.errors import ConfigError, DataError, TransientReadError
 
 OF_A_SOURCE = ("source", "files", "text_field", "hub_name", "hub_subset", "hub_split")
 OF_THE_TOKENS = (*OF_A_SOURCE, "packing", "validation")  # keys of the section data
+OF_A_TOKENIZER = ("name", "vocab_size", "eos_token")  # keys of the section tokenizer that say which one it is
 NAMES_TEXT = {"files", "hub_name"}  # by which `source` is implied
 LONGEST_DOCUMENT = "max_document_megabytes"  # decides them, too: what is longer is divided, or no document
 LONGEST_VALUE = 200  # characters of a setting in a message
@@ -96,7 +97,7 @@ def with_paths_of(manifest: Manifest, data: DataConfig, retry: Retry = NO_RETRY)
         return data
     try:
         changes = manifest.files.changes(shards_of(data, retry))
-    except (ConfigError, TransientReadError):
+    except (ConfigError, DataError, TransientReadError):
         return data
     if changes:
         return data
@@ -127,9 +128,10 @@ def with_prepared_sources(config: Config, given: Collection[str]) -> Config:
         data = _with_source_of(manifests[0], data, given, "data.")
     first = next(manifest for manifest in manifests if manifest is not None)
     data = _with_division_of(first, data, given)
+    tokenizer = _with_tokenizer_of(first, config.tokenizer, given)
     if not data.mixture and manifests[0] is not None:
         data = with_paths_of(manifests[0], data)
-    return replace(config, data=data)
+    return replace(config, data=data, tokenizer=tokenizer)
 
 
 def _made(manifest: Manifest) -> dict[str, Any]:
@@ -156,6 +158,14 @@ def _with_source_of(manifest: Manifest, source: S, given: Collection[str], table
     values = {key: made[key] for key in OF_A_SOURCE if key not in own}
     before = build(SourceConfig, values, MANIFEST_FILE)
     return replace(source, **{key: getattr(before, key) for key in values})
+
+
+def _with_tokenizer_of(manifest: Manifest, tokenizer: TokenizerConfig, given: Collection[str]) -> TokenizerConfig:
+    """The tokenizer's settings with the manifest's values of the keys that name one and are not given."""
+    made = renamed(Config, manifest.settings, MANIFEST_FILE)[0]["tokenizer"]
+    values = {key: made[key] for key in OF_A_TOKENIZER if f"tokenizer.{key}" not in given}
+    before = build(TokenizerConfig, values, MANIFEST_FILE)
+    return replace(tokenizer, **{key: getattr(before, key) for key in values})
 
 
 def _with_division_of(manifest: Manifest, data: DataConfig, given: Collection[str]) -> DataConfig:
