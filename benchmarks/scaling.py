@@ -39,7 +39,7 @@ from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.model.costs import count_parameters, training_flops
-from p828.runs import layout
+from p828.runs import file_names
 from p828.runs import records as metrics
 from p828.system.device import peak_memory
 from p828.system.gpus import peak_flops
@@ -202,10 +202,10 @@ def check(config: Config, stage: str, gpus: int) -> str:
             for number, count in enumerate(counts):
                 process = start_training(config, stage, name, count, gpus // count, directory)
                 if len(counts) > 1 and number == 0:
-                    kill_a_rank(process, Path(directory) / "runs" / name / layout.RECORDS_FILE)
+                    kill_a_rank(process, Path(directory) / "runs" / name / file_names.RECORDS_FILE)
                 elif process.wait():
                     raise SystemExit(f"stage {stage} on {count} failed; the log: {Path(directory, 'log').read_text()}")
-            records = metrics.read(Path(directory) / "runs" / name / layout.RECORDS_FILE)
+            records = metrics.read(Path(directory) / "runs" / name / file_names.RECORDS_FILE)
             losses.append([line["loss"] for line in records if line["kind"] == "step"])
     assert len(losses[0]) == len(losses[1]) == CHECKED_STEPS
     distance = max(abs(first - second) for first, second in zip(*losses, strict=True))

@@ -19,7 +19,7 @@ from p828.data.text.shard import BadRecord
 from p828.data.tokens.directory import GOES_ON, open_output_dirs
 from p828.distributed.group import ProcessGroup
 from p828.errors import ConfigError, DataError, P828Error, RunFailed, RunStopped, TransientReadError
-from p828.runs import checkpoint, layout
+from p828.runs import checkpoint, file_names
 from p828.train.resume import open_run
 from runs import run_config, start, wait_for_step, write_toml
 
@@ -120,7 +120,7 @@ def test_a_bad_line_is_wrong_input_at_the_start_and_a_failure_at_work(
     said = capsys.readouterr().err
     assert "text.jsonl:17: not a line of JSON" in said
     assert "which is saved; the same command goes on from there" in said
-    step = layout.step_of(checkpoint.resolve(here / "runs" / "tiny"))
+    step = file_names.step_of(checkpoint.resolve(here / "runs" / "tiny"))
     assert f"The run stops after step {step}, " in said
     assert dispatch(["train", train_toml(here, None, tokenizer)]) == 0
 

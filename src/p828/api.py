@@ -172,7 +172,7 @@ class Run:
         Raises ConfigError where it cannot be read, as beside a checkpoint that was taken out of its run.
         """
         from p828.runs import records
-        from p828.runs.layout import RECORDS_FILE
+        from p828.runs.file_names import RECORDS_FILE
 
         path = Path(os.path.abspath(self.path))
         own, of_checkpoint = path / RECORDS_FILE, path.parent.parent / RECORDS_FILE
@@ -184,8 +184,8 @@ class Run:
         `sampling` has fields of `p828.inference.sampling.SamplingConfig`, as `temperature`, `max_new_tokens`, `stop`
         and `seed`. Raises ConfigError for a value out of range, and for a prompt that fills the model's context.
         """
+        from p828.inference.generate import generate
         from p828.inference.sampling import SamplingConfig
-        from p828.inference.text import generate
 
         sampling["stop"] = _several(sampling.get("stop", ()))
         loaded, config = self.loaded, SamplingConfig(**sampling)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import p828
-from p828.runs import checkpoint, layout, records
+from p828.runs import checkpoint, file_names, records
 from runs import start, wait_for_step, write_text, write_toml
 
 Run = Callable[[int | None, int], Path]
@@ -166,7 +166,7 @@ def assert_same_training(ours: Path, theirs: Path) -> None:
 
 def final_state(run: Path) -> checkpoint.Checkpoint:
     """The checkpoint of the last step, its tensors made whole."""
-    return checkpoint.load(run / "checkpoints" / layout.name_of(steps(run)[-1]["step"]))
+    return checkpoint.load(run / "checkpoints" / file_names.name_of(steps(run)[-1]["step"]))
 
 
 def assert_same_bits(ours: Path, theirs: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launch import ENDLESS, Launch, cases, config_that_reads_on, launched, messages, the_message, torchrun
 
-from p828.runs.layout import HANG_FILE
+from p828.runs.file_names import HANG_FILE
 
 pytestmark = pytest.mark.xdist_group("ranks")
 A_MINUTE = 60

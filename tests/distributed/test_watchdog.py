@@ -15,7 +15,7 @@ import pytest
 from p828.distributed.connections import LONGEST_GREETING, accept
 from p828.distributed.stacks import stacks
 from p828.errors import RunFailed
-from p828.runs.layout import HANG_FILE
+from p828.runs.file_names import HANG_FILE
 
 TOKEN = "secret"
 STRANGERS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from p828.runs import checkpoint, layout, records
+from p828.runs import checkpoint, file_names, records
 from runs import p828, start, wait_for_step, write_toml
 from same_run import assert_same_run
 
@@ -91,4 +91,4 @@ def test_records_that_cannot_be_written_end_the_run_saved(tmp_path: Path) -> Non
         said,
     )
     assert found, said
-    assert layout.step_of(checkpoint.resolve(run)) == int(found[1]) > 2
+    assert file_names.step_of(checkpoint.resolve(run)) == int(found[1]) > 2

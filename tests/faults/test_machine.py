@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from shim import Shim
 
-from p828.runs import checkpoint, layout, records
+from p828.runs import checkpoint, file_names, records
 from runs import p828, start, wait_for_step, write_text, write_toml
 from same_run import assert_same_run
 
@@ -33,7 +33,7 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_the_run_goes_on(
     (event,) = events(runs / "failing", "not_saved")
     assert "step_00000008: the checkpoint cannot be saved" in str(event["text"])
     assert "the newest checkpoint is of step 4" in said
-    names = [layout.name_of(step) for step in (4, 12)]
+    names = [file_names.name_of(step) for step in (4, 12)]
     assert sorted(found.name for found in (runs / "failing" / "checkpoints").iterdir()) == names
     assert_same_run(runs / "whole", runs / "failing", step=12)
 
@@ -69,7 +69,7 @@ def test_an_output_without_room_or_reader_does_not_end_a_run(tmp_path: Path) -> 
         done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stderr == "0\n"
         run = tmp_path / "runs" / name
-        assert layout.step_of(checkpoint.resolve(run)) == 12
+        assert file_names.step_of(checkpoint.resolve(run)) == 12
         assert "the output cannot be written" in (run / "log.txt").read_text()
 
 

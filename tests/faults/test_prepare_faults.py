@@ -14,7 +14,7 @@ from shim import Shim
 
 from p828.cli.main import dispatch
 from p828.data.tokens.directory import GOES_ON
-from p828.runs import checkpoint, layout
+from p828.runs import checkpoint, file_names
 from runs import p828, start, wait_for_step, write_toml
 
 FLAGS = ["--data.packing", "best_fit", "--prepare.shard-tokens", "2000"]
@@ -129,4 +129,4 @@ def test_a_shard_that_is_cut_while_training_ends_the_run_saved(toml: str) -> Non
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1, said
     assert "training-00000.tokens: damaged or changed: cut to 100 bytes\nThe run stops after step" in said
-    assert layout.step_of(checkpoint.resolve(Path("runs/tiny"))) >= 3
+    assert file_names.step_of(checkpoint.resolve(Path("runs/tiny"))) >= 3

@@ -15,7 +15,7 @@ import tokenizers
 from shim import Shim
 from tokenizers import models, pre_tokenizers
 
-from p828.runs import checkpoint, layout, records
+from p828.runs import checkpoint, file_names, records
 from runs import p828, start, wait_for_step, write_text, write_toml
 from same_run import assert_same_run
 
@@ -45,7 +45,7 @@ def test_a_run_that_is_asked_to_end_is_saved_and_goes_on_exactly(tmp_path: Path,
     )
     assert found, said
     newest = checkpoint.resolve(tmp_path / "runs" / "asked")
-    assert layout.step_of(newest) == int(found[1]) >= 9
+    assert file_names.step_of(newest) == int(found[1]) >= 9
     code, out, said = p828("train", path, "--name", "asked", cwd=tmp_path)
     assert code == 0, said
     assert f"resumed from step {found[1]}" in out
@@ -149,7 +149,7 @@ def test_a_run_whose_terminal_goes_is_saved(tmp_path: Path) -> None:
     os.close(terminal)
     os.close(main)
     process.wait(timeout=60)
-    newest = layout.step_of(checkpoint.resolve(tmp_path / "runs" / "tiny"))
+    newest = file_names.step_of(checkpoint.resolve(tmp_path / "runs" / "tiny"))
     steps = [line["step"] for line in records.read(tmp_path / "runs" / "tiny" / "metrics.jsonl") if "loss" in line]
     assert newest == max(steps) >= 5
 
@@ -176,7 +176,7 @@ def test_a_hung_read_is_left_behind(tmp_path: Path, shim: Shim) -> None:
     assert process.returncode == 0, said
     found = re.search(r"stopped by SIGTERM after step (\d+), which is saved", said)
     assert found
-    assert layout.step_of(checkpoint.resolve(tmp_path / "runs" / "tiny")) == int(found[1])
+    assert file_names.step_of(checkpoint.resolve(tmp_path / "runs" / "tiny")) == int(found[1])
 
 
 def slow_tokenizer(path: Path) -> None:

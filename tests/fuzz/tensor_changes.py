@@ -22,7 +22,7 @@ from torch import Tensor
 
 from p828.cli.main import dispatch
 from p828.runs import checkpoint
-from p828.runs.layout import CHECKPOINTS, MANIFEST_FILE, name_of
+from p828.runs.file_names import CHECKPOINTS, MANIFEST_FILE, name_of
 from p828.runs.manifest import describe, manifest_bytes
 from p828.runs.tensors import TensorShard, part_of, write_tensors
 

@@ -18,7 +18,7 @@ from p828.cli.main import dispatch
 from p828.config import load
 from p828.errors import ConfigError, DataError
 from p828.optim.adamw import AdamW
-from p828.runs import checkpoint, layout
+from p828.runs import checkpoint, file_names
 from p828.runs.checkpoint_content import check_content
 from p828.runs.manifest import describe, manifest_bytes
 from p828.runs.tensors import write_tensors
@@ -44,7 +44,7 @@ class Changed:
 
     def __init__(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.place, self.capsys = trained, capsys
-        self.path = trained / "tiny" / "checkpoints" / layout.name_of(3)
+        self.path = trained / "tiny" / "checkpoints" / file_names.name_of(3)
         self.kept = trained / "kept"
         if not self.kept.exists():
             shutil.copytree(trained / "tiny", self.kept)
@@ -177,7 +177,7 @@ def test_each_is_named(changed: Changed, change: Change, said: str) -> None:
     changed.write(change)
     code, answer = changed.resume()
     assert code == 2
-    assert layout.name_of(3) in answer
+    assert file_names.name_of(3) in answer
     assert said in answer
     if said.startswith(("the weights", NAME)):
         code, answer = changed.generate()
@@ -187,7 +187,7 @@ def test_each_is_named(changed: Changed, change: Change, said: str) -> None:
 
 def test_one_of_another_step_than_its_name(changed: Changed) -> None:
     changed.write(lambda state, tensors: None)
-    changed.path.rename(changed.path.with_name(layout.name_of(2)))
+    changed.path.rename(changed.path.with_name(file_names.name_of(2)))
     code, answer = changed.resume()
     assert code == 2
     assert "its manifest says step 3" in answer

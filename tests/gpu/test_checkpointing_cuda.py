@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from p828.distributed.group import ProcessGroup
-from p828.runs import checkpoint, layout
+from p828.runs import checkpoint, file_names
 from p828.runs.tensors import TensorShard
 from p828.train.checkpointing import AsyncCheckpointer
 
@@ -26,7 +26,7 @@ def test_what_is_written_is_what_the_device_had_computed_at_the_start(cuda: torc
             weights += 0.25
         weights.copy_(torch.full_like(weights, step))
         saved = saver.finish()
-        loaded = checkpoint.load(tmp_path / layout.name_of(step)).tensors["model"]
+        loaded = checkpoint.load(tmp_path / file_names.name_of(step)).tensors["model"]
         assert torch.equal(loaded["a"], torch.full((64 * 2**20,), float(step)))
         assert torch.equal(loaded["b"], torch.full((10, 100), float(step)))
         assert saved.copy_bytes == 4 * (64 * 2**20 + 1000)

@@ -6,8 +6,8 @@ from taught_text import TAUGHT
 
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.inference.decode import Continuation, FinishReason, decode
+from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
-from p828.inference.text import generate
 from p828.model.transformer import Transformer
 from tiny import tiny_model
 

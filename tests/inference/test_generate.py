@@ -10,8 +10,8 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError
+from p828.inference.generate import Completion, generate
 from p828.inference.sampling import SamplingConfig
-from p828.inference.text import Completion, generate
 from p828.model.kv_cache import KVCache
 from p828.model.transformer import Transformer
 from tiny import tiny_model

@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from p828.data.tokenizer.tokenizer import Tokenizer
-from p828.inference.text import TextStream
+from p828.inference.generate import TextStream
 from tokenizer_kinds import EOS, KINDS, SPECIAL
 
 TEXT = "The cat 🙂 said naïve things: é, 漢字, 👩‍🚀!\n"

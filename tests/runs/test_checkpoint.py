@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from p828.errors import ConfigError, DataError, RunFailed
-from p828.runs import checkpoint, layout
+from p828.runs import checkpoint, file_names
 from p828.runs.checkpoint import DamagedCheckpoint
 from p828.runs.manifest import FORMAT_VERSION, describe, manifest_bytes
 from p828.train import checkpoint_writer
@@ -378,7 +378,7 @@ def test_a_process_killed_at_any_moment_leaves_a_complete_checkpoint(tmp_path: P
 def test_the_newest_up_to_a_step_and_what_comes_after(tmp_path: Path) -> None:
     for step in (1, 3, 5, 7):
         save(tmp_path, step)
-    assert checkpoint.find_newest(tmp_path, last_step=4) == (tmp_path / layout.name_of(3), [])
+    assert checkpoint.find_newest(tmp_path, last_step=4) == (tmp_path / file_names.name_of(3), [])
     assert checkpoint.find_newest(tmp_path, last_step=0) == (None, [])
     checkpoint.forget_after(tmp_path, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [layout.name_of(step) for step in (1, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [file_names.name_of(step) for step in (1, 3)]

@@ -53,7 +53,7 @@ def test_a_container_of_version_1_whose_group_has_its_hosts_name(tmp_path: Path)
 LIMITED = """
 import json, resource, sys, psutil, torch
 from pathlib import Path
-from p828.runs import checkpoint, layout
+from p828.runs import checkpoint, file_names
 from p828.train import checkpointing as background_saver
 from p828.train.checkpointing import AsyncCheckpointer
 from p828.system.host_memory import free_host_bytes
@@ -68,7 +68,7 @@ resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 found = free_host_bytes()
 is_written = saver.start(1, tensors, {})
 saved = saver.finish()
-checkpoint.verify(directory / layout.name_of(1))
+checkpoint.verify(directory / file_names.name_of(1))
 print(json.dumps([found, is_written, saved.copy_bytes]))
 """
 

@@ -8,7 +8,7 @@ import torch
 
 from p828.distributed.group import ProcessGroup
 from p828.errors import RunFailed
-from p828.runs import checkpoint, layout
+from p828.runs import checkpoint, file_names
 from p828.runs.tensors import TensorShard
 from p828.train import checkpointing as background_saver
 from p828.train.checkpointing import AsyncCheckpointer
@@ -34,7 +34,7 @@ def test_what_is_written_is_what_was_there_at_the_start(saver: AsyncCheckpointer
         for value in tensors["model"].values():
             (value.values if isinstance(value, TensorShard) else value).add_(1.0)
         saved = saver.finish()
-        loaded = checkpoint.load(tmp_path / layout.name_of(step))
+        loaded = checkpoint.load(tmp_path / file_names.name_of(step))
         assert loaded.state == {"step": step}
         assert torch.equal(loaded.tensors["model"]["a"], torch.full((600, 500), expected))
         assert torch.equal(loaded.tensors["model"]["b"], torch.full((100, 1000), expected))
@@ -49,7 +49,7 @@ def test_without_room_for_a_copy_training_waits(saver: AsyncCheckpointer, monkey
     saved = saver.finish()
     assert saved.copy_bytes == 0
     assert saved.waited >= saved.seconds
-    checkpoint.verify(saver.directory / layout.name_of(1))
+    checkpoint.verify(saver.directory / file_names.name_of(1))
 
 
 def test_a_file_system_that_refuses_is_reported_at_the_end(saver: AsyncCheckpointer, tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_file_system_that_refuses_is_reported_at_the_end(saver: AsyncCheckpoin
     with pytest.raises(RunFailed, match="cannot be saved: No such file"):
         saver.finish()
     assert saver.step is None
-    checkpoint.verify(tmp_path / layout.name_of(1))
+    checkpoint.verify(tmp_path / file_names.name_of(1))
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
@@ -80,5 +80,5 @@ def test_old_ones_are_deleted_beside_the_training(saver: AsyncCheckpointer, tmp_
         saver.finish()
         saver.delete_old(keep_last=2, best_step=1)
     saver.wait_for_deletion()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [layout.name_of(step) for step in (1, 4, 5)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [file_names.name_of(step) for step in (1, 4, 5)]
     assert saver.problem == ""

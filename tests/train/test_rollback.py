@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from p828.cli.main import dispatch
-from p828.runs import checkpoint, layout, records
+from p828.runs import checkpoint, file_names, records
 from p828.runs.train_state import EMA_STEPS, TrainState
 from p828.train import checkpoint_writer
 from runs import write_text, write_toml
@@ -56,7 +56,7 @@ def test_it_goes_on_as_from_that_checkpoint_with_the_data_that_comes_next(odd_te
     assert events(runs / "whole", "rollback") == []
     shutil.copytree(runs / "whole", runs / "by_hand")
     steps = runs / "by_hand" / "checkpoints"
-    good, later = (checkpoint.load(steps / layout.name_of(step)) for step in (back, bad))
+    good, later = (checkpoint.load(steps / file_names.name_of(step)) for step in (back, bad))
     for path in steps.iterdir():
         shutil.rmtree(path)
     state = {**good.state, "data": later.state["data"]}

@@ -10,9 +10,9 @@ from p828.cli.flags import parse
 from p828.cli.output import show
 from p828.config.rules import check_text
 from p828.errors import ConfigError, DataError, warn
+from p828.inference.generate import Completion, generate
 from p828.inference.load import LoadedModel, load_model
 from p828.inference.sampling import SamplingConfig
-from p828.inference.text import Completion, generate
 from p828.train.console import waiting
 
 USAGE = "p828 generate CHECKPOINT --prompt TEXT [--prompt TEXT ...] [--interactive] [--temperature T ...]"

@@ -24,7 +24,7 @@ from p828.distributed.connections import Peer, connect
 from p828.distributed.stacks import main_thread, stacks
 from p828.errors import INTERRUPTED, P828Error
 from p828.files import open_appended, write_atomic
-from p828.runs.layout import HANG_FILE
+from p828.runs.file_names import HANG_FILE
 
 LOOK_EVERY = 0.5  # seconds
 ANSWER_WITHIN = 15.0  # seconds for a rank to send its stacks

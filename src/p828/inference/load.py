@@ -16,7 +16,7 @@ from p828.model.precision import matrices
 from p828.model.transformer import Transformer
 from p828.runs import checkpoint
 from p828.runs.checkpoint_content import check_weights, config_of, rules_of
-from p828.runs.layout import TOKENIZER_FILE
+from p828.runs.file_names import TOKENIZER_FILE
 from p828.system.device import pick_device, pick_dtype
 
 READ_RETRIES = 4  # 15 seconds of waiting in all

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from p828.data.retry import NO_RETRY, Retry
 from p828.errors import ConfigError, DataError, RunFailed, TransientReadError
-from p828.files import move_directory
-from p828.runs.layout import (
+from p828.files import fsync, move_directory
+from p828.runs.file_names import (
     CHECKPOINTS,
     DELETED,
     MANIFEST_FILE,
@@ -201,6 +201,17 @@ def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[
     raise ConfigError(
         f"{path} is neither a run with a checkpoint nor a checkpoint; found in {directory.name or directory}: {found}"
     )
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a checkpoint that is written into place, durably. Raises OSError.
+
+    Between the two renames of a replacement, `recover` restores the older one.
+    """
+    if final.exists():
+        move_directory(final, beside(final, REPLACED), last=MANIFEST_FILE)
+    move_directory(temporary, final, last=MANIFEST_FILE)
+    fsync(final.parent)
 
 
 def recover(directory: Path) -> None:

@@ -21,7 +21,7 @@ from p828.data.order import held_out_rules
 from p828.errors import ConfigError
 from p828.model.transformer import Transformer
 from p828.runs.checkpoint import OpenCheckpoint
-from p828.runs.layout import STATE_FILE
+from p828.runs.file_names import STATE_FILE
 from p828.runs.tensors import DamagedCheckpoint, Kind
 from p828.runs.train_state import TrainState, with_current_names
 

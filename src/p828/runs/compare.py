@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from p828.runs import checkpoint, records
-from p828.runs.layout import RECORDS_FILE
+from p828.runs.file_names import RECORDS_FILE
 
 OF_THE_MACHINE = ("tokens_per_second", "mfu", "memory_bytes", "seconds")  # keys in which two equal runs differ
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from p828.errors import ConfigError
 from p828.files import fsync, move_directory, write_atomic
-from p828.runs.layout import TRIAL_DIRECTORY
+from p828.runs.file_names import TRIAL_DIRECTORY
 
 
 def try_out(directory: Path) -> None:

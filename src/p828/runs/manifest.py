@@ -16,7 +16,7 @@ from typing import Any
 
 from p828.errors import DataError, TransientReadError
 from p828.files import MEBIBYTE, open_regular, read_limited
-from p828.runs.layout import MANIFEST_FILE, STATE_FILE
+from p828.runs.file_names import MANIFEST_FILE, STATE_FILE
 from p828.runs.tensors import DamagedCheckpoint
 
 FORMAT_VERSION = 3

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from p828.errors import ConfigError, DataError, RecordsFailed, RunPaused, closed_after
 from p828.files import fsync, open_appended, open_regular
-from p828.runs.layout import DAMAGED_RECORDS_FILE, RECORDS_FILE
+from p828.runs.file_names import DAMAGED_RECORDS_FILE, RECORDS_FILE
 
 LOADS_A_STEP = 32  # loads of experts that a step's line has on average at most, without those at evaluations
 STARVED_UNDER = 0.1  # of the mean load of a layer's experts

@@ -29,9 +29,9 @@ from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError
 from p828.model.costs import count_parameters
 from p828.optim.schedule import learning_rate
-from p828.runs import checkpoint, layout
+from p828.runs import checkpoint, file_names
 from p828.runs.checkpoint_content import rules_of
-from p828.runs.layout import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
+from p828.runs.file_names import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
 from p828.runs.records import Recorder
 from p828.runs.train_state import TrainState
 from p828.system.device import check_room, make_deterministic, pick_device
@@ -134,7 +134,7 @@ def _open_outputs(
     with waiting("starting Weights & Biases" if config.wandb.mode != "off" else "opening the records", report):
         mirror = None if is_quiet else open_mirror(run.path, config)
         recorder = stack.enter_context(Recorder(run.path, is_quiet, mirror))
-    first_step = 0 if run.newest is None else layout.step_of(run.newest)
+    first_step = 0 if run.newest is None else file_names.step_of(run.newest)
     console = Console(run.path, max(config.train.steps, first_step), first_step, is_quiet=is_quiet)
     return _Outputs(run, mirror, recorder, stack.enter_context(console), device)
 
@@ -198,7 +198,7 @@ def _run(
     trainer = _trainer(inputs, outputs, engine, ranks)
     changes: list[str] = []
     if run.newest is not None:
-        with console.waiting(f"loading the checkpoint of step {layout.step_of(run.newest)}"):
+        with console.waiting(f"loading the checkpoint of step {file_names.step_of(run.newest)}"):
             trainer.state, lines = resume(run.newest, trainer.checkpointing)
             changes = [*run.changes, *lines]
     with ranks.raise_together():

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from p828.distributed.group import ProcessGroup
 from p828.errors import RunFailed
-from p828.files import fsync, move_directory
-from p828.runs.checkpoint import recover
-from p828.runs.layout import MANIFEST_FILE, REPLACED, SAVING, STATE_FILE, beside, name_of
+from p828.files import fsync
+from p828.runs import checkpoint
+from p828.runs.file_names import MANIFEST_FILE, SAVING, STATE_FILE, beside, name_of
 from p828.runs.manifest import FORMAT_VERSION, LARGEST_JSON, describe, manifest_bytes, state_bytes
 from p828.runs.tensors import Saveable, file_name, tensors_of, write_tensors
 
@@ -68,7 +68,7 @@ class CheckpointWriter:
             self.ranks.on_rank_0(lambda: self._refusals(lambda: self._complete(files)))
         except RunFailed as error:  # all ranks have it
             failure = error
-        self.ranks.on_rank_0(lambda: self._refusals(lambda: recover(self.final.parent)))
+        self.ranks.on_rank_0(lambda: self._refusals(lambda: checkpoint.recover(self.final.parent)))
         if failure is not None:
             raise failure
         return self.final
@@ -87,7 +87,7 @@ class CheckpointWriter:
         manifest = manifest_bytes({"format_version": FORMAT_VERSION, "step": self.step, "files": files})
         _write_new(self._temporary / MANIFEST_FILE, manifest)
         fsync(self._temporary)
-        _publish(self._temporary, self.final)
+        checkpoint.publish(self._temporary, self.final)
 
     def _refusals(self, function: Callable[[], T]) -> T:
         """What the function gives. Raises RunFailed for what the file system refuses."""
@@ -122,7 +122,7 @@ def num_bytes(tensors: Mapping[str, Mapping[str, Saveable]]) -> int:
 
 def _begin(temporary: Path) -> None:
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    recover(temporary.parent)
+    checkpoint.recover(temporary.parent)
     temporary.mkdir()
 
 
@@ -141,14 +141,6 @@ def _write_new(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Rename into place, durably. Between the two renames of a replacement, `recover` restores the older one."""
-    if final.exists():
-        move_directory(final, beside(final, REPLACED), last=MANIFEST_FILE)
-    move_directory(temporary, final, last=MANIFEST_FILE)
-    fsync(final.parent)
 
 
 def _free_space(directory: Path) -> str:

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from p828.errors import ConfigError, RecordsFailed
 from p828.files import open_appended
-from p828.runs.layout import LOG_FILE
+from p828.runs.file_names import LOG_FILE
 from p828.runs.records import NO_ROOM
 
 LINES_PER_RUN = 20  # a plain progress line comes at least this many times in a run

@@ -10,8 +10,8 @@ from p828.distributed.group import ProcessGroup
 from p828.engine.interface import Engine
 from p828.errors import NotFinite
 from p828.inference.evaluate import evaluate
+from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
-from p828.inference.text import generate
 from p828.runs.train_state import TrainState
 from p828.train.console import A_WAIT, SECONDS_PER_LINE
 from p828.train.log import Log

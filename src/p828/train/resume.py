@@ -24,10 +24,10 @@ from p828.distributed.group import ProcessGroup
 from p828.errors import ConfigError, P828Error, warn
 from p828.files import MEBIBYTE, locked, read_limited, write_atomic
 from p828.optim.schedule import learning_rate
-from p828.runs import checkpoint, layout, records
+from p828.runs import checkpoint, file_names, records
 from p828.runs.checkpoint_content import config_of, reading_position, seconds_of
+from p828.runs.file_names import CHECKPOINTS, CONFIG_FILE, QUARANTINED, RECORDS_FILE, TOKENIZER_FILE, WANDB_ID_FILE
 from p828.runs.file_system import try_out
-from p828.runs.layout import CHECKPOINTS, CONFIG_FILE, QUARANTINED, RECORDS_FILE, TOKENIZER_FILE, WANDB_ID_FILE
 from p828.runs.train_state import TrainState
 from p828.train.checkpointing import Checkpointing
 
@@ -267,7 +267,7 @@ def resume(path: Path, checkpointing: Checkpointing) -> tuple[TrainState, list[s
     with ranks.raise_together(), checkpoint.opened(path, retry=retry) as saved:
         if saved.state.get("tokenizer") != checkpointing.fingerprint:
             raise ConfigError(f"{path}: trained with another tokenizer than the run's {TOKENIZER_FILE}")
-        if saved.step != layout.step_of(path):
+        if saved.step != file_names.step_of(path):
             raise checkpoint.DamagedCheckpoint(f"{path}: its manifest says step {saved.step}")
         state = checkpointing.read_state(saved)
         with reading_position(path):

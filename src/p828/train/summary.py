@@ -16,7 +16,7 @@ from p828.errors import ConfigError, DataError, TransientReadError
 from p828.inference.evaluate import perplexity
 from p828.model import backend
 from p828.model.costs import count_parameters, unused_vocabulary
-from p828.runs import layout
+from p828.runs import file_names
 from p828.system.device import lacks_bfloat16
 from p828.train.resume import RunDirectory
 from p828.train.signals import interruptible
@@ -99,7 +99,7 @@ def conclude(config: Config, trainer: Trainer, tokenizer: Tokenizer) -> None:
         how = f"is complete after train.hours = {config.train.hours:g}"
     console.print(f"{config.run_dir} {how} at step {state.step}")
     if state.saved_best_step not in (None, state.step):
-        best = trainer.checkpointing.directory / layout.name_of(state.saved_best_step)
+        best = trainer.checkpointing.directory / file_names.name_of(state.saved_best_step)
         is_best_of_all = state.best_step == state.saved_best_step
         with_loss = f", with validation loss {state.best_loss:.3f}," if is_best_of_all else ""
         console.print(f"the best checkpoint{with_loss} is {best}")

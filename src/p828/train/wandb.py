@@ -11,7 +11,7 @@ from p828.config import Config
 from p828.config.values import to_dict
 from p828.errors import ConfigError
 from p828.files import read_limited, write_atomic
-from p828.runs.layout import WANDB_ID_FILE
+from p828.runs.file_names import WANDB_ID_FILE
 
 SECTIONS = {"step": "train", "eval": "validation"}  # the kinds of records that it sees, and its names for them
 STEP = "step"

@@ -21,7 +21,7 @@ from p828.config.values import to_dict
 from p828.errors import RunFailed, warn
 from p828.runs import records
 from p828.runs.compare import distance_of_losses, first_difference
-from p828.runs.layout import CHECKPOINTS, RECORDS_FILE
+from p828.runs.file_names import CHECKPOINTS, RECORDS_FILE
 
 STEPS, CHECKPOINTS_IN_ALL, EVALUATIONS = 60, 12, 3
 POLL_EVERY = 0.005  # seconds
