@@ -1,10 +1,15 @@
 """What all tests share."""
 
+import shutil
 import signal
+import subprocess
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+from shim import Shim
 
 # Nothing is asserted about time: examples may be slow on a machine that does other things, too.
 hypothesis.settings.register_profile("p828", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -34,3 +39,25 @@ def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def shim_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("needs a C compiler")
+    library = tmp_path_factory.mktemp("shim") / "shim.so"
+    source = Path(__file__).with_name("shim.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+@pytest.fixture
+def shim(shim_library: Path, monkeypatch: pytest.MonkeyPatch) -> Shim:
+    """Loads `shim.c` into processes started from now on, with `SHIM_NAME = value` for each given name."""
+
+    def set_up(**settings: object) -> None:
+        monkeypatch.setenv("LD_PRELOAD", str(shim_library))
+        for name, value in settings.items():
+            monkeypatch.setenv(f"SHIM_{name.upper()}", str(value))
+
+    return set_up

@@ -3,6 +3,7 @@
 import os
 import re
 import select
+import shutil
 import time
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from launch import ENDLESS, Launch, cases, config_that_reads_on, launched, messages, the_message, torchrun
 
 from p828.runs.file_names import HANG_FILE
+from shim import Shim
 
 pytestmark = pytest.mark.xdist_group("ranks")
 A_MINUTE = 60
@@ -82,14 +84,17 @@ def test_when_rank_0_hangs_the_others_say_so(config: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.long
-def test_where_all_ranks_wait_for_data_that_does_not_come(tmp_path: Path) -> None:
+def test_where_all_ranks_wait_for_data_that_does_not_come(tmp_path: Path, shim: Shim) -> None:
+    """The texts become links to files that are not read within the time-out."""
     config, text = config_that_reads_on(tmp_path)
+    shim(file="/slow/", delay=900_000_000)
     run = tmp_path / "runs" / "hangs"
     with launched(config, run, 3, 2, *ENDLESS, *IMPATIENT) as launch:
         launch.wait_for_step(1)
+        shutil.copytree(text, tmp_path / "slow")
         for path in text.iterdir():
             path.unlink()
-            os.mkfifo(path)
+            path.symlink_to(tmp_path / "slow" / path.name)
         message = the_message(launch, A_MINUTE)
     assert "no progress for 12 s; the run ends." in message
     report = (run / HANG_FILE).read_text()
