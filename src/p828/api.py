@@ -228,8 +228,9 @@ def build_tokenizer(config: Config) -> "Tokenizer":
     prepared = prepared_tokenizer(config.data, config.tokenizer)
     if prepared is not None:
         return prepared
-    documents = lambda: training_documents(config.data, config.train.seed)  # noqa: E731
-    return load_tokenizer(config.tokenizer, documents, config.model.vocab_size)
+    return load_tokenizer(
+        config.tokenizer, lambda: training_documents(config.data, config.train.seed), config.model.vocab_size
+    )
 
 
 def build_model(config: Config, tokenizer: "Tokenizer | None" = None) -> "Transformer":

@@ -9,15 +9,13 @@ from typing import Any, TypeVar
 from p828.config import Config, DataConfig, SourceConfig, TokenizerConfig, ValidationConfig
 from p828.config.facts import deciding_tokens
 from p828.config.old_names import renamed
-from p828.config.values import build, shown, to_dict
+from p828.config.values import build, shown
 from p828.data.retry import NO_RETRY, Retry
 from p828.data.text.open import open_in_order, open_validation
 from p828.data.text.shard import Shard
 from p828.data.tokens.format import MANIFEST_FILE, Manifest, open_manifest
 from p828.errors import ConfigError, DataError, TransientReadError
 
-OF_A_SOURCE = ("source", "files", "text_field", "hub_name", "hub_subset", "hub_split")
-OF_THE_TOKENS = (*OF_A_SOURCE, "packing", "validation")  # keys of the section data
 OF_A_TOKENIZER = ("name", "vocab_size", "eos_token")  # keys of the section tokenizer that say which one it is
 NAMES_TEXT = {"files", "hub_name"}  # by which `source` is implied
 LONGEST_DOCUMENT = "max_document_megabytes"  # decides them, too: what is longer is divided, or no document
@@ -90,9 +88,9 @@ def shards_of(data: DataConfig, retry: Retry = NO_RETRY) -> list[Shard]:
 
 def with_paths_of(manifest: Manifest, data: DataConfig, retry: Retry = NO_RETRY) -> DataConfig:
     """The data with the paths that it was prepared from, if its own paths name the same text, which was moved."""
-    values, made = to_dict(data), _made(manifest)
+    made = _made(manifest)
     is_local = data.source == "files" or (data.source == "hf" and os.path.isdir(data.hub_name))
-    is_same = all(_resolved(key, values[key]) == _resolved(key, made.get(key)) for key in OF_THE_TOKENS)
+    is_same = all(_resolved(key, value) == _resolved(key, made.get(key)) for key, value in data_settings(data).items())
     if is_same or not is_local or manifest.files is None or not manifest.files.contents:
         return data
     try:
@@ -152,10 +150,11 @@ def _manifest(directory: str) -> Manifest | None:
 def _with_source_of(manifest: Manifest, source: S, given: Collection[str], table: str) -> S:
     """The source with the manifest's values of the keys of its table that are not given."""
     made = _made(manifest)
-    own = {key for key in OF_A_SOURCE if table + key in given}
+    of_a_source = deciding_tokens(SourceConfig()).keys()
+    own = {key for key in of_a_source if table + key in given}
     if own & NAMES_TEXT:
         own.add("source")
-    values = {key: made[key] for key in OF_A_SOURCE if key not in own}
+    values = {key: made[key] for key in of_a_source if key not in own}
     before = build(SourceConfig, values, MANIFEST_FILE)
     return replace(source, **{key: getattr(before, key) for key in values})
 
