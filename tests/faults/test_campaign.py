@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import tomli_w
-from shim import Shim
 
 from p828.cli.main import dispatch
 from p828.config import Config, load
@@ -18,6 +17,7 @@ from p828.config.values import flatten
 from p828.runs import checkpoint
 from p828.verify.kill_resume import KillResumeCheck, shortened
 from runs import p828, tiny_values, write_toml
+from shim import Shim
 
 
 def counts(short: int, campaign: int) -> Any:

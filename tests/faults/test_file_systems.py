@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from shim import Shim
 
 from p828.runs import checkpoint, records
 from p828.train import checkpoint_writer
 from runs import p828, start, wait_for_step, write_toml
 from same_run import assert_same_run, comparable_records
+from shim import Shim
 
 
 def saved_steps(run: Path) -> list[str]:

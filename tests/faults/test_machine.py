@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from shim import Shim
 
 from p828.runs import checkpoint, file_names, records
 from runs import p828, start, wait_for_step, write_text, write_toml
 from same_run import assert_same_run
+from shim import Shim
 
 YEARS = 10**9  # seconds
 

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from shim import Shim
 
 from p828.cli.main import dispatch
 from p828.data.tokens.directory import GOES_ON
 from p828.runs import checkpoint, file_names
 from runs import p828, start, wait_for_step, write_toml
+from shim import Shim
 
 FLAGS = ["--data.packing", "best_fit", "--prepare.shard-tokens", "2000"]
 SLOWLY = """

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from shim import Shim
 from tokenizers import models, pre_tokenizers
 
 from p828.runs import checkpoint, file_names, records
 from runs import p828, start, wait_for_step, write_text, write_toml
 from same_run import assert_same_run
+from shim import Shim
 
 
 def test_a_launchers_sigterm_after_the_terminals_sigint_is_no_second_wish(tmp_path: Path) -> None:
