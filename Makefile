@@ -29,12 +29,12 @@ test-oldest: pyproject.toml constraints-oldest.txt
 	.venv-oldest/bin/pytest -n 2 --dist loadgroup
 
 check: .venv/installed-dev
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 format: .venv/installed-dev
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff check --no-cache --fix .
 	$(BIN)/ruff format .
 
 .venv/bin/python:
