@@ -1,0 +1,79 @@
+"""What p828 knows of an architecture of other libraries: its configuration and the names of its tensors.
+
+Nothing here imports torch, so that `p828 train --dry-run` can say where a model may go.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from p828.config import ModelConfig
+
+STACKED = re.compile(r"(?P<mlp>.*\.mlp)\.experts\.(?P<projection>gate_up_proj|down_proj)")
+Place = tuple[int | slice, ...]
+
+
+class Piece(NamedTuple):
+    """A tensor of theirs, and its place in one of ours."""
+
+    name: str
+    """Theirs."""
+    place: Place
+    """`ours[place]` is the tensor; () is all of it."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    model_type: str
+    """Hugging Face's name of it, as `glm4_moe`."""
+    class_name: str
+    """transformers' class with an output head, as `Glm4MoeForCausalLM`."""
+    obstacles: Callable[[ModelConfig], list[str]]
+    """What of a configuration it does not have, in a few words each, as "sinks"; nothing: it is exactly the model."""
+    to_config: Callable[[ModelConfig], dict[str, Any]]
+    """The content of config.json but for what every architecture has (`architectures`, token ids, dtype)."""
+    from_config: Callable[[Mapping[str, Any]], ModelConfig]
+    """The reverse. Raises ConfigError naming the field of theirs that p828 does not have."""
+    pieces: Callable[[str, ModelConfig], list[Piece]]
+    """Their tensors that are one of our state's, by its name; none for what they do not store."""
+
+
+def pieces(name: str, config: ModelConfig) -> list[Piece]:
+    """As most architectures have it: our names, but a tensor for each expert and projection."""
+    if config.tie_word_embeddings and name == "lm_head.weight":
+        return []
+    stacked = STACKED.fullmatch(name)
+    if stacked is None:
+        return [Piece(name, ())]
+    experts = f"{stacked['mlp']}.experts"
+    if stacked["projection"] == "down_proj":
+        return [Piece(f"{experts}.{expert}.down_proj.weight", (expert,)) for expert in range(config.n_routed_experts)]
+    width = projected_width(config)
+    halves = (("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width)))
+    return [
+        Piece(f"{experts}.{expert}.{projection}.weight", (expert, half))
+        for expert in range(config.n_routed_experts)
+        for projection, half in halves
+    ]
+
+
+def projected_width(config: ModelConfig) -> int:
+    """Rows of an expert's gate_proj, and of its up_proj."""
+    return config.moe_intermediate_size * (2 if config.hidden_act == "swiglu_of_product" else 1)
+
+
+def rope_parameters(config: ModelConfig) -> dict[str, Any]:
+    """`rope_parameters` of transformers, where every architecture spells them alike."""
+    scaling = config.rope_scaling
+    plain = {"rope_theta": config.rope_theta, "partial_rotary_factor": 1.0}
+    if scaling.factor == 1:
+        return {"rope_type": "default", **plain}
+    return {
+        "rope_type": "yarn",
+        **plain,
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+    }

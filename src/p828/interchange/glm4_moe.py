@@ -1,0 +1,38 @@
+"""`glm4_moe` (GLM-4.5): p828's model without sinks and with `swiglu`, to the last bit of its mathematics."""
+
+from typing import Any
+
+from p828.config import ModelConfig
+from p828.interchange.architecture import rope_parameters
+
+SAME = (  # fields of both, with one meaning
+    "vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "use_qk_norm", "max_position_embeddings", "n_routed_experts",
+    "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
+    "rms_norm_eps", "tie_word_embeddings", "initializer_range",
+)  # fmt: skip
+
+
+def obstacles(config: ModelConfig) -> list[str]:
+    found = {
+        "sinks": config.attention_sinks,
+        "softmax router": config.scoring_func != "sigmoid",
+        config.hidden_act: config.hidden_act != "swiglu",
+        "no shared expert": config.n_shared_experts == 0,
+    }
+    return [words for words, is_there in found.items() if is_there]
+
+
+def to_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "model_type": "glm4_moe",
+        **{name: getattr(config, name) for name in SAME},
+        "hidden_act": "silu",
+        "intermediate_size": config.moe_intermediate_size,  # of leading dense layers, of which there are none
+        "first_k_dense_replace": 0,
+        "num_mtp_layers": 0,
+        "num_nextn_predict_layers": 0,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_parameters": rope_parameters(config),
+    }
