@@ -34,14 +34,14 @@ def letters() -> Tokenizer:
     return Tokenizer(inner, EOS)
 
 
-def save_model(run: Path, model: Transformer, tokenizer: Tokenizer | None = None) -> Path:
+def save_model(run: Path, model: Transformer, tokenizer: Tokenizer | None = None, eos_token: str = EOS) -> Path:
     """The model as a run with one checkpoint; returns `run`."""
     tokenizer = tokenizer or letters()
     config = Config(
         name="run",
         model=model.config,
         data=DataConfig(sequence_length=32),
-        tokenizer=TokenizerConfig(name="tokenizer.json", eos_token=EOS),
+        tokenizer=TokenizerConfig(name="tokenizer.json", eos_token=eos_token),
     )
     state = {
         "config": to_dict(config),

@@ -1,7 +1,7 @@
 """An exported model gives the same logits in transformers, in float32 within 1e-5 of the largest logit.
 
-Both sides round to float32 at other places. Each sum's error is some 1e-7 of its terms, and passes through a few layers'
-norms and products: 1e-5 leaves room for a factor of ten beyond what is measured.
+Both sides round to float32 at other places. Each sum's error is some 1e-7 of its terms, and passes through norms and
+products of a few layers: 1e-5 leaves room for a factor of ten beyond what is measured.
 """
 
 import math
@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from exported import EOS, difference, in_transformers, letters, load, logits, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import run_config
 from torch import Tensor
 from transformers import AutoTokenizer
 
 import p828
+from exported import EOS, difference, in_transformers, letters, load, logits, save_model
 from p828.config import RopeScaling
 from p828.interchange.architectures import native_architecture
 from p828.interchange.export import export_model
+from runs import run_config
 from tiny import tiny_config, tiny_model
 
 TOLERANCE = 1e-5

@@ -12,11 +12,10 @@ from p828.errors import warn
 from p828.interchange.export import Export, export_model
 from p828.train.console import waiting
 
-USAGE = "p828 export CHECKPOINT DIR [--dtype float32|bfloat16] [--native-only] [--push REPO]"
+USAGE = "p828 export CHECKPOINT DIR [--dtype float32|bfloat16] [--native-only]"
 DESCRIPTION = (
     f"{USAGE}\n\nDIR gets the weights, config.json, the tokenizer, a model card and the training configuration: "
-    "AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load it. Nothing leaves this machine "
-    "without --push."
+    "AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load it."
 )
 
 
@@ -30,8 +29,6 @@ class Arguments:
     """Of the matrices; router, balance bias, norms and sinks stay float32, as in training."""
     native_only: bool = False
     """Refuse a model that would need code of its own, which is loaded with trust_remote_code."""
-    push: Annotated[str, tyro.conf.arg(metavar="REPO")] = ""
-    """Upload DIR to this repository of the hub (NAME/MODEL)."""
 
 
 def run(arguments: list[str]) -> None:
@@ -42,10 +39,6 @@ def run(arguments: list[str]) -> None:
     with waiting(f"exporting to {directory}", warn):
         found = export_model(given.checkpoint, directory, given.dtype, given.native_only)
     print("\n".join(_lines(found, given.dtype)), flush=True)
-    if given.push:
-        from p828.interchange.hub import push
-
-        print(f"pushed to      {push(directory, given.push)}", flush=True)
 
 
 def _lines(found: Export, dtype: str) -> list[str]:
