@@ -35,6 +35,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe, raw weights, scaled": ("glm4_moe", {**GLM4_MOE, "norm_topk_prob": False, "routed_scaling_factor": 1.7}),
     "glm4_moe, two shared": ("glm4_moe", {**GLM4_MOE, "n_shared_experts": 2}),
     "glm4_moe, none shared": ("glm4_moe", {**GLM4_MOE, "n_shared_experts": 0, "use_qk_norm": True}),
+    "glm4_moe, all": (
+        "glm4_moe",
+        {**GLM4_MOE, **YARN, "use_qk_norm": True, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5},
+    ),
     "glm4_moe, top 1 of 64": ("glm4_moe", {**GLM4_MOE, "n_routed_experts": 64, "num_experts_per_tok": 1}),
     "glm4_moe, tied, YaRN": ("glm4_moe", {**GLM4_MOE, **YARN, "tie_word_embeddings": True}),
     "mimo": ("mimo_v2_flash", MIMO),
