@@ -5,8 +5,11 @@ import pytest
 from hub_server import TOKEN, Hub, running_hub
 from huggingface_hub import constants
 
+from exported import save_model
+from p828.cli.main import dispatch
 from p828.errors import ConfigError, RunFailed
 from p828.interchange.hub import check_push, push
+from tiny import tiny_model
 
 
 @pytest.fixture
@@ -119,6 +122,30 @@ def test_without_a_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         ConfigError, match=r"^--push tiny: not logged in to the hub; run `hf auth login`, or set HF_TOKEN$"
     ):
         check_push("tiny")
+
+
+def test_the_command_pushes_what_it_exports(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, directory = save_model(tmp_path / "run", tiny_model(attention_sinks=False)), tmp_path / "new/export"
+    for name in ("a/b/c", ""):
+        assert dispatch(["export", str(run), str(directory), "--push", name]) == 2
+    assert not hub.requests
+    assert not directory.parent.exists()
+    hub.failures["/commit/"] = [500]
+    assert dispatch(["export", str(run), str(directory), "--push", "somebody/tiny"]) == 1
+    shown = capsys.readouterr()
+    assert "exported as" in shown.out
+    assert "pushed to" not in shown.out
+    assert f"to push it again: hf upload somebody/tiny {directory} --private" in shown.err
+    push(directory, "somebody/tiny")
+    assert hub.files["somebody/tiny"] == contents(directory)
+    assert dispatch(["export", str(run), str(tmp_path / "other"), "--push", "somebody/tiny"]) == 0
+    assert f"pushed to      {hub.address}/somebody/tiny\n" in capsys.readouterr().out
+
+
+def test_nothing_is_pushed_by_default(hub: Hub, tmp_path: Path) -> None:
+    run = save_model(tmp_path / "run", tiny_model(attention_sinks=False))
+    assert dispatch(["export", str(run), str(tmp_path / "export")]) == 0
+    assert not hub.requests
 
 
 def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

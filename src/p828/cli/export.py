@@ -32,7 +32,7 @@ class Arguments:
     """Of the matrices; router, balance bias, norms and sinks stay float32, as in training. float16 is for .gguf."""
     native_only: bool = False
     """Refuse a model that would need code of its own, which is loaded with trust_remote_code."""
-    push: Annotated[str | None, tyro.conf.arg(metavar="REPO")] = None
+    push: Annotated[str, tyro.conf.arg(metavar="REPO")] = ""
     """Upload it to this repository of the hub (NAME/MODEL), which is made, and is private, if it is not there."""
 
 
@@ -40,13 +40,13 @@ def run(arguments: list[str]) -> None:
     given = parse(Arguments, arguments, prog="p828 export", description=DESCRIPTION)
     check_text("CHECKPOINT", given.checkpoint)
     check_text("DIR|FILE.gguf", given.target)
-    if given.push is not None:
+    if given.push or any(argument.partition("=")[0] == "--push" for argument in arguments):
         check_push(given.push)
     target = Path(given.target)
     with waiting(f"exporting to {target}", warn):
         lines = _to_file(given, target) if target.suffix.lower() == SUFFIX else _to_directory(given, target)
     print("\n".join(lines), flush=True)
-    if given.push is not None:
+    if given.push:
         with waiting(f"pushing to {given.push}", warn):
             address = push(target, given.push)
         print(f"pushed to      {address}", flush=True)

@@ -6,8 +6,9 @@ llama.cpp's `src/models/*.cpp` say which keys and tensors an architecture has. T
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +22,6 @@ from p828.interchange.architecture import STACKED, Piece, projected_width
 from p828.interchange.export import check_room
 from p828.interchange.gguf_vocabulary import Vocabulary, vocabulary
 from p828.interchange.weights import WeightsReader, WrittenTensor, written_tensors
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter, TensorNameMap
 
 SUFFIX = ".gguf"
 MOST_LAYERS, MOST_EXPERTS = 512, 1024  # what llama.cpp's arrays have room for
@@ -98,11 +96,13 @@ ARCHITECTURES = (
 def export_gguf(checkpoint: str | Path, file: Path, dtype: Dtype, chat_template: str = "") -> GGUFExport:
     """Write a checkpoint's model and tokenizer as one file, whole or not at all.
 
-    `dtype` is that of the matrices; the router, its bias, norms and sinks are float32.
-    Tensors are read and written one by one. Raises what `inference.load.opened_model` does; ConfigError when llama.cpp
-    has no such model or tokenizer, and for a `file` that is there; DataError for a number that `dtype` does not have;
-    RunFailed when the file cannot be written.
+    `dtype` is that of the matrices; the router, its bias, norms and sinks are float32. Tensors are read and written one
+    by one. Raises what `inference.load.opened_model` does; ConfigError when llama.cpp has no such model or tokenizer,
+    and for a `file` that is there; DataError for a number that `dtype` does not have; RunFailed when the file cannot be
+    written.
     """
+    if find_spec("gguf") is None:
+        raise ConfigError(f"{file}: gguf, the package that writes it, is not installed: pip install 'p828[export]'")
     if file.exists() or file.is_symlink():
         raise ConfigError(f"{file}: is there already; a new name is accepted")
     with opened_model(checkpoint) as saved:
@@ -126,14 +126,15 @@ def export_gguf(checkpoint: str | Path, file: Path, dtype: Dtype, chat_template:
         return GGUFExport(saved.checkpoint.path, saved.checkpoint.step, architecture.name, needed)
 
 
-def _names(architecture: LlamaCppArchitecture, config: ModelConfig) -> "TensorNameMap":
+def _names(architecture: LlamaCppArchitecture, config: ModelConfig) -> Any:
+    """`gguf.TensorNameMap`: llama.cpp's name of a tensor, without .weight or .bias, by Hugging Face's."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     (arch,) = [arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture.name]
     return get_tensor_name_map(arch, config.num_hidden_layers)
 
 
-def _pieces(names: "TensorNameMap", architecture: str, ours: str, config: ModelConfig) -> list[Piece]:
+def _pieces(names: Any, architecture: str, ours: str, config: ModelConfig) -> list[Piece]:
     """llama.cpp's tensors that are one of our state's: experts stay stacked, and gate and up projection are two."""
     module, _, last = ours.rpartition(".")
     if last == "e_score_correction_bias":
@@ -195,7 +196,7 @@ def _stored(values: Tensor, tensor: WrittenTensor) -> "np.ndarray[Any, Any]":
     return values.numpy()
 
 
-def _add_keys(writer: "GGUFWriter", config: Config, file_type: str) -> None:
+def _add_keys(writer: Any, config: Config, file_type: str) -> None:
     """What llama.cpp must know of the model; keys of the other architecture are passed over by it."""
     from gguf import ExpertGatingFuncType, LlamaFileType, RopeScalingType
 
@@ -236,7 +237,7 @@ def _add_keys(writer: "GGUFWriter", config: Config, file_type: str) -> None:
         writer.add_rope_freq_base_swa(model.rope_theta)
 
 
-def _add_vocabulary(writer: "GGUFWriter", entries: Vocabulary, eos_id: int, chat_template: str) -> None:
+def _add_vocabulary(writer: Any, entries: Vocabulary, eos_id: int, chat_template: str) -> None:
     writer.add_tokenizer_model("gpt2")  # llama.cpp's word for byte-level BPE
     writer.add_tokenizer_pre(entries.pre_tokenizer)
     writer.add_token_list(entries.tokens)
