@@ -81,9 +81,9 @@ def _exported(
     config, path = saved.config, saved.checkpoint.path
     architecture = architecture_of(config.model, native_only)
     tensors = saved.checkpoint.tensors
-    written = written_tensors(architecture, config.model, tensors, DTYPES[dtype])
+    written = written_tensors(architecture.pieces, config.model, tensors, DTYPES[dtype])
     needed = sum(tensor.bytes for tensor in written)
-    _check_room(filling, directory, needed)
+    check_room(filling, directory, needed)
     files = write_weights(filling, written, tensors, report, largest_file)
     end_token = saved.tokenizer.eos_id
     _write_json(filling / "config.json", hub_config(architecture, config.model, end_token, dtype))
@@ -161,7 +161,8 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, eos_token: str, cont
     _write_json(directory / "tokenizer_config.json", settings)
 
 
-def _check_room(filling: Path, directory: Path, needed: int) -> None:
+def check_room(filling: Path, directory: Path, needed: int) -> None:
+    """Raises ConfigError when the disk of `filling` has less than `needed` bytes free."""
     free = shutil.disk_usage(filling).free
     if needed > free:
         raise ConfigError(
