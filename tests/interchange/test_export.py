@@ -147,7 +147,7 @@ def test_the_table_of_tensors_covers_the_model(run: Path) -> None:
     path = run / "checkpoints" / "step_00000010"
     model = tiny_model(**NATIVE)
     with checkpoint.opened(path, names=["model"]) as saved:
-        written = written_tensors(GLM4_MOE, model.config, saved.tensors, torch.float32)
+        written = written_tensors(GLM4_MOE.pieces, model.config, saved.tensors, torch.float32)
     counts = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
     for tensor in written:
         counts[tensor.source][tensor.place] += 1
@@ -195,7 +195,7 @@ def test_refusals_name_what_is_wrong(run: Path, tmp_path: Path, capsys: pytest.C
         ([tmp_path / "nothing", tmp_path / "new"], "no such directory; give a run's directory"),
         ([run, tmp_path / "new", "--dtype", "float16"], "float32"),
         ([run, tmp_path / "new", "--native-olny"], "did you mean --native-only?"),
-        ([run], "no DIR given"),
+        ([run], "no DIR|FILE.gguf given"),
     ):
         assert dispatch(["export", *map(str, arguments)]) == 2
         said = capsys.readouterr().err
