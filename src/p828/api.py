@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from p828.config import Config, load_given, validate, with_steps, with_vocabulary
 from p828.config.files import Loaded
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from p828.engine.plain import PlainEngine
     from p828.inference.evaluate import Evaluation
     from p828.inference.load import LoadedModel
+    from p828.interchange.export import Export
     from p828.model.transformer import Transformer
 
 __all__ = [
@@ -191,6 +192,21 @@ class Run:
         loaded, config = self.loaded, SamplingConfig(**sampling)
         completions = generate(loaded.model, loaded.tokenizer, _several(prompts), config, dtype=loaded.dtype)
         return [completion.text for completion in completions]
+
+    def export(
+        self,
+        directory: str | Path,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        native_only: bool = False,
+    ) -> "Export":
+        """Write the model for transformers, as `p828 export` does; `architecture`, `weights`, `bytes` and more of it.
+
+        Raises ConfigError for a directory that has something in it, and with `native_only` for a model that needs code
+        of its own; DataError for damage, and RunFailed when the directory cannot be written.
+        """
+        from p828.interchange.export import export_model
+
+        return export_model(self.path, directory, dtype, native_only)
 
     def evaluate(
         self, files: str | Path | Sequence[str | Path] = (), rows: int = 0, micro_batch_size: int = 0
