@@ -221,16 +221,11 @@ def build_tokenizer(config: Config) -> "Tokenizer":
 
     Nothing is written. Raises ConfigError, and DataError for damaged text.
     """
-    from p828.data.build import prepared_tokenizer, training_documents
-    from p828.data.tokenizer.of_run import load_tokenizer
+    from p828.data.build import prepared_tokenizer, tokenizer_of
 
     validate(config)
     prepared = prepared_tokenizer(config.data, config.tokenizer)
-    if prepared is not None:
-        return prepared
-    return load_tokenizer(
-        config.tokenizer, lambda: training_documents(config.data, config.train.seed), config.model.vocab_size
-    )
+    return prepared if prepared is not None else tokenizer_of(config)
 
 
 def build_model(config: Config, tokenizer: "Tokenizer | None" = None) -> "Transformer":
