@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from p828.data.batch import Batch
     from p828.data.loader import Loader
+    from p828.data.tokenizer.chat_template import Messages
     from p828.data.tokenizer.tokenizer import Tokenizer
     from p828.engine.plain import PlainEngine
     from p828.inference.evaluate import Evaluation
@@ -191,6 +192,20 @@ class Run:
         loaded, config = self.loaded, SamplingConfig(**sampling)
         completions = generate(loaded.model, loaded.tokenizer, _several(prompts), config, dtype=loaded.dtype)
         return [completion.text for completion in completions]
+
+    def answer(self, messages: "str | Messages", **sampling: Any) -> str:
+        """What the assistant says next: to a user's message, or in a conversation, a list of `role` and `content`.
+
+        `sampling` is as in `generate`. Raises ConfigError as it does, and for a run not trained on conversations.
+        """
+        from p828.inference.answer import answer
+        from p828.inference.sampling import SamplingConfig
+
+        sampling["stop"] = _several(sampling.get("stop", ()))
+        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        loaded, config = self.loaded, SamplingConfig(**sampling)
+        (completion,) = answer(loaded.model, loaded.tokenizer, [conversation], config, dtype=loaded.dtype)
+        return completion.text
 
     def evaluate(
         self, files: str | Path | Sequence[str | Path] = (), rows: int = 0, micro_batch_size: int = 0

@@ -67,8 +67,8 @@ class Batch:
     """int32: 0, 1, … within the sample; -1 where padded."""
     num_targets: int
     """Targets that are not -100, counted on the host."""
-    source_targets: tuple[int, ...] = ()
-    """The same for each source of the mixture."""
+    source_tokens: tuple[int, ...] = ()
+    """Tokens that are not padding, for each source of the mixture. Of text, each has a target."""
     documents: int = 0
     """Documents that end in the batch."""
     split_documents: int = 0

@@ -97,16 +97,15 @@ def make_batch(samples: Sequence[Sample], mask_documents: bool, sources: int = 1
     if mask_documents:
         begins = np.diff(document_ids_BS, axis=1, prepend=document_ids_BS[:, :1]) != 0
         positions_BS = positions_BS - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
-    targets_of_sample = has_target.sum(axis=1)
     numbers = [sample.source for sample in samples]
-    source_targets = np.bincount(numbers, weights=targets_of_sample, minlength=sources)
+    source_tokens = np.bincount(numbers, weights=(document_ids_BS != PADDING).sum(axis=1), minlength=sources)
     return Batch(
         torch.from_numpy(tokens[:, :-1].copy()),
         torch.from_numpy(targets_BS),
         torch.from_numpy(positions_BS.copy()),
         torch.from_numpy(document_ids_BS),
-        num_targets=int(targets_of_sample.sum()),
-        source_targets=tuple(source_targets.astype(int).tolist()),
+        num_targets=int(has_target.sum()),
+        source_tokens=tuple(source_tokens.astype(int).tolist()),
         documents=sum(sample.documents for sample in samples),
         split_documents=sum(sample.split_documents for sample in samples),
         hash=sum(xxhash.xxh3_64_intdigest(sample.tokens.tobytes()) for sample in samples) % HASHES,
