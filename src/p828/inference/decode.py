@@ -41,11 +41,11 @@ def decode(
 ) -> list[Continuation]:
     """The continuation of every prompt, computed in `dtype`, of tokens below `vocab_size`.
 
-    It ends before EOS and before any of `end_ids`. A prompt is shorter than the model's context; an empty one begins a document. Each prompt draws from its own
-    generator, on the model's device. `on_token(index of the prompt, token, finish reason)` gets each token as it
-    comes, with the reason if it is the last one, and ends the continuation by returning True. What a prompt gets does
-    not depend on the others, but for the rounding of matrix products of another size. The model's training mode stays
-    as it is. Raises NotFinite for a model whose weights diverged.
+    It ends before EOS and before any of `end_ids`. A prompt is shorter than the model's context; an empty one begins a
+    document. Each prompt draws from its own generator, on the model's device. `on_token(index of the prompt, token,
+    finish reason)` gets each token as it comes, with the reason if it is the last one, and ends the continuation by
+    returning True. What a prompt gets does not depend on the others, but for the rounding of matrix products of another
+    size. The model's training mode stays as it is. Raises NotFinite for a model whose weights diverged.
     """
     context = model.config.max_position_embeddings
     sequences = [
