@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from p828.data.batch import Batch
     from p828.data.loader import Loader
+    from p828.data.tokenizer.chat_template import Messages
     from p828.data.tokenizer.tokenizer import Tokenizer
     from p828.engine.plain import PlainEngine
     from p828.inference.evaluate import Evaluation
@@ -193,6 +194,20 @@ class Run:
         completions = generate(loaded.model, loaded.tokenizer, _several(prompts), config, dtype=loaded.dtype)
         return [completion.text for completion in completions]
 
+    def answer(self, messages: "str | Messages", **sampling: Any) -> str:
+        """What the assistant says next: to a user's message, or in a conversation, a list of `role` and `content`.
+
+        `sampling` is as in `generate`. Raises ConfigError as it does, and for a run not trained on conversations.
+        """
+        from p828.inference.answer import answer
+        from p828.inference.sampling import SamplingConfig
+
+        sampling["stop"] = _several(sampling.get("stop", ()))
+        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        loaded, config = self.loaded, SamplingConfig(**sampling)
+        (completion,) = answer(loaded.model, loaded.tokenizer, [conversation], config, dtype=loaded.dtype)
+        return completion.text
+
     def export(
         self,
         directory: str | Path,
@@ -237,16 +252,11 @@ def build_tokenizer(config: Config) -> "Tokenizer":
 
     Nothing is written. Raises ConfigError, and DataError for damaged text.
     """
-    from p828.data.build import prepared_tokenizer, training_documents
-    from p828.data.tokenizer.of_run import load_tokenizer
+    from p828.data.build import prepared_tokenizer, tokenizer_of
 
     validate(config)
     prepared = prepared_tokenizer(config.data, config.tokenizer)
-    if prepared is not None:
-        return prepared
-    return load_tokenizer(
-        config.tokenizer, lambda: training_documents(config.data, config.train.seed), config.model.vocab_size
-    )
+    return prepared if prepared is not None else tokenizer_of(config)
 
 
 def build_model(config: Config, tokenizer: "Tokenizer | None" = None) -> "Transformer":
