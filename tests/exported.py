@@ -89,8 +89,8 @@ def compare(model: Transformer, theirs: Any, tokens_BS: Tensor, **inputs: Tensor
     """Their logits of the last tokens of their input against ours of `tokens_BS`.
 
     Where two experts' scores are equal but for roundings, each side may choose another one, and all that follows is
-    different. So a row is compared up to its first token of which the choices are not the same. `inputs` are theirs, if they are
-    not the tokens alone.
+    different. So a row is compared up to its first token of which the choices are not the same. `inputs` are theirs,
+    if they are not the tokens alone.
     """
     length = tokens_BS.shape[1]
     with choices_of(model.model.layers) as ours, choices_of(theirs.model.layers) as others:

@@ -61,6 +61,7 @@ def test_files_of_a_trained_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     """The model card has the run's numbers, and config.toml trains again."""
     trained = p828.train_run(run_config(tmp_path, model=NATIVE))
     exported = tmp_path / "some" / "where"
+    assert trained.export(tmp_path / "from Python").directory == tmp_path / "from Python"
     capsys.readouterr()
     assert dispatch(["export", str(trained.path), str(exported)]) == 0
     said = capsys.readouterr().out
@@ -68,6 +69,8 @@ def test_files_of_a_trained_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "in 1 file\n" in said
     assert {path.name for path in exported.iterdir()} == FILES
     assert os.listdir(exported.parent) == ["where"]
+    for name in FILES:
+        assert (exported / name).read_bytes() == (tmp_path / "from Python" / name).read_bytes()
     evaluations = [record for record in trained.records if record["kind"] == "eval"]
     card = (exported / "README.md").read_text()
     for part in (
