@@ -10,14 +10,16 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_cpp import continued, running, tokenized
+from llama_cpp import continued, running, tokenized, written
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 
 from exported import EOS, letters, logits, save_model
 from p828.cli.main import dispatch
 from p828.config import ModelConfig, RopeScaling, TokenizerConfig
+from p828.data.tokenizer.chat_template import built_in
 from p828.data.tokenizer.division import CL100K, QWEN2
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer_config import save_template
 from p828.data.tokenizer.training import train_tokenizer
 from p828.errors import ConfigError, DataError, RunFailed
 from p828.interchange.gguf import architecture_of, export_gguf
@@ -62,8 +64,10 @@ def exported(
     cut = [i for i in range(tokenizer.vocab_size) if "\ufffd" in tokenizer.decode([i]) or i == tokenizer.eos_id]
     with torch.no_grad():
         model.head_weight[cut] = 0
-    file = directory / "model.gguf"
-    export_gguf(save_model(directory / "run", model, tokenizer), file, dtype)
+    run, file = save_model(directory / "run", model, tokenizer), directory / "model.gguf"
+    if tokenizer.template is not None:
+        save_template(run, tokenizer.template)
+    export_gguf(run, file, dtype)
     return file, model
 
 
@@ -163,6 +167,25 @@ def test_llama_cpp_makes_the_same_tokens_of_any_text(tmp_path: Path, tokenizer: 
         assert tokenized(server, text) == tokenizer.encode(text)
 
     is_equal()
+
+
+@pytest.mark.parametrize("name", ["chatml", "zephyr"])
+def test_llama_cpp_writes_conversations_as_the_chat_template_does(tmp_path: Path, name: str) -> None:
+    inner = tokenizers.Tokenizer.from_str(trained().to_json())
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = Tokenizer(inner, EOS)
+    tokenizer.template = built_in(name, EOS, tokenizer.special_tokens)
+    file, _ = exported(tmp_path, tiny_model(**PLAIN), tokenizer)
+    roles = ("system", "user", "assistant", "user")
+    messages = [{"role": role, "content": f"{text} it's"} for role, text in zip(roles, HARD[6:], strict=False)]
+    server = running(file)
+    text = written(server, messages)
+    assert text == tokenizer.template.render(messages, add_generation_prompt=True)
+    (marked,) = tokenizer.encode_marked([tokenizer.template.prompt(messages)])
+    assert tokenized(server, text, has_special_tokens=True) == marked["id"].tolist()
+    ends = {"chatml": tokenizer.inner.token_to_id("<|im_end|>"), "zephyr": None}[name]
+    field = gguf.GGUFReader(file).fields.get("tokenizer.ggml.eot_token_id")
+    assert (field and field.contents()) == ends
 
 
 @pytest.mark.parametrize(
