@@ -105,6 +105,55 @@ def test_llama_cpp_has_the_models_tokens_and_probabilities(
     assert worst <= 3e-5  # float32 sums in other orders, of logits up to 6: 5e-6 was measured, a wrong key gives 0.1
 
 
+@st.composite
+def configurations(draw: st.DrawFn) -> dict[str, Any]:
+    """Any model that one of the architectures is, of odd sizes too."""
+    kv_heads, experts, groups = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 8, 48])), 1
+    changes: dict[str, Any] = {
+        "hidden_size": draw(st.sampled_from([8, 32, 40])),
+        "moe_intermediate_size": draw(st.sampled_from([1, 7, 24])),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "head_dim": draw(st.sampled_from([2, 8, 10])),
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": kv_heads * draw(st.sampled_from([1, 2, 4])),
+        "rope_theta": draw(st.sampled_from([100.0, 1e4, 1e6])),
+        "tie_word_embeddings": draw(st.booleans()),
+        "n_routed_experts": experts,
+    }
+    if experts % 8 == 0:
+        groups = draw(st.sampled_from([1, 2, 4]))
+    topk_group = draw(st.integers(1, groups))
+    most = min(experts // groups * topk_group, 4)
+    changes |= {"n_group": groups, "topk_group": topk_group, "num_experts_per_tok": draw(st.integers(1, most))}
+    if draw(st.booleans()):
+        return {**changes, **WITH_SINKS, "attention_sinks": draw(st.booleans())}
+    scaling = st.builds(RopeScaling, st.sampled_from([1.5, 4.0, 32.0]), st.sampled_from([8, 16, 64]))
+    return changes | {
+        "n_shared_experts": draw(st.integers(1, 3)),
+        "use_qk_norm": draw(st.booleans()),
+        "scoring_func": draw(st.sampled_from(["sigmoid", "softmax"])),
+        "norm_topk_prob": draw(st.booleans()),
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
+        "rope_scaling": draw(st.one_of(st.just(RopeScaling()), scaling)),
+    }
+
+
+@pytest.mark.long
+def test_llama_cpp_has_any_models_tokens_and_probabilities(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
+) -> None:
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(configurations())
+    def is_equal(changes: dict[str, Any]) -> None:
+        model = tiny_model(**{**PLAIN, **changes})
+        file, model = exported(tmp_path_factory.mktemp("any"), model, tokenizer)
+        agreed, worst = difference(model, file)
+        assert agreed == TOKENS
+        assert worst <= 3e-5
+
+    is_equal()
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.03), ("float16", 0.004)])
 def test_fewer_bits(tmp_path: Path, tokenizer: Tokenizer, dtype: Any, tolerance: float) -> None:
     """llama.cpp rounds what enters a product, too, to 8 bits or 11. Here p828 has the rounded weights in float32."""
@@ -271,5 +320,7 @@ def test_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.Captur
     assert dispatch(["export", str(run), str(file)]) == 2
     assert "model.gguf: is there already; a new name is accepted" in capsys.readouterr().err
     assert file.read_bytes() == content
+    assert dispatch(["export", str(run), str(file / "inside.gguf")]) == 2
+    assert "model.gguf: no directory can be made there: " in capsys.readouterr().err
     assert dispatch(["export", str(run), str(tmp_path / "directory"), "--dtype", "float16"]) == 2
     assert "--dtype float16: accepted for a file whose name ends in .gguf" in capsys.readouterr().err

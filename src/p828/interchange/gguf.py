@@ -112,10 +112,13 @@ def export_gguf(checkpoint: str | Path, file: Path, dtype: Dtype) -> GGUFExport:
         pieces = partial(_pieces, _names(architecture, saved.config.model), architecture.name)
         tensors = written_tensors(pieces, saved.config.model, saved.checkpoint.tensors, DTYPES[dtype])
         needed = sum(tensor.bytes for tensor in tensors)
-        temporary = file.with_name(f".{file.name}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            check_room(file.parent, file, needed)
+        except OSError as error:
+            raise ConfigError(f"{file.parent}: no directory can be made there: {error.strerror}") from None
+        check_room(file.parent, file, needed)
+        temporary = file.with_name(f".{file.name}.tmp")
+        try:
             temporary.unlink(missing_ok=True)
             _write(temporary, architecture.name, saved, tensors, entries, FILE_TYPES[dtype])
             os.replace(temporary, file)
