@@ -43,16 +43,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers keeps the code of models that it loaded in the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        directory = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", directory)
-        patch.syspath_prepend(directory)
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _uncompiled() -> Any:
     """flex_attention's mask, which transformers would compile for ten seconds."""
