@@ -61,6 +61,7 @@ def test_files_of_a_trained_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     """The model card has the run's numbers, and config.toml trains again."""
     trained = p828.train_run(run_config(tmp_path, model=NATIVE))
     exported = tmp_path / "some" / "where"
+    assert trained.export(tmp_path / "from Python").directory == tmp_path / "from Python"
     capsys.readouterr()
     assert dispatch(["export", str(trained.path), str(exported)]) == 0
     said = capsys.readouterr().out
@@ -68,6 +69,8 @@ def test_files_of_a_trained_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "in 1 file\n" in said
     assert {path.name for path in exported.iterdir()} == FILES
     assert os.listdir(exported.parent) == ["where"]
+    for name in FILES:
+        assert (exported / name).read_bytes() == (tmp_path / "from Python" / name).read_bytes()
     evaluations = [record for record in trained.records if record["kind"] == "eval"]
     card = (exported / "README.md").read_text()
     for part in (
@@ -147,7 +150,7 @@ def test_the_table_of_tensors_covers_the_model(run: Path) -> None:
     path = run / "checkpoints" / "step_00000010"
     model = tiny_model(**NATIVE)
     with checkpoint.opened(path, names=["model"]) as saved:
-        written = written_tensors(GLM4_MOE, model.config, saved.tensors, torch.float32)
+        written = written_tensors(GLM4_MOE.pieces, model.config, saved.tensors, torch.float32)
     counts = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
     for tensor in written:
         counts[tensor.source][tensor.place] += 1
@@ -195,7 +198,7 @@ def test_refusals_name_what_is_wrong(run: Path, tmp_path: Path, capsys: pytest.C
         ([tmp_path / "nothing", tmp_path / "new"], "no such directory; give a run's directory"),
         ([run, tmp_path / "new", "--dtype", "float16"], "float32"),
         ([run, tmp_path / "new", "--native-olny"], "did you mean --native-only?"),
-        ([run], "no DIR given"),
+        ([run], "no DIR|FILE.gguf given"),
     ):
         assert dispatch(["export", *map(str, arguments)]) == 2
         said = capsys.readouterr().err

@@ -12,6 +12,7 @@ from p828.errors import ConfigError, warn
 from p828.interchange.export import export_model
 from p828.interchange.gguf import SUFFIX, export_gguf
 from p828.interchange.hub import check_push, push
+from p828.interchange.own import OWN
 from p828.train.console import waiting
 
 USAGE = "p828 export CHECKPOINT DIR|FILE.gguf [--dtype DTYPE] [--native-only] [--push REPO]"
@@ -59,12 +60,12 @@ def _to_directory(given: Arguments, directory: Path) -> list[str]:
         )
     found = export_model(given.checkpoint, directory, given.dtype, given.native_only)
     files = "1 file" if len(found.weights) == 1 else f"{len(found.weights)} files"
-    call = f'AutoModelForCausalLM.from_pretrained("{found.directory}"'
+    trust = ", trust_remote_code=True" if found.architecture is OWN else ""
     return [
         f"checkpoint     {found.checkpoint} (step {found.step})",
-        f"exported as    {found.architecture.model_type}",
+        f"exported as    {found.architecture.model_type}" + (", with code of its own" if trust else ""),
         f"weights        {given.dtype}, {found.bytes / 1e6:,.1f} MB in {files}",
-        f"load it with   {call})",
+        f'load it with   AutoModelForCausalLM.from_pretrained("{found.directory}"{trust})',
     ]
 
 
