@@ -41,9 +41,21 @@ def generate(
     Raises ConfigError for a prompt that is no valid Unicode or fills the model's context, and for a model whose weights
     diverged.
     """
-    prompts = list(prompts)
     ids = [_encode(tokenizer, prompt, model.config.max_position_embeddings) for prompt in prompts]
-    streams = [TextStream(tokenizer, prompt_ids or [tokenizer.eos_id], config.stop) for prompt_ids in ids]
+    return generate_from_ids(model, tokenizer, list(prompts), ids, config, on_text, dtype)
+
+
+def generate_from_ids(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    on_text: OnText = lambda index, text: None,
+    dtype: torch.dtype = torch.float32,
+) -> list[Completion]:
+    """As `generate`, where `ids` are the tokens of each prompt, or the last of them, fewer than the context."""
+    streams = [TextStream(tokenizer, [*prompt_ids] or [tokenizer.eos_id], config.stop) for prompt_ids in ids]
     pieces: list[list[str]] = [[] for _ in prompts]
 
     def take(index: int, token: int, finish_reason: FinishReason | None) -> bool:

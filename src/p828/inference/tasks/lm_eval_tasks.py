@@ -1,0 +1,206 @@
+"""Tasks of lm-eval, or of a directory in its format, with p828's own model and tokenizer under them."""
+
+import contextlib
+import difflib
+import io
+import os
+import random
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+import torch
+
+from p828.errors import ConfigError, P828Error, RunFailed, did_you_mean
+from p828.inference.tasks import cloze
+from p828.inference.tasks.task_model import TaskModel
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+INSTALL = "pip install 'p828[evaluate]'"
+BOOTSTRAP_ITERATIONS = 1000  # for standard errors of the few metrics that have no formula
+LONGEST_CAUSE = 300  # characters
+NEAR_NAMES = 5
+
+
+@dataclass(frozen=True)
+class LmEvalTasks:
+    """Tasks whose data are read."""
+
+    manager: "TaskManager"
+    loaded: list[Any]
+    """`Task`s and `Group`s of lm-eval."""
+    is_quiet: bool
+    """Whether lm-eval's bars and warnings are left out; else they go to standard error."""
+
+    def measure(self, model: TaskModel, limit: int | None, num_fewshot: int | None) -> dict[str, dict[str, float]]:
+        """Each task's metrics, and their standard errors as `METRIC_stderr`; of groups also those over their tasks.
+
+        The first `limit` documents of each task are used, and `num_fewshot` examples where the task leaves the number
+        open. Python's, NumPy's and PyTorch's random states stay as they are. Raises RunFailed where lm-eval fails.
+        """
+        from lm_eval import simple_evaluate
+
+        with _set_apart(self.is_quiet), _answered("lm-eval fails", RunFailed):
+            found = simple_evaluate(
+                model=as_lm(model),
+                tasks=self.loaded,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP_ITERATIONS,
+                log_samples=False,
+                torch_random_seed=None,
+                task_manager=self.manager,
+            )
+        assert found is not None
+        shots, counts = found.get("n-shot", {}), found.get("n-samples", {})
+        results = {**found.get("groups", {}), **found["results"]}
+        return {name: _numbers(values, shots.get(name), counts.get(name)) for name, values in results.items()}
+
+
+def open_tasks(names: Sequence[str], directory: str = "", is_quiet: bool = False) -> LmEvalTasks:
+    """Find the tasks, groups and tags of these names, first in a directory of task files, and read their data.
+
+    Raises ConfigError without lm-eval, for a name that is unknown, for tasks that execute what a model writes or need
+    more than text, and where a task's data cannot be read, as without a network.
+    """
+    if find_spec("lm_eval") is None:
+        own = f"p828's own tasks are {', '.join(cloze.NAMES)}{did_you_mean(names[0], cloze.NAMES)}"
+        raise ConfigError(f"tasks: {names[0]!r}: {own} lm-eval, which has others, is not installed: {INSTALL}")
+    if directory and not Path(directory).is_dir():
+        raise ConfigError(f"tasks_path = {directory!r}: no such directory")
+    with _set_apart(is_quiet), _answered(f"tasks {', '.join(names)}: cannot be read"):
+        manager = _manager(names, directory)
+        for name in names:
+            if name not in manager.task_index:
+                raise ConfigError(_unknown(name, [*cloze.NAMES, *manager.all_tasks], directory))
+        found = manager.load(list(names))
+        _check_supported(found["tasks"])
+        groups = [found["groups"][name] for name in names if name in found["groups"]]
+        inside = {task.task_name for group in groups for task in group.get_all_tasks()}
+        alone = [task for name, task in found["tasks"].items() if name not in inside]
+    return LmEvalTasks(manager, [*groups, *alone], is_quiet)
+
+
+def _manager(names: Sequence[str], directory: str) -> "TaskManager":
+    """Of the directory alone if it has all of these tasks: reading lm-eval's own index takes seconds."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Kind
+
+    if directory:
+        own = TaskManager(include_path=directory, include_defaults=False)
+        entries = [own.task_index.get(name) for name in names]
+        if all(entry is not None and entry.kind in (Kind.TASK, Kind.PY_TASK) for entry in entries):
+            return own
+    return TaskManager(include_path=directory or None)
+
+
+def _unknown(name: str, known: Sequence[str], directory: str) -> str:
+    near = difflib.get_close_matches(name, known, n=NEAR_NAMES)
+    hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them."
+    place = f", and none in {directory}" if directory else ""
+    return f"tasks: no task {name!r} in lm-eval{place}; {hint}"
+
+
+def _check_supported(tasks: dict[str, Any]) -> None:
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise ConfigError(f"tasks: {name} executes what the model writes, which p828 does not")
+        if getattr(task, "MULTIMODAL", False):
+            raise ConfigError(f"tasks: {name} has images or sound; the model reads text")
+
+
+def as_lm(model: TaskModel) -> "LM":
+    """The model as lm-eval asks for one."""
+    from lm_eval.api.model import LM
+
+    class P828(LM):  # type: ignore[misc]
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            return [
+                (score.nats, score.is_greedy) for score in model.loglikelihoods([request.args for request in requests])
+            ]
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            return model.document_loglikelihoods([request.args[0] for request in requests])
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            """Requests of the same settings are continued together."""
+            by_settings: dict[str, list[int]] = {}
+            for index, request in enumerate(requests):
+                by_settings.setdefault(repr(request.args[1]), []).append(index)
+            texts = [""] * len(requests)
+            for indices in by_settings.values():
+                prompts, settings = [requests[index].args[0] for index in indices], requests[indices[0]].args[1]
+                for index, text in zip(indices, model.continuations(prompts, settings), strict=True):
+                    texts[index] = text
+            return texts
+
+    return P828()
+
+
+def _numbers(values: dict[str, Any], shots: int | None, counts: dict[str, int] | None) -> dict[str, float]:
+    """lm-eval's `acc,none` as `acc`, and `acc_stderr,none` as `acc_stderr`; other filters stay in the name."""
+    found = {
+        key.removesuffix(",none"): float(value)
+        for key, value in values.items()
+        if "," in key and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    if counts is not None:
+        found["items"] = counts["effective"]
+    return found if shots is None else {**found, "num_fewshot": shots}
+
+
+class _OfOtherThreads(io.TextIOBase):
+    """A stream that takes what other threads write, and drops what the one that made it does."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream, self._owner = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        if self._stream is not None and threading.get_ident() != self._owner:
+            self._stream.write(text)
+        return len(text)
+
+
+@contextlib.contextmanager
+def _set_apart(is_quiet: bool) -> Iterator[None]:
+    """Random states and the environment are as before after the block, and standard output gets nothing of it.
+
+    lm-eval seeds the generators of Python and NumPy. For some standard errors it would start processes, which a process
+    with threads and a GPU must not. What it prints goes to standard error, or nowhere if `is_quiet`.
+    """
+    states = random.getstate(), np.random.get_state()
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    apart: contextlib.AbstractContextManager[Any] = contextlib.redirect_stdout(sys.stderr)
+    if is_quiet:
+        apart = contextlib.redirect_stderr(_OfOtherThreads(sys.stderr))
+    try:
+        with torch.random.fork_rng(devices=[]), apart:
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        os.environ.pop("DISABLE_MULTIPROC") if before is None else os.environ.update(DISABLE_MULTIPROC=before)
+
+
+@contextlib.contextmanager
+def _answered(what: str, kind: type[P828Error] = ConfigError) -> Iterator[None]:
+    """Raise `kind` for an error of lm-eval, of a task's own code or of its data, which may be of any class."""
+    try:
+        yield
+    except P828Error:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_CAUSE]
+        advice = ""
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError):
+            advice = "\nTheir data come from the Hugging Face hub, or with HF_HUB_OFFLINE=1 from its cache"
+        raise kind(f"{what}: {text}{advice}") from error
