@@ -30,6 +30,10 @@ LONGEST_CAUSE = 300  # characters
 NEAR_NAMES = 5
 
 
+class TasksFailed(RunFailed):
+    """lm-eval, or a task's own code, that fails at work."""
+
+
 @dataclass(frozen=True)
 class LmEvalTasks:
     """Tasks whose data are read."""
@@ -44,11 +48,11 @@ class LmEvalTasks:
         """Each task's metrics, and their standard errors as `METRIC_stderr`; of groups also those over their tasks.
 
         The first `limit` documents of each task are used, and `num_fewshot` examples where the task leaves the number
-        open. Python's, NumPy's and PyTorch's random states stay as they are. Raises RunFailed where lm-eval fails.
+        open. Python's, NumPy's and PyTorch's random states stay as they are. Raises TasksFailed.
         """
         from lm_eval import simple_evaluate
 
-        with _set_apart(self.is_quiet), _answered("lm-eval fails", RunFailed):
+        with _set_apart(self.is_quiet), _answered("lm-eval fails", TasksFailed):
             found = simple_evaluate(
                 model=as_lm(model),
                 tasks=self.loaded,

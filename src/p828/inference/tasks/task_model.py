@@ -1,7 +1,8 @@
 """A model as tasks ask for it: by text, for log-likelihoods and continuations."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class TaskModel:
         Both are tokenized together, and the tokens behind as many as the context has by itself are scored. Spaces at
         the context's end are scored with the continuation, since a token may begin with them.
         """
-        return self._scores([self._request(*pair) for pair in pairs], "continuations")
+        return self.score([self._request(*pair) for pair in pairs])
 
     def ending_loglikelihoods(self, items: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """Of each ending of each (context, endings), in nats, given the tokens that begin all of an item's texts.
@@ -51,14 +52,13 @@ class TaskModel:
         every ending of the item, so that they compare.
         """
         requests = [request for context, endings in items for request in self._of_endings(context, endings)]
-        scores = iter(self._scores(requests, "endings"))
+        scores = iter(self.score(requests))
         return [[next(scores).nats for _ in endings] for _, endings in items]
 
     def document_loglikelihoods(self, texts: Sequence[str]) -> list[float]:
         """Of each whole text, which begins a document, in nats. A long one is scored in windows of the full context."""
         eos = [self.tokenizer.eos_id]
-        scores = self._scores([Request(eos, self.tokenizer.encode(text)) for text in texts], "texts")
-        return [score.nats for score in scores]
+        return [score.nats for score in self.score([Request(eos, self.tokenizer.encode(text)) for text in texts])]
 
     def continuations(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
         """The continuation of each prompt, ended before the first stop string, with a task's generation settings.
@@ -70,6 +70,21 @@ class TaskModel:
         context = self.model.config.max_position_embeddings
         room = max(context - sampling.max_new_tokens, context // 2, 1)
         ids = [self.tokenizer.encode(prompt)[-room:] for prompt in prompts]
+        texts = [""] * len(prompts)
+        for round_of, indices in enumerate(_rounds(prompts)):
+            drawn = replace(sampling, seed=sampling.seed + round_of)
+            made = self.complete([prompts[i] for i in indices], [ids[i] for i in indices], drawn)
+            for index, text in zip(indices, made, strict=True):
+                texts[index] = text
+        return texts
+
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        """As `loglikelihoods` of tokens."""
+        count = SlowCount(self.report, f"{{:,}} of about {len(requests):,} texts scored")
+        return loglikelihoods(self.model, requests, self.dtype, self.batch_tokens, count.to)
+
+    def complete(self, prompts: Sequence[str], ids: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[str]:
+        """The continuation of each prompt, whose last tokens are `ids`."""
         order = sorted(range(len(prompts)), key=lambda index: -len(ids[index]))
         texts = [""] * len(prompts)
         count = SlowCount(self.report, f"{{:,}} of {len(prompts):,} prompts continued")
@@ -99,9 +114,17 @@ class TaskModel:
         shared = min(map(len, texts)) if shared is None else shared
         return [Request(text[:shared] or [self.tokenizer.eos_id], text[shared:]) for text in texts[1:]]
 
-    def _scores(self, requests: Sequence[Request], what: str) -> list[Score]:
-        count = SlowCount(self.report, f"{{:,}} of about {len(requests):,} {what} scored")
-        return loglikelihoods(self.model, requests, self.dtype, self.batch_tokens, count.to)
+
+def _rounds(prompts: Sequence[str]) -> list[list[int]]:
+    """Indices of the prompts, in as many rounds as the commonest prompt has copies, which are to differ if drawn."""
+    copies: Counter[str] = Counter()
+    rounds: list[list[int]] = []
+    for index, prompt in enumerate(prompts):
+        if copies[prompt] == len(rounds):
+            rounds.append([])
+        rounds[copies[prompt]].append(index)
+        copies[prompt] += 1
+    return rounds
 
 
 def sampling_of(settings: Mapping[str, Any]) -> SamplingConfig:
