@@ -3,7 +3,6 @@
 import json
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +98,12 @@ def export(tmp_path_factory: pytest.TempPathFactory, model: Transformer, byte_le
 
 
 @pytest.fixture(scope="module")
-def theirs(export: Path, tasks: Path) -> Iterator[dict[str, Any]]:
+def theirs(export: Path, tasks: Path) -> dict[str, Any]:
     """What lm-eval finds with its own model on the export, and each log-likelihood and text."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    yield simple_evaluate(
+    return simple_evaluate(
         model="hf",
         model_args={"pretrained": str(export), "dtype": "float32", "device": "cpu"},
         tasks=["p828_choices", "p828_texts", "p828_prompts"],
@@ -217,12 +216,17 @@ def test_a_task_that_fails_at_work_is_answered_in_a_line(
         open_tasks(["broken"], str(tmp_path), is_quiet=True).measure(task_model(model, byte_level), None, None)
 
 
-def test_without_a_network_the_line_says_where_the_data_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_line_says_where_the_data_come_from(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A data set that is in no cache, with the hub switched off."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"tasks hellaswag: cannot be read: .*\n.*Hugging Face hub"):
-        open_tasks(["hellaswag"], is_quiet=True)
+    values = yaml.safe_load((tasks / "choices.yaml").read_text())
+    values.pop("dataset_kwargs")
+    (tmp_path / "far.yaml").write_text(yaml.safe_dump({**values, "task": "far", "dataset_path": "nobody/nothing"}))
+    with pytest.raises(ConfigError, match=r"tasks far: cannot be read: .*\n.*Hugging Face hub"):
+        open_tasks(["far"], str(tmp_path), is_quiet=True)
 
 
 def test_requests_of_different_settings_are_answered_each_by_its_own(

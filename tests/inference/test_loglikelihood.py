@@ -57,9 +57,7 @@ def test_batches_change_no_score(model: Transformer) -> None:
     done: list[int] = []
     alone = [loglikelihoods(model, [request], torch.float32, 1)[0] for request in requests]
     together = loglikelihoods(model, requests, torch.float32, 300, done.append)
-    assert_near(
-        torch.tensor([score.nats for score in together]), torch.tensor([score.nats for score in alone]), 1e-5
-    )
+    assert_near(torch.tensor([score.nats for score in together]), torch.tensor([score.nats for score in alone]), 1e-5)
     assert [score.is_greedy for score in together] == [score.is_greedy for score in alone]
     assert done == sorted(done)
     assert 1 < len(done) < len(requests)

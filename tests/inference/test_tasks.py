@@ -40,7 +40,7 @@ def test_items_are_complete_and_without_a_pattern(name: str) -> None:
     assert len({item.context for item in items}) == 100
     for item in items:
         assert len(set(item.endings)) == cloze.ENDINGS
-        assert all(ending and ending.isprintable() or "\n" in ending for ending in item.endings)
+        assert all((ending and ending.isprintable()) or "\n" in ending for ending in item.endings)
         assert item.context == item.context.rstrip(" ")
     assert Counter(item.answer for item in items) == dict.fromkeys(range(cloze.ENDINGS), 25)
     # Length tells nothing: per byte or not, the right ending is neither mostly the shortest nor the longest.

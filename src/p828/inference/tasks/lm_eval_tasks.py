@@ -38,35 +38,44 @@ class TasksFailed(RunFailed):
 class LmEvalTasks:
     """Tasks whose data are read."""
 
-    manager: "TaskManager"
-    loaded: list[Any]
-    """`Task`s and `Group`s of lm-eval."""
+    loaded: dict[str, Any]
+    """As lm-eval's `TaskManager.load` gives them: `tasks`, `groups` and `group_map`, by name."""
     is_quiet: bool
     """Whether lm-eval's bars and warnings are left out; else they go to standard error."""
 
     def measure(self, model: TaskModel, limit: int | None, num_fewshot: int | None) -> dict[str, dict[str, float]]:
         """Each task's metrics, and their standard errors as `METRIC_stderr`; of groups also those over their tasks.
 
-        The first `limit` documents of each task are used, and `num_fewshot` examples where the task leaves the number
-        open. Python's, NumPy's and PyTorch's random states stay as they are. Raises TasksFailed.
+        The first `limit` documents of each task are used, and `num_fewshot` examples unless the task's file says 0.
+        Python's, NumPy's and PyTorch's random states stay as they are. Raises TasksFailed.
         """
-        from lm_eval import simple_evaluate
+        from lm_eval.evaluator import evaluate
 
         with _set_apart(self.is_quiet), _answered("lm-eval fails", TasksFailed):
-            found = simple_evaluate(
-                model=as_lm(model),
-                tasks=self.loaded,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                bootstrap_iters=BOOTSTRAP_ITERATIONS,
-                log_samples=False,
-                torch_random_seed=None,
-                task_manager=self.manager,
+            self._set_examples(model, num_fewshot)
+            found = evaluate(
+                as_lm(model), self.loaded, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False
             )
-        assert found is not None
+            assert found is not None
         shots, counts = found.get("n-shot", {}), found.get("n-samples", {})
         results = {**found.get("groups", {}), **found["results"]}
         return {name: _numbers(values, shots.get(name), counts.get(name)) for name, values in results.items()}
+
+    def _set_examples(self, model: TaskModel, num_fewshot: int | None) -> None:
+        """As lm-eval's own command does, with its seeds."""
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        for name, task in self.loaded["tasks"].items():
+            own = task.get_config("num_fewshot")
+            if num_fewshot and own == 0:
+                model.report(f"{name} is measured without examples: its file says num_fewshot: 0")
+            elif num_fewshot is not None:
+                task.set_config(key="num_fewshot", value=num_fewshot)
+            elif own is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 def open_tasks(names: Sequence[str], directory: str = "", is_quiet: bool = False) -> LmEvalTasks:
@@ -87,10 +96,7 @@ def open_tasks(names: Sequence[str], directory: str = "", is_quiet: bool = False
                 raise ConfigError(_unknown(name, [*cloze.NAMES, *manager.all_tasks], directory))
         found = manager.load(list(names))
         _check_supported(found["tasks"])
-        groups = [found["groups"][name] for name in names if name in found["groups"]]
-        inside = {task.task_name for group in groups for task in group.get_all_tasks()}
-        alone = [task for name, task in found["tasks"].items() if name not in inside]
-    return LmEvalTasks(manager, [*groups, *alone], is_quiet)
+    return LmEvalTasks(found, is_quiet)
 
 
 def _manager(names: Sequence[str], directory: str) -> "TaskManager":
@@ -177,8 +183,8 @@ class _OfOtherThreads(io.TextIOBase):
 def _set_apart(is_quiet: bool) -> Iterator[None]:
     """Random states and the environment are as before after the block, and standard output gets nothing of it.
 
-    lm-eval seeds the generators of Python and NumPy. For some standard errors it would start processes, which a process
-    with threads and a GPU must not. What it prints goes to standard error, or nowhere if `is_quiet`.
+    For some standard errors lm-eval would start processes, which a process with threads and a GPU must not. What it
+    prints goes to standard error, or nowhere if `is_quiet`.
     """
     states = random.getstate(), np.random.get_state()
     before = os.environ.get("DISABLE_MULTIPROC")
