@@ -14,7 +14,6 @@ from p828.cli.main import dispatch
 from p828.config import from_dict
 from p828.engine.plain import PlainEngine
 from p828.runs import records
-from p828.train.wandb import _flat_names
 from p828.verify.kill_resume import shortened
 from runs import write_toml
 from same_run import assert_same_run, comparable_records
@@ -139,13 +138,6 @@ def test_wrong_tasks_end_before_anything_is_written(
     assert dispatch(["train", str(write_toml(here, evaluation=evaluation))]) == 2
     assert expected in capsys.readouterr().err
     assert not (here / "runs").exists()
-
-
-def test_weights_and_biases_gets_a_number_a_metric() -> None:
-    values = {"results": {"cloze_python": {"accuracy": 0.5, "items": 100}, "letters": {"acc": 0.25}}}
-    assert _flat_names("tasks", values) == {
-        "tasks/cloze_python/accuracy": 0.5, "tasks/cloze_python/items": 100, "tasks/letters/acc": 0.25
-    }  # fmt: skip
 
 
 def test_a_proof_measures_tasks_too(tmp_path: Path) -> None:

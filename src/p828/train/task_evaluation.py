@@ -14,6 +14,7 @@ from p828.inference.tasks.lm_eval_tasks import TasksFailed
 from p828.inference.tasks.task_model import TaskModel
 from p828.inference.tasks.tasks import Results, Tasks
 from p828.system.device import explain_out_of_memory
+from p828.train.console import A_WAIT, SECONDS_PER_LINE
 from p828.train.log import Log
 
 T = TypeVar("T")
@@ -34,15 +35,19 @@ class TaskEvaluator:
     engine: Engine
     log: Log
     ranks: ProcessGroup
+    is_first: bool = True
+    """Whether none was made since this start."""
 
     def run(self, step: int) -> None:
         """A model that diverged and a task that fails are logged as an event, and the run goes on.
 
         Random states, weights and the model's training mode stay as they are.
         """
+        after = A_WAIT if self.is_first else SECONDS_PER_LINE
+        self.is_first = False
         with (
             explain_out_of_memory(f"the tasks of step {step}"),
-            self.log.console.waiting(f"step {step}: measuring at tasks"),
+            self.log.console.waiting(f"step {step}: measuring at tasks", after),
             self.engine.gathered_model() as gathered,
         ):
             model = SharedTaskModel(

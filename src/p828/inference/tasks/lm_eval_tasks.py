@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -19,10 +19,6 @@ import torch
 from p828.errors import ConfigError, P828Error, RunFailed, did_you_mean
 from p828.inference.tasks import cloze
 from p828.inference.tasks.task_model import TaskModel
-
-if TYPE_CHECKING:
-    from lm_eval.api.model import LM
-    from lm_eval.tasks import TaskManager
 
 INSTALL = "pip install 'p828[evaluate]'"
 BOOTSTRAP_ITERATIONS = 1000  # for standard errors of the few metrics that have no formula
@@ -99,8 +95,8 @@ def open_tasks(names: Sequence[str], directory: str = "", is_quiet: bool = False
     return LmEvalTasks(found, is_quiet)
 
 
-def _manager(names: Sequence[str], directory: str) -> "TaskManager":
-    """Of the directory alone if it has all of these tasks: reading lm-eval's own index takes seconds."""
+def _manager(names: Sequence[str], directory: str) -> Any:
+    """A `TaskManager`, without lm-eval's own tasks, whose index takes seconds, if the directory has all of these."""
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Kind
 
@@ -127,8 +123,8 @@ def _check_supported(tasks: dict[str, Any]) -> None:
             raise ConfigError(f"tasks: {name} has images or sound; the model reads text")
 
 
-def as_lm(model: TaskModel) -> "LM":
-    """The model as lm-eval asks for one."""
+def as_lm(model: TaskModel) -> Any:
+    """The model as an `LM`, what lm-eval asks for."""
     from lm_eval.api.model import LM
 
     class P828(LM):  # type: ignore[misc]
