@@ -7,7 +7,7 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +16,14 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from p828.data.text.hub import check_reachable
 from p828.errors import ConfigError, P828Error, RunFailed, did_you_mean
 from p828.inference.tasks import cloze
 from p828.inference.tasks.task_model import TaskModel
 
 INSTALL = "pip install 'p828[evaluate]'"
 BOOTSTRAP_ITERATIONS = 1000  # for standard errors of the few metrics that have no formula
+FROM_HUB = "Tasks' data come from the Hugging Face hub, or with HF_HUB_OFFLINE=1 from its cache"
 LONGEST_CAUSE = 300  # characters
 NEAR_NAMES = 5
 
@@ -90,6 +92,7 @@ def open_tasks(names: Sequence[str], directory: str = "", is_quiet: bool = False
         for name in names:
             if name not in manager.task_index:
                 raise ConfigError(_unknown(name, [*cloze.NAMES, *manager.all_tasks], directory))
+        _check_hub(manager, names)
         found = manager.load(list(names))
         _check_supported(found["tasks"])
     return LmEvalTasks(found, is_quiet)
@@ -98,12 +101,10 @@ def open_tasks(names: Sequence[str], directory: str = "", is_quiet: bool = False
 def _manager(names: Sequence[str], directory: str) -> Any:
     """A `TaskManager`, without lm-eval's own tasks, whose index takes seconds, if the directory has all of these."""
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._index import Kind
 
     if directory:
         own = TaskManager(include_path=directory, include_defaults=False)
-        entries = [own.task_index.get(name) for name in names]
-        if all(entry is not None and entry.kind in (Kind.TASK, Kind.PY_TASK) for entry in entries):
+        if set(names) <= set(own.all_subtasks):
             return own
     return TaskManager(include_path=directory or None)
 
@@ -111,8 +112,46 @@ def _manager(names: Sequence[str], directory: str) -> Any:
 def _unknown(name: str, known: Sequence[str], directory: str) -> str:
     near = difflib.get_close_matches(name, known, n=NEAR_NAMES)
     hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them."
-    place = f", and none in {directory}" if directory else ""
+    place = f", and none in {directory}{_unreadable(directory)}" if directory else ""
     return f"tasks: no task {name!r} in lm-eval{place}; {hint}"
+
+
+def _unreadable(directory: str) -> str:
+    """The first file of a directory that lm-eval passes over, in brackets."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for path in sorted(Path(directory).rglob("*.yaml")):
+        try:
+            load_yaml(path, resolve_func=False)
+        except Exception as error:  # of a parser, of what a file includes, or of reading it
+            return f" ({path} is no task file: {' '.join(str(error).split())[:LONGEST_CAUSE]})"
+    return ""
+
+
+def _check_hub(manager: Any, names: Sequence[str]) -> None:
+    """Raises ConfigError in seconds where the hub is needed and cannot be reached, which else takes half a minute."""
+    for name in _hub_names(manager, names):
+        try:
+            check_reachable(name, "dataset")
+        except ConfigError as error:
+            cause = str(error).partition("\n")[0]
+            raise ConfigError(f"tasks {', '.join(names)}: {cause}\n{FROM_HUB}") from error
+        return  # one tells of all
+
+
+def _hub_names(manager: Any, names: Iterable[Any]) -> Iterator[str]:
+    """The data sets on the hub that tasks, and those of groups and tags, name in their files."""
+    for name in names:
+        entry = manager.task_index.get(name) if isinstance(name, str) else None
+        values = name if isinstance(name, dict) else (entry and entry.cfg) or {}
+        path = values.get("dataset_path") or ""
+        if "/" in path and not Path(path).exists():
+            yield path
+        inner = values.get("task", ())
+        if not isinstance(inner, str):
+            yield from _hub_names(manager, inner)
+        if entry is not None and entry.cfg is None:  # a tag
+            yield from _hub_names(manager, sorted(entry.tags))
 
 
 def _check_supported(tasks: dict[str, Any]) -> None:
@@ -206,7 +245,6 @@ def _answered(what: str, kind: type[P828Error] = ConfigError) -> Iterator[None]:
         raise
     except Exception as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_CAUSE]
-        advice = ""
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError):
-            advice = "\nTheir data come from the Hugging Face hub, or with HF_HUB_OFFLINE=1 from its cache"
+        is_of_hub = isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError)
+        advice = f"\n{FROM_HUB}" if is_of_hub else ""
         raise kind(f"{what}: {text}{advice}") from error
