@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from saved_run import save_run
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedTokenizerFast
 
+from exported import save_model
 from p828.cli.main import dispatch
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
 from p828.inference.tasks.lm_eval_tasks import TasksFailed, as_lm, open_tasks
 from p828.inference.tasks.task_model import TaskModel
-from p828.interchange.glm4_moe import to_config
+from p828.interchange.export import export_model
 from p828.model.transformer import Transformer
 from tiny import tiny_model
 
@@ -66,9 +65,10 @@ def write_tasks(directory: Path) -> None:
         (directory / f"{name}.yaml").write_text(yaml.safe_dump(task))
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    return tiny_model(vocab_size=288, attention_sinks=False)
+@pytest.fixture(scope="module", params=[False, True], ids=["glm4_moe", "p828"])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    """One that is exported as transformers' own, and with sinks one that has code of its own."""
+    return tiny_model(vocab_size=288, attention_sinks=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -80,32 +80,24 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, model: Transformer, byte_level: Tokenizer) -> Path:
-    return save_run(tmp_path_factory.mktemp("lm_eval_run") / "run", model, byte_level)
+    return save_model(tmp_path_factory.mktemp("lm_eval_run") / "run", model, byte_level)
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory, model: Transformer, byte_level: Tokenizer) -> Path:
-    """The model as transformers' `glm4_moe`."""
-    directory = tmp_path_factory.mktemp("export")
-    glm = Glm4MoeForCausalLM(Glm4MoeConfig(**{**to_config(model.config), "eos_token_id": byte_level.eos_id}))
-    glm.load_state_dict(dict(model.state_dict()))
-    glm.save_pretrained(directory)
-    byte_level.save(directory / "tokenizer.json")
-    PreTrainedTokenizerFast(
-        tokenizer_file=str(directory / "tokenizer.json"), eos_token="<|endoftext|>"
-    ).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def theirs(export: Path, tasks: Path) -> dict[str, Any]:
+def theirs(run: Path, tasks: Path) -> dict[str, Any]:
     """What lm-eval finds with its own model on the export, and each log-likelihood and text."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    export = export_model(run, run.parent / "export")
     return simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(export), "dtype": "float32", "device": "cpu"},
+        model_args={
+            "pretrained": str(export.directory),
+            "dtype": "float32",
+            "device": "cpu",
+            "trust_remote_code": export.architecture.model_type == "p828",
+        },
         tasks=["p828_choices", "p828_texts", "p828_prompts"],
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         batch_size=3,

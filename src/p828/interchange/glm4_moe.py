@@ -3,7 +3,8 @@
 from typing import Any
 
 from p828.config import ModelConfig
-from p828.interchange.architecture import rope_parameters
+from p828.interchange import architecture
+from p828.interchange.architecture import Architecture, Piece, rope_parameters
 
 SAME = (  # fields of both, with one meaning
     "vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -18,7 +19,7 @@ def obstacles(config: ModelConfig) -> list[str]:
         "sinks": config.attention_sinks,
         "softmax router": config.scoring_func != "sigmoid",
         config.hidden_act: config.hidden_act != "swiglu",
-        "no shared expert": config.n_shared_experts == 0,
+        "a single expert": config.n_routed_experts == 1,  # its router sums the two best of a group
     }
     return [words for words, is_there in found.items() if is_there]
 
@@ -36,3 +37,24 @@ def to_config(config: ModelConfig) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "rope_parameters": rope_parameters(config),
     }
+
+
+def pieces(name: str, config: ModelConfig) -> list[Piece]:
+    """With `n_shared_experts = 0` it has a shared expert all the same, of width 0: empty tensors, which add nothing."""
+    found = architecture.pieces(name, config)
+    if config.n_shared_experts == 0 and name.endswith(".experts.gate_up_proj"):
+        shared = name.removesuffix("experts.gate_up_proj") + "shared_experts"
+        found += [Piece(f"{shared}.{projection}.weight", (0, slice(0, 0))) for projection in ("gate_proj", "up_proj")]
+    if config.n_shared_experts == 0 and name.endswith(".experts.down_proj"):
+        shared = name.removesuffix("experts.down_proj") + "shared_experts"
+        found.append(Piece(f"{shared}.down_proj.weight", (0, slice(None), slice(0, 0))))
+    return found
+
+
+GLM4_MOE = Architecture(
+    model_type="glm4_moe",
+    class_name="Glm4MoeForCausalLM",
+    obstacles=obstacles,
+    to_config=to_config,
+    pieces=pieces,
+)

@@ -9,7 +9,7 @@ import torch
 
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
-from p828.inference.generate import generate_from_ids
+from p828.inference.generate import continued
 from p828.inference.loglikelihood import Request, Score, loglikelihoods
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
@@ -91,7 +91,9 @@ class TaskModel:
         for start in range(0, len(order), self.batch_rows):
             batch = order[start : start + self.batch_rows]
             chosen, chosen_ids = [prompts[index] for index in batch], [ids[index] for index in batch]
-            made = generate_from_ids(self.model, self.tokenizer, chosen, chosen_ids, sampling, dtype=self.dtype)
+            made = continued(
+                self.model, self.tokenizer, chosen, chosen_ids, sampling, lambda index, text: None, self.dtype
+            )
             for index, completion in zip(batch, made, strict=True):
                 texts[index] = completion.text
             count.to(start + len(batch))
