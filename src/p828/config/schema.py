@@ -281,6 +281,12 @@ class EvaluationConfig:
     """Temperature of those samples; 0 is greedy."""
     patience: int = changeable(0, at_least=0)
     """Stop after this many evaluations without a better validation loss; 0 never stops early."""
+    tasks: tuple[str, ...] = changeable(())
+    """Tasks that are measured besides: cloze_english, cloze_python, or names of lm-eval."""
+    tasks_every: int = changeable(0, at_least=0)
+    """Steps between measurements at the tasks; 0 measures at the end only."""
+    tasks_path: str = changeable("")
+    """Directory of further tasks, in lm-eval's format."""
     bigram_baseline: bool = changeable(False)
     """Also compute what a bigram model of one epoch of training tokens, held in memory, gets on the validation text."""
 
