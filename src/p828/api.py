@@ -68,10 +68,14 @@ def load_config(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
 def settled(config: Config, given: Collection[str], loaded: Loaded, reads_prepared: bool = True) -> Config:
     """`config`, which is `loaded` changed by the keys `given`, with what follows from them, validated.
 
-    With `reads_prepared`, complete prepared data says what it was made from, where that is not given. Raises
-    ConfigError, also for a key that is given and changes nothing.
+    With `reads_prepared`, complete prepared data says what it was made from, where that is not given; so does the model
+    that a run starts from. Raises ConfigError, also for a key that is given and changes nothing.
     """
     config = _with_length(config, given)
+    if config.train.init_from:
+        from p828.interchange.init_from import with_origin  # which reads no weights
+
+        config = with_origin(config, {*given, *loaded.given})
     if reads_prepared and any(source.prepared for source in config.data.sources):
         from p828.data.tokens.settings import with_prepared_sources  # with what it reads tokens by
 
