@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare": "tokenize a source once, into files that training reads",
     "generate": "continue prompts with a trained model",
     "evaluate": "loss, perplexity and bits per byte of a trained model",
+    "export": "a trained model as a directory that transformers and other libraries load",
     "prove-resume": "whether a run that is killed and resumed is the run that was not",
     "bench": "how fast this machine trains, beside other libraries",
 }

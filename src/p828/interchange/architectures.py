@@ -16,3 +16,20 @@ def native_architecture(config: ModelConfig) -> Architecture | None:
 def obstacles(config: ModelConfig) -> list[str]:
     """What the nearest architecture does not have, in a few words each."""
     return min((architecture.obstacles(config) for architecture in NATIVE), key=len)
+
+
+def export_line(config: ModelConfig) -> str:
+    """What `p828 export` will make of a model, in a line."""
+    found = native_architecture(config)
+    return (
+        f"exports with remote code: {', '.join(obstacles(config))}"
+        if found is None
+        else f"exports as {found.model_type}"
+    )
+
+
+def all_obstacles(config: ModelConfig) -> str:
+    """What stands in the way of each architecture, in a line."""
+    return "; ".join(
+        f"{architecture.model_type}: {', '.join(architecture.obstacles(config))}" for architecture in NATIVE
+    )
