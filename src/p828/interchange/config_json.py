@@ -62,8 +62,7 @@ class Fields:
             value = need.default if value is None else value
             if value != need.accepted:
                 raise ConfigError(
-                    f"{need.name} = {shown(value)}: p828 does not have {need.words}; "
-                    f"{shown(need.accepted)} is accepted"
+                    f"{need.name} = {shown(value)}: p828 does not have {need.words}; {shown(need.accepted)} is accepted"
                 )
 
 

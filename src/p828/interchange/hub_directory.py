@@ -65,7 +65,9 @@ def is_hub_directory(path: Path) -> bool:
 def read_hub_directory(path: Path) -> HubDirectory:
     """Raises ConfigError naming the file, and the field of theirs that p828 does not have."""
     if not path.is_dir():
-        raise ConfigError(f"{path}: {'is a file' if path.exists() else 'no such directory'}; give the directory of a model")
+        raise ConfigError(
+            f"{path}: {'is a file' if path.exists() else 'no such directory'}; give the directory of a model"
+        )
     values = _read_json(path / CONFIG_FILE)
     readable = _readable(path / CONFIG_FILE, values)
     try:

@@ -79,7 +79,8 @@ class HubWeights(Weights):
         if further := sorted(kinds.keys() - found - ignored):
             more = f" and {len(further) - 1:,} more" if len(further) > 1 else ""
             raise DataError(
-                f"{directory}: the weights hold {shown(further[0])[1:-1]}{more}, which by config.json the model does not have"
+                f"{directory}: the weights hold {shown(further[0])[1:-1]}{more}, which by "
+                "config.json the model does not have"
             )
 
 

@@ -71,8 +71,7 @@ def is_dense(model: ModelConfig) -> bool:
 
 
 def check_upcycling(config: Config, origin: ModelConfig) -> None:
-    """Raises ConfigError, in a line, unless `origin` is dense and the configured model can begin as the same function.
-    """
+    """Raises ConfigError unless `origin` is dense and the configured model can begin as the same function."""
     model, where = config.model, "with train.upcycle = true"
     if not is_dense(origin):
         raise ConfigError(
@@ -110,7 +109,7 @@ def _own(config: Config) -> Config | None:
 
 def _with_settings(config: Config, origin: Config, given: Collection[str], kept: Collection[str] = ()) -> Config:
     """With the model and the tokenizer of `origin`, but for what is given, and for the model's fields in `kept`."""
-    own = {name for name in kept} | {key.removeprefix("model.") for key in given if key.startswith("model.")}
+    own = set(kept) | {key.removeprefix("model.") for key in given if key.startswith("model.")}
     if not config.model.vocab_size:
         own.discard("vocab_size")
     taken = {f.name: getattr(origin.model, f.name) for f in fields(ModelConfig) if f.name not in own}

@@ -36,7 +36,10 @@ def from_config(values: Mapping[str, Any]) -> ModelConfig:
 def pieces(name: str, config: ModelConfig) -> list[Piece]:
     if name.endswith(".e_score_correction_bias"):
         return []
-    found = (piece._replace(name=piece.name.replace(".mlp.", ".block_sparse_moe.")) for piece in architecture.pieces(name, config))
+    found = (
+        piece._replace(name=piece.name.replace(".mlp.", ".block_sparse_moe."))
+        for piece in architecture.pieces(name, config)
+    )
     return [piece._replace(name=_renamed(piece.name)) for piece in found]
 
 

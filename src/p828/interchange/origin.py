@@ -1,6 +1,6 @@
 """The model that a new run starts from (`train.init_from`): found, checked, and its weights opened."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +9,14 @@ from p828.config import Config
 from p828.data.retry import NO_RETRY, Retry
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError
-from p828.inference.load import load_tokenizer
+from p828.inference.load import checked_model
 from p828.interchange.hub_directory import is_hub_directory, read_hub_directory
 from p828.interchange.hub_weights import HubWeights
 from p828.interchange.init_from import check_shapes
 from p828.interchange.stored_tensors import StoredTensors
 from p828.interchange.upcycling import UpcycledWeights
 from p828.runs import checkpoint
-from p828.runs.checkpoint_content import check_weights, config_of
+from p828.runs.checkpoint_content import config_of
 from p828.runs.file_names import CHECKPOINTS, STEP_NAME, step_of
 from p828.runs.weights import PART, SavedWeights, Weights
 
@@ -48,20 +48,21 @@ def find_origin(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[str]]:
 
 
 def read_origin(path: Path) -> Origin:
-    """What `find_origin` has found, with its weights compared with its configuration. Raises ConfigError and DataError.
-    """
-    with _opened(path) as (config, step, _):
-        if _is_of_the_hub(path):
-            tokenizer = Tokenizer.tried(Path(config.tokenizer.name), config.tokenizer.eos_token)
-        else:
-            with checkpoint.opened(path, names=()) as saved:
-                tokenizer = load_tokenizer(saved, config)
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"{path}: its tokenizer's vocabulary of {tokenizer.vocab_size} exceeds its model's, "
-                f"{config.model.vocab_size}"
-            )
-    return Origin(path, config, step, tokenizer)
+    """What `find_origin` has found, with all its parts compared with each other. Raises ConfigError and DataError."""
+    if not _is_of_the_hub(path):
+        with checkpoint.opened(path, names=[PART]) as saved:
+            model = checked_model(saved)
+        return Origin(path, model.config, saved.step, model.tokenizer)
+    hub = read_hub_directory(path)
+    with _opened(path):  # which compares the weights
+        pass
+    tokenizer = Tokenizer.tried(Path(hub.config.tokenizer.name), hub.config.tokenizer.eos_token)
+    if tokenizer.vocab_size > hub.config.model.vocab_size:
+        raise ConfigError(
+            f"{path}: its tokenizer's vocabulary of {tokenizer.vocab_size} exceeds "
+            f"vocab_size = {hub.config.model.vocab_size}"
+        )
+    return Origin(path, hub.config, hub.step, tokenizer)
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def opened_weights(origin: Origin, config: Config | None = None) -> Iterator[Wei
     """
     if config is not None:
         check_shapes(config, origin.config.model)
-    with _opened(origin.path) as (_, _, weights):
+    with _opened(origin.path) as weights:
         if config is not None and config.train.upcycle:
             weights = UpcycledWeights(weights, origin.config.model, config.model, config.train.seed)
         yield weights
@@ -107,13 +108,11 @@ def _is_of_the_hub(path: Path) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Config, int, Weights]]:
+def _opened(path: Path) -> Iterator[Weights]:
     if _is_of_the_hub(path):
         hub = read_hub_directory(path)
         with StoredTensors(path) as stored:
-            yield hub.config, hub.step, HubWeights(stored, hub.config.model, hub.pieces)
-        return
-    with checkpoint.opened(path, names=[PART]) as saved:
-        config = config_of(saved)
-        check_weights(saved, config.model)
-        yield config, saved.step, SavedWeights(saved.tensors)
+            yield HubWeights(stored, hub.config.model, hub.pieces)
+    else:
+        with checkpoint.opened(path, names=[PART]) as saved:
+            yield SavedWeights(saved.tensors)

@@ -107,6 +107,3 @@ def _listed(directory: Path) -> dict[str, str]:
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {str(error)[:LONGEST_CAUSE]}") from None
     return listed
-
-
-

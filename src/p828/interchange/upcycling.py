@@ -1,9 +1,9 @@
 """A dense model's weights as those of experts, which begin as the same function.
 
 Every expert is a copy of its layer's MLP (Sparse Upcycling, arXiv 2212.05055), or one of the G slices of a copy
-(granular upcycling with virtual groups, arXiv 2410.07524): experts c G … c G + G - 1 are the slices of copy c, and begin
-with one row of the router, so that they are chosen together. The K chosen experts are then K / G whole copies, whose
-weights sum to `routed_scaling_factor`, a slice having the G-th part of its copy's. With `down_proj` times
+(granular upcycling with virtual groups, arXiv 2410.07524): experts c G … c G + G - 1 are the slices of copy c, and
+begin with one row of the router, so that they are chosen together. The K chosen experts are then K / G whole copies,
+whose weights sum to `routed_scaling_factor`, a slice having the G-th part of its copy's. With `down_proj` times
 G / `routed_scaling_factor` their sum is the dense MLP's output. Shared experts begin with a `down_proj` of 0.
 """
 

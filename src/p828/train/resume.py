@@ -28,6 +28,7 @@ from p828.runs import checkpoint, file_names, records
 from p828.runs.checkpoint_content import config_of, reading_position, seconds_of
 from p828.runs.file_names import CHECKPOINTS, CONFIG_FILE, QUARANTINED, RECORDS_FILE, TOKENIZER_FILE, WANDB_ID_FILE
 from p828.runs.file_system import try_out
+from p828.runs.tensors import part_of
 from p828.runs.train_state import TrainState
 from p828.train.checkpointing import Checkpointing
 
@@ -201,12 +202,22 @@ def _before(config: Config, newest: Path | None, retry: Retry) -> dict[str, Any]
     path = config.run_dir / CONFIG_FILE
     if newest is not None:
         with checkpoint.opened(newest, names=(), retry=retry) as saved:
+            _refuse_weights_only(saved, config.run_dir)
             return flatten(config_of(saved))
     if path.exists():
         return flatten(load(str(path)))
     if any(not entry.name.startswith(".") for entry in config.run_dir.iterdir()):
         raise ConfigError(f"{config.run_dir} is not a run: it holds files but no {CONFIG_FILE}; give another --name")
     return {}
+
+
+def _refuse_weights_only(saved: checkpoint.OpenCheckpoint, run_dir: Path) -> None:
+    """An imported model can be started from and not gone on with. Raises ConfigError for one."""
+    if not any(part_of(file) == "optimizer" for file in saved.files):
+        raise ConfigError(
+            f"{run_dir} holds weights only, without an optimizer's state to go on with; a new run starts from them: "
+            f"p828 train {run_dir} --name NEW --train.init-from {run_dir}"
+        )
 
 
 def _changes(config: Config, before: dict[str, Any]) -> dict[str, str]:
