@@ -26,20 +26,10 @@ class HubWeights(Weights):
         """Compares names and shapes of all tensors with the model's. Raises DataError."""
         self._stored, self._model, self._pieces = stored, model, pieces
         _check_size(stored, model)
-        self._shapes = {name: shape for name, (shape, _) in expected_tensors(stored.directory, model).items()}
-        if sum(map(prod, self._shapes.values())) > stored.size() + SPARE_NUMBERS:
+        self.shapes = {name: shape for name, (shape, _) in expected_tensors(stored.directory, model).items()}
+        if sum(map(prod, self.shapes.values())) > stored.size() + SPARE_NUMBERS:
             raise DataError(f"{stored.directory}: config.json is of a larger model than the files hold")
         self._check_tensors()
-
-    def __getitem__(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        return self.shard(name, 0, prod(shape)).view(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
     def shard(self, name: str, start: int, count: int) -> Tensor:
         values = torch.zeros(count)
@@ -51,14 +41,14 @@ class HubWeights(Weights):
 
     def _placed(self, name: str) -> Iterator[tuple[str, int, int]]:
         """Their tensors that are one of ours, each with its first place in our flattened tensor and its length."""
-        whole = torch.empty(self._shapes[name], device="meta")
+        whole = torch.empty(self.shapes[name], device="meta")
         for piece in self._pieces(name, self._model):
             part = whole[piece.place]
             yield piece.name, int(part.storage_offset()), part.numel()
 
     def _check_tensors(self) -> None:
         directory, kinds, found = self._stored.directory, self._stored.kinds, set[str]()
-        for name, shape in self._shapes.items():
+        for name, shape in self.shapes.items():
             whole = torch.empty(shape, device="meta")
             for piece in self._pieces(name, self._model):
                 expected = tuple(whole[piece.place].shape)

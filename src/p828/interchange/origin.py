@@ -40,7 +40,7 @@ def find_origin(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[str]]:
     Raises ConfigError where there is none, DataError for damage, and TransientReadError.
     """
     _check_path(path)
-    if _is_of_the_hub(path):
+    if is_hub_directory(path):
         return path, []
     found, notes = checkpoint.resolve_with_notes(path, retry)
     checkpoint.verify(found, [PART], retry)
@@ -49,10 +49,15 @@ def find_origin(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[str]]:
 
 def read_origin(path: Path) -> Origin:
     """What `find_origin` has found, with all its parts compared with each other. Raises ConfigError and DataError."""
-    if not _is_of_the_hub(path):
-        with checkpoint.opened(path, names=[PART]) as saved:
-            model = checked_model(saved)
-        return Origin(path, model.config, saved.step, model.tokenizer)
+    if is_hub_directory(path):
+        return read_hub_origin(path)
+    with checkpoint.opened(path, names=[PART]) as saved:
+        model = checked_model(saved)
+    return Origin(path, model.config, saved.step, model.tokenizer)
+
+
+def read_hub_origin(path: Path) -> Origin:
+    """The same of a directory in the hub's layout."""
     hub = read_hub_directory(path)
     with _opened(path):  # which compares the weights
         pass
@@ -83,7 +88,7 @@ def opened_weights(origin: Origin, config: Config | None = None) -> Iterator[Wei
 def settings_of(path: Path) -> Config:
     """`Origin.config` of what a user names, before anything is verified. Raises ConfigError and DataError."""
     _check_path(path)
-    if _is_of_the_hub(path):
+    if is_hub_directory(path):
         return read_hub_directory(path).config
     directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     named = [entry for entry in directory.iterdir() if STEP_NAME.fullmatch(entry.name)] if directory.is_dir() else []
@@ -103,13 +108,9 @@ def _check_path(path: Path) -> None:
         raise ConfigError(f"train.init_from = {path}: {what}; {ACCEPTED}")
 
 
-def _is_of_the_hub(path: Path) -> bool:
-    return is_hub_directory(path) and not (path / CHECKPOINTS).exists()
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Weights]:
-    if _is_of_the_hub(path):
+    if is_hub_directory(path):
         hub = read_hub_directory(path)
         with StoredTensors(path) as stored:
             yield HubWeights(stored, hub.config.model, hub.pieces)

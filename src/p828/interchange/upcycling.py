@@ -7,7 +7,6 @@ whose weights sum to `routed_scaling_factor`, a slice having the G-th part of it
 G / `routed_scaling_factor` their sum is the dense MLP's output. Shared experts begin with a `down_proj` of 0.
 """
 
-from collections.abc import Iterator
 from math import prod
 
 import torch
@@ -30,23 +29,13 @@ class UpcycledWeights(Weights):
         self._weights, self._model, self._seed = weights, model, seed
         self._slices = dense.moe_intermediate_size // model.moe_intermediate_size
         with torch.device("meta"):
-            self._shapes = {name: tuple(tensor.shape) for name, tensor in Transformer(model).state_dict().items()}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __getitem__(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        return self.shard(name, 0, prod(shape)).view(shape)
+            self.shapes = {name: tuple(tensor.shape) for name, tensor in Transformer(model).state_dict().items()}
 
     def shard(self, name: str, start: int, count: int) -> Tensor:
         if name.endswith((GATE_UP, DOWN)):
             return self._experts(name, start, count)
         if name.endswith(ROUTER):
-            rows_EH = self._drawn(name).view(self._shapes[name])[:: self._slices]
+            rows_EH = self._drawn(name).view(self.shapes[name])[:: self._slices]
             return rows_EH.repeat_interleave(self._slices, dim=0).flatten()[start : start + count]
         if name.endswith(BIAS) or (SHARED in name and name.endswith("down_proj.weight")):
             return torch.zeros(count)
@@ -56,13 +45,13 @@ class UpcycledWeights(Weights):
 
     def _drawn(self, name: str, start: int = 0, count: int | None = None) -> Tensor:
         """What a new model begins with."""
-        values = torch.empty(prod(self._shapes[name]) if count is None else count)
+        values = torch.empty(prod(self.shapes[name]) if count is None else count)
         initialise_slice(values, name, self._model, self._seed, start)
         return values
 
     def _experts(self, name: str, start: int, count: int) -> Tensor:
         """Copy by copy: in memory are the dense MLP and the result."""
-        slices, size = self._slices, prod(self._shapes[name][1:])  # of an expert
+        slices, size = self._slices, prod(self.shapes[name][1:])  # of an expert
         dense = self._weights[name][0]
         experts = [self._slice(name, dense, number).flatten() for number in range(slices)]
         values = torch.empty(count)

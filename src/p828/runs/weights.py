@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from math import prod
 
 from torch import Tensor
 
@@ -13,6 +14,18 @@ PART = "model"  # of a checkpoint
 class Weights(Mapping[str, Tensor]):
     """The tensors of `model.transformer.Transformer.state_dict`, wherever they come from. None is kept."""
 
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        return self.shard(name, 0, prod(shape)).view(shape)
+
     @abstractmethod
     def shard(self, name: str, start: int, count: int) -> Tensor:
         """(count,): the flattened tensor's numbers from index `start` on."""
@@ -23,15 +36,7 @@ class SavedWeights(Weights):
 
     def __init__(self, tensors: Tensors) -> None:
         self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors.tensor(PART, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors.names(PART))
-
-    def __len__(self) -> int:
-        return len(self._tensors.names(PART))
+        self.shapes = {name: tensors.kind(PART, name).shape for name in tensors.names(PART)}
 
     def shard(self, name: str, start: int, count: int) -> Tensor:
         return self._tensors.shard(PART, name, start, count)

@@ -66,7 +66,7 @@ class RunDirectory:
     def write(self, config: Config) -> None:
         """Write config.toml. Raises ConfigError."""
         try:
-            _write_config(self.path / CONFIG_FILE, config, self.versions)
+            write_config(self.path / CONFIG_FILE, config, self.versions)
         except OSError as error:
             raise ConfigError(f"{error.filename or self.path}: cannot be written: {error.strerror}") from None
 
@@ -111,7 +111,7 @@ def _opened(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
         newest, damaged, changes, vocab_size = _resume_point(config)
         directory = RunDirectory(run_dir, versions(), newest, damaged, changes, made, vocab_size)
         if newest is None or not (run_dir / CONFIG_FILE).exists():  # else `write`, once the run can go on with it
-            _write_config(run_dir / CONFIG_FILE, config, directory.versions)
+            write_config(run_dir / CONFIG_FILE, config, directory.versions)
     except (P828Error, OSError) as error:
         if is_ours or isinstance(error, OSError):
             _remove(run_dir, made)
@@ -245,7 +245,7 @@ def _remove(run_dir: Path, made: list[Path]) -> None:
             path.rmdir()
 
 
-def _write_config(path: Path, config: Config, versions: dict[str, str]) -> None:
+def write_config(path: Path, config: Config, versions: dict[str, str]) -> None:
     header = "# " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "\n\n"
     write_atomic(path, header + tomli_w.dumps(to_dict(config)))
 
