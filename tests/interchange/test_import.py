@@ -100,6 +100,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "glm4_moe": {"attention_sinks": False, "use_qk_norm": True},
     "glm4_moe without shared": {"attention_sinks": False, "n_shared_experts": 0},
     "mimo_v2_flash": {"n_shared_experts": 0, "rope_scaling": RopeScaling(2.0, 32)},
+    "p828": {"hidden_act": "swiglu_of_product", "scoring_func": "softmax", "mask_documents": False},
 }
 
 

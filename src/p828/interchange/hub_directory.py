@@ -13,7 +13,7 @@ from p828.config import Config, ModelConfig, TokenizerConfig, load, validate
 from p828.config.values import shown
 from p828.errors import ConfigError, did_you_mean
 from p828.files import MEBIBYTE, read_limited
-from p828.interchange import glm4_moe, llama, mimo_v2_flash, mixtral, qwen3_moe
+from p828.interchange import glm4_moe, llama, mimo_v2_flash, mixtral, own, qwen3_moe
 from p828.interchange.architecture import Piece
 
 CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_SETTINGS = "config.json", "tokenizer.json", "tokenizer_config.json"
@@ -35,6 +35,7 @@ class Readable(NamedTuple):
 
 
 READABLE = {
+    "p828": Readable(own.from_config, own.pieces),
     "glm4_moe": Readable(glm4_moe.from_config, glm4_moe.pieces),
     "mimo_v2_flash": Readable(mimo_v2_flash.from_config, mimo_v2_flash.pieces),
     "mixtral": Readable(mixtral.from_config, mixtral.pieces),

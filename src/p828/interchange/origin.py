@@ -12,7 +12,7 @@ from p828.errors import ConfigError, DataError
 from p828.inference.load import checked_model
 from p828.interchange.hub_directory import is_hub_directory, read_hub_directory
 from p828.interchange.hub_weights import HubWeights
-from p828.interchange.init_from import check_shapes
+from p828.interchange.fit import check_shapes
 from p828.interchange.stored_tensors import StoredTensors
 from p828.interchange.upcycling import UpcycledWeights
 from p828.runs import checkpoint

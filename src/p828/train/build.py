@@ -27,7 +27,7 @@ from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError
-from p828.interchange.init_from import check_shapes
+from p828.interchange.fit import check_shapes
 from p828.interchange.origin import Origin
 from p828.model.costs import count_parameters
 from p828.optim.schedule import learning_rate
