@@ -10,9 +10,9 @@ from p828.data.retry import NO_RETRY, Retry
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError
 from p828.inference.load import checked_model
+from p828.interchange.fit import check_shapes
 from p828.interchange.hub_directory import is_hub_directory, read_hub_directory
 from p828.interchange.hub_weights import HubWeights
-from p828.interchange.fit import check_shapes
 from p828.interchange.stored_tensors import StoredTensors
 from p828.interchange.upcycling import UpcycledWeights
 from p828.runs import checkpoint

@@ -34,16 +34,22 @@ def origin_of(config: Config, ranks: ProcessGroup, console: Console) -> Origin |
 def take_tokenizer(config: Config, origin: Origin) -> None:
     """Write the origin's tokenizer into the run's directory, if it is not there. Raises ConfigError for another one."""
     path = config.run_dir / TOKENIZER_FILE
-    own = Tokenizer.from_file(path, config.tokenizer.eos_token) if path.exists() else _given(config, origin)
-    if own is not None and (own.fingerprint(), own.eos_id) != (origin.tokenizer.fingerprint(), origin.tokenizer.eos_id):
-        prepared = [data.prepared for data in config.data.sources if data.prepared]
-        what = path if path.exists() else prepared[0] if prepared else f"tokenizer.name = {config.tokenizer.name}"
-        raise ConfigError(
-            f"{what}: another tokenizer than that of train.init_from = {config.train.init_from}, which comes along "
-            f"with its weights; p828 prepare takes it with --tokenizer.name {origin.path / TOKENIZER_FILE}"
-        )
-    if not path.exists():
+    if path.exists():
+        _check_same(Tokenizer.from_file(path, config.tokenizer.eos_token), origin, str(path))
+    else:
+        check_tokenizer(config, origin)
         origin.tokenizer.save(path)
+
+
+def check_tokenizer(config: Config, origin: Origin) -> None:
+    """Raises ConfigError if another tokenizer is given than the origin's, or the data was prepared with another one."""
+    prepared = [data.prepared for data in config.data.sources if data.prepared]
+    name = config.tokenizer.name
+    own = prepared_tokenizer(config.data, config.tokenizer)
+    if own is not None:
+        _check_same(own, origin, prepared[0])
+    elif name not in ("train", origin.config.tokenizer.name):
+        _check_same(load_tokenizer(config.tokenizer, tuple, 0), origin, f"tokenizer.name = {name}")
 
 
 def load_weights(config: Config, origin: Origin, engine: Engine, console: Console) -> None:
@@ -52,12 +58,10 @@ def load_weights(config: Config, origin: Origin, engine: Engine, console: Consol
         engine.load_weights(weights)
 
 
-def _given(config: Config, origin: Origin) -> Tokenizer | None:
-    """The tokenizer of prepared data, or of the file or the name that is given; None if it is the origin's."""
-    prepared = prepared_tokenizer(config.data, config.tokenizer)
-    if prepared is not None:
-        return prepared
-    name = config.tokenizer.name
-    if name == "train" or name == origin.config.tokenizer.name:
-        return None
-    return load_tokenizer(config.tokenizer, tuple, 0)
+def _check_same(tokenizer: Tokenizer, origin: Origin, what: str) -> None:
+    there = origin.tokenizer
+    if (tokenizer.fingerprint(), tokenizer.eos_id) != (there.fingerprint(), there.eos_id):
+        raise ConfigError(
+            f"{what}: another tokenizer than that of {origin.path}, which comes along with its weights; "
+            f"p828 prepare takes it with --tokenizer.name {origin.path / TOKENIZER_FILE}"
+        )
