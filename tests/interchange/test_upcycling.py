@@ -146,7 +146,6 @@ def test_the_first_loss_is_the_dense_models(source: str, model: dict[str, Any], 
     assert first["loss"] == pytest.approx(next(r for r in expected.records if r["kind"] == "step")["loss"], rel=1e-6)
     assert ", upcycled to 8 experts" in (run.path / "log.txt").read_text()
     assert [r["upcycled"] for r in run.records if r.get("event") == "init_from"] == [True]
-    assert all(sum(load > 0 for load in loads) > 4 for loads in first["load"])
     assert p828.train_run(configured(source, run.path.name, model, steps=3)).step == 3
 
 
