@@ -79,7 +79,7 @@ def settled(config: Config, given: Collection[str], loaded: Loaded, reads_prepar
         with waiting(f"reading the settings of {config.train.init_from}", lambda text: report_once([text])):
             from p828.interchange.init_from import with_origin  # imports PyTorch
 
-            config = with_origin(config, {*given, *loaded.given})
+            config = with_origin(config, {*given, *loaded.given}, reads_prepared)
     if reads_prepared and any(source.prepared for source in config.data.sources):
         from p828.data.tokens.settings import with_prepared_sources  # with what it reads tokens by
 

@@ -173,8 +173,10 @@ def test_another_tokenizer_is_refused_and_the_same_one_is_not(here: Path) -> Non
 
 
 def test_prepared_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_toml(here, data={"files": ["code/*.txt"]}, tokenizer={"vocab_size": 280})
-    for name, flags in (("other", []), ("same", ["--tokenizer.name", "runs/english/tokenizer.json"])):
+    """It is prepared with the source's tokenizer where it is for such a run, and refused if it is not."""
+    write_toml(here, data={"files": ["code/*.txt"]}, model={"attention_sinks": False})
+    from_english = ["--train.init-from", "runs/english/"]
+    for name, flags in (("other", ["--tokenizer.vocab-size", "280"]), ("same", from_english)):
         assert dispatch(["prepare", "tiny.toml", "--data.prepared", f"tokens/{name}", *flags]) == 0
     train = ["train", "runs/english", "--train.init-from", "runs/english", "--train.steps", "2"]
     train += ["--schedule.warmup-steps", "1"]

@@ -3,6 +3,7 @@
 Reads no weights. `origin` does, once the run begins.
 """
 
+import os
 from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,24 +14,33 @@ from p828.errors import ConfigError
 from p828.interchange.fit import OF_EXPERTS, check_shapes
 from p828.interchange.origin import settings_of
 
+TOKENIZER_FILE = "tokenizer.json"  # of a run, of a checkpoint and in the hub's layout
 OF_A_TOKENIZER = ("name", "vocab_size", "eos_token")
 
 
-def with_origin(config: Config, given: Collection[str]) -> Config:
+def with_origin(config: Config, given: Collection[str], reads_prepared: bool) -> Config:
     """The configuration with the settings of the model that it starts from, but for the keys that the user has given.
 
     `given` are dotted keys. A configuration that was written by p828, as a run's own, has these settings already. A run
-    that has a checkpoint takes its own: the model that it began from may be gone. Raises ConfigError and DataError.
+    that has a checkpoint takes its own: the model that it began from may be gone. Prepared data that is read says by
+    itself with which tokenizer it was made; that is compared later. Raises ConfigError and DataError.
     """
     if "train.init_from" not in given:
         return config
+    path = os.path.normpath(config.train.init_from)
+    config = replace(config, train=replace(config.train, init_from=path))
+    takes_tokenizer = not (reads_prepared and any(data.prepared for data in config.data.sources))
     own = _own(config)
     if own is not None:
-        return _with_settings(config, own, given)
-    origin = settings_of(Path(config.train.init_from))
-    _check_tokenizer(config, origin.tokenizer, given)
-    config = _with_settings(config, origin, given, OF_EXPERTS if config.train.upcycle else ())
+        return _with_settings(config, own, given, takes_tokenizer)
+    origin = settings_of(Path(path))
+    if takes_tokenizer:
+        _check_tokenizer(config, origin.tokenizer, given)
+    config = _with_settings(config, origin, given, takes_tokenizer, OF_EXPERTS if config.train.upcycle else ())
     check_shapes(config, origin.model)
+    file = Path(path) / TOKENIZER_FILE
+    if not reads_prepared and config.tokenizer == origin.tokenizer and file.is_file():  # `p828 prepare` reads it
+        config = replace(config, tokenizer=replace(config.tokenizer, name=str(file)))
     return config
 
 
@@ -43,15 +53,17 @@ def _own(config: Config) -> Config | None:
     return own if own.train.init_from == config.train.init_from else None
 
 
-def _with_settings(config: Config, origin: Config, given: Collection[str], kept: Collection[str] = ()) -> Config:
-    """With the model and the tokenizer of `origin`, but for what is given, and for the model's fields in `kept`."""
+def _with_settings(
+    config: Config, origin: Config, given: Collection[str], takes_tokenizer: bool, kept: Collection[str] = ()
+) -> Config:
+    """With the model of `origin`, but for what is given and for the fields in `kept`, and with its tokenizer."""
     own = set(kept) | {key.removeprefix("model.") for key in given if key.startswith("model.")}
     if not config.model.vocab_size:
         own.discard("vocab_size")
     taken = {f.name: getattr(origin.model, f.name) for f in fields(ModelConfig) if f.name not in own}
     taken["rope_scaling"] = _scaling(config.model.rope_scaling, origin.model, given)
     tokenizer = config.tokenizer
-    if not any(data.prepared for data in config.data.sources):  # which says with which one it was made
+    if takes_tokenizer:
         of_origin = {
             name: getattr(origin.tokenizer, name) for name in OF_A_TOKENIZER if f"tokenizer.{name}" not in given
         }
@@ -71,8 +83,6 @@ def _scaling(scaling: RopeScaling, origin: ModelConfig, given: Collection[str]) 
 
 def _check_tokenizer(config: Config, origin: TokenizerConfig, given: Collection[str]) -> None:
     """Raises ConfigError for a tokenizer that would be trained, or another end token. Files are compared later."""
-    if any(data.prepared for data in config.data.sources):
-        return
     for name in OF_A_TOKENIZER:
         own, there = getattr(config.tokenizer, name), getattr(origin, name)
         is_file = config.tokenizer.name != "train" and name != "eos_token"
