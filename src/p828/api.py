@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from p828.config import Config, load_given, validate, with_steps, with_vocabulary
 from p828.config.files import Loaded
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
     from p828.data.batch import Batch
     from p828.data.loader import Loader
+    from p828.data.tokenizer.chat_template import Messages
     from p828.data.tokenizer.tokenizer import Tokenizer
     from p828.engine.plain import PlainEngine
     from p828.inference.evaluate import Evaluation
     from p828.inference.load import LoadedModel
+    from p828.interchange.export import Export
     from p828.interchange.origin import Origin
     from p828.model.transformer import Transformer
 
@@ -200,6 +202,35 @@ class Run:
         completions = generate(loaded.model, loaded.tokenizer, _several(prompts), config, dtype=loaded.dtype)
         return [completion.text for completion in completions]
 
+    def answer(self, messages: "str | Messages", **sampling: Any) -> str:
+        """What the assistant says next: to a user's message, or in a conversation, a list of `role` and `content`.
+
+        `sampling` is as in `generate`. Raises ConfigError as it does, and for a run not trained on conversations.
+        """
+        from p828.inference.answer import answer
+        from p828.inference.sampling import SamplingConfig
+
+        sampling["stop"] = _several(sampling.get("stop", ()))
+        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        loaded, config = self.loaded, SamplingConfig(**sampling)
+        (completion,) = answer(loaded.model, loaded.tokenizer, [conversation], config, dtype=loaded.dtype)
+        return completion.text
+
+    def export(
+        self,
+        directory: str | Path,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        native_only: bool = False,
+    ) -> "Export":
+        """Write the model for transformers, as `p828 export` does; `architecture`, `weights`, `bytes` and more of it.
+
+        Raises ConfigError for a directory that has something in it, and with `native_only` for a model that needs code
+        of its own; DataError for damage, and RunFailed when the directory cannot be written.
+        """
+        from p828.interchange.export import export_model
+
+        return export_model(self.path, directory, dtype, native_only)
+
     def evaluate(
         self, files: str | Path | Sequence[str | Path] = (), rows: int = 0, micro_batch_size: int = 0
     ) -> "Evaluation":
@@ -231,20 +262,19 @@ def build_tokenizer(config: Config) -> "Tokenizer":
 
     Nothing is written. Raises ConfigError, and DataError for damaged text.
     """
-    from p828.data.build import prepared_tokenizer, training_documents
-    from p828.data.tokenizer.of_run import load_tokenizer
+    from p828.data.build import prepared_tokenizer, tokenizer_of
+    from p828.data.tokenizer.tokenizer_config import template_for
     from p828.train.init_from import check_tokenizer
 
     validate(config)
     if (origin := _origin(config)) is not None:
         check_tokenizer(config, origin)
-        return origin.tokenizer
+        tokenizer, settings = origin.tokenizer, config.tokenizer
+        if tokenizer.template is None or settings.chat_template:
+            tokenizer.template = template_for(settings, tokenizer.special_tokens, None, config.data.has_conversations)
+        return tokenizer
     prepared = prepared_tokenizer(config.data, config.tokenizer)
-    if prepared is not None:
-        return prepared
-    return load_tokenizer(
-        config.tokenizer, lambda: training_documents(config.data, config.train.seed), config.model.vocab_size
-    )
+    return prepared if prepared is not None else tokenizer_of(config)
 
 
 def build_model(config: Config, tokenizer: "Tokenizer | None" = None) -> "Transformer":

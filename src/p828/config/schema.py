@@ -110,6 +110,8 @@ class SourceConfig:
     """Paths, directories or globs of .txt, .py, .md, .jsonl (.gz, .xz, .zst), from the working directory."""
     text_field: str = fixed("text", decides_tokens=True, only_with=("files", "hf"))
     """Field that holds the text in .jsonl lines and in hub rows."""
+    messages_field: str = fixed("", decides_tokens=False, only_with=("files", "hf"))
+    """Field that holds messages: a line or row is then a conversation, of which the assistant's part is learned."""
     hub_name: str = fixed("", decides_tokens=True, implies="hf")
     """Hub data set (codeparrot/codeparrot-clean), or a local directory in the hub's layout."""
     hub_subset: str = fixed("", decides_tokens=True, only_with=("hf",))
@@ -162,6 +164,11 @@ class DataConfig(SourceConfig):
         ) or (self,)
 
     @property
+    def has_conversations(self) -> bool:
+        """Whether a source is conversations."""
+        return any(source.messages_field for source in self.sources)
+
+    @property
     def source_names(self) -> tuple[str, ...]:
         return tuple(mixed.name for mixed in self.mixture) or (self.source,)
 
@@ -190,6 +197,8 @@ class TokenizerConfig:
     """Text that a tokenizer is trained on, at most."""
     eos_token: str = fixed("<|endoftext|>", decides_tokens=True, is_prose=True)
     """Token that ends a document."""
+    chat_template: str = fixed("", decides_tokens=False)
+    """How conversations are written: `chatml`, `zephyr` or a template's path; empty: the tokenizer's own, or chatml."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from p828.errors import ConfigError, RunFailed, warn
 from p828.files import new_directory, write_atomic
 from p828.inference.load import SavedModel, opened_model
 from p828.interchange.architecture import Architecture
-from p828.interchange.architectures import all_obstacles, native_architecture
+from p828.interchange.architectures import architecture_of
 from p828.interchange.model_card import curve_of, model_card
+from p828.interchange.own import OWN, code_files
 from p828.interchange.weights import LARGEST_FILE, write_weights, written_tensors
 from p828.runs.checkpoint_content import progress_of, seconds_of
 from p828.runs.file_names import CONFIG_FILE, TOKENIZER_FILE
@@ -33,8 +34,6 @@ class Export:
     checkpoint: Path
     step: int
     architecture: Architecture
-    is_native: bool
-    """Whether transformers has the architecture; else the directory has code of its own."""
     weights: list[Path]
     """The files with them."""
     bytes: int
@@ -81,9 +80,9 @@ def _exported(
     config, path = saved.config, saved.checkpoint.path
     architecture = architecture_of(config.model, native_only)
     tensors = saved.checkpoint.tensors
-    written = written_tensors(architecture, config.model, tensors, DTYPES[dtype])
+    written = written_tensors(architecture.pieces, config.model, tensors, DTYPES[dtype])
     needed = sum(tensor.bytes for tensor in written)
-    _check_room(filling, directory, needed)
+    check_room(filling, directory, needed)
     files = write_weights(filling, written, tensors, report, largest_file)
     end_token = saved.tokenizer.eos_id
     _write_json(filling / "config.json", hub_config(architecture, config.model, end_token, dtype))
@@ -97,9 +96,10 @@ def _exported(
         saved.checkpoint.state.get("versions"),
         curve_of(path.parent.parent, saved.checkpoint.step, report),
         architecture,
-        is_native=True,
-        dtype=dtype,
+        dtype,
     )
+    for file in code_files() if architecture is OWN else ():
+        shutil.copyfile(file, filling / file.name)
     write_atomic(filling / CARD_FILE, card)
     write_atomic(filling / CONFIG_FILE, tomli_w.dumps(to_dict(config)))
     return Export(
@@ -107,20 +107,9 @@ def _exported(
         checkpoint=path,
         step=saved.checkpoint.step,
         architecture=architecture,
-        is_native=True,
         weights=[directory / file.name for file in files],
         bytes=needed,
     )
-
-
-def architecture_of(config: ModelConfig, native_only: bool = False) -> Architecture:
-    """The architecture that a model is exported as. Raises ConfigError if it is none of transformers'."""
-    found = native_architecture(config)
-    if found is None:
-        raise ConfigError(
-            f"no architecture of transformers is exactly this model; in the way are, of {all_obstacles(config)}"
-        )
-    return found
 
 
 def hub_config(architecture: Architecture, config: ModelConfig, end_token: int, dtype: str) -> dict[str, Any]:
@@ -161,7 +150,8 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, eos_token: str, cont
     _write_json(directory / "tokenizer_config.json", settings)
 
 
-def _check_room(filling: Path, directory: Path, needed: int) -> None:
+def check_room(filling: Path, directory: Path, needed: int) -> None:
+    """Raises ConfigError when the disk of `filling` has less than `needed` bytes free."""
     free = shutil.disk_usage(filling).free
     if needed > free:
         raise ConfigError(

@@ -7,6 +7,7 @@ from typing import Any
 from p828.config import Config, DataConfig
 from p828.errors import ConfigError, DataError
 from p828.interchange.architecture import Architecture
+from p828.interchange.own import OWN
 from p828.model.costs import count_parameters
 from p828.runs import records
 from p828.runs.file_names import RECORDS_FILE
@@ -72,7 +73,6 @@ def model_card(
     versions: Any,
     curve: Sequence[dict[str, Any]],
     architecture: Architecture,
-    is_native: bool,
     dtype: str,
 ) -> str:
     """Markdown with the hub's metadata before it.
@@ -88,9 +88,9 @@ def model_card(
         total=_short(parameters.total),
         active=_short(parameters.active),
         tokens=f"{progress.tokens:,}",
-        remote="" if is_native else ", trust_remote_code=True",
+        remote="" if architecture is not OWN else ", trust_remote_code=True",
         architecture=f"It is loaded as `{architecture.model_type}`, "
-        + ("an architecture of transformers." if is_native else f"by {its_code}."),
+        + ("an architecture of transformers." if architecture is not OWN else f"by {its_code}."),
         dtype=dtype,
         context=f"{config.model.max_position_embeddings:,}",
         data="\n".join(_sources(config, progress)),

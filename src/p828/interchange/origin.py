@@ -8,6 +8,7 @@ from pathlib import Path
 from p828.config import Config
 from p828.data.retry import NO_RETRY, Retry
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer_config import read_template
 from p828.errors import ConfigError, DataError
 from p828.inference.load import checked_model
 from p828.interchange.fit import check_shapes
@@ -61,7 +62,9 @@ def read_hub_origin(path: Path) -> Origin:
     hub = read_hub_directory(path)
     with _opened(path):  # which compares the weights
         pass
-    tokenizer = Tokenizer.tried(Path(hub.config.tokenizer.name), hub.config.tokenizer.eos_token)
+    eos_token = hub.config.tokenizer.eos_token
+    tokenizer = Tokenizer.tried(Path(hub.config.tokenizer.name), eos_token)
+    tokenizer.template = read_template(path, tokenizer.special_tokens, eos_token)
     if tokenizer.vocab_size > hub.config.model.vocab_size:
         raise ConfigError(
             f"{path}: its tokenizer's vocabulary of {tokenizer.vocab_size} exceeds "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from p828.config import ModelConfig
 from p828.files import write_atomic
-from p828.interchange.architecture import Architecture, Place
+from p828.interchange.architecture import Piece, Place
 from p828.kernels.adamw import split_float32
 from p828.model.precision import is_matrix
 from p828.runs.tensors import DTYPES, Tensors
@@ -45,7 +45,7 @@ class WrittenTensor(NamedTuple):
 
 
 def written_tensors(
-    architecture: Architecture, config: ModelConfig, tensors: Tensors, dtype: torch.dtype
+    pieces: Callable[[str, ModelConfig], list[Piece]], config: ModelConfig, tensors: Tensors, dtype: torch.dtype
 ) -> list[WrittenTensor]:
     """What a model's files hold, in the order of our tensors; nothing is read.
 
@@ -56,7 +56,7 @@ def written_tensors(
     for source in tensors.names("model"):
         whole = torch.empty(tensors.kind("model", source).shape, device="meta")
         stored = dtype if is_matrix(source, whole.ndim) else torch.float32
-        for name, place in architecture.pieces(source, config):
+        for name, place in pieces(source, config):
             found.append(WrittenTensor(name, source, place, tuple(whole[place].shape), stored))
     return found
 
@@ -81,7 +81,7 @@ def write_weights(
         filename_pattern=FILE_NAMES,
         max_shard_size=largest_file,
     )
-    reader = _Reader(tensors)
+    reader = WeightsReader(tensors)
     for file, names in files.filename_to_tensors.items():
         if files.is_sharded:
             report(f"writing {file}")
@@ -93,7 +93,7 @@ def write_weights(
     return [directory / file for file in files.filename_to_tensors]
 
 
-class _Reader:
+class WeightsReader:
     """Reads pieces of our tensors, and keeps the tensor of the last piece: the next one is mostly of the same."""
 
     def __init__(self, tensors: Tensors) -> None:

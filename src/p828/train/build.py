@@ -12,13 +12,20 @@ import torch
 from p828.config import Config, load, validate, with_steps
 from p828.data.amount import amounts, repeated
 from p828.data.batch import Batch
-from p828.data.build import held_out_lines, prepared_tokenizer, training_documents, validation_batches
+from p828.data.build import (
+    held_out_lines,
+    prepared_tokenizer,
+    tokenizer_of,
+    training_documents,
+    validation_batches,
+)
 from p828.data.loader import Loader, open_loader
 from p828.data.retry import Retry
 from p828.data.text.hub import pinned
 from p828.data.text.open import open_training, open_validation
-from p828.data.tokenizer.of_run import load_tokenizer, remarks
+from p828.data.tokenizer.of_run import remarks
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer_config import config_json, save_template
 from p828.data.tokens.format import open_manifest
 from p828.distributed.group import ProcessGroup, joined
 from p828.distributed.links import check_topology
@@ -33,7 +40,7 @@ from p828.model.costs import count_parameters
 from p828.optim.schedule import learning_rate
 from p828.runs import checkpoint, file_names
 from p828.runs.checkpoint_content import rules_of
-from p828.runs.file_names import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
+from p828.runs.file_names import CHECKPOINTS, CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from p828.runs.records import Recorder
 from p828.runs.train_state import TrainState
 from p828.system.device import check_room, make_deterministic, pick_device
@@ -231,6 +238,8 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
         outputs.recorder, outputs.console, usage, config.model, config.data, config.train, engine.device, ranks.size
     )
     fingerprint, enclosed = tokenizer.fingerprint(), {TOKENIZER_FILE: tokenizer.to_json().encode()}
+    if tokenizer.template is not None:
+        enclosed[TOKENIZER_CONFIG_FILE] = config_json(tokenizer.template).encode()
     checkpointing = Checkpointing(
         run.path / CHECKPOINTS, config, run.versions, fingerprint, enclosed, engine, loader, log, usage, ranks
     )
@@ -293,7 +302,7 @@ def _make_tokenizer(config: Config, origin: Origin | None, console: Console) -> 
     tokenizer = _tokenizer(config, console)
     if is_new:
         has_text = not any(data.prepared for data in config.data.sources)
-        documents = training_documents(config.data, config.train.seed) if has_text else ()
+        documents = training_documents(config.data, config.train.seed, tokenizer.template) if has_text else ()
         for line in remarks(config.tokenizer, tokenizer, documents):
             console.event(line)
 
@@ -307,9 +316,10 @@ def _tokenizer(config: Config, console: Console) -> Tokenizer:
     if is_trained:
         console.print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens")
     with contextlib.nullcontext() if is_trained else console.waiting("loading the tokenizer"):
-        return load_tokenizer(
-            config.tokenizer, lambda: training_documents(config.data, config.train.seed), config.model.vocab_size, path
-        )
+        tokenizer = tokenizer_of(config, path)
+    if tokenizer.template is not None and not path.with_name(TOKENIZER_CONFIG_FILE).exists():
+        save_template(path.parent, tokenizer.template)
+    return tokenizer
 
 
 def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:

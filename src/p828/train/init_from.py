@@ -7,6 +7,7 @@ from p828.data.build import prepared_tokenizer
 from p828.data.retry import Retry
 from p828.data.tokenizer.of_run import load_tokenizer
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer_config import save_template
 from p828.distributed.group import ProcessGroup
 from p828.engine.interface import Engine
 from p828.errors import ConfigError
@@ -32,13 +33,17 @@ def origin_of(config: Config, ranks: ProcessGroup, console: Console) -> Origin |
 
 
 def take_tokenizer(config: Config, origin: Origin) -> None:
-    """Write the origin's tokenizer into the run's directory, if it is not there. Raises ConfigError for another one."""
+    """Write the origin's tokenizer into the run's directory, if it is not there, with its chat template unless one is
+    given. Raises ConfigError for another tokenizer.
+    """
     path = config.run_dir / TOKENIZER_FILE
     if path.exists():
         _check_same(Tokenizer.from_file(path, config.tokenizer.eos_token), origin, str(path))
     else:
         check_tokenizer(config, origin)
         origin.tokenizer.save(path)
+        if origin.tokenizer.template is not None and not config.tokenizer.chat_template:
+            save_template(path.parent, origin.tokenizer.template)
 
 
 def check_tokenizer(config: Config, origin: Origin) -> None:

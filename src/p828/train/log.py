@@ -55,7 +55,7 @@ class Log:
 
         A number of the result that is not known here passes through to the record and to Weights & Biases as it is.
         """
-        step, tokens_per_second = state.step, stats.targets / seconds
+        step, tokens_per_second = state.step, stats.tokens / seconds
         self.recorder.write(
             "step",
             step,
@@ -128,12 +128,17 @@ class Log:
 
     def _mfu(self, stats: BatchStats, seconds: float) -> float | None:
         """Model FLOPs utilisation; None for a device whose peak is not known."""
-        flops, peak = training_flops(self.model, stats.targets, stats.attended_pairs), peak_flops(self.device)
+        flops, peak = training_flops(self.model, stats.tokens, stats.attended_pairs), peak_flops(self.device)
         return None if peak is None else flops / (seconds * peak * self.num_ranks)
 
     def _data_record(self, state: TrainState, stats: BatchStats) -> dict[str, Any]:
-        """What the run was trained on so far: documents, those of them that were split, tokens by source."""
+        """What the run was trained on so far: documents, those of them that were split, tokens by source.
+
+        With conversations also the step's targets, fewer than its tokens.
+        """
         record: dict[str, Any] = {"documents": state.documents, "cut_documents": state.cut_documents}
+        if self.data.has_conversations:
+            record["targets"] = stats.targets
         if self.data.bad_records == "skip":
             record["bad_records"] = stats.bad_records
         if self.data.mixture:

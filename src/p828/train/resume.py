@@ -26,7 +26,15 @@ from p828.files import MEBIBYTE, locked, read_limited, write_atomic
 from p828.optim.schedule import learning_rate
 from p828.runs import checkpoint, file_names, records
 from p828.runs.checkpoint_content import config_of, reading_position, seconds_of
-from p828.runs.file_names import CHECKPOINTS, CONFIG_FILE, QUARANTINED, RECORDS_FILE, TOKENIZER_FILE, WANDB_ID_FILE
+from p828.runs.file_names import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    QUARANTINED,
+    RECORDS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    WANDB_ID_FILE,
+)
 from p828.runs.file_system import try_out
 from p828.runs.tensors import part_of
 from p828.runs.train_state import TrainState
@@ -171,14 +179,28 @@ def _resume_point(config: Config) -> tuple[Path | None, list[str], list[str], in
             "Set them back to go on with that run, or give this one another --name"
         )
     if blocking:
-        for name in (TOKENIZER_FILE, RECORDS_FILE, WANDB_ID_FILE):
+        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, RECORDS_FILE, WANDB_ID_FILE):
             (run_dir / name).unlink(missing_ok=True)
-    if newest is not None and (newest / TOKENIZER_FILE).is_file() and not (run_dir / TOKENIZER_FILE).exists():
-        text = read_limited(newest / TOKENIZER_FILE, LARGEST_TOKENIZER).decode()
-        write_atomic(run_dir / TOKENIZER_FILE, text)
+    if newest is not None:
+        _restore_tokenizer(run_dir, newest)
     if newest is None:
         return None, damaged, [], 0
     return newest, damaged, list(changes.values()), before["model.vocab_size"]
+
+
+def _restore_tokenizer(run_dir: Path, newest: Path) -> None:
+    """Copy the checkpoint's tokenizer and chat template where the run's own are missing.
+
+    Raises ConfigError if the run has another template. Another tokenizer is found by its fingerprint.
+    """
+    for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
+        if not (newest / name).is_file():
+            continue
+        content, own = read_limited(newest / name, LARGEST_TOKENIZER), run_dir / name
+        if not own.exists():
+            write_atomic(own, content.decode())
+        elif name == TOKENIZER_CONFIG_FILE and read_limited(own, LARGEST_TOKENIZER) != content:
+            raise ConfigError(f"{newest}: trained with another chat template than the run's {own}: remove that file")
 
 
 def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:

@@ -1,0 +1,39 @@
+"""Answer messages: a conversation as the run's chat template writes it, continued up to the end of the turn."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from p828.data.tokenizer.chat_template import Messages, TemplateFailed
+from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.errors import ConfigError
+from p828.inference.generate import Completion, OnText, continued
+from p828.inference.sampling import SamplingConfig
+from p828.model.transformer import Transformer
+
+
+def answer(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Messages],
+    config: SamplingConfig,
+    on_text: OnText = lambda index, text: None,
+    dtype: torch.dtype = torch.float32,
+) -> list[Completion]:
+    """What the assistant says next in each conversation, as `generate` continues a prompt.
+
+    Raises ConfigError as `generate` does, for a tokenizer without a chat template, and for messages that the template
+    refuses.
+    """
+    template = tokenizer.template
+    if template is None:
+        raise ConfigError("the run has no chat template: it was not trained on conversations")
+    try:
+        prompts = [template.prompt(messages) for messages in conversations]
+    except TemplateFailed as error:
+        raise ConfigError(f"{template.where}: the chat template refuses the messages: {error}") from None
+    ids = [tokens["id"].tolist() for tokens in tokenizer.encode_marked(prompts)]
+    if not template.end_token:
+        config = replace(config, stop=(*config.stop, template.end_of_turn))
+    return continued(model, tokenizer, prompts, ids, config, on_text, dtype, tokenizer.end_ids)
