@@ -18,6 +18,7 @@ from p828.files import new_directory, write_atomic
 from p828.inference.load import SavedModel, opened_model
 from p828.interchange.architecture import Architecture
 from p828.interchange.architectures import architecture_of
+from p828.interchange.hub_directory import STEP
 from p828.interchange.model_card import curve_of, model_card
 from p828.interchange.own import OWN, code_files
 from p828.interchange.weights import LARGEST_FILE, write_weights, written_tensors
@@ -85,7 +86,8 @@ def _exported(
     check_room(filling, directory, needed)
     files = write_weights(filling, written, tensors, report, largest_file)
     end_token = saved.tokenizer.eos_id
-    _write_json(filling / "config.json", hub_config(architecture, config.model, end_token, dtype))
+    settings = hub_config(architecture, config.model, end_token, dtype)
+    _write_json(filling / "config.json", {**settings, STEP: saved.checkpoint.step})
     # without a token for padding, `generate` takes the end token and warns each time
     _write_json(filling / "generation_config.json", {"eos_token_id": end_token, "pad_token_id": end_token})
     _write_tokenizer(filling, saved.tokenizer, config.tokenizer.eos_token, config.model.max_position_embeddings)
