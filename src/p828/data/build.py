@@ -76,9 +76,7 @@ def validation_batches(
     `rules` say of each source by which rule its text is held out (`order.held_out_rules`), if that is settled.
     `part` and `report` are as in `open_loader`. Raises ConfigError if there is no validation text.
     """
-    sources, validation = config.sources, config.validation
-    if validation.kind == "files" or (validation.kind == "split" and validation.hub_name):
-        sources = sources[:1]  # the same text for all
+    sources = validation_sources(config)
     counts = [rows // len(sources) + (i < rows % len(sources)) for i in range(len(sources))]
     chosen = [
         sample
@@ -88,6 +86,13 @@ def validation_batches(
     ]
     size = micro_batch_size
     return [make_batch(chosen[i : i + size], mask_documents) for i in range(0, len(chosen), size)]
+
+
+def validation_sources(config: DataConfig) -> tuple[DataConfig, ...]:
+    """The sources that have validation text of their own; else the first, whose fields the one text for all is in."""
+    validation = config.validation
+    is_one = validation.kind == "files" or (validation.kind == "split" and validation.hub_name)
+    return config.sources[:1] if is_one else config.sources
 
 
 def all_validation_batches(

@@ -18,6 +18,7 @@ from p828.data.build import (
     tokenizer_of,
     training_documents,
     validation_batches,
+    validation_sources,
 )
 from p828.data.loader import Loader, open_loader
 from p828.data.retry import Retry
@@ -121,7 +122,8 @@ def _check_data(config: Config, ranks: ProcessGroup, report: Callable[[str], Non
                 open_manifest(Path(data.prepared))
             else:
                 open_training(data, config.train.seed, retry=Retry(report=report))
-                next(open_validation(data, Retry(data.read_retries, report=report)))
+                if data in validation_sources(config.data):
+                    next(open_validation(data, Retry(data.read_retries, report=report)))
 
 
 def configure_torch(config: Config) -> None:
