@@ -20,6 +20,7 @@ from p828.data.text.documents import DocumentStream
 from p828.data.text.open import held_out_words, open_training, open_validation
 from p828.data.text.packing import Packer
 from p828.data.tokenizer.chat_template import ChatTemplate
+from p828.data.tokenizer.marked_text import without_marks
 from p828.data.tokenizer.of_run import load_tokenizer
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokenizer.tokenizer_config import template_for, template_of_trained
@@ -176,12 +177,15 @@ def training_rows(
 def training_documents(config: DataConfig, seed: int, template: ChatTemplate | None = None) -> Iterator[str]:
     """One epoch of every source's text, a document of each in turn; conversations without control tokens.
 
-    `template` is the one that the conversations are trained with, so that what is held out is the same.
+    `template` is the one that conversations are trained with, so that what is held out is the same.
     """
     streams: list[Iterator[str]] = []
     for data in config.sources:
         texts = open_training(data, seed, epochs=1, retry=Retry(data.read_retries), template=template)
-        streams.append(map(template.control.plain, texts) if data.messages_field and template else texts)
+        if data.messages_field:
+            streams.append(map(template.control.plain if template else without_marks, texts))
+        else:
+            streams.append(texts)
     while streams:
         documents = [(stream, next(stream, None)) for stream in streams]
         yield from (text for _, text in documents if text is not None)

@@ -35,6 +35,7 @@ from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError
+from p828.inference.answer import prompt_ids
 from p828.model.costs import count_parameters
 from p828.optim.schedule import learning_rate
 from p828.runs import checkpoint, file_names
@@ -249,7 +250,16 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
         engine,
         Fetcher(loader, num_batches, num_sources, usage, checkpointing, engine.device, ranks),
         log,
-        Evaluator(config.evaluation, config.model.vocab_size, tokenizer, inputs.validation, engine, log, ranks),
+        Evaluator(
+            config.evaluation,
+            config.model.vocab_size,
+            tokenizer,
+            inputs.validation,
+            engine,
+            log,
+            ranks,
+            is_chat=_is_chat(config),
+        ),
         checkpointing,
         Rollback(config.rollback, checkpointing, loader, log, ranks),
         usage,
@@ -313,11 +323,16 @@ def _tokenizer(config: Config, console: Console) -> Tokenizer:
     return tokenizer
 
 
+def _is_chat(config: Config) -> bool:
+    """Whether the run is on conversations alone, so that its prompts are messages."""
+    return all(data.messages_field for data in config.data.sources)
+
+
 def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:
     """A prompt too long for the model would otherwise end the run at its first evaluation."""
     context = config.model.max_position_embeddings
     for prompt in config.evaluation.prompts:
-        length = len(tokenizer.encode(prompt))
+        length = len(prompt_ids(tokenizer, prompt) if _is_chat(config) else tokenizer.encode(prompt))
         if length >= context:
             raise ConfigError(
                 f"evaluation.prompts: {prompt[:40]!r} has {length} tokens: "

@@ -54,7 +54,7 @@ def read_template(directory: Path, special_tokens: Sequence[str], eos_token: str
     values = _read_config(path)
     source = values.get("chat_template")
     if isinstance(source, list):  # several, by name
-        by_name = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
+        by_name = {str(one.get("name")): one.get("template") for one in source if isinstance(one, dict)}
         source = by_name.get("default", next(iter(by_name.values()), None))
     if (directory / TEMPLATE_FILE).exists():
         path = directory / TEMPLATE_FILE
