@@ -278,7 +278,7 @@ class EvaluationConfig:
     rows: int = changeable(64, at_least=1)
     """Validation sequences, the same at every evaluation."""
     prompts: tuple[str, ...] = changeable((), is_prose=True)
-    """Prompts continued at every evaluation."""
+    """Prompts continued at every evaluation; of a run on conversations alone, messages that are answered."""
     max_new_tokens: int = changeable(64, at_least=1)
     """Tokens sampled for each prompt."""
     temperature: float = changeable(0.8, at_least=0)

@@ -18,6 +18,7 @@ from p828.data.build import (
     tokenizer_of,
     training_documents,
     validation_batches,
+    validation_sources,
 )
 from p828.data.loader import Loader, open_loader
 from p828.data.retry import Retry
@@ -34,6 +35,7 @@ from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError
+from p828.inference.answer import prompt_ids
 from p828.inference.tasks.tasks import Tasks, open_all
 from p828.interchange.fit import check_shapes
 from p828.interchange.origin import Origin
@@ -131,7 +133,8 @@ def _check_data(config: Config, ranks: ProcessGroup, report: Callable[[str], Non
                 open_manifest(Path(data.prepared))
             else:
                 open_training(data, config.train.seed, retry=Retry(report=report))
-                next(open_validation(data, Retry(data.read_retries, report=report)))
+                if data in validation_sources(config.data):
+                    next(open_validation(data, Retry(data.read_retries, report=report)))
 
 
 def _open_tasks(evaluation: EvaluationConfig, ranks: ProcessGroup, report: Callable[[str], None]) -> Tasks | None:
@@ -277,7 +280,16 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
         engine,
         Fetcher(loader, num_batches, num_sources, usage, checkpointing, engine.device, ranks),
         log,
-        Evaluator(config.evaluation, config.model.vocab_size, tokenizer, inputs.validation, engine, log, ranks),
+        Evaluator(
+            config.evaluation,
+            config.model.vocab_size,
+            tokenizer,
+            inputs.validation,
+            engine,
+            log,
+            ranks,
+            is_chat=_is_chat(config),
+        ),
         _task_evaluator(inputs, engine, log, ranks),
         checkpointing,
         Rollback(config.rollback, checkpointing, loader, log, ranks),
@@ -350,11 +362,16 @@ def _tokenizer(config: Config, console: Console) -> Tokenizer:
     return tokenizer
 
 
+def _is_chat(config: Config) -> bool:
+    """Whether the run is on conversations alone, so that its prompts are messages."""
+    return all(data.messages_field for data in config.data.sources)
+
+
 def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:
     """A prompt too long for the model would otherwise end the run at its first evaluation."""
     context = config.model.max_position_embeddings
     for prompt in config.evaluation.prompts:
-        length = len(tokenizer.encode(prompt))
+        length = len(prompt_ids(tokenizer, prompt) if _is_chat(config) else tokenizer.encode(prompt))
         if length >= context:
             raise ConfigError(
                 f"evaluation.prompts: {prompt[:40]!r} has {length} tokens: "
