@@ -24,6 +24,7 @@ from p828.errors import ConfigError, DataError
 from p828.files import LOCK_FILE, locked
 from p828.interchange.export import export_model, tokenizer_json
 from p828.interchange.glm4_moe import GLM4_MOE
+from p828.interchange.own import code_files
 from p828.interchange.weights import WrittenTensor, written_tensors
 from p828.runs import checkpoint
 from p828.runs.file_names import MANIFEST_FILE
@@ -91,6 +92,16 @@ def test_files_of_a_trained_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
         trained.config.data,
         trained.config.optimizer,
     )
+
+
+def test_code_of_its_own_lies_beside_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = save_model(tmp_path / "run", tiny_model())
+    assert dispatch(["export", str(run), str(tmp_path / "export")]) == 0
+    said = capsys.readouterr().out
+    assert "exported as    p828, with code of its own\n" in said
+    assert f'from_pretrained("{tmp_path / "export"}", trust_remote_code=True)' in said
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {*FILES, *(file.name for file in code_files())}
+    assert "from_pretrained(place, trust_remote_code=True)" in (tmp_path / "export" / "README.md").read_text()
 
 
 def test_without_records_the_card_says_so(run: Path, tmp_path: Path) -> None:
