@@ -18,6 +18,7 @@ from p828.files import new_directory, write_atomic
 from p828.inference.load import SavedModel, opened_model
 from p828.interchange.architecture import Architecture
 from p828.interchange.architectures import architecture_of
+from p828.interchange.hub_directory import STEP
 from p828.interchange.model_card import curve_of, model_card
 from p828.interchange.own import OWN, code_files
 from p828.interchange.weights import LARGEST_FILE, write_weights, written_tensors
@@ -86,7 +87,7 @@ def _exported(
     files = write_weights(filling, written, tensors, report, largest_file)
     end_ids = saved.tokenizer.end_ids
     hub_values = hub_config(architecture, config.model, end_ids, dtype)
-    _write_json(filling / "config.json", {**hub_values, "p828_step": saved.checkpoint.step})
+    _write_json(filling / "config.json", {**hub_values, STEP: saved.checkpoint.step})
     # without a token for padding, `generate` takes the end token and warns each time
     _write_json(filling / "generation_config.json", {**_end(end_ids), "pad_token_id": end_ids[0]})
     _write_tokenizer(filling, saved.tokenizer, config.tokenizer.eos_token, config.model.max_position_embeddings)
