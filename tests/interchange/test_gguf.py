@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llama_cpp import continued, running, tokenized, written
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 
+import p828
 from exported import EOS, letters, logits, save_model
 from p828.cli.main import dispatch
 from p828.config import ModelConfig, RopeScaling, TokenizerConfig
@@ -319,6 +320,8 @@ def test_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.Captur
     assert dispatch(["export", str(run), str(file)]) == 2
     assert "model.gguf: is there already; a new name is accepted" in capsys.readouterr().err
     assert file.read_bytes() == content
+    assert p828.load_run(run).export_gguf(tmp_path / "same.gguf", "float16").architecture == "glm4moe"
+    assert (tmp_path / "same.gguf").read_bytes() == content
     assert dispatch(["export", str(run), str(file / "inside.gguf")]) == 2
     assert "model.gguf: no directory can be made there: " in capsys.readouterr().err
     assert dispatch(["export", str(run), str(tmp_path / "directory"), "--dtype", "float16"]) == 2
