@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from p828.inference.evaluate import Evaluation
     from p828.inference.load import LoadedModel
     from p828.interchange.export import Export
+    from p828.interchange.gguf import GGUFExport
     from p828.interchange.origin import Origin
     from p828.model.transformer import Transformer
 
@@ -230,6 +231,18 @@ class Run:
         from p828.interchange.export import export_model
 
         return export_model(self.path, directory, dtype, native_only)
+
+    def export_gguf(
+        self, file: str | Path, dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    ) -> "GGUFExport":
+        """Write model and tokenizer for llama.cpp, as `p828 export` does; `architecture`, `bytes` and more of it.
+
+        Raises ConfigError for a file that is there, and for a model or tokenizer that llama.cpp does not have;
+        DataError for damage, and for a number that float16 does not have; RunFailed when the file cannot be written.
+        """
+        from p828.interchange.gguf import export_gguf
+
+        return export_gguf(self.path, Path(file), dtype)
 
     def evaluate(
         self, files: str | Path | Sequence[str | Path] = (), rows: int = 0, micro_batch_size: int = 0
