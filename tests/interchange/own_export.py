@@ -74,7 +74,7 @@ def load(directory: Path, implementation: str = "eager", **options: Any) -> Any:
 
     return AutoModelForCausalLM.from_pretrained(
         directory, trust_remote_code=True, attn_implementation=implementation, **options
-    ).eval()
+    )
 
 
 def like(model: Transformer, tokens: Tensor, **inputs: Any) -> Tensor:

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from own_export import IMPLEMENTATIONS, TOLERANCE, VARIANTS, in_memory, like, load, write_own_export
+from own_export import IMPLEMENTATIONS, TOLERANCE, VARIANTS, in_memory, like, load, own_tensors, write_own_export
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, StaticCache
 
@@ -175,6 +176,19 @@ def test_new_weights(export: Path) -> None:
     assert (layer.self_attn.sinks == 0).all()
     assert (layer.mlp.gate.e_score_correction_bias == 0).all()
     assert torch.equal(fresh.rotary_emb.inv_freq, load(export).model.rotary_emb.inv_freq)
+
+
+@torch.no_grad()
+def test_weights_that_a_file_lacks_begin_anew(model: Transformer, tmp_path: Path) -> None:
+    """As where a model gets sinks for further training: they begin at zero, and are reported as missing."""
+    directory = write_own_export(model, tmp_path / "model")
+    tensors = {name: t for name, t in own_tensors(model).items() if not name.endswith(("sinks", "experts.down_proj"))}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    hub, report = load(directory, output_loading_info=True)
+    assert {name.split(".", 3)[-1] for name in report["missing_keys"]} == {"self_attn.sinks", "mlp.experts.down_proj"}
+    for layer in hub.model.layers:
+        assert (layer.self_attn.sinks == 0).all()
+        assert layer.mlp.experts.down_proj.std() == pytest.approx(0.02, rel=0.05)
 
 
 def test_what_would_drop_the_sinks_is_refused(export: Path, tmp_path: Path) -> None:
