@@ -1,6 +1,9 @@
 """The model that an export carries as code, in every way that transformers uses a model."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +263,23 @@ def test_compiled(implementation: str, model: Transformer, export: Path) -> None
             hub(tokens[:, :8], past_key_values=cache)
             last = compiled(tokens[:, 8:], past_key_values=cache).logits[:, -1]
         assert_near(last, expected.logits[:, -1], TOLERANCE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("hidden_act", ["swiglu", "swiglu_of_product"])
+def test_two_processes(hidden_act: str, tmp_path: Path) -> None:
+    """Tensor parallelism, and expert parallelism with it: half of the heads, half of each expert or of the experts."""
+    model = tiny_model(hidden_act=hidden_act)
+    directory = write_own_export(model, tmp_path / "model")
+    tokens = torch.randint(97, (2, 9))
+    script, out = Path(__file__).with_name("parallel_logits.py"), tmp_path / "logits.json"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, directory]
+    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parent), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, *command, json.dumps(tokens.tolist()), out], env=environment, check=True)
+    for result in (results := json.loads(out.read_text(encoding="utf-8"))):
+        assert_near(torch.tensor(result["logits"]), like(model, tokens), TOLERANCE)
+    # a product's halves need one another, so its experts are not cut
+    rows = {"swiglu": [24, 48], "swiglu_of_product": [96, 96]}[hidden_act]
+    assert results[0]["sizes"] == [[16, 32], [8, rows[0], 32]]
+    assert results[1]["sizes"] == [[16, 32], [4, rows[1], 32]]
