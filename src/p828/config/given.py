@@ -106,6 +106,7 @@ NEEDS = (
         lambda c: c.rollback.after_steps > 0,
         "accepted with rollback.after_steps above 0",
     ),
+    Need(("train.upcycle",), lambda c: bool(c.train.init_from), "accepted with train.init_from"),
     Need(("wandb.project",), lambda c: c.wandb.mode != "off", 'accepted with wandb.mode = "online" or "offline"'),
 )
 

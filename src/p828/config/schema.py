@@ -255,6 +255,10 @@ class TrainConfig:
     """Micro-batches of a step, on each rank; the global batch is this times the micro-batch size times the ranks."""
     seed: int = fixed(0, at_least=0)
     """Seed of the weights, the data order and dropout."""
+    init_from: str = fixed("")
+    """Start from these weights: a run's or a checkpoint's directory, or a model's in the hub's layout."""
+    upcycle: bool = fixed(False)
+    """The model of `init_from` is dense: every expert becomes a copy of its layer's MLP, or a slice of one."""
     device: Literal["auto", "cpu", "cuda"] = changeable("auto")
     """`auto` takes the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = changeable("auto")
@@ -274,7 +278,7 @@ class EvaluationConfig:
     rows: int = changeable(64, at_least=1)
     """Validation sequences, the same at every evaluation."""
     prompts: tuple[str, ...] = changeable((), is_prose=True)
-    """Prompts continued at every evaluation."""
+    """Prompts continued at every evaluation; of a run on conversations alone, messages that are answered."""
     max_new_tokens: int = changeable(64, at_least=1)
     """Tokens sampled for each prompt."""
     temperature: float = changeable(0.8, at_least=0)

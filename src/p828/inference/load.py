@@ -86,13 +86,18 @@ def opened_model(path: str | Path) -> Iterator[SavedModel]:
     found = Path(os.path.abspath(found))  # as it was named, since a link to it may lie in the run's directory
     manifest = checkpoint.verify(found, ["model"], retry)
     with checkpoint.opened(found, manifest, ["model"], retry=retry) as saved:
-        config = config_of(saved)
-        validate(config)
-        tokenizer = _load_tokenizer(_tokenizer_file(saved), config)
-        if saved.state.get("tokenizer") != tokenizer.fingerprint():
-            raise ConfigError(f"{found}: trained with another tokenizer than its run's {TOKENIZER_FILE}")
-        check_weights(saved, config.model)
-        yield SavedModel(saved, config, tokenizer)
+        yield checked_model(saved)
+
+
+def checked_model(saved: checkpoint.OpenCheckpoint) -> SavedModel:
+    """A checkpoint whose weights are open. Raises ConfigError and DataError if it is not what a run writes."""
+    config = config_of(saved)
+    validate(config)
+    tokenizer = _load_tokenizer(_tokenizer_file(saved), config)
+    if saved.state.get("tokenizer") != tokenizer.fingerprint():
+        raise ConfigError(f"{saved.path}: trained with another tokenizer than its run's {TOKENIZER_FILE}")
+    check_weights(saved, config.model)
+    return SavedModel(saved, config, tokenizer)
 
 
 def _tokenizer_file(saved: checkpoint.OpenCheckpoint) -> Path:

@@ -3,11 +3,15 @@
 Its sliding layers have the sinks. A window of the whole context makes them see everything.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from p828.config import ModelConfig
+from p828.config.values import shown
+from p828.errors import ConfigError
 from p828.interchange import architecture
 from p828.interchange.architecture import Architecture, Piece, rope_parameters
+from p828.interchange.config_json import Fields, Need, checked, read_common, read_router
 
 SLIDING = "sliding_attention"
 SAME = (  # fields of both, with one meaning
@@ -15,6 +19,7 @@ SAME = (  # fields of both, with one meaning
     "max_position_embeddings", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
     "routed_scaling_factor", "rms_norm_eps", "tie_word_embeddings", "initializer_range",
 )  # fmt: skip
+VALUE_SCALE = Need("attention_value_scale", 1.0, 1.0, "a factor on attention's values")
 
 
 def obstacles(config: ModelConfig) -> list[str]:
@@ -52,6 +57,33 @@ def pieces(name: str, config: ModelConfig) -> list[Piece]:
     if name.endswith(".self_attn.sinks"):  # transformers calls them `sinks`, its files on the hub do not
         return [Piece(name.removesuffix("sinks") + "attention_sink_bias", ())]
     return architecture.pieces(name, config)
+
+
+def from_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The model of a config.json. Raises ConfigError naming the field of theirs that p828 does not have."""
+    fields = Fields(values)
+    layers, context = (fields.read(name, int) for name in ("num_hidden_layers", "max_position_embeddings"))
+    for name, every in (("layer_types", SLIDING), ("mlp_layer_types", "sparse")):
+        if (found := fields.read(name, list)) != [every] * len(found) or len(found) != layers:
+            raise ConfigError(f"{name} = {shown(found)}: p828's layers are all alike; {every!r} for each is accepted")
+    if fields.read("sliding_window", int) < context:
+        raise ConfigError(
+            f"sliding_window = {values['sliding_window']}: p828 has no windows; "
+            f"at least max_position_embeddings = {context} is accepted"
+        )
+    common = read_common(fields, Fields(fields.read("rope_parameters", dict)).read(SLIDING, dict))
+    common["num_key_value_heads"] *= 2  # sliding layers have twice as many
+    fields.check([Need("v_head_dim", common["head_dim"], 128, "values of another width than keys"), VALUE_SCALE])
+    return checked(
+        ModelConfig(
+            **common,
+            **read_router(fields),
+            moe_intermediate_size=fields.read("moe_intermediate_size", int),
+            n_shared_experts=0,
+            use_qk_norm=False,
+            attention_sinks=True,
+        )
+    )
 
 
 MIMO_V2_FLASH = Architecture(

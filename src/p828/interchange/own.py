@@ -3,11 +3,15 @@
 An export in it carries the code of the model (`remote_code/`), which transformers runs if it is trusted.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from p828.config import ModelConfig
+from p828.config.values import build
 from p828.interchange.architecture import Architecture, Piece, rope_parameters
+from p828.interchange.config_json import Fields, checked, read_rope, rope_table
 
 SAME = (  # the configuration's own names are ours
     "vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -34,6 +38,15 @@ def to_config(config: ModelConfig) -> dict[str, Any]:
         **{name: getattr(config, name) for name in SAME},
         "rope_parameters": rope_parameters(config),
     }
+
+
+def from_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The model of a config.json. Raises ConfigError naming the field that is none of ours."""
+    fields = Fields(values)
+    own = {name: fields.read(name, type(getattr(ModelConfig(), name))) for name in SAME}
+    theta, scaling = read_rope(rope_table(fields, theta=10000.0), own["max_position_embeddings"])
+    model = build(ModelConfig, {**own, "rope_theta": theta}, "model")
+    return checked(replace(model, rope_scaling=scaling))
 
 
 def pieces(name: str, config: ModelConfig) -> list[Piece]:

@@ -18,6 +18,7 @@ from p828.data.build import (
     tokenizer_of,
     training_documents,
     validation_batches,
+    validation_sources,
 )
 from p828.data.loader import Loader, open_loader
 from p828.data.retry import Retry
@@ -34,7 +35,10 @@ from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError
+from p828.inference.answer import prompt_ids
 from p828.inference.tasks.tasks import Tasks, open_all
+from p828.interchange.fit import check_shapes
+from p828.interchange.origin import Origin
 from p828.model.costs import count_parameters
 from p828.optim.schedule import learning_rate
 from p828.runs import checkpoint, file_names
@@ -47,6 +51,7 @@ from p828.train.checkpointing import Checkpointing
 from p828.train.console import Console, say, waiting
 from p828.train.evaluation import Evaluator
 from p828.train.fetch import Fetcher
+from p828.train.init_from import load_weights, origin_of, take_tokenizer
 from p828.train.log import Log
 from p828.train.resume import RunDirectory, open_run, resume
 from p828.train.rollback import Rollback
@@ -105,6 +110,8 @@ class _Inputs:
     tasks: Tasks | None
     """As `TaskEvaluator.tasks`."""
     loader: Loader
+    origin: Origin | None
+    """The model that a new run starts from; None for a run that goes on, or starts from drawn weights."""
 
 
 def _before(config: Config) -> Config | None:
@@ -126,7 +133,8 @@ def _check_data(config: Config, ranks: ProcessGroup, report: Callable[[str], Non
                 open_manifest(Path(data.prepared))
             else:
                 open_training(data, config.train.seed, retry=Retry(report=report))
-                next(open_validation(data, Retry(data.read_retries, report=report)))
+                if data in validation_sources(config.data):
+                    next(open_validation(data, Retry(data.read_retries, report=report)))
 
 
 def _open_tasks(evaluation: EvaluationConfig, ranks: ProcessGroup, report: Callable[[str], None]) -> Tasks | None:
@@ -168,10 +176,14 @@ def _open_outputs(
 def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs, tasks: Tasks | None) -> _Inputs:
     run, console = outputs.run, outputs.console
     part = ranks.on_host()  # the ranks of a host compare the files of prepared data together
-    ranks.on_rank_0(lambda: _make_tokenizer(config, console))  # the others find it in the run's directory
+    origin = origin_of(config, ranks, console) if run.newest is None else None
+    # The other ranks find it in the run's directory.
+    ranks.on_rank_0(lambda: _make_tokenizer(config, origin, console))
     with ranks.raise_together():
         tokenizer = _tokenizer(config, console)
         config = run.with_vocabulary(config, tokenizer.vocab_size)
+        if origin is not None:
+            check_shapes(config, origin.config.model)
         if outputs.mirror is not None:
             outputs.mirror.update(config)
         _check_prompts(config, tokenizer)
@@ -205,7 +217,7 @@ def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs, tasks: 
                 report=console.event,
                 part=part,
             )
-    return _Inputs(config, tokenizer, rules, validation, tasks, loader)
+    return _Inputs(config, tokenizer, rules, validation, tasks, loader, origin)
 
 
 def _run(
@@ -221,6 +233,8 @@ def _run(
     )
     with console.waiting("making the model"):
         engine = _engine(config, ranks, settings, console)
+    if inputs.origin is not None:
+        load_weights(config, inputs.origin, engine, console)
     trainer = _trainer(inputs, outputs, engine, ranks)
     changes: list[str] = []
     if run.newest is not None:
@@ -231,7 +245,7 @@ def _run(
         loader.start()
         if ranks.is_first:
             run.write(config)
-    ranks.on_rank_0(lambda: _introduce(config, trainer, tokenizer, settings, outputs.mirror))
+    ranks.on_rank_0(lambda: _introduce(inputs, trainer, settings, outputs.mirror))
     report_start(config, run, trainer, tokenizer, [*held_out_lines(config.data, inputs.rules), *newer], changes)
     run.keep()
     with graceful_shutdown(loader.cancel, console.event) as shutdown:
@@ -266,7 +280,16 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
         engine,
         Fetcher(loader, num_batches, num_sources, usage, checkpointing, engine.device, ranks),
         log,
-        Evaluator(config.evaluation, config.model.vocab_size, tokenizer, inputs.validation, engine, log, ranks),
+        Evaluator(
+            config.evaluation,
+            config.model.vocab_size,
+            tokenizer,
+            inputs.validation,
+            engine,
+            log,
+            ranks,
+            is_chat=_is_chat(config),
+        ),
         _task_evaluator(inputs, engine, log, ranks),
         checkpointing,
         Rollback(config.rollback, checkpointing, loader, log, ranks),
@@ -284,17 +307,15 @@ def _task_evaluator(inputs: _Inputs, engine: Engine, log: Log, ranks: ProcessGro
 
 
 def _introduce(
-    config: Config,
-    trainer: Trainer,
-    tokenizer: Tokenizer,
-    settings: DeepSpeedSettings | None,
-    mirror: WandbMirror | None,
+    inputs: _Inputs, trainer: Trainer, settings: DeepSpeedSettings | None, mirror: WandbMirror | None
 ) -> None:
     """Say what run this is, and how much data there is for it, which is recorded."""
-    ranks, log, step = trainer.ranks, trainer.log, trainer.state.step
+    config, origin, ranks, log, step = inputs.config, inputs.origin, trainer.ranks, trainer.log, trainer.state.step
     with log.console.waiting("estimating how much data there is"):
-        found = amounts(config, tokenizer, ranks.size)
-    log.console.block(config.name, banner(config, trainer.engine, ranks, settings, found, mirror))
+        found = amounts(config, inputs.tokenizer, ranks.size)
+    log.console.block(config.name, banner(config, trainer.engine, ranks, settings, found, mirror, origin))
+    if origin is not None:
+        log.event("init_from", step, path=str(origin.path), step_there=origin.step, upcycled=config.train.upcycle)
     log.data_sources(
         step, [{"name": a.name, "tokens": a.tokens, "is_exact": a.is_exact, "epochs": a.epochs} for a in found]
     )
@@ -314,8 +335,10 @@ def _engine(config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings | N
     return engine
 
 
-def _make_tokenizer(config: Config, console: Console) -> None:
+def _make_tokenizer(config: Config, origin: Origin | None, console: Console) -> None:
     is_new = not (config.run_dir / TOKENIZER_FILE).exists()
+    if origin is not None:
+        take_tokenizer(config, origin)
     tokenizer = _tokenizer(config, console)
     if is_new:
         has_text = not any(data.prepared for data in config.data.sources)
@@ -339,11 +362,16 @@ def _tokenizer(config: Config, console: Console) -> Tokenizer:
     return tokenizer
 
 
+def _is_chat(config: Config) -> bool:
+    """Whether the run is on conversations alone, so that its prompts are messages."""
+    return all(data.messages_field for data in config.data.sources)
+
+
 def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:
     """A prompt too long for the model would otherwise end the run at its first evaluation."""
     context = config.model.max_position_embeddings
     for prompt in config.evaluation.prompts:
-        length = len(tokenizer.encode(prompt))
+        length = len(prompt_ids(tokenizer, prompt) if _is_chat(config) else tokenizer.encode(prompt))
         if length >= context:
             raise ConfigError(
                 f"evaluation.prompts: {prompt[:40]!r} has {length} tokens: "
