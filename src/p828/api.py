@@ -262,6 +262,22 @@ class Run:
         config = measured_config(self.loaded, given)
         return evaluate(self.loaded.model, batches_of(config, self.loaded, given, warn), self.loaded.dtype)
 
+    def measure_tasks(
+        self, tasks: str | Sequence[str], limit: int | None = None, num_fewshot: int | None = None, tasks_path: str = ""
+    ) -> dict[str, dict[str, float]]:
+        """Each task's metrics, as `p828 evaluate --tasks` finds them.
+
+        `limit` takes the first items of each task, `num_fewshot` solved examples before each question of lm-eval's
+        tasks, and `tasks_path` is a directory of further ones. Raises ConfigError for a task that is unknown or whose
+        data cannot be read, and RunFailed where lm-eval fails.
+        """
+        from p828.errors import warn
+        from p828.inference.tasks.task_model import TaskModel
+        from p828.inference.tasks.tasks import open_all
+
+        opened = open_all(_several(tasks), tasks_path)
+        return opened.measure(TaskModel.of(self.loaded, 0, warn), limit, num_fewshot)
+
 
 def _several(values: Any) -> tuple[Any, ...]:
     """One text or path as the only one."""

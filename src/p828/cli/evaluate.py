@@ -123,9 +123,7 @@ def _on_text(loaded: LoadedModel, flags: dict[str, Any]) -> tuple[dict[str, Any]
 
 
 def _at_tasks(loaded: LoadedModel, tasks: Tasks, flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    rows = flags.get("micro_batch_size", loaded.config.train.micro_batch_size)
-    batch_tokens = rows * loaded.config.data.sequence_length
-    model = TaskModel(loaded.model, loaded.tokenizer, loaded.dtype, batch_tokens, rows, warn)
+    model = TaskModel.of(loaded, flags.get("micro_batch_size", 0), warn)
     with waiting("measuring", warn):
         results = interruptible(lambda: tasks.measure(model, flags.get("limit"), flags.get("num_fewshot")))
     width = max(len(name) for name in ["checkpoint   ", *results]) + 2
