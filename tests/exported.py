@@ -15,6 +15,7 @@ from torch import Tensor
 from p828.config import Config, DataConfig, TokenizerConfig
 from p828.config.values import to_dict
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer_config import save_template
 from p828.interchange.export import export_model
 from p828.model.transformer import Transformer
 from p828.runs.train_state import TrainState
@@ -24,15 +25,15 @@ EOS = "<|endoftext|>"
 STEP = 10
 
 
-def letters() -> Tokenizer:
-    """A token a character: 90, fewer than the tiny model's 97 rows."""
+def letters(*special_tokens: str) -> Tokenizer:
+    """A token a character: 90 and the special ones, fewer than the tiny model's 97 rows."""
     vocabulary = {character: i for i, character in enumerate(" " + string.printable[:88])} | {EOS: 89}
     inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
     split: Any = pre_tokenizers.Split(Regex("."), behavior="isolated")
     inner.pre_tokenizer = split
     fuse: Any = decoders.Fuse()
     inner.decoder = fuse
-    inner.add_special_tokens([EOS])
+    inner.add_special_tokens([EOS, *special_tokens])
     return Tokenizer(inner, EOS)
 
 
@@ -52,6 +53,8 @@ def save_model(run: Path, model: Transformer, tokenizer: Tokenizer | None = None
     }
     checkpoint_writer.save(run / "checkpoints", STEP, {"model": model.state_dict(), "optimizer": {}}, state)
     tokenizer.save(run / "tokenizer.json")
+    if tokenizer.template is not None:
+        save_template(run, tokenizer.template)
     return run
 
 

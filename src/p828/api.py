@@ -207,11 +207,11 @@ class Run:
 
         `sampling` is as in `generate`. Raises ConfigError as it does, and for a run not trained on conversations.
         """
-        from p828.inference.answer import answer
+        from p828.inference.answer import answer, asked
         from p828.inference.sampling import SamplingConfig
 
         sampling["stop"] = _several(sampling.get("stop", ()))
-        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        conversation = asked([messages])[0] if isinstance(messages, str) else list(messages)
         loaded, config = self.loaded, SamplingConfig(**sampling)
         (completion,) = answer(loaded.model, loaded.tokenizer, [conversation], config, dtype=loaded.dtype)
         return completion.text

@@ -3,6 +3,7 @@
 import json
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import torch
 import xllamacpp
@@ -35,10 +36,22 @@ def continued(server: xllamacpp.Server, prompt: list[int], tokens: int, rows: in
     return [token["id"] for token in answer], found
 
 
-def tokenized(server: xllamacpp.Server, text: str) -> list[int]:
-    """As `llama-server` makes tokens of text in which special tokens are ordinary text."""
-    body = json.dumps({"content": text, "add_special": True, "parse_special": False}).encode()
-    request = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
+def tokenized(server: xllamacpp.Server, text: str, has_special_tokens: bool = False) -> list[int]:
+    """As `llama-server` makes tokens of text; one that spells a special token is ordinary text unless it has them."""
+    tokens: list[int] = asked(server, "tokenize", content=text, add_special=True, parse_special=has_special_tokens)[
+        "tokens"
+    ]
+    return tokens
+
+
+def written(server: xllamacpp.Server, messages: list[dict[str, str]]) -> str:
+    """A conversation as the file's chat template writes it, up to where the assistant begins."""
+    text: str = asked(server, "apply-template", messages=messages)["prompt"]
+    return text
+
+
+def asked(server: xllamacpp.Server, what: str, **values: Any) -> Any:
+    body = json.dumps(values).encode()
+    request = urllib.request.Request(f"{server.listening_address}/{what}", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as response:
-        found: list[int] = json.load(response)["tokens"]
-    return found
+        return json.load(response)

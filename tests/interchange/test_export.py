@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import p828
-from exported import in_transformers, letters, load, save_model
+from exported import EOS, in_transformers, letters, load, save_model
 from p828.cli.main import dispatch
 from p828.config import load as load_config
+from p828.data.tokenizer.chat_template import built_in
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError
 from p828.files import LOCK_FILE, locked
@@ -266,6 +267,22 @@ def test_a_tokenizer_gives_the_same_tokens(kind: str, tmp_path: Path) -> None:
         ids = ours.encode(text)
         assert theirs(text).input_ids == ids
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+
+
+def test_a_chat_template_goes_along(tmp_path: Path) -> None:
+    """An answer ends with another token than a document, and `generate` is told of both."""
+    ours = letters("<|im_start|>", "<|im_end|>")
+    ours.template = built_in("chatml", EOS, ours.special_tokens)
+    export_model(save_model(tmp_path / "run", tiny_model(**NATIVE), ours), tmp_path / "export")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
+    messages = [{"role": "user", "content": "hello"}]
+    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == ours.template.render(messages, add_generation_prompt=True)
+    assert "<|im_end|>" in rendered
+    model = load(tmp_path / "export")
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == list(ours.end_ids)
+    assert theirs.convert_ids_to_tokens(ours.end_ids) == [EOS, "<|im_end|>"]
+    assert (theirs.eos_token, theirs.pad_token) == (EOS, EOS)
 
 
 def test_dropout_of_a_tokenizer_is_left_out() -> None:

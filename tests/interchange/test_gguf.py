@@ -10,14 +10,16 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_cpp import continued, running, tokenized
+from llama_cpp import continued, running, tokenized, written
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 
 from exported import EOS, letters, logits, save_model
 from p828.cli.main import dispatch
 from p828.config import ModelConfig, RopeScaling, TokenizerConfig
+from p828.data.tokenizer.chat_template import built_in
 from p828.data.tokenizer.division import CL100K, QWEN2
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer_config import save_template
 from p828.data.tokenizer.training import train_tokenizer
 from p828.errors import ConfigError, DataError, RunFailed
 from p828.interchange.gguf import architecture_of, export_gguf
@@ -62,8 +64,10 @@ def exported(
     cut = [i for i in range(tokenizer.vocab_size) if "\ufffd" in tokenizer.decode([i]) or i == tokenizer.eos_id]
     with torch.no_grad():
         model.head_weight[cut] = 0
-    file = directory / "model.gguf"
-    export_gguf(save_model(directory / "run", model, tokenizer), file, dtype)
+    run, file = save_model(directory / "run", model, tokenizer), directory / "model.gguf"
+    if tokenizer.template is not None:
+        save_template(run, tokenizer.template)
+    export_gguf(run, file, dtype)
     return file, model
 
 
@@ -86,7 +90,7 @@ def difference(model: Transformer, file: Path) -> tuple[int, float]:
         {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
         {"n_group": 4, "topk_group": 4, "num_experts_per_tok": 1, "norm_topk_prob": False},
         {"scoring_func": "softmax", "rope_theta": 5e5, "rms_norm_eps": 1e-2},
-        WITH_SINKS,
+        {**WITH_SINKS, "rope_theta": 5e5},
         {**WITH_SINKS, "n_group": 2, "tie_word_embeddings": True, "num_hidden_layers": 1},
         {"n_shared_experts": 0},
     ],
@@ -99,6 +103,55 @@ def test_llama_cpp_has_the_models_tokens_and_probabilities(
     agreed, worst = difference(model, file)
     assert agreed == TOKENS
     assert worst <= 3e-5  # float32 sums in other orders, of logits up to 6: 5e-6 was measured, a wrong key gives 0.1
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> dict[str, Any]:
+    """Any model that one of the architectures is, of odd sizes too."""
+    kv_heads, experts, groups = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 8, 48])), 1
+    changes: dict[str, Any] = {
+        "hidden_size": draw(st.sampled_from([8, 32, 40])),
+        "moe_intermediate_size": draw(st.sampled_from([1, 7, 24])),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "head_dim": draw(st.sampled_from([2, 8, 10])),
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": kv_heads * draw(st.sampled_from([1, 2, 4])),
+        "rope_theta": draw(st.sampled_from([100.0, 1e4, 1e6])),
+        "tie_word_embeddings": draw(st.booleans()),
+        "n_routed_experts": experts,
+    }
+    if experts % 8 == 0:
+        groups = draw(st.sampled_from([1, 2, 4]))
+    topk_group = draw(st.integers(1, groups))
+    most = min(experts // groups * topk_group, 4)
+    changes |= {"n_group": groups, "topk_group": topk_group, "num_experts_per_tok": draw(st.integers(1, most))}
+    if draw(st.booleans()):
+        return {**changes, **WITH_SINKS, "attention_sinks": draw(st.booleans())}
+    scaling = st.builds(RopeScaling, st.sampled_from([1.5, 4.0, 32.0]), st.sampled_from([8, 16, 64]))
+    return changes | {
+        "n_shared_experts": draw(st.integers(1, 3)),
+        "use_qk_norm": draw(st.booleans()),
+        "scoring_func": draw(st.sampled_from(["sigmoid", "softmax"])),
+        "norm_topk_prob": draw(st.booleans()),
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
+        "rope_scaling": draw(st.one_of(st.just(RopeScaling()), scaling)),
+    }
+
+
+@pytest.mark.long
+def test_llama_cpp_has_any_models_tokens_and_probabilities(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
+) -> None:
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(configurations())
+    def is_equal(changes: dict[str, Any]) -> None:
+        model = tiny_model(**{**PLAIN, **changes})
+        file, model = exported(tmp_path_factory.mktemp("any"), model, tokenizer)
+        agreed, worst = difference(model, file)
+        assert agreed == TOKENS
+        assert worst <= 3e-5
+
+    is_equal()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.03), ("float16", 0.004)])
@@ -124,7 +177,7 @@ def of_pattern(pattern: Any, keeps_tokens: bool = False) -> Tokenizer:
     spec = json.loads(trained().to_json())
     vocabulary = spec["model"]["vocab"]
     spec["added_tokens"][0]["id"] = len(vocabulary)  # the end token, behind the others as in those libraries' files
-    vocabulary["another"] = vocabulary.pop(EOS)
+    vocabulary["unmerged"] = vocabulary.pop(EOS)  # a whole piece only with `ignore_merges`
     inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
     level: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     split: Any = None if pattern is None else pre_tokenizers.Split(Regex(pattern), behavior="isolated")
@@ -144,7 +197,7 @@ def test_llama_cpp_makes_the_same_tokens_of_hard_text(tmp_path: Path, made: Any)
     tokenizer: Tokenizer = made()
     file, _ = exported(tmp_path, tiny_model(**PLAIN), tokenizer)
     server = running(file)
-    for text in [*HARD, "".join(HARD), "".join(reversed(HARD))]:
+    for text in [*HARD, "unmerged\nunmerged", "".join(HARD), "".join(reversed(HARD))]:
         assert tokenized(server, text) == tokenizer.encode(text), text
 
 
@@ -163,6 +216,25 @@ def test_llama_cpp_makes_the_same_tokens_of_any_text(tmp_path: Path, tokenizer: 
         assert tokenized(server, text) == tokenizer.encode(text)
 
     is_equal()
+
+
+@pytest.mark.parametrize("name", ["chatml", "zephyr"])
+def test_llama_cpp_writes_conversations_as_the_chat_template_does(tmp_path: Path, name: str) -> None:
+    inner = tokenizers.Tokenizer.from_str(trained().to_json())
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = Tokenizer(inner, EOS)
+    tokenizer.template = built_in(name, EOS, tokenizer.special_tokens)
+    file, _ = exported(tmp_path, tiny_model(**PLAIN), tokenizer)
+    roles = ("system", "user", "assistant", "user")
+    messages = [{"role": role, "content": f"{text} it's"} for role, text in zip(roles, HARD[6:], strict=False)]
+    server = running(file)
+    text = written(server, messages)
+    assert text == tokenizer.template.render(messages, add_generation_prompt=True)
+    (marked,) = tokenizer.encode_marked([tokenizer.template.prompt(messages)])
+    assert tokenized(server, text, has_special_tokens=True) == marked["id"].tolist()
+    ends = {"chatml": tokenizer.inner.token_to_id("<|im_end|>"), "zephyr": None}[name]
+    field = gguf.GGUFReader(file).fields.get("tokenizer.ggml.eot_token_id")
+    assert (field and field.contents()) == ends
 
 
 @pytest.mark.parametrize(
@@ -248,5 +320,7 @@ def test_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.Captur
     assert dispatch(["export", str(run), str(file)]) == 2
     assert "model.gguf: is there already; a new name is accepted" in capsys.readouterr().err
     assert file.read_bytes() == content
+    assert dispatch(["export", str(run), str(file / "inside.gguf")]) == 2
+    assert "model.gguf: no directory can be made there: " in capsys.readouterr().err
     assert dispatch(["export", str(run), str(tmp_path / "directory"), "--dtype", "float16"]) == 2
     assert "--dtype float16: accepted for a file whose name ends in .gguf" in capsys.readouterr().err

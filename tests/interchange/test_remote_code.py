@@ -43,16 +43,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers keeps the code of models that it loaded in the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        directory = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", directory)
-        patch.syspath_prepend(directory)
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _uncompiled() -> Any:
     """flex_attention's mask, which transformers would compile for ten seconds."""
@@ -95,6 +85,23 @@ def test_logits(variant: str, tmp_path: Path) -> None:
     for implementation in IMPLEMENTATIONS:
         hub.set_attn_implementation(implementation)
         assert_near(hub(tokens).logits, expected, TOLERANCE)
+
+
+@torch.no_grad()
+def test_a_router_whose_scores_all_underflow(export: Path) -> None:
+    """The weights are then zero, and not zero by zero."""
+    model = tiny_model()
+    for layer in model.layers:  # every expert's logit is minus the norm's first feature, which is large
+        layer.mlp.gate.weight.zero_()[:, 0] = -1e5
+        layer.post_attention_layernorm.weight[0] = 1e3
+    model.model.embed_tokens.weight[:, 0] = 1.0
+    tokens = torch.randint(97, (1, 9))
+    scores: list[Tensor] = []
+    hook = model.layers[0].mlp.gate.register_forward_hook(lambda _, __, routing: scores.append(routing.scores_TE))
+    expected = like(model, tokens)
+    hook.remove()
+    assert (scores[0] == 0).any(dim=1).all()
+    assert_near(in_memory(model, export)(tokens).logits, expected, TOLERANCE)
 
 
 @st.composite
@@ -421,6 +428,8 @@ def test_what_would_drop_the_sinks_is_refused(export: Path, tmp_path: Path) -> N
     try:
         with pytest.raises(ValueError, match=r"'another' does not apply this model's attention sinks"):
             load(export, "another")(torch.tensor([[1, 2]]))
+        with pytest.raises(ValueError, match="not applied in continuous batching"):
+            load(export, "sdpa")(torch.tensor([[1, 2]]), cache=object())
         model = tiny_model(attention_sinks=False)
         tokens = torch.tensor([[1, 2, 3]])
         without = load(write_own_export(model, tmp_path / "model"), "another")

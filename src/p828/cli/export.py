@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> None:
         check_push(given.push)
     target = Path(given.target)
     with waiting(f"exporting to {target}", warn):
-        lines = _to_file(given, target) if target.suffix.lower() == SUFFIX else _to_directory(given, target)
+        lines = _to_file(given, target) if given.target.lower().endswith(SUFFIX) else _to_directory(given, target)
     print("\n".join(lines), flush=True)
     if given.push:
         with waiting(f"pushing to {given.push}", warn):
@@ -75,5 +75,5 @@ def _to_file(given: Arguments, file: Path) -> list[str]:
         f"checkpoint     {found.checkpoint} (step {found.step})",
         f"exported as    {found.architecture} of llama.cpp",
         f"weights        {given.dtype}, {found.bytes / 1e6:,.1f} MB",
-        f"run it with    llama-cli -m {file}",
+        f"run it with    llama-completion -m {file} -no-cnv -p TEXT",
     ]

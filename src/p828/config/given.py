@@ -95,6 +95,11 @@ NEEDS = (
         "accepted with evaluation.prompts",
         of_flags=True,
     ),
+    Need(
+        ("evaluation.tasks_every", "evaluation.tasks_path"),
+        lambda c: bool(c.evaluation.tasks),
+        "accepted with evaluation.tasks",
+    ),
     Need(("evaluation.patience",), lambda c: c.evaluation.every > 0, "accepted with evaluation.every above 0"),
     Need(
         ("rollback.spike_threshold", "rollback.limit"),

@@ -278,13 +278,19 @@ class EvaluationConfig:
     rows: int = changeable(64, at_least=1)
     """Validation sequences, the same at every evaluation."""
     prompts: tuple[str, ...] = changeable((), is_prose=True)
-    """Prompts continued at every evaluation."""
+    """Prompts continued at every evaluation; of a run on conversations alone, messages that are answered."""
     max_new_tokens: int = changeable(64, at_least=1)
     """Tokens sampled for each prompt."""
     temperature: float = changeable(0.8, at_least=0)
     """Temperature of those samples; 0 is greedy."""
     patience: int = changeable(0, at_least=0)
     """Stop after this many evaluations without a better validation loss; 0 never stops early."""
+    tasks: tuple[str, ...] = changeable(())
+    """Tasks that are measured besides: cloze_english, cloze_python, or names of lm-eval."""
+    tasks_every: int = changeable(0, at_least=0)
+    """Steps between measurements at the tasks; 0 measures at the end only."""
+    tasks_path: str = changeable("")
+    """Directory of further tasks, in lm-eval's format."""
     bigram_baseline: bool = changeable(False)
     """Also compute what a bigram model of one epoch of training tokens, held in memory, gets on the validation text."""
 

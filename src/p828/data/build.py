@@ -20,6 +20,7 @@ from p828.data.text.documents import DocumentStream
 from p828.data.text.open import held_out_words, open_training, open_validation
 from p828.data.text.packing import Packer
 from p828.data.tokenizer.chat_template import ChatTemplate
+from p828.data.tokenizer.marked_text import without_marks
 from p828.data.tokenizer.of_run import load_tokenizer
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokenizer.tokenizer_config import template_for, template_of_trained
@@ -76,9 +77,7 @@ def validation_batches(
     `rules` say of each source by which rule its text is held out (`order.held_out_rules`), if that is settled.
     `part` and `report` are as in `open_loader`. Raises ConfigError if there is no validation text.
     """
-    sources, validation = config.sources, config.validation
-    if validation.kind == "files" or (validation.kind == "split" and validation.hub_name):
-        sources = sources[:1]  # the same text for all
+    sources = validation_sources(config)
     counts = [rows // len(sources) + (i < rows % len(sources)) for i in range(len(sources))]
     chosen = [
         sample
@@ -88,6 +87,13 @@ def validation_batches(
     ]
     size = micro_batch_size
     return [make_batch(chosen[i : i + size], mask_documents) for i in range(0, len(chosen), size)]
+
+
+def validation_sources(config: DataConfig) -> tuple[DataConfig, ...]:
+    """The sources that have validation text of their own; else the first, whose fields the one text for all is in."""
+    validation = config.validation
+    is_one = validation.kind == "files" or (validation.kind == "split" and validation.hub_name)
+    return config.sources[:1] if is_one else config.sources
 
 
 def all_validation_batches(
@@ -171,12 +177,15 @@ def training_rows(
 def training_documents(config: DataConfig, seed: int, template: ChatTemplate | None = None) -> Iterator[str]:
     """One epoch of every source's text, a document of each in turn; conversations without control tokens.
 
-    `template` is the one that the conversations are trained with, so that what is held out is the same.
+    `template` is the one that conversations are trained with, so that what is held out is the same.
     """
     streams: list[Iterator[str]] = []
     for data in config.sources:
         texts = open_training(data, seed, epochs=1, retry=Retry(data.read_retries), template=template)
-        streams.append(map(template.control.plain, texts) if data.messages_field and template else texts)
+        if data.messages_field:
+            streams.append(map(template.control.plain if template else without_marks, texts))
+        else:
+            streams.append(texts)
     while streams:
         documents = [(stream, next(stream, None)) for stream in streams]
         yield from (text for _, text in documents if text is not None)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from p828.data.tokenizer.chat_template import Messages, TemplateFailed
+from p828.data.tokenizer.chat_template import ChatTemplate, Messages, TemplateFailed
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
 from p828.inference.generate import Completion, OnText, continued
@@ -26,14 +26,36 @@ def answer(
     Raises ConfigError as `generate` does, for a tokenizer without a chat template, and for messages that the template
     refuses.
     """
-    template = tokenizer.template
-    if template is None:
-        raise ConfigError("the run has no chat template: it was not trained on conversations")
-    try:
-        prompts = [template.prompt(messages) for messages in conversations]
-    except TemplateFailed as error:
-        raise ConfigError(f"{template.where}: the chat template refuses the messages: {error}") from None
+    template = template_in(tokenizer)
+    prompts = [prompt_of(template, messages) for messages in conversations]
     ids = [tokens["id"].tolist() for tokens in tokenizer.encode_marked(prompts)]
     if not template.end_token:
         config = replace(config, stop=(*config.stop, template.end_of_turn))
     return continued(model, tokenizer, prompts, ids, config, on_text, dtype, tokenizer.end_ids)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens before the answer to a user's message. Raises ConfigError."""
+    text = prompt_of(template_in(tokenizer), asked([prompt])[0])
+    ids: list[int] = tokenizer.encode_marked([text])[0]["id"].tolist()
+    return ids
+
+
+def asked(prompts: Sequence[str]) -> list[Messages]:
+    """Each prompt as a user's message in a conversation of its own."""
+    return [[{"role": "user", "content": prompt}] for prompt in prompts]
+
+
+def template_in(tokenizer: Tokenizer) -> ChatTemplate:
+    """Raises ConfigError if it has none."""
+    if tokenizer.template is None:
+        raise ConfigError("the run has no chat template: it was not trained on conversations")
+    return tokenizer.template
+
+
+def prompt_of(template: ChatTemplate, messages: Messages) -> str:
+    """Marked text. Raises ConfigError for messages that the template refuses."""
+    try:
+        return template.prompt(messages)
+    except TemplateFailed as error:
+        raise ConfigError(f"{template.where}: the chat template refuses the messages: {error}") from None

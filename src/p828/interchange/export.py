@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from p828.interchange.model_card import curve_of, model_card
 from p828.interchange.own import OWN, code_files
 from p828.interchange.weights import LARGEST_FILE, write_weights, written_tensors
 from p828.runs.checkpoint_content import progress_of, seconds_of
-from p828.runs.file_names import CONFIG_FILE, TOKENIZER_FILE
+from p828.runs.file_names import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CARD_FILE = "README.md"
@@ -85,11 +85,11 @@ def _exported(
     needed = sum(tensor.bytes for tensor in written)
     check_room(filling, directory, needed)
     files = write_weights(filling, written, tensors, report, largest_file)
-    end_token = saved.tokenizer.eos_id
-    settings = hub_config(architecture, config.model, end_token, dtype)
-    _write_json(filling / "config.json", {**settings, STEP: saved.checkpoint.step})
+    end_ids = saved.tokenizer.end_ids
+    hub_values = hub_config(architecture, config.model, end_ids, dtype)
+    _write_json(filling / "config.json", {**hub_values, STEP: saved.checkpoint.step})
     # without a token for padding, `generate` takes the end token and warns each time
-    _write_json(filling / "generation_config.json", {"eos_token_id": end_token, "pad_token_id": end_token})
+    _write_json(filling / "generation_config.json", {**_end(end_ids), "pad_token_id": end_ids[0]})
     _write_tokenizer(filling, saved.tokenizer, config.tokenizer.eos_token, config.model.max_position_embeddings)
     card = model_card(
         config,
@@ -114,16 +114,21 @@ def _exported(
     )
 
 
-def hub_config(architecture: Architecture, config: ModelConfig, end_token: int, dtype: str) -> dict[str, Any]:
+def hub_config(architecture: Architecture, config: ModelConfig, end_ids: Sequence[int], dtype: str) -> dict[str, Any]:
     """The content of config.json. No token is named as padding: transformers would freeze its row of the embedding."""
     return {
         "architectures": [architecture.class_name],
         **architecture.to_config(config),
         "dtype": dtype,
         "bos_token_id": None,
-        "eos_token_id": end_token,
+        **_end(end_ids),
         "pad_token_id": None,
     }
+
+
+def _end(ids: Sequence[int]) -> dict[str, Any]:
+    """Several after training on conversations: an answer may end otherwise than a document."""
+    return {"eos_token_id": ids[0] if len(ids) == 1 else list(ids)}
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
@@ -141,15 +146,17 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
 
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer, eos_token: str, context: int) -> None:
     write_atomic(directory / TOKENIZER_FILE, tokenizer_json(tokenizer))
+    template = tokenizer.template
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        **({} if template is None else {**template.variables, "chat_template": template.source}),
         "eos_token": eos_token,
         "pad_token": eos_token,
         "padding_side": "left",
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
-    _write_json(directory / "tokenizer_config.json", settings)
+    _write_json(directory / TOKENIZER_CONFIG_FILE, settings)
 
 
 def check_room(filling: Path, directory: Path, needed: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from p828.config import Config, ModelConfig
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError, RunFailed
 from p828.files import fsync
 from p828.inference.load import SavedModel, opened_model
@@ -93,7 +94,7 @@ ARCHITECTURES = (
 )
 
 
-def export_gguf(checkpoint: str | Path, file: Path, dtype: Dtype, chat_template: str = "") -> GGUFExport:
+def export_gguf(checkpoint: str | Path, file: Path, dtype: Dtype) -> GGUFExport:
     """Write a checkpoint's model and tokenizer as one file, whole or not at all.
 
     `dtype` is that of the matrices; the router, its bias, norms and sinks are float32. Tensors are read and written one
@@ -111,12 +112,15 @@ def export_gguf(checkpoint: str | Path, file: Path, dtype: Dtype, chat_template:
         pieces = partial(_pieces, _names(architecture, saved.config.model), architecture.name)
         tensors = written_tensors(pieces, saved.config.model, saved.checkpoint.tensors, DTYPES[dtype])
         needed = sum(tensor.bytes for tensor in tensors)
-        temporary = file.with_name(f".{file.name}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            check_room(file.parent, file, needed)
+        except OSError as error:
+            raise ConfigError(f"{file.parent}: no directory can be made there: {error.strerror}") from None
+        check_room(file.parent, file, needed)
+        temporary = file.with_name(f".{file.name}.tmp")
+        try:
             temporary.unlink(missing_ok=True)
-            _write(temporary, architecture.name, saved, tensors, entries, FILE_TYPES[dtype], chat_template)
+            _write(temporary, architecture.name, saved, tensors, entries, FILE_TYPES[dtype])
             os.replace(temporary, file)
             fsync(file.parent)
         except OSError as error:
@@ -159,14 +163,13 @@ def _write(
     tensors: list[WrittenTensor],
     entries: Vocabulary,
     file_type: str,
-    chat_template: str,
 ) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(path, architecture)
     try:
         _add_keys(writer, saved.config, file_type)
-        _add_vocabulary(writer, entries, saved.tokenizer.eos_id, chat_template)
+        _add_vocabulary(writer, entries, saved.tokenizer)
         for tensor in tensors:
             kind = GGMLQuantizationType[TENSOR_TYPES[tensor.dtype]]
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, kind)
@@ -237,14 +240,19 @@ def _add_keys(writer: Any, config: Config, file_type: str) -> None:
         writer.add_rope_freq_base_swa(model.rope_theta)
 
 
-def _add_vocabulary(writer: Any, entries: Vocabulary, eos_id: int, chat_template: str) -> None:
+def _add_vocabulary(writer: Any, entries: Vocabulary, tokenizer: Tokenizer) -> None:
+    template = tokenizer.template
+    first: int | None = None
     writer.add_tokenizer_model("gpt2")  # llama.cpp's word for byte-level BPE
     writer.add_tokenizer_pre(entries.pre_tokenizer)
     writer.add_token_list(entries.tokens)
     writer.add_token_types(entries.types)
     writer.add_token_merges(entries.merges)
-    writer.add_eos_token_id(eos_id)
-    writer.add_bos_token_id(eos_id)  # without it llama.cpp takes 11, GPT-2's
+    if template is not None:
+        writer.add_chat_template(template.source)
+        first = tokenizer.inner.token_to_id(template.variables.get("bos_token", ""))  # what the template may write
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_bos_token_id(tokenizer.eos_id if first is None else first)  # without it llama.cpp takes 11, GPT-2's
     writer.add_add_bos_token(False)
-    if chat_template:
-        writer.add_chat_template(chat_template)
+    if tokenizer.end_ids[-1] != tokenizer.eos_id:
+        writer.add_eot_token_id(tokenizer.end_ids[-1])  # ends an answer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from p828.config import Config, load, validate, with_steps
+from p828.config import Config, EvaluationConfig, load, validate, with_steps
 from p828.data.amount import amounts, repeated
 from p828.data.batch import Batch
 from p828.data.build import (
@@ -18,6 +18,7 @@ from p828.data.build import (
     tokenizer_of,
     training_documents,
     validation_batches,
+    validation_sources,
 )
 from p828.data.loader import Loader, open_loader
 from p828.data.retry import Retry
@@ -34,6 +35,8 @@ from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError
+from p828.inference.answer import prompt_ids
+from p828.inference.tasks.tasks import Tasks, open_all
 from p828.interchange.fit import check_shapes
 from p828.interchange.origin import Origin
 from p828.model.costs import count_parameters
@@ -54,6 +57,7 @@ from p828.train.resume import RunDirectory, open_run, resume
 from p828.train.rollback import Rollback
 from p828.train.signals import graceful_shutdown, interruptible
 from p828.train.summary import banner, conclude, report_start
+from p828.train.task_evaluation import TaskEvaluator
 from p828.train.trainer import Trainer
 from p828.train.usage import Usage
 from p828.train.wandb import WandbMirror, open_mirror
@@ -75,9 +79,10 @@ def train(config: Config) -> None:
             settings = check_deepspeed(config, ranks) if config.engine == "deepspeed" else None
         config, newer = ranks.on_rank_0(lambda: pinned(config, _before(config)))
         _check_data(config, ranks, report)
+        tasks = _open_tasks(config.evaluation, ranks, report)
         configure_torch(config)
         outputs = _open_outputs(config, ranks, report, stack)
-        inputs = _open_inputs(config, ranks, outputs)
+        inputs = _open_inputs(config, ranks, outputs, tasks)
         with inputs.loader:
             _run(inputs, outputs, ranks, settings, newer)
 
@@ -102,6 +107,8 @@ class _Inputs:
     rules: list[bool | None]
     """By which rule the run's checkpoint holds out text, of each source; empty for a new run."""
     validation: list[Batch]
+    tasks: Tasks | None
+    """As `TaskEvaluator.tasks`."""
     loader: Loader
     origin: Origin | None
     """The model that a new run starts from; None for a run that goes on, or starts from drawn weights."""
@@ -126,7 +133,22 @@ def _check_data(config: Config, ranks: ProcessGroup, report: Callable[[str], Non
                 open_manifest(Path(data.prepared))
             else:
                 open_training(data, config.train.seed, retry=Retry(report=report))
-                next(open_validation(data, Retry(data.read_retries, report=report)))
+                if data in validation_sources(config.data):
+                    next(open_validation(data, Retry(data.read_retries, report=report)))
+
+
+def _open_tasks(evaluation: EvaluationConfig, ranks: ProcessGroup, report: Callable[[str], None]) -> Tasks | None:
+    """The tasks, on rank 0, whose data may have to be fetched; None on the others. Raises ConfigError on all ranks."""
+    opened: list[Tasks] = []
+
+    def find() -> None:
+        names, directory = evaluation.tasks, evaluation.tasks_path
+        opened.append(interruptible(lambda: open_all(names, directory, is_quiet=True)))
+
+    if evaluation.tasks:
+        with waiting(f"reading the tasks: {', '.join(evaluation.tasks)}", report):
+            ranks.on_rank_0(find)
+    return opened[0] if opened else None
 
 
 def configure_torch(config: Config) -> None:
@@ -151,7 +173,7 @@ def _open_outputs(
     return _Outputs(run, mirror, recorder, stack.enter_context(console), device)
 
 
-def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs) -> _Inputs:
+def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs, tasks: Tasks | None) -> _Inputs:
     run, console = outputs.run, outputs.console
     part = ranks.on_host()  # the ranks of a host compare the files of prepared data together
     origin = origin_of(config, ranks, console) if run.newest is None else None
@@ -195,7 +217,7 @@ def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs) -> _Inp
                 report=console.event,
                 part=part,
             )
-    return _Inputs(config, tokenizer, rules, validation, loader, origin)
+    return _Inputs(config, tokenizer, rules, validation, tasks, loader, origin)
 
 
 def _run(
@@ -258,12 +280,30 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
         engine,
         Fetcher(loader, num_batches, num_sources, usage, checkpointing, engine.device, ranks),
         log,
-        Evaluator(config.evaluation, config.model.vocab_size, tokenizer, inputs.validation, engine, log, ranks),
+        Evaluator(
+            config.evaluation,
+            config.model.vocab_size,
+            tokenizer,
+            inputs.validation,
+            engine,
+            log,
+            ranks,
+            is_chat=_is_chat(config),
+        ),
+        _task_evaluator(inputs, engine, log, ranks),
         checkpointing,
         Rollback(config.rollback, checkpointing, loader, log, ranks),
         usage,
         ranks,
     )
+
+
+def _task_evaluator(inputs: _Inputs, engine: Engine, log: Log, ranks: ProcessGroup) -> TaskEvaluator | None:
+    config = inputs.config
+    if not config.evaluation.tasks:
+        return None
+    rows, every = config.train.micro_batch_size, config.evaluation.tasks_every
+    return TaskEvaluator(inputs.tasks, every, rows, config.data.sequence_length, inputs.tokenizer, engine, log, ranks)
 
 
 def _introduce(
@@ -322,11 +362,16 @@ def _tokenizer(config: Config, console: Console) -> Tokenizer:
     return tokenizer
 
 
+def _is_chat(config: Config) -> bool:
+    """Whether the run is on conversations alone, so that its prompts are messages."""
+    return all(data.messages_field for data in config.data.sources)
+
+
 def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:
     """A prompt too long for the model would otherwise end the run at its first evaluation."""
     context = config.model.max_position_embeddings
     for prompt in config.evaluation.prompts:
-        length = len(tokenizer.encode(prompt))
+        length = len(prompt_ids(tokenizer, prompt) if _is_chat(config) else tokenizer.encode(prompt))
         if length >= context:
             raise ConfigError(
                 f"evaluation.prompts: {prompt[:40]!r} has {length} tokens: "

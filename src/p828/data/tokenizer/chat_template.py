@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from p828.data.tokenizer.marked_text import BEGIN, END, MARK, SPAN_MARK, ControlTokens, spans_of
+from p828.data.tokenizer.marked_text import BEGIN, END, MARK, SPAN_MARK, ControlTokens, spans_of, without_marks
 from p828.data.tokenizer.template_environment import compiled
 from p828.errors import ConfigError
 
@@ -54,6 +54,10 @@ class ChatTemplate:
         self.source, self.variables, self.where = source, dict(variables), where
         self.control = ControlTokens(special_tokens)
         self._finds_spans_itself = GENERATION_TAG.search(source) is not None
+        if MARK.search(source):
+            raise ConfigError(
+                f"{where}: not a chat template: it has a Unicode noncharacter, {MARK.findall(source)[0]!r}"
+            )
         try:
             self._template = compiled(source)
         except (jinja2.TemplateError, RecursionError) as error:
@@ -99,7 +103,7 @@ class ChatTemplate:
 
     def _render(self, messages: Messages, add_generation_prompt: bool = False, today: datetime = TRAINING_DAY) -> str:
         try:
-            return self._template.render(
+            rendered = self._template.render(
                 **self.variables,
                 messages=messages,
                 tools=None,
@@ -107,8 +111,10 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=today.strftime,
             )
+            rendered.encode()  # an escape in a template can be half a surrogate pair, which no tokenizer takes
         except Exception as error:  # a template is a program, and what it raises its own
             raise TemplateFailed(_in_short(error)) from None
+        return rendered
 
     def _start(self, messages: Messages, number: int, rendered: str) -> int:
         if number == 0:
@@ -148,7 +154,7 @@ class ChatTemplate:
                 "answer, so the model would not learn to end one"
             )
         ranges = self.control.ranges(tail)
-        return MARK.sub("", tail), MARK.sub("", tail[slice(*ranges[-1])]) if ranges else ""
+        return without_marks(tail), without_marks(tail[slice(*ranges[-1])]) if ranges else ""
 
 
 def built_in(name: str, eos_token: str, special_tokens: Sequence[str]) -> ChatTemplate:

@@ -32,7 +32,7 @@ class ControlTokens:
             text = MARK.sub("\N{REPLACEMENT CHARACTER}", value).encode("utf-8", "replace").decode()
             return self._name.sub(lambda found: f"{QUOTE}{found[0]}{UNQUOTE}", text)
         if isinstance(value, dict):
-            return {key: self.quoted(inner) for key, inner in value.items()}
+            return {self.quoted(key): self.quoted(inner) for key, inner in value.items()}
         return [self.quoted(inner) for inner in value] if isinstance(value, list) else value
 
     def marked(self, rendered: str) -> str:
@@ -58,7 +58,11 @@ class ControlTokens:
 
     def plain(self, marked: str) -> str:
         """The text without marks and control tokens."""
-        return MARK.sub("", self._marked.sub("", marked))
+        return without_marks(self._marked.sub("", marked))
+
+
+def without_marks(marked: str) -> str:
+    return MARK.sub("", marked)
 
 
 def spans_of(marked: str) -> tuple[str, list[tuple[int, int]]]:

@@ -54,10 +54,8 @@ class Tokenizer:
         self.eos_id: int = settle_end_token(inner, spec, eos_token)
         keep_out_of_text(inner, spec, eos_token)
         self.inner = inner
-        self.special_tokens: list[str] = [
-            token["content"] for token in json.loads(inner.to_str())["added_tokens"] if token["special"]
-        ]
-        """Among them the end token."""
+        special = [token["content"] for token in spec["added_tokens"] if token["special"]]
+        self.special_tokens: list[str] = list(dict.fromkeys([*special, eos_token]))
         self.template: ChatTemplate | None = None
         """How conversations are written, if it is to write them."""
         self._borders: re.Pattern[str] | None = borders(spec)

@@ -54,7 +54,7 @@ def read_template(directory: Path, special_tokens: Sequence[str], eos_token: str
     values = _read_config(path)
     source = values.get("chat_template")
     if isinstance(source, list):  # several, by name
-        by_name = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
+        by_name = {str(one.get("name")): one.get("template") for one in source if isinstance(one, dict)}
         source = by_name.get("default", next(iter(by_name.values()), None))
     if (directory / TEMPLATE_FILE).exists():
         path = directory / TEMPLATE_FILE
@@ -66,9 +66,14 @@ def read_template(directory: Path, special_tokens: Sequence[str], eos_token: str
     return ChatTemplate(source, {"eos_token": eos_token, **_named_tokens(values)}, special_tokens, str(path))
 
 
+def settings_of(template: ChatTemplate) -> dict[str, str]:
+    """The keys of tokenizer_config.json that a template needs."""
+    return {**template.variables, "chat_template": template.source}
+
+
 def config_json(template: ChatTemplate) -> str:
     """What `read_template` and transformers' AutoTokenizer read."""
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", **template.variables, "chat_template": template.source}
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", **settings_of(template)}
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 

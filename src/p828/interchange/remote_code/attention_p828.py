@@ -92,8 +92,13 @@ def flex_attention_with_sinks(
     return (attended * fraction[..., None]).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def with_sinks(implementation: str, interface: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that applies `s_aux`; others would leave the sinks out in silence."""
+def with_sinks(implementation: str, interface: Callable[..., Any], is_paged: bool) -> Callable[..., Any]:
+    """The function that applies `s_aux`; others would leave the sinks out in silence.
+
+    `is_paged`: keys and values are to be taken from a paged cache, as in transformers' continuous batching.
+    """
+    if is_paged:
+        raise ValueError("this model's attention sinks are not applied in continuous batching; `generate` applies them")
     if implementation in ("eager", "vllm"):
         return interface
     own = {"sdpa": sdpa_attention_with_sinks, "flex_attention": flex_attention_with_sinks}

@@ -123,7 +123,7 @@ class P828Attention(nn.Module):
         implementation = self.config._attn_implementation
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if self.sinks is not None:
-            attention_interface = with_sinks(implementation, attention_interface)
+            attention_interface = with_sinks(implementation, attention_interface, is_paged="cache" in kwargs)
         attn_output, attn_weights = attention_interface(
             self, query, key, value, attention_mask, scaling=self.scaling, s_aux=self.sinks, **kwargs
         )
