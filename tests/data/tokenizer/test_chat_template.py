@@ -73,6 +73,15 @@ def test_tokens_of_every_kind_of_tokenizer(kind: str) -> None:
 
 TAGGED = theirs(WITH_TAGS)
 WITH, WITHOUT = template_of(WITH_TAGS), template_of(re.sub(r"\{%- (end)?generation %\}", "", WITH_TAGS))
+def test_a_post_processor_that_narrows_offsets_changes_no_target() -> None:
+    """GPT-2's takes white space out of a token's place in the text; here it is what ends an answer."""
+    inner = tokenizers.Tokenizer.from_str(TRAINED.to_json())
+    before = ids_and_mask(TRAINED, template_of(TEMPLATES["plain"]), CONVERSATIONS[1])
+    inner.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    trimming = Tokenizer(inner, "<|endoftext|>")
+    assert ids_and_mask(trimming, template_of(TEMPLATES["plain"]), CONVERSATIONS[1]) == before
+
+
 PIECES = ["a", "b ", " ", "\n", "é", "🙂", "数", "The cat", "<|im", "im_end|>", "[", "\u0301"]
 TEXT = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 
