@@ -95,12 +95,18 @@ NEEDS = (
         "accepted with evaluation.prompts",
         of_flags=True,
     ),
+    Need(
+        ("evaluation.tasks_every", "evaluation.tasks_path"),
+        lambda c: bool(c.evaluation.tasks),
+        "accepted with evaluation.tasks",
+    ),
     Need(("evaluation.patience",), lambda c: c.evaluation.every > 0, "accepted with evaluation.every above 0"),
     Need(
         ("rollback.spike_threshold", "rollback.limit"),
         lambda c: c.rollback.after_steps > 0,
         "accepted with rollback.after_steps above 0",
     ),
+    Need(("train.upcycle",), lambda c: bool(c.train.init_from), "accepted with train.init_from"),
     Need(("wandb.project",), lambda c: c.wandb.mode != "off", 'accepted with wandb.mode = "online" or "offline"'),
 )
 

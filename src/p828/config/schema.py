@@ -255,6 +255,10 @@ class TrainConfig:
     """Micro-batches of a step, on each rank; the global batch is this times the micro-batch size times the ranks."""
     seed: int = fixed(0, at_least=0)
     """Seed of the weights, the data order and dropout."""
+    init_from: str = fixed("")
+    """Start from these weights: a run's or a checkpoint's directory, or a model's in the hub's layout."""
+    upcycle: bool = fixed(False)
+    """The model of `init_from` is dense: every expert becomes a copy of its layer's MLP, or a slice of one."""
     device: Literal["auto", "cpu", "cuda"] = changeable("auto")
     """`auto` takes the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = changeable("auto")
@@ -281,6 +285,12 @@ class EvaluationConfig:
     """Temperature of those samples; 0 is greedy."""
     patience: int = changeable(0, at_least=0)
     """Stop after this many evaluations without a better validation loss; 0 never stops early."""
+    tasks: tuple[str, ...] = changeable(())
+    """Tasks that are measured besides: cloze_english, cloze_python, or names of lm-eval."""
+    tasks_every: int = changeable(0, at_least=0)
+    """Steps between measurements at the tasks; 0 measures at the end only."""
+    tasks_path: str = changeable("")
+    """Directory of further tasks, in lm-eval's format."""
     bigram_baseline: bool = changeable(False)
     """Also compute what a bigram model of one epoch of training tokens, held in memory, gets on the validation text."""
 

@@ -4,17 +4,16 @@ B counts the prompts still running, S the tokens of the longest prompt, V the mo
 """
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from p828.errors import NotFinite
-from p828.inference.evaluate import evaluation_mode
+from p828.inference.evaluate import evaluation_mode, uncompiled
 from p828.inference.sampling import SamplingConfig, sample
 from p828.model.kv_cache import KVCache
-from p828.model.transformer import Layer, Transformer
+from p828.model.transformer import Transformer
 
 FinishReason = Literal["end", "stop", "length", "context"]
 OnToken = Callable[[int, int, FinishReason | None], bool]
@@ -53,7 +52,7 @@ def decode(
         for prompt, generator in zip(prompts, generators, strict=True)
     ]
     running = list(range(len(sequences)))
-    with evaluation_mode(model), _uncompiled(model):
+    with evaluation_mode(model), uncompiled(model):
         cache = None
         while running:
             active = [sequences[index] for index in running]
@@ -113,16 +112,6 @@ class _Sequence:
     def continuation(self) -> Continuation:
         assert self.finish_reason is not None
         return Continuation(self.ids[self._prompt_length :], self.finish_reason)
-
-
-def _uncompiled(model: Transformer) -> AbstractContextManager[None]:
-    """Compiled layers run as they were written, since a trainer's would be compiled anew for each length."""
-    return torch.compiler.set_stance("force_eager") if any(map(_is_compiled, model.layers)) else nullcontext()
-
-
-def _is_compiled(layer: Layer) -> bool:
-    """As a whole, by the plain engine, or its `forward` alone, by DeepSpeed's."""
-    return layer._compiled_call_impl is not None or "forward" in vars(layer)
 
 
 def _prefill(model: Transformer, sequences: Sequence[_Sequence], cache: KVCache, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from p828.config import DataConfig, ModelConfig, TrainConfig
 from p828.engine.interface import StepResult
 from p828.inference.evaluate import Evaluation, perplexity
+from p828.inference.tasks.tasks import Results, shown_metrics
 from p828.model.costs import training_flops
 from p828.runs.records import Recorder, loads_every, loads_record
 from p828.runs.train_state import BatchStats, TrainState
@@ -104,6 +105,12 @@ class Log:
         self.console.evaluation(state.step, loss=result.loss, perplexity=result.perplexity, best=is_best)
         if self.data.mixture:
             self.console.sources(self.data.source_names, state.source_tokens)
+
+    def tasks(self, step: int, results: Results) -> None:
+        """Record what the model is worth at tasks, and show a line of each."""
+        self.recorder.write("tasks", step, results=results)
+        for name, metrics in results.items():
+            self.console.print(f"step {step}: {name}: {shown_metrics(metrics)}")
 
     def data_sources(self, step: int, sources: Sequence[dict[str, Any]]) -> None:
         """Record at a start how much data each source has, and the epochs that the run makes of it."""

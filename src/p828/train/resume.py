@@ -36,6 +36,7 @@ from p828.runs.file_names import (
     WANDB_ID_FILE,
 )
 from p828.runs.file_system import try_out
+from p828.runs.tensors import part_of
 from p828.runs.train_state import TrainState
 from p828.train.checkpointing import Checkpointing
 
@@ -73,7 +74,7 @@ class RunDirectory:
     def write(self, config: Config) -> None:
         """Write config.toml. Raises ConfigError."""
         try:
-            _write_config(self.path / CONFIG_FILE, config, self.versions)
+            write_config(self.path / CONFIG_FILE, config, self.versions)
         except OSError as error:
             raise ConfigError(f"{error.filename or self.path}: cannot be written: {error.strerror}") from None
 
@@ -118,7 +119,7 @@ def _opened(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
         newest, damaged, changes, vocab_size = _resume_point(config)
         directory = RunDirectory(run_dir, versions(), newest, damaged, changes, made, vocab_size)
         if newest is None or not (run_dir / CONFIG_FILE).exists():  # else `write`, once the run can go on with it
-            _write_config(run_dir / CONFIG_FILE, config, directory.versions)
+            write_config(run_dir / CONFIG_FILE, config, directory.versions)
     except (P828Error, OSError) as error:
         if is_ours or isinstance(error, OSError):
             _remove(run_dir, made)
@@ -223,12 +224,22 @@ def _before(config: Config, newest: Path | None, retry: Retry) -> dict[str, Any]
     path = config.run_dir / CONFIG_FILE
     if newest is not None:
         with checkpoint.opened(newest, names=(), retry=retry) as saved:
+            _refuse_weights_only(saved, config.run_dir)
             return flatten(config_of(saved))
     if path.exists():
         return flatten(load(str(path)))
     if any(not entry.name.startswith(".") for entry in config.run_dir.iterdir()):
         raise ConfigError(f"{config.run_dir} is not a run: it holds files but no {CONFIG_FILE}; give another --name")
     return {}
+
+
+def _refuse_weights_only(saved: checkpoint.OpenCheckpoint, run_dir: Path) -> None:
+    """An imported model can be started from and not gone on with. Raises ConfigError for one."""
+    if not any(part_of(file) == "optimizer" for file in saved.files):
+        raise ConfigError(
+            f"{run_dir} holds weights only, without an optimizer's state to go on with; a new run starts from them: "
+            f"p828 train {run_dir} --name NEW --train.init-from {run_dir}"
+        )
 
 
 def _changes(config: Config, before: dict[str, Any]) -> dict[str, str]:
@@ -256,7 +267,7 @@ def _remove(run_dir: Path, made: list[Path]) -> None:
             path.rmdir()
 
 
-def _write_config(path: Path, config: Config, versions: dict[str, str]) -> None:
+def write_config(path: Path, config: Config, versions: dict[str, str]) -> None:
     header = "# " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "\n\n"
     write_atomic(path, header + tomli_w.dumps(to_dict(config)))
 
