@@ -1,6 +1,7 @@
 """Runs on conversations: the loss, what they learn, kills, and what they keep of the chat template."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 import p828
 from chat_templates import TEMPLATES, talk
-from conversations import chat_config, chat_values, colours
+from conversations import chat_config, chat_values, colours, write_conversations
 from oracles import assert_near, naive_loss
 from p828.api import build_engine, train_run
 from p828.cli.main import dispatch
@@ -61,6 +62,23 @@ def test_loss_and_gradients_are_those_of_the_conversations_one_by_one(tmp_path: 
         assert_near(gradients[name], parameter.grad, 1e-5)
 
 
+def test_rows_without_a_target_are_trained_on_and_change_no_loss(tmp_path: Path) -> None:
+    """A question longer than a row leaves rows that the assistant says nothing in."""
+    config = chat_config(tmp_path, data={"sequence_length": 24, "shuffle_rows": 1})
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=1))
+    tokenizer, lines = tokenizer_of(config), []
+    write_conversations(tmp_path / "talk.jsonl", [talk("012345" * 10, "red")])
+    engine = build_engine(config, tokenizer)
+    with open_loader(config.data, config.train, tokenizer, mask_documents=True) as loader:
+        for batch in itertools.islice(loader, 6):
+            engine.forward_backward(batch, max(batch.num_targets, 1))
+            result = engine.step(1e-3)
+            assert result.applied
+            lines.append((batch.num_targets, result.loss))
+    assert (0, 0.0) in lines
+    assert any(targets > 0 and loss > 1 for targets, loss in lines)
+
+
 def test_kill_9_while_training_on_conversations_changes_nothing(tmp_path: Path) -> None:
     """With a source of text beside them, and several streams."""
     values = chat_values(tmp_path)
@@ -90,6 +108,11 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> p828.Run:
     train = {"steps": 120, "micro_batch_size": 8, "gradient_accumulation": 1}
     place, model = tmp_path_factory.mktemp("learned"), {"attention_sinks": False}  # which glm4_moe has not
     return train_run(chat_config(place, train=train, model=model, checkpoint={"every": 100}))
+
+
+def test_a_start_says_how_conversations_are_written(learned: p828.Run) -> None:
+    said = (learned.path / "log.txt").read_text()
+    assert "conversations are written by the chat template chatml; an answer ends in '<|im_end|>'" in said
 
 
 def test_a_run_learns_to_answer(learned: p828.Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,11 @@ class ChatTemplate:
         except TemplateFailed as error:
             self.problem = str(error)
 
+    @property
+    def name(self) -> str:
+        """Of a built-in template; of another one where it comes from."""
+        return next((name for name, source in BUILT_IN.items() if source == self.source), self.where)
+
     def check(self) -> None:
         """Raises ConfigError if it cannot be trained with."""
         if self.problem:
