@@ -158,6 +158,16 @@ def held_out_lines(config: DataConfig, rules: Sequence[bool | None] = ()) -> lis
     return [words for data, by_end in pairs if not data.prepared and (words := held_out_words(data, by_end))]
 
 
+def template_lines(config: DataConfig, tokenizer: Tokenizer) -> list[str]:
+    """A line on how conversations are written, if there are any."""
+    template = tokenizer.template
+    if template is None or not config.has_conversations:
+        return []
+    return [
+        f"conversations are written by the chat template {template.name}; an answer ends in {template.end_of_turn!r}"
+    ]
+
+
 def training_rows(
     config: DataConfig, seed: int, tokenizer: Tokenizer, rules: Sequence[bool | None]
 ) -> Iterator[npt.NDArray[np.int64]]:

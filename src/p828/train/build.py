@@ -15,6 +15,7 @@ from p828.data.batch import Batch
 from p828.data.build import (
     held_out_lines,
     prepared_tokenizer,
+    template_lines,
     tokenizer_of,
     training_documents,
     validation_batches,
@@ -246,7 +247,8 @@ def _run(
         if ranks.is_first:
             run.write(config)
     ranks.on_rank_0(lambda: _introduce(inputs, trainer, settings, outputs.mirror))
-    report_start(config, run, trainer, tokenizer, [*held_out_lines(config.data, inputs.rules), *newer], changes)
+    about_data = [*template_lines(config.data, tokenizer), *held_out_lines(config.data, inputs.rules), *newer]
+    report_start(config, run, trainer, tokenizer, about_data, changes)
     run.keep()
     with graceful_shutdown(loader.cancel, console.event) as shutdown:
         trainer.run(shutdown)
