@@ -26,6 +26,7 @@ DESCRIPTION = (
     "held out or not. The defaults of --rows, --micro-batch-size and --data are the run's; of given files it is every "
     "row."
 )
+NO_BYTES = "not known: the tokens of the prepared data are decoded to other text; --data.files measures text itself"
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def run(arguments: list[str]) -> None:
         f"checkpoint     {loaded.path} (step {loaded.step})",
         f"loss           {result.loss:.5f} nats per token",
         f"perplexity     {result.perplexity:.5g}",
-        f"bits per byte  {result.bits_per_byte:.5f}",
-        f"on             {result.tokens:,} tokens, {result.bytes:,} bytes",
+        f"bits per byte  {NO_BYTES if result.bits_per_byte is None else format(result.bits_per_byte, '.5f')}",
+        f"on             {result.tokens:,} tokens" + ("" if result.bytes is None else f", {result.bytes:,} bytes"),
     ]
     if any(key.startswith("data.") for key in flags):
         lines.append(f"text           {in_words(config, flags)}")

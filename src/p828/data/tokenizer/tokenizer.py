@@ -175,6 +175,13 @@ class Tokenizer:
         bytes_before[-1] = bounds[-1]
         return np.append(ids, self.eos_id), np.append(np.diff(bytes_before, prepend=0), 0)
 
+    def spells(self, texts: Iterable[str], documents: Iterable[npt.NDArray[np.int64]]) -> bool:
+        """Whether `spelled_bytes` of each document's tokens are as many as its text has."""
+        return all(
+            self.spelled_bytes(ids, np.zeros(len(ids), dtype=np.int32)).sum() == len(text.encode())
+            for text, ids in zip(texts, documents, strict=True)
+        )
+
     def spelled_bytes(
         self, tokens: npt.NDArray[np.int64], document_ids: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.int64]:
