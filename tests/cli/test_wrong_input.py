@@ -48,6 +48,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("train", "quickstart", "--model.n-group", "3"), ["n_group = 3", "n_routed_experts"]),
         (("train", "quickstart", "--data.source", "files"), ["data.files"]),
         (("train", "quickstart", "--data.source", "files", "--data.files", "none/*.txt"), ["none/*.txt"]),
+        (("train", "quickstart", "--data.files", ""), ["data.files: '' names nothing"]),
         (("train", "quickstart", "--name", "a/b"), ["a/b", "name"]),
         (("generate", "runs/none", "--prompt", "x"), ["runs/none"]),
         (("evaluate", "runs/none"), ["runs/none"]),

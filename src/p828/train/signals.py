@@ -70,7 +70,8 @@ def graceful_shutdown(
     `when_asked` is then called, to cancel what the run may be waiting for, and `answer` gets a line for the user.
     A thread calls both at once: the main thread may be inside an operation of minutes, and Python calls no handler
     before that ends. A second signal ends the process, with the exit code that a shell gives to the signal. A SIGHUP
-    that is ignored, as under `nohup`, stays so.
+    that is ignored, as under `nohup`, stays so. Once a signal has asked, one that comes later is ignored for good: it may
+    come while the saved process ends.
     """
     shutdown = GracefulShutdown()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may have handlers
@@ -106,7 +107,8 @@ def graceful_shutdown(
         yield shutdown
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            is_late = number == signal.SIGHUP and bool(shutdown.reason) and handler == signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if is_late else handler)
         signal.set_wakeup_fd(wakeup_before)
         sent.send(bytes([NO_SIGNAL]))
         listener.join()

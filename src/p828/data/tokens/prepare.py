@@ -230,13 +230,14 @@ class Preparation:
                 f"{self.directory} to begin again"
             )
         self.reader_number = progress["reader"]
-        try:
-            self.readers[self.reader_number].stream.load_state_dict(progress["position"])
-        except (ConfigError, DataError) as error:
+        stream = self.readers[self.reader_number].stream
+        difference = stream.difference(progress["position"])
+        if difference:
             raise ConfigError(
-                f"{path}: the preparation cannot go on: {error}\nPut the files back as they were, or remove "
-                f"{self.directory} to begin again"
-            ) from None
+                f"{path}: the preparation cannot go on with {stream.source}: {difference}.\n"
+                f"Put the files back as they were, or remove {self.directory} to begin again"
+            )
+        stream.load_state_dict(progress["position"])
         for reader, counts in zip(self.readers, progress["counts"], strict=False):
             reader.counts = counts
         self.tokens = self._tokens_before = progress["tokens"]
