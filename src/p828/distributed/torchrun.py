@@ -4,6 +4,7 @@ torchrun itself kills the ranks half a minute after Ctrl-C or SIGTERM, saved or 
 ranks get the signal and end by themselves. The exit code is that of the first rank that failed.
 """
 
+import inspect
 import signal
 import sys
 from types import FrameType
@@ -28,8 +29,8 @@ def main() -> None:
     for number in PASSED_ON:
         signal.signal(number, pass_on)
     try:
-        # torchrun would put handlers of its own in place of these.
-        run.main(["--signals-to-handle", "SIGQUIT", *sys.argv[1:]])
+        # torchrun would put handlers of its own in place of these. Unwrapped, it reports no error of a rank again.
+        inspect.unwrap(run.main)(["--signals-to-handle", "SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         code = failure.exitcode

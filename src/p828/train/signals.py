@@ -70,7 +70,7 @@ def graceful_shutdown(
     `when_asked` is then called, to cancel what the run may be waiting for, and `answer` gets a line for the user.
     A thread calls both at once: the main thread may be inside an operation of minutes, and Python calls no handler
     before that ends. A second signal ends the process, with the exit code that a shell gives to the signal. A SIGHUP
-    that is ignored, as under `nohup`, stays so. Once a signal has asked, one that comes later is ignored for good: it may
+    that is ignored, as under `nohup`, stays so. Once a signal has asked, a later SIGHUP is ignored for good, as it may
     come while the saved process ends.
     """
     shutdown = GracefulShutdown()
