@@ -28,7 +28,9 @@ def assert_same_run(first: Path, second: Path, step: int) -> None:
 
 def comparable_records(run: Path) -> list[tuple[object, ...]]:
     """Everything recorded but times, memory and events."""
-    lines = [line for line in records.read(run / "metrics.jsonl") if line["kind"] in ("step", "eval", "sample")]
+    lines = [
+        line for line in records.read(run / "metrics.jsonl") if line["kind"] in ("step", "eval", "tasks", "sample")
+    ]
     return [
         (line["kind"], line["step"], json.dumps({k: v for k, v in line.items() if k in KEPT or line["kind"] != "step"}))
         for line in lines

@@ -10,7 +10,9 @@ import pytest
 import p828
 
 ROOT = Path(p828.__file__).parent
-FILES = sorted(ROOT.rglob("*.py"))
+# An export carries these files, and transformers runs them from there without p828.
+CARRIED = sorted((ROOT / "interchange" / "remote_code").glob("*_p828.py"))
+FILES = sorted({*ROOT.rglob("*.py")} - {*CARRIED})
 
 # The packages and modules directly under p828, bottom up: each may import those before it, and itself.
 LAYERS = [
@@ -100,6 +102,29 @@ def test_heavy_packages_are_imported_where_they_are_needed(file: Path) -> None:
 def test_deepspeed_stays_in_the_engine(file: Path) -> None:
     modules = {module.split(".")[0] for module in imported(ast.walk(parse(file)))}
     assert "deepspeed" not in modules or name(file).startswith("engine/deepspeed/")
+
+
+@pytest.mark.parametrize("file", CARRIED, ids=name)
+def test_carried_files_need_no_p828(file: Path) -> None:
+    """They import one another relatively, and what transformers itself installs or needs."""
+    allowed = {
+        "torch",
+        "transformers",
+        "huggingface_hub",
+        "packaging",
+        "typing",
+        "collections",
+        "dataclasses",
+        "importlib",
+    }
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1
+            assert f"{node.module}.py" in {carried.name for carried in CARRIED}
+        elif isinstance(node, ast.ImportFrom):
+            assert str(node.module).split(".")[0] in allowed
 
 
 @pytest.mark.parametrize("package", ["model", "kernels"])

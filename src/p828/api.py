@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from p828.config import Config, load_given, validate, with_steps, with_vocabulary
 from p828.config.files import Loaded
@@ -26,10 +26,13 @@ if TYPE_CHECKING:
 
     from p828.data.batch import Batch
     from p828.data.loader import Loader
+    from p828.data.tokenizer.chat_template import Messages
     from p828.data.tokenizer.tokenizer import Tokenizer
     from p828.engine.plain import PlainEngine
     from p828.inference.evaluate import Evaluation
     from p828.inference.load import LoadedModel
+    from p828.interchange.export import Export
+    from p828.interchange.origin import Origin
     from p828.model.transformer import Transformer
 
 __all__ = [
@@ -68,10 +71,17 @@ def load_config(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
 def settled(config: Config, given: Collection[str], loaded: Loaded, reads_prepared: bool = True) -> Config:
     """`config`, which is `loaded` changed by the keys `given`, with what follows from them, validated.
 
-    With `reads_prepared`, complete prepared data says what it was made from, where that is not given. Raises
-    ConfigError, also for a key that is given and changes nothing.
+    With `reads_prepared`, complete prepared data says what it was made from, where that is not given; so does the model
+    that a run starts from. Raises ConfigError, also for a key that is given and changes nothing.
     """
     config = _with_length(config, given)
+    if config.train.init_from:
+        from p828.train.console import waiting
+
+        with waiting(f"reading the settings of {config.train.init_from}", lambda text: report_once([text])):
+            from p828.interchange.init_from import with_origin  # imports PyTorch
+
+            config = with_origin(config, {*given, *loaded.given}, reads_prepared)
     if reads_prepared and any(source.prepared for source in config.data.sources):
         from p828.data.tokens.settings import with_prepared_sources  # with what it reads tokens by
 
@@ -192,6 +202,35 @@ class Run:
         completions = generate(loaded.model, loaded.tokenizer, _several(prompts), config, dtype=loaded.dtype)
         return [completion.text for completion in completions]
 
+    def answer(self, messages: "str | Messages", **sampling: Any) -> str:
+        """What the assistant says next: to a user's message, or in a conversation, a list of `role` and `content`.
+
+        `sampling` is as in `generate`. Raises ConfigError as it does, and for a run not trained on conversations.
+        """
+        from p828.inference.answer import answer, asked
+        from p828.inference.sampling import SamplingConfig
+
+        sampling["stop"] = _several(sampling.get("stop", ()))
+        conversation = asked([messages])[0] if isinstance(messages, str) else list(messages)
+        loaded, config = self.loaded, SamplingConfig(**sampling)
+        (completion,) = answer(loaded.model, loaded.tokenizer, [conversation], config, dtype=loaded.dtype)
+        return completion.text
+
+    def export(
+        self,
+        directory: str | Path,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        native_only: bool = False,
+    ) -> "Export":
+        """Write the model for transformers, as `p828 export` does; `architecture`, `weights`, `bytes` and more of it.
+
+        Raises ConfigError for a directory that has something in it, and with `native_only` for a model that needs code
+        of its own; DataError for damage, and RunFailed when the directory cannot be written.
+        """
+        from p828.interchange.export import export_model
+
+        return export_model(self.path, directory, dtype, native_only)
+
     def evaluate(
         self, files: str | Path | Sequence[str | Path] = (), rows: int = 0, micro_batch_size: int = 0
     ) -> "Evaluation":
@@ -219,31 +258,40 @@ def _several(values: Any) -> tuple[Any, ...]:
 def build_tokenizer(config: Config) -> "Tokenizer":
     """The tokenizer that a new run would have: of its prepared data, trained on its text, or the one that is named.
 
+    A run that starts from another model (`train.init_from`) has that model's.
+
     Nothing is written. Raises ConfigError, and DataError for damaged text.
     """
-    from p828.data.build import prepared_tokenizer, training_documents
-    from p828.data.tokenizer.of_run import load_tokenizer
+    from p828.data.build import prepared_tokenizer, tokenizer_of
+    from p828.data.tokenizer.tokenizer_config import template_for
+    from p828.train.init_from import check_tokenizer
 
     validate(config)
+    if (origin := _origin(config)) is not None:
+        check_tokenizer(config, origin)
+        tokenizer, settings = origin.tokenizer, config.tokenizer
+        if tokenizer.template is None or settings.chat_template:
+            tokenizer.template = template_for(settings, tokenizer.special_tokens, None, config.data.has_conversations)
+        return tokenizer
     prepared = prepared_tokenizer(config.data, config.tokenizer)
-    if prepared is not None:
-        return prepared
-    return load_tokenizer(
-        config.tokenizer, lambda: training_documents(config.data, config.train.seed), config.model.vocab_size
-    )
+    return prepared if prepared is not None else tokenizer_of(config)
 
 
 def build_model(config: Config, tokenizer: "Tokenizer | None" = None) -> "Transformer":
-    """The model with its initial weights, float32, on the device of `train.device`.
+    """The model with its initial weights, drawn or those of `train.init_from`, float32, on the device of the run.
 
     With `model.vocab_size = 0` the vocabulary is the tokenizer's. Raises ConfigError.
     """
     from p828.engine.microbatch import prepare_layers
+    from p828.interchange.origin import opened_weights
     from p828.model.init import initial_model
 
     config, device = _buildable(config, tokenizer)
     model = initial_model(config.model, device, config.train.seed)
     prepare_layers(model, config.train, config.balance)
+    if (origin := _origin(config)) is not None:
+        with opened_weights(origin, config) as weights:
+            model.load_state_dict(dict(weights))
     return model
 
 
@@ -255,10 +303,23 @@ def build_engine(config: Config, tokenizer: "Tokenizer | None" = None) -> "Plain
     `build_model`. Raises ConfigError, also for engine = "deepspeed".
     """
     from p828.engine.plain import PlainEngine
+    from p828.interchange.origin import opened_weights
 
     if config.engine != "plain":
         raise ConfigError(f'engine = "{config.engine}": "plain" is accepted here; train_run trains with the other')
-    return PlainEngine(_buildable(config, tokenizer)[0])
+    config = _buildable(config, tokenizer)[0]
+    engine = PlainEngine(config)
+    if (origin := _origin(config)) is not None:
+        with opened_weights(origin, config) as weights:
+            engine.load_weights(weights)
+    return engine
+
+
+def _origin(config: Config) -> "Origin | None":
+    """The model that a run with this configuration starts from, verified; None if it starts from drawn weights."""
+    from p828.interchange.origin import find_origin, read_origin
+
+    return read_origin(find_origin(Path(config.train.init_from))[0]) if config.train.init_from else None
 
 
 def _buildable(config: Config, tokenizer: "Tokenizer | None") -> "tuple[Config, torch.device]":

@@ -1,4 +1,4 @@
-"""Opening regular files only, reading small ones, replacing files and directories atomically, and locking directories.
+"""Opening regular files only, reading small ones, writing files and directories atomically, and locking directories.
 
 A FIFO, a device or a socket in a file's place is refused at once and never waited for. Where p828 writes, a link in the
 file's place is refused or replaced, so that nothing outside the directory is touched.
@@ -8,10 +8,11 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -108,6 +109,45 @@ def move_directory(source: Path, target: Path, first: str = "", last: str = "") 
         os.rename(source / name, target / name)
     fsync(target)
     source.rmdir()
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory that is there whole or not at all: filled in the block under another name, then renamed.
+
+    An error of the block, Ctrl-C too, leaves nothing. What a killed process left under the other name is removed first.
+    Raises ConfigError unless `path` is missing or an empty directory, where none can be made, and while another process
+    fills it; OSError.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        found = "there is something in it" if path.is_dir() else "it is a file"
+        raise ConfigError(f"{path}: {found}; a new directory is accepted, or an empty one")
+    filling = path.with_name(f".{path.name}.tmp")
+    parents = [parent for parent in path.parents if not parent.exists()]  # from the innermost on
+    try:
+        filling.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be made: {error.strerror}") from None
+    with locked(filling, f"{path}: another process is writing it"):
+        try:
+            for entry in filling.iterdir():
+                if entry.name not in (LOCK_FILE, OWNER_FILE):
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            yield filling
+            for name in (LOCK_FILE, OWNER_FILE):
+                (filling / name).unlink(missing_ok=True)
+            fsync(filling)
+            if path.exists():
+                path.rmdir()
+            move_directory(filling, path)
+            fsync(path.parent)
+        except BaseException:
+            shutil.rmtree(filling, ignore_errors=True)
+            for parent in parents:
+                with suppress(OSError):  # something else is in there by now
+                    parent.rmdir()
+            raise
 
 
 @contextmanager

@@ -58,6 +58,7 @@ def test_the_sizes_in_the_help_are_of_the_configuration_given(capsys: pytest.Cap
         ("prove-resume", ["CONFIG", "--kills", "--ranks", "--resume-ranks"]),
         ("generate", ["CHECKPOINT", "--prompt", "--interactive", "--stop", "--seed"]),
         ("evaluate", ["CHECKPOINT", "--rows", "--data.files"]),
+        ("export", ["CHECKPOINT", "DIR", "--dtype", "--native-only"]),
         ("bench", ["--shape", "--peers", "--breakdown", "--json"]),
     ],
 )

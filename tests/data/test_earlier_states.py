@@ -52,5 +52,5 @@ def test_a_saved_state_goes_on(kind: str, ranks: int, tmp_path: Path, monkeypatc
     found = [next(loaders[i % ranks]) for i in range(24)]
     for loader in loaders:
         loader.close()
-    told = [[b.hash, b.documents, b.split_documents, b.epoch, *b.source_targets] for b in found]
+    told = [[b.hash, b.documents, b.split_documents, b.epoch, *b.source_tokens] for b in found]
     assert told == SAVED[kind]["after"]

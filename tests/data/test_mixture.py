@@ -118,17 +118,17 @@ def test_a_run_that_goes_back_has_its_steps_weights_and_the_data_that_comes_next
     mixed = mixture(CHANGING, rows=4, batches_per_step=5)
     with Loader(mixed, mask_documents=False, sources=3) as loader:
         given = [loader.__next__() for _ in range(5 * 7)]
-        assert given[-1].source_targets[0] < 4
+        assert given[-1].source_tokens[0] < 4
         loader.go_on_at(3)
         state = loader.state_dict()
         given += [loader.__next__() for _ in range(5 * 4)]
         assert loader.state_dict()["step"] == 3 + 4
     after = given[5 * 7 :]
-    assert all(batch.source_targets == (4, 0, 0) for batch in after[:10]), "steps 3 and 4"
-    assert [sum(counts) for counts in zip(*(batch.source_targets for batch in after[10:15]), strict=True)] == [4, 10, 6]
+    assert all(batch.source_tokens == (4, 0, 0) for batch in after[:10]), "steps 3 and 4"
+    assert [sum(counts) for counts in zip(*(batch.source_tokens for batch in after[10:15]), strict=True)] == [4, 10, 6]
     for source in range(3):
         rows = (row for batch in given for row in source_rows(batch, source))
-        assert list(rows) == list(range(sum(batch.source_targets[source] for batch in given)))
+        assert list(rows) == list(range(sum(batch.source_tokens[source] for batch in given)))
     resumed = mixture(CHANGING, rows=4, batches_per_step=5)
     resumed.load_state_dict(json.loads(json.dumps(state)))
     for batch in after:
@@ -137,6 +137,6 @@ def test_a_run_that_goes_back_has_its_steps_weights_and_the_data_that_comes_next
 
 def source_rows(batch: Batch, source: int) -> list[int]:
     """Numbers of a source's rows: which row is whose follows from the counts, as a batch has them in this order."""
-    begin = sum(batch.source_targets[:source])
-    numbers: list[int] = batch.tokens_BS[begin : begin + batch.source_targets[source], 0].tolist()
+    begin = sum(batch.source_tokens[:source])
+    numbers: list[int] = batch.tokens_BS[begin : begin + batch.source_tokens[source], 0].tolist()
     return numbers

@@ -9,44 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from saved_run import save_run
 from taught_text import TAUGHT
 
 from p828.cli.main import dispatch
 from p828.cli.output import printable
-from p828.config import (
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    TokenizerConfig,
-    ValidationConfig,
-    facts_by_key,
-    facts_of,
-)
-from p828.config.values import flatten, to_dict
+from p828.config import Config, DataConfig, facts_by_key, facts_of
+from p828.config.values import flatten
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.model.transformer import Transformer
 from p828.runs import records
-from p828.train import checkpoint_writer
 from p828.train.build import train
 from runs import run_config, write_text, write_toml
 from tiny import tiny_model
-
-
-def save_run(directory: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
-    """A run that validates on one document of the text that `taught` knows."""
-    directory.mkdir()
-    (directory / "text.md").write_text(TAUGHT)
-    config = Config(
-        name="run",
-        model=model.config,
-        data=DataConfig(sequence_length=16, validation=ValidationConfig(kind="files", files=(f"{directory}/text.md",))),
-        tokenizer=TokenizerConfig(name="tokenizer.json"),
-        evaluation=EvaluationConfig(rows=1),
-    )
-    state = {"config": to_dict(config), "tokenizer": tokenizer.fingerprint()}
-    checkpoint_writer.save(directory / "checkpoints", 7, {"model": model.state_dict()}, state)
-    tokenizer.save(directory / "tokenizer.json")
-    return directory
 
 
 @pytest.fixture

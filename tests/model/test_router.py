@@ -123,7 +123,7 @@ def test_against_transformers() -> None:
     x = torch.randn(64, config.hidden_size)
     outputs = theirs(x)
     if not isinstance(outputs, tuple):
-        pytest.skip("this version's router returns logits alone; test_parity.py compares the whole block")
+        pytest.skip("this version's router returns logits alone; test_equal_logits.py compares the whole model")
     _, their_weights, their_experts = outputs
     routing = ours(x)
     order_ours, order_theirs = routing.experts_TK.argsort(1), their_experts.argsort(1)

@@ -401,6 +401,7 @@ with suppress(error), Recorder(Path(sys.argv[1]), mirror=mirror) as recorder:
     loads = loads_record([[1, 2, 0, 1], [3, 1, 0, 0]], is_whole=True)
     recorder.write("step", 1, loss=2.5, perplexity=12.2, **loads | {"balance": [0.5, 0.25]})
     recorder.write("eval", 1, loss=2.25)
+    recorder.write("tasks", 1, results={"letters": {"acc": 0.25}})
     recorder.write("event", 1, text="hello")
     if error is errors.RunStopped:
         for step in range(2, 7):
@@ -430,6 +431,7 @@ def test_wandb_offline_gets_flat_names_the_configuration_and_one_id(tmp_path: Pa
         "train/loss": 2.5,
         "train/perplexity": 12.2,
         "validation/loss": 2.25,
+        "tasks/letters/acc": 0.25,
         "load/min_share": 0,
         "load/max_share": 3,
         "load/starved": 3,

@@ -1,11 +1,12 @@
-"""`p828 evaluate`: loss, perplexity and bits per byte of a trained model on validation text."""
+"""`p828 evaluate`: loss, perplexity and bits per byte of a trained model on text, or its results at tasks."""
 
-import ast
 import dataclasses
-import inspect
-import itertools
+import json
+import os
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -13,29 +14,51 @@ import tyro
 from p828.cli.flags import HELP, parse_given
 from p828.config import Config, DataConfig, facts_by_key, facts_of
 from p828.config.rules import check_text
-from p828.errors import ConfigError, warn
+from p828.errors import ConfigError, RunFailed, warn
+from p828.files import write_atomic
 from p828.inference.evaluate import evaluate
-from p828.inference.load import load_model
+from p828.inference.load import LoadedModel, load_model
 from p828.inference.measured_text import batches_of, in_words, measured_config
+from p828.inference.tasks.cloze import NAMES as OWN_NAMES
+from p828.inference.tasks.task_model import TaskModel
+from p828.inference.tasks.tasks import Tasks, open_all, shown_metrics
+from p828.runs.records import encoded
 from p828.train.console import waiting
 from p828.train.signals import interruptible
 
-USAGE = "p828 evaluate CHECKPOINT [--rows N] [--micro-batch-size N] [--device DEVICE] [--data.key VALUE ...]"
+USAGE = (
+    "p828 evaluate CHECKPOINT [--tasks NAME,NAME] [--rows N] [--micro-batch-size N] [--device DEVICE] [--json FILE] "
+    "[--data.key VALUE ...]"
+)
 DESCRIPTION = (
     f"{USAGE}\n\nWithout --data flags on the run's own validation text. --data.files measures all of the given files, "
     "held out or not. The defaults of --rows, --micro-batch-size and --data are the run's; of given files it is every "
-    "row."
+    "row. --tasks measures how well the model does at tasks, in place of its loss on text: cloze_english and "
+    "cloze_python are p828's own, and all others are those of lm-eval (pip install 'p828[evaluate]')."
 )
 NO_BYTES = "not known: the tokens of the prepared data are decoded to other text; --data.files measures text itself"
+OF_THE_RUN = tyro.conf.arg(help_behavior_hint="(default: the run's)")
+OF_TASKS = ("tasks_path", "limit", "num_fewshot")
+OF_TEXT = ("rows", "data.")
 
 
 @dataclass(frozen=True)
 class Arguments:
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run's directory, for its newest checkpoint, or one checkpoint's."""
-    rows: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: the run's)")] = 64
+    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME,NAME")] = ()
+    """Tasks, groups and tags to measure in place of a loss: cloze_english, cloze_python, or names of lm-eval."""
+    tasks_path: str = ""
+    """Directory of further tasks, in lm-eval's format."""
+    limit: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: all)")] = 0
+    """Use the first items of each task only, to try it out."""
+    num_fewshot: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: the task's)")] = 0
+    """Solved examples before each question of lm-eval's tasks."""
+    json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Also write the results to this file."""
+    rows: Annotated[int, OF_THE_RUN] = 64
     """Rows of data.sequence_length tokens, fewer if the text is shorter."""
-    micro_batch_size: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: the run's)")] = 8
+    micro_batch_size: Annotated[int, OF_THE_RUN] = 8
     """Rows put through the model at once; changes speed and memory, not the result."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU if there is one."""
@@ -44,20 +67,52 @@ class Arguments:
 
 def run(arguments: list[str]) -> None:
     if any(argument in HELP for argument in arguments):
-        parse_given(_described(Arguments), ["--help"], prog="p828 evaluate", description=DESCRIPTION)  # ends with it
+        parse_given(_for_help(), ["--help"], prog="p828 evaluate", description=DESCRIPTION)  # ends with it
     own, flags = parse_given(Arguments, arguments, prog="p828 evaluate", description=DESCRIPTION)
-    check_text("CHECKPOINT", own.checkpoint)
-    facts = facts_by_key(Config)
-    for key in flags:
-        if key.startswith("data.") and facts_of(facts, key).only_trains:
-            raise ConfigError(f"--{key.replace('_', '-')}: of training alone; it changes nothing that is measured")
+    names = [name for given in own.tasks for name in given.split(",") if name]
+    _check(own, names, flags)
+    tasks = None
+    if names:
+        with waiting("finding the tasks, and reading their data", warn):
+            tasks = interruptible(lambda: open_all(names, own.tasks_path))
     with waiting("loading the model", warn):
         loaded = load_model(own.checkpoint, own.device)
+    results, lines = _on_text(loaded, flags) if tasks is None else _at_tasks(loaded, tasks, flags)
+    print("\n".join([f"checkpoint     {loaded.path} (step {loaded.step})", *lines]), flush=True)
+    if own.json:
+        _write(Path(own.json), {"checkpoint": str(loaded.path), "step": loaded.step, **results})
+
+
+def _check(own: Arguments, names: Collection[str], flags: Collection[str]) -> None:
+    """Raises ConfigError for what would change nothing, and for a file that could not be written later."""
+    for key, name in (("checkpoint", "CHECKPOINT"), ("tasks_path", "--tasks-path"), ("json", "--json")):
+        check_text(name, getattr(own, key))
+    facts, is_of_tasks = facts_by_key(Config), "tasks" in flags
+    if is_of_tasks and not names:
+        raise ConfigError(f"--tasks is empty: names are accepted, as {','.join(OWN_NAMES)}")
+    for key in flags:
+        flag = f"--{key.replace('_', '-')}"
+        if key in OF_TASKS and not is_of_tasks:
+            raise ConfigError(f"{flag}: accepted with --tasks")
+        if key.startswith(OF_TEXT) and is_of_tasks:
+            raise ConfigError(f"{flag}: accepted without --tasks, which have texts of their own")
+        if key.startswith("data.") and facts_of(facts, key).only_trains:
+            raise ConfigError(f"{flag}: of training alone; it changes nothing that is measured")
+    for key, least in (("limit", 1), ("num_fewshot", 0), ("micro_batch_size", 1)):
+        if key in flags and getattr(own, key) < least:
+            raise ConfigError(f"{key} = {getattr(own, key)}: a whole number of at least {least} is accepted")
+    if "num_fewshot" in flags and set(names) <= set(OWN_NAMES):
+        raise ConfigError(f"--num-fewshot: accepted with tasks of lm-eval; {', '.join(names)} have no examples")
+    if own.json and (Path(own.json).is_dir() or not os.access(Path(own.json).parent, os.W_OK)):
+        raise ConfigError(f"--json {own.json}: the name of a file in a directory that can be written is accepted")
+
+
+def _on_text(loaded: LoadedModel, flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Names and numbers, and the lines that show them."""
     config = measured_config(loaded, flags)
     with waiting("measuring", warn):
         result = interruptible(lambda: evaluate(loaded.model, batches_of(config, loaded, flags, warn), loaded.dtype))
     lines = [
-        f"checkpoint     {loaded.path} (step {loaded.step})",
         f"loss           {result.loss:.5f} nats per token",
         f"perplexity     {result.perplexity:.5g}",
         f"bits per byte  {NO_BYTES if result.bits_per_byte is None else format(result.bits_per_byte, '.5f')}",
@@ -65,35 +120,44 @@ def run(arguments: list[str]) -> None:
     ]
     if any(key.startswith("data.") for key in flags):
         lines.append(f"text           {in_words(config, flags)}")
-    print("\n".join(lines), flush=True)
+    return dataclasses.asdict(result), lines
 
 
-def _described(cls: type[Any], table: str = "") -> type[Any]:
-    """The same class for the help: of `data` what is measured with, and the run's values as the defaults."""
-    kinds, texts = typing.get_type_hints(cls, include_extras=True), _texts_of_fields(cls)
+def _at_tasks(loaded: LoadedModel, tasks: Tasks, flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    rows = flags.get("micro_batch_size", loaded.config.train.micro_batch_size)
+    batch_tokens = rows * loaded.config.data.sequence_length
+    model = TaskModel(loaded.model, loaded.tokenizer, loaded.dtype, batch_tokens, rows, warn)
+    with waiting("measuring", warn):
+        results = interruptible(lambda: tasks.measure(model, flags.get("limit"), flags.get("num_fewshot")))
+    width = max(len(name) for name in ["checkpoint   ", *results]) + 2
+    return {"tasks": results}, [f"{name:<{width}}{shown_metrics(metrics)}" for name, metrics in results.items()]
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    try:
+        write_atomic(path, json.dumps(encoded(values), indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RunFailed(f"--json {path}: cannot be written: {error.strerror or error}") from None
+
+
+def _for_help() -> type[Any]:
+    """The arguments with, of `data`, what is measured with, and the run's values as the defaults."""
+    data = _of_the_run(DataConfig, "data.")
+    return dataclasses.make_dataclass(
+        Arguments.__name__, [("data", data, field(default_factory=data))], bases=(Arguments,), frozen=True
+    )
+
+
+def _of_the_run(cls: type[Any], table: str) -> type[Any]:
+    """A section whose help says that its defaults are the run's, without what only trains."""
+    kinds = typing.get_type_hints(cls, include_extras=True)
     fields: list[tuple[str, Any, Any]] = []
     for own in dataclasses.fields(cls):
-        kind, name = kinds[own.name], f"{table}{own.name}"
+        kind, key = kinds[own.name], f"{table}{own.name}"
         if dataclasses.is_dataclass(kind):
-            inner = _described(typing.cast(type[Any], kind), "" if name == "data" else f"{name}.")
+            inner = _of_the_run(typing.cast(type[Any], kind), f"{key}.")
             fields.append((own.name, inner, field(default_factory=inner)))
-        elif cls is Arguments:
-            default = {} if own.default is dataclasses.MISSING else {"default": own.default}
-            fields.append((own.name, Annotated[kind, tyro.conf.arg(help=texts.get(own.name, ""))], field(**default)))
-        elif not facts_of(facts_by_key(Config), f"data.{name}").only_trains:
-            with_help = tyro.conf.arg(help=texts.get(own.name, ""), help_behavior_hint="(default: the run's)")
-            fields.append((own.name, Annotated[kind, with_help], field(default=own.default)))
-    return dataclasses.make_dataclass(cls.__name__, fields)
-
-
-def _texts_of_fields(cls: type[Any]) -> dict[str, str]:
-    """The text below each field in the source of a dataclass and those that it extends."""
-    found: dict[str, str] = {}
-    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(base)).body[0]).body
-        for own, text in itertools.pairwise(body):
-            if not isinstance(own, ast.AnnAssign) or not isinstance(own.target, ast.Name):
-                continue
-            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[own.target.id] = inspect.cleandoc(str(text.value.value))
-    return found
+        else:
+            marker = tyro.conf.Suppress if facts_of(facts_by_key(Config), key).only_trains else OF_THE_RUN
+            fields.append((own.name, Annotated[kind, marker], field(default=own.default)))
+    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True)

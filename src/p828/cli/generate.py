@@ -1,22 +1,28 @@
-"""`p828 generate`: continue prompts with a trained model."""
+"""`p828 generate`: continue prompts with a trained model, or answer messages."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-from p828.cli.flags import parse
+from p828.cli.flags import parse, shown_word
 from p828.cli.output import show
 from p828.config.rules import check_text
+from p828.data.tokenizer.chat_template import Messages
 from p828.errors import ConfigError, DataError, warn
-from p828.inference.generate import Completion, generate
+from p828.inference.answer import answer
+from p828.inference.generate import Completion, OnText, generate
 from p828.inference.load import LoadedModel, load_model
 from p828.inference.sampling import SamplingConfig
 from p828.train.console import waiting
 
-USAGE = "p828 generate CHECKPOINT --prompt TEXT [--prompt TEXT ...] [--interactive] [--temperature T ...]"
-DESCRIPTION = f"{USAGE}\n\nOne prompt's text is shown as it is generated; several are continued together."
+USAGE = "p828 generate CHECKPOINT --prompt TEXT [--prompt TEXT ...] [--chat] [--interactive] [--temperature T ...]"
+DESCRIPTION = (
+    f"{USAGE}\n\nOne prompt's text is shown as it is generated; several are continued together. With --chat, which "
+    "needs a run that was trained on conversations, each prompt is a user's message, and what is shown the answer."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +31,10 @@ class Arguments(SamplingConfig):
     """A run's directory, for its newest checkpoint, or one checkpoint's."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; an empty one begins a document."""
+    chat: bool = False
+    """Answer each prompt as a user's message, and with --interactive what you type as one conversation."""
+    system: str = ""
+    """With --chat, a system message before the user's."""
     interactive: bool = False
     """Continue the lines that you type, until the end of input (Ctrl-D)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -37,9 +47,13 @@ def run(arguments: list[str]) -> None:
     given = parse(Arguments, arguments, prog="p828 generate", description=DESCRIPTION)
     if not given.prompt and not given.interactive:
         raise ConfigError("nothing to continue: give --prompt TEXT or --interactive")
+    if given.system and not given.chat:
+        raise ConfigError(f"--system {shown_word(given.system)}: accepted with --chat")
     check_text("CHECKPOINT", given.checkpoint)
     with waiting("loading the model", warn):
         loaded = load_model(given.checkpoint, given.device)
+    if given.chat and loaded.tokenizer.template is None:
+        raise ConfigError(f"--chat: {loaded.path} has no chat template: it was not trained on conversations")
     if len(given.prompt) == 1:
         _stream(loaded, given.prompt[0], given)
     elif given.prompt:
@@ -48,23 +62,38 @@ def run(arguments: list[str]) -> None:
         _converse(loaded, given)
 
 
-def _stream(loaded: LoadedModel, prompt: str, sampling: SamplingConfig) -> None:
-    (completion,) = generate(
-        loaded.model, loaded.tokenizer, [prompt], sampling, on_text=lambda _, text: show(text), dtype=loaded.dtype
-    )
+def _continuations(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    given: Arguments,
+    history: Messages,
+    on_text: OnText = lambda index, text: None,
+) -> list[Completion]:
+    if not given.chat:
+        return generate(loaded.model, loaded.tokenizer, prompts, given, on_text, loaded.dtype)
+    system: Messages = [{"role": "system", "content": given.system}] if given.system else []
+    conversations = [[*system, *history, {"role": "user", "content": prompt}] for prompt in prompts]
+    return answer(loaded.model, loaded.tokenizer, conversations, given, on_text, loaded.dtype)
+
+
+def _stream(loaded: LoadedModel, prompt: str, given: Arguments, history: Messages | None = None) -> Completion:
+    """`history` are the messages of a conversation before the prompt."""
+    (completion,) = _continuations(loaded, [prompt], given, history or [], on_text=lambda _, text: show(text))
     show("", end="\n")
     _note(loaded, completion)
+    return completion
 
 
-def _print_all(loaded: LoadedModel, prompts: tuple[str, ...], sampling: SamplingConfig) -> None:
-    completions = generate(loaded.model, loaded.tokenizer, prompts, sampling, dtype=loaded.dtype)
+def _print_all(loaded: LoadedModel, prompts: tuple[str, ...], given: Arguments) -> None:
+    completions = _continuations(loaded, prompts, given, history=[])
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
         show(f"--- {number}: {prompt}", end="\n")
         show(completion.text, end="\n")
         _note(loaded, completion)
 
 
-def _converse(loaded: LoadedModel, sampling: SamplingConfig) -> None:
+def _converse(loaded: LoadedModel, given: Arguments) -> None:
+    history: Messages = []
     while True:
         if sys.stdin.isatty():
             show("> ")
@@ -74,10 +103,13 @@ def _converse(loaded: LoadedModel, sampling: SamplingConfig) -> None:
             raise ConfigError(f"the input is not {error.encoding} text") from None
         if not line:
             return
+        prompt = line.removesuffix("\n")
         try:
-            _stream(loaded, line.removesuffix("\n"), sampling)
+            completion = _stream(loaded, prompt, given, history)
         except (ConfigError, DataError) as error:
             warn(str(error))
+        else:
+            history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.text}]
 
 
 def _note(loaded: LoadedModel, completion: Completion) -> None:

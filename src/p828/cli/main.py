@@ -17,7 +17,9 @@ COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",
     "prepare": "tokenize a source once, into files that training reads",
     "generate": "continue prompts with a trained model",
+    "import": "a model of other libraries as a run",
     "evaluate": "loss, perplexity and bits per byte of a trained model",
+    "export": "a trained model as a directory that transformers and other libraries load",
     "prove-resume": "whether a run that is killed and resumed is the run that was not",
     "bench": "how fast this machine trains, beside other libraries",
 }

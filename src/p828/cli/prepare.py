@@ -24,6 +24,7 @@ from p828.data.text.held_out import trained_on_too, unused_text_field
 from p828.data.text.open import open_in_order
 from p828.data.tokenizer.of_run import remarks
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer_config import template_of_trained
 from p828.data.tokens.directory import GOES_ON, failures_at_work, is_begun, open_output_dirs, resolve_tokenizer
 from p828.data.tokens.format import MANIFEST_FILE, Manifest
 from p828.data.tokens.prepare import Preparation, prepare
@@ -52,7 +53,8 @@ def run(arguments: list[str]) -> None:
     with _ended_by_signals(directories), open_output_dirs(directories):
         made: list[Manifest] = []  # by this command
         tokenizer = resolve_tokenizer(config, directories, lambda: _documents(config))
-        for line in remarks(config.tokenizer, tokenizer, training_documents(config.data, config.train.seed)):
+        texts = training_documents(config.data, config.train.seed, tokenizer.template)
+        for line in remarks(config.tokenizer, tokenizer, texts):
             print(line, flush=True)
         for data in wanted:
             was_complete = (Path(data.prepared) / MANIFEST_FILE).exists()
@@ -113,7 +115,8 @@ def _documents(config: Config) -> Iterator[str]:
     print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens", flush=True)
     is_begun = False
     try:
-        for text in training_documents(config.data, config.train.seed):
+        template = template_of_trained(config.tokenizer, config.data.has_conversations)
+        for text in training_documents(config.data, config.train.seed, template):
             is_begun = True
             yield text
     except DataError as error:

@@ -63,6 +63,17 @@ NEEDS = (
         of_flags=True,
     ),
     Need(
+        ("data.text_field",),
+        lambda c: bool(c.data.mixture) or not c.data.messages_field,
+        'accepted without data.messages_field = "{config.data.messages_field}", whose messages are the text',
+    ),
+    Need(
+        ("data.packing",),
+        lambda c: not all(source.messages_field for source in c.data.sources),
+        "accepted without data.messages_field; a row holds whole conversations, as many as fit",
+        of_flags=True,
+    ),
+    Need(
         tuple(f"data.{own.name}" for own in dataclasses.fields(SourceConfig) if own.name != "prepared"),
         lambda c: not c.data.mixture,
         "accepted without [[data.mixture]], whose sources each have this key",
@@ -84,12 +95,18 @@ NEEDS = (
         "accepted with evaluation.prompts",
         of_flags=True,
     ),
+    Need(
+        ("evaluation.tasks_every", "evaluation.tasks_path"),
+        lambda c: bool(c.evaluation.tasks),
+        "accepted with evaluation.tasks",
+    ),
     Need(("evaluation.patience",), lambda c: c.evaluation.every > 0, "accepted with evaluation.every above 0"),
     Need(
         ("rollback.spike_threshold", "rollback.limit"),
         lambda c: c.rollback.after_steps > 0,
         "accepted with rollback.after_steps above 0",
     ),
+    Need(("train.upcycle",), lambda c: bool(c.train.init_from), "accepted with train.init_from"),
     Need(("wandb.project",), lambda c: c.wandb.mode != "off", 'accepted with wandb.mode = "online" or "offline"'),
 )
 
@@ -118,6 +135,9 @@ def _idle(config: Config, keys: Collection[str], flags: Collection[str]) -> Iter
         kinds = facts_of(facts, key).kinds
         if kinds and not _is_read(config, key, kinds):
             yield key, f"accepted with {kind_key(key)} = " + " or ".join(f'"{kind}"' for kind in kinds)
+        table, _, name = key.rpartition(".")
+        if name == "text_field" and table != "data" and flatten(config).get(f"{table}.messages_field"):
+            yield key, f"accepted without {table}.messages_field, whose messages are the text"
 
 
 def _is_read(config: Config, key: str, kinds: Collection[str]) -> bool:

@@ -203,6 +203,7 @@ def check_data(data: DataConfig) -> None:
             raise ConfigError(f'{where}files is empty: with {where}source = "files", give at least one glob')
         if source.source == "hf" and not source.hub_name:
             raise ConfigError(f'{where}hub_name is empty: with {where}source = "hf", give a data set\'s name')
+        check_conversations(source, where)
         if data.validation.kind == "split" and source.source != "hf" and not data.validation.hub_name:
             raise ConfigError(
                 f'data.validation.kind = "split": accepted with {where}source = "hf" or data.validation.hub_name'
@@ -214,6 +215,14 @@ def check_data(data: DataConfig) -> None:
             f"data.validation.fraction = {data.validation.fraction}: a fraction between 0 and 1 is accepted"
         )
     check_mixture(data)
+
+
+def check_conversations(source: DataConfig, where: str) -> None:
+    given = f'{where}messages_field = "{source.messages_field}"'
+    if source.messages_field and source.source == "python":
+        raise ConfigError(f'{given}: accepted with {where}source = "files" or "hf"')
+    if source.messages_field and source.prepared:
+        raise ConfigError(f"{given}: accepted without {where}prepared; conversations are tokenized while training")
 
 
 def check_mixture(data: DataConfig) -> None:

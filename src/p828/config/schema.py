@@ -110,6 +110,8 @@ class SourceConfig:
     """Paths, directories or globs of .txt, .py, .md, .jsonl (.gz, .xz, .zst), from the working directory."""
     text_field: str = fixed("text", decides_tokens=True, only_with=("files", "hf"))
     """Field that holds the text in .jsonl lines and in hub rows."""
+    messages_field: str = fixed("", decides_tokens=False, only_with=("files", "hf"))
+    """Field that holds messages: a line or row is then a conversation, of which the assistant's part is learned."""
     hub_name: str = fixed("", decides_tokens=True, implies="hf")
     """Hub data set (codeparrot/codeparrot-clean), or a local directory in the hub's layout."""
     hub_subset: str = fixed("", decides_tokens=True, only_with=("hf",))
@@ -162,6 +164,11 @@ class DataConfig(SourceConfig):
         ) or (self,)
 
     @property
+    def has_conversations(self) -> bool:
+        """Whether a source is conversations."""
+        return any(source.messages_field for source in self.sources)
+
+    @property
     def source_names(self) -> tuple[str, ...]:
         return tuple(mixed.name for mixed in self.mixture) or (self.source,)
 
@@ -190,6 +197,8 @@ class TokenizerConfig:
     """Text that a tokenizer is trained on, at most."""
     eos_token: str = fixed("<|endoftext|>", decides_tokens=True, is_prose=True)
     """Token that ends a document."""
+    chat_template: str = fixed("", decides_tokens=False)
+    """How conversations are written: `chatml`, `zephyr` or a template's path; empty: the tokenizer's own, or chatml."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +255,10 @@ class TrainConfig:
     """Micro-batches of a step, on each rank; the global batch is this times the micro-batch size times the ranks."""
     seed: int = fixed(0, at_least=0)
     """Seed of the weights, the data order and dropout."""
+    init_from: str = fixed("")
+    """Start from these weights: a run's or a checkpoint's directory, or a model's in the hub's layout."""
+    upcycle: bool = fixed(False)
+    """The model of `init_from` is dense: every expert becomes a copy of its layer's MLP, or a slice of one."""
     device: Literal["auto", "cpu", "cuda"] = changeable("auto")
     """`auto` takes the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = changeable("auto")
@@ -265,13 +278,19 @@ class EvaluationConfig:
     rows: int = changeable(64, at_least=1)
     """Validation sequences, the same at every evaluation."""
     prompts: tuple[str, ...] = changeable((), is_prose=True)
-    """Prompts continued at every evaluation."""
+    """Prompts continued at every evaluation; of a run on conversations alone, messages that are answered."""
     max_new_tokens: int = changeable(64, at_least=1)
     """Tokens sampled for each prompt."""
     temperature: float = changeable(0.8, at_least=0)
     """Temperature of those samples; 0 is greedy."""
     patience: int = changeable(0, at_least=0)
     """Stop after this many evaluations without a better validation loss; 0 never stops early."""
+    tasks: tuple[str, ...] = changeable(())
+    """Tasks that are measured besides: cloze_english, cloze_python, or names of lm-eval."""
+    tasks_every: int = changeable(0, at_least=0)
+    """Steps between measurements at the tasks; 0 measures at the end only."""
+    tasks_path: str = changeable("")
+    """Directory of further tasks, in lm-eval's format."""
     bigram_baseline: bool = changeable(False)
     """Also compute what a bigram model of one epoch of training tokens, held in memory, gets on the validation text."""
 

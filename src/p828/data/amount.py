@@ -6,6 +6,7 @@ from pathlib import Path
 
 from p828.config import Config, DataConfig
 from p828.data.order import source_seed
+from p828.data.text.conversation_packing import template_of
 from p828.data.text.open import open_training
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.format import open_manifest
@@ -73,11 +74,15 @@ def _estimated(data: DataConfig, seed: int, tokenizer: Tokenizer) -> int | None:
     """Tokens of an epoch: those of the first documents by the fraction of the files' bytes that these are."""
     if data.source == "hf":  # which has no sizes
         return None
-    stream = open_training(replace(data, block_documents=1), seed, epochs=1)  # which reads no further than it gives
+    one_by_one, template = replace(data, block_documents=1), template_of(data, tokenizer)
+    stream = open_training(one_by_one, seed, epochs=1, template=template)  # which reads no further than it gives
     tokens, documents = 0.0, 0
     for text in stream:
-        beginning = text[:SAMPLE_CHARACTERS]
-        tokens += len(tokenizer.encode(beginning)) * len(text) / len(beginning) + 1  # and EOS
+        if data.messages_field:
+            tokens += len(tokenizer.encode_marked([text])[0])
+        else:
+            beginning = text[:SAMPLE_CHARACTERS]
+            tokens += len(tokenizer.encode(beginning)) * len(text) / len(beginning) + 1  # and EOS
         documents += 1
         if documents == SAMPLE_DOCUMENTS:
             break

@@ -31,6 +31,8 @@ class Sample:
     """Number of the mixture's source."""
     text_bytes: npt.NDArray[np.int64] | None = None
     """[S+1]: bytes of UTF-8 text that each token stands for; 0 where padded. Validation samples have them if known."""
+    is_target: npt.NDArray[np.bool_] | None = None
+    """[S+1]: whether the token is to be predicted, where not all are; False where padded, and at a document's start."""
 
     def padded(self, length: int, eos_id: int) -> "Sample":
         """The sample with `length` tokens, the missing ones EOS of no document."""
@@ -42,7 +44,13 @@ class Sample:
             tokens=np.pad(self.tokens, (0, missing), constant_values=eos_id),
             document_ids=np.pad(self.document_ids, (0, missing), constant_values=PADDING),
             text_bytes=None if self.text_bytes is None else np.pad(self.text_bytes, (0, missing)),
+            is_target=None if self.is_target is None else np.pad(self.is_target, (0, missing)),
         )
+
+    def targets(self) -> npt.NDArray[np.bool_]:
+        """[S]: at which tokens there is a next one to predict."""
+        is_token = self.document_ids[1:] != PADDING
+        return is_token if self.is_target is None else is_token & self.is_target[1:]
 
 
 @dataclass(frozen=True)
@@ -52,15 +60,15 @@ class Batch:
     tokens_BS: Tensor
     """int64; EOS where padded."""
     targets_BS: Tensor
-    """int64: the next token, of the next document too; -100 where there is none."""
+    """int64: the next token, of the next document too; -100 where there is none, or none that counts."""
     positions_BS: Tensor
     """int64: from 0 at each document's first token in the sample, or 0 … S-1 without document masking."""
     document_ids_BS: Tensor
     """int32: 0, 1, … within the sample; -1 where padded."""
     num_targets: int
     """Targets that are not -100, counted on the host."""
-    source_targets: tuple[int, ...] = ()
-    """The same for each source of the mixture."""
+    source_tokens: tuple[int, ...] = ()
+    """Tokens that are not padding, for each source of the mixture. Of text, each has a target."""
     documents: int = 0
     """Documents that end in the batch."""
     split_documents: int = 0

@@ -13,13 +13,13 @@ class Piece(NamedTuple):
     end: int
 
 
-def best_fit(lengths: Sequence[int], row_length: int) -> list[list[Piece]]:
-    """Rows of pieces of documents, given by their lengths in tokens; all rows but the last are full.
+def best_fit(lengths: Sequence[int], row_length: int, fills: bool = True) -> list[list[Piece]]:
+    """Rows of pieces of documents, given by their lengths in tokens; all rows but the last are full, if `fills`.
 
     What is longer than a row gives full rows first. The rest is packed best fit decreasing: the longest first, each
     to the row with the least room that takes it whole (Ding et al., "Fewer Truncations Improve Language Modeling",
     arXiv 2404.10830). The rooms that are left are filled with pieces of documents from the emptiest rows, so that
-    nothing is padded: only those are split.
+    nothing is padded: only those are split. Without `fills` the rooms stay, and what fits in a row is never split.
     """
     rows: list[list[Piece]] = []
     rests: list[Piece] = []
@@ -29,7 +29,7 @@ def best_fit(lengths: Sequence[int], row_length: int) -> list[list[Piece]]:
         if whole < length:
             rests.append(Piece(document, whole, length))
     packed = _pack(rests, row_length)
-    return rows + _fill(packed, row_length)
+    return rows + (_fill(packed, row_length) if fills else packed)
 
 
 def _pack(pieces: list[Piece], row_length: int) -> list[list[Piece]]:

@@ -11,13 +11,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from p828.config import DataConfig, TokenizerConfig
-from p828.data.batch import Batch, Sample
+from p828.config import Config, DataConfig, TokenizerConfig
+from p828.data.batch import PADDING, Batch, Sample
 from p828.data.loader import make_batch, open_prepared
 from p828.data.retry import Retry
+from p828.data.text.conversation_packing import ConversationPacker, template_of
+from p828.data.text.documents import DocumentStream
 from p828.data.text.open import held_out_words, open_training, open_validation
 from p828.data.text.packing import Packer
+from p828.data.tokenizer.chat_template import ChatTemplate
+from p828.data.tokenizer.marked_text import without_marks
+from p828.data.tokenizer.of_run import load_tokenizer
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer_config import template_for, template_of_trained
 from p828.data.tokens.format import MANIFEST_FILE, TOKENIZER_FILE, open_manifest
 from p828.errors import ConfigError
 
@@ -38,7 +44,20 @@ def prepared_tokenizer(data: DataConfig, config: TokenizerConfig) -> Tokenizer |
         if made[key] != now:
             where = directories[0] / MANIFEST_FILE
             raise ConfigError(f"{where}: prepared with tokenizer.{key} = {made[key]!r}, not {now!r}")
-    return Tokenizer.from_file(directories[0] / TOKENIZER_FILE, config.eos_token)
+    tokenizer = Tokenizer.from_file(directories[0] / TOKENIZER_FILE, config.eos_token)
+    tokenizer.template = template_for(config, tokenizer.special_tokens, None, data.has_conversations)
+    return tokenizer
+
+
+def tokenizer_of(config: Config, saved: Path | None = None) -> Tokenizer:
+    """The run's tokenizer as `load_tokenizer` gives it, with the run's text if it is to be trained."""
+
+    def documents() -> Iterator[str]:
+        template = template_of_trained(config.tokenizer, config.data.has_conversations)
+        return training_documents(config.data, config.train.seed, template)
+
+    is_chat = config.data.has_conversations
+    return load_tokenizer(config.tokenizer, documents, config.model.vocab_size, saved, is_chat)
 
 
 def validation_batches(
@@ -58,9 +77,7 @@ def validation_batches(
     `rules` say of each source by which rule its text is held out (`order.held_out_rules`), if that is settled.
     `part` and `report` are as in `open_loader`. Raises ConfigError if there is no validation text.
     """
-    sources, validation = config.sources, config.validation
-    if validation.kind == "files" or (validation.kind == "split" and validation.hub_name):
-        sources = sources[:1]  # the same text for all
+    sources = validation_sources(config)
     counts = [rows // len(sources) + (i < rows % len(sources)) for i in range(len(sources))]
     chosen = [
         sample
@@ -70,6 +87,13 @@ def validation_batches(
     ]
     size = micro_batch_size
     return [make_batch(chosen[i : i + size], mask_documents) for i in range(0, len(chosen), size)]
+
+
+def validation_sources(config: DataConfig) -> tuple[DataConfig, ...]:
+    """The sources that have validation text of their own; else the first, whose fields the one text for all is in."""
+    validation = config.validation
+    is_one = validation.kind == "files" or (validation.kind == "split" and validation.hub_name)
+    return config.sources[:1] if is_one else config.sources
 
 
 def all_validation_batches(
@@ -109,18 +133,26 @@ def _validation_samples(
 
 def _read_samples(data: DataConfig, tokenizer: Tokenizer, retry: Retry, by_end: bool | None = None) -> Iterator[Sample]:
     """Raises ConfigError if there is none."""
-    documents = open_validation(data, retry, by_end)
-    packer = Packer(documents, tokenizer, data.sequence_length, counts_bytes=True)
+    documents = open_validation(data, retry, by_end, template_of(data, tokenizer))
+    packer = _in_order(data, documents, tokenizer, counts_bytes=True)
     is_empty = True
     for sample in packer:
         is_empty = False
         yield sample
-    rest = packer.remainder()
+    rest = packer.remainder() if isinstance(packer, Packer) else None
     if rest is not None and len(rest.tokens) > 1:
         is_empty = False
         yield rest.padded(data.sequence_length + 1, tokenizer.eos_id)
     if is_empty:
         raise ConfigError(f"no text to validate on in {packer.stream.source}")
+
+
+def _in_order(
+    data: DataConfig, documents: DocumentStream, tokenizer: Tokenizer, counts_bytes: bool = False
+) -> Packer | ConversationPacker:
+    if data.messages_field:
+        return ConversationPacker(documents, tokenizer, data.sequence_length)
+    return Packer(documents, tokenizer, data.sequence_length, counts_bytes)
 
 
 def held_out_lines(config: DataConfig, rules: Sequence[bool | None] = ()) -> list[str]:
@@ -139,14 +171,24 @@ def training_rows(
             length = data.sequence_length + 1
             yield from (tokens.sample(start, length, 0).tokens for start in range(0, len(tokens) - length + 1, length))
         else:
-            documents = open_training(data, seed, epochs=1, by_end=by_end)
-            packer = Packer(documents, tokenizer, data.sequence_length)
-            yield from (sample.tokens for sample in packer)
+            template = template_of(data, tokenizer)
+            documents = open_training(data, seed, epochs=1, by_end=by_end, template=template)
+            for sample in _in_order(data, documents, tokenizer):
+                yield sample.tokens[sample.document_ids != PADDING]
 
 
-def training_documents(config: DataConfig, seed: int) -> Iterator[str]:
-    """One epoch of every source's text, a document of each in turn."""
-    streams = [open_training(data, seed, epochs=1, retry=Retry(data.read_retries)) for data in config.sources]
+def training_documents(config: DataConfig, seed: int, template: ChatTemplate | None = None) -> Iterator[str]:
+    """One epoch of every source's text, a document of each in turn; conversations without control tokens.
+
+    `template` is the one that conversations are trained with, so that what is held out is the same.
+    """
+    streams: list[Iterator[str]] = []
+    for data in config.sources:
+        texts = open_training(data, seed, epochs=1, retry=Retry(data.read_retries), template=template)
+        if data.messages_field:
+            streams.append(map(template.control.plain if template else without_marks, texts))
+        else:
+            streams.append(texts)
     while streams:
         documents = [(stream, next(stream, None)) for stream in streams]
         yield from (text for _, text in documents if text is not None)

@@ -16,8 +16,8 @@ from p828.config import DataConfig, TrainConfig
 from p828.data.batch import HASHES, NO_TARGET, PADDING, Batch, Sample
 from p828.data.order import SampleOrder, SampleShuffler, SampleSource, TextStreams, at_step, source_seed
 from p828.data.retry import Retry
+from p828.data.text.conversation_packing import open_packer, template_of
 from p828.data.text.open import check_streams, open_in_order, open_training
-from p828.data.text.packing import BestFitPacker, Packer, Packing
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.format import MANIFEST_FILE
 from p828.data.tokens.read import Prepared, ShuffledTokenDataset
@@ -64,14 +64,14 @@ def _open_source(
 ) -> SampleSource:
     if data.prepared:
         return ShuffledTokenDataset(open_prepared(data, tokenizer), data.sequence_length, seed, retry, files)
-    pack: type[Packer] | type[BestFitPacker] = Packer if data.packing == "concatenate" else BestFitPacker
-    by_end = open_in_order(data, retry).by_end
-    check_streams(data, seed, retry, by_end)
+    template = template_of(data, tokenizer)
+    by_end = open_in_order(data, retry, template).by_end
+    check_streams(data, seed, retry, by_end, template)
     streams, samples = [], []
     for part in range(data.streams):
         own_seed = source_seed(seed, part)
-        documents = open_training(data, own_seed, part=part, parts=data.streams, retry=retry, by_end=by_end)
-        packer: Packing = pack(documents, tokenizer, data.sequence_length)
+        documents = open_training(data, own_seed, None, part, data.streams, retry, by_end, template)
+        packer = open_packer(data, documents, tokenizer)
         streams.append(documents)
         samples.append(SampleShuffler(packer, max(data.shuffle_rows // data.streams, 1), own_seed))
     return TextStreams(samples, streams)
@@ -88,25 +88,24 @@ def make_batch(samples: Sequence[Sample], mask_documents: bool, sources: int = 1
     """Stack samples of equal length. `sources` is how many sources the run has."""
     tokens = np.stack([sample.tokens for sample in samples])
     document_ids = np.stack([sample.document_ids for sample in samples])
-    has_no_target = document_ids[:, 1:] == PADDING
-    targets_BS = np.where(has_no_target, NO_TARGET, tokens[:, 1:])
-    # The last token of the text has no target, and so is padding as an input.
-    document_ids_BS = np.where(has_no_target, np.int32(PADDING), document_ids[:, :-1])
+    has_target = np.stack([sample.targets() for sample in samples])
+    targets_BS = np.where(has_target, tokens[:, 1:], NO_TARGET)
+    # The last token before padding has nothing to predict, and so is padding as an input.
+    document_ids_BS = np.where(document_ids[:, 1:] == PADDING, np.int32(PADDING), document_ids[:, :-1])
     index = np.arange(targets_BS.shape[1])
     positions_BS = np.broadcast_to(index, targets_BS.shape)
     if mask_documents:
         begins = np.diff(document_ids_BS, axis=1, prepend=document_ids_BS[:, :1]) != 0
         positions_BS = positions_BS - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
-    targets_of_sample = targets_BS.shape[1] - has_no_target.sum(axis=1)
     numbers = [sample.source for sample in samples]
-    source_targets = np.bincount(numbers, weights=targets_of_sample, minlength=sources)
+    source_tokens = np.bincount(numbers, weights=(document_ids_BS != PADDING).sum(axis=1), minlength=sources)
     return Batch(
         torch.from_numpy(tokens[:, :-1].copy()),
         torch.from_numpy(targets_BS),
         torch.from_numpy(positions_BS.copy()),
         torch.from_numpy(document_ids_BS),
-        num_targets=int(targets_of_sample.sum()),
-        source_targets=tuple(source_targets.astype(int).tolist()),
+        num_targets=int(has_target.sum()),
+        source_tokens=tuple(source_tokens.astype(int).tolist()),
         documents=sum(sample.documents for sample in samples),
         split_documents=sum(sample.split_documents for sample in samples),
         hash=sum(xxhash.xxh3_64_intdigest(sample.tokens.tobytes()) for sample in samples) % HASHES,
@@ -118,8 +117,10 @@ def make_batch(samples: Sequence[Sample], mask_documents: bool, sources: int = 1
 
 def _text_bytes(samples: Sequence[Sample]) -> int | None:
     """Of all targets; None if one sample does not say it."""
-    counts = [sample.text_bytes[1:].sum() for sample in samples if sample.text_bytes is not None]
-    return int(sum(counts)) if len(counts) == len(samples) else None
+    counts = [
+        int(sample.text_bytes[1:].sum(where=sample.targets())) for sample in samples if sample.text_bytes is not None
+    ]
+    return sum(counts) if len(counts) == len(samples) else None
 
 
 class BatchIterator(Protocol):

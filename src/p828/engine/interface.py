@@ -18,6 +18,7 @@ from torch import Tensor
 from p828.data.batch import Batch
 from p828.model.transformer import Transformer
 from p828.runs.tensors import Saveable, Tensors
+from p828.runs.weights import Weights
 
 Number = float | list[float]
 """Of a step's record: a scalar, or a list with an entry a layer."""
@@ -120,6 +121,9 @@ class Engine(Protocol):
 
     def state_dict(self) -> Mapping[str, Mapping[str, Saveable]]:
         """What a checkpoint needs from this rank, by file and name. The tensors are the engine's own, not copies."""
+
+    def load_weights(self, weights: Weights) -> None:
+        """Begin from these weights and balance biases, with the optimizer as it is. A rank reads what it holds."""
 
     def load_state_dict(self, tensors: Tensors) -> None:
         """Go on from what any engine saved."""

@@ -22,6 +22,7 @@ from p828.optim.groups import parameter_groups
 from p828.optim.interface import Optimizer
 from p828.optim.masters import Masters
 from p828.runs.tensors import Saveable, Tensors
+from p828.runs.weights import Weights
 from p828.system.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
 
 
@@ -89,6 +90,14 @@ class PlainEngine:
         yield self.model
 
     model_for_evaluation = gathered_model
+
+    def load_weights(self, weights: Weights) -> None:
+        """Begin from these weights and balance biases, with the optimizer as it is."""
+        masters = self.masters.state_dict()
+        for name, tensor in self.model.state_dict().items():
+            if name not in masters:
+                tensor.copy_(weights[name])
+        self.masters.load_state_dict(weights)
 
     def load_state_dict(self, tensors: Mapping[str, dict[str, Tensor]] | Tensors) -> None:
         """Go on from what any engine saved."""

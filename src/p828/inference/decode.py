@@ -3,18 +3,17 @@
 B counts the prompts still running, S the tokens of the longest prompt, V the model's vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from p828.errors import NotFinite
-from p828.inference.evaluate import evaluation_mode
+from p828.inference.evaluate import evaluation_mode, uncompiled
 from p828.inference.sampling import SamplingConfig, sample
 from p828.model.kv_cache import KVCache
-from p828.model.transformer import Layer, Transformer
+from p828.model.transformer import Transformer
 
 FinishReason = Literal["end", "stop", "length", "context"]
 OnToken = Callable[[int, int, FinishReason | None], bool]
@@ -22,10 +21,10 @@ OnToken = Callable[[int, int, FinishReason | None], bool]
 
 class Continuation(NamedTuple):
     ids: list[int]
-    """The tokens after the prompt, without the one that ends a document."""
+    """The tokens after the prompt, without the one that ends it."""
     finish_reason: FinishReason
-    """`end`: the model ended the document; `stop`: `on_token` said so; `length`: max_new_tokens; `context`: the model's
-    context is full."""
+    """`end`: the model ended the document or its answer; `stop`: `on_token` said so; `length`: max_new_tokens;
+    `context`: the model's context is full."""
 
 
 def decode(
@@ -37,22 +36,23 @@ def decode(
     vocab_size: int,
     dtype: torch.dtype = torch.float32,
     on_token: OnToken = lambda index, token, finish_reason: False,
+    end_ids: Collection[int] = (),
 ) -> list[Continuation]:
     """The continuation of every prompt, computed in `dtype`, of tokens below `vocab_size`.
 
-    A prompt is shorter than the model's context; an empty one begins a document. Each prompt draws from its own
-    generator, on the model's device. `on_token(index of the prompt, token, finish reason)` gets each token as it
-    comes, with the reason if it is the last one, and ends the continuation by returning True. What a prompt gets does
-    not depend on the others, but for the rounding of matrix products of another size. The model's training mode stays
-    as it is. Raises NotFinite for a model whose weights diverged.
+    It ends before EOS and before any of `end_ids`. A prompt is shorter than the model's context; an empty one begins a
+    document. Each prompt draws from its own generator, on the model's device. `on_token(index of the prompt, token,
+    finish reason)` gets each token as it comes, with the reason if it is the last one, and ends the continuation by
+    returning True. What a prompt gets does not depend on the others, but for the rounding of matrix products of another
+    size. The model's training mode stays as it is. Raises NotFinite for a model whose weights diverged.
     """
     context = model.config.max_position_embeddings
     sequences = [
-        _Sequence(prompt, generator, eos_id, config.max_new_tokens, context)
+        _Sequence(prompt, generator, eos_id, config.max_new_tokens, context, end_ids)
         for prompt, generator in zip(prompts, generators, strict=True)
     ]
     running = list(range(len(sequences)))
-    with evaluation_mode(model), _uncompiled(model):
+    with evaluation_mode(model), uncompiled(model):
         cache = None
         while running:
             active = [sequences[index] for index in running]
@@ -80,7 +80,13 @@ class _Sequence:
     """One prompt and the tokens so far."""
 
     def __init__(
-        self, prompt: Sequence[int], generator: torch.Generator, eos_id: int, max_new_tokens: int, context: int
+        self,
+        prompt: Sequence[int],
+        generator: torch.Generator,
+        eos_id: int,
+        max_new_tokens: int,
+        context: int,
+        end_ids: Collection[int],
     ) -> None:
         self.ids = list(prompt) or [eos_id]
         """The tokens so far; a document's beginning follows another document's end."""
@@ -88,12 +94,12 @@ class _Sequence:
         """Those under the repetition penalty: not the EOS that stands for the beginning of a document."""
         self.generator = generator
         self.finish_reason: FinishReason | None = None
-        self._eos_id, self._prompt_length = eos_id, len(self.ids)
+        self._end_ids, self._prompt_length = {eos_id, *end_ids}, len(self.ids)
         self._length_end, self._context_end = len(self.ids) + max_new_tokens, context
 
     def take(self, token: int) -> None:
         """Add a token; sets `finish_reason` if it is the last one."""
-        if token == self._eos_id:
+        if token in self._end_ids:
             self.finish_reason = "end"
             return
         self.ids.append(token)
@@ -106,16 +112,6 @@ class _Sequence:
     def continuation(self) -> Continuation:
         assert self.finish_reason is not None
         return Continuation(self.ids[self._prompt_length :], self.finish_reason)
-
-
-def _uncompiled(model: Transformer) -> AbstractContextManager[None]:
-    """Compiled layers run as they were written, since a trainer's would be compiled anew for each length."""
-    return torch.compiler.set_stance("force_eager") if any(map(_is_compiled, model.layers)) else nullcontext()
-
-
-def _is_compiled(layer: Layer) -> bool:
-    """As a whole, by the plain engine, or its `forward` alone, by DeepSpeed's."""
-    return layer._compiled_call_impl is not None or "forward" in vars(layer)
 
 
 def _prefill(model: Transformer, sequences: Sequence[_Sequence], cache: KVCache, dtype: torch.dtype) -> Tensor:

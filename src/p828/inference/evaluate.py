@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from p828.data.batch import Batch
 from p828.errors import DataError
 from p828.model.loss import linear_cross_entropy
-from p828.model.transformer import Transformer
+from p828.model.transformer import Layer, Transformer
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,16 @@ def evaluation_mode(model: Transformer) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def uncompiled(model: Transformer) -> AbstractContextManager[None]:
+    """Compiled layers run as they were written inside, since a trainer's would be compiled anew for each length."""
+    return torch.compiler.set_stance("force_eager") if any(map(_is_compiled, model.layers)) else nullcontext()
+
+
+def _is_compiled(layer: Layer) -> bool:
+    """As a whole, by the plain engine, or its `forward` alone, by DeepSpeed's."""
+    return layer._compiled_call_impl is not None or "forward" in vars(layer)
 
 
 def perplexity(loss: float) -> float:

@@ -1,7 +1,7 @@
 """Continue text: prompts to tokens, and tokens to text, given out as soon as it is certain."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +41,23 @@ def generate(
     Raises ConfigError for a prompt that is no valid Unicode or fills the model's context, and for a model whose weights
     diverged.
     """
-    prompts = list(prompts)
-    ids = [_encode(tokenizer, prompt, model.config.max_position_embeddings) for prompt in prompts]
+    ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    return continued(model, tokenizer, list(prompts), ids, config, on_text, dtype)
+
+
+def continued(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    on_text: OnText,
+    dtype: torch.dtype,
+    end_ids: Collection[int] = (),
+) -> list[Completion]:
+    """As `generate`, of prompts whose tokens are `ids`, which the model ends by EOS or one of `end_ids`."""
+    for prompt_ids in ids:
+        _check_length(prompt_ids, model.config.max_position_embeddings)
     streams = [TextStream(tokenizer, prompt_ids or [tokenizer.eos_id], config.stop) for prompt_ids in ids]
     pieces: list[list[str]] = [[] for _ in prompts]
 
@@ -57,27 +72,27 @@ def generate(
 
     device = model.head_weight.device
     generators = [_generator(config, prompts, index, device) for index in range(len(prompts))]
-    continuations = decode(
-        model, ids, config, generators, tokenizer.eos_id, tokenizer.vocab_size, dtype=dtype, on_token=take
-    )
+    continuations = decode(model, ids, config, generators, tokenizer.eos_id, tokenizer.vocab_size, dtype, take, end_ids)
     return [
         Completion("".join(text), continuation.finish_reason)
         for text, continuation in zip(pieces, continuations, strict=True)
     ]
 
 
-def _encode(tokenizer: Tokenizer, prompt: str, context: int) -> list[int]:
+def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
         raise ConfigError(f"the prompt {prompt!r} is not valid Unicode text") from None
-    ids = tokenizer.encode(prompt)
+    return tokenizer.encode(prompt)
+
+
+def _check_length(ids: Sequence[int], context: int) -> None:
     if len(ids) >= context:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens: at most {context - 1} are accepted, "
             f"for the model's context (model.max_position_embeddings) is {context}"
         )
-    return ids
 
 
 def _generator(config: SamplingConfig, prompts: Sequence[str], index: int, device: torch.device) -> torch.Generator:

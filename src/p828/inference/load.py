@@ -1,8 +1,11 @@
 """A trained model from disk, ready to use."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -39,6 +42,15 @@ class LoadedModel:
     """By which rule the run holds out text of each source (`data.order.held_out_rules`)."""
 
 
+class SavedModel(NamedTuple):
+    """A checkpoint that was found to be what a run writes. Its weights are read when asked for."""
+
+    checkpoint: checkpoint.OpenCheckpoint
+    config: Config
+    """The run's resolved configuration."""
+    tokenizer: Tokenizer
+
+
 def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
     """Load from a run's directory (its newest complete checkpoint) or a checkpoint; `device`: auto, cpu or cuda.
 
@@ -49,26 +61,43 @@ def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('device = "cuda": this machine shows no GPU to PyTorch; "auto" or "cpu" is accepted')
-    place, retry = pick_device(device), Retry(READ_RETRIES, report=warn)
+    place = pick_device(device)
+    with opened_model(path) as saved:
+        config, rules = saved.config, rules_of(saved.checkpoint)
+        weights = saved.checkpoint.tensors["model"]
+    sizes, dtype = _arithmetic(config, place)
+    model = Transformer(sizes)
+    model.load_state_dict(weights)
+    _store_in(model, dtype)
+    step = saved.checkpoint.step
+    return LoadedModel(model.to(place).eval(), saved.tokenizer, config, saved.checkpoint.path, step, dtype, rules)
+
+
+@contextmanager
+def opened_model(path: str | Path) -> Iterator[SavedModel]:
+    """A run's newest complete checkpoint, or the one that is named, verified and open.
+
+    Warns and raises as `load_model`. Errors of the block are raised as they are.
+    """
+    retry = Retry(READ_RETRIES, report=warn)
     found, notes = checkpoint.resolve_with_notes(Path(path), retry)
     for note in notes:
         warn(note)
     found = Path(os.path.abspath(found))  # as it was named, since a link to it may lie in the run's directory
     manifest = checkpoint.verify(found, ["model"], retry)
     with checkpoint.opened(found, manifest, ["model"], retry=retry) as saved:
-        config = config_of(saved)
-        validate(config)
-        tokenizer = _load_tokenizer(_tokenizer_file(saved), config)
-        if saved.state.get("tokenizer") != tokenizer.fingerprint():
-            raise ConfigError(f"{found}: trained with another tokenizer than its run's {TOKENIZER_FILE}")
-        check_weights(saved, config.model)
-        rules = rules_of(saved)
-        weights = saved.tensors["model"]
-    sizes, dtype = _arithmetic(config, place)
-    model = Transformer(sizes)
-    model.load_state_dict(weights)
-    _store_in(model, dtype)
-    return LoadedModel(model.to(place).eval(), tokenizer, config, found, saved.step, dtype, rules)
+        yield checked_model(saved)
+
+
+def checked_model(saved: checkpoint.OpenCheckpoint) -> SavedModel:
+    """A checkpoint whose weights are open. Raises ConfigError and DataError if it is not what a run writes."""
+    config = config_of(saved)
+    validate(config)
+    tokenizer = _load_tokenizer(_tokenizer_file(saved), config)
+    if saved.state.get("tokenizer") != tokenizer.fingerprint():
+        raise ConfigError(f"{saved.path}: trained with another tokenizer than its run's {TOKENIZER_FILE}")
+    check_weights(saved, config.model)
+    return SavedModel(saved, config, tokenizer)
 
 
 def _tokenizer_file(saved: checkpoint.OpenCheckpoint) -> Path:

@@ -62,9 +62,9 @@ def _data(run: DataConfig, values: Mapping[str, Any]) -> DataConfig:
         )
     if "validation.files" in values and data.validation.kind == "files":
         # No other source is read, so it need not be complete.
-        text_field = values.get("text_field", run.sources[0].text_field)
+        fields = {key: values.get(key, getattr(run.sources[0], key)) for key in ("text_field", "messages_field")}
         return dataclasses.replace(
-            data, source=run.source, files=run.files, text_field=text_field, mixture=(), mixture_steps=(0,), prepared=""
+            data, source=run.source, files=run.files, mixture=(), mixture_steps=(0,), prepared="", **fields
         )
     is_the_runs = all(getattr(data, key) == getattr(run, key) for key in ("validation", "source", "files", "hub_name"))
     if is_the_runs or "prepared" in values:
@@ -97,7 +97,10 @@ def batches_of(
 
 def _texts(config: Config) -> list[tuple[Any, ...]]:
     """What text the sources are."""
-    return [(s.source, s.files, s.text_field, s.hub_name, s.hub_subset, s.hub_split) for s in config.data.sources]
+    return [
+        (s.source, s.files, s.text_field, s.messages_field, s.hub_name, s.hub_subset, s.hub_split)
+        for s in config.data.sources
+    ]
 
 
 def in_words(config: Config, given: Collection[str]) -> str:

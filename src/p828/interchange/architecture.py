@@ -4,7 +4,7 @@ Nothing here imports torch, so that `p828 train --dry-run` can say where a model
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,8 +33,6 @@ class Architecture:
     """What of a configuration it does not have, in a few words each, as "sinks"; nothing: it is exactly the model."""
     to_config: Callable[[ModelConfig], dict[str, Any]]
     """The content of config.json but for what every architecture has (`architectures`, token ids, dtype)."""
-    from_config: Callable[[Mapping[str, Any]], ModelConfig]
-    """The reverse. Raises ConfigError naming the field of theirs that p828 does not have."""
     pieces: Callable[[str, ModelConfig], list[Piece]]
     """Their tensors that are one of our state's, by its name; none for what they do not store."""
 

@@ -140,14 +140,14 @@ def check_weights(saved: OpenCheckpoint, model: ModelConfig) -> None:
             f"{saved.path}: the weights are {len(names)} tensors, "
             f"fewer than model.num_hidden_layers = {model.num_hidden_layers}"
         )
-    expected = {name: Kind("F32", shape) for name, (shape, _) in _expected(saved, model).items()}
+    expected = {name: Kind("F32", shape) for name, (shape, _) in expected_tensors(saved.path, model).items()}
     _check_kinds(saved, "model", "the weights", expected)
 
 
 def _check_optimizer(saved: OpenCheckpoint, model: ModelConfig, step: int, state_keys: Collection[str]) -> None:
     """Check moments and numbers of updates. Checkpoints of step 0 of older versions lack some."""
     expected: dict[str, Kind] = {}
-    for name, (shape, is_parameter) in _expected(saved, model).items():
+    for name, (shape, is_parameter) in expected_tensors(saved.path, model).items():
         if is_parameter:
             expected |= {f"{key}/{name}": Kind("F32", () if key == "step" else shape) for key in state_keys}
     found = saved.tensors.names("optimizer")
@@ -190,13 +190,13 @@ def _check_cuda_state(state: torch.Tensor) -> None:
         raise ValueError("its place is no multiple of 4")
 
 
-def _expected(saved: OpenCheckpoint, model: ModelConfig) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """The shape of each of the model's tensors by name, and whether it is a parameter."""
+def expected_tensors(path: Path, model: ModelConfig) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """The shape of each of the model's tensors by name, and whether it is a parameter. Raises DamagedCheckpoint."""
     try:
         with torch.device("meta"):  # which takes no memory
             twin = Transformer(model)
     except (RuntimeError, OverflowError, TypeError):  # sizes beyond what PyTorch can count
-        raise DamagedCheckpoint(f"{saved.path}: its configuration is of a model too large to be one") from None
+        raise DamagedCheckpoint(f"{path}: its configuration is of a model too large to be one") from None
     parameters = {name for name, _ in twin.named_parameters()}
     return {name: (tuple(tensor.shape), name in parameters) for name, tensor in twin.state_dict().items()}
 

@@ -9,6 +9,8 @@ from p828.config import RUN_FILE
 CONFIG_FILE = RUN_FILE
 TOKENIZER_FILE = "tokenizer.json"
 """Also in every checkpoint, so that one can be used by itself."""
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+"""Beside the tokenizer where it has a chat template, which is in it."""
 CHECKPOINTS = "checkpoints"
 RECORDS_FILE = "metrics.jsonl"
 DAMAGED_RECORDS_FILE = "metrics.damaged"

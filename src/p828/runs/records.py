@@ -1,6 +1,6 @@
 """A run's records, `metrics.jsonl`: the format, its writer (`Recorder`) and its reader (`read`).
 
-Every line is an object with `kind` ("step", "eval", "sample", "event", ...) and `step`. JSON has no NaN and no
+Every line is an object with `kind` ("step", "eval", "tasks", "sample", "event", ...) and `step`. JSON has no NaN and no
 infinity, so these are the strings "NaN", "Infinity" and "-Infinity", which `float()` of Python, pandas and
 JavaScript's `Number()` understand.
 
@@ -28,7 +28,7 @@ PIECE = 2**20  # bytes
 LONGEST_LINE = 16 * 2**20  # bytes; a step of a thousand layers of a thousand experts takes half of it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)  # a full disk, or one that fails for now
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-REPEATED_KINDS = ("step", "eval", "sample")  # kinds that a resumed run writes again
+REPEATED_KINDS = ("step", "eval", "tasks", "sample")  # kinds that a resumed run writes again
 
 
 class Mirror(Protocol):
@@ -72,7 +72,7 @@ class Recorder:
         """
         if self.is_quiet:
             return
-        record = _encode({"kind": kind, "step": step, **values})
+        record = encoded({"kind": kind, "step": step, **values})
         self.waiting.append(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
         try:
             while self.waiting and self._append(self.waiting[0]):
@@ -204,6 +204,17 @@ def load_entropy(load_E: Sequence[int]) -> float:
     return min(max(entropy / math.log(len(load_E)), 0.0), 1.0)
 
 
+def encoded(value: Any) -> Any:
+    """JSON values with the names of NaN and the infinities in their place."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: encoded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encoded(item) for item in value]
+    return value
+
+
 def _is_kept(record: dict[str, Any], step: int) -> bool:
     """Whether a run that continues after `step` does not write this record again."""
     return record["kind"] not in REPEATED_KINDS or record["step"] <= step
@@ -246,16 +257,6 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         return None
     is_record = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
     return record if is_record else None
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    return value
 
 
 def _decode(value: Any) -> Any:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
@@ -62,11 +62,21 @@ class Master(NamedTuple):
     """int16, of the same shape."""
 
 
-Saveable = Tensor | TensorShard | Master
+class Unread(NamedTuple):
+    """A tensor that is elsewhere, and read when it is its turn to be written."""
+
+    like: Tensor
+    """On the meta device: shape and dtype."""
+    read: Callable[[], Tensor]
+
+
+Saveable = Tensor | TensorShard | Master | Unread
 
 
 def tensors_of(value: Saveable) -> tuple[Tensor, ...]:
-    """The tensors that a value is made of."""
+    """The tensors that a value is made of; of one that is unread only shape and dtype."""
+    if isinstance(value, Unread):
+        return (value.like,)
     if isinstance(value, TensorShard):
         return (value.values,)
     return tuple(value) if isinstance(value, Master) else (value,)
@@ -170,7 +180,8 @@ def _on_host(values: Iterable[Saveable]) -> Iterator[Tensor]:
 def _pieces(values: Iterable[Saveable], count: int) -> Iterator[tuple[Tensor, ...]]:
     """The tensors that make up each value, flat, `count` numbers of each at a time."""
     for value in values:
-        split = (tensor.detach().contiguous().view(-1).split(count) for tensor in tensors_of(value))
+        tensors = (value.read(),) if isinstance(value, Unread) else tensors_of(value)
+        split = (tensor.detach().contiguous().view(-1).split(count) for tensor in tensors)
         yield from zip(*split, strict=True)
 
 

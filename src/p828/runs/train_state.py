@@ -22,7 +22,7 @@ class BatchStats:
     hash: int
     """Of the rows, as `Batch.hash`."""
     by_source: tuple[int, ...]
-    """Targets."""
+    """Tokens, without padding."""
     epoch: int = 0
     """The latest epoch that a row belongs to; the first epoch is 0."""
     attended_pairs: int = 0
@@ -30,12 +30,17 @@ class BatchStats:
     bad_records: int = 0
     """Malformed records that the run has passed over so far, on all ranks."""
 
+    @property
+    def tokens(self) -> int:
+        """Of all sources; of conversations more than there are targets."""
+        return sum(self.by_source)
+
     @staticmethod
     def of(batches: Sequence[Batch], sources: int) -> "BatchStats":
         by_source = [0] * sources
         for batch in batches:
-            for source, targets in enumerate(batch.source_targets):
-                by_source[source] += targets
+            for source, tokens in enumerate(batch.source_tokens):
+                by_source[source] += tokens
         return BatchStats(
             sum(batch.num_targets for batch in batches),
             sum(batch.documents for batch in batches),
@@ -70,7 +75,7 @@ class TrainState:
     """Steps that the average is over, at most `EMA_STEPS`."""
     rollbacks: int = 0
     source_tokens: list[int] = field(default_factory=list)
-    """Targets trained on so far, for each source of the mixture."""
+    """Tokens trained on so far, for each source of the mixture."""
     documents: int = 0
     """Documents trained on to their end."""
     cut_documents: int = 0
@@ -81,7 +86,7 @@ class TrainState:
         self.step += 1
         by_source = zip_longest(self.source_tokens, stats.by_source, fillvalue=0)
         self.source_tokens = [sum(counts) for counts in by_source]
-        self.tokens += stats.targets
+        self.tokens += stats.tokens
         self.documents += stats.documents
         self.cut_documents += stats.split_documents
 

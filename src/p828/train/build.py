@@ -9,16 +9,24 @@ from pathlib import Path
 
 import torch
 
-from p828.config import Config, load, validate, with_steps
+from p828.config import Config, EvaluationConfig, load, validate, with_steps
 from p828.data.amount import amounts, repeated
 from p828.data.batch import Batch
-from p828.data.build import held_out_lines, prepared_tokenizer, training_documents, validation_batches
+from p828.data.build import (
+    held_out_lines,
+    prepared_tokenizer,
+    tokenizer_of,
+    training_documents,
+    validation_batches,
+    validation_sources,
+)
 from p828.data.loader import Loader, open_loader
 from p828.data.retry import Retry
 from p828.data.text.hub import pinned
 from p828.data.text.open import open_training, open_validation
-from p828.data.tokenizer.of_run import load_tokenizer, remarks
+from p828.data.tokenizer.of_run import remarks
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer_config import config_json, save_template
 from p828.data.tokens.format import open_manifest
 from p828.distributed.group import ProcessGroup, joined
 from p828.distributed.links import check_topology
@@ -27,11 +35,15 @@ from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError
+from p828.inference.answer import prompt_ids
+from p828.inference.tasks.tasks import Tasks, open_all
+from p828.interchange.fit import check_shapes
+from p828.interchange.origin import Origin
 from p828.model.costs import count_parameters
 from p828.optim.schedule import learning_rate
 from p828.runs import checkpoint, file_names
 from p828.runs.checkpoint_content import rules_of
-from p828.runs.file_names import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
+from p828.runs.file_names import CHECKPOINTS, CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from p828.runs.records import Recorder
 from p828.runs.train_state import TrainState
 from p828.system.device import check_room, make_deterministic, pick_device
@@ -39,11 +51,13 @@ from p828.train.checkpointing import Checkpointing
 from p828.train.console import Console, say, waiting
 from p828.train.evaluation import Evaluator
 from p828.train.fetch import Fetcher
+from p828.train.init_from import load_weights, origin_of, take_tokenizer
 from p828.train.log import Log
 from p828.train.resume import RunDirectory, open_run, resume
 from p828.train.rollback import Rollback
 from p828.train.signals import graceful_shutdown, interruptible
 from p828.train.summary import banner, conclude, report_start
+from p828.train.task_evaluation import TaskEvaluator
 from p828.train.trainer import Trainer
 from p828.train.usage import Usage
 from p828.train.wandb import WandbMirror, open_mirror
@@ -65,11 +79,12 @@ def train(config: Config) -> None:
             settings = check_deepspeed(config, ranks) if config.engine == "deepspeed" else None
         config, newer = ranks.on_rank_0(lambda: pinned(config, _before(config)))
         _check_data(config, ranks, report)
+        tasks = _open_tasks(config.evaluation, ranks, report)
         configure_torch(config)
         if settings is None:  # before hours are spent on a tokenizer; again once its size is known
             check_room(count_parameters(config.model).total, pick_device(config.train.device))
         outputs = _open_outputs(config, ranks, report, stack)
-        inputs = _open_inputs(config, ranks, outputs)
+        inputs = _open_inputs(config, ranks, outputs, tasks)
         with inputs.loader:
             _run(inputs, outputs, ranks, settings, newer)
 
@@ -94,7 +109,11 @@ class _Inputs:
     rules: list[bool | None]
     """By which rule the run's checkpoint holds out text, of each source; empty for a new run."""
     validation: list[Batch]
+    tasks: Tasks | None
+    """As `TaskEvaluator.tasks`."""
     loader: Loader
+    origin: Origin | None
+    """The model that a new run starts from; None for a run that goes on, or starts from drawn weights."""
 
 
 def _before(config: Config) -> Config | None:
@@ -116,7 +135,22 @@ def _check_data(config: Config, ranks: ProcessGroup, report: Callable[[str], Non
                 open_manifest(Path(data.prepared))
             else:
                 open_training(data, config.train.seed, retry=Retry(report=report))
-                next(open_validation(data, Retry(data.read_retries, report=report)))
+                if data in validation_sources(config.data):
+                    next(open_validation(data, Retry(data.read_retries, report=report)))
+
+
+def _open_tasks(evaluation: EvaluationConfig, ranks: ProcessGroup, report: Callable[[str], None]) -> Tasks | None:
+    """The tasks, on rank 0, whose data may have to be fetched; None on the others. Raises ConfigError on all ranks."""
+    opened: list[Tasks] = []
+
+    def find() -> None:
+        names, directory = evaluation.tasks, evaluation.tasks_path
+        opened.append(interruptible(lambda: open_all(names, directory, is_quiet=True)))
+
+    if evaluation.tasks:
+        with waiting(f"reading the tasks: {', '.join(evaluation.tasks)}", report):
+            ranks.on_rank_0(find)
+    return opened[0] if opened else None
 
 
 def configure_torch(config: Config) -> None:
@@ -141,13 +175,17 @@ def _open_outputs(
     return _Outputs(run, mirror, recorder, stack.enter_context(console), device)
 
 
-def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs) -> _Inputs:
+def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs, tasks: Tasks | None) -> _Inputs:
     run, console = outputs.run, outputs.console
     part = ranks.on_host()  # the ranks of a host compare the files of prepared data together
-    ranks.on_rank_0(lambda: _make_tokenizer(config, run, console))  # the others find it in the run's directory
+    origin = origin_of(config, ranks, console) if run.newest is None else None
+    # The other ranks find it in the run's directory.
+    ranks.on_rank_0(lambda: _make_tokenizer(config, run, origin, console))
     with ranks.raise_together():
         tokenizer = _tokenizer(config, console)
         config = run.with_vocabulary(config, tokenizer.vocab_size)
+        if origin is not None:
+            check_shapes(config, origin.config.model)
         if outputs.mirror is not None:
             outputs.mirror.update(config)
         _check_prompts(config, tokenizer)
@@ -181,7 +219,7 @@ def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs) -> _Inp
                 report=console.event,
                 part=part,
             )
-    return _Inputs(config, tokenizer, rules, validation, loader)
+    return _Inputs(config, tokenizer, rules, validation, tasks, loader, origin)
 
 
 def _run(
@@ -197,6 +235,8 @@ def _run(
     )
     with console.waiting("making the model"):
         engine = _engine(config, ranks, settings, console)
+    if inputs.origin is not None:
+        load_weights(config, inputs.origin, engine, console)
     trainer = _trainer(inputs, outputs, engine, ranks)
     changes: list[str] = []
     if run.newest is not None:
@@ -207,7 +247,7 @@ def _run(
         loader.start()
         if ranks.is_first:
             run.write(config)
-    ranks.on_rank_0(lambda: _introduce(config, trainer, tokenizer, settings, outputs.mirror))
+    ranks.on_rank_0(lambda: _introduce(inputs, trainer, settings, outputs.mirror))
     report_start(config, run, trainer, tokenizer, [*held_out_lines(config.data, inputs.rules), *newer], changes)
     run.keep()
     with graceful_shutdown(loader.cancel, console.event) as shutdown:
@@ -222,6 +262,8 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
         outputs.recorder, outputs.console, usage, config.model, config.data, config.train, engine.device, ranks.size
     )
     fingerprint, enclosed = tokenizer.fingerprint(), {TOKENIZER_FILE: tokenizer.to_json().encode()}
+    if tokenizer.template is not None:
+        enclosed[TOKENIZER_CONFIG_FILE] = config_json(tokenizer.template).encode()
     checkpointing = Checkpointing(
         run.path / CHECKPOINTS, config, run.versions, fingerprint, enclosed, engine, loader, log, usage, ranks
     )
@@ -240,7 +282,17 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
         engine,
         Fetcher(loader, num_batches, num_sources, usage, checkpointing, engine.device, ranks),
         log,
-        Evaluator(config.evaluation, config.model.vocab_size, tokenizer, inputs.validation, engine, log, ranks),
+        Evaluator(
+            config.evaluation,
+            config.model.vocab_size,
+            tokenizer,
+            inputs.validation,
+            engine,
+            log,
+            ranks,
+            is_chat=_is_chat(config),
+        ),
+        _task_evaluator(inputs, engine, log, ranks),
         checkpointing,
         Rollback(config.rollback, checkpointing, loader, log, ranks),
         usage,
@@ -248,18 +300,24 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
     )
 
 
+def _task_evaluator(inputs: _Inputs, engine: Engine, log: Log, ranks: ProcessGroup) -> TaskEvaluator | None:
+    config = inputs.config
+    if not config.evaluation.tasks:
+        return None
+    rows, every = config.train.micro_batch_size, config.evaluation.tasks_every
+    return TaskEvaluator(inputs.tasks, every, rows, config.data.sequence_length, inputs.tokenizer, engine, log, ranks)
+
+
 def _introduce(
-    config: Config,
-    trainer: Trainer,
-    tokenizer: Tokenizer,
-    settings: DeepSpeedSettings | None,
-    mirror: WandbMirror | None,
+    inputs: _Inputs, trainer: Trainer, settings: DeepSpeedSettings | None, mirror: WandbMirror | None
 ) -> None:
     """Say what run this is, and how much data there is for it, which is recorded."""
-    ranks, log, step = trainer.ranks, trainer.log, trainer.state.step
+    config, origin, ranks, log, step = inputs.config, inputs.origin, trainer.ranks, trainer.log, trainer.state.step
     with log.console.waiting("estimating how much data there is"):
-        found = amounts(config, tokenizer, ranks.size)
-    log.console.block(config.name, banner(config, trainer.engine, ranks, settings, found, mirror))
+        found = amounts(config, inputs.tokenizer, ranks.size)
+    log.console.block(config.name, banner(config, trainer.engine, ranks, settings, found, mirror, origin))
+    if origin is not None:
+        log.event("init_from", step, path=str(origin.path), step_there=origin.step, upcycled=config.train.upcycle)
     log.data_sources(
         step, [{"name": a.name, "tokens": a.tokens, "is_exact": a.is_exact, "epochs": a.epochs} for a in found]
     )
@@ -279,13 +337,15 @@ def _engine(config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings | N
     return engine
 
 
-def _make_tokenizer(config: Config, run: RunDirectory, console: Console) -> None:
+def _make_tokenizer(config: Config, run: RunDirectory, origin: Origin | None, console: Console) -> None:
     is_new = not (config.run_dir / TOKENIZER_FILE).exists()
     has_prepared = any(data.prepared for data in config.data.sources)
+    if origin is not None:
+        take_tokenizer(config, origin)
     tokenizer = _tokenizer(config, console)
-    run.has_trained_tokenizer = is_new and config.tokenizer.name == "train" and not has_prepared
+    run.has_trained_tokenizer = is_new and config.tokenizer.name == "train" and not has_prepared and origin is None
     if is_new:
-        documents = () if has_prepared else training_documents(config.data, config.train.seed)
+        documents = () if has_prepared else training_documents(config.data, config.train.seed, tokenizer.template)
         for line in remarks(config.tokenizer, tokenizer, documents):
             console.event(line)
 
@@ -299,16 +359,22 @@ def _tokenizer(config: Config, console: Console) -> Tokenizer:
     if is_trained:
         console.print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens")
     with contextlib.nullcontext() if is_trained else console.waiting("loading the tokenizer"):
-        return load_tokenizer(
-            config.tokenizer, lambda: training_documents(config.data, config.train.seed), config.model.vocab_size, path
-        )
+        tokenizer = tokenizer_of(config, path)
+    if tokenizer.template is not None and not path.with_name(TOKENIZER_CONFIG_FILE).exists():
+        save_template(path.parent, tokenizer.template)
+    return tokenizer
+
+
+def _is_chat(config: Config) -> bool:
+    """Whether the run is on conversations alone, so that its prompts are messages."""
+    return all(data.messages_field for data in config.data.sources)
 
 
 def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:
     """A prompt too long for the model would otherwise end the run at its first evaluation."""
     context = config.model.max_position_embeddings
     for prompt in config.evaluation.prompts:
-        length = len(tokenizer.encode(prompt))
+        length = len(prompt_ids(tokenizer, prompt) if _is_chat(config) else tokenizer.encode(prompt))
         if length >= context:
             raise ConfigError(
                 f"evaluation.prompts: {prompt[:40]!r} has {length} tokens: "

@@ -9,6 +9,7 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.distributed.group import ProcessGroup
 from p828.engine.interface import Engine
 from p828.errors import NotFinite
+from p828.inference.answer import answer, asked
 from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
@@ -32,6 +33,8 @@ class Evaluator:
     engine: Engine
     log: Log
     ranks: ProcessGroup
+    is_chat: bool = False
+    """Whether the prompts are messages, to be answered and not continued."""
     is_first: bool = True
     """Whether none was made since this start."""
 
@@ -80,7 +83,7 @@ class Evaluator:
         return own + [self.batches[0].without_targets()] * missing
 
     def samples(self, step: int) -> list[tuple[str, str]]:
-        """Each prompt with its continuation; nothing on ranks but the first."""
+        """Each prompt with its continuation, or its answer; nothing on ranks but the first."""
         config = self.config
         if not config.prompts:
             return []
@@ -90,7 +93,10 @@ class Evaluator:
             if not self.ranks.is_first:
                 return []
             try:
-                completions = generate(model, self.tokenizer, prompts, sampling, dtype=self.engine.dtype)
+                if self.is_chat:
+                    completions = answer(model, self.tokenizer, asked(prompts), sampling, dtype=self.engine.dtype)
+                else:
+                    completions = generate(model, self.tokenizer, prompts, sampling, dtype=self.engine.dtype)
             except NotFinite:
                 text = "the prompts are not continued: the model's logits are no finite numbers"
                 self.log.event("no_samples", step, text)

@@ -10,6 +10,7 @@ import torch
 from p828.config import DataConfig, ModelConfig, TrainConfig
 from p828.engine.interface import StepResult
 from p828.inference.evaluate import Evaluation, perplexity
+from p828.inference.tasks.tasks import Results, shown_metrics
 from p828.model.costs import training_flops
 from p828.runs.records import Recorder, loads_every, loads_record
 from p828.runs.train_state import BatchStats, TrainState
@@ -55,7 +56,7 @@ class Log:
 
         A number of the result that is not known here passes through to the record and to Weights & Biases as it is.
         """
-        step, tokens_per_second = state.step, stats.targets / seconds
+        step, tokens_per_second = state.step, stats.tokens / seconds
         self.recorder.write(
             "step",
             step,
@@ -105,6 +106,12 @@ class Log:
         if self.data.mixture:
             self.console.sources(self.data.source_names, state.source_tokens)
 
+    def tasks(self, step: int, results: Results) -> None:
+        """Record what the model is worth at tasks, and show a line of each."""
+        self.recorder.write("tasks", step, results=results)
+        for name, metrics in results.items():
+            self.console.print(f"step {step}: {name}: {shown_metrics(metrics)}")
+
     def data_sources(self, step: int, sources: Sequence[dict[str, Any]]) -> None:
         """Record at a start how much data each source has, and the epochs that the run makes of it."""
         self.recorder.write("data", step, sources=list(sources))
@@ -128,12 +135,17 @@ class Log:
 
     def _mfu(self, stats: BatchStats, seconds: float) -> float | None:
         """Model FLOPs utilisation; None for a device whose peak is not known."""
-        flops, peak = training_flops(self.model, stats.targets, stats.attended_pairs), peak_flops(self.device)
+        flops, peak = training_flops(self.model, stats.tokens, stats.attended_pairs), peak_flops(self.device)
         return None if peak is None else flops / (seconds * peak * self.num_ranks)
 
     def _data_record(self, state: TrainState, stats: BatchStats) -> dict[str, Any]:
-        """What the run was trained on so far: documents, those of them that were split, tokens by source."""
+        """What the run was trained on so far: documents, those of them that were split, tokens by source.
+
+        With conversations also the step's targets, fewer than its tokens.
+        """
         record: dict[str, Any] = {"documents": state.documents, "cut_documents": state.cut_documents}
+        if self.data.has_conversations:
+            record["targets"] = stats.targets
         if self.data.bad_records == "skip":
             record["bad_records"] = stats.bad_records
         if self.data.mixture:

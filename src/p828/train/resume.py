@@ -27,8 +27,17 @@ from p828.files import MEBIBYTE, locked, read_limited, write_atomic
 from p828.optim.schedule import learning_rate
 from p828.runs import checkpoint, file_names, records
 from p828.runs.checkpoint_content import config_of, reading_position, seconds_of
-from p828.runs.file_names import CHECKPOINTS, CONFIG_FILE, QUARANTINED, RECORDS_FILE, TOKENIZER_FILE, WANDB_ID_FILE
+from p828.runs.file_names import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    QUARANTINED,
+    RECORDS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    WANDB_ID_FILE,
+)
 from p828.runs.file_system import try_out
+from p828.runs.tensors import part_of
 from p828.runs.train_state import TrainState
 from p828.train.checkpointing import Checkpointing
 
@@ -77,7 +86,7 @@ class RunDirectory:
     def write(self, config: Config) -> None:
         """Write config.toml. Raises ConfigError."""
         try:
-            _write_config(self.path / CONFIG_FILE, config, self.versions)
+            write_config(self.path / CONFIG_FILE, config, self.versions)
         except OSError as error:
             raise ConfigError(f"{error.filename or self.path}: cannot be written: {error.strerror}") from None
 
@@ -122,7 +131,7 @@ def _opened(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
         newest, damaged, changes, vocab_size = _resume_point(config)
         directory = RunDirectory(run_dir, versions(), newest, damaged, changes, made, vocab_size)
         if newest is None or not (run_dir / CONFIG_FILE).exists():  # else `write`, once the run can go on with it
-            _write_config(run_dir / CONFIG_FILE, config, directory.versions)
+            write_config(run_dir / CONFIG_FILE, config, directory.versions)
     except (P828Error, OSError) as error:
         if is_ours or isinstance(error, OSError):
             _remove(run_dir, made)
@@ -182,15 +191,13 @@ def _resume_point(config: Config) -> tuple[Path | None, list[str], list[str], in
             "Set them back to go on with that run, or give this one another --name"
         )
     if newest is None:
-        begun_anew = (RECORDS_FILE, WANDB_ID_FILE) if blocking else ()
-        of_other_text = (TOKENIZER_FILE,) if any(_decides_tokenizer(key, facts[key]) for key in changes) else ()
-        for name in (*begun_anew, *of_other_text):
+        outdated = [RECORDS_FILE, WANDB_ID_FILE] if blocking else []
+        if any(_decides_tokenizer(key, facts[key]) for key in changes):
+            outdated += [TOKENIZER_FILE, TOKENIZER_CONFIG_FILE]
+        for name in outdated:
             (run_dir / name).unlink(missing_ok=True)
-    if newest is not None and (newest / TOKENIZER_FILE).is_file() and not (run_dir / TOKENIZER_FILE).exists():
-        text = read_limited(newest / TOKENIZER_FILE, LARGEST_TOKENIZER).decode()
-        write_atomic(run_dir / TOKENIZER_FILE, text)
-    if newest is None:
         return None, damaged, [], 0
+    _restore_tokenizer(run_dir, newest)
     return newest, damaged, list(changes.values()), before["model.vocab_size"]
 
 
@@ -200,7 +207,22 @@ def _decides_tokenizer(key: str, facts: Facts) -> bool:
     if name.startswith("validation.") and facts.kinds and "held_out" not in facts.kinds:
         return False  # it names text that is never trained on
     is_of_text = section in ("data", "tokenizer") and (facts.is_fixed or bool(facts.decides_tokens))
-    return is_of_text or name.endswith("prepared") or key == "train.seed"
+    return is_of_text or name.endswith("prepared") or key in ("train.seed", "train.init_from")
+
+
+def _restore_tokenizer(run_dir: Path, newest: Path) -> None:
+    """Copy the checkpoint's tokenizer and chat template where the run's own are missing.
+
+    Raises ConfigError if the run has another template. Another tokenizer is found by its fingerprint.
+    """
+    for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
+        if not (newest / name).is_file():
+            continue
+        content, own = read_limited(newest / name, LARGEST_TOKENIZER), run_dir / name
+        if not own.exists():
+            write_atomic(own, content.decode())
+        elif name == TOKENIZER_CONFIG_FILE and read_limited(own, LARGEST_TOKENIZER) != content:
+            raise ConfigError(f"{newest}: trained with another chat template than the run's {own}: remove that file")
 
 
 def _refuse_if_there_were_some(run_dir: Path, damaged: list[str]) -> None:
@@ -224,12 +246,22 @@ def _before(config: Config, newest: Path | None, retry: Retry) -> dict[str, Any]
     path = config.run_dir / CONFIG_FILE
     if newest is not None:
         with checkpoint.opened(newest, names=(), retry=retry) as saved:
+            _refuse_weights_only(saved, config.run_dir)
             return flatten(config_of(saved))
     if path.exists():
         return flatten(load(str(path)))
     if any(not entry.name.startswith(".") for entry in config.run_dir.iterdir()):
         raise ConfigError(f"{config.run_dir} is not a run: it holds files but no {CONFIG_FILE}; give another --name")
     return {}
+
+
+def _refuse_weights_only(saved: checkpoint.OpenCheckpoint, run_dir: Path) -> None:
+    """An imported model can be started from and not gone on with. Raises ConfigError for one."""
+    if not any(part_of(file) == "optimizer" for file in saved.files):
+        raise ConfigError(
+            f"{run_dir} holds weights only, without an optimizer's state to go on with; a new run starts from them: "
+            f"p828 train {run_dir} --name NEW --train.init-from {run_dir}"
+        )
 
 
 def _changes(config: Config, before: dict[str, Any]) -> dict[str, str]:
@@ -257,7 +289,7 @@ def _remove(run_dir: Path, made: list[Path]) -> None:
             path.rmdir()
 
 
-def _write_config(path: Path, config: Config, versions: dict[str, str]) -> None:
+def write_config(path: Path, config: Config, versions: dict[str, str]) -> None:
     header = "# " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "\n\n"
     write_atomic(path, header + tomli_w.dumps(to_dict(config)))
 

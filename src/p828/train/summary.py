@@ -14,6 +14,7 @@ from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
 from p828.errors import ConfigError, DataError, TransientReadError
 from p828.inference.evaluate import perplexity
+from p828.interchange.origin import Origin
 from p828.model import backend
 from p828.model.costs import count_parameters, unused_vocabulary
 from p828.runs import file_names
@@ -31,6 +32,7 @@ def banner(
     settings: DeepSpeedSettings | None,
     amounts: Sequence[Amount],
     wandb: WandbMirror | None,
+    origin: Origin | None,
 ) -> list[tuple[str, str]]:
     """Key and value of every line of what a run shows before it starts."""
     parameters = count_parameters(config.model)
@@ -43,6 +45,7 @@ def banner(
     ]
     lines = [
         ("model", f"{parameters.total / 1e6:.1f} M parameters, {parameters.active / 1e6:.1f} M active"),
+        *_begun_from(config, origin),
         ("device", f"{device} in {str(engine.dtype).removeprefix('torch.')}"),
         *sources,
         ("steps", _steps(config, ranks)),
@@ -145,6 +148,19 @@ def _source(data: DataConfig, amount: Amount) -> str:
         name = "the standard library's source"
     epochs = "" if amount.epochs is None else f", {_count(amount.epochs)} epochs in this run"
     return f"{name}: {describe(amount)}{epochs}"
+
+
+def _begun_from(config: Config, origin: Origin | None) -> list[tuple[str, str]]:
+    """Which weights the run began with; a line, or none if they were drawn."""
+    if not config.train.init_from:
+        return []
+    text = config.train.init_from if origin is None else f"{origin.path}, step {origin.step:,}"
+    return [
+        (
+            "begun from",
+            text + (f", upcycled to {config.model.n_routed_experts} experts" if config.train.upcycle else ""),
+        )
+    ]
 
 
 def _steps(config: Config, ranks: ProcessGroup) -> str:

@@ -19,6 +19,7 @@ from p828.train.fetch import Fetcher
 from p828.train.log import Log
 from p828.train.rollback import Rollback
 from p828.train.signals import GracefulShutdown
+from p828.train.task_evaluation import TaskEvaluator
 from p828.train.usage import Usage
 
 
@@ -36,6 +37,8 @@ class Trainer:
     fetcher: Fetcher
     log: Log
     evaluator: Evaluator
+    task_evaluator: TaskEvaluator | None
+    """None where the run has no tasks."""
     checkpointing: Checkpointing
     rollback: Rollback
     usage: Usage
@@ -70,6 +73,8 @@ class Trainer:
                 self.checkpointing.save(self.state, is_last=self.is_done())
                 continue
             is_best = is_evaluated and self.evaluate()
+            if self.task_evaluator is not None and self.is_due(self.task_evaluator.every):
+                self.task_evaluator.run(self.state.step)
             if is_best or self.is_due(self.checkpoint.every):
                 self.checkpointing.save(self.state, is_last=self.is_done())
 

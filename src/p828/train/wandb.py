@@ -13,7 +13,11 @@ from p828.errors import ConfigError
 from p828.files import read_limited, write_atomic
 from p828.runs.file_names import WANDB_ID_FILE
 
-SECTIONS = {"step": "train", "eval": "validation"}  # the kinds of records that it sees, and its names for them
+SECTIONS = {
+    "step": "train",
+    "eval": "validation",
+    "tasks": "tasks",
+}  # the kinds of records that it sees, and its names for them
 STEP = "step"
 LONGEST_ID = 128  # bytes
 FINISH_WITHIN = 60  # seconds to send what is left, or it stays on the disk
@@ -151,10 +155,16 @@ def _run_id(path: Path) -> str:
 
 
 def _flat_names(section: str, values: dict[str, Any]) -> dict[str, float]:
-    """`train/loss` for single numbers; of the loads `load/min_share`, `load/max_share` and `load/starved` over all
-    layers, and `balance/layer_0` and so on. Texts are left out, and what has a number an expert, which is too much.
+    """`train/loss` for single numbers, and `tasks/NAME/accuracy` for those of tasks; of the loads `load/min_share`,
+    `load/max_share` and `load/starved` over all layers, and `balance/layer_0` and so on. Texts are left out, and what
+    has a number an expert, which is too much.
     """
     flat = {f"{section}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
+    flat |= {
+        f"{section}/{task}/{metric}": value
+        for task, metrics in values.get("results", {}).items()
+        for metric, value in metrics.items()
+    }
     over_layers = (("min_share", min), ("max_share", max), ("starved", sum))
     flat |= {f"load/{key}": function(values[key]) for key, function in over_layers if values.get(key)}
     return flat | {f"balance/layer_{layer}": score for layer, score in enumerate(values.get("balance", ()))}

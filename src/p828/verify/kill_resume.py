@@ -40,11 +40,17 @@ def shortened(config: Config, directory: Path) -> Config:
     It ends by steps alone: two runs do not make the same steps in an hour.
     """
     steps = min(config.train.steps, STEPS)
+    every = max(steps // EVALUATIONS, 1)
     return dataclasses.replace(
         config,
         runs_dir=str(directory),
         train=dataclasses.replace(config.train, steps=steps, tokens=0.0, hours=0.0, deterministic=True),
-        evaluation=dataclasses.replace(config.evaluation, every=max(steps // EVALUATIONS, 1), bigram_baseline=False),
+        evaluation=dataclasses.replace(
+            config.evaluation,
+            every=every,
+            tasks_every=every if config.evaluation.tasks else config.evaluation.tasks_every,
+            bigram_baseline=False,
+        ),
         checkpoint=dataclasses.replace(config.checkpoint, every=max(steps // CHECKPOINTS_IN_ALL, 1)),
         wandb=dataclasses.replace(config.wandb, mode="off"),
     )

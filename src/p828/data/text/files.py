@@ -14,7 +14,9 @@ from typing import BinaryIO
 import xxhash
 
 from p828.data.text.compression import COMPRESSIONS, DAMAGE, lines, pieces, unpacked
+from p828.data.text.conversation import conversation_of
 from p828.data.text.shard import BadRecord
+from p828.data.tokenizer.chat_template import ChatTemplate
 from p828.errors import ConfigError, DataError, TransientReadError
 from p828.files import open_regular
 from p828.system.slow_count import SlowCount
@@ -78,6 +80,8 @@ class FileShard:
     """Bytes of a document: a longer line is a bad record, a larger text file is read in pieces."""
     skips: bool = False
     """Whether bad records are given in the place of texts, and not raised."""
+    template: ChatTemplate | None = None
+    """If given, `text_field` holds the messages of a conversation, and a document is its marked text."""
     _open: BinaryIO | None = field(default=None, repr=False, compare=False)
     _given: int = field(default=0, repr=False, compare=False)
     """Bytes of the records so far."""
@@ -180,6 +184,8 @@ class FileShard:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise BadRecord(f"{where}: not a line of JSON: {error}", number) from None
+        if self.template is not None:
+            return conversation_of(fields, self.text_field, self.template, where, number)
         return text_of(fields, self.text_field, where, number)
 
 
@@ -239,12 +245,13 @@ def file_shards(
     limit: int = LARGEST_DOCUMENT,
     skips: bool = False,
     report: Callable[[str], None] = lambda text: None,
+    template: ChatTemplate | None = None,
 ) -> list[FileShard]:
     """The files that are named, match or lie in a directory that is named, each once, in the order of their paths.
 
-    `key` is the setting that holds the globs. `report` is given a line now and then while looking takes long.
-    Raises ConfigError naming a glob that matches no file, a directory without one, and a file whose ending is not
-    supported.
+    `key` is the setting that holds the globs. `report` is given a line now and then while looking takes long. With a
+    `template`, documents are conversations. Raises ConfigError naming a glob that matches no file, a directory without
+    one, and a file whose ending is not supported.
     """
     found: dict[str, str] = {}  # by where a file really is: the name that it was found under
     names = [name for pattern in globs for name in _matches(pattern, key, report)]
@@ -253,7 +260,10 @@ def file_shards(
     for name in found.values():
         if not _is_accepted(name):
             raise ConfigError(f"{key}: {name}: files ending in {_accepted()}")
-    return [FileShard(name, text_field, limit, skips) for name in found.values()]
+    shards = [FileShard(name, text_field, limit, skips, template) for name in found.values()]
+    if template is not None and (other := next((shard for shard in shards if not shard.has_lines), None)):
+        raise ConfigError(f"{key}: {other.name}: with data.messages_field, .jsonl files are accepted, a line for each")
+    return shards
 
 
 def _matches(pattern: str, key: str, report: Callable[[str], None]) -> list[str]:

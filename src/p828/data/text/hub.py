@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from p828.config import Config
+from p828.data.text.conversation import conversation_of
 from p828.data.text.files import LARGEST_DOCUMENT, file_identity, text_of
 from p828.data.text.shard import BadRecord
+from p828.data.tokenizer.chat_template import ChatTemplate
+from p828.data.tokenizer.tokenizer_config import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from p828.errors import ConfigError, DataError, TransientReadError
 
 CONNECT_SECONDS = 10.0
@@ -33,6 +36,8 @@ class HubShard:
     size: int = 0
     paths: tuple[Path, ...] = ()
     """Of a local directory, the shard's file, or all files of the split where a shard is none of them."""
+    template: ChatTemplate | None = None
+    """As of a `FileShard`."""
 
     def identity(self, with_contents: bool) -> str:
         """The name; of local files name, size and, if wanted, a checksum of the first and last bytes."""
@@ -81,7 +86,10 @@ class HubShard:
 
     def _text(self, row: object, number: int) -> str:
         where = f"{self.name}, row {number}"
-        text = text_of(row, self.text_field, where, number - 1)
+        if self.template is None:
+            text = text_of(row, self.text_field, where, number - 1)
+        else:
+            text = conversation_of(row, self.text_field, self.template, where, number - 1)
         if len(text) > self.limit // 4 and len(text.encode()) > self.limit:
             most = self.limit / 10**6
             raise BadRecord(f"{where}: more than data.max_document_megabytes = {most:g} is not accepted", number - 1)
@@ -96,8 +104,9 @@ def hub_shards(
     revision: str = "",
     limit: int = LARGEST_DOCUMENT,
     skips: bool = False,
+    template: ChatTemplate | None = None,
 ) -> list[HubShard]:
-    """The shards of one split, at a revision of the hub's data set, or the newest.
+    """The shards of one split, at a revision of the hub's data set, or the newest; conversations with a `template`.
 
     Raises ConfigError in two lines: what failed, and what to do.
     """
@@ -135,6 +144,7 @@ def hub_shards(
             limit,
             skips,
             paths=tuple(paths[i : i + 1] if len(paths) == count else paths),
+            template=template,
         )
         for i in range(count)
     ]
@@ -191,8 +201,29 @@ def pinned(config: Config, before: Config | None) -> tuple[Config, list[str]]:
     return replace(config, data=replace(data, mixture=mixture, validation=validation)), lines
 
 
-def download_tokenizer(name: str) -> Path:
-    """The cached tokenizer.json of a model on the hub, downloaded if need be. Raises ConfigError as `hub_shards`."""
+def download_tokenizer(name: str, with_template: bool = False) -> Path:
+    """The cached tokenizer.json of a model on the hub, downloaded if need be; `with_template` also what lies beside it.
+
+    Raises ConfigError as `hub_shards`.
+    """
+    path = _download_tokenizer(name)
+    if with_template:
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError
+
+        for file in (TOKENIZER_CONFIG_FILE, TEMPLATE_FILE):
+            try:
+                huggingface_hub.hf_hub_download(name, file, revision=path.parent.name)  # of the same snapshot
+            except EntryNotFoundError:  # also where it is not cached and the hub is not to be asked
+                continue
+            except OSError as error:
+                raise ConfigError(
+                    f"{file} of {name}: {_in_short(error)}\n{without_network('model')}; or give tokenizer.chat_template"
+                ) from error
+    return path
+
+
+def _download_tokenizer(name: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 

@@ -15,6 +15,7 @@ from p828.data.text.files import FileShard, file_shards, python_shards
 from p828.data.text.held_out import are_few, enough_documents
 from p828.data.text.hub import HubShard, hub_shards
 from p828.data.text.shard import Shard, deal
+from p828.data.tokenizer.chat_template import ChatTemplate, built_in
 
 HELD_OUT_ORDER = (0,)  # held-out documents come in one shard order, whatever the run's seed
 
@@ -27,14 +28,16 @@ def open_training(
     parts: int = 1,
     retry: Retry = NO_RETRY,
     by_end: bool | None = None,
+    template: ChatTemplate | None = None,
 ) -> DocumentStream:
     """The training documents, shuffled; without the held-out fraction if validation takes one.
 
     Of `parts` streams, which have no document in common, it is the one numbered `part`. `by_end` is the rule by which
-    text is held out, if that is known already. Raises ConfigError if the source cannot be opened; `epochs=None` never
-    ends.
+    text is held out, if that is known already. Conversations are marked text of `template`; without one, where it does
+    not matter, of a template that stands in for it. Raises ConfigError if the source cannot be opened; `epochs=None`
+    never ends.
     """
-    shards, source = _training_shards(config, retry.report), source_name(config)
+    shards, source = _training_shards(config, retry.report, template), source_name(config)
     fraction = config.validation.fraction if config.validation.kind == "held_out" else 0.0
     if by_end is None:
         by_end = _is_held_out_by_end(config, shards, retry)
@@ -44,31 +47,33 @@ def open_training(
     return DocumentStream(shards, source, config.block_documents, seed, epochs, fraction, by_end=by_end, retry=retry)
 
 
-def open_in_order(config: DataConfig, retry: Retry = NO_RETRY) -> DocumentStream:
+def open_in_order(config: DataConfig, retry: Retry = NO_RETRY, template: ChatTemplate | None = None) -> DocumentStream:
     """Every document of the source once, whole, in its own order. Raises ConfigError as `open_training`.
 
     Its `by_end` says by which rule the caller is to hold out text.
     """
-    shards = _training_shards(config, retry.report)
+    shards = _training_shards(config, retry.report, template)
     by_end = _is_held_out_by_end(config, shards, retry)
     return DocumentStream(shards, source_name(config), block_documents=1, epochs=1, by_end=by_end, retry=retry)
 
 
-def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | None = None) -> DocumentStream:
+def open_validation(
+    config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | None = None, template: ChatTemplate | None = None
+) -> DocumentStream:
     """The validation documents, once, in an order that no seed changes. Raises ConfigError as `open_training`."""
     validation = config.validation
     # Blocks of one document: evaluation reads no further than it needs.
     if validation.kind == "files":
-        files = _file_shards(config, validation.files, "data.validation.files", retry.report)
+        files = _file_shards(config, validation.files, "data.validation.files", retry.report, template)
         source = f"data.validation.files = {_shown(validation.files)}"
         return DocumentStream(files, source, block_documents=1, epochs=1, retry=retry)
     if validation.kind == "split":
         name = validation.hub_name or config.hub_name
         subset = config.hub_subset if name == config.hub_name else ""
         revision = validation.hub_revision or (config.hub_revision if name == config.hub_name else "")
-        shards = _hub_shards(config, name, subset, validation.split, revision)
+        shards = _hub_shards(config, name, subset, validation.split, revision, template)
         return DocumentStream(shards, f"split {validation.split!r} of {name}", block_documents=1, epochs=1, retry=retry)
-    in_order = _training_shards(config, retry.report)
+    in_order = _training_shards(config, retry.report, template)
     if by_end is None:
         by_end = _is_held_out_by_end(config, in_order, retry)
     # Spread over the source: evaluation may read the first documents only.
@@ -86,7 +91,9 @@ def open_validation(config: DataConfig, retry: Retry = NO_RETRY, by_end: bool | 
     )
 
 
-def check_streams(config: DataConfig, seed: int, retry: Retry, by_end: bool) -> None:
+def check_streams(
+    config: DataConfig, seed: int, retry: Retry, by_end: bool, template: ChatTemplate | None = None
+) -> None:
     """Raises ConfigError if one of several streams has no document, which would end the run at its first batch.
 
     What has to come over the network is not asked for.
@@ -94,7 +101,8 @@ def check_streams(config: DataConfig, seed: int, retry: Retry, by_end: bool) -> 
     if config.streams > 1 and _is_local(config):
         one_by_one = replace(config, block_documents=1)
         for part in range(config.streams):
-            next(open_training(one_by_one, seed, part=part, parts=config.streams, retry=retry, by_end=by_end))
+            parts = config.streams
+            next(open_training(one_by_one, seed, None, part, parts, retry, by_end, template))
 
 
 def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
@@ -115,12 +123,14 @@ def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
     return f"held out for validation: the last {fraction} of each document in {source}, as {few}"
 
 
-def _training_shards(config: DataConfig, report: Callable[[str], None] = lambda text: None) -> Sequence[Shard]:
+def _training_shards(
+    config: DataConfig, report: Callable[[str], None] = lambda text: None, template: ChatTemplate | None = None
+) -> Sequence[Shard]:
     if config.source == "python":
         return python_shards()
     if config.source == "files":
-        return _file_shards(config, config.files, "data.files", report)
-    return _hub_shards(config, config.hub_name, config.hub_subset, config.hub_split, config.hub_revision)
+        return _file_shards(config, config.files, "data.files", report, template)
+    return _hub_shards(config, config.hub_name, config.hub_subset, config.hub_split, config.hub_revision, template)
 
 
 def source_name(config: DataConfig) -> str:
@@ -133,15 +143,24 @@ def source_name(config: DataConfig) -> str:
 
 
 def _file_shards(
-    config: DataConfig, globs: tuple[str, ...], key: str, report: Callable[[str], None]
+    config: DataConfig, globs: tuple[str, ...], key: str, report: Callable[[str], None], template: ChatTemplate | None
 ) -> list[FileShard]:
-    limit = config.max_document_megabytes * 10**6
-    return file_shards(globs, config.text_field, key, limit, config.bad_records == "skip", report)
+    limit, (field, used) = config.max_document_megabytes * 10**6, _field(config, template)
+    return file_shards(globs, field, key, limit, config.bad_records == "skip", report, used)
 
 
-def _hub_shards(config: DataConfig, name: str, subset: str, split: str, revision: str) -> list[HubShard]:
-    limit = config.max_document_megabytes * 10**6
-    return hub_shards(name, subset, split, config.text_field, revision, limit, config.bad_records == "skip")
+def _hub_shards(
+    config: DataConfig, name: str, subset: str, split: str, revision: str, template: ChatTemplate | None
+) -> list[HubShard]:
+    limit, (field, used) = config.max_document_megabytes * 10**6, _field(config, template)
+    return hub_shards(name, subset, split, field, revision, limit, config.bad_records == "skip", used)
+
+
+def _field(config: DataConfig, template: ChatTemplate | None) -> tuple[str, ChatTemplate | None]:
+    """The field that documents are in, and the template of conversations; None of text."""
+    if not config.messages_field:
+        return config.text_field, None
+    return config.messages_field, template or built_in("zephyr", eos_token="", special_tokens=())
 
 
 def _is_held_out_by_end(config: DataConfig, shards: Sequence[Shard], retry: Retry) -> bool:
@@ -150,8 +169,12 @@ def _is_held_out_by_end(config: DataConfig, shards: Sequence[Shard], retry: Retr
 
 
 def _may_be_few(config: DataConfig) -> bool:
-    """Whether it is worth counting: the standard library has enough, and the network is not asked."""
-    return config.validation.kind == "held_out" and config.source != "python" and _is_local(config)
+    """Whether it is worth counting.
+
+    The standard library has enough, the network is not asked, and of a conversation no end can be held out.
+    """
+    may_be_cut = config.source != "python" and not config.messages_field
+    return config.validation.kind == "held_out" and may_be_cut and _is_local(config)
 
 
 def _is_local(config: DataConfig) -> bool:

@@ -1,6 +1,7 @@
 """Documents to samples of tokens: end to end, or by best fit. Each document is followed by EOS."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -170,6 +171,9 @@ class BestFitPacker:
     state is the stream's before the block, and how many of its samples were consumed.
     """
 
+    fills = True
+    """Whether documents are split to fill rows, and not only where they are longer than one."""
+
     def __init__(self, stream: DocumentStream, tokenizer: Tokenizer, sequence_length: int) -> None:
         self.stream = stream
         self.tokenizer = tokenizer
@@ -205,12 +209,12 @@ class BestFitPacker:
 
     def _pack_block(self, skipped: int) -> Iterator[Sample]:
         documents, epoch = self._read_block()
-        packed = best_fit([len(document) for document in documents], self.sample_length)
+        packed = best_fit([len(document) for document in documents], self.sample_length, self.fills)
         return (self._sample(pieces, documents, epoch) for pieces in packed[skipped:])
 
-    def _read_block(self) -> tuple[list[npt.NDArray[np.int64]], int]:
-        """The documents of a block, with EOS, and their epoch."""
-        documents: list[npt.NDArray[np.int64]] = []
+    def _read_block(self) -> tuple[list[npt.NDArray[Any]], int]:
+        """The encoded documents of a block and their epoch."""
+        documents: list[npt.NDArray[Any]] = []
         epoch: int | None = None
         tokens = 0
         while tokens < BLOCK_ROWS * self.sample_length:
@@ -234,21 +238,29 @@ class BestFitPacker:
                 break
         return documents, epoch or 0
 
-    def _encoded(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
+    def _encoded(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Tokens of each text. Few texts are encoded at a time, since that takes a hundred times a text's memory."""
-        documents: list[npt.NDArray[np.int64]] = []
+        documents: list[npt.NDArray[Any]] = []
         together: list[str] = []
         for text in texts:
             together.append(text)
             if sum(map(len, together)) >= BATCH_CHARACTERS:
-                documents += self.tokenizer.encode_documents(together)
+                documents += self._encode(together)
                 together = []
-        return documents + self.tokenizer.encode_documents(together)
+        return documents + self._encode(together)
 
-    def _sample(self, pieces: Sequence[Piece], documents: Sequence[npt.NDArray[np.int64]], epoch: int) -> Sample:
-        tokens = np.concatenate([documents[piece.document][piece.start : piece.end] for piece in pieces])
+    def _encode(self, texts: list[str]) -> list[npt.NDArray[Any]]:
+        """What `_tokens` takes of each text, with an entry for each token."""
+        return [*self.tokenizer.encode_documents(texts)]
+
+    def _sample(self, pieces: Sequence[Piece], documents: Sequence[npt.NDArray[Any]], epoch: int) -> Sample:
+        encoded = [documents[piece.document][piece.start : piece.end] for piece in pieces]
         ids = np.repeat(np.arange(len(pieces), dtype=np.int32), [piece.end - piece.start for piece in pieces])
         ended = [piece for piece in pieces if piece.end == len(documents[piece.document])]
         split = sum(piece.start > 0 for piece in ended)
-        sample = Sample(tokens, ids, epoch, len(ended), split)
+        sample = replace(self._tokens(encoded, ids), epoch=epoch, documents=len(ended), split_documents=split)
         return sample.padded(self.sample_length, self.tokenizer.eos_id)
+
+    def _tokens(self, encoded: Sequence[npt.NDArray[Any]], document_ids: npt.NDArray[np.int32]) -> Sample:
+        """A sample of pieces of encoded documents, end to end."""
+        return Sample(np.concatenate(encoded), document_ids)

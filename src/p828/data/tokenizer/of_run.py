@@ -9,6 +9,7 @@ from p828.config import TokenizerConfig
 from p828.data.text.hub import download_tokenizer
 from p828.data.text.shard import BadRecord
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer_config import template_for, template_of_trained
 from p828.data.tokenizer.training import train_tokenizer
 from p828.errors import ConfigError
 
@@ -16,9 +17,16 @@ SAMPLED_CHARACTERS = 200_000  # of a run's text, to see whether it comes back fr
 
 
 def load_tokenizer(
-    config: TokenizerConfig, documents: Callable[[], Iterable[str]], model_vocab_size: int, saved: Path | None = None
+    config: TokenizerConfig,
+    documents: Callable[[], Iterable[str]],
+    model_vocab_size: int,
+    saved: Path | None = None,
+    is_chat: bool = False,
 ) -> Tokenizer:
     """The run's tokenizer: `saved` if it exists, else made as `config` says and written to `saved`, if that is given.
+
+    It has the chat template beside `saved`, else the one that `config` names; for conversations (`is_chat`) it has one
+    in any case. The template is not written.
 
     Args:
         documents: opens the text that a tokenizer is trained on; called for `train` only.
@@ -26,6 +34,7 @@ def load_tokenizer(
 
     Raises ConfigError; `saved` is written only when all is well.
     """
+    directory = None  # of what belongs to the tokenizer
     if saved is not None and saved.exists():
         source, tokenizer = str(saved), Tokenizer.from_file(saved, config.eos_token)
     elif config.name == "train":
@@ -34,19 +43,23 @@ def load_tokenizer(
                 f"tokenizer.vocab_size = {config.vocab_size}: a vocabulary of {config.vocab_size} exceeds "
                 f"model.vocab_size = {model_vocab_size}; with 0 there the model has what it needs"
             )
-        source, tokenizer = "tokenizer.vocab_size", train_tokenizer(config, documents())
+        template = template_of_trained(config, is_chat)
+        special_tokens = [] if template is None else template.control.tokens
+        source, tokenizer = "tokenizer.vocab_size", train_tokenizer(config, documents(), special_tokens)
     else:
         path = Path(config.name).expanduser()
         if path.is_dir():
             path = path / "tokenizer.json"
         elif path.suffix != ".json" and not path.exists():
-            path = download_tokenizer(config.name)
-        source, tokenizer = config.name, Tokenizer.tried(path, config.eos_token)
+            path = download_tokenizer(config.name, with_template=is_chat and not config.chat_template)
+        source, tokenizer, directory = config.name, Tokenizer.tried(path, config.eos_token), path.parent
     if 0 < model_vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"{source}: the tokenizer's vocabulary of {tokenizer.vocab_size} exceeds "
             f"model.vocab_size = {model_vocab_size}"
         )
+    if tokenizer.template is None:
+        tokenizer.template = template_for(config, tokenizer.special_tokens, directory, is_chat)
     if saved is not None and not saved.exists():
         tokenizer.save(saved)
     return tokenizer

@@ -14,8 +14,11 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import models
 
+from p828.data.tokenizer.chat_template import ChatTemplate
 from p828.data.tokenizer.division import borders, has_places, parts_of
+from p828.data.tokenizer.marked_encoder import MarkedEncoder
 from p828.data.tokenizer.special_tokens import BYTE_TOKEN, keep_out_of_text, settle_end_token
+from p828.data.tokenizer.tokenizer_config import read_template
 from p828.data.tokenizer.trial import LONGEST_CAUSE, SAMPLES, try_out
 from p828.data.tokenizer.windows import encode_in_windows
 from p828.errors import ConfigError, DataError, P828Error
@@ -53,6 +56,10 @@ class Tokenizer:
         self.eos_id: int = settle_end_token(inner, spec, eos_token)
         keep_out_of_text(inner, spec, eos_token)
         self.inner = inner
+        special = [token["content"] for token in spec["added_tokens"] if token["special"]]
+        self.special_tokens: list[str] = list(dict.fromkeys([*special, eos_token]))
+        self.template: ChatTemplate | None = None
+        """How conversations are written, if it is to write them."""
         self._borders: re.Pattern[str] | None = borders(spec)
         """Where a long text may be divided without changing its tokens."""
         self._has_places = has_places(spec)
@@ -63,8 +70,13 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path, eos_token: str) -> "Tokenizer":
-        """Raises ConfigError when the file cannot be read, is no tokenizer, or lacks `eos_token`."""
-        return cls._from_json(_read(Path(path)), str(path), eos_token)
+        """With the chat template that lies beside it, if one does.
+
+        Raises ConfigError when the file cannot be read, is no tokenizer, or lacks `eos_token`.
+        """
+        made = cls._from_json(_read(Path(path)), str(path), eos_token)
+        made.template = read_template(Path(path).parent, made.special_tokens, eos_token)
+        return made
 
     @classmethod
     def tried(cls, path: Path, eos_token: str) -> "Tokenizer":
@@ -112,6 +124,25 @@ class Tokenizer:
             else np.array([*next(encodings).ids, self.eos_id], dtype=np.int64)
             for text in texts
         ]
+
+    def encode_marked(self, texts: list[str]) -> list[npt.NDArray[np.void]]:
+        """The `marked_encoder.TOKEN`s of conversations as marked text, without EOS, as `encode_documents`.
+
+        Raises DataError when the tokenizer fails on a text.
+        """
+        with _answered(FAILS, DataError):
+            return self._marked_encoder.encode(texts)
+
+    @cached_property
+    def _marked_encoder(self) -> MarkedEncoder:
+        return MarkedEncoder(self.inner)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids at which a model has ended: the end of a document, and of an answer."""
+        token = self.template.end_token if self.template else ""
+        found = self.inner.token_to_id(token) if token else None
+        return (self.eos_id,) if found in (None, self.eos_id) else (self.eos_id, found)
 
     def _long_ids(self, text: str) -> npt.NDArray[np.int64]:
         return np.concatenate([ids for ids, _ in self._encoded_parts(text, self.inner.encode_batch_fast)])

@@ -1,7 +1,7 @@
 """Training a byte-level BPE on a run's own text."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tokenizers
@@ -10,6 +10,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from p828.config import TokenizerConfig
 from p828.data.tokenizer.division import PIECES
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.errors import ConfigError
 
 # Training takes time with the square of a piece's length. No piece of ordinary text is this long.
 LONG_PIECE = r"(?m:.{256})"
@@ -17,11 +18,18 @@ LOOK_EVERY = 0.1  # seconds between looks whether Ctrl-C was pressed
 LONGEST_FAREWELL = 0.5  # seconds that an interrupted training is waited for
 
 
-def train_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
+def train_tokenizer(config: TokenizerConfig, documents: Iterable[str], special_tokens: Sequence[str] = ()) -> Tokenizer:
     """Byte-level BPE on the first `training_megabytes` of the documents; the same text gives the same tokenizer.
 
-    Ctrl-C ends it at once. Raises what reading the documents raises.
+    The vocabulary has the end token and `special_tokens`. Ctrl-C ends it at once. Raises ConfigError if they leave no
+    room for the 256 bytes, and what reading the documents raises.
     """
+    special = list(dict.fromkeys([config.eos_token, *special_tokens]))
+    if config.vocab_size < 256 + len(special):
+        raise ConfigError(
+            f"tokenizer.vocab_size = {config.vocab_size}: at least {256 + len(special)} is accepted, for 256 bytes and "
+            f"the special tokens {', '.join(special)}"
+        )
     inner = tokenizers.Tokenizer(models.BPE())
     byte_level: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split: Any = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
@@ -30,7 +38,7 @@ def train_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokeni
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=[config.eos_token],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

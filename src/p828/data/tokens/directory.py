@@ -191,7 +191,8 @@ def resolve_tokenizer(config: Config, directories: Sequence[Path], documents: Ca
         begun.append(directory)
     saved = [directory / TOKENIZER_FILE for directory in [*begun, *directories]]
     with _saving():
-        tokenizer = load_tokenizer(config.tokenizer, documents, config.model.vocab_size, saved[0])
+        is_chat = config.data.has_conversations  # in a mixture with what is prepared
+        tokenizer = load_tokenizer(config.tokenizer, documents, config.model.vocab_size, saved[0], is_chat)
     for other in saved[1:]:
         if not other.exists():
             with _saving():

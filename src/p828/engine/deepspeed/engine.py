@@ -35,6 +35,7 @@ from p828.optim.balance import update_biases
 from p828.optim.clipping import clip_factor
 from p828.optim.groups import parameter_groups
 from p828.runs.tensors import Saveable, Tensors
+from p828.runs.weights import SavedWeights, Weights
 from p828.system.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # without the number of updates, one for all
@@ -222,21 +223,29 @@ class DeepSpeedEngine:
             optimizer |= {f"step/{name}": torch.tensor(float(self._updates)) for name in parameters}
         return {"model": model, "optimizer": optimizer, "random": random}
 
+    def load_weights(self, weights: Weights) -> None:
+        """Begin from these weights and balance biases, with the optimizer as it is. A rank reads what it holds."""
+        parameters = dict(self.model.named_parameters())
+        for name, buffer in self.model.state_dict().items():
+            if name not in parameters:
+                buffer.copy_(weights[name])
+        for partition in self.partitions:
+            values = partition.of(partition.flat).values
+            values.copy_(weights.shard(partition.name, partition.start, partition.length))
+        sync_from_masters(self._optimizer, self.stage)
+
     def load_state_dict(self, tensors: Tensors) -> None:
         """Go on from what any engine saved, at any stage and on any number of ranks."""
+        self.load_weights(SavedWeights(tensors))
         parameters = dict(self.model.named_parameters())
-        buffers = {name: buffer for name, buffer in self.model.state_dict().items() if name not in parameters}
-        for name, buffer in buffers.items():
-            buffer.copy_(tensors.tensor("model", name))
         saved = set(tensors.names("optimizer"))  # checkpoints of old versions may lack some before the first step
         for partition in self.partitions:
-            self._load_partition(partition, tensors, saved)
+            self._load_moments(partition, tensors, saved)
         counts = [
             tensors.tensor("optimizer", name) for name in (f"step/{name}" for name in parameters) if name in saved
         ]
         self._updates = int(counts[0].item()) if counts else 0
         self._set_updates()
-        sync_from_masters(self._optimizer, self.stage)
         own = {name.partition("/")[0]: name for name in tensors.names("random") if _rank_of(name) == self.ranks.rank}
         if own:  # with more ranks than before, the new ones draw from seeds of their own
             restore_random_states({name: tensors.tensor("random", key) for name, key in own.items()}, self.device)
@@ -248,10 +257,9 @@ class DeepSpeedEngine:
         shares = [partition.share(self.ranks.rank, self.ranks.size) for partition in self.partitions]
         return [share for share in shares if share.length]
 
-    def _load_partition(self, partition: Partition, tensors: Tensors, saved: Collection[str]) -> None:
-        """Read a partition's masters, and its moments where `saved`, the names of optimizer tensors, has them."""
+    def _load_moments(self, partition: Partition, tensors: Tensors, saved: Collection[str]) -> None:
+        """Read a partition's moments where `saved`, the names of optimizer tensors, has them."""
         name, start, length = partition.name, partition.start, partition.length
-        partition.of(partition.flat).values.copy_(tensors.shard("model", name, start, length))
         for key in MOMENTS:
             moments = partition.of(self._state(partition.flat)[key]).values
             if f"{key}/{name}" in saved:

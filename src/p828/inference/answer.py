@@ -1,0 +1,61 @@
+"""Answer messages: a conversation as the run's chat template writes it, continued up to the end of the turn."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from p828.data.tokenizer.chat_template import ChatTemplate, Messages, TemplateFailed
+from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.errors import ConfigError
+from p828.inference.generate import Completion, OnText, continued
+from p828.inference.sampling import SamplingConfig
+from p828.model.transformer import Transformer
+
+
+def answer(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Messages],
+    config: SamplingConfig,
+    on_text: OnText = lambda index, text: None,
+    dtype: torch.dtype = torch.float32,
+) -> list[Completion]:
+    """What the assistant says next in each conversation, as `generate` continues a prompt.
+
+    Raises ConfigError as `generate` does, for a tokenizer without a chat template, and for messages that the template
+    refuses.
+    """
+    template = template_in(tokenizer)
+    prompts = [prompt_of(template, messages) for messages in conversations]
+    ids = [tokens["id"].tolist() for tokens in tokenizer.encode_marked(prompts)]
+    if not template.end_token:
+        config = replace(config, stop=(*config.stop, template.end_of_turn))
+    return continued(model, tokenizer, prompts, ids, config, on_text, dtype, tokenizer.end_ids)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens before the answer to a user's message. Raises ConfigError."""
+    text = prompt_of(template_in(tokenizer), asked([prompt])[0])
+    ids: list[int] = tokenizer.encode_marked([text])[0]["id"].tolist()
+    return ids
+
+
+def asked(prompts: Sequence[str]) -> list[Messages]:
+    """Each prompt as a user's message in a conversation of its own."""
+    return [[{"role": "user", "content": prompt}] for prompt in prompts]
+
+
+def template_in(tokenizer: Tokenizer) -> ChatTemplate:
+    """Raises ConfigError if it has none."""
+    if tokenizer.template is None:
+        raise ConfigError("the run has no chat template: it was not trained on conversations")
+    return tokenizer.template
+
+
+def prompt_of(template: ChatTemplate, messages: Messages) -> str:
+    """Marked text. Raises ConfigError for messages that the template refuses."""
+    try:
+        return template.prompt(messages)
+    except TemplateFailed as error:
+        raise ConfigError(f"{template.where}: the chat template refuses the messages: {error}") from None

@@ -1,0 +1,317 @@
+"""`p828 export`: the files of an export, and what is refused, breaks or is broken off."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from safetensors import safe_open
+from tokenizers import processors
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import p828
+from exported import EOS, in_transformers, letters, load, save_model
+from p828.cli.main import dispatch
+from p828.config import load as load_config
+from p828.data.tokenizer.chat_template import built_in
+from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.errors import ConfigError, DataError
+from p828.files import LOCK_FILE, locked
+from p828.interchange.export import export_model, tokenizer_json
+from p828.interchange.glm4_moe import GLM4_MOE
+from p828.interchange.weights import WrittenTensor, written_tensors
+from p828.runs import checkpoint
+from p828.runs.file_names import MANIFEST_FILE
+from p828.runs.manifest import describe, manifest_bytes, read_manifest
+from p828.runs.tensors import TensorShard, write_tensors
+from runs import p828 as p828_command
+from runs import run_config, write_toml
+from shim import Shim
+from tiny import tiny_model
+from tokenizer_kinds import EOS as KINDS_EOS
+from tokenizer_kinds import KINDS, TRAINING_TEXT
+
+NATIVE: dict[str, Any] = {"attention_sinks": False}
+FILES = {
+    "README.md", "config.json", "config.toml", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a random model of 44 thousand parameters."""
+    return save_model(tmp_path_factory.mktemp("saved") / "run", tiny_model(**NATIVE))
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    return found
+
+
+def test_files_of_a_trained_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model card has the run's numbers, and config.toml trains again."""
+    trained = p828.train_run(run_config(tmp_path, model=NATIVE))
+    exported = tmp_path / "some" / "where"
+    assert trained.export(tmp_path / "from Python").directory == tmp_path / "from Python"
+    capsys.readouterr()
+    assert dispatch(["export", str(trained.path), str(exported)]) == 0
+    said = capsys.readouterr().out
+    assert "exported as    glm4_moe\n" in said
+    assert "in 1 file\n" in said
+    assert {path.name for path in exported.iterdir()} == FILES
+    assert os.listdir(exported.parent) == ["where"]
+    for name in FILES:
+        assert (exported / name).read_bytes() == (tmp_path / "from Python" / name).read_bytes()
+    evaluations = [record for record in trained.records if record["kind"] == "eval"]
+    card = (exported / "README.md").read_text()
+    for part in (
+        "library_name: transformers\n",
+        f"{sum(p.numel() for p in trained.model.parameters()):,} parameters",
+        "1,536 tokens",
+        str(tmp_path / "text" / "*.txt"),
+        "12 of 12",
+        f"Validation loss {evaluations[-1]['loss']:.4f}",
+        *(f"| {record['step']} | {record['loss']:.5g} |" for record in evaluations),
+    ):
+        assert part in card, part
+    assert "{" not in card
+    again = load_config(str(exported / "config.toml"))
+    assert (again.model, again.data, again.optimizer) == (
+        trained.config.model,
+        trained.config.data,
+        trained.config.optimizer,
+    )
+
+
+def test_without_records_the_card_says_so(run: Path, tmp_path: Path) -> None:
+    export_model(run / "checkpoints" / "step_00000010", tmp_path / "export")
+    assert "there is no curve" in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_several_files_as_the_hub_has_them(run: Path, tmp_path: Path) -> None:
+    reports: list[str] = []
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    export_model(run, whole)
+    export_model(run, parts, report=reports.append, largest_file=40_000)
+    index = json.loads((parts / "model.safetensors.index.json").read_text())
+    names = sorted(path.name for path in parts.glob("*.safetensors"))
+    assert names == [f"model-{n:05}-of-{len(names):05}.safetensors" for n in range(1, len(names) + 1)]
+    assert len(names) > 2
+    assert reports == [f"writing {name}" for name in names]
+    expected = tensors_of(whole)
+    assert index["metadata"] == {
+        "total_size": sum(tensor.nbytes for tensor in expected.values()),
+        "total_parameters": sum(tensor.numel() for tensor in expected.values()),
+    }
+    for name, file in index["weight_map"].items():
+        with safe_open(parts / file, "pt") as opened:
+            assert torch.equal(opened.get_tensor(name), expected[name])
+    assert index["weight_map"].keys() == expected.keys()
+    state = load(whole).state_dict()
+    for name, tensor in load(parts).state_dict().items():
+        assert torch.equal(tensor, state[name])
+
+
+def test_a_checkpoint_that_several_ranks_wrote(run: Path, tmp_path: Path) -> None:
+    """Each rank has a third of every tensor's numbers, cut anywhere."""
+    whole = run / "checkpoints" / "step_00000010"
+    parted = tmp_path / "checkpoints" / whole.name
+    parted.mkdir(parents=True)
+    state = tensors_of(whole)
+    files: dict[str, Any] = {}
+    for rank in range(3):
+        shards = {}
+        for name, tensor in state.items():
+            begin, end = (tensor.numel() * part // 3 for part in (rank, rank + 1))
+            shards[name] = TensorShard(tensor.flatten()[begin:end], begin, tuple(tensor.shape))
+        file = f"model.rank_{rank:04}.safetensors"
+        files[file] = write_tensors(parted / file, shards)
+    (parted / "state.json").write_bytes((whole / "state.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes((run / "tokenizer.json").read_bytes())
+    manifest = {**read_manifest(whole), "files": {**files, "state.json": describe(parted / "state.json")}}
+    (parted / MANIFEST_FILE).write_bytes(manifest_bytes(manifest))
+    export_model(run, tmp_path / "whole")
+    export_model(tmp_path, tmp_path / "parted")
+    for name in FILES:
+        assert (tmp_path / "parted" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_the_table_of_tensors_covers_the_model(run: Path) -> None:
+    """Every number once: the places of a tensor's pieces make it whole."""
+    path = run / "checkpoints" / "step_00000010"
+    model = tiny_model(**NATIVE)
+    with checkpoint.opened(path, names=["model"]) as saved:
+        written = written_tensors(GLM4_MOE.pieces, model.config, saved.tensors, torch.float32)
+    counts = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
+    for tensor in written:
+        counts[tensor.source][tensor.place] += 1
+        assert counts[tensor.source][tensor.place].shape == tensor.shape
+    assert all((count == 1).all() for count in counts.values())
+    assert len({tensor.name for tensor in written}) == len(written)
+    assert WrittenTensor("a", "a", (), (3, 4), torch.bfloat16).bytes == 24
+
+
+@pytest.mark.parametrize(
+    "prepare, message",
+    [
+        (lambda path: (path.mkdir(), (path / "a").touch()), "there is something in it; a new directory is accepted"),
+        (lambda path: path.touch(), "it is a file; a new directory"),
+        (lambda path: path.parent.touch(), "cannot be made: Not a directory"),
+    ],
+)
+def test_what_is_in_the_way_is_kept(
+    prepare: Any, message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "parent" / "export"
+    if "made" not in message:
+        target.parent.mkdir()
+    prepare(target)
+    before = sorted(tmp_path.rglob("*"))
+    assert dispatch(["export", str(run), str(target)]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_directory_is_filled(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    export_model(run, tmp_path / "export")
+    assert {path.name for path in (tmp_path / "export").iterdir()} == FILES
+
+
+def test_refusals_name_what_is_wrong(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = save_model(tmp_path / "own", tiny_model(scoring_func="softmax"))
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, message in (
+        (
+            [own, tmp_path / "new", "--native-only"],
+            "glm4_moe: sinks, softmax router; mimo_v2_flash: shared expert, soft",
+        ),
+        ([tmp_path / "nothing", tmp_path / "new"], "no such directory; give a run's directory"),
+        ([run, tmp_path / "new", "--dtype", "float16"], "float32"),
+        ([run, tmp_path / "new", "--native-olny"], "did you mean --native-only?"),
+        ([run], "no DIR|FILE.gguf given"),
+    ):
+        assert dispatch(["export", *map(str, arguments)]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") <= 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    run = save_model(tmp_path / "run", tiny_model(**NATIVE))
+    path = run / "checkpoints" / "step_00000010"
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+    with pytest.raises(DataError, match=r"step_00000010: model.safetensors is not what was written"):
+        export_model(path, tmp_path / "new" / "export")
+    with pytest.raises(ConfigError, match=r"has no complete checkpoint: .*step_00000010"):
+        export_model(run, tmp_path / "new" / "export")
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, shim: Shim) -> None:
+    shim(file=".export.tmp/model", errno=errno.ENOSPC)
+    code, _, said = p828_command("export", str(run), "export", cwd=tmp_path)
+    assert (code, said.splitlines()[-1]) == (1, "p828: export: cannot be written: No space left on device")
+    assert not os.listdir(tmp_path)
+
+
+def test_broken_off_it_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    """Ctrl-C comes when the second file begins."""
+
+    def interrupt(line: str) -> None:
+        if "00002" in line:
+            assert any((tmp_path / ".export.tmp").glob("model-00001*"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_model(run, tmp_path / "export", report=interrupt, largest_file=40_000)
+    assert not os.listdir(tmp_path)
+
+
+def test_what_a_killed_export_left_goes(run: Path, tmp_path: Path) -> None:
+    (tmp_path / ".export.tmp" / "folder").mkdir(parents=True)
+    (tmp_path / ".export.tmp" / LOCK_FILE).touch()
+    with locked(tmp_path / ".export.tmp", ""), pytest.raises(ConfigError, match="another process is writing it"):
+        export_model(run, tmp_path / "export")
+    export_model(run, tmp_path / "export")
+    assert os.listdir(tmp_path) == ["export"]
+    assert {path.name for path in (tmp_path / "export").iterdir()} == FILES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_gives_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    """Also one that would put a token before each text, which training never saw."""
+    inner = KINDS[kind]()
+    end = inner.token_to_id(KINDS_EOS)
+    around: Any = processors.TemplateProcessing(f"{KINDS_EOS} $A", special_tokens=[(KINDS_EOS, end)])
+    inner.post_processor = around
+    ours = Tokenizer(inner, KINDS_EOS)
+    model = tiny_model(**NATIVE, vocab_size=512)
+    export_model(save_model(tmp_path / "run", model, ours, KINDS_EOS), tmp_path / "export")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert theirs.eos_token_id == ours.eos_id
+    for text in TRAINING_TEXT[:4]:
+        ids = ours.encode(text)
+        assert theirs(text).input_ids == ids
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+
+
+def test_a_chat_template_goes_along(tmp_path: Path) -> None:
+    """An answer ends with another token than a document, and `generate` is told of both."""
+    ours = letters("<|im_start|>", "<|im_end|>")
+    ours.template = built_in("chatml", EOS, ours.special_tokens)
+    export_model(save_model(tmp_path / "run", tiny_model(**NATIVE), ours), tmp_path / "export")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
+    messages = [{"role": "user", "content": "hello"}]
+    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == ours.template.render(messages, add_generation_prompt=True)
+    assert "<|im_end|>" in rendered
+    model = load(tmp_path / "export")
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == list(ours.end_ids)
+    assert theirs.convert_ids_to_tokens(ours.end_ids) == [EOS, "<|im_end|>"]
+    assert (theirs.eos_token, theirs.pad_token) == (EOS, EOS)
+
+
+def test_dropout_of_a_tokenizer_is_left_out() -> None:
+    spec = json.loads(KINDS["byte_level"]().to_str())
+    spec["model"]["dropout"] = 0.5
+    ours = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)), KINDS_EOS)
+    assert json.loads(tokenizer_json(ours))["model"]["dropout"] is None
+    assert tokenizer_json(letters()) == letters().to_json()
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        (["--model.attention-sinks", "false"], "# exports as glm4_moe"),
+        (["--model.n-shared-experts", "0"], "# exports as mimo_v2_flash"),
+        (["--model.scoring-func", "softmax"], "# exports with remote code: sinks, softmax router"),
+        ([], "# exports with remote code: sinks"),
+    ],
+)
+def test_a_dry_run_says_what_a_model_is_exported_as(
+    changes: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dispatch(["train", str(write_toml(tmp_path)), "--dry-run", *changes]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+def test_loads_under_another_name_of_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to an empty directory is filled where it points to."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "export").symlink_to("real")
+    in_transformers(tiny_model(**NATIVE), tmp_path)
+    assert {path.name for path in (tmp_path / "real").iterdir()} == FILES
