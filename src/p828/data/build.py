@@ -124,7 +124,10 @@ def _validation_samples(
     retry = Retry(data.read_retries, report=report)
     if not data.prepared:
         return list(islice(_read_samples(data, tokenizer, retry, by_end), count))
-    samples = open_prepared(data, tokenizer).validation_samples(count, data.sequence_length, retry, part)
+    prepared = open_prepared(data, tokenizer)
+    samples = prepared.validation_samples(count, data.sequence_length, retry, part)
+    if not prepared.manifest.tells_bytes:
+        return samples
     return [replace(one, text_bytes=tokenizer.spelled_bytes(one.tokens, one.document_ids)) for one in samples]
 
 
