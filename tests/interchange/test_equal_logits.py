@@ -166,10 +166,11 @@ def test_gradients(changes: dict[str, Any], tmp_path: Path) -> None:
         assert difference(gradient, expected[name]) < TOLERANCE, name
 
 
+@pytest.mark.parametrize("changes", [GLM4_MOE, MIMO, {}], ids=["glm4_moe", "mimo", "own"])
 @torch.no_grad()
-def test_bfloat16_is_float32_rounded(tmp_path: Path) -> None:
+def test_bfloat16_is_float32_rounded(changes: dict[str, Any], tmp_path: Path) -> None:
     """The matrices as training computes with them; what training keeps in float32 is float32 in the file."""
-    model = tiny_model(**GLM4_MOE)
+    model = tiny_model(**changes)
     run = save_model(tmp_path / "run", model)
     export_model(run, tmp_path / "export", "bfloat16")
     theirs = load(tmp_path / "export", dtype=torch.float32).state_dict()

@@ -271,12 +271,18 @@ def test_files_that_are_no_model(case: str, theirs: dict[str, Path], tmp_path: P
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_end_token_of_the_tokenizers_settings(theirs: dict[str, Path], tmp_path: Path) -> None:
+def test_the_tokenizers_settings(theirs: dict[str, Path], tmp_path: Path) -> None:
+    """Its end token, which the model's settings need not name, and its chat template."""
+    template = "{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
     directory = copied(theirs["llama"], tmp_path / "changed")
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": EOS}}))
+    settings = {"eos_token": {"content": EOS}, "chat_template": template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     values = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**values, "eos_token_id": 5}))
-    assert read_hub_origin(directory).tokenizer.eos_id == 89
+    tokenizer = load_model(imported(directory, tmp_path / "runs")).tokenizer
+    assert tokenizer.eos_id == 89
+    assert tokenizer.template is not None
+    assert tokenizer.template.source == template
 
 
 def test_the_command(

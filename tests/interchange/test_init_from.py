@@ -147,7 +147,7 @@ def test_a_file_takes_over_what_it_does_not_give(here: Path) -> None:
             "model.vocab_size = 512 and there 300, model.use_qk_norm = true and there false",
         ),
         ({"tokenizer__vocab_size": 400}, "tokenizer.vocab_size = 400: the tokenizer of train.init_from = runs/english"),
-        ({"train__upcycle": True}, "runs/english is no dense model (n_routed_experts = 4, n_shared_experts = 1)"),
+        ({"train__upcycle": True}, "runs/english is no dense model (n_routed_experts = 4, n_shared_experts = 1, "),
     ],
 )
 def test_what_is_given_and_does_not_fit(here: Path, given: dict[str, Any], message: str) -> None:

@@ -48,7 +48,8 @@ def check_upcycling(config: Config, origin: ModelConfig) -> None:
     if not is_dense(origin):
         raise ConfigError(
             f"train.upcycle = true: {config.train.init_from} is no dense model (n_routed_experts = "
-            f"{origin.n_routed_experts}, n_shared_experts = {origin.n_shared_experts}): leave it out"
+            f"{origin.n_routed_experts}, n_shared_experts = {origin.n_shared_experts}, norm_topk_prob = "
+            f"{shown(origin.norm_topk_prob)}, routed_scaling_factor = {origin.routed_scaling_factor:g}): leave it out"
         )
     if model.n_routed_experts == 1:
         raise ConfigError(f"model.n_routed_experts = 1: {where}, more than one is accepted")

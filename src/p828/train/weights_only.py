@@ -22,8 +22,8 @@ from p828.train.resume import versions, write_config
 def write_run(origin: Origin, name: str, runs_dir: str) -> Path:
     """Write the run `runs_dir/name`, whole or not at all, and return its directory.
 
-    One tensor at a time is in memory. Raises ConfigError where there is something already, DataError for weights that
-    cannot be read, and RunFailed where the file system refuses.
+    The weights are read and written tensor by tensor. Raises ConfigError where there is something already, DataError
+    for weights that cannot be read, and RunFailed where the file system refuses.
     """
     config = dataclasses.replace(origin.config, name=name, runs_dir=runs_dir)
     state = {
