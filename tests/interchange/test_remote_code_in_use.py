@@ -87,6 +87,8 @@ def test_flex_attention_refuses_a_static_cache(export: Path) -> None:
     hub = load(export, "flex_attention")
     with pytest.raises(ValueError, match="wrong with a static cache"):
         hub(torch.tensor([[1, 2]]), past_key_values=StaticCache(hub.config, max_cache_len=24))
+    with pytest.raises(ValueError, match="wrong with a static cache"):
+        hub.generate(torch.tensor([[1, 2]]), cache_implementation="static", max_new_tokens=2, pad_token_id=0)
 
 
 @torch.no_grad()
@@ -206,7 +208,7 @@ def test_what_would_drop_the_sinks_is_refused(export: Path, tmp_path: Path) -> N
     try:
         with pytest.raises(ValueError, match=r"'another' does not apply this model's attention sinks"):
             load(export, "another")(torch.tensor([[1, 2]]))
-        with pytest.raises(ValueError, match="not applied in continuous batching"):
+        with pytest.raises(ValueError, match="no continuous batching"):
             load(export, "sdpa")(torch.tensor([[1, 2]]), cache=object())
         model = tiny_model(attention_sinks=False)
         tokens = torch.tensor([[1, 2, 3]])

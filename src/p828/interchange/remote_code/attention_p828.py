@@ -1,6 +1,6 @@
-"""Attention with sinks for p828's model: a learned logit a head in the softmax's denominator, `s_aux` (heads,).
+"""Rotary positions, and attention with sinks: a learned logit a head in the softmax's denominator, `s_aux` (heads,).
 
-Queries are (batch, heads, length, head_dim), keys and values (batch, key heads, keys, head_dim), outputs
+In attention, queries are (batch, heads, length, head_dim), keys and values (batch, key heads, keys, head_dim), outputs
 (batch, length, heads, head_dim), as transformers' attention functions have it.
 """
 
@@ -10,8 +10,46 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, get_flex_attention_lse_kwargs
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .configuration_p828 import P828Config
+
+
+class P828RotaryEmbedding(nn.Module):
+    """cos and sin of every position's angles, in float32: (batch, length, head_dim / 2) each."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: P828Config) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        is_default = self.rope_type == "default"
+        compute = self.compute_default_rope_parameters if is_default else ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, attention_scaling = compute(config)
+        self.attention_scaling: float = attention_scaling
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: P828Config, device: Any = None, **kwargs: Any) -> tuple[Tensor, float]:
+        pair = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+        return 1.0 / config.rope_parameters["rope_theta"] ** (pair / config.head_dim), 1.0
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.float()
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (i, i + head_dim / 2) of (batch, heads, length, head_dim), in float32."""
+    first, second = states.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(states.dtype)
 
 
 def eager_attention_forward(
@@ -92,13 +130,8 @@ def flex_attention_with_sinks(
     return (attended * fraction[..., None]).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def with_sinks(implementation: str, interface: Callable[..., Any], is_paged: bool) -> Callable[..., Any]:
-    """The function that applies `s_aux`; others would leave the sinks out in silence.
-
-    `is_paged`: keys and values are to be taken from a paged cache, as in transformers' continuous batching.
-    """
-    if is_paged:
-        raise ValueError("this model's attention sinks are not applied in continuous batching; `generate` applies them")
+def with_sinks(implementation: str, interface: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that applies `s_aux`; others would leave the sinks out in silence."""
     if implementation in ("eager", "vllm"):
         return interface
     own = {"sdpa": sdpa_attention_with_sinks, "flex_attention": flex_attention_with_sinks}
@@ -108,3 +141,13 @@ def with_sinks(implementation: str, interface: Callable[..., Any], is_paged: boo
             "'eager', 'sdpa' and 'flex_attention' do"
         )
     return own[implementation]
+
+
+def usable_cache(config: P828Config, cache: Any) -> Cache | None:
+    """The same; an error for a cache with which attention would be wrong."""
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError("this model has no continuous batching, and no caches but transformers' `Cache`")
+    if config._attn_implementation == "flex_attention" and getattr(cache, "is_compileable", False):
+        # transformers' mask reads the cache's length when attention runs, and the cache has grown by then
+        raise ValueError("attn_implementation = 'flex_attention' is wrong with a static cache; 'sdpa' is right")
+    return cache

@@ -22,13 +22,12 @@ from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_p828 import eager_attention_forward, with_sinks
+from .attention_p828 import P828RotaryEmbedding, apply_rotary, eager_attention_forward, usable_cache, with_sinks
 from .configuration_p828 import P828Config
 
 
@@ -44,40 +43,6 @@ class P828RMSNorm(nn.Module):
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
         hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
         return self.weight * hidden_states.to(input_dtype)
-
-
-class P828RotaryEmbedding(nn.Module):
-    """cos and sin of every position's angles, in float32: (batch, length, head_dim / 2) each."""
-
-    inv_freq: Tensor
-
-    def __init__(self, config: P828Config) -> None:
-        super().__init__()
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        is_default = self.rope_type == "default"
-        compute = self.compute_default_rope_parameters if is_default else ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, attention_scaling = compute(config)
-        self.attention_scaling: float = attention_scaling
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config: P828Config, device: Any = None, **kwargs: Any) -> tuple[Tensor, float]:
-        pair = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-        return 1.0 / config.rope_parameters["rope_theta"] ** (pair / config.head_dim), 1.0
-
-    @torch.no_grad()
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.float()
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-
-
-def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + head_dim / 2) of (batch, heads, length, head_dim), in float32."""
-    first, second = states.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(states.dtype)
 
 
 class P828Attention(nn.Module):
@@ -123,7 +88,7 @@ class P828Attention(nn.Module):
         implementation = self.config._attn_implementation
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if self.sinks is not None:
-            attention_interface = with_sinks(implementation, attention_interface, is_paged="cache" in kwargs)
+            attention_interface = with_sinks(implementation, attention_interface)
         attn_output, attn_weights = attention_interface(
             self, query, key, value, attention_mask, scaling=self.scaling, s_aux=self.sinks, **kwargs
         )
@@ -248,7 +213,7 @@ class P828PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["P828DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
@@ -309,27 +274,23 @@ class P828Model(P828PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
+        """`cache` is the name that `past_key_values` has from transformers 5.24 on."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if self.config._attn_implementation == "flex_attention" and getattr(past_key_values, "is_compileable", False):
-            # transformers' mask reads the cache's length when attention runs, and the cache has grown by then
-            raise ValueError("attn_implementation = 'flex_attention' is wrong with a static cache; 'sdpa' is right")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = usable_cache(self.config, past_key_values if cache is None else cache)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            cache = None  # a layer that runs twice would append its keys twice
+        elif use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         position_embeddings = self.rotary_emb(position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -338,11 +299,10 @@ class P828Model(P828PreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
+                past_key_values=cache,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(self.norm(hidden_states), cache)
 
 
 class P828ForCausalLM(P828PreTrainedModel, GenerationMixin):
@@ -356,6 +316,10 @@ class P828ForCausalLM(P828PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        usable_cache(self.config, kwargs.get("cache", kwargs.get("past_key_values")))
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -366,6 +330,7 @@ class P828ForCausalLM(P828PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
@@ -373,7 +338,7 @@ class P828ForCausalLM(P828PreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -383,13 +348,10 @@ class P828ForCausalLM(P828PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        # by position, since the name of the cache depends on transformers' version
+        caches = outputs.past_key_values
         return MoeCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            loss, None, logits, caches, outputs.hidden_states, outputs.attentions, outputs.router_logits
         )
 
 
