@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from p828.inference.evaluate import Evaluation
     from p828.inference.load import LoadedModel
     from p828.interchange.export import Export
+    from p828.interchange.gguf import GGUFExport
     from p828.interchange.origin import Origin
     from p828.model.transformer import Transformer
 
@@ -231,6 +232,18 @@ class Run:
 
         return export_model(self.path, directory, dtype, native_only)
 
+    def export_gguf(
+        self, file: str | Path, dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    ) -> "GGUFExport":
+        """Write model and tokenizer for llama.cpp, as `p828 export` does; `architecture`, `bytes` and more of it.
+
+        Raises ConfigError for a file that is there, and for a model or tokenizer that llama.cpp does not have;
+        DataError for damage, and for a number that float16 does not have; RunFailed when the file cannot be written.
+        """
+        from p828.interchange.gguf import export_gguf
+
+        return export_gguf(self.path, Path(file), dtype)
+
     def evaluate(
         self, files: str | Path | Sequence[str | Path] = (), rows: int = 0, micro_batch_size: int = 0
     ) -> "Evaluation":
@@ -248,6 +261,22 @@ class Run:
         given = {key: value for key, value in values.items() if value}
         config = measured_config(self.loaded, given)
         return evaluate(self.loaded.model, batches_of(config, self.loaded, given, warn), self.loaded.dtype)
+
+    def measure_tasks(
+        self, tasks: str | Sequence[str], limit: int | None = None, num_fewshot: int | None = None, tasks_path: str = ""
+    ) -> dict[str, dict[str, float]]:
+        """Each task's metrics, as `p828 evaluate --tasks` finds them.
+
+        `limit` takes the first items of each task, `num_fewshot` solved examples before each question of lm-eval's
+        tasks, and `tasks_path` is a directory of further ones. Raises ConfigError for a task that is unknown or whose
+        data cannot be read, and RunFailed where lm-eval fails.
+        """
+        from p828.errors import warn
+        from p828.inference.tasks.task_model import TaskModel
+        from p828.inference.tasks.tasks import open_all
+
+        opened = open_all(_several(tasks), tasks_path)
+        return opened.measure(TaskModel.of(self.loaded, 0, warn), limit, num_fewshot)
 
 
 def _several(values: Any) -> tuple[Any, ...]:

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import sys
@@ -12,6 +13,7 @@ from p828.data.text.documents import is_held_out
 from p828.data.tokenizer.training import train_tokenizer
 from p828.runs import records
 from runs import write_text, write_toml
+from tokenizer_kinds import EOS, KINDS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -245,6 +247,35 @@ def test_a_step_without_targets_changes_nothing(toml: str, capsys: pytest.Captur
     assert dispatch(["train", *arguments]) == 0, capsys.readouterr().err
     steps = [line for line in records.read(Path("runs/tiny/metrics.jsonl")) if line["kind"] == "step"]
     assert sorted(step["loss"] == 0 for step in steps) == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "word_piece"])
+def test_bits_per_byte_of_prepared_data_are_right_or_not_given(
+    toml: str, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Where the tokens do not say how many bytes the text had, as after a normalizer that drops spaces."""
+    Path("tok.json").write_text(KINDS[kind]().to_str())
+    text = ["The cat and  the dog\n" * 20, "a mat\n" * 40]
+    for name in ("text", "held"):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in text * 8))
+    flags = [
+        "--data.files", "text.jsonl", "--data.validation.files", "held.jsonl", "--data.sequence-length", "32",
+        "--tokenizer.name", "tok.json", "--tokenizer.eos-token", EOS, "--model.vocab-size", "0",
+    ]  # fmt: skip
+    assert dispatch(["prepare", toml, *flags, "--data.prepared", "prepared"]) == 0
+    quick = ["--train.steps", "1", "--evaluation.rows", "1000", "--evaluation.prompts"]
+    assert dispatch(["train", toml, *flags, "--data.prepared", "prepared", *quick]) == 0
+    capsys.readouterr()
+    assert dispatch(["evaluate", "runs/tiny"]) == 0
+    of_tokens = capsys.readouterr().out.splitlines()
+    assert dispatch(["evaluate", "runs/tiny", "--data.files", "held.jsonl"]) == 0
+    of_text = capsys.readouterr().out.splitlines()
+    assert of_tokens[1] == of_text[1]  # the loss of all rows
+    if kind == "word_piece":
+        assert "not known: the tokens of the prepared data are decoded to other text" in of_tokens[3]
+        assert "bytes" not in of_tokens[4]
+    else:
+        assert of_tokens[3:5] == of_text[3:5]
 
 
 def test_a_mixture_is_evaluated_on_all_its_sources(

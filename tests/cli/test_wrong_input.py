@@ -48,6 +48,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("train", "quickstart", "--model.n-group", "3"), ["n_group = 3", "n_routed_experts"]),
         (("train", "quickstart", "--data.source", "files"), ["data.files"]),
         (("train", "quickstart", "--data.source", "files", "--data.files", "none/*.txt"), ["none/*.txt"]),
+        (("train", "quickstart", "--data.files", ""), ["data.files: '' names nothing"]),
         (("train", "quickstart", "--name", "a/b"), ["a/b", "name"]),
         (("generate", "runs/none", "--prompt", "x"), ["runs/none"]),
         (("evaluate", "runs/none"), ["runs/none"]),
@@ -110,7 +111,7 @@ def test_data_shorter_than_a_row(runs: Path, capsys: pytest.CaptureFixture[str])
     said = complaint(capsys, "train", str(path), *QUICK)
     assert "data.sequence_length = 32" in said
     assert "less than one row" in said
-    assert not runs.exists()
+    assert "runs/tiny/tokenizer.json, just trained, is kept" in said
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

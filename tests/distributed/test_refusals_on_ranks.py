@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from launch import ENDLESS, cases, launched, the_message, torchrun
+from launch import ENDLESS, cases, launched, messages, the_message, torchrun
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -18,9 +18,11 @@ def test_a_deepspeed_file(config: Path, tmp_path: Path, content: str, expected: 
     path = tmp_path / "ds.json"
     path.write_text(content)
     with launched(config, tmp_path / "runs" / "wrong", 1, 2, "--deepspeed-config", str(path)) as launch:
-        message = the_message(launch)
+        _, _, err = launch.end()
+    (message,) = messages(err)
     assert str(path) in message
     assert expected in message
+    assert f"  traceback : {message}\n" in err.partition("Root Cause")[2], "torchrun's report ends with it, too"
     assert not (tmp_path / "runs").exists()
 
 

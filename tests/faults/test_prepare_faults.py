@@ -79,6 +79,20 @@ def test_asked_to_end_it_saves_and_goes_on(toml: str, number: int) -> None:
     assert contents(Path("prepared")) == contents(Path("whole"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_asked_to_end_before_anything_is_made_it_leaves_nothing(tmp_path: Path, number: int) -> None:
+    process = start("prepare", "quickstart", "--data.prepared", "new/prepared", cwd=tmp_path)
+    assert process.stdout is not None
+    assert any("training a tokenizer" in line for line in process.stdout)
+    process.send_signal(number)
+    out, said = process.communicate(timeout=60)
+    name = signal.Signals(number).name
+    assert out.startswith(f"{name}: ending")
+    assert said == f"p828: stopped by {name}. Nothing was made yet, and the same command begins again\n"
+    assert process.returncode == 1
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_malformed_line_of_the_second_source_keeps_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,6 +123,22 @@ def test_the_first_signal_is_answered_and_the_second_obeyed_within_an_operation(
     process.communicate()
 
 
+AFTER_IT_IS_SAVED = """
+import os, signal, sys
+from p828.train.signals import graceful_shutdown
+with graceful_shutdown(lambda: None) as shutdown:
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    while not shutdown.reason:
+        pass
+os.kill(os.getpid(), signal.SIGHUP)
+"""
+
+
+@pytest.mark.parametrize("first", ["SIGHUP", "SIGTERM"])
+def test_a_hangup_once_all_is_saved_changes_nothing(first: str) -> None:
+    assert subprocess.run([sys.executable, "-c", AFTER_IT_IS_SAVED, first], check=False).returncode == 0
+
+
 def test_under_nohup_a_hangup_changes_nothing(tmp_path: Path) -> None:
     path = str(write_toml(tmp_path, train={"steps": 60}))
     launcher = ("-c", "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "

@@ -15,7 +15,7 @@ from exported import save_model
 from p828.cli.main import dispatch
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
-from p828.inference.tasks.lm_eval_tasks import TasksFailed, as_lm, open_tasks
+from p828.inference.tasks.lm_eval_tasks import TasksFailed, as_lm, open_tasks, unknown_task
 from p828.inference.tasks.task_model import TaskModel
 from p828.interchange.export import export_model
 from p828.model.transformer import Transformer
@@ -177,9 +177,20 @@ def test_random_states_and_the_environment_stay(model: Transformer, byte_level: 
     assert opened.measure(task_model(model, byte_level), None, None) == first, "tasks may be measured again"
 
 
-def test_an_unknown_name_is_answered_with_near_ones(tasks: Path) -> None:
+@pytest.mark.long  # reading all of lm-eval's tasks takes seconds
+def test_an_unknown_name_is_looked_for_among_all_tasks(tasks: Path) -> None:
     with pytest.raises(ConfigError, match=r"no task 'helaswag' in lm-eval, and none in .*did you mean hellaswag"):
         open_tasks(["helaswag"], str(tasks))
+
+
+def test_an_unknown_name_is_answered_with_near_ones(tmp_path: Path) -> None:
+    known = ["cloze_python", "hellaswag", "hellaswag_ta", "mmlu"]
+    assert unknown_task("helaswag", known, "").endswith("in lm-eval; did you mean hellaswag, hellaswag_ta?")
+    assert unknown_task("xyz", known, "").endswith("in lm-eval; `lm-eval ls tasks` lists them.")
+    (tmp_path / "broken.yaml").write_text("task: mine\n  dataset: [")
+    line = unknown_task("mine", known, str(tmp_path))
+    assert f"none in {tmp_path} ({tmp_path}/broken.yaml is no task file: mapping values" in line
+    assert "\n" not in line
 
 
 @pytest.mark.parametrize(

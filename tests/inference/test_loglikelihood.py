@@ -73,3 +73,13 @@ def test_the_likeliest_tokens_are_greedy(model: Transformer) -> None:
     assert [score.is_greedy for score in found] == [True, False, True]
     assert found[2].nats == 0
     assert model.training is False
+
+
+def test_answers_that_differ_in_their_last_token_are_one_row(model: Transformer) -> None:
+    context, other = draw(6, 7)
+    requests = [Request(context, [9, answer]) for answer in (1, 2, 3)] + [Request(other, [4])] + [Request(context, [9])]
+    done: list[int] = []
+    found = loglikelihoods(model, requests, torch.float32, 1, done.append)
+    assert len(done) == 3, "rows: two of seven tokens, one of six"
+    for request, score in zip(requests, found, strict=True):
+        assert score.nats == pytest.approx(naive(model, request)[0], abs=2 * PER_TOKEN)

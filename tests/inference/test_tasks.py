@@ -12,6 +12,7 @@ import pytest
 import torch
 from saved_run import save_run
 
+import p828
 from p828.cli.main import dispatch
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, NotFinite
@@ -171,6 +172,12 @@ def test_the_command_and_its_file(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert metrics["items"] == 12
     assert evaluate(run, "--tasks", "cloze_english", "cloze_python", "--limit", "12", "--json", str(file)) == 0
     assert json.loads(file.read_text())["tasks"] == dict(reversed(written["tasks"].items()))
+
+
+def test_from_python(run: Path, tmp_path: Path) -> None:
+    found = p828.load_run(run, device="cpu").measure_tasks("cloze_python", limit=5)
+    assert evaluate(run, "--tasks", "cloze_python", "--limit", "5", "--json", str(tmp_path / "found.json")) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["tasks"] == found
 
 
 def test_the_loss_goes_to_a_file_too(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

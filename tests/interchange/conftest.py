@@ -1,8 +1,14 @@
 """What the tests of models in transformers share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
+from own_export import write_own_export
+
+from p828.model.transformer import Transformer
+from tiny import tiny_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,3 +21,20 @@ def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", directory)
         patch.syspath_prepend(directory)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled() -> Iterator[None]:
+    """flex_attention's mask, which transformers would compile for ten seconds."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def model() -> Transformer:
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def export(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_own_export(model, tmp_path_factory.mktemp("export") / "model")

@@ -9,8 +9,28 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from p828.config import RopeScaling
 from p828.interchange.own import OWN, code_files
 from p828.model.transformer import Transformer
+
+# Both sides are float32; they add up in another order, through two layers.
+TOLERANCE = 1e-5
+YARN = RopeScaling(factor=4.0, original_max_position_embeddings=16)
+IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sinks and a shared expert": {},
+    "no sinks, softmax": {"attention_sinks": False, "scoring_func": "softmax"},
+    "norms, softmax": {"use_qk_norm": True, "scoring_func": "softmax", "norm_topk_prob": False},
+    "product": {"hidden_act": "swiglu_of_product", "n_shared_experts": 2},
+    "groups": {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    "top-1 of one group": {"num_experts_per_tok": 1, "n_group": 2, "topk_group": 1, "norm_topk_prob": False},
+    "many experts": {"n_routed_experts": 64, "num_experts_per_tok": 8, "n_shared_experts": 0},
+    "a single expert": {"n_routed_experts": 1, "num_experts_per_tok": 1},
+    "yarn": {"rope_scaling": YARN, "rope_theta": 500.0},
+    "tied": {"tie_word_embeddings": True},
+    "as many keys as queries": {"num_key_value_heads": 4},
+    "three heads": {"num_attention_heads": 3, "num_key_value_heads": 1},
+}
 
 
 def own_tensors(model: Transformer) -> dict[str, Tensor]:
@@ -54,10 +74,24 @@ def load(directory: Path, implementation: str = "eager", **options: Any) -> Any:
 
     return AutoModelForCausalLM.from_pretrained(
         directory, trust_remote_code=True, attn_implementation=implementation, **options
-    ).eval()
+    )
 
 
 def like(model: Transformer, tokens: Tensor, **inputs: Any) -> Tensor:
     """p828's own logits."""
     with torch.no_grad():
         return model.logits(model(tokens, **inputs).hidden_BSH)
+
+
+def in_memory(model: Transformer, export: Path, implementation: str = "eager") -> Any:
+    """The class that the export's code defines, with the weights of `model`."""
+    from transformers import AutoConfig
+
+    loaded = AutoConfig.from_pretrained(export, trust_remote_code=True)
+    config = type(loaded)(**OWN.to_config(model.config), attn_implementation=implementation)
+    hub = type(load(export))(config).eval()
+    missing, unexpected = hub.load_state_dict(own_tensors(model), strict=False)
+    assert not unexpected
+    assert set(missing) <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+    hub.tie_weights()
+    return hub

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 import p828
 from exported import EOS, in_transformers, letters, load, save_model
 from p828.cli.main import dispatch
+from p828.config import Config, TrainConfig
 from p828.config import load as load_config
 from p828.data.tokenizer.chat_template import built_in
 from p828.data.tokenizer.tokenizer import Tokenizer
@@ -24,11 +25,14 @@ from p828.errors import ConfigError, DataError
 from p828.files import LOCK_FILE, locked
 from p828.interchange.export import export_model, tokenizer_json
 from p828.interchange.glm4_moe import GLM4_MOE
+from p828.interchange.model_card import model_card
+from p828.interchange.own import code_files
 from p828.interchange.weights import WrittenTensor, written_tensors
 from p828.runs import checkpoint
 from p828.runs.file_names import MANIFEST_FILE
 from p828.runs.manifest import describe, manifest_bytes, read_manifest
 from p828.runs.tensors import TensorShard, write_tensors
+from p828.runs.train_state import TrainState
 from runs import p828 as p828_command
 from runs import run_config, write_toml
 from shim import Shim
@@ -77,7 +81,7 @@ def test_files_of_a_trained_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for part in (
         "library_name: transformers\n",
         f"{sum(p.numel() for p in trained.model.parameters()):,} parameters",
-        "1,536 tokens",
+        "trained from scratch on 1,536 tokens with p828",
         str(tmp_path / "text" / "*.txt"),
         "12 of 12",
         f"Validation loss {evaluations[-1]['loss']:.4f}",
@@ -91,6 +95,30 @@ def test_files_of_a_trained_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
         trained.config.data,
         trained.config.optimizer,
     )
+
+
+def test_code_of_its_own_lies_beside_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = save_model(tmp_path / "run", tiny_model())
+    assert dispatch(["export", str(run), str(tmp_path / "export")]) == 0
+    said = capsys.readouterr().out
+    assert "exported as    p828, with code of its own\n" in said
+    assert f'from_pretrained("{tmp_path / "export"}", trust_remote_code=True)' in said
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {*FILES, *(file.name for file in code_files())}
+    assert "from_pretrained(place, trust_remote_code=True)" in (tmp_path / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "tokens, origin, words",
+    [
+        (5000, "runs/english", "It was trained from the weights of `runs/english` on 5,000 tokens"),
+        (0, "", "not trained with it"),
+    ],
+)
+def test_the_card_says_where_a_model_comes_from(tokens: int, origin: str, words: str) -> None:
+    config = Config(train=TrainConfig(init_from=origin))
+    card = model_card(config, TrainState(tokens=tokens), 0.0, None, [], GLM4_MOE, "float32")
+    assert words in card
+    assert ("standard library" in card) == (tokens > 0)
 
 
 def test_without_records_the_card_says_so(run: Path, tmp_path: Path) -> None:

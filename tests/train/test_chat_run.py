@@ -1,6 +1,7 @@
 """Runs on conversations: the loss, what they learn, kills, and what they keep of the chat template."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 import p828
 from chat_templates import TEMPLATES, talk
-from conversations import chat_config, chat_values, colours
+from conversations import chat_config, chat_values, colours, write_conversations
 from oracles import assert_near, naive_loss
 from p828.api import build_engine, train_run
 from p828.cli.main import dispatch
@@ -61,6 +62,23 @@ def test_loss_and_gradients_are_those_of_the_conversations_one_by_one(tmp_path: 
         assert_near(gradients[name], parameter.grad, 1e-5)
 
 
+def test_rows_without_a_target_are_trained_on_and_change_no_loss(tmp_path: Path) -> None:
+    """A question longer than a row leaves rows that the assistant says nothing in."""
+    config = chat_config(tmp_path, data={"sequence_length": 24, "shuffle_rows": 1})
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=1))
+    tokenizer, lines = tokenizer_of(config), []
+    write_conversations(tmp_path / "talk.jsonl", [talk("012345" * 10, "red")])
+    engine = build_engine(config, tokenizer)
+    with open_loader(config.data, config.train, tokenizer, mask_documents=True) as loader:
+        for batch in itertools.islice(loader, 6):
+            engine.forward_backward(batch, max(batch.num_targets, 1))
+            result = engine.step(1e-3)
+            assert result.applied
+            lines.append((batch.num_targets, result.loss))
+    assert (0, 0.0) in lines
+    assert any(targets > 0 and loss > 1 for targets, loss in lines)
+
+
 def test_kill_9_while_training_on_conversations_changes_nothing(tmp_path: Path) -> None:
     """With a source of text beside them, and several streams."""
     values = chat_values(tmp_path)
@@ -84,24 +102,50 @@ def test_kill_9_while_training_on_conversations_changes_nothing(tmp_path: Path) 
     assert last["source_tokens"]["talk"] > last["source_tokens"]["text"] > 0
 
 
-def test_a_run_learns_to_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = chat_config(
-        tmp_path, train={"steps": 80, "micro_batch_size": 8, "gradient_accumulation": 1}, checkpoint={"every": 100}
-    )
-    run = train_run(config)
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> p828.Run:
+    """A run that knows everyone's colour."""
+    train = {"steps": 120, "micro_batch_size": 8, "gradient_accumulation": 1}
+    place, model = tmp_path_factory.mktemp("learned"), {"attention_sinks": False}  # which glm4_moe has not
+    return train_run(chat_config(place, train=train, model=model, checkpoint={"every": 100}))
+
+
+def test_a_start_says_how_conversations_are_written(learned: p828.Run) -> None:
+    said = (learned.path / "log.txt").read_text()
+    assert "conversations are written by the chat template chatml; an answer ends in '<|im_end|>'" in said
+
+
+def test_a_run_learns_to_answer(learned: p828.Run, capsys: pytest.CaptureFixture[str]) -> None:
     for messages in colours(12):
-        assert run.answer(messages[:-1], temperature=0) == messages[-1]["content"]
-    capsys.readouterr()
+        assert learned.answer(messages[:-1], temperature=0) == messages[-1]["content"]
     asked = ["--prompt", "Ka?", "--prompt", "Ri?", "--temperature", "0"]
-    assert dispatch(["generate", str(run.path), "--chat", *asked]) == 0
+    assert dispatch(["generate", str(learned.path), "--chat", *asked]) == 0
     assert capsys.readouterr().out == "--- 1: Ka?\nred\n--- 2: Ri?\nblue\n"
-    *_, before, last = (line for line in run.records if line["kind"] == "step")
+
+
+def test_records_of_a_run_on_conversations(learned: p828.Run) -> None:
+    *_, before, last = (line for line in learned.records if line["kind"] == "step")
     assert 0 < last["targets"] < last["tokens"] - before["tokens"]
-    (amounts,) = (line["sources"] for line in run.records if line["kind"] == "data")
-    assert tokenizer_of(config).template is not None
-    encoded = run.tokenizer.encode_marked([run.tokenizer.template.marked(messages) for messages in colours()])
-    assert amounts[0]["tokens"] == sum(map(len, encoded))
-    assert amounts[0]["epochs"] == pytest.approx(80 * config.tokens_per_step / amounts[0]["tokens"])
+    (amount,) = (line["sources"][0] for line in learned.records if line["kind"] == "data")
+    template = learned.tokenizer.template
+    assert template is not None
+    encoded = learned.tokenizer.encode_marked([template.marked(messages) for messages in colours()])
+    assert amount["tokens"] == sum(map(len, encoded))
+    assert amount["epochs"] == pytest.approx(120 * learned.config.tokens_per_step / amount["tokens"])
+
+
+def test_an_export_answers_in_transformers_with_its_template(learned: p828.Run, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from p828.interchange.export import export_model
+
+    export_model(learned.path, tmp_path / "export", native_only=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    for messages in colours(6):
+        asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_tensors="pt")
+        found = model.generate(**asked, max_new_tokens=20, do_sample=False)[0, asked["input_ids"].shape[1] :]
+        assert tokenizer.decode(found) == learned.answer(messages[:-1], temperature=0) + "<|im_end|>"
 
 
 def test_what_a_run_keeps_of_its_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +201,10 @@ def test_a_tokenizer_from_elsewhere_brings_its_template_or_gets_one(
     newer = tokenizer_of(chat_config(tmp_path, **named))
     assert newer.template is not None
     assert newer.template.render(talk("a", "b")) == "USER: a\n\nASSISTANT: b\n\n"
+    cannot = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "base" / "chat_template.jinja").write_text(cannot)
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja: the chat template cannot be trained with: nothing"):
+        tokenizer_of(chat_config(tmp_path, **named))
     (tmp_path / "base" / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(ConfigError, match=r"chat_template\.jinja: not a chat template, line 1"):
         tokenizer_of(chat_config(tmp_path, **named))

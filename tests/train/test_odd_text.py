@@ -95,6 +95,41 @@ def test_bad_lines_that_are_passed_over_are_recorded(
     assert steps[-1]["bad_records"] == 1
 
 
+def test_a_tokenizer_is_kept_whatever_ends_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, validation, kept = tmp_path / "text.jsonl", tmp_path / "bad.jsonl", tmp_path / "runs/run/tokenizer.json"
+    text.write_text("".join(lines()))
+    with_bad_line(validation, 3)
+    data = {"validation": {"kind": "files", "files": [str(validation)]}}
+    flags = ["--evaluation.rows", "20"]
+    assert train(tmp_path, text, *flags, data=data) == 2
+    bad_line, line = capsys.readouterr().err.splitlines()
+    assert "bad.jsonl:4: not a line of JSON" in bad_line
+    assert line == f"{kept}, just trained, is kept: the same command goes on with it"
+    before = kept.read_bytes()
+    assert train(tmp_path, text, *flags, "--evaluation.prompts", "ab " * 100, data=data) == 2
+    assert "evaluation.prompts" in capsys.readouterr().err
+    validation.write_text("".join(lines()))
+    assert train(tmp_path, text, *flags, "--model.hidden-size", "64", data=data) == 0
+    assert "training a tokenizer" not in capsys.readouterr().out
+    assert kept.read_bytes() == before
+
+
+def test_a_tokenizer_of_other_text_is_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, other, kept = tmp_path / "text.jsonl", tmp_path / "other.txt", tmp_path / "runs/run/tokenizer.json"
+    text.write_text("".join(lines()))
+    other.write_text("ghi jkl mno " * 400)
+    too_long = ["--evaluation.prompts", "ab " * 100]
+    changes: list[tuple[Path, list[str]]] = [
+        (text, []), (other, []), (other, ["--tokenizer.vocab-size", "280"]), (text, ["--train.seed", "1"])
+    ]  # fmt: skip
+    found = []
+    for source, flags in changes:
+        assert train(tmp_path, source, *too_long, *flags) == 2
+        assert f"{kept}, just trained, is kept" in capsys.readouterr().err
+        found.append(kept.read_bytes())
+    assert found[0] != found[1]
+
+
 def test_text_that_was_moved_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text("".join(lines()))
@@ -136,4 +171,4 @@ def test_more_streams_than_documents(tmp_path: Path, capsys: pytest.CaptureFixtu
     said = " ".join(capsys.readouterr().err.split())
     assert "no documents in part 4 of data.streams = 4 of data.files" in said
     assert "Lower data.streams" in said
-    assert not (tmp_path / "runs/more").exists()
+    assert "runs/more/tokenizer.json, just trained, is kept" in said

@@ -39,10 +39,10 @@ def write_task(directory: Path, **changes: Any) -> None:
     (directory / "letters.yaml").write_text(yaml.safe_dump(task))
 
 
-def config_with_tasks(here: Path, *names: str, **evaluation: Any) -> str:
+def config_with_tasks(here: Path, *names: str, steps: int = 12, **evaluation: Any) -> str:
     """Dropout draws from the global random state."""
-    values = {"tasks": names, "tasks_every": 3, **evaluation}
-    return str(write_toml(here, model={"dropout": 0.1}, evaluation=values))
+    values = {"tasks": names, "tasks_every": 6, **evaluation}
+    return str(write_toml(here, model={"dropout": 0.1}, train={"steps": steps}, evaluation=values))
 
 
 def of_tasks(run: Path) -> list[dict[str, Any]]:
@@ -57,12 +57,12 @@ def test_a_run_with_tasks_is_the_run_without_them(here: Path, capfd: pytest.Capt
     said = capfd.readouterr()
     run = here / "runs" / "with"
     found = of_tasks(run)
-    assert [line["step"] for line in found] == [3, 6, 9, 12]
+    assert [line["step"] for line in found] == [6, 12]
     assert found[0]["results"].keys() == {"cloze_python", "letters"}
     assert found[0]["results"]["cloze_python"]["items"] == 100
     assert {"acc", "acc_stderr", "items", "num_fewshot"} == found[0]["results"]["letters"].keys()
     assert f"step 12: letters: acc {found[-1]['results']['letters']['acc']:.4g}" in said.out
-    assert "step 3: cloze_python: accuracy" in said.out
+    assert "step 6: cloze_python: accuracy" in said.out
     assert said.err == "", "nothing of lm-eval"
 
     assert dispatch(["train", str(write_toml(here, model={"dropout": 0.1})), "--name", "without"]) == 0
@@ -75,19 +75,19 @@ def test_a_run_with_tasks_is_the_run_without_them(here: Path, capfd: pytest.Capt
     resumed = here / "runs" / "resumed"
     shutil.copytree(run, resumed)
     oldest, *others = sorted((resumed / "checkpoints").glob("step_*"))
-    assert int(oldest.name[5:]) < 9
+    assert 6 < int(oldest.name[5:]) < 12
     for newer in others:
         shutil.rmtree(newer)
     toml = config_with_tasks(here, "cloze_python", "letters", tasks_path=str(here / "tasks"))
     assert dispatch(["train", toml, "--name", "resumed"]) == 0
     assert_same_run(run, resumed, step=12)
-    assert len([record for record in comparable_records(resumed) if record[0] == "tasks"]) == 4
+    assert len([record for record in comparable_records(resumed) if record[0] == "tasks"]) == 2
 
 
 def test_the_numbers_are_those_of_the_command(here: Path) -> None:
-    assert dispatch(["train", config_with_tasks(here, "cloze_english", tasks_every=0)]) == 0
+    assert dispatch(["train", config_with_tasks(here, "cloze_english", steps=3, tasks_every=0)]) == 0
     (line,) = of_tasks(here / "runs" / "tiny")
-    assert line["step"] == 12, "0: at the end only"
+    assert line["step"] == 3, "0: at the end only"
     assert dispatch(["evaluate", "runs/tiny", "--tasks", "cloze_english", "--json", "found.json"]) == 0
     found = json.loads(Path("found.json").read_text())["tasks"]["cloze_english"]
     assert found == pytest.approx(line["results"]["cloze_english"], abs=1e-6)
@@ -104,9 +104,9 @@ def test_a_task_that_fails_and_a_diverged_model_are_events(
         .replace("'!function nowhere.nothing'", "!function nowhere.nothing")
     )
     (here / "tasks" / "letters.yaml").write_text(text)
-    toml = config_with_tasks(here, "letters", tasks_path=str(here / "tasks"), tasks_every=0)
+    toml = config_with_tasks(here, "letters", steps=3, tasks_path=str(here / "tasks"), tasks_every=0)
     assert dispatch(["train", toml]) == 0
-    assert "step 12: the tasks are not measured: lm-eval fails: KeyError: 'lost'" in capsys.readouterr().out
+    assert "step 3: the tasks are not measured: lm-eval fails: KeyError: 'lost'" in capsys.readouterr().out
 
     step = PlainEngine.step
 

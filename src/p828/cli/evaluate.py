@@ -36,6 +36,7 @@ DESCRIPTION = (
     "row. --tasks measures how well the model does at tasks, in place of its loss on text: cloze_english and "
     "cloze_python are p828's own, and all others are those of lm-eval (pip install 'p828[evaluate]')."
 )
+NO_BYTES = "not known: the tokens of the prepared data are decoded to other text; --data.files measures text itself"
 OF_THE_RUN = tyro.conf.arg(help_behavior_hint="(default: the run's)")
 OF_TASKS = ("tasks_path", "limit", "num_fewshot")
 OF_TEXT = ("rows", "data.")
@@ -114,8 +115,8 @@ def _on_text(loaded: LoadedModel, flags: dict[str, Any]) -> tuple[dict[str, Any]
     lines = [
         f"loss           {result.loss:.5f} nats per token",
         f"perplexity     {result.perplexity:.5g}",
-        f"bits per byte  {result.bits_per_byte:.5f}",
-        f"on             {result.tokens:,} tokens, {result.bytes:,} bytes",
+        f"bits per byte  {NO_BYTES if result.bits_per_byte is None else format(result.bits_per_byte, '.5f')}",
+        f"on             {result.tokens:,} tokens" + ("" if result.bytes is None else f", {result.bytes:,} bytes"),
     ]
     if any(key.startswith("data.") for key in flags):
         lines.append(f"text           {in_words(config, flags)}")
@@ -123,9 +124,7 @@ def _on_text(loaded: LoadedModel, flags: dict[str, Any]) -> tuple[dict[str, Any]
 
 
 def _at_tasks(loaded: LoadedModel, tasks: Tasks, flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    rows = flags.get("micro_batch_size", loaded.config.train.micro_batch_size)
-    batch_tokens = rows * loaded.config.data.sequence_length
-    model = TaskModel(loaded.model, loaded.tokenizer, loaded.dtype, batch_tokens, rows, warn)
+    model = TaskModel.of(loaded, flags.get("micro_batch_size", 0), warn)
     with waiting("measuring", warn):
         results = interruptible(lambda: tasks.measure(model, flags.get("limit"), flags.get("num_fewshot")))
     width = max(len(name) for name in ["checkpoint   ", *results]) + 2

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from p828.cli.output import escape_what_output_lacks
 from p828.config.values import shown
-from p828.distributed.launcher import Process, launched
+from p828.distributed.launcher import Process, launched, tell_launcher
 from p828.errors import INTERRUPTED, ConfigError, LocalRankError, P828Error, did_you_mean, warn
 
 COMMANDS = {
@@ -71,6 +71,8 @@ def dispatch(arguments: list[str]) -> int:
             raise ConfigError(f"no command {shown(command)}{near} Commands: {', '.join(COMMANDS)}")
         _module(command).run(rest)
     except P828Error as error:
+        if error.exit_code and _place(arguments).is_launched:
+            tell_launcher(_cut(f"p828: {error}"))
         if isinstance(error, LocalRankError):
             warn(_cut(str(error)))
         else:

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from p828.data.text.open import open_in_order
 from p828.data.tokenizer.of_run import remarks
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokenizer.tokenizer_config import template_of_trained
-from p828.data.tokens.directory import GOES_ON, failures_at_work, open_output_dirs, resolve_tokenizer
+from p828.data.tokens.directory import GOES_ON, failures_at_work, is_begun, open_output_dirs, resolve_tokenizer
 from p828.data.tokens.format import MANIFEST_FILE, Manifest
 from p828.data.tokens.prepare import Preparation, prepare
 from p828.data.tokens.read import Prepared
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> None:
         for line in (*trained_on_too(data), *unused_text_field(data)):
             print(line, flush=True)
     directories = [Path(data.prepared) for data in wanted]
-    with _ended_by_signals(), open_output_dirs(directories):
+    with _ended_by_signals(directories), open_output_dirs(directories):
         made: list[Manifest] = []  # by this command
         tokenizer = resolve_tokenizer(config, directories, lambda: _documents(config))
         texts = training_documents(config.data, config.train.seed, tokenizer.template)
@@ -68,14 +68,17 @@ def run(arguments: list[str]) -> None:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def _ended_by_signals(directories: Sequence[Path]) -> Iterator[None]:
     """A signal that asks the command to end ends it with RunStopped, saved; a second one at once, and not saved."""
     heard: list[float] = []
+
+    def has_begun() -> bool:
+        return any(map(is_begun, directories))
 
     def note(number: int, frame: FrameType | None) -> None:
         if not heard:
             heard.append(time.monotonic())
-            _answer(signal.Signals(number))
+            _answer(signal.Signals(number), "saving what is made" if has_begun() else "ending")
             raise KeyboardInterrupt(signal.Signals(number).name)
         if number == signal.SIGINT or time.monotonic() > heard[0] + A_MOMENT:
             end_now(number)
@@ -88,19 +91,21 @@ def _ended_by_signals() -> Iterator[None]:
                 signal.signal(number, note)
         yield
     except KeyboardInterrupt as interrupt:
-        raise RunStopped(f"stopped by {interrupt}. {GOES_ON}") from None
+        what = GOES_ON if has_begun() else "Nothing was made yet, and the same command begins again"
+        raise RunStopped(f"stopped by {interrupt}. {what}") from None
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            is_late = number == signal.SIGHUP and bool(heard) and handler == signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if is_late else handler)
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _answer(number: signal.Signals) -> None:
+def _answer(number: signal.Signals, what: str) -> None:
     """At once, from within a signal's handler: what is being tokenized is waited for, and then saved."""
-    text = f"{number.name}: saving what is made" + ("" if number == signal.SIGHUP else "; again to stop now")
+    text = f"{number.name}: {what}" + ("" if number == signal.SIGHUP else "; again to stop now")
     with suppress(OSError, ValueError):  # an output that is gone
         os.write(sys.stdout.fileno(), f"{chr(10) if sys.stdout.isatty() else ''}{text}\n".encode())
 

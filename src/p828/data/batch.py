@@ -30,7 +30,7 @@ class Sample:
     source: int = 0
     """Number of the mixture's source."""
     text_bytes: npt.NDArray[np.int64] | None = None
-    """[S+1]: bytes of UTF-8 text that each token stands for; 0 where padded. Validation samples have them."""
+    """[S+1]: bytes of UTF-8 text that each token stands for; 0 where padded. Validation samples have them if known."""
     is_target: npt.NDArray[np.bool_] | None = None
     """[S+1]: whether the token is to be predicted, where not all are; False where padded, and at a document's start."""
 
@@ -75,8 +75,8 @@ class Batch:
     """Those of them that begin in another sample."""
     hash: int = 0
     """Sum of a hash of each sample's tokens, modulo 2^32: independent of how samples are divided into batches."""
-    text_bytes: int = 0
-    """Bytes of UTF-8 text that the targets stand for, in validation batches."""
+    text_bytes: int | None = 0
+    """Bytes of UTF-8 text that the targets stand for, in validation batches; None where they are not known."""
     epoch: int = 0
     """Latest epoch of a sample; the first epoch is 0."""
     attended_pairs: int = 0

@@ -124,7 +124,10 @@ def _validation_samples(
     retry = Retry(data.read_retries, report=report)
     if not data.prepared:
         return list(islice(_read_samples(data, tokenizer, retry, by_end), count))
-    samples = open_prepared(data, tokenizer).validation_samples(count, data.sequence_length, retry, part)
+    prepared = open_prepared(data, tokenizer)
+    samples = prepared.validation_samples(count, data.sequence_length, retry, part)
+    if not prepared.manifest.tells_bytes:
+        return samples
     return [replace(one, text_bytes=tokenizer.spelled_bytes(one.tokens, one.document_ids)) for one in samples]
 
 
@@ -156,6 +159,16 @@ def held_out_lines(config: DataConfig, rules: Sequence[bool | None] = ()) -> lis
     """What is never trained on, a line for each source that is read as text. `rules` as of `validation_batches`."""
     pairs = zip(config.sources, rules or [None] * len(config.sources), strict=False)
     return [words for data, by_end in pairs if not data.prepared and (words := held_out_words(data, by_end))]
+
+
+def template_lines(config: DataConfig, tokenizer: Tokenizer) -> list[str]:
+    """A line on how conversations are written, if there are any."""
+    template = tokenizer.template
+    if template is None or not config.has_conversations:
+        return []
+    return [
+        f"conversations are written by the chat template {template.name}; an answer ends in {template.end_of_turn!r}"
+    ]
 
 
 def training_rows(

@@ -109,14 +109,18 @@ def make_batch(samples: Sequence[Sample], mask_documents: bool, sources: int = 1
         documents=sum(sample.documents for sample in samples),
         split_documents=sum(sample.split_documents for sample in samples),
         hash=sum(xxhash.xxh3_64_intdigest(sample.tokens.tobytes()) for sample in samples) % HASHES,
-        text_bytes=sum(
-            int(sample.text_bytes[1:].sum(where=sample.targets()))
-            for sample in samples
-            if sample.text_bytes is not None
-        ),
+        text_bytes=_text_bytes(samples),
         epoch=max(sample.epoch for sample in samples),
         attended_pairs=int((positions_BS + 1).sum(where=document_ids_BS != PADDING)),
     )
+
+
+def _text_bytes(samples: Sequence[Sample]) -> int | None:
+    """Of all targets; None if one sample does not say it."""
+    counts = [
+        int(sample.text_bytes[1:].sum(where=sample.targets())) for sample in samples if sample.text_bytes is not None
+    ]
+    return sum(counts) if len(counts) == len(samples) else None
 
 
 class BatchIterator(Protocol):

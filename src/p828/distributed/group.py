@@ -160,29 +160,7 @@ def joined(config: Config) -> Iterator[ProcessGroup]:
     device = _own_device(config.train.device, local_rank)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_OPERATIONS)
     timeout = timedelta(seconds=config.deepspeed.timeout_seconds + AFTER_WATCHDOG)
-    before = dict(os.environ)
-    if is_launched:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    else:  # one process, started without a launcher
-        os.environ.update(_OF_ONE_PROCESS)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=dist.HashStore(),  # type: ignore[attr-defined]
-            rank=0,
-            world_size=1,
-            timeout=timeout,
-        )
-
-    def leave() -> None:
-        if not is_launched:
-            for name in _OF_ONE_PROCESS:
-                os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
-        if device.type == "cuda" and sys.exc_info()[0] is not None:
-            dist.distributed_c10d._abort_process_group()  # collective operations under way on the GPU would never end
-        else:
-            dist.destroy_process_group()
-
-    with closed_after(leave):
+    with _initialised(device, is_launched, timeout):
         ranks = ProcessGroup(rank, size, dist.new_group(backend="gloo", timeout=timeout), timeout=timeout)
         if size > 1:
             ranks.watchdog = connect_watchdog(
@@ -197,6 +175,30 @@ def joined(config: Config) -> Iterator[ProcessGroup]:
                     if code is not None:
                         raise SystemExit(code) from None
                 raise
+
+
+@contextmanager
+def _initialised(device: torch.device, is_launched: bool, timeout: timedelta) -> Iterator[None]:
+    """PyTorch's default process group: of the launcher's processes, or of this one alone."""
+    backend, before = "nccl" if device.type == "cuda" else "gloo", dict(os.environ)
+    if is_launched:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        os.environ.update(_OF_ONE_PROCESS)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+    def leave() -> None:
+        if not is_launched:
+            for name in _OF_ONE_PROCESS:
+                os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
+        if device.type == "cuda" and sys.exc_info()[0] is not None:
+            dist.distributed_c10d._abort_process_group()  # collective operations under way on the GPU would never end
+        else:
+            dist.destroy_process_group()
+
+    with closed_after(leave):
+        yield
 
 
 _OF_ONE_PROCESS = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads these

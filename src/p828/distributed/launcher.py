@@ -1,7 +1,11 @@
 """This process's rank, as a launcher gives it in the environment. Imports no torch."""
 
+import json
 import os
+import time
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from p828.errors import warn
@@ -35,6 +39,19 @@ def launched() -> Process:
     if rank >= size:
         return Process()
     return Process(rank, size, local_rank, is_launched=True)
+
+
+def tell_launcher(text: str) -> None:
+    """Give torchrun the text of the error that this process ends with, for the report that torchrun ends with.
+
+    torchrun prints a traceback of its own whenever a rank fails. Its last lines then have the text, in place of advice
+    on how to get a traceback. Other launchers name no file for it.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with suppress(OSError):  # the text is printed as well
+            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
 
 def report_once(lines: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ torchrun itself kills the ranks half a minute after Ctrl-C or SIGTERM, saved or 
 ranks get the signal and end by themselves. The exit code is that of the first rank that failed.
 """
 
+import inspect
 import signal
 import sys
 from types import FrameType
@@ -16,27 +17,33 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> None:
+    passed_on: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        ranks = psutil.Process().children()
+        if not ranks and not (passed_on and number == signal.SIGHUP):  # a terminal and its shell may both send it
+            sys.exit(128 + number)
+        passed_on.append(number)
+        _send(number, ranks)
+
     for number in PASSED_ON:
-        signal.signal(number, _pass_on)
+        signal.signal(number, pass_on)
     try:
-        # torchrun would put handlers of its own in place of these.
-        run.main(["--signals-to-handle", "SIGQUIT", *sys.argv[1:]])
+        # torchrun would put handlers of its own in place of these. Unwrapped, it reports no error of a rank again.
+        inspect.unwrap(run.main)(["--signals-to-handle", "SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         code = failure.exitcode
         sys.exit(code if code > 0 else 128 - code)  # as shells report a signal
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
+def _send(number: int, ranks: list[psutil.Process]) -> None:
     """Send the signal to every rank: a rank is in a session of its own, which a terminal's signals do not reach."""
-    ranks = psutil.Process().children()
     for rank in ranks:
         try:
             rank.send_signal(number)
         except psutil.NoSuchProcess:
             continue  # it has ended
-    if not ranks:
-        sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def answer(
     template = template_in(tokenizer)
     prompts = [prompt_of(template, messages) for messages in conversations]
     ids = [tokens["id"].tolist() for tokens in tokenizer.encode_marked(prompts)]
-    if not template.end_token:
+    if template.end_of_turn and not template.end_token:
         config = replace(config, stop=(*config.stop, template.end_of_turn))
     return continued(model, tokenizer, prompts, ids, config, on_text, dtype, tokenizer.end_ids)
 

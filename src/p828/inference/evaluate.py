@@ -19,12 +19,15 @@ class Evaluation:
     """Mean nats per target token."""
     perplexity: float
     """As `perplexity` gives it."""
-    bits_per_byte: float
-    """All targets' bits over the bytes of text they stand for: comparable between tokenizers, unlike the loss."""
+    bits_per_byte: float | None
+    """All targets' bits over the bytes of text they stand for: comparable between tokenizers, unlike the loss.
+
+    None where the bytes are not known: of prepared data that is decoded to other text than it was made from.
+    """
     tokens: int
     """Target tokens."""
-    bytes: int
-    """Bytes of UTF-8 text in the targets; a document's end counts for none."""
+    bytes: int | None
+    """Bytes of UTF-8 text in the targets; a document's end counts for none. None where they are not known."""
 
 
 def evaluate(
@@ -43,20 +46,21 @@ def evaluate(
     """
     device = model.head_weight.device
     nats = torch.zeros((), dtype=torch.float64, device=device)
-    tokens = text_bytes = 0
+    tokens = text_bytes = unknown = 0
     with evaluation_mode(model):
         head_VH = model.head_weight.to(dtype)
         for batch in batches:
             tokens += batch.num_targets
-            text_bytes += batch.text_bytes
+            text_bytes += batch.text_bytes or 0
+            unknown += batch.text_bytes is None
             batch = batch.to(device)
             hidden_BSH = model(batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, dtype=dtype).hidden_BSH
             for hidden_SH, targets_S in zip(hidden_BSH, batch.targets_BS, strict=True):
                 nats += linear_cross_entropy(hidden_SH, head_VH, targets_S)
-    all_nats, all_tokens, all_bytes = total((nats.item(), tokens, text_bytes))
+    all_nats, all_tokens, all_bytes, all_unknown = total((nats.item(), tokens, text_bytes, unknown))
     if all_tokens == 0:
         raise DataError("nothing to evaluate: the rows hold no target token")
-    return _evaluation(all_nats, int(all_tokens), int(all_bytes))
+    return _evaluation(all_nats, int(all_tokens), None if all_unknown else int(all_bytes))
 
 
 @contextmanager
@@ -86,8 +90,8 @@ def perplexity(loss: float) -> float:
     return torch.tensor(loss, dtype=torch.float64).exp().item()
 
 
-def _evaluation(nats: float, tokens: int, text_bytes: int) -> Evaluation:
+def _evaluation(nats: float, tokens: int, text_bytes: int | None) -> Evaluation:
     loss = nats / tokens
     bits = nats / math.log(2)
-    bits_per_byte = bits / text_bytes if text_bytes else math.inf
+    bits_per_byte = None if text_bytes is None else bits / text_bytes if text_bytes else math.inf
     return Evaluation(loss, perplexity(loss), bits_per_byte, tokens, text_bytes)

@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations under a model: what multiple-choice tasks are scored by.
 
-N counts the scored tokens of a batch, W its windows, S the tokens of its longest window, V the model's vocabulary.
+N counts the scored tokens of a batch, R its rows, S the tokens of its longest row, V the model's vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +35,10 @@ class _Window(NamedTuple):
     tokens: list[int]
     scored: int
 
+    @property
+    def inputs(self) -> list[int]:
+        return self.tokens[:-1]
+
 
 def loglikelihoods(
     model: Transformer,
@@ -46,13 +50,14 @@ def loglikelihoods(
     """The score of each request, computed in `dtype`. An empty continuation has the score 0, and is greedy.
 
     A context too long for `max_position_embeddings` loses its beginning. A continuation that is longer than that is
-    scored piece by piece, each with as many tokens before it as fit. Windows are sorted by length, and a batch holds
-    about `batch_tokens` tokens, padding included, or one window. `on_progress` gets the number of windows done. How
-    requests are batched changes a score by the rounding of matrix products only. The model's training mode stays.
+    scored piece by piece, each with as many tokens before it as fit. Such windows are sorted by length. A batch holds
+    about `batch_tokens` tokens, padding included, or one window; those that differ in their last token alone, as the
+    answers A to D, are one row of it. `on_progress` gets the number of windows done. How requests are batched changes a
+    score by the rounding of matrix products only. The model's training mode stays.
     """
     device, longest = model.head_weight.device, model.config.max_position_embeddings
     windows = [window for index, request in enumerate(requests) for window in _windows(index, request, longest)]
-    windows.sort(key=lambda window: -len(window.tokens))
+    windows.sort(key=lambda window: (-len(window.tokens), window.tokens))
     nats = torch.zeros(len(requests), dtype=torch.float64, device=device)
     misses = torch.zeros(len(requests), dtype=torch.int64, device=device)
     done = 0
@@ -75,29 +80,37 @@ def _windows(index: int, request: Request, longest: int) -> Iterator[_Window]:
         yield _Window(index, tokens[max(end - longest - 1, 0) : end], end - start)
 
 
-def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[Sequence[_Window]]:
+def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[list[_Window]]:
     """Windows of falling length, as many at a time as fit."""
-    start = 0
-    while start < len(windows):
-        rows = max(batch_tokens // len(windows[start].tokens), 1)
-        yield windows[start : start + rows]
-        start += rows
+    batch: list[_Window] = []
+    rows = 0
+    for window in windows:
+        is_row = not batch or batch[-1].inputs != window.inputs
+        if batch and is_row and (rows + 1) * len(batch[0].inputs) > batch_tokens:
+            yield batch
+            batch, rows = [], 0
+        batch.append(window)
+        rows += is_row
+    if batch:
+        yield batch
 
 
 def _score(model: Transformer, head_VH: Tensor, batch: Sequence[_Window], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Float64 (N,) log p of the scored tokens, window by window, and int64 (N,): 1 where another token is likelier."""
-    device = head_VH.device
-    length = len(batch[0].tokens) - 1
+    device, length = head_VH.device, len(batch[0].inputs)
+    rows: list[list[int]] = []
+    places: list[int] = []
+    for window in batch:
+        inputs = window.inputs
+        if not rows or rows[-1] != inputs:
+            rows.append(inputs)
+        last = (len(rows) - 1) * length + len(inputs)
+        places += range(last - window.scored, last)
     # Padding stands on the right, where no scored token sees it.
-    tokens_WS = torch.tensor([[*w.tokens[:-1], *[0] * (length + 1 - len(w.tokens))] for w in batch], device=device)
-    hidden_BSH = model(tokens_WS, dtype=dtype).hidden_BSH
-    places = [
-        row * length + place
-        for row, window in enumerate(batch)
-        for place in range(len(window.tokens) - 1 - window.scored, len(window.tokens) - 1)
-    ]
+    tokens_RS = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
+    hidden_RSH = model(tokens_RS, dtype=dtype).hidden_BSH
     targets_N = torch.tensor([token for window in batch for token in window.tokens[-window.scored :]], device=device)
-    hidden_NH = hidden_BSH.flatten(0, 1)[torch.tensor(places, device=device)]
+    hidden_NH = hidden_RSH.flatten(0, 1)[torch.tensor(places, device=device)]
     nats, misses = [], []
     chunk = LOSS_CHUNK_TOKENS[device.type]
     for hidden_nH, targets_n in zip(hidden_NH.split(chunk), targets_N.split(chunk), strict=True):

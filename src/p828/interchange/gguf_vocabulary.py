@@ -12,8 +12,8 @@ from p828.data.tokenizer.special_tokens import made_by_model
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
 
-# Pattern, and whether a piece that is a token stays whole (`ignore_merges`): llama.cpp's name. Its functions know the
-# characters of Unicode 15; text with newer letters may become other tokens there, and so may 'ſ (docs/interchange.md).
+# Pattern, and whether a piece that is a token stays whole (`ignore_merges`): llama.cpp's name. It knows the
+# characters of Unicode 15.1; text with newer letters may become other tokens there, and so may 'ſ.
 PRE_TOKENIZERS = {
     (PIECES, False): "qwen2",
     (QWEN2, False): "qwen2",

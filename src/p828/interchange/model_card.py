@@ -25,8 +25,7 @@ tags:
 
 # {name}
 
-A Mixture-of-Experts language model of {total} parameters, {active} of them active for a token, trained from scratch on
-{tokens} tokens with p828.
+A Mixture-of-Experts language model of {total} parameters, {active} of them active for a token. {origin}
 
 ## Use
 
@@ -87,7 +86,7 @@ def model_card(
         name=_text(config.name or "A p828 model"),
         total=_short(parameters.total),
         active=_short(parameters.active),
-        tokens=f"{progress.tokens:,}",
+        origin=_origin(config, progress),
         remote="" if architecture is not OWN else ", trust_remote_code=True",
         architecture=f"It is loaded as `{architecture.model_type}`, "
         + ("an architecture of transformers." if architecture is not OWN else f"by {its_code}."),
@@ -119,7 +118,17 @@ def curve_of(run_directory: Path, last_step: int, report: Callable[[str], None])
     return list((found["eval"] or found["step"]).values())
 
 
+def _origin(config: Config, progress: TrainState) -> str:
+    if not progress.tokens:  # imported, or a run at its beginning
+        return "It was written by p828 and not trained with it: what is known of its training is where it comes from."
+    start = f"the weights of `{_text(config.train.init_from)}`" if config.train.init_from else "scratch"
+    return f"It was trained from {start} on {progress.tokens:,} tokens with p828."
+
+
 def _sources(config: Config, progress: TrainState) -> Iterable[str]:
+    if not progress.tokens:
+        yield "None with p828."
+        return
     counts = [*progress.source_tokens, *[0] * len(config.data.source_names)]
     for name, data, tokens in zip(config.data.source_names, config.data.sources, counts, strict=False):
         named = f"{_text(name)}: " if config.data.mixture else ""

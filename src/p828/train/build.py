@@ -15,6 +15,7 @@ from p828.data.batch import Batch
 from p828.data.build import (
     held_out_lines,
     prepared_tokenizer,
+    template_lines,
     tokenizer_of,
     training_documents,
     validation_batches,
@@ -66,8 +67,8 @@ from p828.train.wandb import WandbMirror, open_mirror
 def train(config: Config) -> None:
     """Train a run to its end, from its newest complete checkpoint if there is one.
 
-    Raises ConfigError and DataError for wrong input, leaving no new run behind; RunFailed when the run cannot go on,
-    RunStopped when its own guard ends it, and RunPaused when it was asked to end.
+    Raises ConfigError and DataError for wrong input, leaving no new run behind, but for a tokenizer that was trained;
+    RunFailed when the run cannot go on, RunStopped when its own guard ends it, and RunPaused when it was asked to end.
     """
     with contextlib.ExitStack() as stack:
         with waiting("waiting for the other ranks", say):
@@ -81,6 +82,8 @@ def train(config: Config) -> None:
         _check_data(config, ranks, report)
         tasks = _open_tasks(config.evaluation, ranks, report)
         configure_torch(config)
+        if settings is None:  # before hours are spent on a tokenizer; again once its size is known
+            check_room(count_parameters(config.model).total, pick_device(config.train.device))
         outputs = _open_outputs(config, ranks, report, stack)
         inputs = _open_inputs(config, ranks, outputs, tasks)
         with inputs.loader:
@@ -178,7 +181,7 @@ def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs, tasks: 
     part = ranks.on_host()  # the ranks of a host compare the files of prepared data together
     origin = origin_of(config, ranks, console) if run.newest is None else None
     # The other ranks find it in the run's directory.
-    ranks.on_rank_0(lambda: _make_tokenizer(config, origin, console))
+    ranks.on_rank_0(lambda: _make_tokenizer(config, run, origin, console))
     with ranks.raise_together():
         tokenizer = _tokenizer(config, console)
         config = run.with_vocabulary(config, tokenizer.vocab_size)
@@ -246,7 +249,8 @@ def _run(
         if ranks.is_first:
             run.write(config)
     ranks.on_rank_0(lambda: _introduce(inputs, trainer, settings, outputs.mirror))
-    report_start(config, run, trainer, tokenizer, [*held_out_lines(config.data, inputs.rules), *newer], changes)
+    about_data = [*template_lines(config.data, tokenizer), *held_out_lines(config.data, inputs.rules), *newer]
+    report_start(config, run, trainer, tokenizer, about_data, changes)
     run.keep()
     with graceful_shutdown(loader.cancel, console.event) as shutdown:
         trainer.run(shutdown)
@@ -335,14 +339,15 @@ def _engine(config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings | N
     return engine
 
 
-def _make_tokenizer(config: Config, origin: Origin | None, console: Console) -> None:
+def _make_tokenizer(config: Config, run: RunDirectory, origin: Origin | None, console: Console) -> None:
     is_new = not (config.run_dir / TOKENIZER_FILE).exists()
+    has_prepared = any(data.prepared for data in config.data.sources)
     if origin is not None:
         take_tokenizer(config, origin)
     tokenizer = _tokenizer(config, console)
+    run.has_trained_tokenizer = is_new and config.tokenizer.name == "train" and not has_prepared and origin is None
     if is_new:
-        has_text = not any(data.prepared for data in config.data.sources)
-        documents = training_documents(config.data, config.train.seed, tokenizer.template) if has_text else ()
+        documents = () if has_prepared else training_documents(config.data, config.train.seed, tokenizer.template)
         for line in remarks(config.tokenizer, tokenizer, documents):
             console.event(line)
 

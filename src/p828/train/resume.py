@@ -17,6 +17,7 @@ from typing import Any
 import tomli_w
 
 from p828.config import Config, facts_by_key, facts_of, load, with_vocabulary
+from p828.config.facts import Facts
 from p828.config.values import flatten, to_dict
 from p828.data.order import at_step
 from p828.data.retry import Retry
@@ -60,10 +61,21 @@ class RunDirectory:
     """Directories that this start made, innermost first; they are removed again if the run cannot begin."""
     vocab_size: int = 0
     """The model's vocabulary in the newest checkpoint; 0 without one."""
+    has_trained_tokenizer: bool = False
+    """Whether this start has trained the run's tokenizer, which may have taken an hour."""
 
     def keep(self) -> None:
         """Keep the directory from here on, whatever happens: it holds something of value."""
-        self.made = []
+        self.made, self.has_trained_tokenizer = [], False
+
+    def leave(self, error: P828Error) -> None:
+        """After a start that could not begin: remove what it made, or say in the error that its tokenizer is kept."""
+        if self.has_trained_tokenizer:
+            before = f"{error}. " if "\n" in str(error) else f"{error}\n"  # two lines in all
+            kept = f"{self.path / TOKENIZER_FILE}, just trained, is kept: the same command goes on with it"
+            error.args = (before + kept,)
+        else:
+            _remove(self.path, self.made)
 
     def with_vocabulary(self, config: Config, vocab_size: int) -> Config:
         """The configuration with a `model.vocab_size` of 0 replaced: by the run's own, else from a tokenizer's."""
@@ -87,7 +99,7 @@ def open_run(config: Config, ranks: ProcessGroup) -> Iterator[RunDirectory]:
     its newest checkpoint was made with another model, data, tokenizer or seed; when the file system cannot hold a run;
     and when the run had checkpoints and none of them is left. If it never had one, it is begun anew if settings differ.
     Raises TransientReadError when a checkpoint cannot be read for now. Directories made here are removed again if the
-    block raises an error of ours before `keep`, a run's own only if it has no checkpoint.
+    block raises an error of ours before `keep`, a run's own only if it has no checkpoint and no tokenizer was trained.
     """
     with contextlib.ExitStack() as stack:
         directory = ranks.on_rank_0(lambda: _opened(config, stack))
@@ -99,9 +111,9 @@ def open_run(config: Config, ranks: ProcessGroup) -> Iterator[RunDirectory]:
                         "runs_dir must be on a file system that all hosts share"
                     )
             yield directory
-        except P828Error:
+        except P828Error as error:
             if ranks.is_first:
-                _remove(config.run_dir, directory.made)
+                directory.leave(error)
             raise
 
 
@@ -171,21 +183,31 @@ def _resume_point(config: Config) -> tuple[Path | None, list[str], list[str], in
         _refuse_if_there_were_some(run_dir, damaged)
     before = _before(config, newest, retry)
     changes = _changes(config, before)
-    facts = facts_by_key(Config)
-    blocking = [line for key, line in changes.items() if facts_of(facts, key).is_fixed]
+    facts = {key: facts_of(facts_by_key(Config), key) for key in changes}
+    blocking = [line for key, line in changes.items() if facts[key].is_fixed]
     if blocking and newest is not None:
         raise ConfigError(
             f"{run_dir} was started with other settings: {'; '.join(blocking)}.\n"
             "Set them back to go on with that run, or give this one another --name"
         )
-    if blocking:
-        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, RECORDS_FILE, WANDB_ID_FILE):
-            (run_dir / name).unlink(missing_ok=True)
-    if newest is not None:
-        _restore_tokenizer(run_dir, newest)
     if newest is None:
+        outdated = [RECORDS_FILE, WANDB_ID_FILE] if blocking else []
+        if any(_decides_tokenizer(key, facts[key]) for key in changes):
+            outdated += [TOKENIZER_FILE, TOKENIZER_CONFIG_FILE]
+        for name in outdated:
+            (run_dir / name).unlink(missing_ok=True)
         return None, damaged, [], 0
+    _restore_tokenizer(run_dir, newest)
     return newest, damaged, list(changes.values()), before["model.vocab_size"]
+
+
+def _decides_tokenizer(key: str, facts: Facts) -> bool:
+    """Whether the tokenizer of a run that has no checkpoint may depend on the setting."""
+    section, _, name = key.partition(".")
+    if name.startswith("validation.") and facts.kinds and "held_out" not in facts.kinds:
+        return False  # it names text that is never trained on
+    is_of_text = section in ("data", "tokenizer") and (facts.is_fixed or bool(facts.decides_tokens))
+    return is_of_text or name.endswith("prepared") or key in ("train.seed", "train.init_from")
 
 
 def _restore_tokenizer(run_dir: Path, newest: Path) -> None:

@@ -67,10 +67,9 @@ def graceful_shutdown(
 ) -> Iterator[GracefulShutdown]:
     """In the block, the first SIGINT, SIGTERM or SIGHUP asks the run to end where it can be saved.
 
-    `when_asked` is then called, to cancel what the run may be waiting for, and `answer` gets a line for the user.
-    A thread calls both at once: the main thread may be inside an operation of minutes, and Python calls no handler
-    before that ends. A second signal ends the process, with the exit code that a shell gives to the signal. A SIGHUP
-    that is ignored, as under `nohup`, stays so.
+    A thread then calls `when_asked`, to cancel what the run may wait for, and `answer` with a line for the user: the
+    main one may be inside an operation of minutes, and calls no handler before that ends. A second signal ends the
+    process, with a shell's exit code. An ignored SIGHUP stays so, and once asked it is, as it may come in ending.
     """
     shutdown = GracefulShutdown()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may have handlers
@@ -106,7 +105,8 @@ def graceful_shutdown(
         yield shutdown
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            is_late = number == signal.SIGHUP and shutdown.reason != "" and handler == signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if is_late else handler)
         signal.set_wakeup_fd(wakeup_before)
         sent.send(bytes([NO_SIGNAL]))
         listener.join()

@@ -16,6 +16,7 @@ from p828.config import TokenizerConfig
 from p828.data.tokenizer.chat_template import BUILT_IN, TRAINING_DAY, ChatTemplate, TemplateFailed, built_in
 from p828.data.tokenizer.marked_text import spans_of
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokenizer.tokenizer_config import read_template, save_template
 from p828.data.tokenizer.training import train_tokenizer
 from p828.errors import ConfigError
 from tokenizer_kinds import EOS, KINDS, TRAINING_TEXT
@@ -73,6 +74,17 @@ def test_tokens_of_every_kind_of_tokenizer(kind: str) -> None:
 
 TAGGED = theirs(WITH_TAGS)
 WITH, WITHOUT = template_of(WITH_TAGS), template_of(re.sub(r"\{%- (end)?generation %\}", "", WITH_TAGS))
+
+
+def test_a_post_processor_that_narrows_offsets_changes_no_target() -> None:
+    """GPT-2's takes white space out of a token's place in the text; here it is what ends an answer."""
+    inner = tokenizers.Tokenizer.from_str(TRAINED.to_json())
+    before = ids_and_mask(TRAINED, template_of(TEMPLATES["plain"]), CONVERSATIONS[1])
+    inner.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    trimming = Tokenizer(inner, "<|endoftext|>")
+    assert ids_and_mask(trimming, template_of(TEMPLATES["plain"]), CONVERSATIONS[1]) == before
+
+
 PIECES = ["a", "b ", " ", "\n", "é", "🙂", "数", "The cat", "<|im", "im_end|>", "[", "\u0301"]
 TEXT = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 
@@ -160,7 +172,7 @@ def test_equal_conversations_become_equal_text_on_any_day() -> None:
 )  # fmt: skip
 def test_a_template_that_cannot_be_trained_with_is_refused(source: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        template_of(source)
+        template_of(source).check()
 
 
 def test_a_turn_that_is_written_otherwise_behind_others_is_refused() -> None:
@@ -184,10 +196,27 @@ def test_built_in_templates() -> None:
     assert template_of(QWEN).markers == ["<|im_end|>", "<|im_start|>"]
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "cannot be read"),
+        ("[1]", "a JSON object is accepted, not list"),
+        ("[" * 10**5, "cannot be read"),
+        ('{"chat_template": 5}', "chat_template is no template"),
+        ('{"chat_template": [{"name": ["x"], "template": {}}]}', "chat_template is no template"),
+        ('{"chat_template": "\\ud800"}', "not a chat template"),
+        ('{"chat_template": "\\ufdd1"}', "not a chat template: it has a Unicode noncharacter"),
+        ('{"chat_template": "%s"}' % ("{% if x %}" * 5000), "not a chat template"),
+    ],
+)  # fmt: skip
+def test_settings_that_are_none_are_refused_in_a_line(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"tokenizer_config\.json: .*{said}"):
+        read_template(tmp_path, ["</s>"], "</s>")
+
+
 def test_a_saved_template_is_read_again_and_by_transformers(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
-
-    from p828.data.tokenizer.tokenizer_config import save_template
 
     TRAINED.save(tmp_path / "tokenizer.json")
     save_template(tmp_path, template_of(TEMPLATES["mistral"]))

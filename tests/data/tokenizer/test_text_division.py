@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from p828.config import TokenizerConfig
 from p828.data.tokenizer import division as text_division
 from p828.data.tokenizer import tokenizer as tokenizer_module
+from p828.data.tokenizer import windows
 from p828.data.tokenizer.division import parts_of
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokenizer.training import train_tokenizer
@@ -99,6 +100,50 @@ def test_parts_become_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.Mon
     assert all(map(np.array_equal, tokenizer.encode_documents(texts), whole))
 
 
+def with_unknown(make: Callable[[], tokenizers.Tokenizer]) -> Callable[[], tokenizers.Tokenizer]:
+    def made() -> tokenizers.Tokenizer:
+        inner = make()
+        inner.model.unk_token = "Z"
+        return inner
+
+    return made
+
+
+def cleaned() -> tokenizers.Tokenizer:
+    """As T5 and XLM-R have it, with a normalizer that may do anything."""
+    inner = KINDS["unigram"]()
+    spaces: Any = normalizers.Replace(Regex(" {2,}"), " ")
+    inner.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), spaces])
+    return inner
+
+
+WINDOWED = {
+    **MAKERS, "never": with_unknown(never), "cleaned": cleaned,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_windows_have_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a run of one character is longer than a window, and something stands before each text."""
+    monkeypatch.setattr(windows, "WINDOW", 400)
+    monkeypatch.setattr(windows, "OVERLAP", 200)
+    tokenizer = Tokenizer(WINDOWED[kind](), EOS)
+    assert tokenizer._has_places
+    draw = random.Random(kind)
+    for run in ("a", "9", "é", " ", "\ufffd", ""):
+        parts = ["".join(draw.choices(ODD, k=200)) for _ in range(2)]
+        text = (run * 900).join(parts)
+        whole = tokenizer.inner.encode(text, add_special_tokens=False)
+        found = list(windows.encode_in_windows(text, tokenizer._placed))
+        assert len(found) > 1 or run  # a long word that is one token is not divided
+        assert np.concatenate([ids for ids, _ in found]).tolist() == whole.ids
+        assert np.concatenate([ends for _, ends in found]).tolist() == [end for _, end in whole.offsets]
+
+
+def test_what_is_left_out_has_no_place() -> None:
+    assert not Tokenizer(never(), EOS)._has_places
+
+
 def test_parts_are_the_text() -> None:
     text = "one two three four"
     assert list(parts_of(text, text_division.BEFORE_SPACE, 5)) == ["one two", " three", " four"]
@@ -107,21 +152,27 @@ def test_parts_are_the_text() -> None:
 
 PROGRAM = """
 import random, resource, sys
+from tokenizers import normalizers
 from p828.config import TokenizerConfig
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokenizer.training import train_tokenizer
 tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), ["a word", "12"])
+if sys.argv[1] == "windows":
+    tokenizer.inner.normalizer = normalizers.Prepend("+")
+    tokenizer = Tokenizer(tokenizer.inner, "<|endoftext|>")
 draw = random.Random(0)
-text = chr(10).join("%x" % draw.getrandbits(64) for _ in range(250_000))
+text = chr(10).join("%x" % draw.getrandbits(64) for _ in range(int(sys.argv[2])))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 ids, = tokenizer.encode_documents([text])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / len(text))
 """
 
 
-def test_a_large_document_takes_bounded_memory() -> None:
-    """4 MB of hexadecimal lines, about a token a character: of each 8 bytes twice are left, and 16 while joining.
+@pytest.mark.parametrize("way, lines", [("borders", 250_000), ("windows", 80_000)])
+def test_a_large_document_takes_bounded_memory(way: str, lines: int) -> None:
+    """Hexadecimal lines, about a token a character: of each 8 bytes twice are left, and 16 while joining.
 
     The whole at once takes over 300 bytes a character.
     """
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, way, str(lines)], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 100

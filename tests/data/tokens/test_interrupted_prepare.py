@@ -246,6 +246,19 @@ def test_any_number_of_shards_fits_the_manifest(
         assert 100 * 2 ** (number // 2) <= shard.tokens < 100 * 2 ** (number // 2) + longest
 
 
+def test_text_that_changed_meanwhile_is_said_once(
+    config: Config, interrupted: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_bytes(text.read_bytes() + b"\n")
+    with pytest.raises(ConfigError) as refused:
+        make(config, interrupted, tokenizer)
+    first, second = str(refused.value).splitlines()
+    assert first.endswith("text.jsonl changed or is another one.")
+    assert second == f"Put the files back as they were, or remove {interrupted} to begin again"
+    assert "checkpoint" not in first
+
+
 def test_an_error_at_work_saves_what_is_written(
     config: Config, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

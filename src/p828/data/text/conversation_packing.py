@@ -46,7 +46,10 @@ def open_packer(config: DataConfig, documents: DocumentStream, tokenizer: Tokeni
 
 
 def template_of(config: DataConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template of the source's conversations; None of text. Raises ConfigError if the tokenizer has none."""
+    """The template of the source's conversations; None of text.
+
+    Raises ConfigError if the tokenizer has none, or one that cannot be trained with.
+    """
     if not config.messages_field:
         return None
     if tokenizer.template is None:
@@ -54,4 +57,5 @@ def template_of(config: DataConfig, tokenizer: Tokenizer) -> ChatTemplate | None
             f"data.messages_field = {config.messages_field!r}: the run's tokenizer has no chat template to write "
             "conversations with"
         )
+    tokenizer.template.check()
     return tokenizer.template

@@ -141,7 +141,7 @@ class DocumentStream:
             self.shards
         ):
             raise DataError(f"{self.source}: no place in it: {str(place)[:80]}: the checkpoint is damaged")
-        difference = self._difference(state)
+        difference = self.difference(state)
         if difference:
             raise ConfigError(
                 f"{self.source}: not the data of the checkpoint: {difference}. A run goes on with the same files, "
@@ -157,7 +157,7 @@ class DocumentStream:
         self._consumed = consumed
         self._reader = None
 
-    def _difference(self, state: dict[str, Any]) -> str:
+    def difference(self, state: dict[str, Any]) -> str:
         """What differs between the state's data and this data, in words; empty if nothing does."""
         settings = "data.block_documents, data.validation or train.seed changed"
         if "source" in state:  # of a version that held out by hash only, and kept one hash of all

@@ -269,6 +269,8 @@ def file_shards(
 def _matches(pattern: str, key: str, report: Callable[[str], None]) -> list[str]:
     """The files of a path, or of a glob if no such path exists. Raises ConfigError if there are none."""
     path, shown = os.path.expanduser(pattern), repr(pattern[:LONGEST_SHOWN])
+    if not pattern.strip():
+        raise ConfigError(f"{key}: {shown} names nothing: the path of a file or directory, or a glob, is accepted")
     if os.path.isfile(path):
         return [str(Path(path))]
     if os.path.isdir(path):

@@ -49,7 +49,7 @@ class ChatTemplate:
     def __init__(self, source: str, variables: Mapping[str, str], special_tokens: Sequence[str], where: str) -> None:
         """`variables` are the tokens that it knows by a name, as `eos_token`; `where` it comes from, for messages.
 
-        Raises ConfigError for what is no template, and for one in which the assistant's text cannot be found.
+        Raises ConfigError for what is no template.
         """
         self.source, self.variables, self.where = source, dict(variables), where
         self.control = ControlTokens(special_tokens)
@@ -60,10 +60,26 @@ class ChatTemplate:
             )
         try:
             self._template = compiled(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+            source.encode()
+        except (jinja2.TemplateError, UnicodeEncodeError, RecursionError) as error:
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ConfigError(f"{where}: not a chat template{line}: {_in_short(error)}") from None
-        self.end_of_turn, self.end_token = self._find_end()
+        self.end_of_turn, self.end_token, self.problem = "", "", ""
+        """What ends an answer; the control token that does, if one does; why it cannot be trained with."""
+        try:
+            self.end_of_turn, self.end_token = self._find_end()
+        except TemplateFailed as error:
+            self.problem = str(error)
+
+    @property
+    def name(self) -> str:
+        """Of a built-in template; of another one where it comes from."""
+        return next((name for name, source in BUILT_IN.items() if source == self.source), self.where)
+
+    def check(self) -> None:
+        """Raises ConfigError if it cannot be trained with."""
+        if self.problem:
+            raise ConfigError(f"{self.where}: the chat template cannot be trained with: {self.problem}")
 
     @cached_property
     def markers(self) -> list[str]:
@@ -141,17 +157,12 @@ class ChatTemplate:
         return end
 
     def _find_end(self) -> tuple[str, str]:
-        """What ends an answer, and the control token that does, if one does. Raises ConfigError if nothing does."""
-        self.end_token = ""
-        try:
-            text, spans = spans_of(self.marked(PROBE))
-        except TemplateFailed as error:
-            raise ConfigError(f"{self.where}: the chat template cannot be trained with: {error}") from None
+        """What ends an answer, and the control token that does, if one does. Raises TemplateFailed if nothing does."""
+        text, spans = spans_of(self.marked(PROBE))
         tail = text[slice(*spans[-1])].rpartition(PROBE[-1]["content"])[2]
         if not tail:
-            raise ConfigError(
-                f"{self.where}: the chat template cannot be trained with: nothing of what the assistant says ends an "
-                "answer, so the model would not learn to end one"
+            raise TemplateFailed(
+                "nothing of what the assistant says ends an answer, so the model would not learn to end one"
             )
         ranges = self.control.ranges(tail)
         return without_marks(tail), without_marks(tail[slice(*ranges[-1])]) if ranges else ""

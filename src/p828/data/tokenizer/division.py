@@ -1,12 +1,14 @@
 """Where a long text may be divided, so that its parts become the tokens that the whole becomes.
 
 It may be where the pre-tokenizer ends a piece by itself, whatever comes before or after. That is known here of the
-pre-tokenizers in wide use, and of BPE without one where no token goes on there. With any other a text is not divided.
+pre-tokenizers in wide use, and of BPE without one where no token goes on there. With any other see `windows`.
 """
 
 import re
 from collections.abc import Iterator
 from typing import Any
+
+from tokenizers.pre_tokenizers import ByteLevel
 
 # cl100k_base's pattern (tiktoken) with single digits: a word takes the space or the sign before it, a run of
 # indentation is one piece but for the space that belongs to the next word, signs take the newlines behind them.
@@ -42,6 +44,23 @@ def borders(spec: dict[str, Any]) -> re.Pattern[str] | None:
     else:
         found = _ends_of_pieces(spec["pre_tokenizer"], space)
     return None if found is None or _may_cross(spec["added_tokens"], found) else found
+
+
+def has_places(spec: dict[str, Any]) -> bool:
+    """Whether the library tells where each token stands, with the tokenizer of this tokenizer.json.
+
+    A BPE without a token for what it does not know leaves that out, and counts the places within a piece without it.
+    """
+    model = spec["model"]
+    if model["type"] != "BPE" or model.get("unk_token") is not None:
+        return True
+    spelled = [f"<0x{byte:02X}>" for byte in range(256)] if model.get("byte_fallback") else ByteLevel.alphabet()
+    return (model.get("byte_fallback") or _is_byte_level(spec["pre_tokenizer"])) and model["vocab"].keys() >= {*spelled}
+
+
+def _is_byte_level(pre_tokenizer: dict[str, Any] | None) -> bool:
+    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    return any(part is not None and part["type"] == "ByteLevel" for part in parts)
 
 
 def parts_of(text: str, where: re.Pattern[str], size: int) -> Iterator[str]:

@@ -26,7 +26,6 @@ class MarkedEncoder:
         added = spec["added_tokens"]
         special = [token for token in added if token["special"]]
         spec["added_tokens"] = [token for token in added if not token["special"]]
-        spec["post_processor"] = None  # which would narrow the tokens' places in the text
         self._inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
         options = ("single_word", "lstrip", "rstrip", "normalized")
         self._inner.add_special_tokens(

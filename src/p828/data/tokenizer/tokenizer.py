@@ -15,11 +15,12 @@ import tokenizers
 from tokenizers import models
 
 from p828.data.tokenizer.chat_template import ChatTemplate
-from p828.data.tokenizer.division import borders, parts_of
+from p828.data.tokenizer.division import borders, has_places, parts_of
 from p828.data.tokenizer.marked_encoder import MarkedEncoder
 from p828.data.tokenizer.special_tokens import BYTE_TOKEN, keep_out_of_text, settle_end_token
 from p828.data.tokenizer.tokenizer_config import read_template
 from p828.data.tokenizer.trial import LONGEST_CAUSE, SAMPLES, try_out
+from p828.data.tokenizer.windows import encode_in_windows
 from p828.errors import ConfigError, DataError, P828Error
 from p828.files import MEBIBYTE, read_limited, write_atomic
 
@@ -30,6 +31,7 @@ CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what cut-off UTF-8 is decoded to
 WHOLE_REPLACEMENTS = ("ï¿½", "<0xEF><0xBF><0xBD>")
 MOST_READINGS = 8  # after which a Unigram's scores no longer change; one or two are usual
 LONG_TEXT, PART, PARTS_TOGETHER = 2**19, 2**15, 8  # characters; a longer text is encoded in parts
+LARGEST_PART = 2 * PART
 FAILS = "the tokenizer fails on a text"
 
 
@@ -60,6 +62,7 @@ class Tokenizer:
         """How conversations are written, if it is to write them."""
         self._borders: re.Pattern[str] | None = borders(spec)
         """Where a long text may be divided without changing its tokens."""
+        self._has_places = has_places(spec)
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest id."""
         if self.vocab_size > LARGEST_VOCABULARY:
@@ -142,24 +145,33 @@ class Tokenizer:
         return (self.eos_id,) if found in (None, self.eos_id) else (self.eos_id, found)
 
     def _long_ids(self, text: str) -> npt.NDArray[np.int64]:
-        parts = self._encoded_parts(text, self.inner.encode_batch_fast)
-        return np.concatenate([np.array(encoding.ids, dtype=np.int64) for _, encoding in parts])
+        return np.concatenate([ids for ids, _ in self._encoded_parts(text, self.inner.encode_batch_fast)])
 
     def _encoded_parts(
         self, text: str, encode_batch: Callable[..., list[tokenizers.Encoding]]
-    ) -> Iterator[tuple[int, tokenizers.Encoding]]:
-        """Where each part of a long text begins, and its tokens.
+    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """The ids of a long text and where each of its tokens ends, a part at a time.
 
-        The library takes a hundred bytes and more for each token, so only a few parts are encoded at a time.
+        The library takes hundreds of bytes for each token, so only a few parts are encoded at a time. Where no borders
+        are known, or none come for long, windows that overlap take their place.
         """
         parts = iter([text] if self._borders is None else parts_of(text, self._borders, PART))
+        most = LARGEST_PART if self._has_places else len(text)
         start = 0
         while together := list(islice(parts, PARTS_TOGETHER)):
             with _answered(FAILS, DataError):
-                encodings = encode_batch(together, add_special_tokens=False)
-            for part, encoding in zip(together, encodings, strict=True):
-                yield start, encoding
+                encoded = encode_batch([part for part in together if len(part) <= most], add_special_tokens=False)
+            encodings = iter(encoded)
+            for part in together:
+                found = [_ids_and_ends(next(encodings))] if len(part) <= most else encode_in_windows(part, self._placed)
+                for ids, ends in found:
+                    yield ids, ends + start
                 start += len(part)
+
+    def _placed(self, text: str) -> tokenizers.Encoding:
+        """The tokens of a text with their places in it."""
+        with _answered(FAILS, DataError):
+            return self.inner.encode(text, add_special_tokens=False)
 
     def encode_counted(self, texts: list[str]) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """As `encode_documents`, each with the bytes of UTF-8 text that its tokens stand for.
@@ -171,30 +183,35 @@ class Tokenizer:
         with _answered(FAILS, DataError):
             encodings = iter(self.inner.encode_batch(short, add_special_tokens=False))
         return [
-            self._counted(text, [(0, next(encodings))] if len(text) < LONG_TEXT else self._counted_parts(text))
+            self._counted(
+                text,
+                [_ids_and_ends(next(encodings))]
+                if len(text) < LONG_TEXT
+                else self._encoded_parts(text, self.inner.encode_batch),
+            )
             for text in texts
         ]
 
-    def _counted_parts(self, text: str) -> Iterator[tuple[int, tokenizers.Encoding]]:
-        return self._encoded_parts(text, self.inner.encode_batch)
-
     def _counted(
-        self, text: str, parts: Iterable[tuple[int, tokenizers.Encoding]]
+        self, text: str, parts: Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The ids and bytes of a text from its encoded parts, as `_encoded_parts` gives them."""
         code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
         sizes = 1 + sum((code_points >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000))
         bounds = np.concatenate([[0], np.cumsum(sizes)])
-        all_ids, all_ends = [], []
-        for start, encoding in parts:
-            all_ids.append(np.array(encoding.ids, dtype=np.int64))
-            all_ends.append(np.array([end for _, end in encoding.offsets], dtype=np.int64) + start)
-        ids, ends = np.concatenate(all_ids), np.concatenate(all_ends)
+        ids, ends = map(np.concatenate, zip(*parts, strict=True))
         if not len(ids):
             return np.array([self.eos_id]), bounds[-1:]
         bytes_before = np.maximum.accumulate(bounds[np.minimum(ends, len(text))])
         bytes_before[-1] = bounds[-1]
         return np.append(ids, self.eos_id), np.append(np.diff(bytes_before, prepend=0), 0)
+
+    def spells(self, texts: Iterable[str], documents: Iterable[npt.NDArray[np.int64]]) -> bool:
+        """Whether `spelled_bytes` of each document's tokens are as many as its text has."""
+        return all(
+            self.spelled_bytes(ids, np.zeros(len(ids), dtype=np.int32)).sum() == len(text.encode())
+            for text, ids in zip(texts, documents, strict=True)
+        )
 
     def spelled_bytes(
         self, tokens: npt.NDArray[np.int64], document_ids: npt.NDArray[np.int32]
@@ -263,6 +280,12 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of the serialised tokenizer, in hexadecimal."""
         return hashlib.sha256(self._json.encode()).hexdigest()
+
+
+def _ids_and_ends(encoding: tokenizers.Encoding) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The ids, and where in the text each token ends: 0 if the library was not asked for it."""
+    ends = (end for _, end in encoding.offsets)
+    return np.array(encoding.ids, dtype=np.int64), np.fromiter(ends, dtype=np.int64, count=len(encoding))
 
 
 def _read(path: Path) -> str:

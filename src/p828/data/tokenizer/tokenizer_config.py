@@ -14,7 +14,7 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"  # where newer versions of transformers write the template
 LARGEST_CONFIG, LARGEST_TEMPLATE = 64 * MEBIBYTE, MEBIBYTE
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""What templates know by a name."""
+"""What templates know by a name. The end token is the run's, whatever the tokenizer's settings say."""
 CHATML_TOKENS = set(MARKER.findall(BUILT_IN["chatml"]))
 
 
@@ -43,9 +43,10 @@ def template_for(
     if not is_chat:
         return None
     own = None if directory is None else read_template(directory, special_tokens, config.eos_token)
-    return own or built_in(
-        "chatml" if CHATML_TOKENS.issubset(special_tokens) else "zephyr", config.eos_token, special_tokens
-    )
+    if own is not None:
+        own.check()
+        return own
+    return built_in("chatml" if CHATML_TOKENS.issubset(special_tokens) else "zephyr", config.eos_token, special_tokens)
 
 
 def read_template(directory: Path, special_tokens: Sequence[str], eos_token: str) -> ChatTemplate | None:
@@ -63,17 +64,12 @@ def read_template(directory: Path, special_tokens: Sequence[str], eos_token: str
         return None
     if not isinstance(source, str) or len(source) > LARGEST_TEMPLATE:
         raise ConfigError(f"{path}: chat_template is no template: a text of at most a megabyte is accepted")
-    return ChatTemplate(source, {"eos_token": eos_token, **_named_tokens(values)}, special_tokens, str(path))
-
-
-def settings_of(template: ChatTemplate) -> dict[str, str]:
-    """The keys of tokenizer_config.json that a template needs."""
-    return {**template.variables, "chat_template": template.source}
+    return ChatTemplate(source, {**_named_tokens(values), "eos_token": eos_token}, special_tokens, str(path))
 
 
 def config_json(template: ChatTemplate) -> str:
     """What `read_template` and transformers' AutoTokenizer read."""
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", **settings_of(template)}
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", **template.variables, "chat_template": template.source}
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -90,7 +86,9 @@ def _given(name: str, eos_token: str, special_tokens: Sequence[str], variables: 
     """What `tokenizer.chat_template` names."""
     if name in BUILT_IN:
         return built_in(name, eos_token, special_tokens)
-    return ChatTemplate(_read_given(name), {"eos_token": eos_token, **variables}, special_tokens, name)
+    given = ChatTemplate(_read_given(name), {**variables, "eos_token": eos_token}, special_tokens, name)
+    given.check()
+    return given
 
 
 def _read_given(name: str) -> str:

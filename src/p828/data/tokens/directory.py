@@ -49,7 +49,7 @@ def open_output_dirs(directories: Sequence[Path]) -> Iterator[None]:
 
     Raises ConfigError if one cannot be written, is at work or holds other files, and RunFailed if it cannot be written
     for now. If the block raises ConfigError or DataError, what was made since is removed from those directories that
-    hold nothing of value.
+    hold nothing of value, and after Ctrl-C from those that the same command does not go on from.
     """
     made: list[Path] = []
     before: dict[Path, set[str]] = {}  # what was in those that are locked here
@@ -74,9 +74,10 @@ def open_output_dirs(directories: Sequence[Path]) -> Iterator[None]:
                     remove(directory, TEMPORARY)
                     _try_out(directory)
             yield
-        except (ConfigError, DataError):
+        except (ConfigError, DataError, KeyboardInterrupt) as error:
+            is_kept = is_begun if isinstance(error, KeyboardInterrupt) else _is_of_value
             for directory, names in before.items():
-                if not _is_of_value(directory):
+                if not is_kept(directory):
                     new = set(os.listdir(directory)) - names
                     _remove_all(directory, filter(OF_A_START.fullmatch, new))
             for path in reversed(made):
@@ -146,13 +147,18 @@ def _try_out(directory: Path) -> None:
 
 def _is_foreign(directory: Path) -> bool:
     """Whether it holds files of which none says that data is prepared here."""
-    if (directory / PROGRESS_FILE).exists() or (directory / MANIFEST_FILE).exists():
+    if is_begun(directory):
         return False
     # a process that is killed before it saves its first position leaves empty files
     return any(
         path.name != TOKENIZER_FILE and not (PARTIAL.fullmatch(path.name) and path.lstat().st_size == 0)
         for path in directory.glob("[!.]*")
     )
+
+
+def is_begun(directory: Path) -> bool:
+    """Whether it is complete, or the same command goes on from what it holds."""
+    return (directory / PROGRESS_FILE).exists() or (directory / MANIFEST_FILE).exists()
 
 
 def _is_of_value(directory: Path) -> bool:

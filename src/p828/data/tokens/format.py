@@ -67,15 +67,24 @@ class Manifest:
     validation: tuple[ShardEntry, ...]
     files: SourceFiles | None = None
     """The source's files, as they were when it was prepared."""
+    spells_text: bool | None = None
+    """Whether the tokens of its validation documents are decoded to as many bytes as the text had; older data has none.
+    """
     format_version: int = FORMAT_VERSION
 
     @property
     def token_dtype(self) -> np.dtype[Any]:
         return np.dtype(self.dtype).newbyteorder("<")
 
+    @property
+    def tells_bytes(self) -> bool:
+        """Whether the bytes of the validation text are known from its tokens."""
+        is_trained: bool = self.settings["tokenizer"]["name"] == "train"  # these are always decoded to the text
+        return is_trained if self.spells_text is None else self.spells_text
+
     def fingerprint(self) -> str:
         """Of everything that says what it holds: two directories with equal fingerprints hold the same rows."""
-        fields = {key: value for key, value in asdict(self).items() if key != "files"}
+        fields = {key: value for key, value in asdict(self).items() if key not in ("files", "spells_text")}
         fields["settings"] = under_old_names(Config, self.settings)  # as fingerprints in checkpoints were made of
         return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())
 
@@ -133,8 +142,8 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("counts are no numbers, or no document was kept")
     if not {"name", "vocab_size", "eos_token"} <= manifest.settings["tokenizer"].keys():
         raise ValueError("the tokenizer's settings are not all there")
-    if not isinstance(manifest.files, SourceFiles | None):
-        raise ValueError("files are no files of a source")
+    if not isinstance(manifest.files, SourceFiles | None) or not isinstance(manifest.spells_text, bool | None):
+        raise ValueError("files are no files of a source, or spells_text is neither true nor false")
     if not isinstance(manifest.source, str) or not isinstance(manifest.tokenizer, str) or "validation" not in counts:
         raise ValueError("a field is missing or no text")
 

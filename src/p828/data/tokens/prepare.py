@@ -116,6 +116,7 @@ class Preparation:
         self.reader_number = 0
         self._saved_at = 0.0
         self.tokens = self._tokens_before = 0
+        self.spells_text = True
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         with writing(directory, at_work=False):
             progress = self._load()
@@ -188,6 +189,9 @@ class Preparation:
         for part, writer in self.writers.items():
             writer.write(documents[part])
             self.tokens += sum(map(len, documents[part]))
+        self.spells_text = self.spells_text and self.tokenizer.spells(
+            batch.texts["validation"], documents["validation"]
+        )
         self._hashes.add(np.array(batch.hashes, dtype="<u8").tobytes())
         self._position, self._is_whole = batch, True
         if time.monotonic() - self._saved_at >= SAVE_EVERY:
@@ -204,6 +208,7 @@ class Preparation:
             "position": batch.position,
             "counts": [reader.counts for reader in self.readers[: self.reader_number]] + [batch.counts],
             "tokens": self.tokens,
+            "spells_text": self.spells_text,
             "hashes": self._hashes.state_dict(),
             **{part: writer.state_dict() for part, writer in self.writers.items()},
         }
@@ -225,16 +230,18 @@ class Preparation:
                 f"{self.directory} to begin again"
             )
         self.reader_number = progress["reader"]
-        try:
-            self.readers[self.reader_number].stream.load_state_dict(progress["position"])
-        except (ConfigError, DataError) as error:
+        stream = self.readers[self.reader_number].stream
+        difference = stream.difference(progress["position"])
+        if difference:
             raise ConfigError(
-                f"{path}: the preparation cannot go on: {error}\nPut the files back as they were, or remove "
-                f"{self.directory} to begin again"
-            ) from None
+                f"{path}: the preparation cannot go on with {stream.source}: {difference}.\n"
+                f"Put the files back as they were, or remove {self.directory} to begin again"
+            )
+        stream.load_state_dict(progress["position"])
         for reader, counts in zip(self.readers, progress["counts"], strict=False):
             reader.counts = counts
         self.tokens = self._tokens_before = progress["tokens"]
+        self.spells_text = progress.get("spells_text", False) is True  # not in one that an older version left
         return progress
 
     def _conclude(self) -> Manifest:
@@ -264,6 +271,7 @@ class Preparation:
                 training=tuple(self.writers["training"].complete),
                 validation=tuple(self.writers["validation"].complete),
                 files=files,
+                spells_text=self.spells_text,
             )
             manifest.write(self.directory)
             remove(self.directory, UNFINISHED)

@@ -91,7 +91,7 @@ def open_tasks(names: Sequence[str], directory: str = "", is_quiet: bool = False
         manager = _manager(names, directory)
         for name in names:
             if name not in manager.task_index:
-                raise ConfigError(_unknown(name, [*cloze.NAMES, *manager.all_tasks], directory))
+                raise ConfigError(unknown_task(name, [*cloze.NAMES, *manager.all_tasks], directory))
         _check_hub(manager, names)
         found = manager.load(list(names))
         _check_supported(found["tasks"])
@@ -109,7 +109,8 @@ def _manager(names: Sequence[str], directory: str) -> Any:
     return TaskManager(include_path=directory or None)
 
 
-def _unknown(name: str, known: Sequence[str], directory: str) -> str:
+def unknown_task(name: str, known: Sequence[str], directory: str) -> str:
+    """A line about a name that is none of those known."""
     near = difflib.get_close_matches(name, known, n=NEAR_NAMES)
     hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them."
     place = f", and none in {directory}{_unreadable(directory)}" if directory else ""

@@ -10,6 +10,7 @@ import torch
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
 from p828.inference.generate import continued
+from p828.inference.load import LoadedModel
 from p828.inference.loglikelihood import Request, Score, loglikelihoods
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
@@ -36,6 +37,13 @@ class TaskModel:
     """Prompts continued at once."""
     report: Callable[[str], None]
     """Gets a line now and then about work that takes long."""
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, rows: int, report: Callable[[str], None]) -> "TaskModel":
+        """A model from disk. `rows` of the run's sequence length are put through it at once; 0 takes the run's."""
+        rows = rows or loaded.config.train.micro_batch_size
+        tokens = rows * loaded.config.data.sequence_length
+        return cls(loaded.model, loaded.tokenizer, loaded.dtype, tokens, rows, report)
 
     def loglikelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
         """Of each (context, continuation); an empty context is the end of another document, as where a document begins.

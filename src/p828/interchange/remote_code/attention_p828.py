@@ -58,7 +58,7 @@ def sdpa_attention_with_sinks(
     attention_mask = F.pad(attention_mask, (0, 1), value=True if attention_mask.dtype == torch.bool else 0.0)
     sinks = (s_aux / scaling).to(query.dtype).view(1, -1, 1, 1).expand(batch, -1, length, 1)
     query = F.pad(torch.cat((query, sinks), dim=-1), (0, 7))
-    sink_key = F.one_hot(torch.tensor(head_dim, device=key.device), head_dim + 8).to(key.dtype)
+    sink_key = (torch.arange(head_dim + 8, device=key.device) == head_dim).to(key.dtype)
     key = torch.cat((F.pad(key, (0, 8)), sink_key.expand(*key.shape[:2], 1, -1)), dim=2)
     value = F.pad(value, (0, 8, 0, 1))
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
