@@ -70,8 +70,8 @@ def load_given(name_or_path: str) -> Loaded:
     is_run = not is_named and _is_directory(path)
     if is_run and (path / HUB_FILE).is_file():  # an export of p828 has a config.toml, too
         raise ConfigError(
-            f"{shown(name_or_path)} is a model in the hub's layout, no run: --train.init-from {name_or_path} starts one "
-            f"from it, p828 import {name_or_path} makes it one"
+            f"{shown(name_or_path)} is a model in the hub's layout, no run: --train.init-from {name_or_path} starts one"
+            f" from it, p828 import {name_or_path} makes it one"
         )
     if is_run and not (path / RUN_FILE).is_file():
         raise ConfigError(f"{shown(name_or_path)} is a directory, but no run: it holds no {RUN_FILE}")
