@@ -134,20 +134,12 @@ def hub_shards(
         raise ConfigError(f"data set {place}, split {split!r}: {_in_short(error)}\n{advice}") from error
     count = dataset.num_shards
     paths = _paths(name, subset, split) if os.path.isdir(name) else []
-    return [
-        HubShard(
-            dataset,
-            i,
-            count,
-            f"{place} split {split} shard {i + 1} of {count}",
-            text_field,
-            limit,
-            skips,
-            paths=tuple(paths[i : i + 1] if len(paths) == count else paths),
-            template=template,
-        )
-        for i in range(count)
-    ]
+    shards = []
+    for i in range(count):
+        own = tuple(paths[i : i + 1] if len(paths) == count else paths)
+        shown = f"{place} split {split} shard {i + 1} of {count}"
+        shards.append(HubShard(dataset, i, count, shown, text_field, limit, skips, paths=own, template=template))
+    return shards
 
 
 def _paths(directory: str, subset: str, split: str) -> list[Path]:
