@@ -11,7 +11,7 @@ import p828
 
 ROOT = Path(p828.__file__).parent
 # An export carries these files, and transformers runs them from there without p828.
-CARRIED = sorted((ROOT / "interchange" / "remote_code").glob("*_p828.py"))
+CARRIED = sorted((ROOT / "interchange" / "architectures" / "remote_code").glob("*_p828.py"))
 FILES = sorted({*ROOT.rglob("*.py")} - {*CARRIED})
 
 # The packages and modules directly under p828, bottom up: each may import those before it, and itself.

@@ -78,7 +78,7 @@ def settled(config: Config, given: Collection[str], loaded: Loaded, reads_prepar
     """
     config = _with_length(config, given)
     if config.train.init_from:
-        from p828.train.console import waiting
+        from p828.train.log.console import waiting
 
         with waiting(f"reading the settings of {config.train.init_from}", lambda text: report_once([text])):
             from p828.interchange.init_from import with_origin  # imports PyTorch
@@ -117,7 +117,7 @@ def train_run(config: Config) -> "Run":
     Raises ConfigError and DataError for wrong input, leaving no new run behind; RunFailed when the run cannot go on,
     and RunStopped when its own guard ends it. What was made of it is kept then, and calling again goes on.
     """
-    from p828.train.console import say  # imports no torch
+    from p828.train.log.console import say  # imports no torch
 
     warmup, steps = config.schedule.warmup_steps, with_steps(config, 1).train.steps
     if warmup > steps:  # given by a file: check_given

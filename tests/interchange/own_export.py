@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from p828.config import RopeScaling
-from p828.interchange.own import OWN, code_files
+from p828.interchange.architectures.own import OWN, code_files
 from p828.model.transformer import Transformer
 
 # Both sides are float32; they add up in another order, through two layers.

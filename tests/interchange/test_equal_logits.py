@@ -21,10 +21,10 @@ import p828
 from exported import EOS, compare, difference, in_transformers, letters, load, logits, save_model
 from p828.config import RopeScaling
 from p828.errors import ConfigError
-from p828.interchange.architecture import has_reversed_ramp
+from p828.interchange.architectures.architecture import has_reversed_ramp
+from p828.interchange.architectures.own import to_config as own_to_config
+from p828.interchange.architectures.remote_code.configuration_p828 import P828Config
 from p828.interchange.export import export_model
-from p828.interchange.own import to_config as own_to_config
-from p828.interchange.remote_code.configuration_p828 import P828Config
 from runs import run_config
 from tiny import tiny_config, tiny_model
 

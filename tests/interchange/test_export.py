@@ -23,10 +23,10 @@ from p828.data.tokenizer.chat_template import built_in
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError
 from p828.files import LOCK_FILE, locked
+from p828.interchange.architectures.glm4_moe import GLM4_MOE
+from p828.interchange.architectures.own import code_files
 from p828.interchange.export import export_model, tokenizer_json
-from p828.interchange.glm4_moe import GLM4_MOE
 from p828.interchange.model_card import model_card
-from p828.interchange.own import code_files
 from p828.interchange.weights import WrittenTensor, written_tensors
 from p828.runs import checkpoint
 from p828.runs.file_names import MANIFEST_FILE

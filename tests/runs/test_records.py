@@ -20,7 +20,7 @@ from p828.config import Config, WandbConfig
 from p828.errors import ConfigError, DataError, RunStopped, closed_after
 from p828.runs import records
 from p828.runs.records import LOADS_A_STEP, Recorder, load_entropy, loads_every, loads_record
-from p828.train.wandb import _run_id
+from p828.train.log.wandb import _run_id
 from runs import p828, start, wait_for_step, write_toml
 
 
@@ -323,7 +323,7 @@ def started_wandb(run_dir: Path, mode: str, **environment: str) -> subprocess.Co
     script = (
         "import sys; from pathlib import Path\n"
         "from p828.config import Config, WandbConfig; from p828.errors import ConfigError\n"
-        "from p828.train.wandb import WandbMirror\n"
+        "from p828.train.log.wandb import WandbMirror\n"
         "try: WandbMirror(Path(sys.argv[1]), Config(name='run', wandb=WandbConfig(mode=sys.argv[2]))).finish(0)\n"
         "except ConfigError as error: print(error); sys.exit(2)\n"
     )
@@ -393,7 +393,7 @@ from pathlib import Path
 from p828 import errors
 from p828.config import Config, WandbConfig
 from p828.runs.records import Recorder, loads_record
-from p828.train.wandb import WandbMirror
+from p828.train.log.wandb import WandbMirror
 error = getattr(errors, sys.argv[2])
 mirror = WandbMirror(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mode="offline")))
 with suppress(error), Recorder(Path(sys.argv[1]), mirror=mirror) as recorder:
@@ -501,7 +501,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
 def test_wandb_is_not_imported_when_off(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path\n"
-        "from p828.config import Config; from p828.train.wandb import open_mirror\n"
+        "from p828.config import Config; from p828.train.log.wandb import open_mirror\n"
         "assert open_mirror(Path(sys.argv[1]), Config(name='run')) is None; assert 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)

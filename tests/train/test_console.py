@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import rich.console
 
-from p828.train.console import Console, say
+from p828.train.log.console import Console, say
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -146,7 +146,7 @@ def test_an_output_of_another_encoding_takes_any_text(tmp_path: Path) -> None:
 AT_A_TERMINAL = """
 import os, signal, sys
 from pathlib import Path
-from p828.train.console import Console, say
+from p828.train.log.console import Console, say
 with Console(Path(sys.argv[1]), 10) as view:
     view.step(1, 1.0, 2.0)
     print("from elsewhere")

@@ -268,7 +268,7 @@ def test_mfu_counts_the_attention_that_the_mask_leaves(
         forward_backward(engine, batch, num_targets)
 
     monkeypatch.setattr(PlainEngine, "forward_backward", counting)
-    monkeypatch.setattr("p828.train.log.peak_flops", lambda device: 1e9)
+    monkeypatch.setattr("p828.train.log.log.peak_flops", lambda device: 1e9)
     path = write_toml(here, model={"mask_documents": masks}, train={"steps": 3})
     assert dispatch(["train", str(path)]) == 0
     model, steps = load(str(path)).model, lines(here, "step")

@@ -1,6 +1,6 @@
 import pytest
 
-from p828.train.usage import Pace, in_words
+from p828.train.log.usage import Pace, in_words
 
 
 class Clock:

@@ -23,7 +23,7 @@ from p828.inference.tasks.cloze import NAMES as OWN_NAMES
 from p828.inference.tasks.task_model import TaskModel
 from p828.inference.tasks.tasks import Tasks, open_all, shown_metrics
 from p828.runs.records import encoded
-from p828.train.console import waiting
+from p828.train.log.console import waiting
 from p828.train.signals import interruptible
 
 USAGE = (

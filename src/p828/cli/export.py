@@ -9,11 +9,11 @@ import tyro
 from p828.cli.flags import parse
 from p828.config.rules import check_text
 from p828.errors import ConfigError, warn
+from p828.interchange.architectures.own import OWN
 from p828.interchange.export import export_model
 from p828.interchange.gguf import SUFFIX, export_gguf
 from p828.interchange.hub import check_push, push
-from p828.interchange.own import OWN
-from p828.train.console import waiting
+from p828.train.log.console import waiting
 
 USAGE = "p828 export CHECKPOINT DIR|FILE.gguf [--dtype DTYPE] [--native-only] [--push REPO]"
 DESCRIPTION = (

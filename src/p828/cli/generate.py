@@ -16,7 +16,7 @@ from p828.inference.answer import answer
 from p828.inference.generate import Completion, OnText, generate
 from p828.inference.load import LoadedModel, load_model
 from p828.inference.sampling import SamplingConfig
-from p828.train.console import waiting
+from p828.train.log.console import waiting
 
 USAGE = "p828 generate CHECKPOINT --prompt TEXT [--prompt TEXT ...] [--chat] [--interactive] [--temperature T ...]"
 DESCRIPTION = (

@@ -13,7 +13,7 @@ from p828.errors import warn
 from p828.interchange.hub_directory import READABLE
 from p828.interchange.origin import Origin, read_hub_origin
 from p828.model.costs import count_parameters
-from p828.train.console import waiting
+from p828.train.log.console import waiting
 from p828.train.weights_only import write_run
 
 USAGE = "p828 import DIR [--name NAME] [--runs-dir RUNS]"

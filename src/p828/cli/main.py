@@ -89,7 +89,7 @@ def dispatch(arguments: list[str]) -> int:
 
 def _module(command: str) -> ModuleType:
     """The command's own; imported late, since most of them import PyTorch, which takes seconds."""
-    from p828.train.console import say, waiting
+    from p828.train.log.console import say, waiting
 
     def report(text: str) -> None:
         if command == "prepare":

@@ -13,7 +13,7 @@ from p828.config import Config, with_steps
 from p828.config.files import preset_names
 from p828.config.values import flatten, shown
 from p828.errors import ConfigError, RunFailed
-from p828.train.console import say
+from p828.train.log.console import say
 
 if TYPE_CHECKING:  # imports PyTorch
     from p828.verify.kill_resume import KillResumeCheck

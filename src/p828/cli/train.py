@@ -11,7 +11,7 @@ from p828.config import Config, rules, with_steps, with_vocabulary
 from p828.config.files import preset_names
 from p828.config.values import to_dict
 from p828.errors import ConfigError
-from p828.interchange.architectures import export_line
+from p828.interchange.architectures.native import export_line
 from p828.model.costs import count_parameters, flops_per_token
 
 USAGE = "p828 train CONFIG [--dry-run] [--presets] [--section.key VALUE ...]"

@@ -16,11 +16,11 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, RunFailed, warn
 from p828.files import new_directory, write_atomic
 from p828.inference.load import SavedModel, opened_model
-from p828.interchange.architecture import Architecture
-from p828.interchange.architectures import architecture_of
+from p828.interchange.architectures.architecture import Architecture
+from p828.interchange.architectures.native import architecture_of
+from p828.interchange.architectures.own import OWN, code_files
 from p828.interchange.hub_directory import STEP
 from p828.interchange.model_card import curve_of, model_card
-from p828.interchange.own import OWN, code_files
 from p828.interchange.weights import LARGEST_FILE, write_weights, written_tensors
 from p828.runs.checkpoint_content import progress_of, seconds_of
 from p828.runs.file_names import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE

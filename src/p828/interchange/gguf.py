@@ -19,7 +19,7 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError, RunFailed
 from p828.files import fsync
 from p828.inference.load import SavedModel, opened_model
-from p828.interchange.architecture import STACKED, Piece, projected_width
+from p828.interchange.architectures.architecture import STACKED, Piece, projected_width
 from p828.interchange.export import check_room
 from p828.interchange.gguf_vocabulary import Vocabulary, vocabulary
 from p828.interchange.weights import WeightsReader, WrittenTensor, written_tensors

@@ -14,8 +14,8 @@ from p828.config.files import HUB_FILE
 from p828.config.values import shown
 from p828.errors import ConfigError, did_you_mean
 from p828.files import MEBIBYTE, read_limited
-from p828.interchange import glm4_moe, llama, mimo_v2_flash, mixtral, own, qwen3_moe
-from p828.interchange.architecture import Piece
+from p828.interchange.architectures import glm4_moe, llama, mimo_v2_flash, mixtral, own, qwen3_moe
+from p828.interchange.architectures.architecture import Piece
 
 CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_SETTINGS = HUB_FILE, "tokenizer.json", "tokenizer_config.json"
 RUN_CONFIG_FILE = "config.toml"

@@ -9,7 +9,7 @@ from torch import Tensor
 from p828.config import ModelConfig
 from p828.config.values import shown
 from p828.errors import DataError, did_you_mean
-from p828.interchange.architecture import Piece
+from p828.interchange.architectures.architecture import Piece
 from p828.interchange.stored_tensors import StoredTensors
 from p828.runs.checkpoint_content import expected_tensors
 from p828.runs.weights import Weights

@@ -6,8 +6,8 @@ from typing import Any
 
 from p828.config import Config, DataConfig
 from p828.errors import ConfigError, DataError
-from p828.interchange.architecture import Architecture
-from p828.interchange.own import OWN
+from p828.interchange.architectures.architecture import Architecture
+from p828.interchange.architectures.own import OWN
 from p828.model.costs import count_parameters
 from p828.runs import records
 from p828.runs.file_names import RECORDS_FILE

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from p828.config import ModelConfig
 from p828.files import write_atomic
-from p828.interchange.architecture import Piece, Place
+from p828.interchange.architectures.architecture import Piece, Place
 from p828.kernels.adamw import split_float32
 from p828.model.precision import is_matrix
 from p828.runs.tensors import DTYPES, Tensors

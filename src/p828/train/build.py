@@ -49,19 +49,19 @@ from p828.runs.records import Recorder
 from p828.runs.train_state import TrainState
 from p828.system.device import check_room, make_deterministic, pick_device
 from p828.train.checkpointing import Checkpointing
-from p828.train.console import Console, say, waiting
 from p828.train.evaluation import Evaluator
 from p828.train.fetch import Fetcher
 from p828.train.init_from import load_weights, origin_of, take_tokenizer
-from p828.train.log import Log
+from p828.train.log.console import Console, say, waiting
+from p828.train.log.log import Log
+from p828.train.log.summary import banner, conclude, report_start
+from p828.train.log.usage import Usage
+from p828.train.log.wandb import WandbMirror, open_mirror
 from p828.train.resume import RunDirectory, open_run, resume
 from p828.train.rollback import Rollback
 from p828.train.signals import graceful_shutdown, interruptible
-from p828.train.summary import banner, conclude, report_start
 from p828.train.task_evaluation import TaskEvaluator
 from p828.train.trainer import Trainer
-from p828.train.usage import Usage
-from p828.train.wandb import WandbMirror, open_mirror
 
 
 def train(config: Config) -> None:

@@ -28,8 +28,8 @@ from p828.runs.train_state import TrainState
 from p828.system.device import machine
 from p828.system.host_memory import free_host_bytes
 from p828.train.checkpoint_writer import CheckpointWriter, num_bytes
-from p828.train.log import Log
-from p828.train.usage import Usage
+from p828.train.log.log import Log
+from p828.train.log.usage import Usage
 
 Parts = Mapping[str, Mapping[str, Saveable]]
 SPARE_BYTES = 2**30  # that a copy must leave free, on its device

@@ -14,8 +14,8 @@ from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
 from p828.runs.train_state import TrainState
-from p828.train.console import A_WAIT, SECONDS_PER_LINE
-from p828.train.log import Log
+from p828.train.log.console import A_WAIT, SECONDS_PER_LINE
+from p828.train.log.log import Log
 
 FAR_FROM_GUESSING = 2.0  # times the loss of equal shares for all tokens; a model's first losses are near that
 

@@ -13,8 +13,8 @@ from p828.errors import ConfigError, DataError, RunFailed, RunPaused, TransientR
 from p828.runs.train_state import BatchStats, TrainState
 from p828.system.device import peak_memory
 from p828.train.checkpointing import Checkpointing
+from p828.train.log.usage import Usage
 from p828.train.signals import GracefulShutdown
-from p828.train.usage import Usage
 
 MICRO = 1e6  # microseconds in a second
 

@@ -13,7 +13,7 @@ from p828.engine.interface import Engine
 from p828.errors import ConfigError
 from p828.interchange.origin import Origin, find_origin, opened_weights, read_origin
 from p828.runs.file_names import TOKENIZER_FILE
-from p828.train.console import Console
+from p828.train.log.console import Console
 
 
 def origin_of(config: Config, ranks: ProcessGroup, console: Console) -> Origin | None:

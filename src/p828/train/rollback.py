@@ -10,7 +10,7 @@ from p828.errors import RunStopped
 from p828.runs import checkpoint
 from p828.runs.train_state import TrainState
 from p828.train.checkpointing import Checkpointing
-from p828.train.log import Log
+from p828.train.log.log import Log
 
 NON_FINITE_LIMIT = 3  # steps in a row that end a run without rollbacks
 

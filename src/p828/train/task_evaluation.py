@@ -14,8 +14,8 @@ from p828.inference.tasks.lm_eval_tasks import TasksFailed
 from p828.inference.tasks.task_model import TaskModel
 from p828.inference.tasks.tasks import Results, Tasks
 from p828.system.device import explain_out_of_memory
-from p828.train.console import A_WAIT, SECONDS_PER_LINE
-from p828.train.log import Log
+from p828.train.log.console import A_WAIT, SECONDS_PER_LINE
+from p828.train.log.log import Log
 
 T = TypeVar("T")
 PIECE = 2048  # texts that the ranks score between two signs of life, or prompts over the rows of a batch

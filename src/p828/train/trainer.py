@@ -16,11 +16,11 @@ from p828.system.device import explain_out_of_memory
 from p828.train.checkpointing import Checkpointing
 from p828.train.evaluation import Evaluator
 from p828.train.fetch import Fetcher
-from p828.train.log import Log
+from p828.train.log.log import Log
+from p828.train.log.usage import Usage
 from p828.train.rollback import Rollback
 from p828.train.signals import GracefulShutdown
 from p828.train.task_evaluation import TaskEvaluator
-from p828.train.usage import Usage
 
 
 @dataclass

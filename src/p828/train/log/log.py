@@ -16,8 +16,8 @@ from p828.runs.records import Recorder, loads_every, loads_record
 from p828.runs.train_state import BatchStats, TrainState
 from p828.system.device import compiles, peak_memory
 from p828.system.gpus import peak_flops
-from p828.train.console import Console
-from p828.train.usage import A_DAY, Pace, Usage, how_long
+from p828.train.log.console import Console
+from p828.train.log.usage import A_DAY, Pace, Usage, how_long
 
 
 class Log:

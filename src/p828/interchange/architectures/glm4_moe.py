@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from p828.config import ModelConfig
-from p828.interchange import architecture
-from p828.interchange.architecture import Architecture, Piece, rope_parameters
-from p828.interchange.config_json import Fields, Need, checked, read_common, read_router, rope_table
+from p828.interchange.architectures import architecture
+from p828.interchange.architectures.architecture import Architecture, Piece, rope_parameters
+from p828.interchange.architectures.config_json import Fields, Need, checked, read_common, read_router, rope_table
 
 SAME = (  # fields of both, with one meaning
     "vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -2,10 +2,10 @@
 
 from p828.config import ModelConfig
 from p828.errors import ConfigError
-from p828.interchange.architecture import Architecture, has_reversed_ramp
-from p828.interchange.glm4_moe import GLM4_MOE
-from p828.interchange.mimo_v2_flash import MIMO_V2_FLASH
-from p828.interchange.own import OWN
+from p828.interchange.architectures.architecture import Architecture, has_reversed_ramp
+from p828.interchange.architectures.glm4_moe import GLM4_MOE
+from p828.interchange.architectures.mimo_v2_flash import MIMO_V2_FLASH
+from p828.interchange.architectures.own import OWN
 
 NATIVE = (GLM4_MOE, MIMO_V2_FLASH)
 REVERSED_RAMP = (

@@ -10,8 +10,8 @@ from typing import Any
 
 from p828.config import ModelConfig
 from p828.config.values import build
-from p828.interchange.architecture import Architecture, Piece, rope_parameters
-from p828.interchange.config_json import Fields, checked, read_rope, rope_table
+from p828.interchange.architectures.architecture import Architecture, Piece, rope_parameters
+from p828.interchange.architectures.config_json import Fields, checked, read_rope, rope_table
 
 SAME = (  # the configuration's own names are ours
     "vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",

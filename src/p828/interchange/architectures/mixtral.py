@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from p828.config import ModelConfig
-from p828.interchange import architecture
-from p828.interchange.architecture import Piece
-from p828.interchange.config_json import Fields, Need, checked, read_common, rope_table
+from p828.interchange.architectures import architecture
+from p828.interchange.architectures.architecture import Piece
+from p828.interchange.architectures.config_json import Fields, Need, checked, read_common, rope_table
 
 NEEDS = (
     Need("sliding_window", None, None, "sliding windows"),

@@ -9,9 +9,9 @@ from typing import Any
 from p828.config import ModelConfig
 from p828.config.values import shown
 from p828.errors import ConfigError
-from p828.interchange import architecture
-from p828.interchange.architecture import Architecture, Piece, rope_parameters
-from p828.interchange.config_json import Fields, Need, checked, read_common, read_router
+from p828.interchange.architectures import architecture
+from p828.interchange.architectures.architecture import Architecture, Piece, rope_parameters
+from p828.interchange.architectures.config_json import Fields, Need, checked, read_common, read_router
 
 SLIDING = "sliding_attention"
 SAME = (  # fields of both, with one meaning

@@ -19,10 +19,10 @@ from p828.model import backend
 from p828.model.costs import count_parameters, unused_vocabulary
 from p828.runs import file_names
 from p828.system.device import lacks_bfloat16
+from p828.train.log.wandb import WandbMirror
 from p828.train.resume import RunDirectory
 from p828.train.signals import interruptible
 from p828.train.trainer import Trainer
-from p828.train.wandb import WandbMirror
 
 
 def banner(

@@ -1,0 +1,1 @@
+"""The architectures of other libraries that p828 reads and writes, a table each, and its own with its code."""
