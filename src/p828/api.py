@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from p828.engine.plain import PlainEngine
     from p828.inference.evaluate import Evaluation
     from p828.inference.load import LoadedModel
+    from p828.inference.sampling import SamplingConfig
     from p828.interchange.export import Export
     from p828.interchange.gguf import GGUFExport
     from p828.interchange.origin import Origin
@@ -196,32 +197,22 @@ class Run:
         and `seed`. Raises ConfigError for a value out of range, and for a prompt that fills the model's context.
         """
         from p828.inference.generate import generate
-        from p828.inference.sampling import SamplingConfig
 
-        sampling["stop"] = _several(sampling.get("stop", ()))
-        loaded, config = self.loaded, SamplingConfig(**sampling)
+        loaded, config = self.loaded, _sampling(sampling)
         completions = generate(loaded.model, loaded.tokenizer, _several(prompts), config, dtype=loaded.dtype)
         return [completion.text for completion in completions]
 
     def answer(self, messages: "str | Messages", **sampling: Any) -> str:
-        """What the assistant says next: to a user's message, or in a conversation, a list of `role` and `content`.
+        """What the assistant says next, to a user's message or in a conversation: a list of `role` and `content`.
 
         `sampling` is as in `generate`. Raises ConfigError as it does, and for a run not trained on conversations.
         """
-        from p828.inference.answer import answer, asked
-        from p828.inference.sampling import SamplingConfig
+        from p828.inference.answer import answer_one
 
-        sampling["stop"] = _several(sampling.get("stop", ()))
-        conversation = asked([messages])[0] if isinstance(messages, str) else list(messages)
-        loaded, config = self.loaded, SamplingConfig(**sampling)
-        (completion,) = answer(loaded.model, loaded.tokenizer, [conversation], config, dtype=loaded.dtype)
-        return completion.text
+        return answer_one(self.loaded, messages, _sampling(sampling))
 
     def export(
-        self,
-        directory: str | Path,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        native_only: bool = False,
+        self, directory: str | Path, dtype: Literal["float32", "bfloat16"] = "float32", native_only: bool = False
     ) -> "Export":
         """Write the model for transformers, as `p828 export` does; `architecture`, `weights`, `bytes` and more of it.
 
@@ -279,6 +270,12 @@ class Run:
         return opened.measure(TaskModel.of(self.loaded, 0, warn), limit, num_fewshot)
 
 
+def _sampling(values: Mapping[str, Any]) -> "SamplingConfig":
+    from p828.inference.sampling import SamplingConfig
+
+    return SamplingConfig(**{**values, "stop": _several(values.get("stop", ()))})
+
+
 def _several(values: Any) -> tuple[Any, ...]:
     """One text or path as the only one."""
     return (values,) if isinstance(values, str | os.PathLike) else tuple(values)
@@ -287,21 +284,15 @@ def _several(values: Any) -> tuple[Any, ...]:
 def build_tokenizer(config: Config) -> "Tokenizer":
     """The tokenizer that a new run would have: of its prepared data, trained on its text, or the one that is named.
 
-    A run that starts from another model (`train.init_from`) has that model's.
-
-    Nothing is written. Raises ConfigError, and DataError for damaged text.
+    A run that starts from another model (`train.init_from`) has that model's. Nothing is written. Raises ConfigError,
+    and DataError for damaged text.
     """
     from p828.data.build import prepared_tokenizer, tokenizer_of
-    from p828.data.tokenizer.tokenizer_config import template_for
-    from p828.train.init_from import check_tokenizer
+    from p828.train.init_from import tokenizer_from
 
     validate(config)
     if (origin := _origin(config)) is not None:
-        check_tokenizer(config, origin)
-        tokenizer, settings = origin.tokenizer, config.tokenizer
-        if tokenizer.template is None or settings.chat_template:
-            tokenizer.template = template_for(settings, tokenizer.special_tokens, None, config.data.has_conversations)
-        return tokenizer
+        return tokenizer_from(config, origin)
     prepared = prepared_tokenizer(config.data, config.tokenizer)
     return prepared if prepared is not None else tokenizer_of(config)
 

@@ -131,6 +131,9 @@ def test_wrong_text_met_by_the_tokenizer_leaves_nothing_half_made(
     assert dispatch(["prepare", toml, "--data.files", "bad.jsonl", "--data.prepared", "prepared"]) == 2
     assert "bad.jsonl:2: not a line of JSON" in capsys.readouterr().err
     assert not Path("prepared").exists()
+    Path("bad.jsonl").write_text('{"text": ')
+    assert dispatch(["prepare", toml, "--data.files", "bad.jsonl", "--data.prepared", "prepared"]) == 2
+    assert "training a tokenizer" not in capsys.readouterr().out, "which may take an hour, and would be lost"
     assert dispatch(["prepare", toml, "--data.prepared", "prepared"]) == 0
 
 

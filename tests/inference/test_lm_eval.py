@@ -166,6 +166,19 @@ def test_examples_and_limit(run: Path, tasks: Path, tmp_path: Path) -> None:
     assert (found["items"], found["num_fewshot"]) == (2, 1)
 
 
+def test_a_task_that_takes_no_examples_is_said(
+    model: Transformer, byte_level: Tokenizer, tasks: Path, tmp_path: Path
+) -> None:
+    values = {**yaml.safe_load((tasks / "choices.yaml").read_text()), "task": "bare", "num_fewshot": 0}
+    (tmp_path / "bare.yaml").write_text(yaml.safe_dump(values))
+    lines: list[str] = []
+    found = open_tasks(["bare"], str(tmp_path), is_quiet=True).measure(
+        TaskModel(model, byte_level, torch.float32, 200, 2, lines.append), None, 3
+    )
+    assert found["bare"]["num_fewshot"] == 0
+    assert lines == ["bare is measured without examples: its file says num_fewshot: 0"]
+
+
 def test_random_states_and_the_environment_stay(model: Transformer, byte_level: Tokenizer, tasks: Path) -> None:
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), dict(os.environ)
     opened = open_tasks(["p828_choices"], str(tasks), is_quiet=True)

@@ -5,6 +5,7 @@ products of a few layers: 1e-5 leaves room for a factor of ten beyond what is me
 """
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import p828
 from exported import EOS, compare, difference, in_transformers, letters, load, logits, save_model
 from p828.config import RopeScaling
+from p828.errors import ConfigError
+from p828.interchange.architecture import has_reversed_ramp
 from p828.interchange.export import export_model
+from p828.interchange.own import to_config as own_to_config
+from p828.interchange.remote_code.configuration_p828 import P828Config
 from runs import run_config
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 
 TOLERANCE = 1e-5
 GLM4_MOE: dict[str, Any] = {"attention_sinks": False}
@@ -86,8 +92,8 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "head_dim": draw(st.sampled_from([2, 8, 16])),
         "use_qk_norm": draw(st.booleans()),
         "attention_sinks": draw(st.booleans()),
-        "rope_theta": draw(st.sampled_from([100.0, 10_000.0, 1e6])),
-        "rope_scaling": RopeScaling(draw(st.sampled_from([1.0, 1.5, 8.0])), draw(st.sampled_from([4, 16, 64]))),
+        "rope_theta": draw(st.sampled_from([2.0, 100.0, 10_000.0, 1e6])),
+        "rope_scaling": RopeScaling(draw(st.sampled_from([1.0, 1.5, 8.0])), draw(st.sampled_from([4, 16, 64, 10**6]))),
         "n_routed_experts": experts,
         "n_shared_experts": draw(st.integers(0, 2)),
         "num_experts_per_tok": draw(st.integers(1, min(experts // groups * kept, 6))),
@@ -103,7 +109,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=25)
-@given(configurations(), st.integers(0, 2**32))
+@given(configurations().filter(lambda changes: not has_reversed_ramp(tiny_config(**changes))), st.integers(0, 2**32))
 @torch.no_grad()
 def test_any_configuration(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], seed: int) -> None:
     model = tiny_model(**changes)
@@ -112,6 +118,24 @@ def test_any_configuration(tmp_path_factory: pytest.TempPathFactory, changes: di
     found = compare(model, theirs, tokens)
     assert found.difference < TOLERANCE
     assert found.ties <= 1  # one in some ten thousand rows
+
+
+@pytest.mark.parametrize(
+    "theta, head_dim, context", [(10.0, 8, 131_072), (100.0, 64, 4)], ids=["above every pair", "below every pair"]
+)
+def test_a_ramp_of_yarn_that_transformers_takes_otherwise_is_refused(
+    theta: float, head_dim: int, context: int, tmp_path: Path
+) -> None:
+    """The frequencies are not the same there; one step further they are."""
+    for original, is_reversed in ((context, True), (2048, False)):
+        scaling = RopeScaling(4.0, original)
+        model = tiny_model(rope_theta=theta, head_dim=head_dim, rope_scaling=scaling)
+        theirs = P828Config(**own_to_config(model.config))
+        expected = ROPE_INIT_FUNCTIONS["yarn"](theirs)[0]
+        assert torch.allclose(model.frequencies, expected) != is_reversed
+        run = save_model(tmp_path / str(original), model)
+        with pytest.raises(ConfigError, match="rope_scaling") if is_reversed else nullcontext():
+            export_model(run, tmp_path / "export")
 
 
 @pytest.fixture(scope="module", params=[GLM4_MOE, MIMO, {}], ids=["glm4_moe", "mimo", "own"])

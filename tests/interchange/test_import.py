@@ -304,6 +304,14 @@ def test_the_command(
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["qwen3_moe"]
 
 
+def test_a_model_in_a_runs_place(theirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(theirs["llama"])
+    assert dispatch(["train", path]) == 2
+    assert f"--train.init-from {path} starts one from it" in capsys.readouterr().err
+    assert dispatch(["generate", path, "--prompt", "ab"]) == 2
+    assert f"p828 import {path} makes a run of it" in capsys.readouterr().err
+
+
 def test_a_name_that_is_none(theirs: dict[str, Path], tmp_path: Path) -> None:
     assert dispatch(["import", str(theirs["llama"]), "--name", "a/b", "--runs-dir", str(tmp_path / "runs")]) == 2
     with pytest.raises(ConfigError):

@@ -116,6 +116,7 @@ def test_a_longer_context_with_yarn(here: Path) -> None:
     assert config.model.max_position_embeddings == 256
     run = p828.train_run(config)
     assert run.config.model == config.model
+    assert p828.load_config("runs/longer").model == config.model  # also before it has a checkpoint
     again = {"name": "again", "train.init_from": "runs/longer", "train.steps": 3}
     assert p828.load_config("runs/longer", again).model == config.model
     given = configured("export", "none", **longer, model__rope_scaling__original_max_position_embeddings=32)

@@ -1,6 +1,7 @@
 """Runs on conversations: the loss, what they learn, kills, and what they keep of the chat template."""
 
 import dataclasses
+import io
 import itertools
 import json
 import shutil
@@ -121,6 +122,15 @@ def test_a_run_learns_to_answer(learned: p828.Run, capsys: pytest.CaptureFixture
     asked = ["--prompt", "Ka?", "--prompt", "Ri?", "--temperature", "0"]
     assert dispatch(["generate", str(learned.path), "--chat", *asked]) == 0
     assert capsys.readouterr().out == "--- 1: Ka?\nred\n--- 2: Ri?\nblue\n"
+
+
+def test_what_is_typed_is_one_conversation(
+    learned: p828.Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second question is only ever asked behind a first one."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("Ri?\nAnd Ka?\n"))
+    assert dispatch(["generate", str(learned.path), "--chat", "--interactive", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == "blue\nred\n"
 
 
 def test_records_of_a_run_on_conversations(learned: p828.Run) -> None:

@@ -46,7 +46,7 @@ OF_TEXT = ("rows", "data.")
 class Arguments:
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run's directory, for its newest checkpoint, or one checkpoint's."""
-    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME,NAME")] = ()
+    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME,NAME", help_behavior_hint="(default: none)")] = ()
     """Tasks, groups and tags to measure in place of a loss: cloze_english, cloze_python, or names of lm-eval."""
     tasks_path: str = ""
     """Directory of further tasks, in lm-eval's format."""

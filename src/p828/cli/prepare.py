@@ -46,7 +46,9 @@ def run(arguments: list[str]) -> None:
         key = "data.mixture[0].prepared" if config.data.mixture else "data.prepared"
         raise ConfigError(f"{key} is empty: give the directory to write to. Usage: {USAGE}")
     for data in wanted:
-        open_in_order(data, Retry(report=_say))  # a source that is not there ends it here
+        documents = open_in_order(data, Retry(report=_say))  # a source that is not there ends it here
+        if config.tokenizer.name == "train" and not is_begun(Path(data.prepared)):
+            next(documents, None)  # and so does a first document that is none: the tokenizer would be lost
         for line in (*trained_on_too(data), *unused_text_field(data)):
             print(line, flush=True)
     directories = [Path(data.prepared) for data in wanted]

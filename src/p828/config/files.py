@@ -28,6 +28,7 @@ else:
     import tomli as tomllib
 
 RUN_FILE = "config.toml"  # in a run's directory
+HUB_FILE = "config.json"  # of a model in the hub's layout
 PRESETS = Path(__file__).parent / "presets"
 LARGEST_FILE = 2 * MOST_TEXT  # any configuration that `validate` accepts is shorter
 MOST_DOTS = 200  # in a line: what tomllib takes for a key grows with the square of its parts
@@ -67,6 +68,11 @@ def load_given(name_or_path: str) -> Loaded:
     path = Path(name_or_path)
     is_named = path.suffix == ".toml" or name_or_path in ("", *preset_names())
     is_run = not is_named and _is_directory(path)
+    if is_run and (path / HUB_FILE).is_file():  # an export of p828 has a config.toml, too
+        raise ConfigError(
+            f"{shown(name_or_path)} is a model in the hub's layout, no run: --train.init-from {name_or_path} starts one"
+            f" from it, p828 import {name_or_path} makes it one"
+        )
     if is_run and not (path / RUN_FILE).is_file():
         raise ConfigError(f"{shown(name_or_path)} is a directory, but no run: it holds no {RUN_FILE}")
     try:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from p828.config import Config
-from p828.distributed.launcher import launched
+from p828.distributed.launcher import launched, tell_launcher
 from p828.distributed.watchdog import Watchdog, connect_watchdog
 from p828.errors import ConfigError, LocalRankError, P828Error, closed_after
 
@@ -173,6 +173,7 @@ def joined(config: Config) -> Iterator[ProcessGroup]:
                 if ranks.watchdog is not None and not getattr(error, "is_everywhere", False):
                     code = ranks.watchdog.failed(error)
                     if code is not None:
+                        tell_launcher(f"p828: {str(error) or 'interrupted'}")
                         raise SystemExit(code) from None
                 raise
 

@@ -9,6 +9,7 @@ from p828.data.tokenizer.chat_template import ChatTemplate, Messages, TemplateFa
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
 from p828.inference.generate import Completion, OnText, continued
+from p828.inference.load import LoadedModel
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
 
@@ -32,6 +33,13 @@ def answer(
     if template.end_of_turn and not template.end_token:
         config = replace(config, stop=(*config.stop, template.end_of_turn))
     return continued(model, tokenizer, prompts, ids, config, on_text, dtype, tokenizer.end_ids)
+
+
+def answer_one(loaded: LoadedModel, messages: str | Messages, sampling: SamplingConfig) -> str:
+    """What a run's assistant says next, to a user's message or in a conversation. Raises ConfigError as `answer`."""
+    conversation = asked([messages])[0] if isinstance(messages, str) else list(messages)
+    (completion,) = answer(loaded.model, loaded.tokenizer, [conversation], sampling, dtype=loaded.dtype)
+    return completion.text
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

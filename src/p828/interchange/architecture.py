@@ -3,6 +3,7 @@
 Nothing here imports torch, so that `p828 train --dry-run` can say where a model may go.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,3 +76,18 @@ def rope_parameters(config: ModelConfig) -> dict[str, Any]:
         "beta_fast": scaling.beta_fast,
         "beta_slow": scaling.beta_slow,
     }
+
+
+def has_reversed_ramp(config: ModelConfig) -> bool:
+    """Whether YaRN's ramp over the pairs of a head ends before it begins (`model.rope.inverse_frequencies`).
+
+    p828 and llama.cpp make a step of it; transformers, as the authors' code does, a ramp that falls.
+    """
+    scaling = config.rope_scaling
+    low, high = (
+        config.head_dim
+        * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi))
+        / (2 * math.log(config.rope_theta))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
+    return scaling.factor > 1 and max(math.floor(low), 0) > min(math.ceil(high), config.head_dim - 1)

@@ -2,12 +2,16 @@
 
 from p828.config import ModelConfig
 from p828.errors import ConfigError
-from p828.interchange.architecture import Architecture
+from p828.interchange.architecture import Architecture, has_reversed_ramp
 from p828.interchange.glm4_moe import GLM4_MOE
 from p828.interchange.mimo_v2_flash import MIMO_V2_FLASH
 from p828.interchange.own import OWN
 
 NATIVE = (GLM4_MOE, MIMO_V2_FLASH)
+REVERSED_RAMP = (
+    "model.rope_scaling: over the original context no pair of a head's dimensions turns between beta_slow and "
+    "beta_fast times, and transformers scales the frequencies otherwise then"
+)
 
 
 def native_architecture(config: ModelConfig) -> Architecture | None:
@@ -16,7 +20,12 @@ def native_architecture(config: ModelConfig) -> Architecture | None:
 
 
 def architecture_of(config: ModelConfig, native_only: bool = False) -> Architecture:
-    """What a model is exported as. Raises ConfigError with `native_only` where that is our own."""
+    """What a model is exported as.
+
+    Raises ConfigError with `native_only` where that is our own, and for what transformers computes otherwise at all.
+    """
+    if has_reversed_ramp(config):
+        raise ConfigError(REVERSED_RAMP)
     found = native_architecture(config)
     if found is None and native_only:
         raise ConfigError(
@@ -33,6 +42,8 @@ def obstacles(config: ModelConfig) -> list[str]:
 
 def export_line(config: ModelConfig) -> str:
     """What `p828 export` will make of a model, in a line."""
+    if has_reversed_ramp(config):
+        return f"does not export: {REVERSED_RAMP}"
     found = native_architecture(config)
     return (
         f"exports with remote code: {', '.join(obstacles(config))}"

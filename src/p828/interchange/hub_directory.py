@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from p828.config import Config, ModelConfig, TokenizerConfig, load, validate
+from p828.config.files import HUB_FILE
 from p828.config.values import shown
 from p828.errors import ConfigError, did_you_mean
 from p828.files import MEBIBYTE, read_limited
 from p828.interchange import glm4_moe, llama, mimo_v2_flash, mixtral, own, qwen3_moe
 from p828.interchange.architecture import Piece
 
-CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_SETTINGS = "config.json", "tokenizer.json", "tokenizer_config.json"
+CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_SETTINGS = HUB_FILE, "tokenizer.json", "tokenizer_config.json"
 RUN_CONFIG_FILE = "config.toml"
 """In an export of p828: the configuration of its run."""
 STEP = "p828_step"

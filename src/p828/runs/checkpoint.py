@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from p828.config.files import HUB_FILE
 from p828.data.retry import NO_RETRY, Retry
 from p828.errors import ConfigError, DataError, RunFailed, TransientReadError
 from p828.files import fsync, move_directory
@@ -196,6 +197,8 @@ def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[
                 damage.append(str(error))
     if damage:
         raise ConfigError(f"{path} has no complete checkpoint: {damage[0]}")
+    if (path / HUB_FILE).is_file():
+        raise ConfigError(f"{path} is a model in the hub's layout: p828 import {path} makes a run of it")
     entries = sorted(entry.name for entry in directory.iterdir())
     found = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "") if entries else "nothing"
     raise ConfigError(

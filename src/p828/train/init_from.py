@@ -7,7 +7,7 @@ from p828.data.build import prepared_tokenizer
 from p828.data.retry import Retry
 from p828.data.tokenizer.of_run import load_tokenizer
 from p828.data.tokenizer.tokenizer import Tokenizer
-from p828.data.tokenizer.tokenizer_config import save_template
+from p828.data.tokenizer.tokenizer_config import save_template, template_for
 from p828.distributed.group import ProcessGroup
 from p828.engine.interface import Engine
 from p828.errors import ConfigError
@@ -44,6 +44,18 @@ def take_tokenizer(config: Config, origin: Origin) -> None:
         origin.tokenizer.save(path)
         if origin.tokenizer.template is not None and not config.tokenizer.chat_template:
             save_template(path.parent, origin.tokenizer.template)
+
+
+def tokenizer_from(config: Config, origin: Origin) -> Tokenizer:
+    """The origin's tokenizer as the run has it, which is not written: with a given chat template, or one for its data.
+
+    Raises ConfigError for another tokenizer.
+    """
+    check_tokenizer(config, origin)
+    tokenizer, settings = origin.tokenizer, config.tokenizer
+    if tokenizer.template is None or settings.chat_template:
+        tokenizer.template = template_for(settings, tokenizer.special_tokens, None, config.data.has_conversations)
+    return tokenizer
 
 
 def check_tokenizer(config: Config, origin: Origin) -> None:

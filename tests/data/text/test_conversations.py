@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from chat_templates import talk
 from conversations import chat_config, colours, write_conversations
+from p828.api import load_config
 from p828.config import DataConfig, ValidationConfig, validate
 from p828.data.batch import NO_TARGET, PADDING
 from p828.data.build import tokenizer_of, validation_batches
@@ -97,6 +98,20 @@ def test_conversations_are_in_jsonl_files(tmp_path: Path) -> None:
 def test_a_configuration_that_cannot_be(tmp_path: Path, data: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         validate(chat_config(tmp_path, data=data | {"messages_field": "messages", "files": ["x"]}))
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("data.text_field", "body", 'accepted without data.messages_field = "messages", whose messages are the text'),
+        ("data.packing", "best_fit", "accepted without data.messages_field; a row holds whole conversations"),
+        ("data.source", "python", 'messages_field = "messages": accepted with data.source = "files" or "hf"'),
+    ],
+)
+def test_keys_that_change_nothing_of_conversations_are_refused(key: str, value: str, said: str) -> None:
+    given = {"data.files": ["talk.jsonl"], "data.messages_field": "messages", key: value}
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config("quickstart", given)
 
 
 def test_the_hub_gives_the_same_conversations(tmp_path: Path) -> None:

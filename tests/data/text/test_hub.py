@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow
 import pyarrow.parquet
@@ -36,6 +37,7 @@ configs:
 TRY = """
 import sys
 from pathlib import Path
+from typing import ClassVar
 from p828.data.text.hub import download_tokenizer, hub_shards
 from p828.errors import ConfigError
 try:
@@ -291,6 +293,58 @@ def test_a_name_that_the_hub_does_not_know(tmp_path: Path, kind: str) -> None:
         server.server_close()
     assert "no/such: the hub has none of this name" in what
     assert "hf auth login" in do
+
+
+class Model(http.server.BaseHTTPRequestHandler):
+    """Answers as the hub does for a model that has a tokenizer and its settings, and no other file."""
+
+    files: ClassVar = {"tokenizer.json": b"{}", "tokenizer_config.json": b'{"chat_template": "x"}'}
+
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/")[2]
+        is_model = self.path.startswith("/api/models/")
+        body = json.dumps({"id": "a/b", "sha": "c" * 40}).encode() if is_model else self.files.get(name, b"")
+        self.send_response(200 if body else 404)
+        for key, value in {"X-Repo-Commit": "c" * 40, "ETag": f'"{name}"', "Content-Length": len(body)}.items():
+            self.send_header(key, str(value))
+        if not body:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_tokenizers_chat_template_comes_with_it(tmp_path: Path) -> None:
+    """And again without the network; with a tokenizer alone in the cache it is not known whether there is one."""
+    code = "import sys; from p828.data.text.hub import download_tokenizer\n"
+    code += "try: print(sorted(p.name for p in download_tokenizer('a/b', sys.argv[1] == 'chat').parent.iterdir()))\n"
+    code += "except Exception as error: print(error)"
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+
+    def found(kind: str, home: str, **environment: str) -> str:
+        values = {**inherited, "HF_HOME": str(tmp_path / home), **environment}
+        done = subprocess.run([sys.executable, "-c", code, kind], env=values, capture_output=True, text=True)
+        return done.stdout
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Model)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        assert found("text", "alone", HF_ENDPOINT=endpoint) == "['tokenizer.json']\n"
+        both = "['tokenizer.json', 'tokenizer_config.json']\n"
+        assert found("chat", "both", HF_ENDPOINT=endpoint) == both
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert found("chat", "both", HF_HUB_OFFLINE="1") == both
+    assert found("chat", "alone", HF_HUB_OFFLINE="1").startswith("tokenizer_config.json of a/b: ")
 
 
 def test_a_mixtures_common_split_is_read_once(hub: Path, tokenizer: Tokenizer) -> None:

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from chat_templates import CONVERSATIONS, QWEN, SPECIAL, TEMPLATES, WITH_TAGS, Messages, talk
+from chat_templates import CONVERSATIONS, SPECIAL, TEMPLATES, WITH_TAGS, Messages, talk
 from p828.config import TokenizerConfig
 from p828.data.tokenizer.chat_template import BUILT_IN, TRAINING_DAY, ChatTemplate, TemplateFailed, built_in
 from p828.data.tokenizer.marked_text import spans_of
 from p828.data.tokenizer.tokenizer import Tokenizer
-from p828.data.tokenizer.tokenizer_config import read_template, save_template
+from p828.data.tokenizer.tokenizer_config import read_template, save_template, template_of_trained
 from p828.data.tokenizer.training import train_tokenizer
 from p828.errors import ConfigError
 from tokenizer_kinds import EOS, KINDS, TRAINING_TEXT
@@ -193,7 +193,10 @@ def test_built_in_templates() -> None:
         built_in("chatml", "</s>", ["</s>"])
     with pytest.raises(TemplateFailed, match="writes no tool_calls"):
         built_in("zephyr", "</s>", ["</s>"]).marked([*talk("a"), {"role": "assistant", "tool_calls": []}])
-    assert template_of(QWEN).markers == ["<|im_end|>", "<|im_start|>"]
+    trained = template_of_trained(TokenizerConfig(), is_chat=True)
+    assert trained is not None
+    assert sorted(trained.control.tokens) == ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
+    assert template_of_trained(TokenizerConfig(), is_chat=False) is None
 
 
 @pytest.mark.parametrize(

@@ -134,20 +134,12 @@ def hub_shards(
         raise ConfigError(f"data set {place}, split {split!r}: {_in_short(error)}\n{advice}") from error
     count = dataset.num_shards
     paths = _paths(name, subset, split) if os.path.isdir(name) else []
-    return [
-        HubShard(
-            dataset,
-            i,
-            count,
-            f"{place} split {split} shard {i + 1} of {count}",
-            text_field,
-            limit,
-            skips,
-            paths=tuple(paths[i : i + 1] if len(paths) == count else paths),
-            template=template,
-        )
-        for i in range(count)
-    ]
+    shards = []
+    for i in range(count):
+        own = tuple(paths[i : i + 1] if len(paths) == count else paths)
+        shown = f"{place} split {split} shard {i + 1} of {count}"
+        shards.append(HubShard(dataset, i, count, shown, text_field, limit, skips, paths=own, template=template))
+    return shards
 
 
 def _paths(directory: str, subset: str, split: str) -> list[Path]:
@@ -208,19 +200,32 @@ def download_tokenizer(name: str, with_template: bool = False) -> Path:
     """
     path = _download_tokenizer(name)
     if with_template:
-        import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError
-
-        for file in (TOKENIZER_CONFIG_FILE, TEMPLATE_FILE):
-            try:
-                huggingface_hub.hf_hub_download(name, file, revision=path.parent.name)  # of the same snapshot
-            except EntryNotFoundError:  # also where it is not cached and the hub is not to be asked
-                continue
-            except OSError as error:
-                raise ConfigError(
-                    f"{file} of {name}: {_in_short(error)}\n{without_network('model')}; or give tokenizer.chat_template"
-                ) from error
+        _download_template(name, path.parent)
     return path
+
+
+def _download_template(name: str, snapshot: Path) -> None:
+    """What says the chat template of a tokenizer, if the hub has it, into the snapshot that has the tokenizer.
+
+    Raises ConfigError if that is not known without the network.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for file in (TOKENIZER_CONFIG_FILE, TEMPLATE_FILE):
+        if huggingface_hub.try_to_load_from_cache(name, file, revision=snapshot.name) is not None:
+            continue  # it is there, or known not to be
+        try:
+            huggingface_hub.hf_hub_download(name, file, revision=snapshot.name)
+        except LocalEntryNotFoundError as error:
+            if file == TEMPLATE_FILE and (snapshot / TOKENIZER_CONFIG_FILE).exists():
+                continue  # most repositories have the one file alone
+            raise ConfigError(
+                f"{file} of {name}: {_in_short(error)}\n"
+                "Without the hub: HF_HUB_OFFLINE=1 with a filled cache, or tokenizer.chat_template"
+            ) from error
+        except EntryNotFoundError:
+            continue
 
 
 def _download_tokenizer(name: str) -> Path:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -80,11 +79,6 @@ class ChatTemplate:
         """Raises ConfigError if it cannot be trained with."""
         if self.problem:
             raise ConfigError(f"{self.where}: the chat template cannot be trained with: {self.problem}")
-
-    @cached_property
-    def markers(self) -> list[str]:
-        """The names of control tokens, as `<|im_end|>`, that it spells."""
-        return sorted(set(MARKER.findall(self.source)))
 
     def render(self, messages: Messages, add_generation_prompt: bool = False, today: datetime = TRAINING_DAY) -> str:
         """The text that transformers renders. Raises TemplateFailed."""

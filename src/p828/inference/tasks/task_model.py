@@ -100,7 +100,14 @@ class TaskModel:
             batch = order[start : start + self.batch_rows]
             chosen, chosen_ids = [prompts[index] for index in batch], [ids[index] for index in batch]
             made = continued(
-                self.model, self.tokenizer, chosen, chosen_ids, sampling, lambda index, text: None, self.dtype
+                self.model,
+                self.tokenizer,
+                chosen,
+                chosen_ids,
+                sampling,
+                lambda index, text: None,
+                self.dtype,
+                self.tokenizer.end_ids,
             )
             for index, completion in zip(batch, made, strict=True):
                 texts[index] = completion.text
