@@ -19,13 +19,15 @@ from p828.data.text.shard import BadRecord
 from p828.data.tokens.directory import GOES_ON, open_output_dirs
 from p828.distributed.group import ProcessGroup
 from p828.errors import ConfigError, DataError, P828Error, RunFailed, RunStopped, TransientReadError
+from p828.inference.tasks import lm_eval_tasks  # noqa: F401 (its error is one of them)
 from p828.runs import checkpoint, file_names
 from p828.train.resume import open_run
 from runs import run_config, start, wait_for_step, write_toml
 
 EXIT_CODES = {
     "ConfigError": 2, "LocalRankError": 2, "DataError": 2, "BadRecord": 2, "DamagedCheckpoint": 2, "NotFinite": 2,
-    "RunFailed": 1, "TransientReadError": 1, "RecordsFailed": 1, "RunStopped": 1, "RunPaused": 0,
+    "RunFailed": 1, "TransientReadError": 1, "RecordsFailed": 1, "TasksFailed": 1, "RunStopped": 1,
+    "RunPaused": 0,
 }  # fmt: skip
 LINES = 120
 
