@@ -236,6 +236,26 @@ def test_refusals_name_what_is_wrong(run: Path, tmp_path: Path, capsys: pytest.C
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_no_run_is_trained_in_an_export(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export_model(run, tmp_path / "runs" / "there")
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    commands = [
+        ["train", "runs/there"],
+        ["prepare", "runs/there", "--data.prepared", "tokens"],
+        ["prove-resume", "runs/there"],
+        ["train", "quickstart", "--name", "there"],
+        ["train", "runs/there/config.toml", "--name", "there"],
+    ]
+    for command in commands:
+        assert dispatch(command) == 2
+        assert "p828 train CONFIG --name NEW --train.init-from runs/there" in capsys.readouterr().err, command
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert dispatch(["train", "runs/there/config.toml", "--dry-run"]) == 0
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     run = save_model(tmp_path / "run", tiny_model(**NATIVE))
     path = run / "checkpoints" / "step_00000010"

@@ -307,7 +307,7 @@ def test_the_command(
 def test_a_model_in_a_runs_place(theirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = str(theirs["llama"])
     assert dispatch(["train", path]) == 2
-    assert f"--train.init-from {path} starts one from it" in capsys.readouterr().err
+    assert f"p828 train CONFIG --name NEW --train.init-from {path}" in capsys.readouterr().err
     assert dispatch(["generate", path, "--prompt", "ab"]) == 2
     assert f"p828 import {path} makes a run of it" in capsys.readouterr().err
 

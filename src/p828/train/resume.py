@@ -18,6 +18,7 @@ import tomli_w
 
 from p828.config import Config, facts_by_key, facts_of, load, with_vocabulary
 from p828.config.facts import Facts
+from p828.config.files import refuse_exported
 from p828.config.values import flatten, to_dict
 from p828.data.order import at_step
 from p828.data.retry import Retry
@@ -120,6 +121,7 @@ def open_run(config: Config, ranks: ProcessGroup) -> Iterator[RunDirectory]:
 def _opened(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
     """The directory, made and locked until the stack is closed. What was made is removed again if it is refused."""
     run_dir, made = config.run_dir, list[Path]()
+    refuse_exported(run_dir)  # before a lock is written there
     is_ours = True
     try:
         _make(run_dir, made)
