@@ -2,7 +2,11 @@
 
 import errno
 import json
+import logging
 import os
+import re
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from transformers import AutoTokenizer
 import p828
 from exported import EOS, in_transformers, letters, load, save_model
 from p828.cli.main import dispatch
-from p828.config import Config, TrainConfig
+from p828.config import Config, DataConfig, TrainConfig
 from p828.config import load as load_config
 from p828.data.tokenizer.chat_template import built_in
 from p828.data.tokenizer.tokenizer import Tokenizer
@@ -40,6 +44,7 @@ from tiny import tiny_model
 from tokenizer_kinds import EOS as KINDS_EOS
 from tokenizer_kinds import KINDS, TRAINING_TEXT
 
+ROOT = Path(__file__).parents[2]
 NATIVE: dict[str, Any] = {"attention_sinks": False}
 FILES = {
     "README.md", "config.json", "config.toml", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -104,7 +109,48 @@ def test_code_of_its_own_lies_beside_the_weights(tmp_path: Path, capsys: pytest.
     assert "exported as    p828, with code of its own\n" in said
     assert f'from_pretrained("{tmp_path / "export"}", trust_remote_code=True)' in said
     assert {path.name for path in (tmp_path / "export").iterdir()} == {*FILES, *(file.name for file in code_files())}
-    assert "from_pretrained(place, trust_remote_code=True)" in (tmp_path / "export" / "README.md").read_text()
+
+
+def run_snippet(file: Path, text: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The only Python in a document, which may neither ask nor warn."""
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked"))
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        for snippet in re.findall("^```python\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL):
+            if text in snippet:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    exec(snippet, {})
+                return
+    finally:
+        logger.removeHandler(caplog.handler)
+    pytest.fail(f"no snippet in {file} has {text}")
+
+
+@pytest.mark.parametrize("name", ["continued", "asked"])
+def test_what_documents_say_of_loading_runs_as_it_is(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a directory that is transformers' first of that name, of a model with code of its own."""
+    ours, data = letters("<|im_start|>", "<|im_end|>"), DataConfig(sequence_length=32)
+    if name == "asked":
+        ours.template = built_in("chatml", EOS, ours.special_tokens)
+        data = replace(data, source="files", files=("talk.jsonl",), messages_field="messages")
+    model = tiny_model(max_position_embeddings=512)
+    directory = tmp_path / ("chat-hf" if name == "asked" else "quickstart-hf")
+    export_model(save_model(tmp_path / "run", model, ours, data=data), directory)
+    document = ROOT / "docs" / ("chat.md" if name == "asked" else "interchange.md")
+    monkeypatch.chdir(tmp_path)
+    run_snippet(document, "generate", monkeypatch, caplog)
+    monkeypatch.chdir(directory)
+    run_snippet(directory / "README.md", "apply_chat_template" if name == "asked" else "Once", monkeypatch, caplog)
+    assert not caplog.records
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
