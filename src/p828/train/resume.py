@@ -27,7 +27,7 @@ from p828.errors import ConfigError, P828Error, warn
 from p828.files import MEBIBYTE, locked, read_limited, write_atomic
 from p828.optim.schedule import learning_rate
 from p828.runs import checkpoint, file_names, records
-from p828.runs.checkpoint_content import config_of, reading_position, seconds_of
+from p828.runs.checkpoint_content import config_of, is_weights_only, reading_position, seconds_of
 from p828.runs.file_names import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -38,7 +38,6 @@ from p828.runs.file_names import (
     WANDB_ID_FILE,
 )
 from p828.runs.file_system import try_out
-from p828.runs.tensors import part_of
 from p828.runs.train_state import TrainState
 from p828.train.checkpointing import Checkpointing
 
@@ -259,7 +258,7 @@ def _before(config: Config, newest: Path | None, retry: Retry) -> dict[str, Any]
 
 def _refuse_weights_only(saved: checkpoint.OpenCheckpoint, run_dir: Path) -> None:
     """An imported model can be started from and not gone on with. Raises ConfigError for one."""
-    if not any(part_of(file) == "optimizer" for file in saved.files):
+    if is_weights_only(saved):
         raise ConfigError(
             f"{run_dir} holds weights only, without an optimizer's state to go on with; a new run starts from them: "
             f"p828 train {run_dir} --name NEW --train.init-from {run_dir}"
