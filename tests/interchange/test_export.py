@@ -388,19 +388,31 @@ def test_dropout_of_a_tokenizer_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, line",
+    "changes, lines",
     [
-        (["--model.attention-sinks", "false"], "# exports as glm4_moe"),
-        (["--model.n-shared-experts", "0"], "# exports as mimo_v2_flash"),
-        (["--model.scoring-func", "softmax"], "# exports with remote code: sinks, softmax router"),
-        ([], "# exports with remote code: sinks"),
+        (["--model.attention-sinks", "false"], ["# exports as glm4_moe", "# exports to .gguf as glm4moe"]),
+        (["--model.n-shared-experts", "0"], ["# exports as mimo_v2_flash", "# exports to .gguf as mimo2"]),
+        (
+            ["--model.scoring-func", "softmax"],
+            [
+                "# exports with remote code: sinks, softmax router",
+                "# exports to no .gguf: not in glm4moe: sinks; not in mimo2: shared expert, softmax router",
+            ],
+        ),
+        (
+            [],
+            [
+                "# exports with remote code: sinks",
+                "# exports to no .gguf: not in glm4moe: sinks; not in mimo2: shared expert",
+            ],
+        ),
     ],
 )
 def test_a_dry_run_says_what_a_model_is_exported_as(
-    changes: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changes: list[str], lines: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert dispatch(["train", str(write_toml(tmp_path)), "--dry-run", *changes]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == line
+    assert capsys.readouterr().out.splitlines()[-2:] == lines
 
 
 def test_loads_under_another_name_of_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
