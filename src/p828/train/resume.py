@@ -260,7 +260,7 @@ def _refuse_weights_only(saved: checkpoint.OpenCheckpoint, run_dir: Path) -> Non
     """An imported model can be started from and not gone on with. Raises ConfigError for one."""
     if is_weights_only(saved):
         raise ConfigError(
-            f"{run_dir} holds weights only, without an optimizer's state to go on with; a new run starts from them: "
+            f"{saved.path} holds weights only, without an optimizer's state to go on with; a new run starts from them: "
             f"p828 train {run_dir} --name NEW --train.init-from {run_dir}"
         )
 
