@@ -108,11 +108,9 @@ def settings_of(path: Path) -> Config:
 
 def _check_path(path: Path) -> None:
     if not path.is_dir():
-        is_file = path.exists()
-        what = "is a file" if is_file else "no such directory"
-        raise ConfigError(
-            f"train.init_from = {path}: {what}; {ACCEPTED if is_file else directory_near(path) or ACCEPTED}"
-        )
+        if path.exists():
+            raise ConfigError(f"train.init_from = {path}: is a file; {ACCEPTED}")
+        raise ConfigError(f"train.init_from = {path}: no such directory; {directory_near(path) or ACCEPTED}")
 
 
 @contextmanager
