@@ -1,5 +1,6 @@
 import json
 import resource
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -307,9 +308,11 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, tokenizer: Tokenize
 
 
 def test_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
-    run, file = save_model(tmp_path / "run", tiny_model(**PLAIN), tokenizer), tmp_path / "new/model.gguf"
+    run, file = save_model(tmp_path / "run", tiny_model(**PLAIN), tokenizer), tmp_path / "a new/model.gguf"
     assert dispatch(["export", str(run), str(file), "--dtype", "float16"]) == 0
-    assert "exported as    glm4moe of llama.cpp\nweights        float16, " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "exported as    glm4moe of llama.cpp\nweights        float16, " in out
+    assert shlex.split(out.partition("run it with")[2])[:3] == ["llama-completion", "-m", str(file)]
     fields = gguf.GGUFReader(file).fields
     assert fields["general.name"].contents() == "run"
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
