@@ -326,4 +326,7 @@ def test_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.Captur
     assert dispatch(["export", str(run), str(file / "inside.gguf")]) == 2
     assert "model.gguf: no directory can be made there: " in capsys.readouterr().err
     assert dispatch(["export", str(run), str(tmp_path / "directory"), "--dtype", "float16"]) == 2
+    assert dispatch(["export", str(run), str(tmp_path / "other.gguf"), "--native-only"]) == 2
+    assert "--native-only: accepted for a directory" in capsys.readouterr().err
+    assert not (tmp_path / "other.gguf").exists()
     assert "--dtype float16: accepted for a file whose name ends in .gguf" in capsys.readouterr().err

@@ -73,6 +73,8 @@ def _to_directory(given: Arguments, directory: Path) -> list[str]:
 
 
 def _to_file(given: Arguments, file: Path) -> list[str]:
+    if given.native_only:
+        raise ConfigError(f"--native-only: accepted for a directory; a {SUFFIX} file never has code of its own")
     found = export_gguf(given.checkpoint, file, given.dtype)
     return [
         f"checkpoint     {found.checkpoint} (step {found.step})",
