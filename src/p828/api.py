@@ -119,9 +119,6 @@ def train_run(config: Config) -> "Run":
     """
     from p828.train.log.console import say  # imports no torch
 
-    warmup, steps = config.schedule.warmup_steps, with_steps(config, 1).train.steps
-    if warmup > steps:  # given by a file: check_given
-        say(f"the run ends at step {steps:,}, within the {warmup:,} steps of its warm-up")
     if "torch" not in sys.modules:
         say(f"{config.name}: loading PyTorch")
     from p828.system.device import explain_out_of_memory
