@@ -81,7 +81,7 @@ def settled(config: Config, given: Collection[str], loaded: Loaded, reads_prepar
         from p828.train.log.console import waiting
 
         with waiting(f"reading the settings of {config.train.init_from}", lambda text: report_once([text])):
-            from p828.interchange.init_from import with_origin  # imports PyTorch
+            from p828.interchange.inherited_settings import with_origin  # imports PyTorch
 
             config = with_origin(config, {*given, *loaded.given}, reads_prepared)
     if reads_prepared and any(source.prepared for source in config.data.sources):
