@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shlex
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -69,9 +70,10 @@ def load_given(name_or_path: str) -> Loaded:
     is_named = path.suffix == ".toml" or name_or_path in ("", *preset_names())
     is_run = not is_named and _is_directory(path)
     if is_run and (path / HUB_FILE).is_file():  # an export of p828 has a config.toml, too
+        word = shlex.quote(name_or_path)
         raise ConfigError(
-            f"{shown(name_or_path)} is a model in the hub's layout, no run: --train.init-from {name_or_path} starts one"
-            f" from it, p828 import {name_or_path} makes it one"
+            f"{shown(name_or_path)} is a model in the hub's layout, no run: --train.init-from {word} starts one from "
+            f"it, p828 import {word} makes it one"
         )
     if is_run and not (path / RUN_FILE).is_file():
         raise ConfigError(f"{shown(name_or_path)} is a directory, but no run: it holds no {RUN_FILE}")
