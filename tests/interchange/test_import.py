@@ -1,12 +1,14 @@
 """A model of transformers gives the same logits as a run of p828; what does not fit is named in a line."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from exported import EOS, difference, letters, logits, save_model
 from p828.cli.main import dispatch
 from p828.config import RopeScaling
+from p828.config import load as load_config
+from p828.config.values import changed
 from p828.errors import ConfigError, P828Error
 from p828.inference.load import load_model
 from p828.interchange.export import export_model
@@ -316,3 +320,62 @@ def test_a_name_that_is_none(theirs: dict[str, Path], tmp_path: Path) -> None:
     assert dispatch(["import", str(theirs["llama"]), "--name", "a/b", "--runs-dir", str(tmp_path / "runs")]) == 2
     with pytest.raises(ConfigError):
         read_hub_origin(tmp_path / "nothing")
+
+
+HARMFUL: dict[str, dict[str, Any]] = {
+    "data": {"source": "files", "files": ["/etc/passwd"], "prepared": "/tmp/prepared", "hub_name": "some/where"},
+    "tokenizer": {"name": "some/where", "chat_template": "/etc/passwd"},
+    "train": {"init_from": "/somewhere", "steps": 7},
+    "evaluation": {"tasks": ["foreign"], "tasks_path": "/tmp/code", "prompts": ["ab"]},
+    "deepspeed": {"config": "/tmp/deepspeed.json"},
+    "wandb": {"mode": "online", "project": "theirs"},
+}
+HARMLESS: dict[str, dict[str, Any]] = {
+    "model": {"mask_documents": False, "dropout": 0.25},
+    "data": {"sequence_length": 17, "text_field": "content"},
+    "tokenizer": {"vocab_size": 90},
+}
+
+
+def test_only_what_describes_a_model_is_taken_from_its_config_toml(theirs: dict[str, Path], tmp_path: Path) -> None:
+    """All else would decide what a later run of the user's reads, executes and sends."""
+    directory = copied(theirs["glm4_moe"], tmp_path / "changed")
+    plain = read_hub_origin(directory).config
+    values = {key: {**HARMFUL.get(key, {}), **HARMLESS.get(key, {})} for key in {**HARMFUL, **HARMLESS}}
+    values = {"runs_dir": "/tmp/theirs", "name": "theirs", "engine": "deepspeed", **values}
+    (directory / "config.toml").write_text(tomli_w.dumps(values))
+    found = read_hub_origin(directory).config
+    expected = {f"{table}.{key}": value for table, keys in HARMLESS.items() for key, value in keys.items()}
+    assert found == changed(plain, expected)
+    run = load_config(str(imported(directory, tmp_path / "runs")))
+    assert found == changed(run, {"name": "", "runs_dir": "runs"})
+
+
+WRONG_TOML: dict[str, tuple[str, str]] = {
+    "a base": ('base = "quickstart"', "config.toml: unknown key base"),
+    "a base elsewhere": ('base = "../secret.toml"', "config.toml: unknown key base"),
+    "no key": ("[model]\nhidden = 1", "config.toml: unknown key model.hidden"),
+    "a value": ('[data]\nsequence_length = "a"', "config.toml: data.sequence_length = 'a': a whole number is accepted"),
+    "no TOML": ("[", "config.toml: cannot be read as TOML: "),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TOML)
+def test_a_config_toml_that_is_wrong(case: str, theirs: dict[str, Path], tmp_path: Path) -> None:
+    """The line names the file with its directory; no other file is read."""
+    text, message = WRONG_TOML[case]
+    directory = copied(theirs["glm4_moe"], tmp_path / "changed")
+    (tmp_path / "secret.toml").write_text("[secret]\nkey = 1")
+    (directory / "config.toml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(f"{directory}/{message}")):
+        imported(directory, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["config.toml", "tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_fifo_in_a_files_place(name: str, theirs: dict[str, Path], tmp_path: Path) -> None:
+    directory = copied(theirs["glm4_moe"], tmp_path / "changed")
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    with pytest.raises(ConfigError, match=re.escape(f"{directory / name}: cannot be read") + ".*not a regular file"):
+        imported(directory, tmp_path / "runs")
