@@ -18,6 +18,7 @@ from p828.cli.main import dispatch
 from p828.config import RopeScaling
 from p828.config import load as load_config
 from p828.config.values import changed
+from p828.data.tokenizer import template_trial
 from p828.errors import ConfigError, P828Error
 from p828.inference.load import load_model
 from p828.interchange.export import export_model
@@ -287,6 +288,22 @@ def test_the_tokenizers_settings(theirs: dict[str, Path], tmp_path: Path) -> Non
     assert tokenizer.eos_id == 89
     assert tokenizer.template is not None
     assert tokenizer.template.source == template
+
+
+LOOPS = "{% for number in range(99999) %}" * 3 + "{% endfor %}" * 3
+ENDLESS = {"when it writes": LOOPS, "when it is compiled": "{{ 9 ** (9 ** 9) }}"}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_a_chat_template_without_end(
+    case: str, theirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_trial, "SECONDS", 1.0)
+    directory = copied(theirs["llama"], tmp_path / "changed")
+    (directory / "chat_template.jinja").write_text(ENDLESS[case])
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja: not usable as a chat template: writing two messages"):
+        imported(directory, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_command(
