@@ -109,6 +109,11 @@ EXPORTS: dict[str, dict[str, Any]] = {
 }
 
 
+SAME_FILES = (
+    "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("case", EXPORTS)
 def test_an_export_comes_back_bit_for_bit(case: str, tmp_path: Path) -> None:
     """float32 exported, imported and exported again are the same bytes; bfloat16 are the same numbers in float32."""
@@ -118,7 +123,7 @@ def test_an_export_comes_back_bit_for_bit(case: str, tmp_path: Path) -> None:
         export_model(run, tmp_path / f"first_{dtype}", dtype)  # type: ignore[arg-type]
         back = write_run(read_hub_origin(tmp_path / f"first_{dtype}"), dtype, str(tmp_path / "runs"))
         export_model(back, tmp_path / f"second_{dtype}", dtype)  # type: ignore[arg-type]
-        for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        for file in SAME_FILES:
             first, second = ((tmp_path / f"{time}_{dtype}" / file).read_bytes() for time in ("first", "second"))
             assert first == second, file
         loaded = load_model(back)
