@@ -260,6 +260,11 @@ WRONG_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a dtype": (_tensors(lambda tensors: tensors.update({NORM: torch.ones(32).double()})), "holds F64; F32, BF16, F16"),
     "a shape": (_tensors(lambda tensors: tensors.update({NORM: torch.ones(31)})), f"{NORM} has the shape [31], by"),
+    "NaN": (_tensors(lambda tensors: tensors[NORM].fill_(torch.nan)), f"{NORM} holds numbers that are not finite"),
+    "infinity": (
+        _tensors(lambda tensors: void(tensors["lm_head.weight"].view(-1)[-1:].fill_(-torch.inf))),
+        "lm_head.weight holds numbers that are not finite",
+    ),
     "a path outside": (_index({NORM: "../theirs.safetensors"}), "weight_map names '../theirs.safetensors': a .safe"),
     "a file that is not there": (_index({NORM: "none.safetensors"}), "none.safetensors: cannot be read: No such file"),
     "a tensor that is not there": (
