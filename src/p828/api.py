@@ -16,7 +16,6 @@ from p828.config import Config, load_given, validate, with_steps, with_vocabular
 from p828.config.files import Loaded
 from p828.config.given import check_given
 from p828.config.overrides import read_overrides
-from p828.config.rules import check_path
 from p828.config.values import changed
 from p828.distributed.launcher import report_once
 from p828.errors import ConfigError, DataError, P828Error, RunFailed, RunPaused, RunStopped
@@ -78,10 +77,6 @@ def settled(config: Config, given: Collection[str], loaded: Loaded, reads_prepar
     that a run starts from. Raises ConfigError, also for a key that is given and changes nothing.
     """
     config = _with_length(config, given)
-    if "runs_dir" in given:
-        check_path("runs_dir", config.runs_dir)
-    if "train.init_from" in given and not config.train.init_from:
-        raise ConfigError("train.init_from is empty: the directory of a model is accepted; without the key, none is")
     if config.train.init_from:
         from p828.train.log.console import waiting
 
