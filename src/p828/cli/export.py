@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from p828.cli.flags import parse
-from p828.config.rules import check_text
+from p828.config.rules import check_path
 from p828.errors import ConfigError, warn
 from p828.interchange.architectures.own import OWN
 from p828.interchange.export import export_model
@@ -41,8 +41,8 @@ class Arguments:
 
 def run(arguments: list[str]) -> None:
     given = parse(Arguments, arguments, prog="p828 export", description=DESCRIPTION)
-    check_text("CHECKPOINT", given.checkpoint)
-    check_text("DIR|FILE.gguf", given.target)
+    check_path("CHECKPOINT", given.checkpoint)
+    check_path("DIR|FILE.gguf", given.target)
     if given.push or any(argument.partition("=")[0] == "--push" for argument in arguments):
         check_push(given.push)
     target = Path(given.target)

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from p828.cli.flags import parse
-from p828.config.rules import check_name, check_text
+from p828.config.rules import check_name, check_path
 from p828.errors import warn
 from p828.interchange.hub_directory import READABLE
 from p828.interchange.origin import Origin, read_hub_origin
@@ -37,8 +37,8 @@ class Arguments:
 
 def run(arguments: list[str]) -> None:
     given = parse(Arguments, arguments, prog="p828 import", description=DESCRIPTION)
-    check_text("DIR", given.directory)
-    check_text("--runs-dir", given.runs_dir)
+    check_path("DIR", given.directory)
+    check_path("--runs-dir", given.runs_dir)
     directory = Path(given.directory)
     name = given.name or Path(os.path.abspath(directory)).name
     check_name(name)

@@ -125,7 +125,7 @@ def read_with_bases(name_or_path: str, num_keys: int, depth: int = 0) -> Values:
     not count as the user's. Raises ConfigError, and RecursionError for tables nested too deeply.
     """
     path = _find(name_or_path)
-    values = _read_toml(path)
+    values = read_toml(path)
     base = values.pop("base", None)
     if base is not None and (not isinstance(base, str) or depth == MAX_BASES):
         raise ConfigError(
@@ -168,7 +168,8 @@ def _find(name_or_path: str) -> Path:
     )
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The plain values of one file; `base` is one of them, and not followed. Raises ConfigError naming the file."""
     try:
         content = read_limited(path, LARGEST_FILE)
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:

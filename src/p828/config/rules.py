@@ -65,6 +65,13 @@ def check_text(key: str, text: str) -> None:
         )
 
 
+def check_path(key: str, text: str) -> None:
+    """Raises ConfigError for an empty text, which would mean the working directory, and as `check_text`."""
+    if not text:
+        raise ConfigError(f"{key} is empty: a path is accepted; the working directory is .")
+    check_text(key, text)
+
+
 def check_model(model: ModelConfig) -> None:
     if model.num_attention_heads % model.num_key_value_heads:
         raise ConfigError(
