@@ -156,9 +156,10 @@ def evaluation(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -
 def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str], byte_level: Tokenizer) -> None:
     ids = byte_level.encode(TAUGHT)
     values = evaluation(capsys, run)
-    assert list(values) == ["checkpoint", "loss", "perplexity", "bits per byte", "on"]
+    assert list(values) == ["checkpoint", "loss", "perplexity", "bits per byte", "on", "text"]
     assert values["checkpoint"].endswith("step_00000007 (step 7)")
     assert values["on"].startswith("16 tokens")  # one row, as the run's configuration says
+    assert values["text"].startswith("at most 1 rows of 16 tokens of ['")
     everything = evaluation(capsys, run, "--rows", "99", "--micro-batch-size", "1")
     # Rows of 17 tokens: the first of each has nothing before it in its row to be predicted from.
     targets = [*ids[1:17], *ids[18:], byte_level.eos_id]

@@ -119,8 +119,7 @@ def _on_text(loaded: LoadedModel, flags: dict[str, Any]) -> tuple[dict[str, Any]
         f"bits per byte  {NO_BYTES if result.bits_per_byte is None else format(result.bits_per_byte, '.5f')}",
         f"on             {result.tokens:,} tokens" + ("" if result.bytes is None else f", {result.bytes:,} bytes"),
     ]
-    if any(key.startswith("data.") for key in flags):
-        lines.append(f"text           {in_words(config, flags)}")
+    lines.append(f"text           {in_words(config, flags)}")
     return dataclasses.asdict(result), lines
 
 

@@ -15,13 +15,19 @@ from p828.data.tokens.settings import with_prepared_sources
 from p828.errors import ConfigError
 from p828.inference.load import LoadedModel
 
+OF_TEXT = ("data.source", "data.files", "data.hub_name", "data.prepared", "data.mixture", "data.validation.")
+"""What names a text."""
+
 
 def measured_config(loaded: LoadedModel, given: Mapping[str, Any]) -> Config:
     """The run's configuration with what is given: `rows`, `micro_batch_size`, and dotted keys of `data`.
 
-    Given `data.files` are what is measured, held out or not. Raises ConfigError.
+    Given `data.files` are what is measured, held out or not. Raises ConfigError, also for an imported model without
+    any text that is given.
     """
     data, run = _data_values(given), loaded.config
+    if not loaded.has_text and not any(key.startswith(OF_TEXT) for key in given):
+        raise ConfigError(f"{loaded.path}: a model that was imported has no text of its own: give --data.files FILE")
     of_the_data = [f"data.{key}" for key in data]
     prepared = with_prepared_sources(dataclasses.replace(run, data=_data(run.data, data)), of_the_data)
     config = dataclasses.replace(
