@@ -117,7 +117,10 @@ def answer_in_llama_cpp(expected: str) -> None:
 
 def train_on(steps: int) -> None:
     """A new run from the imported weights: its first loss is the first run's model's on the same tokens."""
-    overrides = {"name": "on", "train.init_from": "runs/back", "train.steps": steps, "schedule.warmup_steps": 1}
+    overrides = {
+        "name": "on", "train.init_from": "runs/back", "train.steps": steps, "train.gradient_accumulation": 1,
+        "schedule.warmup_steps": 1,
+    }  # fmt: skip
     config = p828.load_config("runs/back", overrides)
     there = p828.load_run("runs/there")
     with p828.batches(config, there.tokenizer) as batches:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer
 import p828
 from exported import EOS, in_transformers, letters, load, save_model
 from p828.cli.main import dispatch
-from p828.config import Config, DataConfig, TrainConfig
+from p828.config import Config, DataConfig, TokenizerConfig, TrainConfig
 from p828.config import load as load_config
 from p828.data.tokenizer.chat_template import built_in
 from p828.data.tokenizer.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ from p828.errors import ConfigError, DataError
 from p828.files import LOCK_FILE, locked
 from p828.interchange.architectures.glm4_moe import GLM4_MOE
 from p828.interchange.architectures.own import code_files
-from p828.interchange.export import export_model, tokenizer_json
+from p828.interchange.export import export_model, shared_settings, tokenizer_json
 from p828.interchange.model_card import model_card
 from p828.interchange.weights import WrittenTensor, written_tensors
 from p828.runs import checkpoint
@@ -43,6 +44,11 @@ from shim import Shim
 from tiny import tiny_model
 from tokenizer_kinds import EOS as KINDS_EOS
 from tokenizer_kinds import KINDS, TRAINING_TEXT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 NATIVE: dict[str, Any] = {"attention_sinks": False}
@@ -94,6 +100,9 @@ def test_files_of_a_trained_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ):
         assert part in card, part
     assert "{" not in card
+    settings = tomllib.loads((exported / "config.toml").read_text())
+    assert "runs_dir" not in settings
+    assert "wandb" not in settings
     again = load_config(str(exported / "config.toml"))
     assert (again.model, again.data, again.optimizer) == (
         trained.config.model,
@@ -153,18 +162,51 @@ def test_what_documents_say_of_loading_runs_as_it_is(
     assert capsys.readouterr().out
 
 
+ORIGINS = {
+    "a run that began from another": (
+        0,
+        5000,
+        "runs/english",
+        "It was trained from the weights of `runs/english` on 5,000 tok",
+    ),
+    "a model from elsewhere": (0, 0, "", "p828 did not train it; how it was trained is known where it comes from."),
+    "an export": (40, 0, "", "p828 imported it from an export of a run of 40 steps, whose model card says more of it."),
+}
+
+
+@pytest.mark.parametrize("case", ORIGINS)
+def test_the_card_says_where_a_model_comes_from(case: str) -> None:
+    """Of an imported one it says nothing of data, steps, losses and settings, which are not known."""
+    step, tokens, origin, words = ORIGINS[case]
+    config = Config(train=TrainConfig(init_from=origin))
+    card = model_card(config, TrainState(step=step, tokens=tokens), 0.0, None, [], GLM4_MOE, "float32")
+    assert words in card
+    for part in ("standard library", "## Training", "## Losses", "learning rate", "The whole configuration"):
+        assert (part in card) == (tokens > 0), part
+    assert "What it was trained on is not known here." in card or tokens
+
+
 @pytest.mark.parametrize(
-    "tokens, origin, words",
+    "name, exported",
     [
-        (5000, "runs/english", "It was trained from the weights of `runs/english` on 5,000 tokens"),
-        (0, "", "not trained with it"),
+        ("train", "train"),
+        ("gpt2", "gpt2"),
+        ("some/where", "some/where"),
+        ("tokens.json", "tokenizer.json"),
+        ("theirs/tokenizer.json", "tokenizer.json"),
+        ("../theirs", "tokenizer.json"),
+        ("/home/user/theirs", "tokenizer.json"),
+        ("here", "tokenizer.json"),
     ],
 )
-def test_the_card_says_where_a_model_comes_from(tokens: int, origin: str, words: str) -> None:
-    config = Config(train=TrainConfig(init_from=origin))
-    card = model_card(config, TrainState(tokens=tokens), 0.0, None, [], GLM4_MOE, "float32")
-    assert words in card
-    assert ("standard library" in card) == (tokens > 0)
+def test_no_path_of_a_tokenizer_leaves(
+    name: str, exported: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    config = Config(tokenizer=TokenizerConfig(name=name, chat_template="templates/own.jinja"))
+    assert shared_settings(config)["tokenizer"]["name"] == exported
+    assert shared_settings(config)["tokenizer"]["chat_template"] == ""
 
 
 def test_without_records_the_card_says_so(run: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import resource
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -309,9 +310,11 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, tokenizer: Tokenize
 
 
 def test_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
-    run, file = save_model(tmp_path / "run", tiny_model(**PLAIN), tokenizer), tmp_path / "new/model.gguf"
+    run, file = save_model(tmp_path / "run", tiny_model(**PLAIN), tokenizer), tmp_path / "a new/model.gguf"
     assert dispatch(["export", str(run), str(file), "--dtype", "float16"]) == 0
-    assert "exported as    glm4moe of llama.cpp\nweights        float16, " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "exported as    glm4moe of llama.cpp\nweights        float16, " in out
+    assert shlex.split(out.partition("run it with")[2])[:3] == ["llama-completion", "-m", str(file)]
     fields = gguf.GGUFReader(file).fields
     assert fields["general.name"].contents() == "run"
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
@@ -323,6 +326,9 @@ def test_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.Captur
     assert p828.load_run(run).export_gguf(tmp_path / "same.gguf", "float16").architecture == "glm4moe"
     assert (tmp_path / "same.gguf").read_bytes() == content
     assert dispatch(["export", str(run), str(file / "inside.gguf")]) == 2
-    assert "model.gguf: no directory can be made there: " in capsys.readouterr().err
+    assert "inside.gguf: cannot be made: Not a directory" in capsys.readouterr().err
+    assert dispatch(["export", str(run), str(tmp_path / "other.gguf"), "--native-only"]) == 2
+    assert "--native-only: accepted for a directory" in capsys.readouterr().err
+    assert not (tmp_path / "other.gguf").exists()
     assert dispatch(["export", str(run), str(tmp_path / "directory"), "--dtype", "float16"]) == 2
     assert "--dtype float16: accepted for a file whose name ends in .gguf" in capsys.readouterr().err

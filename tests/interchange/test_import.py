@@ -1,12 +1,14 @@
 """A model of transformers gives the same logits as a run of p828; what does not fit is named in a line."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,6 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from exported import EOS, difference, letters, logits, save_model
 from p828.cli.main import dispatch
 from p828.config import RopeScaling
+from p828.config import load as load_config
+from p828.config.values import changed
+from p828.data.tokenizer import template_trial
 from p828.errors import ConfigError, P828Error
 from p828.inference.load import load_model
 from p828.interchange.export import export_model
@@ -104,6 +109,11 @@ EXPORTS: dict[str, dict[str, Any]] = {
 }
 
 
+SAME_FILES = (
+    "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("case", EXPORTS)
 def test_an_export_comes_back_bit_for_bit(case: str, tmp_path: Path) -> None:
     """float32 exported, imported and exported again are the same bytes; bfloat16 are the same numbers in float32."""
@@ -113,7 +123,7 @@ def test_an_export_comes_back_bit_for_bit(case: str, tmp_path: Path) -> None:
         export_model(run, tmp_path / f"first_{dtype}", dtype)  # type: ignore[arg-type]
         back = write_run(read_hub_origin(tmp_path / f"first_{dtype}"), dtype, str(tmp_path / "runs"))
         export_model(back, tmp_path / f"second_{dtype}", dtype)  # type: ignore[arg-type]
-        for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        for file in SAME_FILES:
             first, second = ((tmp_path / f"{time}_{dtype}" / file).read_bytes() for time in ("first", "second"))
             assert first == second, file
         loaded = load_model(back)
@@ -250,6 +260,11 @@ WRONG_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a dtype": (_tensors(lambda tensors: tensors.update({NORM: torch.ones(32).double()})), "holds F64; F32, BF16, F16"),
     "a shape": (_tensors(lambda tensors: tensors.update({NORM: torch.ones(31)})), f"{NORM} has the shape [31], by"),
+    "NaN": (_tensors(lambda tensors: tensors[NORM].fill_(torch.nan)), f"{NORM} holds numbers that are not finite"),
+    "infinity": (
+        _tensors(lambda tensors: void(tensors["lm_head.weight"].view(-1)[-1:].fill_(-torch.inf))),
+        "lm_head.weight holds numbers that are not finite",
+    ),
     "a path outside": (_index({NORM: "../theirs.safetensors"}), "weight_map names '../theirs.safetensors': a .safe"),
     "a file that is not there": (_index({NORM: "none.safetensors"}), "none.safetensors: cannot be read: No such file"),
     "a tensor that is not there": (
@@ -283,6 +298,22 @@ def test_the_tokenizers_settings(theirs: dict[str, Path], tmp_path: Path) -> Non
     assert tokenizer.eos_id == 89
     assert tokenizer.template is not None
     assert tokenizer.template.source == template
+
+
+LOOPS = "{% for number in range(99999) %}" * 3 + "{% endfor %}" * 3
+ENDLESS = {"when it writes": LOOPS, "when it is compiled": "{{ 9 ** (9 ** 9) }}"}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_a_chat_template_without_end(
+    case: str, theirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_trial, "SECONDS", 1.0)
+    directory = copied(theirs["llama"], tmp_path / "changed")
+    (directory / "chat_template.jinja").write_text(ENDLESS[case])
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja: not usable as a chat template: writing two messages"):
+        imported(directory, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_command(
@@ -319,3 +350,62 @@ def test_a_name_that_is_none(theirs: dict[str, Path], tmp_path: Path) -> None:
     assert dispatch(["import", str(theirs["llama"]), "--name", "a/b", "--runs-dir", str(tmp_path / "runs")]) == 2
     with pytest.raises(ConfigError):
         read_hub_origin(tmp_path / "nothing")
+
+
+HARMFUL: dict[str, dict[str, Any]] = {
+    "data": {"source": "files", "files": ["/etc/passwd"], "prepared": "/tmp/prepared", "hub_name": "some/where"},
+    "tokenizer": {"name": "some/where", "chat_template": "/etc/passwd"},
+    "train": {"init_from": "/somewhere", "steps": 7},
+    "evaluation": {"tasks": ["foreign"], "tasks_path": "/tmp/code", "prompts": ["ab"]},
+    "deepspeed": {"config": "/tmp/deepspeed.json"},
+    "wandb": {"mode": "online", "project": "theirs"},
+}
+HARMLESS: dict[str, dict[str, Any]] = {
+    "model": {"mask_documents": False, "dropout": 0.25},
+    "data": {"sequence_length": 17, "text_field": "content"},
+    "tokenizer": {"vocab_size": 90},
+}
+
+
+def test_only_what_describes_a_model_is_taken_from_its_config_toml(theirs: dict[str, Path], tmp_path: Path) -> None:
+    """All else would decide what a later run of the user's reads, executes and sends."""
+    directory = copied(theirs["glm4_moe"], tmp_path / "changed")
+    plain = read_hub_origin(directory).config
+    values = {key: {**HARMFUL.get(key, {}), **HARMLESS.get(key, {})} for key in {**HARMFUL, **HARMLESS}}
+    values = {"runs_dir": "/tmp/theirs", "name": "theirs", "engine": "deepspeed", **values}
+    (directory / "config.toml").write_text(tomli_w.dumps(values))
+    found = read_hub_origin(directory).config
+    expected = {f"{table}.{key}": value for table, keys in HARMLESS.items() for key, value in keys.items()}
+    assert found == changed(plain, expected)
+    run = load_config(str(imported(directory, tmp_path / "runs")))
+    assert found == changed(run, {"name": "", "runs_dir": "runs"})
+
+
+WRONG_TOML: dict[str, tuple[str, str]] = {
+    "a base": ('base = "quickstart"', "config.toml: unknown key base"),
+    "a base elsewhere": ('base = "../secret.toml"', "config.toml: unknown key base"),
+    "no key": ("[model]\nhidden = 1", "config.toml: unknown key model.hidden"),
+    "a value": ('[data]\nsequence_length = "a"', "config.toml: data.sequence_length = 'a': a whole number is accepted"),
+    "no TOML": ("[", "config.toml: cannot be read as TOML: "),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TOML)
+def test_a_config_toml_that_is_wrong(case: str, theirs: dict[str, Path], tmp_path: Path) -> None:
+    """The line names the file with its directory; no other file is read."""
+    text, message = WRONG_TOML[case]
+    directory = copied(theirs["glm4_moe"], tmp_path / "changed")
+    (tmp_path / "secret.toml").write_text("[secret]\nkey = 1")
+    (directory / "config.toml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(f"{directory}/{message}")):
+        imported(directory, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["config.toml", "tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_fifo_in_a_files_place(name: str, theirs: dict[str, Path], tmp_path: Path) -> None:
+    directory = copied(theirs["glm4_moe"], tmp_path / "changed")
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    with pytest.raises(ConfigError, match=re.escape(f"{directory / name}: cannot be read") + ".*not a regular file"):
+        imported(directory, tmp_path / "runs")

@@ -177,13 +177,19 @@ def test_prepared_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is prepared with the source's tokenizer where it is for such a run, and refused if it is not."""
     write_toml(here, data={"files": ["code/*.txt"]}, model={"attention_sinks": False})
     from_english = ["--train.init-from", "runs/english/"]
-    for name, flags in (("other", ["--tokenizer.vocab-size", "280"]), ("same", from_english)):
+    spec = json.loads(Path("runs/english/tokenizer.json").read_text())
+    Path("lower.json").write_text(json.dumps({**spec, "normalizer": {"type": "Lowercase"}}))
+    other, lower = ["--tokenizer.vocab-size", "280"], ["--tokenizer.name", "lower.json"]
+    for name, flags in (("other", other), ("lower", lower), ("same", from_english)):
         assert dispatch(["prepare", "tiny.toml", "--data.prepared", f"tokens/{name}", *flags]) == 0
     train = ["train", "runs/english", "--train.init-from", "runs/english", "--train.steps", "2"]
     train += ["--schedule.warmup-steps", "1"]
     capsys.readouterr()
-    assert dispatch([*train, "--name", "prepared", "--data.prepared", "tokens/other"]) == 2
-    assert "tokens/other: another tokenizer than that of runs/english/checkpoints/step_0" in capsys.readouterr().err
+    for name in ("other", "lower"):
+        assert dispatch([*train, "--name", "prepared", "--data.prepared", f"tokens/{name}"]) == 2
+        err = capsys.readouterr().err
+        assert f"data.prepared = tokens/{name}: prepared with another tokenizer than that of runs/english/check" in err
+        assert "p828 prepare makes it with the right one, given --train.init-from runs/english" in err
     assert not Path("runs/prepared").exists()
     assert dispatch([*train, "--name", "prepared", "--data.prepared", "tokens/same"]) == 0
 

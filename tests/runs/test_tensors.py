@@ -1,14 +1,18 @@
 """Files of tensors: their sum for the manifest, and tensors put together from shards."""
 
 import hashlib
+import weakref
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from p828.kernels.adamw import split_float32
-from p828.runs.tensors import HASHED_BESIDE, Master, Tensors, TensorShard, write_tensors
+from p828.runs.tensors import HASHED_BESIDE, Master, Tensors, TensorShard, Unread, write_tensors
 
 
 def test_the_sum_is_that_of_the_file_whatever_is_in_it(tmp_path: Path) -> None:
@@ -41,3 +45,21 @@ def test_any_shard_is_read_from_any_others(tmp_path: Path, ends: list[int]) -> N
         for start in range(13):
             for count in range(1, 13 - start):
                 assert torch.equal(tensors.shard("model", "a", start, count), whole.flatten()[start : start + count])
+
+
+def test_one_unread_tensor_is_held_at_a_time(tmp_path: Path) -> None:
+    """Each is freed before the next one is read."""
+    held: list[weakref.ref[Any]] = []
+
+    def read(number: int) -> torch.Tensor:
+        assert not any(reference() is not None for reference in held)
+        numbers = np.full(1000, number, np.float32)
+        held.append(weakref.ref(numbers))
+        return torch.from_numpy(numbers)
+
+    like = torch.empty(1000, device="meta")
+    tensors = {str(number): Unread(like, partial(read, number)) for number in range(3)}
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    assert len(held) == 3
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[str(number)], torch.full((1000,), float(number))) for number in range(3))

@@ -9,10 +9,10 @@ import tyro
 from p828.bench.peers import check_peers, find_peers
 from p828.bench.systems import ROUTINGS, load_shape
 from p828.bench.train import Bench
-from p828.cli.flags import HELP, parse, shown_word
+from p828.cli.flags import HELP, parse_given, shown_word
 from p828.config.facts import LARGEST_INT
 from p828.config.files import preset_names
-from p828.config.rules import check_text
+from p828.config.rules import check_path
 from p828.config.values import shown
 from p828.errors import ConfigError, did_you_mean
 
@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> None:
     elif what != "train":
         given_words = f"was given {shown(what)}" if what else "the word is missing"
         raise ConfigError(f"bench times one thing, `train`; {given_words}. Usage: {USAGE}")
-    given = parse(Arguments, flags, prog="p828 bench train", description=DESCRIPTION)
+    given, given_keys = parse_given(Arguments, flags, prog="p828 bench train", description=DESCRIPTION)
     if not given.shape:
         raise ConfigError(f"no --shape given. Usage: {USAGE}\nPresets: {', '.join(preset_names())}")
     for routing in given.routing:
@@ -64,7 +64,8 @@ def run(arguments: list[str]) -> None:
             raise ConfigError(f"--routing {shown_word(routing)}{near} Accepted: {', '.join(ROUTINGS)}")
     if not 1 <= given.steps <= LARGEST_INT:
         raise ConfigError(f"--steps {shown(given.steps)}: a whole number from 1 to {LARGEST_INT} is accepted")
-    check_text("--json", given.json)
+    if "json" in given_keys:
+        check_path("--json", given.json)
     from p828.system.device import pick_device  # imports torch
 
     device = pick_device(given.device).type

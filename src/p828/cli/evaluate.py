@@ -13,7 +13,7 @@ import tyro
 
 from p828.cli.flags import HELP, parse_given
 from p828.config import Config, DataConfig, facts_by_key, facts_of
-from p828.config.rules import check_text
+from p828.config.rules import check_path, check_text
 from p828.errors import ConfigError, RunFailed, warn
 from p828.files import write_atomic
 from p828.inference.evaluate import evaluate
@@ -86,7 +86,8 @@ def run(arguments: list[str]) -> None:
 def _check(own: Arguments, names: Collection[str], flags: Collection[str]) -> None:
     """Raises ConfigError for what would change nothing, and for a file that could not be written later."""
     for key, name in (("checkpoint", "CHECKPOINT"), ("tasks_path", "--tasks-path"), ("json", "--json")):
-        check_text(name, getattr(own, key))
+        check = check_path if key in flags or key == "checkpoint" else check_text
+        check(name, getattr(own, key))
     facts, is_of_tasks = facts_by_key(Config), "tasks" in flags
     if is_of_tasks and not names:
         raise ConfigError(f"--tasks is empty: names are accepted, as {','.join(OWN_NAMES)}")
@@ -102,7 +103,7 @@ def _check(own: Arguments, names: Collection[str], flags: Collection[str]) -> No
         if key in flags and getattr(own, key) < least:
             raise ConfigError(f"{key} = {getattr(own, key)}: a whole number of at least {least} is accepted")
     if "num_fewshot" in flags and set(names) <= set(OWN_NAMES):
-        raise ConfigError(f"--num-fewshot: accepted with tasks of lm-eval; {', '.join(names)} have no examples")
+        raise ConfigError("--num-fewshot: accepted with tasks of lm-eval; p828's own have no examples")
     if own.json and (Path(own.json).is_dir() or not os.access(Path(own.json).parent, os.W_OK)):
         raise ConfigError(f"--json {own.json}: the name of a file in a directory that can be written is accepted")
 

@@ -9,7 +9,7 @@ import tyro
 
 from p828.cli.flags import parse, shown_word
 from p828.cli.output import show
-from p828.config.rules import check_text
+from p828.config.rules import check_path
 from p828.data.tokenizer.chat_template import Messages
 from p828.errors import ConfigError, DataError, warn
 from p828.inference.answer import answer
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> None:
         raise ConfigError("nothing to continue: give --prompt TEXT or --interactive")
     if given.system and not given.chat:
         raise ConfigError(f"--system {shown_word(given.system)}: accepted with --chat")
-    check_text("CHECKPOINT", given.checkpoint)
+    check_path("CHECKPOINT", given.checkpoint)
     with waiting("loading the model", warn):
         loaded = load_model(given.checkpoint, given.device)
     if given.chat and loaded.tokenizer.template is None:

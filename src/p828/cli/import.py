@@ -1,6 +1,7 @@
 """`p828 import`: a model of other libraries as a run, which the other commands take."""
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from p828.cli.flags import parse
-from p828.config.rules import check_name, check_text
+from p828.config.rules import check_name, check_path
 from p828.errors import warn
 from p828.interchange.hub_directory import READABLE
 from p828.interchange.origin import Origin, read_hub_origin
@@ -36,8 +37,8 @@ class Arguments:
 
 def run(arguments: list[str]) -> None:
     given = parse(Arguments, arguments, prog="p828 import", description=DESCRIPTION)
-    check_text("DIR", given.directory)
-    check_text("--runs-dir", given.runs_dir)
+    check_path("DIR", given.directory)
+    check_path("--runs-dir", given.runs_dir)
     directory = Path(given.directory)
     name = given.name or Path(os.path.abspath(directory)).name
     check_name(name)
@@ -50,10 +51,12 @@ def run(arguments: list[str]) -> None:
 
 def _lines(origin: Origin, path: Path) -> list[str]:
     parameters = count_parameters(origin.config.model)
+    word = shlex.quote(str(path))
+    chat = "" if origin.tokenizer.template is None else " --chat"
     return [
         f"imported       {origin.path} (step {origin.step})",
         f"model          {parameters.total:,} parameters, {parameters.active:,} active for a token",
         f"run            {path}",
-        f"try it         p828 generate {path} --prompt TEXT",
-        f"train it on    p828 train {path} --name NEW --train.init-from {path}",
+        f"try it         p828 generate {word} --prompt TEXT{chat}",
+        f"train it on    p828 train {word} --name NEW --train.init-from {word}",
     ]

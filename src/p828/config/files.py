@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shlex
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -88,9 +89,10 @@ def load_given(name_or_path: str) -> Loaded:
 def refuse_exported(directory: Path) -> None:
     """Raises ConfigError for a model in the hub's layout; one that p828 exported has a config.toml, too."""
     if (directory / HUB_FILE).is_file():
+        word = shlex.quote(str(directory))
         raise ConfigError(
             f"{directory} is a model in the hub's layout, no run: a new run starts from it with "
-            f"p828 train CONFIG --name NEW --train.init-from {directory}"
+            f"p828 train CONFIG --name NEW --train.init-from {word}; p828 import {word} makes it one"
         )
 
 
@@ -129,7 +131,7 @@ def read_with_bases(name_or_path: str, num_keys: int, depth: int = 0) -> Values:
     not count as the user's. Raises ConfigError, and RecursionError for tables nested too deeply.
     """
     path = _find(name_or_path)
-    values = _read_toml(path)
+    values = read_toml(path)
     base = values.pop("base", None)
     if base is not None and (not isinstance(base, str) or depth == MAX_BASES):
         raise ConfigError(
@@ -175,7 +177,8 @@ def _find(name_or_path: str) -> Path:
     )
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The plain values of one file; `base` is one of them, and not followed. Raises ConfigError naming the file."""
     try:
         content = read_limited(path, LARGEST_FILE)
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:

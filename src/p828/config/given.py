@@ -1,4 +1,4 @@
-"""Keys that were given and would change nothing: each is refused, with what it needs."""
+"""Keys that were given and would change nothing: each is refused, with what it needs; so is an empty path."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from p828.config.facts import facts_by_key, facts_of
 from p828.config.files import kind_key
+from p828.config.rules import check_path
 from p828.config.schema import Config, DataConfig, SourceConfig
 from p828.config.values import flatten, shown
 from p828.errors import ConfigError
@@ -114,11 +115,15 @@ NEEDS = (
 def check_given(config: Config, flags: Collection[str], loaded: Config, in_files: Collection[str]) -> None:
     """Raises ConfigError for a key that changes nothing, of those given by flags or in the user's own files.
 
-    `loaded` is the configuration without the flags. A file's key that has an effect there is accepted.
+    `loaded` is the configuration without the flags. A file's key that has an effect there is accepted. A flag's path
+    that is empty is refused, as of a variable of the shell that is not set.
     """
+    values = flatten(config)
+    for key in ("runs_dir", "train.init_from"):
+        if key in flags:
+            check_path(key, values[key])
     idle = dict(_idle(config, [*flags, *in_files], flags))
     idle_before = dict(_idle(loaded, in_files, flags=()))
-    values = flatten(config)
     for key, words in idle.items():
         if key in flags or key in idle_before:
             given = f"{key} = {shown(_plain(values[key]))}" if key in values else key

@@ -65,6 +65,13 @@ def check_text(key: str, text: str) -> None:
         )
 
 
+def check_path(key: str, text: str) -> None:
+    """Raises ConfigError for an empty text, which would mean the working directory, and as `check_text`."""
+    if not text:
+        raise ConfigError(f"{key} is empty: a path is accepted; the working directory is .")
+    check_text(key, text)
+
+
 def check_model(model: ModelConfig) -> None:
     if model.num_attention_heads % model.num_key_value_heads:
         raise ConfigError(
@@ -173,14 +180,17 @@ def check_engine(config: Config) -> None:
 
 
 def remarks(config: Config) -> list[str]:
-    """A line for each setting that is accepted and hardly meant."""
-    model = config.model
+    """A line for each setting that is accepted and hardly meant. `train.steps` is the run's: `with_steps`."""
+    model, warmup, steps = config.model, config.schedule.warmup_steps, config.train.steps
+    found = []
+    if warmup > steps:  # given by a file: check_given
+        found.append(f"the run ends at step {steps:,}, within the {warmup:,} steps of its warm-up")
     if model.num_experts_per_tok == 1 < model.n_routed_experts and model.norm_topk_prob:
-        return [
+        found.append(
             "model.num_experts_per_tok = 1 with model.norm_topk_prob = true: every token's weight is 1, so the loss "
             "does not teach the router; with model.norm_topk_prob = false it does"
-        ]
-    return []
+        )
+    return found
 
 
 def check_deepspeed(deepspeed: DeepSpeedConfig) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint as a directory that `transformers` loads: weights, config.json, tokenizer, model card."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Any, Literal
 import tomli_w
 import torch
 
-from p828.config import ModelConfig
+from p828.config import Config, ModelConfig
 from p828.config.values import to_dict
+from p828.data.tokenizer.chat_template import BUILT_IN
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, RunFailed, warn
 from p828.files import new_directory, write_atomic
@@ -27,6 +29,7 @@ from p828.runs.file_names import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_F
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CARD_FILE = "README.md"
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _exported(
     for file in code_files() if architecture is OWN else ():
         shutil.copyfile(file, filling / file.name)
     write_atomic(filling / CARD_FILE, card)
-    write_atomic(filling / CONFIG_FILE, tomli_w.dumps(to_dict(config)))
+    write_atomic(filling / CONFIG_FILE, tomli_w.dumps(shared_settings(config)))
     return Export(
         directory=directory,
         checkpoint=path,
@@ -113,6 +116,22 @@ def _exported(
         weights=[directory / file.name for file in files],
         bytes=needed,
     )
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """The content of config.toml: without the place of the run and of its records on this machine.
+
+    A tokenizer from a file is named as it lies beside config.toml; a chat template from a file is in its settings.
+    """
+    values = to_dict(config)
+    del values["runs_dir"], values["wandb"]
+    name, template = config.tokenizer.name, config.tokenizer.chat_template
+    is_file = Path(name).suffix == ".json" or Path(name).expanduser().exists() or not HUB_NAME.fullmatch(name)
+    if name != "train" and is_file:
+        values["tokenizer"]["name"] = TOKENIZER_FILE
+    if template not in BUILT_IN:
+        values["tokenizer"]["chat_template"] = ""
+    return values
 
 
 def hub_config(architecture: Architecture, config: ModelConfig, end_ids: Sequence[int], dtype: str) -> dict[str, Any]:

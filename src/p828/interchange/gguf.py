@@ -16,7 +16,7 @@ from torch import Tensor
 from p828.config import Config, ModelConfig
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError, RunFailed
-from p828.files import fsync
+from p828.files import new_file
 from p828.inference.load import SavedModel, opened_model
 from p828.interchange.architectures.architecture import STACKED, Piece, projected_width
 from p828.interchange.architectures.llama_cpp import LlamaCppArchitecture, architecture_of
@@ -50,7 +50,7 @@ def export_gguf(checkpoint: str | Path, file: Path, dtype: Dtype) -> GGUFExport:
     """
     if find_spec("gguf") is None:
         raise ConfigError(f"{file}: gguf, the package that writes it, is not installed: pip install 'p828[export]'")
-    if file.exists() or file.is_symlink():
+    if os.path.lexists(file):  # before the checkpoint is read
         raise ConfigError(f"{file}: is there already; a new name is accepted")
     with opened_model(checkpoint) as saved:
         architecture = architecture_of(saved.config.model)
@@ -59,20 +59,11 @@ def export_gguf(checkpoint: str | Path, file: Path, dtype: Dtype) -> GGUFExport:
         tensors = written_tensors(pieces, saved.config.model, saved.checkpoint.tensors, DTYPES[dtype])
         needed = sum(tensor.bytes for tensor in tensors)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{file.parent}: no directory can be made there: {error.strerror}") from None
-        check_room(file.parent, file, needed)
-        temporary = file.with_name(f".{file.name}.tmp")
-        try:
-            temporary.unlink(missing_ok=True)
-            _write(temporary, architecture.name, saved, tensors, entries, FILE_TYPES[dtype])
-            os.replace(temporary, file)
-            fsync(file.parent)
+            with new_file(file) as temporary:
+                check_room(temporary.parent, file, needed)
+                _write(temporary, architecture.name, saved, tensors, entries, FILE_TYPES[dtype])
         except OSError as error:
             raise RunFailed(f"{file}: cannot be written: {error.strerror or error}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
         return GGUFExport(saved.checkpoint.path, saved.checkpoint.step, architecture.name, needed)
 
 
@@ -127,7 +118,6 @@ def _write(
             writer.write_tensor_data(_stored(reader.read(tensor), tensor))
     finally:
         writer.close()
-    fsync(path)
 
 
 def _stored(values: Tensor, tensor: WrittenTensor) -> "np.ndarray[Any, Any]":

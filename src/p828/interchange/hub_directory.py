@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from p828.config import Config, ModelConfig, TokenizerConfig, load, validate
-from p828.config.files import HUB_FILE
-from p828.config.values import shown
+from p828.config import Config, ModelConfig, TokenizerConfig, from_dict, validate
+from p828.config.files import HUB_FILE, read_toml
+from p828.config.values import changed, flatten, shown
 from p828.errors import ConfigError, did_you_mean
 from p828.files import MEBIBYTE, read_limited
 from p828.interchange.architectures import glm4_moe, llama, mimo_v2_flash, mixtral, own, qwen3_moe
@@ -24,8 +24,8 @@ STEP = "p828_step"
 """Key of an export's config.json: the optimizer updates that made it."""
 LARGEST_JSON = 256 * MEBIBYTE
 OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
-NOT_IN_JSON = ("mask_documents", "dropout", "attention_backend")
-"""Settings of a model that config.json has no field for."""
+TAKEN = ("model.mask_documents", "model.dropout", "data.sequence_length", "data.text_field", "tokenizer.vocab_size")
+"""What is taken from the config.toml of an export, of which config.json says nothing: no code, path or address."""
 
 
 class Readable(NamedTuple):
@@ -53,7 +53,7 @@ class HubDirectory:
 
     path: Path
     config: Config
-    """Of the run that was exported, if p828 has done that; with this model, and this tokenizer by its file's path."""
+    """The defaults with this model, this tokenizer by its file's path, and `TAKEN` of an export of p828."""
     pieces: Callable[[str, ModelConfig], list[Piece]]
     """As `architecture.Architecture` says."""
     step: int
@@ -113,26 +113,26 @@ def _step(values: Mapping[str, Any]) -> int:
 
 
 def _run_config(path: Path, model: ModelConfig) -> Config:
-    """The exported run's configuration, else the defaults with as much context as the model has; with this model."""
-    if not (path / RUN_CONFIG_FILE).is_file():
-        default = Config(model=model)
-        length = min(default.data.sequence_length, model.max_position_embeddings)
-        return replace(default, data=replace(default.data, sequence_length=length))
-    config = load(str(path / RUN_CONFIG_FILE))
-    model = replace(model, **{name: getattr(config.model, name) for name in NOT_IN_JSON})
+    """The defaults with this model, with `TAKEN` of an export's run, and with no more context than the model has.
+
+    The file may be anyone's. All else in it would have a later run read, fetch, send or execute what its author likes.
+    Raises ConfigError naming the file.
+    """
+    config, file = Config(model=model), path / RUN_CONFIG_FILE
+    if file.exists():
+        try:
+            theirs = flatten(from_dict(read_toml(file), str(file)))
+        except RecursionError:
+            raise ConfigError(f"{file}: cannot be read: nested too deeply") from None
+        config = changed(config, {key: theirs[key] for key in TAKEN})
     length = min(config.data.sequence_length, model.max_position_embeddings)
-    return replace(
-        config,
-        model=model,
-        data=replace(config.data, sequence_length=length),
-        train=replace(config.train, init_from="", upcycle=False),
-    )
+    return changed(config, {"data.sequence_length": length})
 
 
 def _tokenizer(path: Path, values: Mapping[str, Any], settings: TokenizerConfig) -> TokenizerConfig:
     """The settings that name the directory's tokenizer.json and its end token."""
     file = path / TOKENIZER_FILE
-    if not file.is_file():
+    if not file.exists():
         others = [name for name in OTHER_TOKENIZERS if (path / name).is_file()]
         found = f"; {others[0]} is of another kind" if others else ""
         raise ConfigError(f"{path}: no {TOKENIZER_FILE} is there{found}. p828 reads tokenizers of that form only")
@@ -141,7 +141,7 @@ def _tokenizer(path: Path, values: Mapping[str, Any], settings: TokenizerConfig)
 
 def _end_token(path: Path, values: Mapping[str, Any]) -> str:
     """The text of the token that ends a document: as the tokenizer's settings name it, else the model's."""
-    if (path / TOKENIZER_SETTINGS).is_file():
+    if (path / TOKENIZER_SETTINGS).exists():
         token = _read_json(path / TOKENIZER_SETTINGS).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):

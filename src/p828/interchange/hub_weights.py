@@ -20,7 +20,10 @@ SPARE_NUMBERS = 2**24  # that a model may have beyond those in the files: balanc
 
 
 class HubWeights(Weights):
-    """The weights of an open directory, as float32. What a foreign model does not have, as a balance bias, is 0."""
+    """The weights of an open directory, as float32. What a foreign model does not have, as a balance bias, is 0.
+
+    Reading raises DataError for a tensor that cannot be read, or with a number that is not finite.
+    """
 
     def __init__(self, stored: StoredTensors, model: ModelConfig, pieces: Callable[[str, ModelConfig], list[Piece]]):
         """Compares names and shapes of all tensors with the model's. Raises DataError."""
@@ -36,7 +39,10 @@ class HubWeights(Weights):
         for piece, first, length in self._placed(name):
             begin, end = max(start, first), min(start + count, first + length)
             if begin < end:
-                values[begin - start : end - start] = self._stored.numbers(piece, begin - first, end - first)
+                numbers = self._stored.numbers(piece, begin - first, end - first)
+                if not all(extreme.isfinite() for extreme in numbers.aminmax()):  # NaN is both; no copy is made
+                    raise DataError(f"{self._stored.directory}: {piece} holds numbers that are not finite")
+                values[begin - start : end - start] = numbers
         return values
 
     def _placed(self, name: str) -> Iterator[tuple[str, int, int]]:

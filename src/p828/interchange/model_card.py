@@ -44,24 +44,20 @@ model = AutoModelForCausalLM.from_pretrained(place{remote})
 
 {data}
 
-## Training
-
-{training}
-
-## Losses
-
-{losses}
-
-## Configuration
+{training}## Configuration
 
 {configuration}
 
-The whole configuration is in `config.toml`, as `p828 train` takes it.
+{whole}
 
 ## Licence
 
 None is given yet: whoever publishes the model names one, in keeping with the licences of the data.
 """
+WHOLE = "The whole configuration is in `config.toml`, as `p828 train` takes it."
+MODEL_ALONE = (
+    "`config.toml` has the model for `p828 train`; its other settings are p828's defaults, and not how it was trained."
+)
 
 CONTINUING = """\
 ids = tokenizer("Once upon a time", return_tensors="pt")
@@ -104,9 +100,9 @@ def model_card(
         dtype=dtype,
         context=f"{config.model.max_position_embeddings:,}",
         data="\n".join(_sources(config, progress)),
-        training=_table(_training(config, progress, seconds, versions)),
-        losses=_losses(progress, curve),
+        training=_trained(config, progress, seconds, versions, curve) if progress.tokens else "",
         configuration=_table(_configuration(config)),
+        whole=WHOLE if progress.tokens else MODEL_ALONE,
     )
 
 
@@ -130,15 +126,17 @@ def curve_of(run_directory: Path, last_step: int, report: Callable[[str], None])
 
 
 def _origin(config: Config, progress: TrainState) -> str:
-    if not progress.tokens:  # imported, or a run at its beginning
-        return "It was written by p828 and not trained with it: what is known of its training is where it comes from."
+    if not progress.tokens and progress.step:
+        return f"p828 imported it from an export of a run of {progress.step:,} steps, whose model card says more of it."
+    if not progress.tokens:
+        return "p828 did not train it; how it was trained is known where it comes from."
     start = f"the weights of `{_text(config.train.init_from)}`" if config.train.init_from else "scratch"
     return f"It was trained from {start} on {progress.tokens:,} tokens with p828."
 
 
 def _sources(config: Config, progress: TrainState) -> Iterable[str]:
     if not progress.tokens:
-        yield "None with p828."
+        yield "What it was trained on is not known here."
         return
     counts = [*progress.source_tokens, *[0] * len(config.data.source_names)]
     for name, data, tokens in zip(config.data.source_names, config.data.sources, counts, strict=False):
@@ -157,6 +155,14 @@ def _source(data: DataConfig) -> str:
         return "the hub's data set " + ", ".join(f"`{part}`" for part in parts if part)
     files = ", ".join(f"`{file}`" for file in data.files[:MOST_FILES])
     return f"files: {files}" + (f" and {len(data.files) - MOST_FILES} more" if len(data.files) > MOST_FILES else "")
+
+
+def _trained(
+    config: Config, progress: TrainState, seconds: float, versions: Any, curve: Sequence[dict[str, Any]]
+) -> str:
+    """The sections that an imported model has nothing for."""
+    table = _table(_training(config, progress, seconds, versions))
+    return f"## Training\n\n{table}\n\n## Losses\n\n{_losses(progress, curve)}\n\n"
 
 
 def _training(config: Config, progress: TrainState, seconds: float, versions: Any) -> list[tuple[str, str]]:

@@ -65,7 +65,7 @@ def read_hub_origin(path: Path) -> Origin:
         pass
     eos_token = hub.config.tokenizer.eos_token
     tokenizer = Tokenizer.tried(Path(hub.config.tokenizer.name), eos_token)
-    tokenizer.template = read_template(path, tokenizer.special_tokens, eos_token)
+    tokenizer.template = read_template(path, tokenizer.special_tokens, eos_token, is_foreign=True)
     if tokenizer.vocab_size > hub.config.model.vocab_size:
         raise ConfigError(
             f"{path}: its tokenizer's vocabulary of {tokenizer.vocab_size} exceeds "

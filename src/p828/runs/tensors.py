@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from p828.config.values import shown
-from p828.errors import DataError
+from p828.errors import DataError, reason
 from p828.kernels.adamw import join_float32
 
 ENDING = ".safetensors"
@@ -130,6 +130,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Saveable]) -> dict[str, Any]
         _write_hashed(file, memoryview(beginning), digest)
         for piece in _on_host(tensors[name] for name in names):
             _write_hashed(file, piece.view(torch.uint8).numpy().data, digest)
+            del piece  # its memory is free before the next tensor is read
         file.flush()
         os.fsync(file.fileno())
     return {"size": len(beginning) + end, "sha256": digest.hexdigest()}
@@ -168,7 +169,12 @@ def _on_host(values: Iterable[Saveable]) -> Iterator[Tensor]:
     buffer: Tensor | None = None
     group: list[tuple[Tensor, ...]] = []
     for large in _pieces(values, FETCHED_AT_ONCE):
-        if large[0].device.type == "cuda" and buffer is None:
+        if all(tensor.device.type != "cuda" for tensor in large):  # nothing to fetch, and so none to wait for
+            yield from _fetched([*group, large], buffer)
+            group = []
+            del large
+            continue
+        if buffer is None:
             buffer = torch.empty(FETCHED_TOGETHER, dtype=torch.uint8, pin_memory=True)
         if sum(map(_room, [*group, large])) > FETCHED_TOGETHER:
             yield from _fetched(group, buffer)
@@ -180,9 +186,14 @@ def _on_host(values: Iterable[Saveable]) -> Iterator[Tensor]:
 def _pieces(values: Iterable[Saveable], count: int) -> Iterator[tuple[Tensor, ...]]:
     """The tensors that make up each value, flat, `count` numbers of each at a time."""
     for value in values:
-        tensors = (value.read(),) if isinstance(value, Unread) else tensors_of(value)
-        split = (tensor.detach().contiguous().view(-1).split(count) for tensor in tensors)
-        yield from zip(*split, strict=True)
+        yield from _pieces_of(value, count)
+
+
+def _pieces_of(value: Saveable, count: int) -> Iterator[tuple[Tensor, ...]]:
+    """Those of one value, which nothing holds once they are all taken."""
+    tensors = (value.read(),) if isinstance(value, Unread) else tensors_of(value)
+    split = (tensor.detach().contiguous().view(-1).split(count) for tensor in tensors)
+    yield from zip(*split, strict=True)
 
 
 def _room(piece: Sequence[Tensor]) -> int:
@@ -299,7 +310,9 @@ class Tensors:
         try:
             yield
         except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
-            raise DamagedCheckpoint(f"{self.directory}: {what} cannot be read: {str(error)[:LONGEST_CAUSE]}") from None
+            raise DamagedCheckpoint(
+                f"{self.directory}: {what} cannot be read: {reason(error)[:LONGEST_CAUSE]}"
+            ) from None
 
     @staticmethod
     def _piece(place: _Place, name: str, begin: int, end: int) -> Tensor:

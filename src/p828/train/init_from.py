@@ -38,7 +38,8 @@ def take_tokenizer(config: Config, origin: Origin) -> None:
     """
     path = config.run_dir / TOKENIZER_FILE
     if path.exists():
-        _check_same(Tokenizer.from_file(path, config.tokenizer.eos_token), origin, str(path))
+        own = Tokenizer.from_file(path, config.tokenizer.eos_token)
+        _check_same(own, origin, f"{path}: another tokenizer", "give another --name")
     else:
         check_tokenizer(config, origin)
         origin.tokenizer.save(path)
@@ -62,11 +63,23 @@ def check_tokenizer(config: Config, origin: Origin) -> None:
     """Raises ConfigError if another tokenizer is given than the origin's, or the data was prepared with another one."""
     prepared = [data.prepared for data in config.data.sources if data.prepared]
     name = config.tokenizer.name
-    own = prepared_tokenizer(config.data, config.tokenizer)
-    if own is not None:
-        _check_same(own, origin, prepared[0])
+    if prepared:
+        own = prepared_tokenizer(config.data, config.tokenizer)
+        if own is None:  # made with the tokenizer of a file, which may be another one by now
+            own = Tokenizer.from_file(Path(prepared[0]) / TOKENIZER_FILE, config.tokenizer.eos_token)
+        _check_same(
+            own,
+            origin,
+            f"data.prepared = {prepared[0]}: prepared with another tokenizer",
+            f"p828 prepare makes it with the right one, given --train.init-from {config.train.init_from}",
+        )
     elif name not in ("train", origin.config.tokenizer.name):
-        _check_same(load_tokenizer(config.tokenizer, tuple, 0), origin, f"tokenizer.name = {name}")
+        _check_same(
+            load_tokenizer(config.tokenizer, tuple, 0),
+            origin,
+            f"tokenizer.name = {name}: another tokenizer",
+            f"p828 prepare takes it with --tokenizer.name {origin.path / TOKENIZER_FILE}",
+        )
 
 
 def load_weights(config: Config, origin: Origin, engine: Engine, console: Console) -> None:
@@ -75,10 +88,8 @@ def load_weights(config: Config, origin: Origin, engine: Engine, console: Consol
         engine.load_weights(weights)
 
 
-def _check_same(tokenizer: Tokenizer, origin: Origin, what: str) -> None:
+def _check_same(tokenizer: Tokenizer, origin: Origin, what: str, hint: str) -> None:
+    """Raises ConfigError that begins with `what` and ends with `hint`."""
     there = origin.tokenizer
     if (tokenizer.fingerprint(), tokenizer.eos_id) != (there.fingerprint(), there.eos_id):
-        raise ConfigError(
-            f"{what}: another tokenizer than that of {origin.path}, which comes along with its weights; "
-            f"p828 prepare takes it with --tokenizer.name {origin.path / TOKENIZER_FILE}"
-        )
+        raise ConfigError(f"{what} than that of {origin.path}, which comes along with its weights; {hint}")

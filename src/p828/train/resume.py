@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -259,9 +260,10 @@ def _before(config: Config, newest: Path | None, retry: Retry) -> dict[str, Any]
 def _refuse_weights_only(saved: checkpoint.OpenCheckpoint, run_dir: Path) -> None:
     """An imported model can be started from and not gone on with. Raises ConfigError for one."""
     if is_weights_only(saved):
+        word = shlex.quote(str(run_dir))
         raise ConfigError(
             f"{saved.path} holds weights only, without an optimizer's state to go on with; a new run starts from them: "
-            f"p828 train {run_dir} --name NEW --train.init-from {run_dir}"
+            f"p828 train {word} --name NEW --train.init-from {word}"
         )
 
 

@@ -18,22 +18,30 @@ SAMPLES = (
     " ",
 )
 # The paths of this process, so that nothing of the working directory is imported.
-PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from p828.data.tokenizer.trial import main; main()"
+PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from {module} import main; main()"
 
 
 def try_out(text: str, where: str) -> None:
     """Read a tokenizer.json, encode and decode. Raises ConfigError in a line if that fails or takes too long."""
     limit = SECONDS + SECONDS_PER_MEBIBYTE * len(text) / MEBIBYTE
     try:
-        tried = subprocess.run(
-            [sys.executable, "-c", PROGRAM, *sys.path],
-            input=text.encode("utf-8", "surrogatepass"), capture_output=True, timeout=limit,
-        )  # fmt: skip
+        tried = run_apart(__name__, text, limit)
     except subprocess.TimeoutExpired:
         raise ConfigError(f"{where}: not usable as a tokenizer: trying it out took over {limit:.0f} s") from None
     if tried.returncode:
         cause = " ".join(tried.stdout.decode("utf-8", "replace").split())
         raise ConfigError(f"{where}: {cause[:LONGEST_CAUSE] or f'not a tokenizer.json: exit code {tried.returncode}'}")
+
+
+def run_apart(module: str, text: str, seconds: float) -> "subprocess.CompletedProcess[bytes]":
+    """Run a module's `main` in a process of its own, with `text` on its standard input.
+
+    Raises subprocess.TimeoutExpired once it has been ended for taking too long.
+    """
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(module=module), *sys.path],
+        input=text.encode("utf-8", "surrogatepass"), capture_output=True, timeout=seconds,
+    )  # fmt: skip
 
 
 def main() -> None:
