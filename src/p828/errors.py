@@ -107,5 +107,10 @@ def reason(error: Exception) -> str:
 
 def did_you_mean(word: str, accepted: Iterable[str]) -> str:
     """`; did you mean X?`, or just a full stop when no accepted word is near."""
-    close = difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else "."
+    near = nearest(word, accepted)
+    return f"; did you mean {near}?" if near else "."
+
+
+def nearest(word: str, accepted: Iterable[str], cutoff: float = 0.6) -> str:
+    """The accepted word that is most like this one; empty where none is, by `difflib`'s ratio, as near as `cutoff`."""
+    return next(iter(difflib.get_close_matches(word, list(accepted), n=1, cutoff=cutoff)), "")

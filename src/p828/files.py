@@ -13,16 +13,30 @@ import socket
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from p828.errors import ConfigError
+from p828.errors import ConfigError, nearest
 
 MEBIBYTE = 2**20
 LOCK_FILE = ".lock"
 OWNER_FILE = ".lock.owner"  # takes its place where the file system has no locks
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 UNKNOWN_TO_DIRECTORIES = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems sync files only
+
+MOST_LISTED = 10_000  # entries of a directory that are compared with a name
+
+
+def directory_near(path: Path) -> str:
+    """`did you mean X?` of a directory beside a path that is none, where one is named nearly so; else empty."""
+    try:
+        with os.scandir(path.parent) as found:
+            names = [entry.name for entry in islice(found, MOST_LISTED) if entry.is_dir()]
+    except (OSError, ValueError):  # no such place, or a name that no file can have
+        return ""
+    near = nearest(path.name, names, cutoff=0.7)  # these names are anything, not a list to choose from
+    return f"did you mean {path.parent / near}?" if near else ""
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -74,6 +74,24 @@ def test_arguments(
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "runs/englihs"),
+        ("train", "quickstart", "--train.init-from", "runs/englihs"),
+        ("export", "runs/englihs", "out"),
+        ("generate", "runs/englihs", "--prompt", "x"),
+    ],
+)
+def test_a_run_that_is_named_nearly_so(
+    arguments: tuple[str, ...], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs / "english").mkdir(parents=True)
+    (runs / "englihs.txt").write_text("no directory")
+    assert "did you mean runs/english?" in complaint(capsys, *arguments)
+    assert not (runs.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
     "sections, expected",
     [
         ({"model": {"hiden_size": 64}}, ["tiny.toml", "model.hiden_size", "did you mean model.hidden_size?"]),

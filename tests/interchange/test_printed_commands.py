@@ -42,4 +42,9 @@ def test_paths_are_quoted(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert dispatch(["evaluate", ODD]) == 2
     assert words(capsys.readouterr().err, "layout: ")[:3] == ["p828", "import", ODD]
     assert dispatch(["train", ODD]) == 2
-    assert words(capsys.readouterr().err, "no run: ")[:2] == ["--train.init-from", ODD]
+    assert words(capsys.readouterr().err, "starts from it with ")[:7] == [
+        *started[:2],
+        "CONFIG",
+        *started[3:6],
+        f"{ODD};",
+    ]

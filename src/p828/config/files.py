@@ -21,7 +21,7 @@ from p828.config.rules import MOST_TEXT
 from p828.config.schema import Config
 from p828.config.values import build, flatten, shown, shown_path
 from p828.errors import ConfigError, did_you_mean, warn
-from p828.files import read_limited
+from p828.files import directory_near, read_limited
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -168,8 +168,11 @@ def _find(name_or_path: str) -> Path:
             f"{shown(name_or_path)} is no configuration: a preset, a .toml file or a run's directory is "
             "accepted. Text is given besides, as in p828 train quickstart --data.files FILE"
         )
+    near = did_you_mean(name_or_path[:80], known)
+    if os.sep in name_or_path and (run := directory_near(path)):
+        near = f"; {run}"
     raise ConfigError(
-        f"no preset {shown(name_or_path)}{did_you_mean(name_or_path[:80], known)} Presets: {', '.join(known)}; "
+        f"no preset {shown(name_or_path)}{near} Presets: {', '.join(known)}; "
         "or give the path of a .toml file or a run's directory"
     )
 

@@ -10,6 +10,7 @@ from p828.data.retry import NO_RETRY, Retry
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokenizer.tokenizer_config import read_template
 from p828.errors import ConfigError, DataError
+from p828.files import directory_near
 from p828.inference.load import checked_model
 from p828.interchange.fit import check_shapes
 from p828.interchange.hub_directory import is_hub_directory, read_hub_directory
@@ -107,8 +108,9 @@ def settings_of(path: Path) -> Config:
 
 def _check_path(path: Path) -> None:
     if not path.is_dir():
-        what = "is a file" if path.exists() else "no such directory"
-        raise ConfigError(f"train.init_from = {path}: {what}; {ACCEPTED}")
+        if path.exists():
+            raise ConfigError(f"train.init_from = {path}: is a file; {ACCEPTED}")
+        raise ConfigError(f"train.init_from = {path}: no such directory; {directory_near(path) or ACCEPTED}")
 
 
 @contextmanager

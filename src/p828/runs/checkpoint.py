@@ -28,7 +28,7 @@ from torch import Tensor
 from p828.config.files import HUB_FILE
 from p828.data.retry import NO_RETRY, Retry
 from p828.errors import ConfigError, DataError, RunFailed, TransientReadError
-from p828.files import fsync, move_directory
+from p828.files import directory_near, fsync, move_directory
 from p828.runs.file_names import (
     CHECKPOINTS,
     DELETED,
@@ -178,7 +178,8 @@ def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[
     if (path / MANIFEST_FILE).is_file() or (STEP_NAME.fullmatch(path.name) and path.is_dir()):
         return path, []
     if not path.exists():
-        raise ConfigError(f"{path}: no such directory; give a run's directory or one of its checkpoints")
+        advice = directory_near(path) or "give a run's directory or one of its checkpoints"
+        raise ConfigError(f"{path}: no such directory; {advice}")
     if not path.is_dir():
         raise ConfigError(f"{path} is a file; give a run's directory or one of its checkpoints")
     for entry in (path, path / CHECKPOINTS):

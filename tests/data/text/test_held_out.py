@@ -116,8 +116,8 @@ def test_a_text_field_of_no_file_is_reported(tmp_path: Path) -> None:
 def test_it_is_said(tmp_path: Path) -> None:
     few = config(write_jsonl(tmp_path / "few.jsonl", ["one", "two"]), fraction=0.02)
     many = config(write_jsonl(tmp_path / "many.jsonl", [text(i) for i in range(500)]), fraction=0.02)
-    few_words = f"the last 2% of each document in {tmp_path}/few.jsonl, as it has fewer than 500 documents"
-    few_words += ", or the same few again and again"
+    few_words = f"the last 2% of each document in {tmp_path}/few.jsonl"
+    few_words += "; whole documents are held out where there are at least 500 different ones"
     assert held_out_lines(few) == [f"held out for validation: {few_words}"]
     assert held_out_lines(many) == [f"held out for validation: 2% of the documents in {tmp_path}/many.jsonl"]
     assert held_out_lines(few, [False])[0].startswith("held out for validation: 2% of the documents")

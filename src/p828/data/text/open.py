@@ -118,9 +118,9 @@ def held_out_words(config: DataConfig, by_end: bool | None = None) -> str:
     fraction = f"{100 * config.validation.fraction:.3g}%"
     if not by_end:
         return f"held out for validation: {fraction} of the documents in {source}"
-    enough = enough_documents(config.validation.fraction)
-    few = f"it has fewer than {enough:,} documents, or the same few again and again"
-    return f"held out for validation: the last {fraction} of each document in {source}, as {few}"
+    enough = f"{enough_documents(config.validation.fraction):,} different ones"
+    whole = f"whole documents are held out where there are at least {enough}"
+    return f"held out for validation: the last {fraction} of each document in {source}; {whole}"
 
 
 def _training_shards(
