@@ -55,5 +55,5 @@ def _lines(origin: Origin, path: Path) -> list[str]:
         f"model          {parameters.total:,} parameters, {parameters.active:,} active for a token",
         f"run            {path}",
         f"try it         p828 generate {path} --prompt TEXT",
-        f"train it on    p828 train {path} --name NEW --train.init-from {path}",
+        f"train it on    p828 train {path} --name NEW --train.init-from {path} --data.files FILE",
     ]
