@@ -58,5 +58,5 @@ def _lines(origin: Origin, path: Path) -> list[str]:
         f"model          {parameters.total:,} parameters, {parameters.active:,} active for a token",
         f"run            {path}",
         f"try it         p828 generate {word} --prompt TEXT{chat}",
-        f"train it on    p828 train {word} --name NEW --train.init-from {word}",
+        f"train it on    p828 train {word} --name NEW --train.init-from {word} --data.files FILE",
     ]

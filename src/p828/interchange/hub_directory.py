@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from p828.config import Config, ModelConfig, TokenizerConfig, from_dict, validate
 from p828.config.files import HUB_FILE, read_toml
 from p828.config.values import changed, flatten, shown
-from p828.errors import ConfigError, did_you_mean
+from p828.errors import ConfigError, did_you_mean, reason
 from p828.files import MEBIBYTE, read_limited
 from p828.interchange.architectures import glm4_moe, llama, mimo_v2_flash, mixtral, own, qwen3_moe
 from p828.interchange.architectures.architecture import Piece
@@ -88,7 +88,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path.parent}: no {path.name} is there; give the directory of a model") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: cannot be read: {' '.join(reason(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: is no table of a model's settings")
     return values
