@@ -1,7 +1,7 @@
 """A model leaves p828 and comes back: trained, exported, loaded by transformers, evaluated by lm-eval, answered by
 llama.cpp, imported again and trained on.
 
-    pip install 'p828[export,evaluate]' xllamacpp
+    pip install 'p828[export,evaluate]' accelerate xllamacpp
     python examples/there_and_back.py DIRECTORY [--steps N]
 
 Everything is written below DIRECTORY. Each stage is compared with p828's own numbers, and the first difference ends the

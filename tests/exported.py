@@ -23,6 +23,7 @@ from p828.train import checkpoint_writer
 
 EOS = "<|endoftext|>"
 STEP = 10
+DATA = DataConfig(sequence_length=32)
 
 
 def letters(*special_tokens: str) -> Tokenizer:
@@ -37,13 +38,19 @@ def letters(*special_tokens: str) -> Tokenizer:
     return Tokenizer(inner, EOS)
 
 
-def save_model(run: Path, model: Transformer, tokenizer: Tokenizer | None = None, eos_token: str = EOS) -> Path:
+def save_model(
+    run: Path,
+    model: Transformer,
+    tokenizer: Tokenizer | None = None,
+    eos_token: str = EOS,
+    data: DataConfig = DATA,
+) -> Path:
     """The model as a run with one checkpoint; returns `run`."""
     tokenizer = tokenizer or letters()
     config = Config(
         name="run",
         model=model.config,
-        data=DataConfig(sequence_length=32),
+        data=data,
         tokenizer=TokenizerConfig(name="tokenizer.json", eos_token=eos_token),
     )
     state = {

@@ -233,6 +233,7 @@ def test_evaluate_is_the_commands(
     assert f"loss           {result.loss:.5f} nats" in out
     assert f"perplexity     {result.perplexity:.5g}\n" in out
     assert f"bits per byte  {result.bits_per_byte:.5f}\n" in out
+    assert re.search("\ntext           .* rows of 32 tokens of .", out)
     assert f"on             {result.tokens:,} tokens, {result.bytes:,} bytes" in out
 
 

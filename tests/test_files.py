@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from p828.files import open_appended, open_regular, write_atomic
+from p828.errors import ConfigError
+from p828.files import new_file, open_appended, open_regular, write_atomic
 
 
 def test_a_file_is_replaced(tmp_path: Path) -> None:
@@ -54,4 +55,36 @@ def test_a_link_is_read_and_not_written(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / ".file.tmp").write_text("half of a lo")
     write_atomic(tmp_path / "file", "all")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_new_file_is_written_by_one_process(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    with new_file(path) as first:
+        first.write_text("first")
+        with pytest.raises(ConfigError, match="file: another process is writing it"), new_file(path) as second:
+            second.write_text("second")
+        assert not path.exists()
+    assert path.read_text() == "first"
+    with pytest.raises(ConfigError, match="file: is there already"), new_file(path):
+        pass
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_a_new_file_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), new_file(tmp_path / "new" / "file") as path:
+        path.write_text(str(1 / 0))
+    too_long = tmp_path / "new" / ("n" * 300)
+    with pytest.raises(ConfigError, match="nn cannot be made: File name too long"), new_file(too_long / "file"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_process_left_of_a_new_file_goes(tmp_path: Path) -> None:
+    left = tmp_path / ".file.tmp"
+    left.mkdir()
+    (left / "file").write_text("half")
+    with new_file(tmp_path / "file") as path:
+        path.write_text("whole")
+    assert (tmp_path / "file").read_text() == "whole"
     assert os.listdir(tmp_path) == ["file"]

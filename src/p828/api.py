@@ -81,7 +81,7 @@ def settled(config: Config, given: Collection[str], loaded: Loaded, reads_prepar
         from p828.train.log.console import waiting
 
         with waiting(f"reading the settings of {config.train.init_from}", lambda text: report_once([text])):
-            from p828.interchange.init_from import with_origin  # imports PyTorch
+            from p828.interchange.inherited_settings import with_origin  # imports PyTorch
 
             config = with_origin(config, {*given, *loaded.given}, reads_prepared)
     if reads_prepared and any(source.prepared for source in config.data.sources):
@@ -119,9 +119,6 @@ def train_run(config: Config) -> "Run":
     """
     from p828.train.log.console import say  # imports no torch
 
-    warmup, steps = config.schedule.warmup_steps, with_steps(config, 1).train.steps
-    if warmup > steps:  # given by a file: check_given
-        say(f"the run ends at step {steps:,}, within the {warmup:,} steps of its warm-up")
     if "torch" not in sys.modules:
         say(f"{config.name}: loading PyTorch")
     from p828.system.device import explain_out_of_memory

@@ -100,6 +100,11 @@ def warn(text: str) -> None:
     print(f"p828: {text}", file=sys.stderr, flush=True)
 
 
+def reason(error: Exception) -> str:
+    """What an error says, but of a file system's neither the number nor the file, which the message begins with."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
 def did_you_mean(word: str, accepted: Iterable[str]) -> str:
     """`; did you mean X?`, or just a full stop when no accepted word is near."""
     close = difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.6)

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -123,31 +123,65 @@ def new_directory(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         found = "there is something in it" if path.is_dir() else "it is a file"
         raise ConfigError(f"{path}: {found}; a new directory is accepted, or an empty one")
+    with _filling(path) as filling:
+        yield filling
+        for name in (LOCK_FILE, OWNER_FILE):
+            (filling / name).unlink(missing_ok=True)
+        fsync(filling)
+        if path.exists():
+            path.rmdir()
+        move_directory(filling, path)
+        fsync(path.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file that is there whole or not at all: the block writes one of another name, which is then renamed.
+
+    An error of the block, Ctrl-C too, leaves nothing. What a killed process left is removed first. Raises ConfigError
+    where there is something already, where no directory can be made for it, and while another process writes it;
+    OSError.
+    """
+    with _filling(path) as filling:
+        if os.path.lexists(path):
+            raise ConfigError(f"{path}: is there already; a new name is accepted")
+        yield filling / path.name
+        fsync(filling / path.name)
+        os.replace(filling / path.name, path)
+        shutil.rmtree(filling)
+        fsync(path.parent)
+
+
+@contextmanager
+def _filling(path: Path) -> Iterator[Path]:
+    """A locked directory beside `path` for what will be renamed to it, with nothing in it that a killed process left.
+
+    An error of the block removes it, and the parents that were made for it. Raises ConfigError as `new_directory`.
+    """
     filling = path.with_name(f".{path.name}.tmp")
-    parents = [parent for parent in path.parents if not parent.exists()]  # from the innermost on
+    parents = [parent for parent in path.parents if not os.path.exists(parent)]  # from the innermost on
     try:
         filling.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be made: {error.strerror}") from None
+        _remove_empty(parents)
+        what = "" if error.filename == str(filling) else f"{error.filename} "
+        raise ConfigError(f"{path}: {what}cannot be made: {error.strerror}") from None
     with locked(filling, f"{path}: another process is writing it"):
         try:
             for entry in filling.iterdir():
                 if entry.name not in (LOCK_FILE, OWNER_FILE):
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             yield filling
-            for name in (LOCK_FILE, OWNER_FILE):
-                (filling / name).unlink(missing_ok=True)
-            fsync(filling)
-            if path.exists():
-                path.rmdir()
-            move_directory(filling, path)
-            fsync(path.parent)
         except BaseException:
             shutil.rmtree(filling, ignore_errors=True)
-            for parent in parents:
-                with suppress(OSError):  # something else is in there by now
-                    parent.rmdir()
+            _remove_empty(parents)
             raise
+
+
+def _remove_empty(directories: Iterable[Path]) -> None:
+    for directory in directories:
+        with suppress(OSError):  # something else is in there by now, or it was not made
+            directory.rmdir()
 
 
 @contextmanager

@@ -23,6 +23,6 @@ def save_run(directory: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
         evaluation=EvaluationConfig(rows=1),
     )
     state = {"config": to_dict(config), "tokenizer": tokenizer.fingerprint()}
-    checkpoint_writer.save(directory / "checkpoints", 7, {"model": model.state_dict()}, state)
+    checkpoint_writer.save(directory / "checkpoints", 7, {"model": model.state_dict(), "optimizer": {}}, state)
     tokenizer.save(directory / "tokenizer.json")
     return directory

@@ -156,9 +156,10 @@ def evaluation(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -
 def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str], byte_level: Tokenizer) -> None:
     ids = byte_level.encode(TAUGHT)
     values = evaluation(capsys, run)
-    assert list(values) == ["checkpoint", "loss", "perplexity", "bits per byte", "on"]
+    assert list(values) == ["checkpoint", "loss", "perplexity", "bits per byte", "on", "text"]
     assert values["checkpoint"].endswith("step_00000007 (step 7)")
     assert values["on"].startswith("16 tokens")  # one row, as the run's configuration says
+    assert values["text"].startswith("at most 1 rows of 16 tokens of ['")
     everything = evaluation(capsys, run, "--rows", "99", "--micro-batch-size", "1")
     # Rows of 17 tokens: the first of each has nothing before it in its row to be predicted from.
     targets = [*ids[1:17], *ids[18:], byte_level.eos_id]
@@ -236,6 +237,9 @@ def test_evaluate_on_prepared_data_that_the_run_does_not_know(
         (["--data.shuffle-rows", "2"], "--data.shuffle-rows: of training alone"),
         (["--data.files", "a", "--data.validation.files", "b"], "data.files and data.validation.files"),
         (["--data.files", "a", "--data.source", "python"], "data.files = ['a']: accepted with data.source"),
+        (["--data.files", "no.md"], "p828: data.files: 'no.md' matches no file"),
+        (["--data.files", "no.md", "--rows", "2"], "p828: data.files: 'no.md' matches no file"),
+        (["--data.validation.files", "no.md"], "p828: data.validation.files: 'no.md' matches no file"),
         (["--data.hub-name", "x"], 'data.validation.kind = "files"'),
         (["--data.validation.kind", "files", "--data.validation.fraction", "0.5"], "data.validation.fraction = 0.5"),
         (["--rows", "0"], "rows = 0"),

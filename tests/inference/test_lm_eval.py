@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,18 @@ def test_random_states_and_the_environment_stay(model: Transformer, byte_level: 
     assert torch.equal(before[2], after[2])
     assert before[3] == after[3]
     assert opened.measure(task_model(model, byte_level), None, None) == first, "tasks may be measured again"
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("cloze_pyton", "did you mean cloze_python?"), ("close_english", "cloze_english?"), ("my task", "lm-eval ls")],
+)
+def test_a_name_that_lm_eval_cannot_have_is_answered_at_once(
+    name: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)  # so that to ask lm-eval is another error
+    with pytest.raises(ConfigError, match=rf"^tasks: no task '{name}' in lm-eval; .*{re.escape(expected)}"):
+        open_tasks([name])
 
 
 @pytest.mark.long  # reading all of lm-eval's tasks takes seconds

@@ -18,9 +18,9 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, NotFinite
 from p828.inference.sampling import SamplingConfig
 from p828.inference.tasks import cloze
-from p828.inference.tasks.bootstrap import mean_interval
+from p828.inference.tasks.interval import fraction_interval, mean_interval
 from p828.inference.tasks.task_model import TaskModel, sampling_of
-from p828.inference.tasks.tasks import open_all
+from p828.inference.tasks.tasks import open_all, shown_metrics
 from p828.model.transformer import Transformer
 from tiny import tiny_model
 
@@ -122,6 +122,24 @@ def test_the_interval_is_the_binomial_one() -> None:
     assert mean_interval([0.0, 2.5, 7.0]) == mean_interval([0.0, 2.5, 7.0]), "the same at every call"
 
 
+@pytest.mark.parametrize("count", [1, 5, 100])
+def test_the_interval_of_equal_answers_is_wilsons(count: int) -> None:
+    """The fractions from which the found one is 1.96 standard deviations away, those of the fractions themselves."""
+    fraction_F = np.linspace(0, 1, 1_000_001)
+    for value in (False, True):
+        is_within_F = np.abs(value - fraction_F) <= 1.959964 * np.sqrt(fraction_F * (1 - fraction_F) / count)
+        within = fraction_F[is_within_F]
+        assert fraction_interval([value] * count) == pytest.approx((within.min(), within.max()), abs=2e-6)
+    values = [True] * 3 + [False] * 4
+    assert fraction_interval(values) == mean_interval(values)
+
+
+def test_one_item_is_one() -> None:
+    shown = {"accuracy": 1.0, "accuracy_low": 0.2, "accuracy_high": 1.0, "margin": 0.1, "items": 1}
+    assert shown_metrics(shown).endswith(" 1 item")
+    assert shown_metrics({"acc": 0.5, "items": 1}) == "acc 0.5, 1 item"
+
+
 def test_continuations_end_at_stop_strings_and_begin_as_generate_does(
     taught: Transformer, byte_level: Tokenizer
 ) -> None:
@@ -191,8 +209,8 @@ def test_the_loss_goes_to_a_file_too(run: Path, tmp_path: Path, capsys: pytest.C
         (["--tasks", ""], "--tasks is empty"),
         (["--tasks", "cloze_python", "cloze_python"], "tasks: cloze_python is given twice"),
         (["--tasks", "cloze_python", "--limit", "0"], "limit = 0: a whole number of at least 1"),
-        (["--tasks", "cloze_python", "--num-fewshot", "2"], "--num-fewshot: accepted with tasks of lm-eval"),
-        (["--tasks", "cloze_python", "--tasks-path", "."], "tasks_path = '.': accepted with a task of it"),
+        (["--tasks", "cloze_python", "--num-fewshot", "2"], "with tasks of lm-eval; p828's own have no examples"),
+        (["--tasks", "cloze_python", "--tasks-path", "."], "accepted with a task of it; p828's own tasks need none"),
         (["--tasks", "cloze_python", "--rows", "2"], "--rows: accepted without --tasks"),
         (["--tasks", "cloze_python", "--data.files", "x"], "--data.files: accepted without --tasks"),
         (["--tasks", "cloze_python", "--json", "no/such/file"], "--json no/such/file: the name of a file"),

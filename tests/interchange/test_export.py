@@ -2,8 +2,12 @@
 
 import errno
 import json
+import logging
 import os
+import re
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from transformers import AutoTokenizer
 import p828
 from exported import EOS, in_transformers, letters, load, save_model
 from p828.cli.main import dispatch
-from p828.config import Config, TokenizerConfig, TrainConfig
+from p828.config import Config, DataConfig, TokenizerConfig, TrainConfig
 from p828.config import load as load_config
 from p828.data.tokenizer.chat_template import built_in
 from p828.data.tokenizer.tokenizer import Tokenizer
@@ -46,6 +50,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+ROOT = Path(__file__).parents[2]
 NATIVE: dict[str, Any] = {"attention_sinks": False}
 FILES = {
     "README.md", "config.json", "config.toml", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -113,7 +118,48 @@ def test_code_of_its_own_lies_beside_the_weights(tmp_path: Path, capsys: pytest.
     assert "exported as    p828, with code of its own\n" in said
     assert f'from_pretrained("{tmp_path / "export"}", trust_remote_code=True)' in said
     assert {path.name for path in (tmp_path / "export").iterdir()} == {*FILES, *(file.name for file in code_files())}
-    assert "from_pretrained(place, trust_remote_code=True)" in (tmp_path / "export" / "README.md").read_text()
+
+
+def run_snippet(file: Path, text: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The only Python in a document, which may neither ask nor warn."""
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked"))
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        for snippet in re.findall("^```python\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL):
+            if text in snippet:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    exec(snippet, {})
+                return
+    finally:
+        logger.removeHandler(caplog.handler)
+    pytest.fail(f"no snippet in {file} has {text}")
+
+
+@pytest.mark.parametrize("name", ["continued", "asked"])
+def test_what_documents_say_of_loading_runs_as_it_is(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a directory that is transformers' first of that name, of a model with code of its own."""
+    ours, data = letters("<|im_start|>", "<|im_end|>"), DataConfig(sequence_length=32)
+    if name == "asked":
+        ours.template = built_in("chatml", EOS, ours.special_tokens)
+        data = replace(data, source="files", files=("talk.jsonl",), messages_field="messages")
+    model = tiny_model(max_position_embeddings=512)
+    directory = tmp_path / ("chat-hf" if name == "asked" else "quickstart-hf")
+    export_model(save_model(tmp_path / "run", model, ours, data=data), directory)
+    document = ROOT / "docs" / ("chat.md" if name == "asked" else "interchange.md")
+    monkeypatch.chdir(tmp_path)
+    run_snippet(document, "generate", monkeypatch, caplog)
+    monkeypatch.chdir(directory)
+    run_snippet(directory / "README.md", "apply_chat_template" if name == "asked" else "Once", monkeypatch, caplog)
+    assert not caplog.records
+    assert capsys.readouterr().out
 
 
 ORIGINS = {
@@ -278,6 +324,26 @@ def test_refusals_name_what_is_wrong(run: Path, tmp_path: Path, capsys: pytest.C
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_no_run_is_trained_in_an_export(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export_model(run, tmp_path / "runs" / "there")
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    commands = [
+        ["train", "runs/there"],
+        ["prepare", "runs/there", "--data.prepared", "tokens"],
+        ["prove-resume", "runs/there"],
+        ["train", "quickstart", "--name", "there"],
+        ["train", "runs/there/config.toml", "--name", "there"],
+    ]
+    for command in commands:
+        assert dispatch(command) == 2
+        assert "p828 train CONFIG --name NEW --train.init-from runs/there" in capsys.readouterr().err, command
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert dispatch(["train", "runs/there/config.toml", "--dry-run"]) == 0
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     run = save_model(tmp_path / "run", tiny_model(**NATIVE))
     path = run / "checkpoints" / "step_00000010"
@@ -364,19 +430,31 @@ def test_dropout_of_a_tokenizer_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, line",
+    "changes, lines",
     [
-        (["--model.attention-sinks", "false"], "# exports as glm4_moe"),
-        (["--model.n-shared-experts", "0"], "# exports as mimo_v2_flash"),
-        (["--model.scoring-func", "softmax"], "# exports with remote code: sinks, softmax router"),
-        ([], "# exports with remote code: sinks"),
+        (["--model.attention-sinks", "false"], ["# exports as glm4_moe", "# exports to .gguf as glm4moe"]),
+        (["--model.n-shared-experts", "0"], ["# exports as mimo_v2_flash", "# exports to .gguf as mimo2"]),
+        (
+            ["--model.scoring-func", "softmax"],
+            [
+                "# exports with remote code: sinks, softmax router",
+                "# exports to no .gguf: not in glm4moe: sinks; not in mimo2: shared expert, softmax router",
+            ],
+        ),
+        (
+            [],
+            [
+                "# exports with remote code: sinks",
+                "# exports to no .gguf: not in glm4moe: sinks; not in mimo2: shared expert",
+            ],
+        ),
     ],
 )
 def test_a_dry_run_says_what_a_model_is_exported_as(
-    changes: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changes: list[str], lines: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert dispatch(["train", str(write_toml(tmp_path)), "--dry-run", *changes]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == line
+    assert capsys.readouterr().out.splitlines()[-2:] == lines
 
 
 def test_loads_under_another_name_of_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import json
 import resource
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from p828.data.tokenizer.division import CL100K, QWEN2
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokenizer.training import train_tokenizer
 from p828.errors import ConfigError, DataError, RunFailed
-from p828.interchange.gguf import architecture_of, export_gguf
+from p828.interchange.architectures.llama_cpp import architecture_of
+from p828.interchange.gguf import export_gguf
 from p828.kernels.adamw import split_float32
 from p828.model.precision import matrices
 from p828.model.transformer import Transformer
@@ -31,6 +33,7 @@ ROWS, TOKENS = 320, 40
 PROMPT = [5, 290, 17, 44, 260, 9]
 PLAIN = {"attention_sinks": False, "vocab_size": ROWS, "max_position_embeddings": 128}
 OF_TEXT = {**PLAIN, "vocab_size": 640}
+WAYS_OUT = "A model that is trained with --model.attention-sinks False or --model.n-shared-experts 0 is in one"
 WITH_SINKS = {"attention_sinks": True, "n_shared_experts": 0}
 HARD = [
     "", " ", "  ", "\n", "\r\n\r\n", "\t\t\n  x", "a  b   c \n\n  d \r\n e\t\f\v", "trailing   ", "   \n   \n",
@@ -238,13 +241,13 @@ def test_llama_cpp_writes_conversations_as_the_chat_template_does(tmp_path: Path
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"attention_sinks": True}, ["glm4moe: sinks;", "mimo2: shared expert$"]),
-        ({**WITH_SINKS, "use_qk_norm": True}, ["glm4moe: sinks, no shared expert;", "mimo2: norms on q and k$"]),
+        ({"attention_sinks": True}, ["glm4moe: sinks;", rf"mimo2: shared expert\. {WAYS_OUT}$"]),
+        ({**WITH_SINKS, "use_qk_norm": True}, ["glm4moe: sinks, no shared expert;", "mimo2: norms on q and k\\."]),
         ({"hidden_act": "swiglu_of_product"}, ["glm4moe: swiglu_of_product;", "mimo2: .*, swiglu_of_product$"]),
-        ({**WITH_SINKS, "scoring_func": "softmax"}, ["mimo2: softmax router$"]),
-        ({**WITH_SINKS, "norm_topk_prob": False}, ["mimo2: norm_topk_prob = false$"]),
-        ({**WITH_SINKS, "routed_scaling_factor": 2.0}, ["mimo2: routed_scaling_factor$"]),
-        ({**WITH_SINKS, "rope_scaling": RopeScaling(2.0, 64)}, ["mimo2: YaRN$"]),
+        ({**WITH_SINKS, "scoring_func": "softmax"}, ["mimo2: softmax router\\."]),
+        ({**WITH_SINKS, "norm_topk_prob": False}, ["mimo2: norm_topk_prob = false\\."]),
+        ({**WITH_SINKS, "routed_scaling_factor": 2.0}, ["mimo2: routed_scaling_factor\\."]),
+        ({**WITH_SINKS, "rope_scaling": RopeScaling(2.0, 64)}, ["mimo2: YaRN\\."]),
         ({"rope_scaling": RopeScaling(2.0, 64, beta_fast=16.0)}, ["glm4moe: YaRN's beta_fast but 32;"]),
         ({"rope_scaling": RopeScaling(2.0, 64, beta_slow=2.0)}, ["glm4moe: YaRN's beta_slow but 1;"]),
         ({"num_hidden_layers": 513}, ["glm4moe: more than 512 layers;"]),
@@ -307,9 +310,11 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, tokenizer: Tokenize
 
 
 def test_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
-    run, file = save_model(tmp_path / "run", tiny_model(**PLAIN), tokenizer), tmp_path / "new/model.gguf"
+    run, file = save_model(tmp_path / "run", tiny_model(**PLAIN), tokenizer), tmp_path / "a new/model.gguf"
     assert dispatch(["export", str(run), str(file), "--dtype", "float16"]) == 0
-    assert "exported as    glm4moe of llama.cpp\nweights        float16, " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "exported as    glm4moe of llama.cpp\nweights        float16, " in out
+    assert shlex.split(out.partition("run it with")[2])[:3] == ["llama-completion", "-m", str(file)]
     fields = gguf.GGUFReader(file).fields
     assert fields["general.name"].contents() == "run"
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
@@ -321,6 +326,9 @@ def test_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.Captur
     assert p828.load_run(run).export_gguf(tmp_path / "same.gguf", "float16").architecture == "glm4moe"
     assert (tmp_path / "same.gguf").read_bytes() == content
     assert dispatch(["export", str(run), str(file / "inside.gguf")]) == 2
-    assert "model.gguf: no directory can be made there: " in capsys.readouterr().err
+    assert "inside.gguf: cannot be made: Not a directory" in capsys.readouterr().err
+    assert dispatch(["export", str(run), str(tmp_path / "other.gguf"), "--native-only"]) == 2
+    assert "--native-only: accepted for a directory" in capsys.readouterr().err
+    assert not (tmp_path / "other.gguf").exists()
     assert dispatch(["export", str(run), str(tmp_path / "directory"), "--dtype", "float16"]) == 2
     assert "--dtype float16: accepted for a file whose name ends in .gguf" in capsys.readouterr().err

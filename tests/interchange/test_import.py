@@ -323,11 +323,14 @@ def test_the_command(
     assert dispatch(["import", str(theirs["qwen3_moe"])]) == 0
     assert "run            runs/qwen3_moe" in capsys.readouterr().out
     (tmp_path / "text.txt").write_text("some words to measure " * 9)
+    assert dispatch(["evaluate", "runs/qwen3_moe", "--data.sequence-length", "16"]) == 2
+    assert "a model that was imported has no text of its own: give --data.files" in capsys.readouterr().err
     assert dispatch(["evaluate", "runs/qwen3_moe", "--data.files", "text.txt"]) == 0
+    assert "text           all rows of" in capsys.readouterr().out
     assert dispatch(["generate", "runs/qwen3_moe", "--prompt", "ab", "--max-new-tokens", "3"]) == 0
     capsys.readouterr()
     assert dispatch(["train", "runs/qwen3_moe"]) == 2
-    assert "runs/qwen3_moe holds weights only, without an optimizer's state to go on with" in capsys.readouterr().err
+    assert "holds weights only, without an optimizer's state to go on with" in capsys.readouterr().err
     assert dispatch(["import", str(theirs["llama"]), "--name", "qwen3_moe"]) == 2
     assert "there is something in it; a new directory is accepted" in capsys.readouterr().err
     assert dispatch(["import", "runs/qwen3_moe"]) == 2
@@ -338,7 +341,7 @@ def test_the_command(
 def test_a_model_in_a_runs_place(theirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = str(theirs["llama"])
     assert dispatch(["train", path]) == 2
-    assert f"--train.init-from {path} starts one from it" in capsys.readouterr().err
+    assert f"p828 train CONFIG --name NEW --train.init-from {path}" in capsys.readouterr().err
     assert dispatch(["generate", path, "--prompt", "ab"]) == 2
     assert f"p828 import {path} makes a run of it" in capsys.readouterr().err
 

@@ -120,8 +120,12 @@ def test_a_run_learns_to_answer(learned: p828.Run, capsys: pytest.CaptureFixture
     for messages in colours(12):
         assert learned.answer(messages[:-1], temperature=0) == messages[-1]["content"]
     asked = ["--prompt", "Ka?", "--prompt", "Ri?", "--temperature", "0"]
+    assert dispatch(["generate", str(learned.path), "--prompt", "ab", "--max-new-tokens", "1"]) == 0
+    assert "p828: trained on conversations: --chat asks it, and here its text is continued\n" in capsys.readouterr().err
     assert dispatch(["generate", str(learned.path), "--chat", *asked]) == 0
-    assert capsys.readouterr().out == "--- 1: Ka?\nred\n--- 2: Ri?\nblue\n"
+    out, err = capsys.readouterr()
+    assert out == "--- 1: Ka?\nred\n--- 2: Ri?\nblue\n"
+    assert "trained on conversations" not in err
 
 
 def test_what_is_typed_is_one_conversation(

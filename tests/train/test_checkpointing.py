@@ -1,7 +1,9 @@
 """Checkpoints that are written beside the training, on one process."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,12 +54,22 @@ def test_without_room_for_a_copy_training_waits(saver: AsyncCheckpointer, monkey
     checkpoint.verify(saver.directory / file_names.name_of(1))
 
 
+@dataclass
+class RemovesTheDirectory(ProcessGroup):
+    """Does so whenever the ranks tell each other something, as what they have written."""
+
+    directory: Path = Path()
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        shutil.rmtree(self.directory, ignore_errors=True)
+        return super().all_gather_object(value)
+
+
 def test_a_file_system_that_refuses_is_reported_at_the_end(saver: AsyncCheckpointer, tmp_path: Path) -> None:
     saver.start(1, parts(1.0), {})
     saver.finish()
-    saver.directory = tmp_path / "gone"
+    saver.directory, saver.ranks = tmp_path / "gone", RemovesTheDirectory(directory=tmp_path / "gone")
     saver.start(2, {}, {})
-    shutil.rmtree(tmp_path / "gone")
     with pytest.raises(RunFailed, match="cannot be saved: No such file"):
         saver.finish()
     assert saver.step is None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from p828.cli.main import dispatch
-from p828.config import Config
+from p828.config import Config, load
 from p828.config.old_names import under_old_names
 from p828.runs.manifest import describe, manifest_bytes
 from runs import write_text, write_toml
@@ -195,3 +195,19 @@ def test_what_may_change_on_the_way(flags: list[str], is_accepted: bool, here: P
     assert code == (0 if is_accepted else 2), said
     assert f"{key} = " in (out if is_accepted else said)
     assert is_accepted or "was started with other settings" in said
+
+
+def test_a_change_that_no_step_follows_is_not_kept(here: Path, command: Command) -> None:
+    """Else config.toml would say YaRN of a model whose checkpoint, and so its export, has none."""
+    path = str(write_toml(here, train={"steps": 3}, evaluation={"every": 0, "prompts": [], "rows": 2}))
+    assert command("train", path)[0] == 0
+    run = here / "runs" / "tiny"
+    before = (run / "config.toml").read_bytes()
+    flags = ["--model.rope-scaling.factor", "2"]
+    code, out, _ = command("train", str(run), *flags)
+    assert code == 0
+    assert "model.rope_scaling.factor = 1.0, now 2.0" in out
+    assert "config.toml and the checkpoint keep their settings" in out
+    assert (run / "config.toml").read_bytes() == before
+    assert command("train", str(run), *flags, "--train.steps", "4")[0] == 0
+    assert load(str(run)).model.rope_scaling.factor == 2

@@ -285,3 +285,16 @@ def test_a_router_that_the_loss_does_not_teach_is_said(here: Path, norm: bool, s
     events = [line["text"] for line in lines(here, "event") if line["event"] == "remark"]
     assert len(events) == said
     assert all("model.norm_topk_prob = false" in text for text in events)
+
+
+def test_a_warm_up_longer_than_the_run_is_said_once_the_run_begins(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not in front of what a run is refused for."""
+    path = write_toml(here, schedule={"warmup_steps": 5})
+    said = "the run ends at step 2, within the 5 steps of its warm-up"
+    assert dispatch(["train", str(path), "--train.steps", "2", "--data.files", "none"]) == 2
+    assert said not in capsys.readouterr().out
+    assert dispatch(["train", str(path), "--train.steps", "2"]) == 0
+    assert said in capsys.readouterr().out
+    assert said in [line["text"] for line in lines(here, "event") if line["event"] == "remark"]

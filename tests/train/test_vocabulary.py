@@ -69,6 +69,16 @@ def test_it_follows_the_trained_tokenizer(tmp_path: Path, capsys: pytest.Capture
     assert "model.vocab_size = 384, now 512" in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_text_is_too_short_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, flags = write(tmp_path, 0), [*QUICK, "--tokenizer.vocab-size", "30000"]
+    line = "tokenizer.vocab_size = 30,000: the tokenizer has "
+    for command in (["train", path, *flags], ["prepare", path, *flags, "--data.prepared", "tokens"]):
+        assert dispatch(command) == 0
+        assert " ".join(capsys.readouterr().out.split()).count(line) == 1
+    assert dispatch(["train", path, *flags]) == 0
+    assert "the tokenizer has" not in capsys.readouterr().out  # of a run that goes on
+
+
 def test_it_follows_the_tokenizer_that_there_is(tmp_path: Path) -> None:
     """However many tokens were asked for: this text does not give them."""
     path = write(tmp_path, 0)

@@ -103,7 +103,7 @@ def _check(own: Arguments, names: Collection[str], flags: Collection[str]) -> No
         if key in flags and getattr(own, key) < least:
             raise ConfigError(f"{key} = {getattr(own, key)}: a whole number of at least {least} is accepted")
     if "num_fewshot" in flags and set(names) <= set(OWN_NAMES):
-        raise ConfigError(f"--num-fewshot: accepted with tasks of lm-eval; {', '.join(names)} have no examples")
+        raise ConfigError("--num-fewshot: accepted with tasks of lm-eval; p828's own have no examples")
     if own.json and (Path(own.json).is_dir() or not os.access(Path(own.json).parent, os.W_OK)):
         raise ConfigError(f"--json {own.json}: the name of a file in a directory that can be written is accepted")
 
@@ -119,8 +119,7 @@ def _on_text(loaded: LoadedModel, flags: dict[str, Any]) -> tuple[dict[str, Any]
         f"bits per byte  {NO_BYTES if result.bits_per_byte is None else format(result.bits_per_byte, '.5f')}",
         f"on             {result.tokens:,} tokens" + ("" if result.bytes is None else f", {result.bytes:,} bytes"),
     ]
-    if any(key.startswith("data.") for key in flags):
-        lines.append(f"text           {in_words(config, flags)}")
+    lines.append(f"text           {in_words(config, flags)}")
     return dataclasses.asdict(result), lines
 
 

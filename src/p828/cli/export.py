@@ -1,5 +1,7 @@
 """`p828 export`: a trained model as a directory that transformers loads, or as a file that llama.cpp runs."""
 
+import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -60,20 +62,23 @@ def _to_directory(given: Arguments, directory: Path) -> list[str]:
         )
     found = export_model(given.checkpoint, directory, given.dtype, given.native_only)
     files = "1 file" if len(found.weights) == 1 else f"{len(found.weights)} files"
+    text = json.dumps(str(found.directory), ensure_ascii=False)  # also a text of Python
     trust = ", trust_remote_code=True" if found.architecture is OWN else ""
     return [
         f"checkpoint     {found.checkpoint} (step {found.step})",
         f"exported as    {found.architecture.model_type}" + (", with code of its own" if trust else ""),
         f"weights        {given.dtype}, {found.bytes / 1e6:,.1f} MB in {files}",
-        f'load it with   AutoModelForCausalLM.from_pretrained("{found.directory}"{trust})',
+        f"load it with   AutoModelForCausalLM.from_pretrained({text}{trust})",
     ]
 
 
 def _to_file(given: Arguments, file: Path) -> list[str]:
+    if given.native_only:
+        raise ConfigError(f"--native-only: accepted for a directory; a {SUFFIX} file never has code of its own")
     found = export_gguf(given.checkpoint, file, given.dtype)
     return [
         f"checkpoint     {found.checkpoint} (step {found.step})",
         f"exported as    {found.architecture} of llama.cpp",
         f"weights        {given.dtype}, {found.bytes / 1e6:,.1f} MB",
-        f"run it with    llama-completion -m {file} -no-cnv -p TEXT",
+        f"run it with    llama-completion -m {shlex.quote(str(file))} -no-cnv -p TEXT",
     ]

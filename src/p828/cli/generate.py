@@ -54,6 +54,8 @@ def run(arguments: list[str]) -> None:
         loaded = load_model(given.checkpoint, given.device)
     if given.chat and loaded.tokenizer.template is None:
         raise ConfigError(f"--chat: {loaded.path} has no chat template: it was not trained on conversations")
+    if not given.chat and loaded.tokenizer.template is not None and loaded.config.data.has_conversations:
+        warn("trained on conversations: --chat asks it, and here its text is continued")
     if len(given.prompt) == 1:
         _stream(loaded, given.prompt[0], given)
     elif given.prompt:

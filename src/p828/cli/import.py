@@ -1,6 +1,7 @@
 """`p828 import`: a model of other libraries as a run, which the other commands take."""
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -50,10 +51,12 @@ def run(arguments: list[str]) -> None:
 
 def _lines(origin: Origin, path: Path) -> list[str]:
     parameters = count_parameters(origin.config.model)
+    word = shlex.quote(str(path))
+    chat = "" if origin.tokenizer.template is None else " --chat"
     return [
         f"imported       {origin.path} (step {origin.step})",
         f"model          {parameters.total:,} parameters, {parameters.active:,} active for a token",
         f"run            {path}",
-        f"try it         p828 generate {path} --prompt TEXT",
-        f"train it on    p828 train {path} --name NEW --train.init-from {path} --data.files FILE",
+        f"try it         p828 generate {word} --prompt TEXT{chat}",
+        f"train it on    p828 train {word} --name NEW --train.init-from {word} --data.files FILE",
     ]

@@ -11,6 +11,7 @@ from p828.config import Config, rules, with_steps, with_vocabulary
 from p828.config.files import preset_names
 from p828.config.values import to_dict
 from p828.errors import ConfigError
+from p828.interchange.architectures.llama_cpp import gguf_line
 from p828.interchange.architectures.native import export_line
 from p828.model.costs import count_parameters, flops_per_token
 
@@ -36,9 +37,8 @@ def run(arguments: list[str]) -> None:
     config, given = read_configuration(flags, Arguments, USAGE, _describe, (DEEPSPEED_CONFIG,), reads_prepared=True)
     if given.dry_run:
         config = with_vocabulary(with_steps(config, 1))
-        lines = "\n".join(
-            [_costs(config), *(f"# {line}" for line in (*rules.remarks(config), export_line(config.model)))]
-        )
+        remarks = [*rules.remarks(config), export_line(config.model), gguf_line(config.model)]
+        lines = "\n".join([_costs(config), *(f"# {line}" for line in remarks)])
         print(tomli_w.dumps(to_dict(config)).rstrip(), lines, sep="\n\n")
         return
     train_run(config)

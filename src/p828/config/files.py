@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shlex
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -68,11 +69,8 @@ def load_given(name_or_path: str) -> Loaded:
     path = Path(name_or_path)
     is_named = path.suffix == ".toml" or name_or_path in ("", *preset_names())
     is_run = not is_named and _is_directory(path)
-    if is_run and (path / HUB_FILE).is_file():  # an export of p828 has a config.toml, too
-        raise ConfigError(
-            f"{shown(name_or_path)} is a model in the hub's layout, no run: --train.init-from {name_or_path} starts one"
-            f" from it, p828 import {name_or_path} makes it one"
-        )
+    if is_run:
+        refuse_exported(path)
     if is_run and not (path / RUN_FILE).is_file():
         raise ConfigError(f"{shown(name_or_path)} is a directory, but no run: it holds no {RUN_FILE}")
     try:
@@ -86,6 +84,16 @@ def load_given(name_or_path: str) -> Loaded:
         config = dataclasses.replace(config, name=path.name, runs_dir=str(path.parent))
     config = config if config.name else dataclasses.replace(config, name=path.stem)
     return Loaded(config, values.given, values.old_names)
+
+
+def refuse_exported(directory: Path) -> None:
+    """Raises ConfigError for a model in the hub's layout; one that p828 exported has a config.toml, too."""
+    if (directory / HUB_FILE).is_file():
+        word = shlex.quote(str(directory))
+        raise ConfigError(
+            f"{directory} is a model in the hub's layout, no run: a new run starts from it with "
+            f"p828 train CONFIG --name NEW --train.init-from {word}; p828 import {word} makes it one"
+        )
 
 
 def _is_directory(path: Path) -> bool:

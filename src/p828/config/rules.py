@@ -180,14 +180,17 @@ def check_engine(config: Config) -> None:
 
 
 def remarks(config: Config) -> list[str]:
-    """A line for each setting that is accepted and hardly meant."""
-    model = config.model
+    """A line for each setting that is accepted and hardly meant. `train.steps` is the run's: `with_steps`."""
+    model, warmup, steps = config.model, config.schedule.warmup_steps, config.train.steps
+    found = []
+    if warmup > steps:  # given by a file: check_given
+        found.append(f"the run ends at step {steps:,}, within the {warmup:,} steps of its warm-up")
     if model.num_experts_per_tok == 1 < model.n_routed_experts and model.norm_topk_prob:
-        return [
+        found.append(
             "model.num_experts_per_tok = 1 with model.norm_topk_prob = true: every token's weight is 1, so the loss "
             "does not teach the router; with model.norm_topk_prob = false it does"
-        ]
-    return []
+        )
+    return found
 
 
 def check_deepspeed(deepspeed: DeepSpeedConfig) -> None:

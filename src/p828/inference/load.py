@@ -18,7 +18,7 @@ from p828.model.backend import computable
 from p828.model.precision import matrices
 from p828.model.transformer import Transformer
 from p828.runs import checkpoint
-from p828.runs.checkpoint_content import check_weights, config_of, rules_of
+from p828.runs.checkpoint_content import check_weights, config_of, is_weights_only, rules_of
 from p828.runs.file_names import TOKENIZER_FILE
 from p828.system.device import pick_device, pick_dtype
 
@@ -40,6 +40,8 @@ class LoadedModel:
     """What to compute in."""
     rules: list[bool | None]
     """By which rule the run holds out text of each source (`data.order.held_out_rules`)."""
+    has_text: bool = True
+    """Whether the run has text of its own: a model that was imported has none, and its `config.data` mean nothing."""
 
 
 class SavedModel(NamedTuple):
@@ -63,14 +65,15 @@ def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
         raise ConfigError('device = "cuda": this machine shows no GPU to PyTorch; "auto" or "cpu" is accepted')
     place = pick_device(device)
     with opened_model(path) as saved:
-        config, rules = saved.config, rules_of(saved.checkpoint)
+        config, rules, has_text = saved.config, rules_of(saved.checkpoint), not is_weights_only(saved.checkpoint)
         weights = saved.checkpoint.tensors["model"]
     sizes, dtype = _arithmetic(config, place)
     model = Transformer(sizes)
     model.load_state_dict(weights)
     _store_in(model, dtype)
     step = saved.checkpoint.step
-    return LoadedModel(model.to(place).eval(), saved.tokenizer, config, saved.checkpoint.path, step, dtype, rules)
+    model = model.to(place).eval()
+    return LoadedModel(model, saved.tokenizer, config, saved.checkpoint.path, step, dtype, rules, has_text)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Which text a trained model is measured on: its run's own validation text, or another."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from p828.config import Config, DataConfig, validate
@@ -14,13 +15,19 @@ from p828.data.tokens.settings import with_prepared_sources
 from p828.errors import ConfigError
 from p828.inference.load import LoadedModel
 
+OF_TEXT = ("data.source", "data.files", "data.hub_name", "data.prepared", "data.mixture", "data.validation.")
+"""What names a text."""
+
 
 def measured_config(loaded: LoadedModel, given: Mapping[str, Any]) -> Config:
     """The run's configuration with what is given: `rows`, `micro_batch_size`, and dotted keys of `data`.
 
-    Given `data.files` are what is measured, held out or not. Raises ConfigError.
+    Given `data.files` are what is measured, held out or not. Raises ConfigError, also for an imported model without
+    any text that is given.
     """
     data, run = _data_values(given), loaded.config
+    if not loaded.has_text and not any(key.startswith(OF_TEXT) for key in given):
+        raise ConfigError(f"{loaded.path}: a model that was imported has no text of its own: give --data.files FILE")
     of_the_data = [f"data.{key}" for key in data]
     prepared = with_prepared_sources(dataclasses.replace(run, data=_data(run.data, data)), of_the_data)
     config = dataclasses.replace(
@@ -82,17 +89,30 @@ def _is_every_row(config: Config, given: Collection[str]) -> bool:
 
 def batches_of(
     config: Config, loaded: LoadedModel, given: Collection[str], report: Callable[[str], None]
-) -> Iterable[Batch]:
+) -> Iterator[Batch]:
     """What to measure with `measured_config`. `report` is given a line when a failed read is repeated.
 
     Raises ConfigError if there is no text.
     """
     size, mask_documents = config.train.micro_batch_size, config.model.mask_documents
-    if _is_every_row(config, given):
-        return all_validation_batches(config.data, loaded.tokenizer, mask_documents, size, report)
-    rules = loaded.rules if _texts(config) == _texts(loaded.config) else []
-    rows = config.evaluation.rows
-    return validation_batches(config.data, loaded.tokenizer, mask_documents, rows, size, rules, report=report)
+    with _named_as_given(given):
+        if _is_every_row(config, given):
+            yield from all_validation_batches(config.data, loaded.tokenizer, mask_documents, size, report)
+            return
+        rules = loaded.rules if _texts(config) == _texts(loaded.config) else []
+        rows = config.evaluation.rows
+        yield from validation_batches(config.data, loaded.tokenizer, mask_documents, rows, size, rules, report=report)
+
+
+@contextmanager
+def _named_as_given(given: Collection[str]) -> Iterator[None]:
+    """Errors about files name `data.files` where that was given and became `data.validation.files`."""
+    try:
+        yield
+    except ConfigError as error:
+        if "data.files" not in given:
+            raise
+        raise ConfigError(str(error).replace("data.validation.files", "data.files")) from None
 
 
 def _texts(config: Config) -> list[tuple[Any, ...]]:

@@ -102,6 +102,7 @@ def _exported(
         curve_of(path.parent.parent, saved.checkpoint.step, report),
         architecture,
         dtype,
+        answers=saved.tokenizer.template is not None and config.data.has_conversations,
     )
     for file in code_files() if architecture is OWN else ():
         shutil.copyfile(file, filling / file.name)

@@ -4,7 +4,6 @@ llama.cpp's `src/models/*.cpp` say which keys and tensors an architecture has. T
 """
 
 import os
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,26 +16,19 @@ from torch import Tensor
 from p828.config import Config, ModelConfig
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError, RunFailed
-from p828.files import fsync
+from p828.files import new_file
 from p828.inference.load import SavedModel, opened_model
 from p828.interchange.architectures.architecture import STACKED, Piece, projected_width
+from p828.interchange.architectures.llama_cpp import LlamaCppArchitecture, architecture_of
 from p828.interchange.export import check_room
 from p828.interchange.gguf_vocabulary import Vocabulary, vocabulary
 from p828.interchange.weights import WeightsReader, WrittenTensor, written_tensors
 
 SUFFIX = ".gguf"
-MOST_LAYERS, MOST_EXPERTS = 512, 1024  # what llama.cpp's arrays have room for
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # of `gguf.GGMLQuantizationType`
 FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}  # of `gguf.LlamaFileType`
-
-
-class LlamaCppArchitecture(NamedTuple):
-    name: str
-    """llama.cpp's, a value of `gguf.MODEL_ARCH_NAMES`."""
-    obstacles: Callable[[ModelConfig], list[str]]
-    """What of a configuration it does not have, in a few words each; nothing: it is exactly the model."""
 
 
 class GGUFExport(NamedTuple):
@@ -46,52 +38,6 @@ class GGUFExport(NamedTuple):
     """llama.cpp's."""
     bytes: int
     """Of the weights."""
-
-
-def architecture_of(config: ModelConfig) -> LlamaCppArchitecture:
-    """The architecture of llama.cpp that is exactly the model. Raises ConfigError naming what each one lacks."""
-    lacking = []
-    for architecture in ARCHITECTURES:
-        found = architecture.obstacles(config)
-        if not found:
-            return architecture
-        lacking.append(f"{architecture.name}: {', '.join(found)}")
-    raise ConfigError(f"llama.cpp has no architecture that is exactly this model\nNot in {'; not in '.join(lacking)}")
-
-
-def _glm4moe_obstacles(config: ModelConfig) -> list[str]:
-    found = {"sinks": config.attention_sinks, "no shared expert": config.n_shared_experts == 0}
-    return [words for words, is_there in found.items() if is_there] + _common_obstacles(config)
-
-
-def _mimo2_obstacles(config: ModelConfig) -> list[str]:
-    found = {
-        "shared expert": config.n_shared_experts > 0,
-        "norms on q and k": config.use_qk_norm,
-        "softmax router": config.scoring_func != "sigmoid",
-        "norm_topk_prob = false": not config.norm_topk_prob,
-        "routed_scaling_factor": config.routed_scaling_factor != 1,
-        "YaRN": config.rope_scaling.factor != 1,  # its sliding layers, of which there must be one, leave it out
-    }
-    return [words for words, is_there in found.items() if is_there] + _common_obstacles(config)
-
-
-def _common_obstacles(config: ModelConfig) -> list[str]:
-    scaling = config.rope_scaling
-    found = {
-        config.hidden_act: config.hidden_act != "swiglu",
-        "YaRN's beta_fast but 32": scaling.factor != 1 and scaling.beta_fast != 32,
-        "YaRN's beta_slow but 1": scaling.factor != 1 and scaling.beta_slow != 1,
-        f"more than {MOST_LAYERS} layers": config.num_hidden_layers > MOST_LAYERS,
-        f"more than {MOST_EXPERTS} experts": config.n_routed_experts > MOST_EXPERTS,
-    }
-    return [words for words, is_there in found.items() if is_there]
-
-
-ARCHITECTURES = (
-    LlamaCppArchitecture("glm4moe", _glm4moe_obstacles),
-    LlamaCppArchitecture("mimo2", _mimo2_obstacles),
-)
 
 
 def export_gguf(checkpoint: str | Path, file: Path, dtype: Dtype) -> GGUFExport:
@@ -104,7 +50,7 @@ def export_gguf(checkpoint: str | Path, file: Path, dtype: Dtype) -> GGUFExport:
     """
     if find_spec("gguf") is None:
         raise ConfigError(f"{file}: gguf, the package that writes it, is not installed: pip install 'p828[export]'")
-    if file.exists() or file.is_symlink():
+    if os.path.lexists(file):  # before the checkpoint is read
         raise ConfigError(f"{file}: is there already; a new name is accepted")
     with opened_model(checkpoint) as saved:
         architecture = architecture_of(saved.config.model)
@@ -113,20 +59,11 @@ def export_gguf(checkpoint: str | Path, file: Path, dtype: Dtype) -> GGUFExport:
         tensors = written_tensors(pieces, saved.config.model, saved.checkpoint.tensors, DTYPES[dtype])
         needed = sum(tensor.bytes for tensor in tensors)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{file.parent}: no directory can be made there: {error.strerror}") from None
-        check_room(file.parent, file, needed)
-        temporary = file.with_name(f".{file.name}.tmp")
-        try:
-            temporary.unlink(missing_ok=True)
-            _write(temporary, architecture.name, saved, tensors, entries, FILE_TYPES[dtype])
-            os.replace(temporary, file)
-            fsync(file.parent)
+            with new_file(file) as temporary:
+                check_room(temporary.parent, file, needed)
+                _write(temporary, architecture.name, saved, tensors, entries, FILE_TYPES[dtype])
         except OSError as error:
             raise RunFailed(f"{file}: cannot be written: {error.strerror or error}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
         return GGUFExport(saved.checkpoint.path, saved.checkpoint.step, architecture.name, needed)
 
 
@@ -181,7 +118,6 @@ def _write(
             writer.write_tensor_data(_stored(reader.read(tensor), tensor))
     finally:
         writer.close()
-    fsync(path)
 
 
 def _stored(values: Tensor, tensor: WrittenTensor) -> "np.ndarray[Any, Any]":

@@ -33,10 +33,9 @@ A Mixture-of-Experts language model of {total} parameters, {active} of them acti
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 place = "."  # this directory, or its name on the hub
-tokenizer = AutoTokenizer.from_pretrained(place)
+tokenizer = AutoTokenizer.from_pretrained(place{remote})
 model = AutoModelForCausalLM.from_pretrained(place{remote})
-ids = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
+{asking}
 ```
 
 {architecture} The weights are in {dtype}. The context is {context} tokens.
@@ -60,6 +59,15 @@ MODEL_ALONE = (
     "`config.toml` has the model for `p828 train`; its other settings are p828's defaults, and not how it was trained."
 )
 
+CONTINUING = """\
+ids = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))"""
+ANSWERING = """\
+messages = [{"role": "user", "content": "Who are you?"}]
+ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**ids, max_new_tokens=200)[0, ids["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+
 
 def model_card(
     config: Config,
@@ -69,12 +77,14 @@ def model_card(
     curve: Sequence[dict[str, Any]],
     architecture: Architecture,
     dtype: str,
+    answers: bool = False,
 ) -> str:
     """Markdown with the hub's metadata before it.
 
     Args:
         progress, seconds, versions: of the checkpoint.
         curve: records with a loss, as `curve_of` finds them.
+        answers: whether it is shown how to ask the model rather than how to have a text continued.
     """
     parameters = count_parameters(config.model)
     its_code = "the code beside the weights, which `trust_remote_code=True` lets run"
@@ -83,6 +93,7 @@ def model_card(
         total=_short(parameters.total),
         active=_short(parameters.active),
         origin=_origin(config, progress),
+        asking=ANSWERING if answers else CONTINUING,
         remote="" if architecture is not OWN else ", trust_remote_code=True",
         architecture=f"It is loaded as `{architecture.model_type}`, "
         + ("an architecture of transformers." if architecture is not OWN else f"by {its_code}."),

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from p828.config.values import shown
-from p828.errors import DataError
+from p828.errors import DataError, reason
 from p828.files import MEBIBYTE, open_regular, read_limited
 from p828.runs.tensors import LONGEST_CAUSE, Kind
 
@@ -80,8 +80,7 @@ class StoredTensors:
         try:
             yield
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            cause = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise DataError(f"{self.directory / what}: cannot be read: {str(cause)[:LONGEST_CAUSE]}") from None
+            raise DataError(f"{self.directory / what}: cannot be read: {reason(error)[:LONGEST_CAUSE]}") from None
 
 
 def _listed(directory: Path) -> dict[str, str]:
@@ -105,5 +104,5 @@ def _listed(directory: Path) -> dict[str, str]:
             if not isinstance(file, str) or not FILE_NAME.fullmatch(file):
                 raise ValueError(f"weight_map names {shown(file)}: a .safetensors file beside it is accepted")
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read: {str(error)[:LONGEST_CAUSE]}") from None
+        raise DataError(f"{path}: cannot be read: {reason(error)[:LONGEST_CAUSE]}") from None
     return listed

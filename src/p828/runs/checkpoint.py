@@ -14,6 +14,7 @@ A wrong size, checksum or content is damage. A file that the system fails to rea
 
 import errno
 import os
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -198,7 +199,9 @@ def resolve_with_notes(path: Path, retry: Retry = NO_RETRY) -> tuple[Path, list[
     if damage:
         raise ConfigError(f"{path} has no complete checkpoint: {damage[0]}")
     if (path / HUB_FILE).is_file():
-        raise ConfigError(f"{path} is a model in the hub's layout: p828 import {path} makes a run of it")
+        raise ConfigError(
+            f"{path} is a model in the hub's layout: p828 import {shlex.quote(str(path))} makes a run of it"
+        )
     entries = sorted(entry.name for entry in directory.iterdir())
     found = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "") if entries else "nothing"
     raise ConfigError(

@@ -22,7 +22,7 @@ from p828.errors import ConfigError
 from p828.model.transformer import Transformer
 from p828.runs.checkpoint import OpenCheckpoint
 from p828.runs.file_names import STATE_FILE
-from p828.runs.tensors import DamagedCheckpoint, Kind
+from p828.runs.tensors import DamagedCheckpoint, Kind, part_of
 from p828.runs.train_state import TrainState, with_current_names
 
 MOST = 2**63 - 1  # of a whole number
@@ -31,6 +31,11 @@ FIRST_FIELDS = {  # of the progress, in every checkpoint of this format; later o
     "step", "tokens", "loss", "validation_loss", "best_loss", "best_step", "evaluations_since_best",
     "non_finite_steps", "source_tokens", "documents", "cut_documents",
 }  # fmt: skip
+
+
+def is_weights_only(saved: OpenCheckpoint) -> bool:
+    """Whether it is of a model that was imported: a run's own has an optimizer's state, too."""
+    return not any(part_of(file) == "optimizer" for file in saved.files)
 
 
 def config_of(saved: OpenCheckpoint) -> Config:

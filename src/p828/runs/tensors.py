@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from p828.config.values import shown
-from p828.errors import DataError
+from p828.errors import DataError, reason
 from p828.kernels.adamw import join_float32
 
 ENDING = ".safetensors"
@@ -310,7 +310,9 @@ class Tensors:
         try:
             yield
         except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
-            raise DamagedCheckpoint(f"{self.directory}: {what} cannot be read: {str(error)[:LONGEST_CAUSE]}") from None
+            raise DamagedCheckpoint(
+                f"{self.directory}: {what} cannot be read: {reason(error)[:LONGEST_CAUSE]}"
+            ) from None
 
     @staticmethod
     def _piece(place: _Place, name: str, begin: int, end: int) -> Tensor:

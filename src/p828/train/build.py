@@ -246,7 +246,8 @@ def _run(
             changes = [*run.changes, *lines]
     with ranks.raise_together():
         loader.start()
-        if ranks.is_first:
+        # Without a step to come no checkpoint would have the changes, and the file would not be its settings.
+        if ranks.is_first and not (run.changes and trainer.is_done()):
             run.write(config)
     ranks.on_rank_0(lambda: _introduce(inputs, trainer, settings, outputs.mirror))
     about_data = [*template_lines(config.data, tokenizer), *held_out_lines(config.data, inputs.rules), *newer]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import tomli_w
 
 from p828.config import Config, facts_by_key, facts_of, load, with_vocabulary
 from p828.config.facts import Facts
+from p828.config.files import refuse_exported
 from p828.config.values import flatten, to_dict
 from p828.data.order import at_step
 from p828.data.retry import Retry
@@ -26,7 +28,7 @@ from p828.errors import ConfigError, P828Error, warn
 from p828.files import MEBIBYTE, locked, read_limited, write_atomic
 from p828.optim.schedule import learning_rate
 from p828.runs import checkpoint, file_names, records
-from p828.runs.checkpoint_content import config_of, reading_position, seconds_of
+from p828.runs.checkpoint_content import config_of, is_weights_only, reading_position, seconds_of
 from p828.runs.file_names import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -37,7 +39,6 @@ from p828.runs.file_names import (
     WANDB_ID_FILE,
 )
 from p828.runs.file_system import try_out
-from p828.runs.tensors import part_of
 from p828.runs.train_state import TrainState
 from p828.train.checkpointing import Checkpointing
 
@@ -120,6 +121,7 @@ def open_run(config: Config, ranks: ProcessGroup) -> Iterator[RunDirectory]:
 def _opened(config: Config, stack: contextlib.ExitStack) -> RunDirectory:
     """The directory, made and locked until the stack is closed. What was made is removed again if it is refused."""
     run_dir, made = config.run_dir, list[Path]()
+    refuse_exported(run_dir)  # before a lock is written there
     is_ours = True
     try:
         _make(run_dir, made)
@@ -257,10 +259,11 @@ def _before(config: Config, newest: Path | None, retry: Retry) -> dict[str, Any]
 
 def _refuse_weights_only(saved: checkpoint.OpenCheckpoint, run_dir: Path) -> None:
     """An imported model can be started from and not gone on with. Raises ConfigError for one."""
-    if not any(part_of(file) == "optimizer" for file in saved.files):
+    if is_weights_only(saved):
+        word = shlex.quote(str(run_dir))
         raise ConfigError(
-            f"{run_dir} holds weights only, without an optimizer's state to go on with; a new run starts from them: "
-            f"p828 train {run_dir} --name NEW --train.init-from {run_dir}"
+            f"{saved.path} holds weights only, without an optimizer's state to go on with; a new run starts from them: "
+            f"p828 train {word} --name NEW --train.init-from {word}"
         )
 
 

@@ -1,5 +1,6 @@
 """Chat templates against transformers' `apply_chat_template`: the text, the tokens, and which are the assistant's."""
 
+import os
 import re
 from datetime import datetime
 from pathlib import Path
@@ -216,6 +217,14 @@ def test_settings_that_are_none_are_refused_in_a_line(tmp_path: Path, content: s
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(ConfigError, match=rf"tokenizer_config\.json: .*{said}"):
         read_template(tmp_path, ["</s>"], "</s>")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "tokenizer.json"])
+def test_what_the_system_says_of_a_file_ends_the_line(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    read = Tokenizer.from_file if name == "tokenizer.json" else lambda path, eos: read_template(path.parent, [eos], eos)
+    with pytest.raises(ConfigError, match=rf"/{name}: cannot be read[a-z. ]*: not a regular file$"):
+        read(tmp_path / name, "</s>")
 
 
 def test_a_saved_template_is_read_again_and_by_transformers(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from p828.data.text.compression import COMPRESSIONS, DAMAGE, lines, pieces, unpa
 from p828.data.text.conversation import conversation_of
 from p828.data.text.shard import BadRecord
 from p828.data.tokenizer.chat_template import ChatTemplate
-from p828.errors import ConfigError, DataError, TransientReadError
+from p828.errors import ConfigError, DataError, TransientReadError, reason
 from p828.files import open_regular
 from p828.system.slow_count import SlowCount
 
@@ -67,7 +67,7 @@ class PythonShard:
         except UnicodeDecodeError:
             yield ""
         except OSError as error:
-            raise TransientReadError(f"{self.root / self.name}: cannot be read: {error}") from None
+            raise TransientReadError(f"{self.root / self.name}: cannot be read: {reason(error)}") from None
 
 
 @dataclass
@@ -157,7 +157,7 @@ class FileShard:
 
     def _unreadable(self, error: Exception) -> DataError | TransientReadError:
         kind = TransientReadError if _may_pass(error) else DataError
-        return kind(f"{self.name}: cannot be read: {error}")
+        return kind(f"{self.name}: cannot be read: {reason(error)}")
 
     def _text(self, record: bytes | None, number: int) -> str:
         assert record is not None

@@ -13,7 +13,7 @@ from p828.data.text.files import LARGEST_DOCUMENT, file_identity, text_of
 from p828.data.text.shard import BadRecord
 from p828.data.tokenizer.chat_template import ChatTemplate
 from p828.data.tokenizer.tokenizer_config import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
-from p828.errors import ConfigError, DataError, TransientReadError
+from p828.errors import ConfigError, DataError, TransientReadError, reason
 
 CONNECT_SECONDS = 10.0
 EMPTY_SHARD = "BatchSize must be greater than 0"  # what pyarrow says of a .parquet file without rows
@@ -47,7 +47,7 @@ class HubShard:
             files = [file_identity(path, with_contents) for path in self.paths]
             return " ".join([f"{self.index + 1} of {self.num_shards}", *files])
         except OSError as error:
-            raise TransientReadError(f"{self.name}: cannot be read: {error}") from None
+            raise TransientReadError(f"{self.name}: cannot be read: {reason(error)}") from None
 
     def prefix(self, records: int) -> str:
         return ""

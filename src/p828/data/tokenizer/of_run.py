@@ -66,11 +66,16 @@ def load_tokenizer(
 
 
 def remarks(config: TokenizerConfig, tokenizer: Tokenizer, documents: Iterable[str]) -> list[str]:
-    """What a user should know of a tokenizer that is taken over, a line each; the first of the documents are read.
+    """What a user should know of a new run's tokenizer, a line each.
 
-    Raises DataError when it fails on them. There are none of one that was trained here.
+    The first of the documents are read for one that is taken over. Raises DataError when it fails on them.
     """
     lines = []
+    if config.name == "train" and tokenizer.vocab_size < config.vocab_size:
+        lines.append(
+            f"tokenizer.vocab_size = {config.vocab_size:,}: the tokenizer has {tokenizer.vocab_size:,} tokens, as "
+            "there is nothing left to join in the text that it was trained on"
+        )
     if tokenizer.dropout:
         lines.append(
             f"tokenizer.name = {config.name}: its BPE dropout of {tokenizer.dropout:g} is switched off, so that equal "

@@ -21,7 +21,7 @@ from p828.data.tokenizer.special_tokens import BYTE_TOKEN, keep_out_of_text, set
 from p828.data.tokenizer.tokenizer_config import read_template
 from p828.data.tokenizer.trial import LONGEST_CAUSE, SAMPLES, try_out
 from p828.data.tokenizer.windows import encode_in_windows
-from p828.errors import ConfigError, DataError, P828Error
+from p828.errors import ConfigError, DataError, P828Error, reason
 from p828.files import MEBIBYTE, read_limited, write_atomic
 
 LARGEST_FILE = 256 * MEBIBYTE  # ten times the largest that is in use
@@ -275,7 +275,7 @@ class Tokenizer:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, self.to_json())
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be written: {error}") from error
+            raise ConfigError(f"{path}: cannot be written: {reason(error)}") from error
 
     def fingerprint(self) -> str:
         """SHA-256 of the serialised tokenizer, in hexadecimal."""
@@ -292,7 +292,7 @@ def _read(path: Path) -> str:
     try:
         return read_limited(path, LARGEST_FILE).decode("utf-8")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as a tokenizer.json: {error}") from None
+        raise ConfigError(f"{path}: cannot be read as a tokenizer.json: {reason(error)}") from None
 
 
 def _check_ids(text: str, where: str) -> None:

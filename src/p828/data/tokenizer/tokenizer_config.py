@@ -8,7 +8,7 @@ from typing import Any
 from p828.config import TokenizerConfig
 from p828.data.tokenizer import template_trial
 from p828.data.tokenizer.chat_template import BUILT_IN, MARKER, ChatTemplate, built_in
-from p828.errors import ConfigError, did_you_mean
+from p828.errors import ConfigError, did_you_mean, reason
 from p828.files import MEBIBYTE, read_limited, write_atomic
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -86,7 +86,7 @@ def save_template(directory: Path, template: ChatTemplate) -> None:
     try:
         write_atomic(path, config_json(template))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error}") from error
+        raise ConfigError(f"{path}: cannot be written: {reason(error)}") from error
 
 
 def _given(name: str, eos_token: str, special_tokens: Sequence[str], variables: dict[str, str]) -> ChatTemplate:
@@ -112,7 +112,7 @@ def _read_text(path: Path, most: int) -> str:
     try:
         return read_limited(path, most).decode("utf-8")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as a chat template: {error}") from None
+        raise ConfigError(f"{path}: cannot be read as a chat template: {reason(error)}") from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(read_limited(path, LARGEST_CONFIG))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(f"{path}: cannot be read: {reason(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a JSON object is accepted, not {type(values).__name__}")
     return values

@@ -11,7 +11,7 @@ from typing import Any
 from p828.config import Config
 from p828.config.files import PRESETS, merged
 from p828.config.values import flatten
-from p828.errors import ConfigError, did_you_mean
+from p828.errors import ConfigError, did_you_mean, reason
 from p828.files import MEBIBYTE, read_limited
 
 LARGEST_FILE = MEBIBYTE
@@ -126,7 +126,7 @@ def read_strictly(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(f"{path}: cannot be read as JSON: nested too deeply") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+        raise ConfigError(f"{path}: cannot be read as JSON: {reason(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {_shown(values)}; an object with DeepSpeed's keys is accepted")
     return values

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from p828.errors import DataError, NotFinite
-from p828.inference.tasks.bootstrap import mean_interval
+from p828.inference.tasks.interval import fraction_interval
 from p828.inference.tasks.task_model import TaskModel
 
 NAMES = ("cloze_english", "cloze_python")
@@ -35,7 +35,7 @@ class ClozeResult:
     """Fraction of the items whose right ending is the likeliest, by log-likelihood per byte."""
     accuracy_low: float
     accuracy_high: float
-    """Ends of the accuracy's 95% bootstrap interval over items."""
+    """Ends of the accuracy's 95% interval over items: bootstrap, or Wilson's where all are right, or none is."""
     margin: float
     """Mean over items of how much likelier the right ending is than the likeliest wrong one, in nats per byte."""
     items: int
@@ -75,6 +75,6 @@ def measure(name: str, model: TaskModel, limit: int | None = None) -> ClozeResul
     wrong_NE = per_byte_NE.copy()
     wrong_NE[item_N, answer_N] = -np.inf
     margin_N = right_N - wrong_NE.max(axis=1)
-    is_right_N = (margin_N > 0).astype(np.float64)
-    low, high = mean_interval(is_right_N)
+    is_right_N = margin_N > 0
+    low, high = fraction_interval(is_right_N.tolist())
     return ClozeResult(float(is_right_N.mean()), low, high, float(margin_N.mean()), len(items))

@@ -5,6 +5,7 @@ import difflib
 import io
 import os
 import random
+import re
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ BOOTSTRAP_ITERATIONS = 1000  # for standard errors of the few metrics that have 
 FROM_HUB = "Tasks' data come from the Hugging Face hub, or with HF_HUB_OFFLINE=1 from its cache"
 LONGEST_CAUSE = 300  # characters
 NEAR_NAMES = 5
+NEAR_TO_OWN = 0.8  # by difflib; the nearest names of lm-eval, toksuite_english and code2text_python, are at 0.7
+TASK_NAME = re.compile(r"[\w.()-]+", re.ASCII)  # of lm-eval's
 
 
 class TasksFailed(RunFailed):
@@ -87,6 +90,8 @@ def open_tasks(names: Sequence[str], directory: str = "", is_quiet: bool = False
         raise ConfigError(f"tasks: {names[0]!r}: {own} lm-eval, which has others, is not installed: {INSTALL}")
     if directory and not Path(directory).is_dir():
         raise ConfigError(f"tasks_path = {directory!r}: no such directory")
+    if not directory:
+        _check_names(names)
     with _set_apart(is_quiet), _answered(f"tasks {', '.join(names)}: cannot be read"):
         manager = _manager(names, directory)
         for name in names:
@@ -96,6 +101,14 @@ def open_tasks(names: Sequence[str], directory: str = "", is_quiet: bool = False
         found = manager.load(list(names))
         _check_supported(found["tasks"])
     return LmEvalTasks(found, is_quiet)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raises ConfigError for names that lm-eval does not have, before its index is built, which takes many seconds."""
+    for name in names:
+        is_near_own = difflib.get_close_matches(name, cloze.NAMES, n=1, cutoff=NEAR_TO_OWN)
+        if is_near_own or not TASK_NAME.fullmatch(name):
+            raise ConfigError(unknown_task(name, cloze.NAMES, directory=""))
 
 
 def _manager(names: Sequence[str], directory: str) -> Any:

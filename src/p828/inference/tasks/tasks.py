@@ -40,7 +40,7 @@ def open_all(names: Sequence[str], directory: str = "", is_quiet: bool = False) 
         raise ConfigError(f"tasks: {twice[0]} is given twice")
     others = [name for name in names if name not in cloze.NAMES]
     if directory and not others:
-        raise ConfigError(f"tasks_path = {directory!r}: accepted with a task of it; {', '.join(names)} need none")
+        raise ConfigError(f"tasks_path = {directory!r}: accepted with a task of it; p828's own tasks need none")
     return Tasks(
         tuple(name for name in names if name in cloze.NAMES),
         open_tasks(others, directory, is_quiet) if others else None,
@@ -53,7 +53,7 @@ def shown_metrics(metrics: Mapping[str, float]) -> str:
         interval = f"{metrics['accuracy_low']:.3f} to {metrics['accuracy_high']:.3f}"
         return (
             f"accuracy {metrics['accuracy']:.3f} (95% interval {interval}; guessing {cloze.GUESSING}), "
-            f"margin {metrics['margin']:+.4f} nats per byte, {metrics['items']:,} items"
+            f"margin {metrics['margin']:+.4f} nats per byte, {_items(metrics['items'])}"
         )
     shown = []
     for name, value in metrics.items():
@@ -62,7 +62,11 @@ def shown_metrics(metrics: Mapping[str, float]) -> str:
         if name not in ("items", "num_fewshot") and not metric.endswith("_stderr"):
             shown.append(f"{name} {value:.4g}" + (f" ± {error:.2g}" if math.isfinite(error) else ""))
     if "items" in metrics:
-        shown.append(f"{metrics['items']:,} items")
+        shown.append(_items(metrics["items"]))
     if "num_fewshot" in metrics:
         shown.append(f"{metrics['num_fewshot']}-shot")
     return ", ".join(shown)
+
+
+def _items(count: float) -> str:
+    return "1 item" if count == 1 else f"{count:,} items"

@@ -69,6 +69,8 @@ def report_start(
     lines = [*run.damaged, *changes]
     if run.newest is not None:
         lines += [f"resumed from step {step}", *_nothing_left(trainer)]
+    if run.changes and trainer.is_done():
+        lines.append("config.toml and the checkpoint keep their settings, as no step follows with the changed ones")
     for line in lines:
         log.event("resume", step, line)
     read = [data for data in config.data.sources if not data.prepared]
