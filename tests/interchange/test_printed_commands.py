@@ -35,7 +35,7 @@ def test_paths_are_quoted(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert dispatch(["import", ODD, "--name", "a b"]) == 0
     out = capsys.readouterr().out
     assert words(out, "try it") == ["p828", "generate", "runs/a b", "--prompt", "TEXT", "--chat"]
-    started = ["p828", "train", "runs/a b", "--name", "NEW", "--train.init-from", "runs/a b"]
+    started = ["p828", "train", "runs/a b", "--name", "NEW", "--train.init-from", "runs/a b", "--data.files", "FILE"]
     assert words(out, "train it on") == started
     assert dispatch(["train", "runs/a b"]) == 2
     assert words(capsys.readouterr().err, "starts from them: ") == started[:7]
