@@ -1,8 +1,10 @@
 """What all tests share."""
 
+import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +19,22 @@ hypothesis.settings.load_profile("p828")
 
 # The products here are too small to share between threads, and pytest-xdist has a process for every core.
 torch.set_num_threads(1)
+
+
+REMOTE_CODE = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """transformers would copy the code of the exports that tests load into the user's cache, and run it from there.
+
+    It reads the variable when it is imported, which test modules do before any fixture runs.
+    """
+    config.stash[REMOTE_CODE] = tempfile.TemporaryDirectory(prefix="remote_code_")
+    os.environ["HF_MODULES_CACHE"] = config.stash[REMOTE_CODE].name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[REMOTE_CODE].cleanup()
 
 
 @pytest.fixture(scope="session", autouse=True)
