@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from oracles import FLOAT32, FLOAT64, assert_near, leaves, naive_activation, naive_experts
+from p828.model.costs import projected_width
 from p828.model.experts import (
     Experts,
     PermuteTokens,
@@ -14,7 +15,6 @@ from p828.model.experts import (
     TokenPermutation,
     UnpermuteTokens,
     activate,
-    projected_width,
     sort_by_expert,
 )
 from tiny import tiny_config

@@ -18,11 +18,12 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError, RunFailed
 from p828.files import new_file
 from p828.inference.load import SavedModel, opened_model
-from p828.interchange.architectures.architecture import STACKED, Piece, projected_width
+from p828.interchange.architectures.architecture import STACKED, Piece
 from p828.interchange.architectures.llama_cpp import LlamaCppArchitecture, architecture_of
 from p828.interchange.export import check_room
 from p828.interchange.gguf_vocabulary import Vocabulary, vocabulary
 from p828.interchange.weights import WeightsReader, WrittenTensor, written_tensors
+from p828.model.costs import projected_width
 
 SUFFIX = ".gguf"
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -81,7 +82,7 @@ def _pieces(names: Any, architecture: str, ours: str, config: ModelConfig) -> li
     if last == "e_score_correction_bias":
         return [Piece(f"{names.get_name(f'{module}.e_score_correction')}.bias", ())]
     if STACKED.fullmatch(ours) and last == "gate_up_proj":
-        width = projected_width(config)
+        width = projected_width(config.hidden_act, config.moe_intermediate_size)
         halves = (("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width)))
         return [
             Piece(f"{names.get_name(f'{module}.{projection}')}.weight", (slice(None), half))

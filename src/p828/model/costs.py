@@ -105,6 +105,11 @@ def _projections(model: ModelConfig) -> int:
     return 2 * model.hidden_size * heads * model.head_dim
 
 
+def projected_width(hidden_act: str, inner: int) -> int:
+    """Width P of gate_proj and up_proj for an inner width I."""
+    return 2 * inner if hidden_act == "swiglu_of_product" else inner
+
+
 def _expert(model: ModelConfig) -> int:
-    projected = 2 if model.hidden_act == "swiglu_of_product" else 1
-    return (2 * projected + 1) * model.hidden_size * model.moe_intermediate_size
+    inner = model.moe_intermediate_size
+    return (2 * projected_width(model.hidden_act, inner) + inner) * model.hidden_size

@@ -15,6 +15,7 @@ from p828.kernels.moe.ops import align_to_blocks, routed_experts
 from p828.kernels.moe.swiglu_down import swiglu_down
 from p828.kernels.moe.tiles import TILE
 from p828.model.backend import ExpertsBackend, experts_backend
+from p828.model.costs import projected_width
 from p828.model.linear import Linear
 
 
@@ -94,11 +95,6 @@ class SharedExperts(nn.Module):
             return swiglu_down(gate_TP, up_TP, self.down_proj.weight.to(x_TH.dtype))
         inner_TI = activate(self.hidden_act, gate_TP, up_TP)
         return self.down_proj(F.dropout(inner_TI, self.dropout, self.training))
-
-
-def projected_width(hidden_act: str, inner: int) -> int:
-    """Width P of gate_proj and up_proj for an inner width I."""
-    return 2 * inner if hidden_act == "swiglu_of_product" else inner
 
 
 def activate(hidden_act: str, gate_P: Tensor, up_P: Tensor) -> Tensor:

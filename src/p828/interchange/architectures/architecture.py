@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from p828.config import ModelConfig
+from p828.model.costs import projected_width
 
 STACKED = re.compile(r"(?P<mlp>.*\.mlp)\.experts\.(?P<projection>gate_up_proj|down_proj)")
 Place = tuple[int | slice, ...]
@@ -48,18 +49,13 @@ def pieces(name: str, config: ModelConfig) -> list[Piece]:
     experts = f"{stacked['mlp']}.experts"
     if stacked["projection"] == "down_proj":
         return [Piece(f"{experts}.{expert}.down_proj.weight", (expert,)) for expert in range(config.n_routed_experts)]
-    width = projected_width(config)
+    width = projected_width(config.hidden_act, config.moe_intermediate_size)
     halves = (("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width)))
     return [
         Piece(f"{experts}.{expert}.{projection}.weight", (expert, half))
         for expert in range(config.n_routed_experts)
         for projection, half in halves
     ]
-
-
-def projected_width(config: ModelConfig) -> int:
-    """Rows of an expert's gate_proj, and of its up_proj."""
-    return config.moe_intermediate_size * (2 if config.hidden_act == "swiglu_of_product" else 1)
 
 
 def rope_parameters(config: ModelConfig) -> dict[str, Any]:
