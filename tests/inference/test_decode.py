@@ -5,7 +5,8 @@ import torch
 from taught_text import TAUGHT
 
 from p828.data.tokenizer.tokenizer import Tokenizer
-from p828.inference.decode import Continuation, FinishReason, decode
+from p828.inference.decode.continuations import Continuation, decode
+from p828.inference.decode.sequence import FinishReason
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer

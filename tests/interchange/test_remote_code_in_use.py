@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, StaticCache
 
 from oracles import BFLOAT16, assert_near
-from p828.inference.decode import decode
+from p828.inference.decode.continuations import decode
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
 from tiny import tiny_model

@@ -8,7 +8,8 @@ import torch
 
 from p828.data.tokenizer.tokenizer import CUT_CHARACTER, Tokenizer
 from p828.errors import ConfigError
-from p828.inference.decode import FinishReason, decode
+from p828.inference.decode.continuations import decode
+from p828.inference.decode.sequence import FinishReason
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
 

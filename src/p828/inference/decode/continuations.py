@@ -4,18 +4,18 @@ B counts the prompts still running, S the tokens of the longest prompt, V the mo
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from p828.errors import NotFinite
+from p828.inference.decode.sequence import FinishReason
 from p828.inference.evaluate import evaluation_mode, uncompiled
 from p828.inference.sampling import SamplingConfig, sample
 from p828.model.kv_cache import KVCache
 from p828.model.transformer import Transformer
 
-FinishReason = Literal["end", "stop", "length", "context"]
 OnToken = Callable[[int, int, FinishReason | None], bool]
 
 

@@ -1,0 +1,1 @@
+"""Continue token ids in slots of one cache."""
