@@ -22,7 +22,7 @@ CPU = Place(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("choices", [None, 1, 3])
-@pytest.mark.parametrize(("tokens", "hidden", "width"), [(1, 96, 50), (3, 1032, 33), (5, 96, 50), (33, 264, 70)])
+@pytest.mark.parametrize("tokens, hidden, width", [(1, 96, 50), (3, 1032, 33), (5, 96, 50), (33, 264, 70)])
 def test_linear(tokens: int, hidden: int, width: int, choices: int | None) -> None:
     for actual, expected in linear_case(CPU, tokens, hidden, width, choices):
         assert_near(actual, expected, FLOAT32)
