@@ -177,10 +177,9 @@ def attention(
     splits = triton.next_power_of_2(splits)
     columns, joined_heads = max(triton.next_power_of_2(head_dim), 16), triton.next_power_of_2(sharing)
     step = min(max(ELEMENTS // (joined_heads * columns), 1), splits)
-    float32 = {"dtype": torch.float32, "device": qkv_TXD.device}
-    split_values = torch.empty(tokens, groups, splits, sharing, head_dim, **float32)
-    split_bounds = torch.empty(tokens, groups, splits, sharing, 2, **float32)
-    out_TX = torch.empty(tokens, heads * head_dim, dtype=qkv_TXD.dtype, device=qkv_TXD.device)
+    split_values = qkv_TXD.new_empty(tokens, groups, splits, sharing, head_dim, dtype=torch.float32)
+    split_bounds = qkv_TXD.new_empty(tokens, groups, splits, sharing, 2, dtype=torch.float32)
+    out_TX = qkv_TXD.new_empty(tokens, heads * head_dim)
     attend[(splits, groups, tokens)](
         qkv_TXD, keys_SGCD, values_SGCD, slots_T, positions_T, frequencies, q_norm_D, k_norm_D, sinks_N, out_TX,
         split_values, split_bounds, arrivals_TG, factor, eps, length, groups, sharing, head_dim,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 ALLOWED = True
+PROCESSORS = 132  # of an H100
 
 
 @triton.jit
@@ -30,3 +31,14 @@ def launch_options(device: torch.device, warps: int, stages: int = 1) -> dict[st
         return {"PDL": False}
     dependent = ALLOWED and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": dependent, "launch_pdl": dependent, "num_warps": warps, "num_stages": stages}
+
+
+def rows_of_program(elements: int, columns: int, rows: int, others: int = 1) -> int:
+    """Rows of a matrix that a program holds: `elements` numbers, fewer where that leaves processors idle.
+
+    `columns` and the result are powers of 2; `others` programs take the same rows.
+    """
+    fitting = max(elements // columns, 1)
+    while fitting > 1 and triton.cdiv(rows, fitting) * others < PROCESSORS:
+        fitting //= 2
+    return fitting

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch_options, rows_of_program, wait_for_earlier_kernels
 from p828.kernels.decode.residual_triton import add_norm, load_total, normalise
 
 VECTOR_TOKENS = 4
@@ -35,10 +35,8 @@ def linear_vector(
     for token in range(T):
         value = load_total(x, parts, token, H, column, J)
         if norm_weight is not None:
-            if J > 0:
-                if first == 0:
-                    at = total + token * H + column
-                    tl.store(at, value.to(total.dtype.element_ty), mask=column < H)
+            if (J > 0) & (first == 0):
+                tl.store(total + token * H + column, value.to(total.dtype.element_ty), mask=column < H)
             value = normalise(value, gain, eps, H, x.dtype.element_ty)
         product = tl.sum(tile.to(tl.float32) * value[None, :], 1)
         at = out + token * V + first + row
@@ -96,7 +94,7 @@ def _vector(
     out_TV = torch.empty(tokens, width, dtype=out_dtype, device=x_TH.device)
     total_TH = x_TH if parts_TJH is None else torch.empty_like(x_TH)
     columns = triton.next_power_of_2(hidden)
-    rows = max(VECTOR["elements"] // columns, 1)
+    rows = rows_of_program(VECTOR["elements"], columns, width)
     linear_vector[(triton.cdiv(width, rows),)](
         x_TH, parts_TJH, norm_weight_H, weight_VH, out_TV, total_TH, eps, tokens, hidden, width,
         0 if parts_TJH is None else parts_TJH.shape[1], rows, columns,
