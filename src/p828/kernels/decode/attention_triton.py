@@ -5,12 +5,14 @@ The cached keys of a (sequence, key head) are split among programs; the last of 
 captured launch serves every length. The new key and value never pass through memory: the last split begins with them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch_options, prefetch, wait_for_earlier_kernels
 
 KEYS = 64  # of a step of a program
 WARPS = 4
@@ -20,18 +22,24 @@ ELEMENTS = 8192  # of the splits' values, that the joining program holds at a ti
 
 
 @triton.jit
-def rotated(head_at, norm_weight, position, frequencies, factor, eps, d, mask, D: tl.constexpr):
+def load_rotated(head_at, gain, other_gain, cos, sin, eps, d, mask, D: tl.constexpr):
     """Heads with their norm, rotated in pairs (d, d + D/2), in float32. `d` is of the last dimension."""
-    other = (d + D // 2) % D
     value = tl.load(head_at + d, mask=mask, other=0.0).to(tl.float32)
-    partner = tl.load(head_at + other, mask=mask, other=0.0).to(tl.float32)
-    if norm_weight is not None:
+    partner = tl.load(head_at + (d + D // 2) % D, mask=mask, other=0.0).to(tl.float32)
+    if gain is not None:
         scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / D + eps)
-        value *= scale * tl.load(norm_weight + d, mask=d < D, other=0.0)
-        partner *= scale * tl.load(norm_weight + other, mask=d < D, other=0.0)
-    angle = position.to(tl.float32) * tl.load(frequencies + d % (D // 2), mask=d < D, other=0.0)
-    sign = tl.where(d < D // 2, -1.0, 1.0)
-    return value * (tl.cos(angle) * factor) + partner * (sign * tl.sin(angle) * factor)
+        value *= scale * gain
+        partner *= scale * other_gain
+    return value * cos + partner * sin
+
+
+@triton.jit
+def load_gains(norm_weight, d, D: tl.constexpr):
+    """A norm's weight at d and at d's partner, or None twice."""
+    if norm_weight is None:
+        return None, None
+    gain = tl.load(norm_weight + d, mask=d < D, other=0.0)
+    return gain, tl.load(norm_weight + (d + D // 2) % D, mask=d < D, other=0.0)
 
 
 @triton.jit
@@ -78,9 +86,13 @@ def store_output(out_at, highest, total, values, sinks_at, M: tl.constexpr, D: t
 @triton.jit
 def attend(
     qkv, keys, values, slots, positions, frequencies, q_norm, k_norm, sinks, out, split_values, split_bounds, arrivals,
+    ahead_0, ahead_1, ahead_2, size_0, size_1, size_2,
     factor, eps, C, G, M: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
     KEYS: tl.constexpr, SPLITS: tl.constexpr, JOINED_HEADS: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    prefetch(ahead_0, size_0, PDL)
+    prefetch(ahead_1, size_1, PDL)
+    prefetch(ahead_2, size_2, PDL)
     split, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, position = tl.load(slots + token).to(tl.int64), tl.load(positions + token).to(tl.int32)
     head, d, key = tl.arange(0, HEADS), tl.arange(0, COLUMNS), tl.arange(0, KEYS)
@@ -103,12 +115,16 @@ def attend(
     mask = (first * KEYS + key[:, None] < position) & (d[None, :] < D)
     tile = tl.load(key_at + first * KEYS * D, mask=mask, other=0.0)
     value_tile = tl.load(value_at + first * KEYS * D, mask=mask, other=0.0)
+    q_gain, q_other_gain = load_gains(q_norm, d[None, :], D)
+    k_gain, k_other_gain = load_gains(k_norm, d[None, :], D)
+    angle = position.to(tl.float32) * tl.load(frequencies + d % (D // 2), mask=d < D, other=0.0)[None, :]
+    cos, sin = tl.cos(angle) * factor, tl.sin(angle) * tl.where(d[None, :] < D // 2, -factor, factor)
     wait_for_earlier_kernels(PDL)
 
     dtype = qkv.dtype.element_ty
     row = qkv + token * (G * M + 2 * G) * D
     query_at = row + (group * M + head[:, None]) * D
-    query = rotated(query_at, q_norm, position, frequencies, factor, eps, d[None, :], heads_mask, D).to(dtype)
+    query = load_rotated(query_at, q_gain, q_other_gain, cos, sin, eps, d[None, :], heads_mask, D).to(dtype)
     scale = D**-0.5 * 1.4426950408889634  # the softmax is of powers of 2
     highest = tl.full((HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
@@ -116,7 +132,7 @@ def attend(
     if split == active - 1:
         one = d[None, :] < D
         own_at = row + (G * M + group) * D
-        own_key = rotated(own_at, k_norm, position, frequencies, factor, eps, d[None, :], one, D)
+        own_key = load_rotated(own_at, k_gain, k_other_gain, cos, sin, eps, d[None, :], one, D)
         own_key = own_key.to(keys.dtype.element_ty)
         own_value = tl.load(row + (G * M + G + group) * D + d[None, :], mask=one, other=0.0)
         own_value = own_value.to(values.dtype.element_ty)
@@ -167,7 +183,7 @@ def attend(
 def attention(
     qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
-    eps: float, arrivals_TG: Tensor,
+    eps: float, arrivals_TG: Tensor, ahead: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
     tokens, all_heads, head_dim = qkv_TXD.shape
     groups, length = keys_SGCD.shape[1:3]
@@ -180,9 +196,11 @@ def attention(
     split_values = qkv_TXD.new_empty(tokens, groups, splits, sharing, head_dim, dtype=torch.float32)
     split_bounds = qkv_TXD.new_empty(tokens, groups, splits, sharing, 2, dtype=torch.float32)
     out_TX = qkv_TXD.new_empty(tokens, heads * head_dim)
+    aheads = [*ahead, None, None, None][:3]
+    sizes = [0 if x is None else x.nbytes for x in aheads]
     attend[(splits, groups, tokens)](
         qkv_TXD, keys_SGCD, values_SGCD, slots_T, positions_T, frequencies, q_norm_D, k_norm_D, sinks_N, out_TX,
-        split_values, split_bounds, arrivals_TG, factor, eps, length, groups, sharing, head_dim,
+        split_values, split_bounds, arrivals_TG, *aheads, *sizes, factor, eps, length, groups, sharing, head_dim,
         max(joined_heads, 16), columns, KEYS, splits, joined_heads, step, **launch_options(qkv_TXD.device, WARPS),
     )  # fmt: skip
     return out_TX

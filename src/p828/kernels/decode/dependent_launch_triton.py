@@ -25,6 +25,23 @@ def wait_for_earlier_kernels(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def prefetch(at, size, PDL: tl.constexpr):
+    """Has the L2 cache read `size` bytes of weights, a share by every program of the grid. They begin at 16 bytes."""
+    if PDL:  # noqa: SIM102 Triton would compile both sides of an `and`
+        if at is not None:
+            program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
+            programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+            for first in range(program * 131072, size, programs * 131072):
+                offset = first + tl.arange(0, 128) * 1024
+                tl.inline_asm_elementwise(
+                    "{ .reg .pred inside; setp.ne.s32 inside, $2, 0;"
+                    " @inside cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0; }",
+                    "=r,l,r", [at.to(tl.int64) + offset, (offset + 1024 <= size).to(tl.int32)],
+                    dtype=tl.int32, is_pure=False, pack=1,
+                )  # fmt: skip
+
+
 def launch_options(device: torch.device, warps: int, stages: int = 1) -> dict[str, Any]:
     """The keyword arguments of a launch; `PDL` is the kernels' own."""
     if device.type != "cuda":

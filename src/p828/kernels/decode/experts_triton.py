@@ -48,7 +48,8 @@ def gate_up_of_pair(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """inner = act(gate x, up x) for some rows of one pair."""
-    choice, token = tl.program_id(1), tl.program_id(2)
+    # Shared experts first: their weights are loaded while the kernel in front still chooses the others.
+    choice, token = (tl.program_id(1) + K) % J, tl.program_id(2)
     expert = E + choice - K
     if choice < K:
         wait_for_earlier_kernels(PDL)
