@@ -22,11 +22,11 @@ ELEMENTS = 8192  # of the splits' values, that the joining program holds at a ti
 
 
 @triton.jit
-def load_rotated(head_at, gain, other_gain, cos, sin, eps, d, mask, D: tl.constexpr):
+def load_rotated(head_at, norm_weight, gain, other_gain, cos, sin, eps, d, mask, D: tl.constexpr):
     """Heads with their norm, rotated in pairs (d, d + D/2), in float32. `d` is of the last dimension."""
     value = tl.load(head_at + d, mask=mask, other=0.0).to(tl.float32)
     partner = tl.load(head_at + (d + D // 2) % D, mask=mask, other=0.0).to(tl.float32)
-    if gain is not None:
+    if norm_weight is not None:
         scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / D + eps)
         value *= scale * gain
         partner *= scale * other_gain
@@ -35,9 +35,9 @@ def load_rotated(head_at, gain, other_gain, cos, sin, eps, d, mask, D: tl.conste
 
 @triton.jit
 def load_gains(norm_weight, d, D: tl.constexpr):
-    """A norm's weight at d and at d's partner, or None twice."""
+    """A norm's weight at d and at d's partner; without a norm, numbers that nobody reads."""
     if norm_weight is None:
-        return None, None
+        return d, d
     gain = tl.load(norm_weight + d, mask=d < D, other=0.0)
     return gain, tl.load(norm_weight + (d + D // 2) % D, mask=d < D, other=0.0)
 
@@ -192,9 +192,9 @@ def attend(
     wait_for_earlier_kernels(PDL)
 
     at = qkv + token * (G * M + 2 * G) * D
-    query = load_rotated(at + (group * M + head) * D, q_gain, q_other_gain, cos, sin, eps, d, mask, D)
+    query = load_rotated(at + (group * M + head) * D, q_norm, q_gain, q_other_gain, cos, sin, eps, d, mask, D)
     query = query.to(qkv.dtype.element_ty)
-    own_key = load_rotated(at + (G * M + group) * D, k_gain, k_other_gain, cos, sin, eps, d, d < D, D)
+    own_key = load_rotated(at + (G * M + group) * D, k_norm, k_gain, k_other_gain, cos, sin, eps, d, d < D, D)
     own_key = own_key.to(keys.dtype.element_ty)
     own_value = tl.load(at + (G * M + G + group) * D + d, mask=d < D, other=0.0).to(values.dtype.element_ty)
     is_last = split == active - 1
