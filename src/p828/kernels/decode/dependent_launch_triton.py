@@ -26,18 +26,17 @@ def wait_for_earlier_kernels(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch(at, size, PDL: tl.constexpr):
-    """Has the L2 cache read `size` bytes of weights, a share by every program of the grid. They begin at 16 bytes."""
+def prefetch(at, size, part, parts, PDL: tl.constexpr):
+    """Has the L2 cache read a part of `size` bytes of weights; only where kernels may begin early."""
     if PDL:  # noqa: SIM102 Triton would compile both sides of an `and`
         if at is not None:
-            program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
-            programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-            for first in range(program * 131072, size, programs * 131072):
+            address = at.to(tl.int64) & -16  # the instruction asks for that alignment
+            for first in range(part * 131072, size, parts * 131072):
                 offset = first + tl.arange(0, 128) * 1024
                 tl.inline_asm_elementwise(
                     "{ .reg .pred inside; setp.ne.s32 inside, $2, 0;"
                     " @inside cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0; }",
-                    "=r,l,r", [at.to(tl.int64) + offset, (offset + 1024 <= size).to(tl.int32)],
+                    "=r,l,r", [address + offset, (offset + 1024 <= size).to(tl.int32)],
                     dtype=tl.int32, is_pure=False, pack=1,
                 )  # fmt: skip
 

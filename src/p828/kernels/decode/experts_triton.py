@@ -10,7 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, rows_of_program, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import (
+    launch_options,
+    prefetch,
+    rows_of_program,
+    wait_for_earlier_kernels,
+)
 
 PAIR_TOKENS = 4
 PAIR_GATE_UP = {"elements": 8192, "warps": 4}  # weights that a program holds, gate and up together
@@ -148,8 +153,10 @@ def down_of_group(
     inner, pairs, counts, weights, routed, shared, parts, H, WIDTH, E, R,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """parts = weight · down inner for some rows of one expert and a tile of its pairs."""
-    wait_for_earlier_kernels(PDL)
+    """parts = weight · down inner for some rows of one expert and a tile of its pairs.
+
+    Lists and weights are older than the kernel in front.
+    """
     tile, expert = tl.program_id(1), tl.program_id(2)
     count = tl.load(counts + expert)
     if tile * TOKENS >= count:
@@ -159,6 +166,10 @@ def down_of_group(
     share = tl.load(weights + pair, mask=place < count, other=0.0)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weight_at = expert_weights(routed, shared, expert, E, H * WIDTH)
+    first_row = tl.program_id(0) * ROWS
+    size = tl.minimum(H - first_row, ROWS) * WIDTH * (routed.dtype.element_ty.primitive_bitwidth // 8)
+    prefetch(weight_at + first_row * WIDTH, size, 0, 1, PDL)
+    wait_for_earlier_kernels(PDL)
     inner_at = inner + pair[None, :] * WIDTH
     product = tl.zeros((ROWS, TOKENS), tl.float32)
     for first in range(0, WIDTH, COLUMNS):

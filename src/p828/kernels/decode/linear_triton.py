@@ -10,7 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, rows_of_program, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import (
+    launch_options,
+    prefetch,
+    rows_of_program,
+    wait_for_earlier_kernels,
+)
 from p828.kernels.decode.residual_triton import add_norm, load_total, normalise
 
 VECTOR_TOKENS = 4
@@ -49,6 +54,9 @@ def linear_matrix(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    first_row = tl.program_id(0) * ROWS
+    size = tl.minimum(V - first_row, ROWS) * H * (weight.dtype.element_ty.primitive_bitwidth // 8)
+    prefetch(weight + first_row.to(tl.int64) * H, size, 0, 1, PDL)
     wait_for_earlier_kernels(PDL)
     product = tl.zeros((ROWS, TOKENS), tl.float32)
     for first in range(0, H, COLUMNS):
