@@ -31,11 +31,12 @@ def embed_tokens(
 
 
 @triton.jit
-def drawn_token(logits_at, maxima, sums, highest, likeliest, temperature, uniform, V, part, BLOCK: tl.constexpr):
+def drawn_token(logits_at, maxima, sums, likeliest, temperature, uniform, V, part, BLOCK: tl.constexpr):
     """The token at which the summed probabilities first exceed the uniform number.
 
     A block's sum is of exp((logit − its maximum) / temperature).
     """
+    highest = tl.max(maxima, 0)
     sums *= tl.exp((maxima - highest) / temperature)
     through = tl.cumsum(sums, 0)
     threshold = uniform * tl.sum(sums, 0)
@@ -72,17 +73,16 @@ def choose(
     if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == BLOCKS - 1:
         tl.debug_barrier()
         part = tl.arange(0, PARTS)
-        mask, at = part < BLOCKS, row * BLOCKS + part
-        maxima = tl.load(block_maxima + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        sums = tl.load(block_sums + at, mask=mask, other=0.0, cache_modifier=".cg")
-        places = tl.load(block_places + at, mask=mask, other=0, cache_modifier=".cg")
-        highest = tl.max(maxima, 0)
+        mask, of_part = part < BLOCKS, row * BLOCKS + part
+        maxima = tl.load(block_maxima + of_part, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(block_sums + of_part, mask=mask, other=0.0, cache_modifier=".cg")
+        places = tl.load(block_places + of_part, mask=mask, other=0, cache_modifier=".cg")
         best = tl.argmax(maxima, 0)
         token = best * BLOCK + tl.sum(tl.where(part == best, places, 0), 0)
         position = tl.minimum(tl.load(position_of_slot + slot) + 1, C - 1)
         if temperature > 0:
             number = tl.load(uniform + slot * C + position)
-            token = drawn_token(logits + row * V, maxima, sums, highest, token, temperature, number, V, part, BLOCK)
+            token = drawn_token(logits + row * V, maxima, sums, token, temperature, number, V, part, BLOCK)
         token = tl.where(tl.min(places, 0) < 0, -1, token)
         tl.store(out + row, token.to(tl.int64))
         tl.store(token_of_slot + slot, tl.maximum(token, 0).to(tl.int64))
