@@ -12,6 +12,7 @@ from torch import Tensor
 
 from p828.kernels.decode.dependent_launch_triton import (
     launch_options,
+    let_next_kernel_begin,
     prefetch,
     rows_of_program,
     wait_for_earlier_kernels,
@@ -70,6 +71,7 @@ def gate_up_of_pair(
         second_gate_rows = load_rows(at, WIDTH + row, column, H, mask)
         second_up_rows = load_rows(at, P + WIDTH + row, column, H, mask)
     wait_for_earlier_kernels(PDL)
+    let_next_kernel_begin(PDL)
     value = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
     gate, up = tl.sum(gate_rows.to(tl.float32) * value, 1), tl.sum(up_rows.to(tl.float32) * value, 1)
     if OF_PRODUCT:
@@ -85,6 +87,7 @@ def down_of_pair(
     J: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """parts = weight · down inner for some rows of one pair. The choice is older than the kernel in front."""
+    let_next_kernel_begin(PDL)
     pair = tl.program_id(2) * J + tl.program_id(1)
     expert, share = tl.load(experts + pair), tl.load(weights + pair)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -100,6 +103,7 @@ def down_of_pair(
 @triton.jit
 def group_pairs(experts, pairs, counts, R, PAIRS: tl.constexpr, PDL: tl.constexpr):
     """An expert a program: the numbers of its pairs in ascending order, and how many they are."""
+    let_next_kernel_begin(PDL)
     wait_for_earlier_kernels(PDL)
     pair = tl.arange(0, PAIRS)
     expert = tl.program_id(0)
@@ -117,6 +121,7 @@ def gate_up_of_group(
 ):  # fmt: skip
     """inner = act(gate x, up x) for some rows of one expert and a tile of its pairs."""
     wait_for_earlier_kernels(PDL)
+    let_next_kernel_begin(PDL)
     tile, expert = tl.program_id(1), tl.program_id(2)
     count = tl.load(counts + expert)
     if tile * TOKENS >= count:
@@ -157,6 +162,7 @@ def down_of_group(
 
     Lists and weights are older than the kernel in front.
     """
+    let_next_kernel_begin(PDL)
     tile, expert = tl.program_id(1), tl.program_id(2)
     count = tl.load(counts + expert)
     if tile * TOKENS >= count:

@@ -13,6 +13,7 @@ from torch import Tensor
 from p828.kernels.decode.dependent_launch_triton import (
     PROCESSORS,
     launch_options,
+    let_next_kernel_begin,
     prefetch,
     rows_of_program,
     wait_for_earlier_kernels,
@@ -33,6 +34,7 @@ def linear_vector(
     x, parts, norm_weight, weight, out, total, eps, T, H, V,
     J: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_kernel_begin(PDL)
     first = tl.program_id(0) * ROWS
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -56,6 +58,7 @@ def linear_vector(
 def linear_matrix(
     x, weight, out, T, H, V, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
 ):
+    let_next_kernel_begin(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     first_row = tl.program_id(0) * ROWS

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
 
 WARPS = 4
 
@@ -33,6 +33,7 @@ def add_norm_rows(
     x, parts, norm_weight, total, normed, eps, H, J: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
 ):
     """A row a program."""
+    let_next_kernel_begin(PDL)
     column = tl.arange(0, COLUMNS)
     weight = tl.load(norm_weight + column, mask=column < H, other=0.0)
     wait_for_earlier_kernels(PDL)

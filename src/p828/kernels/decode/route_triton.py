@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
 from p828.kernels.decode.residual_triton import load_total, normalise
 
 ELEMENTS = 16384  # of the router's weight, that a program holds at a time
@@ -72,6 +72,7 @@ def route_token(
     GROUPS: tl.constexpr, KEPT: tl.constexpr, GROUP_COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_kernel_begin(PDL)
     row, column, expert = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, EXPERTS)
     inside = column[None, :] < H
     gain = tl.load(norm_weight + column, mask=column < H, other=0.0)
