@@ -19,13 +19,12 @@ from p828.inference.decode.sequence import DecodedSequence, FinishReason, NewTok
 from p828.serve.errors import Closing, DecoderFailed, QueueFull, Unanswered
 from p828.serve.limits import Limits
 from p828.serve.metrics import Metrics, Outcome
+from p828.serve.rate import RequestRate
 from p828.serve.submission import Request, Submission
 from p828.system.device import is_out_of_memory
 
 STUCK_SECONDS = 10.0
 """How long after the grace `close` waits for a step that does not end."""
-RATE_OF = 64
-"""The rate of requests is that of the last ones of this number that ended."""
 OUTCOMES: dict[FinishReason, Outcome] = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 
 Delivery = tuple[Submission, list[NewToken], Unanswered | None]
@@ -48,14 +47,16 @@ class Scheduler:
         self._lock = threading.Condition()
         """Of what follows. The thread holds it between steps only, for as long as it takes to move requests."""
         self._waiting: deque[Submission] = deque()
+        self._entering: Submission | None = None
+        """The one that is being admitted."""
         self._running: dict[DecodedSequence, Submission] = {}
         self._given_up: list[DecodedSequence] = []
         """Those in a slot that nobody wants any more."""
-        self._ends: deque[float] = deque(maxlen=RATE_OF)
-        """When the last requests left their slots, since the thread had last nothing to do."""
+        self._rate = RequestRate()
         self._finish_by: float | None = None
         """When the grace of `close` is over."""
         self._is_idle = True
+        """Whether the thread calls nothing of the decoder."""
 
     @property
     def max_length(self) -> int:
@@ -131,17 +132,19 @@ class Scheduler:
 
     def _prepare(self) -> bool:
         """Between two steps: who is given up leaves, who waits is admitted. Waits for a request; False at the end."""
-        with self._lock:
-            self._is_idle = False
-            while True:
+        while True:
+            with self._lock:
                 if self._finish_by is not None and time.monotonic() >= self._finish_by:
                     self._end(self._all(), Closing, "abort")
-                self._free_slots()
-                self._admit()
+            self._free_slots()
+            self._admit()
+            with self._lock:
                 self._measure()
                 if self._running:
                     return True
-                self._ends.clear()
+                if self._waiting or self._given_up:  # since then
+                    continue
+                self._rate.restart()
                 self._is_idle = True
                 self.check_idle()
                 if self._finish_by is not None:
@@ -150,19 +153,34 @@ class Scheduler:
                 self._is_idle = False
 
     def _free_slots(self) -> None:
-        for sequence in self._given_up:
+        with self._lock:
+            given_up, self._given_up = self._given_up, []
+        for sequence in given_up:
             if sequence.finish_reason is None:  # else it ended in the step during which it was given up
                 self._decoder.cancel(sequence)
-        self._given_up.clear()
 
     def _admit(self) -> None:
-        while self._waiting and self._decoder.free_slots and len(self._running) < self._limits.max_running:
-            submission = self._waiting[0]
+        while self._decoder.free_slots:
+            with self._lock:
+                if not self._waiting or len(self._running) >= self._limits.max_running:
+                    return
+                submission = self._entering = self._waiting.popleft()
             request = submission.request
-            sequence = self._decoder.admit(request.prompt, request.config, request.seed, request.end_ids, request.wants)
-            submission.sequence = sequence
-            self._running[sequence] = self._waiting.popleft()
-            submission.metrics.admit()
+            try:  # without the lock, as this may wait for the device
+                sequence = self._decoder.admit(
+                    request.prompt, request.config, request.seed, request.end_ids, request.wants
+                )
+            except ValueError as error:  # of this prompt, which the others need not suffer from
+                self._end([submission], partial(DecoderFailed, error, True), "error")
+                continue
+            with self._lock:
+                submission.sequence = sequence
+                if self._entering is submission:
+                    self._running[sequence] = submission
+                    submission.metrics.admit()
+                else:
+                    self._given_up.append(sequence)
+                self._entering = None
 
     def _deliver(self, tokens: list[NewToken]) -> None:
         """Send each submission its tokens of a step."""
@@ -177,7 +195,7 @@ class Scheduler:
                 submission.metrics.token(now, token.sequence.prompt_length)
                 if token.finish_reason is not None:
                     del self._running[token.sequence]
-                    self._ends.append(now)
+                    self._rate.count(now)
                     submission.metrics.end(OUTCOMES[token.finish_reason])
         self._post([(submission, its_tokens, None) for submission, its_tokens in arrived.items()])
 
@@ -186,22 +204,29 @@ class Scheduler:
         if not isinstance(error, P828Error):
             traceback.print_exception(error)
         traceback.clear_frames(error.__traceback__)  # whose tensors may be the memory that the next step needs
-        can_go_on = isinstance(error, NotFinite) or is_out_of_memory(error)
         with self._lock:
-            running = list(self._running.values())
-            if can_go_on:
-                self._end(running, partial(DecoderFailed, error, True), "error")
-                try:
-                    self._free_slots()
-                    self._decoder.check_idle()
-                    return
-                except Exception as second:
-                    traceback.print_exception(second)
-            self.failure = error
-            self._end(self._all(), partial(DecoderFailed, error, False), "error")
+            can_go_on = (isinstance(error, NotFinite) or is_out_of_memory(error)) and self._empty_decoder()
+            self.failure = None if can_go_on else error
+            self._end(
+                self._in_decoder() if can_go_on else self._all(), partial(DecoderFailed, error, can_go_on), "error"
+            )
+
+    def _empty_decoder(self) -> bool:
+        """Cancel what runs after an error; whether the decoder is whole then."""
+        try:
+            for sequence in self._decoder.running:
+                self._decoder.cancel(sequence)
+            self._decoder.check_idle()
+        except Exception as error:
+            traceback.print_exception(error)
+            return False
+        return True
 
     def _all(self) -> list[Submission]:
-        return [*self._running.values(), *self._waiting]
+        return [*self._in_decoder(), *self._waiting]
+
+    def _in_decoder(self) -> list[Submission]:
+        return [*self._running.values(), *([] if self._entering is None else [self._entering])]
 
     def _end(self, submissions: list[Submission], error: Callable[[], Unanswered], outcome: Outcome) -> None:
         """Each gets an error of its own, as raising one writes into it."""
@@ -214,9 +239,11 @@ class Scheduler:
         with self._lock:
             if submission in self._waiting:
                 self._waiting.remove(submission)
+            elif submission is self._entering:
+                self._entering = None
             elif submission.sequence is not None and self._running.pop(submission.sequence, None) is not None:
                 self._given_up.append(submission.sequence)
-                self._ends.append(time.monotonic())
+                self._rate.count(time.monotonic())
             else:
                 return
             submission.metrics.end(outcome)
@@ -243,10 +270,8 @@ class Scheduler:
 
     def _retry_after(self) -> float:
         """Seconds in which those who wait now are admitted, if requests leave their slots at the rate of the last."""
-        if len(self._ends) < 2:
-            return 1.0
-        seconds_a_request = (time.monotonic() - self._ends[0]) / (len(self._ends) - 1)
-        return min(max(len(self._waiting) * seconds_a_request, 1.0), self._limits.max_seconds)
+        seconds = self._rate.seconds_for(len(self._waiting), time.monotonic())
+        return min(max(seconds or 1.0, 1.0), self._limits.max_seconds)
 
 
 def _receive(deliveries: list[Delivery]) -> None:
