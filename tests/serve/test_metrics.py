@@ -60,6 +60,7 @@ def test_numbers_of_some_requests() -> None:
         assert found[f"vllm:{name}_seconds_bucket", "+Inf"] == 40
     for name in ("inter_token_latency_seconds", "time_per_output_token_seconds"):
         assert found[f"vllm:{name}_count",] == tokens - 40
+    assert found["vllm:request_time_per_output_token_seconds_count",] == sum(len(answer) > 1 for answer in got)
     assert found["vllm:request_generation_tokens_sum",] == tokens
     assert found["vllm:request_prompt_tokens_bucket", "2.0"] == 0
     assert found["vllm:request_prompt_tokens_bucket", "5.0"] == 40

@@ -4,11 +4,14 @@ import asyncio
 import random
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from scheduled import (
+    EOS,
     SLOTS,
+    VOCABULARY,
     HeldDecoder,
     alone,
     answer,
@@ -24,7 +27,7 @@ from scheduled import (
 
 from p828.errors import ConfigError, NotFinite
 from p828.inference.decode.decoder import Decoder
-from p828.inference.decode.sequence import Wants
+from p828.inference.decode.sequence import DecodedSequence, NewToken, Wants
 from p828.serve.errors import Closing, DecoderFailed, QueueFull, TimedOut
 from p828.serve.limits import Limits
 from p828.serve.metrics import Metrics
@@ -116,6 +119,28 @@ def test_a_cancelled_request_leaves_queue_or_slot() -> None:
         assert asyncio.run(ask(scheduler)) == [[], [], likeliest((3,), 40)]
 
 
+def test_a_request_may_be_cancelled_while_it_is_admitted() -> None:
+    class SlowAdmission(HeldDecoder):
+        is_admitting = threading.Event()
+
+        def admit(self, *args: Any) -> DecodedSequence:
+            self.is_admitting.set()
+            assert self.may_go_on.wait(60)
+            return super().admit(*args)
+
+    one = SlowAdmission(slots=1)
+
+    async def ask(scheduler: Scheduler) -> list[list[int]]:
+        submissions = [scheduler.submit(request(number)) for number in range(2)]
+        await asyncio.to_thread(one.is_admitting.wait, 60)
+        submissions[0].cancel()
+        one.may_go_on.set()
+        return await asyncio.gather(*map(answer, submissions))
+
+    with scheduling(one) as scheduler:
+        assert asyncio.run(ask(scheduler)) == [[], likeliest((1,), 6)]
+
+
 def test_a_client_that_goes_while_it_reads_frees_its_slot() -> None:
     """As a web server has it: the task that reads is cancelled."""
 
@@ -194,6 +219,45 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
         assert asyncio.run(ask(scheduler)) == [*likely[:2], [], *likely[3:]]
 
 
+def test_a_full_queue_tells_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    class SlowDecoder(Decoder):
+        """A step reads one prompt and gives one token, which takes 5 seconds of the clock. The fifth is held."""
+
+        steps = 0
+        is_in_fifth, may_go_on = threading.Event(), threading.Event()
+
+        def step(self) -> list[NewToken]:
+            if self.steps == 4:
+                self.is_in_fifth.set()
+                assert self.may_go_on.wait(60)
+            self.steps += 1
+            clock.now += 5.0
+            return super().step()
+
+    async def ask(scheduler: Scheduler) -> float:
+        submissions = [scheduler.submit(request(number, tokens=1)) for number in range(7)]
+        await asyncio.to_thread(one.is_in_fifth.wait, 60)
+        submissions += [scheduler.submit(request(number, tokens=1)) for number in range(4)]
+        with pytest.raises(QueueFull, match="6 requests wait already; try again in 30 seconds") as refusal:
+            scheduler.submit(request(9))
+        one.may_go_on.set()
+        await asyncio.gather(*map(answer, submissions))
+        return refusal.value.retry_after_seconds
+
+    clock = Clock()
+    monkeypatch.setattr("p828.serve.scheduler.time", clock)
+    one = SlowDecoder(model(), VOCABULARY, EOS, torch.float32, slots=1)
+    with scheduling(one, max_waiting=6) as scheduler:
+        assert asyncio.run(ask(scheduler)) == 30.0
+    assert scheduler._retry_after() == 1.0  # idle since, it knows no rate
+
+
 def test_the_rate_is_that_of_the_last_requests() -> None:
     rate = RequestRate()
     assert rate.seconds_for(10, now=0.0) is None
@@ -228,7 +292,7 @@ def test_a_client_that_does_not_read_keeps_nobody_waiting() -> None:
 
     async def ask(scheduler: Scheduler) -> list[list[int]]:
         stuck = scheduler.submit(request(1, tokens=60))
-        others = await answers(scheduler, [request(number, tokens=60) for number in range(20)])
+        others = await answers(scheduler, [request(number, tokens=30) for number in range(6)])
         while not stuck.has_ended:
             await answers(scheduler, [request(3)])
         lists = [[new.token for new in tokens] async for tokens in stuck]
@@ -236,7 +300,7 @@ def test_a_client_that_does_not_read_keeps_nobody_waiting() -> None:
         return others
 
     with scheduling(decoder(slots=2)) as scheduler:
-        assert asyncio.run(ask(scheduler)) == [likeliest((number,), 60) for number in range(20)]
+        assert asyncio.run(ask(scheduler)) == [likeliest((number,), 30) for number in range(6)]
 
 
 def test_closing_answers_what_was_accepted() -> None:
@@ -274,7 +338,8 @@ def test_after_the_grace_the_rest_is_told() -> None:
         asyncio.run(ask(scheduler))
 
 
-def test_a_second_close_shortens_the_grace() -> None:
+def test_a_second_close_shortens_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p828.serve.scheduler.STUCK_SECONDS", 3600.0)
     one = HeldDecoder(slots=1)
     one.gives_nothing = True
     one.may_go_on.set()
@@ -367,7 +432,7 @@ def test_a_model_that_diverged_answers_each_request_with_that() -> None:
             await answer(scheduler.submit(request(1)))
         return failure.value
 
-    with scheduling(Decoder(diverged, 97, 96, torch.float32, SLOTS)) as scheduler:
+    with scheduling(Decoder(diverged, VOCABULARY, EOS, torch.float32, SLOTS)) as scheduler:
         for _ in range(2):
             failure = asyncio.run(ask(scheduler))
             assert failure.can_go_on
