@@ -255,7 +255,7 @@ def test_a_full_queue_tells_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -
     one = SlowDecoder(model(), VOCABULARY, EOS, torch.float32, slots=1)
     with scheduling(one, max_waiting=6) as scheduler:
         assert asyncio.run(ask(scheduler)) == 30.0
-    assert scheduler._retry_after() == 1.0  # idle since, it knows no rate
+    assert scheduler._rate.seconds_for(1, clock.now) is None  # it was idle since
 
 
 def test_the_rate_is_that_of_the_last_requests() -> None:
