@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
+from starlette.responses import Response
+
 from p828.serve.errors import Closing, DecoderFailed, QueueFull, TimedOut, Unanswered
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
@@ -27,9 +29,9 @@ class Refused(Exception):
         code = self.code or HTTPStatus(self.status).phrase.lower().replace(" ", "_")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": code}}
 
-    def encoded(self) -> bytes:
-        """As JSON in UTF-8. What a client sent may have half a surrogate pair in it, which ASCII can spell."""
-        return json.dumps(self.content()).encode()
+    def response(self) -> Response:
+        """In ASCII, since what a client sent may have half a surrogate pair in it, which UTF-8 does not spell."""
+        return Response(json.dumps(self.content()), self.status, self.headers, "application/json")
 
 
 def wrong_field(param: str, message: str) -> Refused:

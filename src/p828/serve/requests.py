@@ -1,53 +1,43 @@
-"""The fields of each request: their types and ranges, and what is refused by name.
+"""The fields of each request: their types and ranges. A field that is null is not given.
 
-Types are checked here, and most ranges by `SamplingConfig`. A field that is null is not given.
+Types are checked here, and what a `SamplingConfig` has in its own words there.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from typing_extensions import Self
 
-from p828.config.values import shown
-from p828.errors import ConfigError, did_you_mean
+from p828.errors import ConfigError
 from p828.inference.decode.sequence import MOST_LIKELIEST
 from p828.inference.sampling import SamplingConfig
-from p828.serve.refusal import Refused, wrong_field
+from p828.serve.refusal import wrong_field
 
 MOST_CHOICES = 128  # of a request: prompts times n
 MOST_STOPS, LONGEST_STOP = 16, 256  # each is looked for with every token
 MOST_MESSAGES = 4096
 
-# What other servers know and this one does not, with the values that ask for nothing and are therefore accepted.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (), "audio": (), "bad_words": ([],), "frequency_penalty": (0,), "function_call": ("none",),
-    "functions": ([],), "grammar": (), "guided_choice": (), "guided_grammar": (), "guided_json": (),
-    "guided_regex": (), "ignore_eos": (False,), "length_penalty": (1,), "logit_bias": ({},), "metadata": ({},),
-    "min_tokens": (0,), "modalities": (["text"],), "parallel_tool_calls": (True, False), "prediction": (),
-    "presence_penalty": (0,), "prompt_logprobs": (), "reasoning_effort": ("none",), "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"), "skip_special_tokens": (True,), "stop_token_ids": ([],), "store": (False,),
-    "structured_outputs": (), "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],),
-    "truncate_prompt_tokens": (), "typical_p": (1,), "use_beam_search": (False,), "verbosity": ("medium",),
-    "web_search_options": (),
-}  # fmt: skip
-
 Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-R = TypeVar("R", bound="Fields")
+Likeliest = Annotated[int, Field(ge=0, le=MOST_LIKELIEST)]
 
 
-class Fields(BaseModel):
-    """What every request may have. Types are strict: `"1"` and `true` are no numbers."""
+class Strict(BaseModel):
+    """Types are strict: `"1"` and `true` are no numbers. An unknown field is refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Fields(Strict):
+    """What every request may have."""
 
     model: str | None = None
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class StreamOptions(Strict):
     include_usage: bool = False
+    """Whether one more event at the end has the numbers of tokens."""
 
 
 class Generation(Fields):
@@ -66,7 +56,7 @@ class Generation(Fields):
     experts: bool = False
     """Whether each choice has the experts of its tokens."""
     user: str | None = None
-    """Who asks, for a provider's statistics; nothing is kept here, and so of the next two."""
+    """Who asks, for a provider's statistics; nothing is kept here, nor of the next two."""
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
@@ -74,11 +64,17 @@ class Generation(Fields):
     @classmethod
     def _stops(cls, given: Any) -> Any:
         stops = [given] if isinstance(given, str) else given
-        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        if not are(stops, str):
             raise ValueError("a text or a list of texts is accepted")
         if len(stops) > MOST_STOPS or any(not 0 < len(stop) <= LONGEST_STOP for stop in stops):
             raise ValueError(f"at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters are accepted")
         return tuple(stops)
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is accepted with stream = true")
+        return self
 
     def sampling(self, max_new_tokens: int) -> SamplingConfig:
         """Raises Refused for a value out of range."""
@@ -91,157 +87,133 @@ class Generation(Fields):
                 repetition_penalty=self.repetition_penalty,
                 max_new_tokens=max_new_tokens,
                 stop=self.stop,
-                seed=self.seed or 0,
             )
         except ConfigError as error:
             raise wrong_field(str(error).partition(" = ")[0], str(error)) from None
 
 
 class CompletionRequest(Generation):
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(union_mode="left_to_right")
+    prompt: Any
+    """A text, a list of texts, a list of token ids, or a list of such lists."""
     max_tokens: Whole = 16
-    """0 is for `echo`: the prompt's own probabilities."""
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
+    """0 is for `echo`: the prompt alone."""
+    logprobs: Likeliest | None = None
     echo: bool = False
     best_of: int | None = None
 
+    @field_validator("prompt")
+    @classmethod
+    def _is_prompt(cls, given: Any) -> Any:
+        is_list = isinstance(given, list) and len(given) > 0
+        is_one_list = is_list and (are(given, str) or are(given, int))
+        if not (isinstance(given, str) or is_one_list or (is_list and all(are(ids, int) for ids in given))):
+            raise ValueError("a text, a list of texts, a list of token ids, or a list of such lists is accepted")
+        return given
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.best_of not in (None, 1, self.n):
+            raise ValueError(f"best_of = {self.best_of}: answers are not ranked: n, which is {self.n}, is accepted")
+        if not self.max_tokens and not self.echo:
+            raise ValueError("max_tokens = 0: accepted with echo = true")
+        if len(self.prompts) * self.n > MOST_CHOICES:
+            asked = f"{len(self.prompts):,} of them and n = {self.n}"
+            raise ValueError(f"prompt: {asked} are given: at most {MOST_CHOICES} answers are accepted")
+        return self
+
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """Raises Refused where there is none, or more than are answered at once."""
-        given: Any = self.prompt
-        prompts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
-        if not prompts:
-            raise wrong_field("prompt", "prompt = []: a text, token ids, or a list of either is accepted")
-        if len(prompts) * self.n > MOST_CHOICES:
-            asked = f"{len(prompts)} prompts with n = {self.n}"
-            raise wrong_field("prompt", f"prompt: {asked} are given: at most {MOST_CHOICES} answers are accepted")
+        """Each by itself."""
+        is_one = isinstance(self.prompt, str) or type(self.prompt[0]) is int
+        prompts: list[str] | list[list[int]] = [self.prompt] if is_one else self.prompt
         return prompts
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
+class Message(Strict):
     """The keys of which a template may write something."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] = ""
+    content: str = ""
     reasoning_content: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, given: Any) -> Any:
+        """Content that is given in parts, as one text."""
+        parts = given if isinstance(given, list) else [{"type": "text", "text": given}]
+        if not are(parts, dict) or not all({*part} == {"type", "text"} and part["type"] == "text" for part in parts):
+            raise ValueError('text, or a list of {"type": "text", "text": TEXT}, is accepted')
+        texts = [part["text"] for part in parts]
+        if not are(texts, str):
+            raise ValueError("text is accepted")
+        return "".join(texts)
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if "content" not in self.model_fields_set and self.role != "assistant":
+            raise ValueError(f"no content is given, which a message of the {self.role} has")
+        return self
+
     def plain(self) -> dict[str, Any]:
-        """As chat templates take it: content that is given in parts is joined."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {**self.model_dump(exclude_none=True), "content": content}
+        """As chat templates take it."""
+        return {"content": "", **self.model_dump(exclude_unset=True)}
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
 
 
 class ChatRequest(Generation):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    messages: Messages
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
     """The newer name of `max_tokens`. Without either an answer ends where the model ends it, or at the context's."""
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
+    top_logprobs: Likeliest | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        newer, older = self.max_completion_tokens, self.max_tokens
+        if newer is not None and older is not None and newer != older:
+            raise ValueError(f"max_tokens = {older}: max_completion_tokens = {newer} says otherwise; give one of them")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is accepted with logprobs = true")
+        return self
 
     @property
     def most_tokens(self) -> int | None:
-        """Raises Refused where both names are given, and differ."""
-        newer, older = self.max_completion_tokens, self.max_tokens
-        if newer is not None and older is not None and newer != older:
-            raise wrong_field(
-                "max_tokens", f"max_tokens = {older} and max_completion_tokens = {newer}: one of them is accepted"
-            )
-        return older if newer is None else newer
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class TokenizeRequest(Fields):
+    """Of a text, or of messages up to where the assistant's answer begins."""
+
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_generation_prompt: Literal[True] = True
     add_special_tokens: bool = False
     """Nothing is added either way: this is how a prompt's text becomes tokens."""
     return_token_strs: bool = False
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt or messages is accepted, one of them")
+        return self
+
 
 class DetokenizeRequest(Fields):
     tokens: list[int]
 
-
-def checked(kind: type[R], values: dict[str, Any]) -> R:
-    """The request. Raises Refused, which names the first wrong field, what was given, and what is accepted."""
-    given = {name: value for name, value in values.items() if value is not None}
-    for name in [name for name in given if name not in kind.model_fields]:
-        if name not in UNSUPPORTED:
-            near = did_you_mean(name[:80], kind.model_fields)
-            accepted = ", ".join(kind.model_fields)
-            raise Refused(400, f"unknown field {shown(name)}{near} Accepted: {accepted}", name[:80], "unknown_field")
-        _check_unsupported(name, given.pop(name))
-    for message in given["messages"] if isinstance(given.get("messages"), list) else ():
-        if isinstance(message, dict):  # what a client got as an answer has many nulls
-            for name in [name for name, value in message.items() if value is None]:
-                del message[name]
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise _refusal(kind, given, error) from None
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _are_ids(cls, given: Any) -> Any:
+        if not are(given, int):  # here, since pydantic would list each that is none
+            raise ValueError("a list of token ids is accepted")
+        return given
 
 
-def _check_unsupported(name: str, value: Any) -> None:
-    neutral = UNSUPPORTED[name]
-    if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral):
-        return
-    accepted = f"{' or '.join(shown(one) for one in neutral)} is accepted" if neutral else "leave it out"
-    raise Refused(400, f"{name} = {shown(value)}: not supported by this server; {accepted}", name, "unsupported_field")
-
-
-def _refusal(kind: type[Fields], given: dict[str, Any], error: ValidationError) -> Refused:
-    first = error.errors(include_url=False, include_context=False)[0]
-    place, said = _place(first["loc"], given), first["msg"].removeprefix("Value error, ")
-    top = str(first["loc"][0])
-    if first["type"] == "missing":
-        return Refused(400, f"{place}: is missing", top, "missing_field")
-    if first["type"] == "extra_forbidden":
-        return Refused(400, f"unknown field {place}{_near(kind, first['loc'])}", place, "unknown_field")
-    if top == "prompt" and kind is CompletionRequest:
-        said = "a text, a list of texts, a list of token ids, or a list of such lists is accepted"
-        place = top
-    value = _at(given, first["loc"])
-    return wrong_field(place, f"{place} = {shown(value)}: {said[0].lower()}{said[1:]}")
-
-
-def _near(kind: type[Fields], loc: Sequence[str | int]) -> str:
-    return did_you_mean(str(loc[-1])[:80], Message.model_fields if "messages" in loc else ["include_usage"])
-
-
-def _place(loc: Sequence[str | int], given: Any) -> str:
-    """`messages[0].content`, without the names that pydantic gives to the types of a union."""
-    place = ""
-    for step in loc:
-        if isinstance(step, int):
-            place += f"[{step}]"
-        elif not isinstance(given, dict):
-            break
-        else:
-            place += f".{shown_name(step)}" if place else shown_name(step)
-        given = _at(given, [step])
-    return place
-
-
-def shown_name(name: str) -> str:
-    return name if name.isidentifier() and len(name) <= 80 else shown(name)
-
-
-def _at(value: Any, loc: Sequence[str | int]) -> Any:
-    for step in loc:
-        if isinstance(step, int):
-            value = value[step] if isinstance(value, list) and step < len(value) else value
-        elif isinstance(value, dict):
-            value = value.get(step)
-    return value
+def are(values: Any, kind: type) -> bool:
+    """Whether it is a list with entries of this very type."""
+    return isinstance(values, list) and all(type(value) is kind for value in values)
