@@ -1,0 +1,71 @@
+// One token in detail: how probable it was, what else was, and the experts that made it.
+
+const LEVELS = [0.02, 0.1, 0.3, 0.6, 0.9]; // a token's level is the number of these that its probability reaches
+const ROWS = 5;
+
+export const levelOf = (p) => LEVELS.filter((least) => p >= least).length;
+export const percent = (p) => (p >= 0.9995 ? "100%" : p < 0.001 ? "< 0.1%" : `${(100 * p).toFixed(1)}%`);
+
+/** Text with its white space made visible. */
+export const spelled = (text) =>
+  text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣") || "(part of a character)";
+
+export function element(tag, properties, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+/** What is shown of a token of `tokensOf`; `place` says which it is, `experts` how many a layer has, if that is known. */
+export function detailOf(token, place, experts) {
+  const name = element("p", { className: "spelled", textContent: spelled(token.text) });
+  const parts = [name, element("p", { className: "quiet", textContent: place })];
+  if (token.logprob !== undefined) {
+    const p = Math.exp(token.logprob);
+    name.dataset.level = levelOf(p);
+    const value = token.logprob.toFixed(3).replace("-", "−");
+    parts.push(element("p", { textContent: `${percent(p)} probable (log-probability ${value})` }));
+    parts.push(element("h2", { textContent: "Likeliest here" }), likeliestTable(token));
+  }
+  parts.push(element("h2", { textContent: "Experts by layer, the best first" }), expertsTable(token.experts, experts));
+  return parts;
+}
+
+function likeliestTable({ text, logprob, likeliest }) {
+  const isChosen = ([other, value]) => other === text || value === logprob;
+  const rows = [...likeliest].sort((a, b) => b[1] - a[1]).slice(0, ROWS);
+  if (!rows.some(isChosen)) rows.push([text, logprob]);
+  return element("table", { id: "likeliest" }, ...rows.map((row) => likeliestRow(row, isChosen(row))));
+}
+
+function likeliestRow([text, logprob], chosen) {
+  const p = Math.exp(logprob);
+  const row = element("tr", { className: chosen ? "chosen" : "" });
+  row.append(element("td", { textContent: chosen ? "✓" : "", ariaLabel: chosen ? "chosen" : "" }));
+  row.append(element("th", { scope: "row", className: "spelling", textContent: spelled(text), title: spelled(text) }));
+  row.append(element("td", { className: "number", textContent: percent(p) }));
+  row.append(element("td", {}, element("meter", { value: p, ariaHidden: "true" })));
+  return row;
+}
+
+function expertsTable(layers, known) {
+  if (!layers) return element("p", { className: "quiet", textContent: "Not known: reading the prompt gave this token." });
+  const count = known ?? 1 + Math.max(...layers.flat());
+  return element("table", { id: "experts" }, ...layers.map((experts, layer) => {
+    const name = element("th", { scope: "row", textContent: `layer ${layer}` });
+    return element("tr", {}, name, element("td", { textContent: experts.join(" ") }), element("td", {}, strip(experts, count)));
+  }));
+}
+
+/** A cell an expert, those in use filled. */
+function strip(experts, count) {
+  const made = element("div", { className: "strip", ariaHidden: "true" });
+  made.style.setProperty("--experts", count);
+  made.append(...experts.map((expert, rank) => {
+    const cell = element("i", { title: `expert ${expert}` });
+    cell.style.gridArea = `1 / ${expert + 1}`;
+    cell.style.opacity = 1 - (0.6 * rank) / experts.length;
+    return cell;
+  }));
+  return made;
+}
