@@ -54,18 +54,15 @@ export class Answer {
 
 const tokenAt = (target) => target.closest(".token");
 
-function optionOf({ text, logprob }) {
+function optionOf({ text, name, logprob }) {
+  const p = Math.exp(logprob);
   const option = element("span", { className: "token", role: "option", tabIndex: -1, ariaSelected: "false" });
   text.split("\n").forEach((line, index) => {
     if (index) option.append(element("i", { className: "break" }), "\n"); // the style makes the break visible
     option.append(line);
   });
-  option.ariaLabel = text.trim() ? text : spelled(text);
-  if (logprob !== undefined) {
-    const p = Math.exp(logprob);
-    option.dataset.level = levelOf(p);
-    option.ariaLabel += `, ${percent(p)}`;
-  }
+  option.dataset.level = levelOf(p);
+  option.ariaLabel = `${text.trim() ? text : spelled(text || name)}, ${percent(p)}`;
   option.setAttribute("aria-describedby", "likeliest");
   return option;
 }

@@ -7,8 +7,7 @@ import { ServerError, ask, choices, tokensOf } from "./server.js";
 const ALTERNATIVES = 5;
 const ENDS = {
   stop: "The model ended its answer.",
-  length: "The limit of tokens is reached.",
-  context: "The model's context is full.",
+  length: "Cut off: the limit of tokens is reached, or the model's context is full.",
 };
 const WAITING = "waiting for the first token …";
 
@@ -23,7 +22,7 @@ const isChat = () => at("form").mode.value === "chat";
 async function findModel() {
   const response = await ask("v1/models", at("key").value);
   model = (await response.json()).data[0];
-  at("model").textContent = model.max_model_len ? `${model.id}, ${model.max_model_len} tokens of context` : model.id;
+  at("model").textContent = `${model.id}, ${model.max_model_len.toLocaleString("en")} tokens of context`;
   document.title = `${model.id} – p828`;
   at("modes").hidden = !model.chat;
   if (model.chat) at("form").mode.value = "chat";
@@ -44,7 +43,7 @@ async function send() {
   try {
     if (!model) await findModel();
     turn = newTurn(prompt);
-    turn.end.textContent = ENDS[await stream(turn.answer, ...requestOf(prompt))] ?? "";
+    turn.end.textContent = ENDS[await stream(turn.answer, ...requestOf(prompt))];
   } catch (error) {
     fail(error, turn);
   } finally {
