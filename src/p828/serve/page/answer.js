@@ -10,7 +10,8 @@ export class Answer {
     this.onShow = onShow;
     this.list = element("div", { className: "answer", role: "listbox", ariaLabel: "Tokens of the answer" });
     this.list.addEventListener("focusin", ({ target }) => this.reach(target));
-    this.list.addEventListener("pointerover", ({ target }) => this.show(tokenAt(target)));
+    // Not pointerover, which also comes when a growing answer moves under a pointer at rest.
+    this.list.addEventListener("pointermove", ({ target }) => this.show(tokenAt(target)));
     this.list.addEventListener("click", ({ target }) => tokenAt(target)?.focus());
     this.list.addEventListener("keydown", (event) => this.move(event));
   }
