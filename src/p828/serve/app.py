@@ -60,7 +60,7 @@ class KeyCheck:
         if scope["type"] != "http" or scope["path"] in self._open_paths or self._has_key(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
-        line = "no key, or another one, in the header Authorization: Bearer KEY is accepted"
+        line = "the header Authorization: Bearer KEY is missing, or has another key than this server's"
         refused = Refused(401, line, code="invalid_api_key", www_authenticate="Bearer")
         await refused.response()(scope, receive, send)
 

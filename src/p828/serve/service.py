@@ -14,6 +14,7 @@ from p828.inference.decode.sequence import Wants
 from p828.inference.generate import prompt_seed
 from p828.inference.sampling import SamplingConfig
 from p828.serve.choice import Choice, Prompt
+from p828.serve.limits import Limits
 from p828.serve.metrics import Metrics
 from p828.serve.refusal import Refused, wrong_field
 from p828.serve.scheduler import Scheduler
@@ -27,6 +28,7 @@ class Service:
     scheduler: Scheduler
     tokenizer: Tokenizer
     metrics: Metrics
+    limits: Limits
     model_name: str
     """The run's name."""
     created: int
@@ -37,7 +39,9 @@ class Service:
         """Raises Refused for a model that is not here."""
         if name not in (None, self.model_name):
             near = did_you_mean(name[:80], [self.model_name])
-            raise Refused(404, f"no model {name[:80]!r} here{near} There is {self.model_name}", "model", "model_not_found")
+            raise Refused(
+                404, f"no model {name[:80]!r} here{near} There is {self.model_name}", "model", "model_not_found"
+            )
 
     def check_length(self, ids: Sequence[int], param: str) -> None:
         """Raises Refused for a prompt that leaves no room for a token."""
@@ -60,10 +64,15 @@ class Service:
     def submit(
         self, prompts: Sequence[Prompt], n: int, sampling: SamplingConfig, seed: int | None, wants: Wants
     ) -> list[Choice]:
-        """`n` answers to each prompt, all or none of them. Raises Unanswered.
+        """`n` answers to each prompt, all or none of them.
 
         Without a seed they are other ones each time. With one, an answer is that of `p828 generate` with this seed.
+        Raises Unanswered, and Refused for more than can ever run or wait.
         """
+        most = self.limits.max_running + self.limits.max_waiting
+        if len(prompts) * n > most:
+            line = f"{len(prompts) * n} answers are asked for: at most {most} are accepted, which run or wait at a time"
+            raise Refused(400, line, "n" if n > 1 else "prompt", "too_many_answers")
         seed = secrets.randbits(32) if seed is None else seed
         equal_before: Counter[str] = Counter()
         choices: list[Choice] = []
