@@ -84,7 +84,7 @@ class Page:
     def open(self) -> None:
         self.driver.get(self.address)
         self.until(lambda: self.at("key").is_displayed())
-        self.at("key").send_keys(KEY + "\t")
+        self.at("key").send_keys(KEY + Keys.ENTER)
         self.until(lambda: self.at("modes").is_displayed())
 
     def at(self, name: str) -> WebElement:
@@ -242,6 +242,13 @@ def test_markup_is_text_whoever_wrote_it(page: Page) -> None:
     page.wait()
     assert page.texts(".asked") == [MARKUP.replace("🙂", ":)")]
     assert page.elements("main b, main img, main i:not(.break, .strip i)") == []
+
+
+def test_no_script_but_the_page_s_own_runs(page: Page) -> None:
+    page.driver.execute_script("document.body.append(Object.assign(document.createElement('script'), {text: 'x = 1'}))")
+    assert page.driver.execute_script("return typeof x") == "undefined"
+    entry = page.driver.get_log("browser")[-1]
+    assert "violates the following Content Security Policy" in entry["message"]
 
 
 def test_a_conversation_goes_on_until_a_new_one(page: Page) -> None:

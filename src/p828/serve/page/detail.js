@@ -64,7 +64,7 @@ function strip(experts, count) {
   made.append(...experts.map((expert, rank) => {
     const cell = element("i", { title: `expert ${expert}` });
     cell.style.gridArea = `1 / ${expert + 1}`;
-    cell.style.opacity = 1 - (0.6 * rank) / experts.length;
+    cell.style.opacity = 1 - (0.5 * rank) / experts.length;
     return cell;
   }));
   return made;

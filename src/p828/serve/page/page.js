@@ -15,6 +15,7 @@ let model = null; // as /v1/models has it
 let messages = []; // the conversation so far
 let running = null; // the AbortController of the answer on its way
 let following = true; // whether the end of the answer stays in sight
+let scrolledTo = 0;
 
 const at = (id) => document.getElementById(id);
 const isChat = () => at("form").mode.value === "chat";
@@ -188,8 +189,15 @@ at("close").addEventListener("click", () => {
   at("prompt").focus();
 });
 at("key").addEventListener("change", () => findModel().then(() => showError(""), showFailure));
+at("key").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter") return;
+  event.preventDefault(); // which would send the prompt, too
+  at("prompt").focus();
+});
 at("answers").addEventListener("scroll", ({ target }) => {
-  following = target.scrollHeight - target.scrollTop - target.clientHeight < 40;
+  const isAtEnd = target.scrollHeight - target.scrollTop - target.clientHeight < 40;
+  following = isAtEnd || (following && target.scrollTop >= scrolledTo); // a growing answer's end runs ahead
+  scrolledTo = target.scrollTop;
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
