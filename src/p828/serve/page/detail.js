@@ -27,7 +27,7 @@ export function detailOf(token, place, count) {
     element("p", { textContent: probable }),
     element("h2", { textContent: "Likeliest here" }),
     likeliestTable(token),
-    element("h2", { textContent: "Experts by layer, the best first" }),
+    element("h2", { textContent: `Experts by layer, of ${count}, the best first` }),
     expertsTable(token.experts, count),
   ];
 }
