@@ -10,7 +10,8 @@ export class Answer {
     this.onShow = onShow;
     this.list = element("div", { className: "answer", role: "listbox", ariaLabel: "Tokens of the answer" });
     this.list.addEventListener("focusin", ({ target }) => this.reach(target));
-    this.list.addEventListener("pointerover", ({ target }) => this.show(tokenAt(target)));
+    // Not pointerover, which also comes when a growing answer moves under a pointer at rest.
+    this.list.addEventListener("pointermove", ({ target }) => this.show(tokenAt(target)));
     this.list.addEventListener("click", ({ target }) => tokenAt(target)?.focus());
     this.list.addEventListener("keydown", (event) => this.move(event));
   }
@@ -54,18 +55,15 @@ export class Answer {
 
 const tokenAt = (target) => target.closest(".token");
 
-function optionOf({ text, logprob }) {
+function optionOf({ text, name, logprob }) {
+  const p = Math.exp(logprob);
   const option = element("span", { className: "token", role: "option", tabIndex: -1, ariaSelected: "false" });
   text.split("\n").forEach((line, index) => {
     if (index) option.append(element("i", { className: "break" }), "\n"); // the style makes the break visible
     option.append(line);
   });
-  option.ariaLabel = text.trim() ? text : spelled(text);
-  if (logprob !== undefined) {
-    const p = Math.exp(logprob);
-    option.dataset.level = levelOf(p);
-    option.ariaLabel += `, ${percent(p)}`;
-  }
+  option.dataset.level = levelOf(p);
+  option.ariaLabel = `${text.trim() ? text : spelled(text || name)}, ${percent(p)}`;
   option.setAttribute("aria-describedby", "likeliest");
   return option;
 }

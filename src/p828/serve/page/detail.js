@@ -7,8 +7,7 @@ export const levelOf = (p) => LEVELS.filter((least) => p >= least).length;
 export const percent = (p) => (p >= 0.9995 ? "100%" : p < 0.001 ? "< 0.1%" : `${(100 * p).toFixed(1)}%`);
 
 /** Text with its white space made visible. */
-export const spelled = (text) =>
-  text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣") || "(part of a character)";
+export const spelled = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣");
 
 export function element(tag, properties, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -16,25 +15,27 @@ export function element(tag, properties, ...children) {
   return made;
 }
 
-/** What is shown of a token of `tokensOf`; `place` says which it is, `experts` how many a layer has, if that is known. */
-export function detailOf(token, place, experts) {
-  const name = element("p", { className: "spelled", textContent: spelled(token.text) });
-  const parts = [name, element("p", { className: "quiet", textContent: place })];
-  if (token.logprob !== undefined) {
-    const p = Math.exp(token.logprob);
-    name.dataset.level = levelOf(p);
-    const value = token.logprob.toFixed(3).replace("-", "−");
-    parts.push(element("p", { textContent: `${percent(p)} probable (log-probability ${value})` }));
-    parts.push(element("h2", { textContent: "Likeliest here" }), likeliestTable(token));
-  }
-  parts.push(element("h2", { textContent: "Experts by layer, the best first" }), expertsTable(token.experts, experts));
-  return parts;
+/** What is shown of a token of `tokensOf`; `place` says which it is, `count` how many experts a layer has. */
+export function detailOf(token, place, count) {
+  const p = Math.exp(token.logprob);
+  const name = element("p", { className: "spelled", textContent: spelled(token.text || token.name) });
+  name.dataset.level = levelOf(p);
+  const probable = `${percent(p)} probable (log-probability ${token.logprob.toFixed(3).replace("-", "−")})`;
+  return [
+    name,
+    element("p", { className: "quiet", textContent: token.text ? place : `${place}, without text of its own` }),
+    element("p", { textContent: probable }),
+    element("h2", { textContent: "Likeliest here" }),
+    likeliestTable(token),
+    element("h2", { textContent: `Experts by layer, of ${count}, the best first` }),
+    expertsTable(token.experts, count),
+  ];
 }
 
-function likeliestTable({ text, logprob, likeliest }) {
-  const isChosen = ([other, value]) => other === text || value === logprob;
+function likeliestTable({ name, logprob, likeliest }) {
+  const isChosen = ([other]) => other === name;
   const rows = [...likeliest].sort((a, b) => b[1] - a[1]).slice(0, ROWS);
-  if (!rows.some(isChosen)) rows.push([text, logprob]);
+  if (!rows.some(isChosen)) rows.push([name, logprob]);
   return element("table", { id: "likeliest" }, ...rows.map((row) => likeliestRow(row, isChosen(row))));
 }
 
@@ -48,9 +49,8 @@ function likeliestRow([text, logprob], chosen) {
   return row;
 }
 
-function expertsTable(layers, known) {
+function expertsTable(layers, count) {
   if (!layers) return element("p", { className: "quiet", textContent: "Not known: reading the prompt gave this token." });
-  const count = known ?? 1 + Math.max(...layers.flat());
   return element("table", { id: "experts" }, ...layers.map((experts, layer) => {
     const name = element("th", { scope: "row", textContent: `layer ${layer}` });
     return element("tr", {}, name, element("td", { textContent: experts.join(" ") }), element("td", {}, strip(experts, count)));
@@ -64,7 +64,7 @@ function strip(experts, count) {
   made.append(...experts.map((expert, rank) => {
     const cell = element("i", { title: `expert ${expert}` });
     cell.style.gridArea = `1 / ${expert + 1}`;
-    cell.style.opacity = 1 - (0.6 * rank) / experts.length;
+    cell.style.opacity = 1 - (0.5 * rank) / experts.length;
     return cell;
   }));
   return made;

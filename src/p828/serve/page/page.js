@@ -7,8 +7,7 @@ import { ServerError, ask, choices, tokensOf } from "./server.js";
 const ALTERNATIVES = 5;
 const ENDS = {
   stop: "The model ended its answer.",
-  length: "The limit of tokens is reached.",
-  context: "The model's context is full.",
+  length: "Cut off: the limit of tokens is reached, or the model's context is full.",
 };
 const WAITING = "waiting for the first token …";
 
@@ -16,6 +15,7 @@ let model = null; // as /v1/models has it
 let messages = []; // the conversation so far
 let running = null; // the AbortController of the answer on its way
 let following = true; // whether the end of the answer stays in sight
+let scrolledTo = 0;
 
 const at = (id) => document.getElementById(id);
 const isChat = () => at("form").mode.value === "chat";
@@ -23,7 +23,7 @@ const isChat = () => at("form").mode.value === "chat";
 async function findModel() {
   const response = await ask("v1/models", at("key").value);
   model = (await response.json()).data[0];
-  at("model").textContent = model.max_model_len ? `${model.id}, ${model.max_model_len} tokens of context` : model.id;
+  at("model").textContent = `${model.id}, ${model.max_model_len.toLocaleString("en")} tokens of context`;
   document.title = `${model.id} – p828`;
   at("modes").hidden = !model.chat;
   if (model.chat) at("form").mode.value = "chat";
@@ -44,7 +44,7 @@ async function send() {
   try {
     if (!model) await findModel();
     turn = newTurn(prompt);
-    turn.end.textContent = ENDS[await stream(turn.answer, ...requestOf(prompt))] ?? "";
+    turn.end.textContent = ENDS[await stream(turn.answer, ...requestOf(prompt))];
   } catch (error) {
     fail(error, turn);
   } finally {
@@ -189,8 +189,15 @@ at("close").addEventListener("click", () => {
   at("prompt").focus();
 });
 at("key").addEventListener("change", () => findModel().then(() => showError(""), showFailure));
+at("key").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter") return;
+  event.preventDefault(); // which would send the prompt, too
+  at("prompt").focus();
+});
 at("answers").addEventListener("scroll", ({ target }) => {
-  following = target.scrollHeight - target.scrollTop - target.clientHeight < 40;
+  const isAtEnd = target.scrollHeight - target.scrollTop - target.clientHeight < 40;
+  following = isAtEnd || (following && target.scrollTop >= scrolledTo); // a growing answer's end runs ahead
+  scrolledTo = target.scrollTop;
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {

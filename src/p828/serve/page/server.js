@@ -36,9 +36,7 @@ async function refusal(response) {
   } catch {
     // A proxy's answer need not be JSON: its text is shown.
   }
-  const wait = response.headers.get("Retry-After");
-  const later = wait ? ` Try again in ${wait} s.` : "";
-  return new ServerError(`${said || response.statusText} (${response.status})${later}`, response.status);
+  return new ServerError(`${said || response.statusText} (${response.status})`, response.status);
 }
 
 /** The choices of a streamed answer, an array for what arrives together. Throws as `ask`. */
@@ -60,33 +58,31 @@ export async function* choices(response) {
 }
 
 /**
- * The tokens of a streamed choice: `text`, empty where a character is not whole yet; `logprob`, and `likeliest` as
- * [text, log-probability], both undefined where the server tells none; `experts` by layer, or null.
+ * The tokens of a streamed choice: `text`, empty for a token that ends the answer or completes no character; `name`, how
+ * the token is spelled; `logprob`; `likeliest`, names with their log-probabilities; `experts` by layer, or null.
  */
 export function tokensOf(choice) {
   const tokens = choice.delta ? ofChat(choice) : ofCompletion(choice);
-  return tokens.map((token, index) => ({ ...token, experts: choice.experts?.[index] ?? null }));
+  return tokens.map((token, index) => ({ ...token, experts: choice.experts[index] }));
 }
 
 function ofCompletion({ text, logprobs }) {
-  const offsets = logprobs?.text_offset ?? [];
-  if (!offsets.length) return text ? [{ text }] : [];
   const characters = [...text]; // offsets count code points
-  return offsets.map((offset, index) => ({
-    text: characters.slice(offset - offsets[0], (offsets[index + 1] ?? Infinity) - offsets[0]).join(""),
+  const begin = logprobs.text_offset[0];
+  return logprobs.text_offset.map((offset, index) => ({
+    text: characters.slice(offset - begin, (logprobs.text_offset[index + 1] ?? Infinity) - begin).join(""),
+    name: logprobs.tokens[index],
     logprob: logprobs.token_logprobs[index],
     likeliest: Object.entries(logprobs.top_logprobs[index]),
   }));
 }
 
 function ofChat({ delta, logprobs }) {
-  const content = logprobs?.content ?? [];
-  let rest = delta.content ?? "";
-  if (!content.length) return rest ? [{ text: rest }] : [];
-  return content.map(({ token, logprob, top_logprobs }, index) => {
-    const isLast = index + 1 === content.length;
+  let rest = delta.content;
+  return logprobs.content.map(({ token, logprob, top_logprobs }, index) => {
+    const isLast = index + 1 === logprobs.content.length;
     const text = isLast ? rest : rest.startsWith(token) ? token : "";
     rest = rest.slice(text.length);
-    return { text, logprob, likeliest: top_logprobs.map((other) => [other.token, other.logprob]) };
+    return { text, name: token, logprob, likeliest: top_logprobs.map((other) => [other.token, other.logprob]) };
   });
 }
