@@ -68,9 +68,7 @@ def run(arguments: list[str]) -> None:
     key = _api_key(given)
     with listen(given.host, given.port) as listening:
         if not key and not _is_local(listening.getsockname()[0]):
-            warn(
-                f"{given.host} is reached from other machines, and no key is asked for; --api-key-file has one asked for"
-            )
+            warn(f"{given.host} is reached from other machines, and without --api-key-file everybody is answered")
         with waiting("loading the model", warn):
             loaded = load_model(given.checkpoint, given.device)
         service = _service(loaded, given)
