@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,7 @@ from p828.serve.errors import Closing, DecoderFailed, QueueFull, TimedOut
 from p828.serve.limits import Limits
 from p828.serve.metrics import Metrics
 from p828.serve.rate import RequestRate
-from p828.serve.scheduler import Scheduler
+from p828.serve.scheduler import SWITCH_SECONDS, Scheduler
 from p828.serve.submission import Request, Submission
 from tiny import tiny_model
 
@@ -381,6 +382,13 @@ async def until_refused(scheduler: Scheduler) -> None:
         except Closing:
             return
         await asyncio.sleep(0)
+
+
+def test_threads_switch_sooner_while_it_is_at_work() -> None:
+    usual = sys.getswitchinterval()
+    with scheduling(decoder()):
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
+    assert sys.getswitchinterval() == usual
 
 
 def test_a_scheduler_that_was_not_started_closes() -> None:
