@@ -214,8 +214,7 @@ def test_a_focused_token_tells_its_alternatives_and_experts(page: Page) -> None:
     shares = [math.exp(value) for _, value in likeliest]
     shown = [float(text.strip("< %")) / 100 for text in page.texts("#likeliest .number")]
     assert shown == pytest.approx(shares, abs=0.001)
-    logprob = f"{choice['logprobs']['token_logprobs'][1]:.3f}".replace("-", "−")
-    assert f"(log-probability {logprob})" in page.at("token").text
+    assert logprob_shown(choice["logprobs"]["token_logprobs"][1]) in page.at("token").text
     assert page.texts("#experts td:nth-child(2)") == [" ".join(map(str, layer)) for layer in choice["experts"][1]]
     strips = page.driver.execute_script(
         "return [...document.querySelectorAll('.strip')].map((strip) => [...strip.children].map((i) => i.title))"
@@ -260,8 +259,11 @@ def test_a_conversation_goes_on_until_a_new_one(page: Page) -> None:
     assert page.texts(".asked") == ["Colours?", "Sing!"]
     first, second = page.texts(".answer")
     messages = talk("Colours?", first, "Sing!")
-    whole = page.ask_server("v1/chat/completions", messages=messages, temperature=0, max_tokens=20)
-    assert second == whole["choices"][0]["message"]["content"]
+    wanted = {"messages": messages, "temperature": 0, "max_tokens": 20, "logprobs": True}
+    (choice,) = page.ask_server("v1/chat/completions", **wanted)["choices"]
+    assert second == choice["message"]["content"]
+    page.elements(".turn:last-child .token")[0].click()
+    assert logprob_shown(choice["logprobs"]["content"][0]["logprob"]) in page.at("token").text
     page.at("forget").click()
     assert page.texts(".turn") == []
     page.ask("Sing!")
@@ -359,6 +361,11 @@ def test_a_phone_shows_all_of_it(page: Page) -> None:
         assert box["y"] + box["height"] <= 740, name
     page.at("close").click()
     assert not page.at("detail").is_displayed()
+
+
+def logprob_shown(logprob: float) -> str:
+    number = f"{logprob:.3f}".replace("-", "−")
+    return f"(log-probability {number})"
 
 
 def relative_luminance(colour: str) -> float:
