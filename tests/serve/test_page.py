@@ -31,7 +31,7 @@ FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--no-first-run", "--window-size=1200,800",
 ]  # fmt: skip
-CUT_OFF = "Cut off: the limit of tokens is reached, or the model's context is full."
+CUT_OFF = "Cut off after max tokens."
 SECONDS = 60  # after which a test gives up
 
 pytestmark = [
@@ -230,6 +230,7 @@ def test_markup_is_text_whoever_wrote_it(page: Page) -> None:
     page.ask("Colours?")
     page.wait()
     assert page.texts(".answer") == [MARKUP]
+    assert page.texts(".end") == ["The model ended its answer."]
     texts = page.texts(".token")
     emoji = next(index for index, text in enumerate(texts) if "🙂" in text)
     assert texts[emoji - 1] == ""  # some of its bytes, without text of their own

@@ -5,10 +5,6 @@ import { detailOf, element } from "./detail.js";
 import { ServerError, ask, choices, tokensOf } from "./server.js";
 
 const ALTERNATIVES = 5;
-const ENDS = {
-  stop: "The model ended its answer.",
-  length: "Cut off: the limit of tokens is reached, or the model's context is full.",
-};
 const WAITING = "waiting for the first token …";
 
 let model = null; // as /v1/models has it
@@ -44,7 +40,9 @@ async function send() {
   try {
     if (!model) await findModel();
     turn = newTurn(prompt);
-    turn.end.textContent = ENDS[await stream(turn.answer, ...requestOf(prompt))];
+    const [path, request] = requestOf(prompt);
+    const reason = await stream(turn.answer, path, request);
+    turn.end.textContent = endOf(reason, turn.answer.tokens.length, request.max_tokens);
   } catch (error) {
     fail(error, turn);
   } finally {
@@ -77,6 +75,11 @@ async function stream(answer, path, request) {
     showSpeed(answer.tokens.length, first, began);
   }
   return reason;
+}
+
+function endOf(reason, count, most) {
+  if (reason === "stop") return "The model ended its answer.";
+  return count < most ? "Cut off: the model's context is full." : "Cut off after max tokens.";
 }
 
 function fail(error, turn) {
