@@ -119,8 +119,9 @@ async def _answer_unanswered(request: Request, error: Exception) -> Response:
 async def _answer_http(request: Request, error: Exception) -> Response:
     """What the router refuses: a path or a method that is not there."""
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {shown(request.url.path)}"
-    line = f"{what}: no such path here" if error.status_code == 404 else f"{what}: {error.detail}"
+    allowed = (error.headers or {}).get("Allow", "")
+    words = {404: "no such path here", 405: f"{allowed} is accepted"}.get(error.status_code, error.detail)
+    line = f"{shown(request.method)} {shown(request.scope['path'])}: {words}"
     response = Refused(error.status_code, line).response()
     response.headers.update(error.headers or {})
     return response

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from p828.data.tokenizer.token_bytes import bytes_of
 from p828.data.tokenizer.tokenizer import CUT_CHARACTER, Tokenizer
 from p828.serve.choice import PlacedToken
 
@@ -51,10 +52,5 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    text = tokenizer.decode([token])
-    is_whole = text != "" and CUT_CHARACTER not in text
-    return {
-        "token": token_text(tokenizer, token),
-        "logprob": logprob,
-        "bytes": list(text.encode()) if is_whole else None,
-    }
+    own_bytes = list(bytes_of(tokenizer.inner, token))
+    return {"token": token_text(tokenizer, token), "logprob": logprob, "bytes": own_bytes}

@@ -132,7 +132,6 @@ class RequestMetrics:
             metrics.next_token.observe(now - self._last)
         self._tokens += 1
         self._last = now
-        metrics.generation_tokens.inc()
 
     def end(self, outcome: Outcome) -> None:
         """Times of the whole are those of whole answers."""

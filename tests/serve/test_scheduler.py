@@ -1,0 +1,420 @@
+"""Requests of many clients over one decoder: each gets what it would get alone, or is told why not."""
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from scheduled import (
+    SLOTS,
+    HeldDecoder,
+    alone,
+    answer,
+    answers,
+    decoder,
+    in_one_loop,
+    likeliest,
+    model,
+    request,
+    scheduling,
+)
+
+from p828.errors import ConfigError, NotFinite
+from p828.inference.decode.decoder import Decoder
+from p828.inference.decode.sequence import Wants
+from p828.serve.errors import Closing, DecoderFailed, QueueFull, TimedOut
+from p828.serve.limits import Limits
+from p828.serve.metrics import Metrics
+from p828.serve.rate import RequestRate
+from p828.serve.scheduler import Scheduler
+from p828.serve.submission import Request, Submission
+from tiny import tiny_model
+
+
+def mixed_requests(count: int) -> list[Request]:
+    """Prompts of 1 to 40 tokens, answers of 1 to 24."""
+    chosen = random.Random(0)
+    return [
+        request(*[chosen.randrange(96) for _ in range(chosen.randint(1, 40))], tokens=chosen.randint(1, 24))
+        for _ in range(count)
+    ]
+
+
+def test_64_at_once_get_what_each_gets_alone() -> None:
+    requests = mixed_requests(64)
+    with scheduling(decoder()) as scheduler:
+        got = in_one_loop(scheduler, *requests)
+    assert got == [likeliest(one.prompt, one.config.max_new_tokens) for one in requests]
+
+
+def test_drawn_answers_depend_on_the_seed_alone() -> None:
+    requests = [request(5, 6, tokens=12, seed=seed, temperature=1.0) for seed in range(12)]
+    with scheduling(decoder()) as scheduler:
+        got = in_one_loop(scheduler, *requests)
+    assert got == [alone(one) for one in requests]
+    assert len(set(map(tuple, got))) > 6
+
+
+def test_what_is_wanted_comes_with_the_tokens() -> None:
+    async def ask(scheduler: Scheduler) -> tuple[Submission, list[object]]:
+        submission = scheduler.submit(request(1, 2, 3, tokens=2, wants=Wants(probability=True, prompt=True)))
+        return submission, [new.probability async for tokens in submission for new in tokens]
+
+    with scheduling(decoder()) as scheduler:
+        submission, probabilities = asyncio.run(ask(scheduler))
+    assert len(probabilities) == 2
+    assert None not in probabilities
+    assert submission.sequence is not None
+    assert len(submission.sequence.prompt_probabilities) == 3
+
+
+def test_first_come_first_served() -> None:
+    """With one slot, answers end in the order of the requests."""
+    ended: list[int] = []
+
+    async def one(scheduler: Scheduler, number: int) -> None:
+        await answer(scheduler.submit(request(number + 1, tokens=1 + number % 3)))
+        ended.append(number)
+
+    async def all_of(scheduler: Scheduler) -> None:
+        await asyncio.gather(*[one(scheduler, number) for number in range(12)])
+
+    with scheduling(decoder(slots=1)) as scheduler:
+        asyncio.run(all_of(scheduler))
+    assert ended == list(range(12))
+
+
+def test_fewer_may_run_than_there_are_slots() -> None:
+    one = HeldDecoder(slots=8)
+    one.may_go_on.set()
+    with scheduling(one, max_running=2) as scheduler:
+        assert in_one_loop(scheduler, *[request(number) for number in range(5)]) == [
+            likeliest((number,), 6) for number in range(5)
+        ]
+    assert one.most_running == 2
+
+
+def test_a_cancelled_request_leaves_queue_or_slot() -> None:
+    one = HeldDecoder(slots=1)
+
+    async def ask(scheduler: Scheduler) -> list[list[int]]:
+        running, waiting, last = (scheduler.submit(request(number, tokens=40)) for number in (1, 2, 3))
+        await asyncio.to_thread(one.is_in_step.wait, 60)
+        assert (scheduler.num_running, scheduler.num_waiting) == (1, 2)
+        waiting.cancel()
+        assert scheduler.num_waiting == 1
+        running.cancel()
+        running.cancel()  # changes nothing
+        assert scheduler.num_running == 0
+        one.may_go_on.set()
+        return await asyncio.gather(*map(answer, (running, waiting, last)))
+
+    with scheduling(one) as scheduler:
+        assert asyncio.run(ask(scheduler)) == [[], [], likeliest((3,), 40)]
+
+
+def test_a_client_that_goes_while_it_reads_frees_its_slot() -> None:
+    """As a web server has it: the task that reads is cancelled."""
+
+    async def read(scheduler: Scheduler, has_begun: asyncio.Event) -> None:
+        with scheduler.submit(request(1, tokens=60)) as submission:
+            async for _ in submission:
+                has_begun.set()
+                one.may_go_on.clear()
+
+    async def ask(scheduler: Scheduler) -> list[int]:
+        has_begun = asyncio.Event()
+        one.may_go_on.set()
+        task = asyncio.create_task(read(scheduler, has_begun))
+        await has_begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert scheduler.num_running == 0
+        one.may_go_on.set()
+        return await answer(scheduler.submit(request(2)))
+
+    one = HeldDecoder(slots=1)
+    with scheduling(one) as scheduler:
+        assert asyncio.run(ask(scheduler)) == likeliest((2,), 6)
+
+
+def test_a_stop_string_ends_a_whole_answer() -> None:
+    async def ask(scheduler: Scheduler) -> int:
+        count = 0
+        with scheduler.submit(request(1, tokens=60)) as submission:
+            async for tokens in submission:
+                count += len(tokens)
+                submission.stop()
+        return count
+
+    metrics = Metrics("tiny", 64)
+    scheduler = Scheduler(decoder(), Limits(), metrics)
+    scheduler.start()
+    assert 1 <= asyncio.run(ask(scheduler)) < 60
+    scheduler.close(60)
+    assert b'vllm:request_success_total{finished_reason="stop",model_name="tiny"} 1.0' in metrics.text()
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
+    one = HeldDecoder(slots=2)
+
+    async def ask(scheduler: Scheduler) -> list[list[int]]:
+        submissions = [scheduler.submit(request(0))]
+        await asyncio.to_thread(one.is_in_step.wait, 60)
+        submissions += [scheduler.submit(request(number)) for number in range(1, 5)]  # one slot is free, three may wait
+        with pytest.raises(QueueFull, match="4 requests wait already; try again in 1 seconds") as refusal:
+            scheduler.submit(request(9))
+        assert refusal.value.retry_after_seconds == 1.0  # no rate is known yet
+        submissions[2].cancel()
+        submissions.append(scheduler.submit(request(5)))
+        one.may_go_on.set()
+        return await asyncio.gather(*map(answer, submissions))
+
+    with scheduling(one, max_waiting=3) as scheduler:
+        likely = [likeliest((number,), 6) for number in range(6)]
+        assert asyncio.run(ask(scheduler)) == [*likely[:2], [], *likely[3:]]
+
+
+def test_the_rate_is_that_of_the_last_requests() -> None:
+    rate = RequestRate()
+    assert rate.seconds_for(10, now=0.0) is None
+    for second in range(100):
+        rate.count(second * 1000.0)
+    for second in range(64):
+        rate.count(200_000.0 + second / 2)
+    assert rate.seconds_for(10, now=200_031.5) == pytest.approx(5.0)
+    assert rate.seconds_for(10, now=200_063.0) == pytest.approx(10.0)  # none of late: it is slower now
+    rate.restart()
+    assert rate.seconds_for(10, now=200_064.0) is None
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_request_times_out_though_the_decoder_is_stuck(is_running: bool) -> None:
+    one = HeldDecoder(slots=1)
+
+    async def ask(scheduler: Scheduler) -> None:
+        submissions = [scheduler.submit(request(number)) for number in range(2)]
+        await asyncio.to_thread(one.is_in_step.wait, 60)
+        submission = submissions[0 if is_running else 1]
+        with pytest.raises(TimedOut, match=r"longer than 0\.2 seconds"):
+            await answer(submission)
+        assert submission.has_ended
+        one.may_go_on.set()
+
+    with scheduling(one, max_seconds=0.2) as scheduler:
+        asyncio.run(ask(scheduler))
+
+
+def test_a_client_that_does_not_read_keeps_nobody_waiting() -> None:
+    """Its tokens wait for it, no more than it asked for, and come in one list."""
+
+    async def ask(scheduler: Scheduler) -> list[list[int]]:
+        stuck = scheduler.submit(request(1, tokens=60))
+        others = await answers(scheduler, [request(number, tokens=60) for number in range(20)])
+        while not stuck.has_ended:
+            await answers(scheduler, [request(3)])
+        lists = [[new.token for new in tokens] async for tokens in stuck]
+        assert lists == [likeliest((1,), 60)]
+        return others
+
+    with scheduling(decoder(slots=2)) as scheduler:
+        assert asyncio.run(ask(scheduler)) == [likeliest((number,), 60) for number in range(20)]
+
+
+def test_closing_answers_what_was_accepted() -> None:
+    one = HeldDecoder(slots=1)
+
+    async def ask(scheduler: Scheduler) -> list[list[int]]:
+        submissions = [scheduler.submit(request(number)) for number in range(3)]
+        await asyncio.to_thread(one.is_in_step.wait, 60)
+        closing = asyncio.create_task(asyncio.to_thread(scheduler.close, 60))
+        await until_refused(scheduler)
+        one.may_go_on.set()
+        got = await asyncio.gather(*map(answer, submissions))
+        await closing
+        return got
+
+    with scheduling(one) as scheduler:
+        assert asyncio.run(ask(scheduler)) == [likeliest((number,), 6) for number in range(3)]
+
+
+def test_after_the_grace_the_rest_is_told() -> None:
+    one = HeldDecoder(slots=1)
+
+    async def ask(scheduler: Scheduler) -> None:
+        submissions = [scheduler.submit(request(number)) for number in range(3)]
+        await asyncio.to_thread(one.is_in_step.wait, 60)
+        closing = asyncio.create_task(asyncio.to_thread(scheduler.close, 0))
+        await until_refused(scheduler)
+        one.may_go_on.set()
+        await closing
+        for submission in submissions:
+            with pytest.raises(Closing):
+                await answer(submission)
+
+    with scheduling(one) as scheduler:
+        asyncio.run(ask(scheduler))
+
+
+def test_a_decoder_that_is_stuck_keeps_no_one_from_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the second of two calls shortens the grace of the first."""
+    one = HeldDecoder(slots=1)
+
+    async def ask(scheduler: Scheduler) -> None:
+        submissions = [scheduler.submit(request(number)) for number in range(3)]
+        await asyncio.to_thread(one.is_in_step.wait, 60)
+        closing = asyncio.create_task(asyncio.to_thread(scheduler.close, 3600))
+        await until_refused(scheduler)
+        monkeypatch.setattr("p828.serve.scheduler.STUCK_SECONDS", 0.0)
+        await asyncio.to_thread(scheduler.close, 0)
+        for submission in submissions:
+            with pytest.raises(Closing):
+                await answer(submission)
+        one.may_go_on.set()
+        await closing
+
+    with scheduling(one) as scheduler:
+        asyncio.run(ask(scheduler))
+
+
+async def until_refused(scheduler: Scheduler) -> None:
+    while True:
+        try:
+            scheduler.submit(request(1)).cancel()
+        except Closing:
+            return
+        await asyncio.sleep(0)
+
+
+def test_a_scheduler_that_was_not_started_closes() -> None:
+    async def ask(scheduler: Scheduler) -> None:
+        submission = scheduler.submit(request(1))
+        scheduler.close(0)
+        with pytest.raises(Closing):
+            await answer(submission)
+
+    asyncio.run(ask(Scheduler(decoder(), Limits(), Metrics("tiny", 64))))
+
+
+def out_of_memory() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("error", [out_of_memory, MemoryError, lambda: NotFinite("the model's logits")])
+def test_an_error_that_passes_ends_those_who_ran(error: Callable[[], Exception]) -> None:
+    one = HeldDecoder(slots=2)
+    one.errors.append(error())
+
+    async def ask(scheduler: Scheduler) -> list[list[int] | Exception]:
+        first = [asyncio.create_task(answer(scheduler.submit(request(number)))) for number in range(2)]
+        await asyncio.to_thread(one.is_in_step.wait, 60)
+        while scheduler.num_running + scheduler.num_waiting < 2:
+            await asyncio.sleep(0)
+        first += [asyncio.create_task(answer(scheduler.submit(request(number)))) for number in range(2, 4)]
+        await asyncio.sleep(0)
+        one.may_go_on.set()
+        return await asyncio.gather(*first, return_exceptions=True)
+
+    with scheduling(one) as scheduler:
+        got = asyncio.run(ask(scheduler))
+        assert scheduler.failure is None
+        assert in_one_loop(scheduler, request(7)) == [likeliest((7,), 6)]
+    failed = [one for one in got if isinstance(one, DecoderFailed)]
+    assert 1 <= len(failed) <= 2
+    assert all(one.can_go_on for one in failed)
+    assert got[len(failed) :] == [likeliest((number,), 6) for number in range(len(failed), 4)]
+
+
+def test_a_model_that_diverged_answers_each_request_with_that() -> None:
+    diverged = tiny_model()
+    with torch.no_grad():
+        diverged.head_weight.fill_(float("nan"))
+
+    async def ask(scheduler: Scheduler) -> DecoderFailed:
+        with pytest.raises(DecoderFailed, match="its weights diverged") as failure:
+            await answer(scheduler.submit(request(1)))
+        return failure.value
+
+    with scheduling(Decoder(diverged, 97, 96, torch.float32, SLOTS)) as scheduler:
+        for _ in range(2):
+            failure = asyncio.run(ask(scheduler))
+            assert failure.can_go_on
+            assert isinstance(failure.__cause__, NotFinite)
+
+
+def test_an_unknown_error_ends_the_scheduler(capfd: pytest.CaptureFixture[str]) -> None:
+    one = HeldDecoder(slots=1)
+    one.errors.append(RuntimeError("CUDA error: an illegal memory access was encountered\nmore of it"))
+    scheduler = Scheduler(one, Limits(max_running=1), Metrics("tiny", 64))
+    scheduler.start()
+
+    async def ask() -> None:
+        submissions = [scheduler.submit(request(number)) for number in range(3)]
+        one.may_go_on.set()
+        for submission in submissions:
+            with pytest.raises(DecoderFailed, match="RuntimeError: CUDA error: an illegal memory access was enc") as it:
+                await answer(submission)
+            assert not it.value.can_go_on
+        with pytest.raises(DecoderFailed):
+            scheduler.submit(request(1))
+
+    asyncio.run(ask())
+    assert isinstance(scheduler.failure, RuntimeError)
+    scheduler.close(60)
+    assert "more of it" in capfd.readouterr().err  # the traceback
+
+
+def test_a_loop_that_ends_takes_its_requests_with_it() -> None:
+    one = HeldDecoder(slots=1)
+
+    async def leave(scheduler: Scheduler) -> None:
+        for number in range(3):
+            scheduler.submit(request(number, tokens=60))
+        await asyncio.to_thread(one.is_in_step.wait, 60)
+
+    with scheduling(one) as scheduler:
+        asyncio.run(leave(scheduler))
+        one.may_go_on.set()
+        assert in_one_loop(scheduler, request(5)) == [likeliest((5,), 6)]
+
+
+def test_loops_of_several_threads_share_a_scheduler() -> None:
+    got: dict[int, list[list[int]]] = {}
+
+    def ask(number: int) -> None:
+        got[number] = in_one_loop(scheduler, *[request(number, other) for other in range(6)])
+
+    with scheduling(decoder()) as scheduler:
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert got == {number: [likeliest((number, other), 6) for other in range(6)] for number in range(4)}
+
+
+def test_a_prompt_that_has_no_room_is_refused_at_once() -> None:
+    async def ask(scheduler: Scheduler) -> list[int]:
+        with pytest.raises(ValueError, match="64 tokens, in slots of 64"):
+            scheduler.submit(request(*[1] * 64))
+        return await answer(scheduler.submit(request(*[1] * 63)))
+
+    with scheduling(decoder()) as scheduler:
+        assert asyncio.run(ask(scheduler)) == likeliest((1,) * 63, 6)
+
+
+def test_limits_are_checked() -> None:
+    for given in ({"max_running": 0}, {"max_waiting": -1}, {"max_seconds": 0.0}, {"max_seconds": float("inf")}):
+        (name,) = given
+        with pytest.raises(ConfigError, match=f"{name} = .*is accepted"):
+            Limits(**given)
+
+
+def test_the_tiny_model_ends_some_answers_itself() -> None:
+    """So that what is asked of 64 requests above includes those."""
+    ends = [likeliest(one.prompt, one.config.max_new_tokens) for one in mixed_requests(64)]
+    assert model().config.max_position_embeddings == 64
+    assert any(len(ids) < one.config.max_new_tokens for ids, one in zip(ends, mixed_requests(64), strict=True))
