@@ -6,11 +6,11 @@ import openai
 import pytest
 import torch
 from openai.types.completion_choice import Logprobs
+from serving import CONTEXT, EOS, NAME, Served
 
 from p828.inference.answer import answer, prompt_of
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
-from serving import CONTEXT, EOS, NAME, Served
 
 GREEDY = {"temperature": 0.0}
 PROMPTS = ["the cat", "and the dog sat on", "", "mat 🙂 é"]

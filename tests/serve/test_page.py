@@ -5,10 +5,8 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
+from serving import serving
 
 import p828
 from chat_templates import talk
@@ -53,26 +52,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> p828.Run:
     return run
 
 
-@contextmanager
-def serving(run: p828.Run) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A server's address and process."""
-    (run.path / "key").write_text(KEY)
-    flags = ["--port", "0", "--api-key-file", "key", "--device", "cpu"]
-    with start("serve", str(run.path), *flags, cwd=run.path) as server:
-        assert server.stdout is not None
-        assert server.stderr is not None
-        found = next((line.split()[1] for line in server.stdout if line.startswith("page")), None)
-        assert found is not None, server.stderr.read()
-        try:
-            yield found, server
-        finally:
-            server.terminate()
-
-
 @pytest.fixture(scope="module")
 def address(run: p828.Run) -> Iterator[str]:
-    with serving(run) as (found, _):
-        yield found
+    with serving(run.path, KEY) as served:
+        yield served.url + "/"
 
 
 class Page:
@@ -303,13 +286,18 @@ def test_what_the_server_refuses_is_shown(page: Page) -> None:
 
 
 def test_a_server_that_dies_is_told_and_the_answer_kept(browser: webdriver.Chrome, run: p828.Run) -> None:
-    with serving(run) as (address, server):
-        page = Page(browser, address)
-        page.open()
-        page.choose("chat", temperature=0, max_tokens=4000)
-        page.ask("Sing!")
-        page.until(lambda: len(page.tokens()) > 5)
-        server.kill()
+    (run.path / "key").write_text(KEY)
+    flags = ["--port", "0", "--api-key-file", "key", "--device", "cpu"]
+    with start("serve", str(run.path), *flags, cwd=run.path) as server:
+        assert server.stdout is not None
+        try:
+            page = Page(browser, next(line.split()[1] for line in server.stdout if line.startswith("page")))
+            page.open()
+            page.choose("chat", temperature=0, max_tokens=4000)
+            page.ask("Sing!")
+            page.until(lambda: len(page.tokens()) > 5)
+        finally:
+            server.kill()
         page.wait()
     assert page.at("error").text == "The server cannot be reached."
     assert page.texts(".end") == ["Ended by an error."]
