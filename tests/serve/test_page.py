@@ -256,6 +256,23 @@ def test_a_conversation_goes_on_until_a_new_one(page: Page) -> None:
     assert page.texts(".answer") == [alone["choices"][0]["message"]["content"]]
 
 
+def test_a_conversation_left_while_it_is_answered_is_forgotten(page: Page) -> None:
+    page.choose("chat", temperature=0, max_tokens=4000)
+    page.ask("Colours?")
+    page.wait()
+    page.ask("Sing!")
+    page.until(lambda: "la la" in page.texts(".answer")[1])
+    page.at("forget").click()
+    page.wait()
+    page.choose("chat", max_tokens=3)
+    page.ask("Colours?")
+    page.wait()
+    wanted = {"messages": talk("Colours?"), "temperature": 0, "max_tokens": 3, "logprobs": True}
+    (choice,) = page.ask_server("v1/chat/completions", **wanted)["choices"]
+    page.tokens()[0].click()
+    assert logprob_shown(choice["logprobs"]["content"][0]["logprob"]) in page.at("token").text
+
+
 def test_escape_stops_the_answer_here_and_at_the_server(page: Page) -> None:
     page.choose("chat", temperature=0, max_tokens=4000)
     page.ask("Sing!")

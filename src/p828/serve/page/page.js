@@ -47,7 +47,7 @@ async function send() {
     fail(error, turn);
   } finally {
     setRunning(null);
-    if (turn?.chat) keep(prompt, turn);
+    if (turn?.chat && turn.end.isConnected) keep(prompt, turn); // unless forgotten meanwhile
   }
 }
 
@@ -203,6 +203,7 @@ at("answers").addEventListener("scroll", ({ target }) => {
   scrolledTo = target.scrollTop;
 });
 document.addEventListener("keydown", (event) => {
+  if (event.isComposing) return;
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
     send();
