@@ -25,6 +25,7 @@ from runs import start
 
 KEY = "a-key"
 MARKUP = "<b>red</b> 🙂 <img src=x onerror=alert(1)>\n<i>"
+SONG = "la " * 60
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
@@ -41,12 +42,13 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> p828.Run:
-    """A run that answers "Colours?" with markup, and "Sing!" without an end."""
+    """A run that answers "Colours?" with markup, and sings without an end."""
     place = tmp_path_factory.mktemp("run")
-    train = {"steps": 80, "micro_batch_size": 4, "gradient_accumulation": 1}
+    train = {"steps": 100, "micro_batch_size": 4, "gradient_accumulation": 1}
     model = {"max_position_embeddings": 4096}
     config = chat_config(place, train=train, model=model, data={"sequence_length": 64}, checkpoint={"every": 100})
-    write_conversations(place / "talk.jsonl", [talk("Colours?", MARKUP)] * 12 + [talk("Sing!", "la " * 40)] * 4)
+    talks = [talk("Colours?", MARKUP)] * 12 + [talk("Sing!", SONG)] * 4 + [talk("Sing!", "la", "Go on!", SONG)] * 4
+    write_conversations(place / "talk.jsonl", talks)
     run = train_run(config)
     assert run.answer("Colours?", temperature=0) == MARKUP
     return run
@@ -257,10 +259,11 @@ def test_a_conversation_goes_on_until_a_new_one(page: Page) -> None:
 
 
 def test_a_conversation_left_while_it_is_answered_is_forgotten(page: Page) -> None:
-    page.choose("chat", temperature=0, max_tokens=4000)
-    page.ask("Colours?")
-    page.wait()
+    page.choose("chat", temperature=0, max_tokens=1)
     page.ask("Sing!")
+    page.wait()
+    page.choose("chat", max_tokens=4000)
+    page.ask("Go on!")
     page.until(lambda: "la la" in page.texts(".answer")[1])
     page.at("forget").click()
     page.wait()
