@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -93,7 +93,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(receive, self._send(scope, receive, send))
+            with suppress(ClientGone):  # nobody is left to be told
+                await unless_gone(receive, self._send(scope, receive, send))
         finally:
             cancel(self._choices)
 

@@ -36,10 +36,11 @@ def load_rotated(head_at, norm_weight, gain, other_gain, cos, sin, eps, d, mask,
 @triton.jit
 def load_gains(norm_weight, d, D: tl.constexpr):
     """A norm's weight at d and at d's partner; without a norm, numbers that nobody reads."""
-    if norm_weight is None:
-        return d, d
-    gain = tl.load(norm_weight + d, mask=d < D, other=0.0)
-    return gain, tl.load(norm_weight + (d + D // 2) % D, mask=d < D, other=0.0)
+    gain, other_gain = d, d
+    if norm_weight is not None:
+        gain = tl.load(norm_weight + d, mask=d < D, other=0.0)
+        other_gain = tl.load(norm_weight + (d + D // 2) % D, mask=d < D, other=0.0)
+    return gain, other_gain
 
 
 @triton.jit
