@@ -69,8 +69,14 @@ class Page:
     def open(self) -> None:
         self.driver.get(self.address)
         self.until(lambda: self.at("key").is_displayed())
+        assert self.at("error").text == "The server asks for its key."
+        self.press("another" + Keys.ENTER)
+        self.until(lambda: "has another key" in self.at("error").text)
+        self.at("key").clear()
         self.at("key").send_keys(KEY + Keys.ENTER)
         self.until(lambda: self.at("modes").is_displayed())
+        assert not self.at("key").is_displayed()
+        assert not self.at("error").is_displayed()
 
     def at(self, name: str) -> WebElement:
         return self.driver.find_element(By.ID, name)

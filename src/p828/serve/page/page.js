@@ -21,6 +21,7 @@ async function findModel() {
   model = (await response.json()).data[0];
   at("model").textContent = `${model.id}, ${model.max_model_len.toLocaleString("en")} tokens of context`;
   document.title = `${model.id} – p828`;
+  at("key-row").hidden = true;
   at("modes").hidden = !model.chat;
   if (model.chat) at("form").mode.value = "chat";
 }
@@ -167,8 +168,14 @@ function showError(text) {
 }
 
 function showFailure(error) {
-  if (error.status === 401) at("key-row").hidden = false;
-  showError(error instanceof ServerError ? error.message : `The page failed: ${error}`);
+  if (!model) at("model").textContent = "";
+  if (error.status === 401 && at("key-row").hidden) {
+    at("key-row").hidden = false;
+    at("key").focus();
+    showError("The server asks for its key.");
+  } else {
+    showError(error instanceof ServerError ? error.message : `The page failed: ${error}`);
+  }
 }
 
 // ---- keys and buttons ----
