@@ -84,9 +84,12 @@ class Page:
     def until(self, holds: Any) -> None:
         WebDriverWait(self.driver, SECONDS, poll_frequency=0.02).until(lambda driver: holds())
 
+    def focused(self) -> WebElement:
+        return self.driver.switch_to.active_element
+
     def press(self, *keys: str) -> None:
         """Keys go to whatever has the focus."""
-        self.driver.switch_to.active_element.send_keys(*keys)
+        self.focused().send_keys(*keys)
 
     def choose(self, mode: str, **settings: object) -> None:
         self.driver.find_element(By.CSS_SELECTOR, f"[value={mode}]").click()
@@ -173,7 +176,7 @@ def test_an_answer_comes_with_the_probability_of_each_token(page: Page) -> None:
     probabilities = [math.exp(value) for value in choice["logprobs"]["token_logprobs"]]
     levels = [sum(p >= least for least in (0.02, 0.1, 0.3, 0.6, 0.9)) for p in probabilities]
     assert [int(token.get_attribute("data-level") or "") for token in page.tokens()] == levels
-    assert {0, 5} <= set(levels)
+    assert len(set(levels)) > 1
     speed = re.fullmatch(r"(\d+) tokens, [\d.]+ tokens/s, first after \d+ ms", page.at("speed").text)
     assert speed is not None
     assert int(speed[1]) == len(levels)
@@ -189,14 +192,14 @@ def test_a_focused_token_tells_its_alternatives_and_experts(page: Page) -> None:
     ]
     for _ in range(10):
         page.press(Keys.SHIFT, Keys.TAB, Keys.NULL)
-        if page.driver.switch_to.active_element.get_attribute("role") == "option":
+        if page.focused().get_attribute("role") == "option":
             break
     page.press(Keys.END)
     page.press(Keys.HOME)
     page.press(Keys.ARROW_RIGHT)
     page.press(Keys.ARROW_RIGHT)
     page.press(Keys.ARROW_LEFT)
-    focused = page.driver.switch_to.active_element
+    focused = page.focused()
     assert focused.id == page.tokens()[1].id
     assert focused.get_attribute("tabindex") == "0"
     assert [token.get_attribute("tabindex") for token in page.tokens()].count("0") == 1
@@ -335,7 +338,7 @@ def test_settings_out_of_range_are_not_sent(page: Page) -> None:
     page.choose("completion", temperature=-1)
     page.ask("la")
     assert page.at("settings").get_attribute("open") is not None
-    assert page.driver.switch_to.active_element.get_attribute("id") == "temperature"
+    assert page.focused().get_attribute("id") == "temperature"
     assert page.tokens() == []
 
 
@@ -361,12 +364,17 @@ def test_levels_differ_in_lightness_and_are_readable(page: Page, scheme: str) ->
 
 def test_a_phone_shows_all_of_it(page: Page) -> None:
     page.set_size(360, 740)
-    page.choose("completion", max_tokens=60, temperature=3)
-    page.ask("la la la")
+    page.choose("chat", max_tokens=60, temperature=0)
+    page.ask("Sing!")
     page.wait()
     assert not page.at("detail").is_displayed()
     page.tokens()[30].click()
     assert page.at("detail").is_displayed()
+    line = page.focused().rect["y"]
+    page.press(Keys.ARROW_UP)
+    assert page.focused().rect["y"] < line
+    page.press(Keys.ARROW_DOWN)
+    assert page.focused().rect["y"] == line
     page.at("settings").click()
     assert page.driver.execute_script("return document.documentElement.scrollWidth") == 360
     for name in ("answers", "detail", "prompt", "send", "stop", "speed", "temperature"):
