@@ -136,11 +136,11 @@ def _service(loaded: LoadedModel, given: Arguments) -> Service:
 def _lines(loaded: LoadedModel, service: Service, given: Arguments, address: str) -> list[str]:
     model, device, context = loaded.config.model, loaded.model.head_weight.device, service.scheduler.max_length
     slots = service.limits.max_running
-    gigabytes = cache_bytes(model, slots, context, loaded.dtype) / 1e9
+    megabytes = cache_bytes(model, slots, context, loaded.dtype) / 1e6
     return [
         f"model    {service.model_name}, {loaded.path} (step {loaded.step})",
         f"device   {device.type} in {str(loaded.dtype).removeprefix('torch.')}",
-        f"slots    {slots} of {context:,} tokens, {gigabytes:,.2f} GB; {given.max_waiting:,} more requests may wait",
+        f"slots    {slots} of {context:,} tokens, {megabytes:,.0f} MB; {given.max_waiting:,} more requests may wait",
         f"page     {address}/",
         f"clients  {address}/v1 as base URL of OpenAI's API" + ("" if service.tokenizer.template else ", without chat"),
     ]

@@ -5,10 +5,6 @@ import { detailOf, element } from "./detail.js";
 import { ServerError, ask, choices, tokensOf } from "./server.js";
 
 const ALTERNATIVES = 5;
-const ENDS = {
-  stop: "The model ended its answer.",
-  length: "Cut off: the limit of tokens is reached, or the model's context is full.",
-};
 const WAITING = "waiting for the first token …";
 
 let model = null; // as /v1/models has it
@@ -25,6 +21,7 @@ async function findModel() {
   model = (await response.json()).data[0];
   at("model").textContent = `${model.id}, ${model.max_model_len.toLocaleString("en")} tokens of context`;
   document.title = `${model.id} – p828`;
+  at("key-row").hidden = true;
   at("modes").hidden = !model.chat;
   if (model.chat) at("form").mode.value = "chat";
 }
@@ -44,12 +41,14 @@ async function send() {
   try {
     if (!model) await findModel();
     turn = newTurn(prompt);
-    turn.end.textContent = ENDS[await stream(turn.answer, ...requestOf(prompt))];
+    const [path, request] = requestOf(prompt);
+    const reason = await stream(turn.answer, path, request);
+    turn.end.textContent = endOf(reason, turn.answer.tokens.length, request.max_tokens);
   } catch (error) {
     fail(error, turn);
   } finally {
     setRunning(null);
-    if (turn?.chat) keep(prompt, turn);
+    if (turn?.chat && turn.end.isConnected) keep(prompt, turn); // unless forgotten meanwhile
   }
 }
 
@@ -77,6 +76,11 @@ async function stream(answer, path, request) {
     showSpeed(answer.tokens.length, first, began);
   }
   return reason;
+}
+
+function endOf(reason, count, most) {
+  if (reason === "stop") return "The model ended its answer.";
+  return count < most ? "Cut off: the model's context is full." : "Cut off after max tokens.";
 }
 
 function fail(error, turn) {
@@ -164,8 +168,14 @@ function showError(text) {
 }
 
 function showFailure(error) {
-  if (error.status === 401) at("key-row").hidden = false;
-  showError(error instanceof ServerError ? error.message : `The page failed: ${error}`);
+  if (!model) at("model").textContent = "";
+  if (error.status === 401 && at("key-row").hidden) {
+    at("key-row").hidden = false;
+    at("key").focus();
+    showError("The server asks for its key.");
+  } else {
+    showError(error instanceof ServerError ? error.message : `The page failed: ${error}`);
+  }
 }
 
 // ---- keys and buttons ----
@@ -200,6 +210,7 @@ at("answers").addEventListener("scroll", ({ target }) => {
   scrolledTo = target.scrollTop;
 });
 document.addEventListener("keydown", (event) => {
+  if (event.isComposing) return;
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
     send();
