@@ -342,6 +342,8 @@ def test_a_prompt_that_has_no_room_is_refused_at_once() -> None:
 
 
 def test_limits_are_checked() -> None:
+    with pytest.raises(ValueError, match="9 requests may run, in 8 slots"):
+        Scheduler(decoder(slots=8), Limits(max_running=9), Metrics("mine", 64))
     for given in ({"max_running": 0}, {"max_waiting": -1}, {"max_seconds": 0.0}, {"max_seconds": float("inf")}):
         (name,) = given
         with pytest.raises(ConfigError, match=f"{name} = .*is accepted"):

@@ -122,7 +122,7 @@ def test_a_scheduler_that_was_not_started_closes() -> None:
         with pytest.raises(Closing):
             await answer(submission)
 
-    asyncio.run(ask(Scheduler(decoder(), Limits(), Metrics("mine", 64))))
+    asyncio.run(ask(Scheduler(decoder(), Limits(SLOTS), Metrics("mine", 64))))
 
 
 def out_of_memory() -> Exception:
