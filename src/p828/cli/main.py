@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a model; a run that has checkpoints goes on from the newest",
     "prepare": "tokenize a source once, into files that training reads",
     "generate": "continue prompts with a trained model",
+    "serve": "answer over HTTP with a trained model, as OpenAI's API does",
     "import": "a model of other libraries as a run",
     "evaluate": "loss, perplexity and bits per byte of a trained model",
     "export": "a trained model as a directory that transformers and other libraries load",

@@ -112,6 +112,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         self.stopped = False
+        self.length = 0
+        """Characters of the whole text so far, with those that are held back and those of a stop string."""
         self._tokenizer, self._stop = tokenizer, stop
         # Tokens from `_begin` on are decoded together, since a tokenizer may treat the first one that gives text
         # specially; those before `_decoded` have given theirs.
@@ -156,6 +158,7 @@ class TextStream:
         return not text.endswith(CUT_CHARACTER) or self._tokenizer.ends_whole(self._ids[self._begin :])
 
     def _release(self, text: str, end: bool) -> str:
+        self.length += len(text)
         text = self._held + text
         found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
         if found:

@@ -87,15 +87,20 @@ def explain_out_of_memory(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and NO_HOST_MEMORY not in text:
+        if not is_out_of_memory(error):
             raise
+        text = " ".join(str(error).split())
         cause = text[max(text.find(NO_HOST_MEMORY), 0) :][:LONGEST_CAUSE] or "of the host"
         raise RunFailed(
             f"{what}: out of memory: {cause}\n"
             "Lower train.micro_batch_size and raise train.gradient_accumulation as much, or set "
             "train.gradient_checkpointing"
         ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a device or the host has no more memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_HOST_MEMORY in " ".join(str(error).split())
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:

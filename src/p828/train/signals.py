@@ -63,13 +63,16 @@ def end_now(number: int) -> NoReturn:
 
 @contextmanager
 def graceful_shutdown(
-    when_asked: Callable[[], None], answer: Callable[[str], None] = lambda text: None
+    when_asked: Callable[[], None],
+    answer: Callable[[str], None] = lambda text: None,
+    words: str = "saving after this step",
 ) -> Iterator[GracefulShutdown]:
     """In the block, the first SIGINT, SIGTERM or SIGHUP asks the run to end where it can be saved.
 
-    A thread then calls `when_asked`, to cancel what the run may wait for, and `answer` with a line for the user: the
-    main one may be inside an operation of minutes, and calls no handler before that ends. A second signal ends the
-    process, with a shell's exit code. An ignored SIGHUP stays so, and once asked it is, as it may come in ending.
+    A thread then calls `when_asked`, to cancel what the run may wait for, and `answer` with a line for the user, which
+    has `words` on what is done now. The main thread may be inside an operation of minutes, and calls no handler before
+    that ends. A second signal ends the process, with a shell's exit code. An ignored SIGHUP stays so, and once asked it
+    is, as it may come in ending.
     """
     shutdown = GracefulShutdown()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may have handlers
@@ -82,7 +85,7 @@ def graceful_shutdown(
             shutdown.time, shutdown.reason = now, name
             when_asked()
             # by a thread of its own: an output that takes nothing must not keep a second signal from being heard
-            text = f"{name}: saving after this step" + ("" if name == "SIGHUP" else "; again to stop now")
+            text = f"{name}: {words}" + ("" if name == "SIGHUP" else "; again to stop now")
             threading.Thread(target=answer, args=(text,), name="p828-answer", daemon=True).start()
         elif not shutdown.repeats(name, now):
             end_now(number)

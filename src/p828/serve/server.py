@@ -1,0 +1,78 @@
+"""The HTTP server: an address to listen at, and an orderly end."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.applications import Starlette
+
+from p828.errors import ConfigError, reason
+from p828.serve.connection import Connection
+from p828.serve.scheduler import Scheduler
+
+BACKLOG = 2048  # connections that the system holds until they are taken
+GRACE_SECONDS = 30.0  # in which what was accepted is answered at the end
+CLOSING_SECONDS = 5  # after the grace, for the last words to reach their clients
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0 takes a free one. Raises ConfigError for an address that is not to be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        listening = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except UnicodeError:
+        raise ConfigError(f"--host {host}: not the name of a host") from None
+    except OSError as error:
+        # Python adds the address to what the system says; a name that is not found has a negative number.
+        cause = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else reason(error)
+        raise ConfigError(f"--host {host} --port {port}: cannot listen there: {cause}") from None
+    # Connections inherit it. asyncio sets it only where a socket names its protocol, and without it each small piece of
+    # an answer waits 40 ms for the client to acknowledge the one before.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
+def url(listening: socket.socket) -> str:
+    """Where a browser on this machine finds it."""
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which answers what it has accepted before it ends, and leaves signals to the command."""
+
+    def __init__(self, app: Starlette, scheduler: Scheduler) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Connection,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level=logging.ERROR,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=int(GRACE_SECONDS) + CLOSING_SECONDS,
+            )
+        )
+        self._scheduler = scheduler
+
+    def stop(self) -> None:
+        """Take no more connections, and have `run` return when all is answered; from any thread."""
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        closing = asyncio.create_task(asyncio.to_thread(self._scheduler.close, GRACE_SECONDS))
+        await super().shutdown(sockets)
+        await closing
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
