@@ -129,6 +129,7 @@ def test_log_probabilities_with_an_echo_are_those_of_the_training_forward(
         assert logprobs is not None
         assert choice.text == prompt + text
         ids = tokenizer.encode(prompt)
+        assert (logprobs.text_offset or [])[len(ids)] == len(prompt), "where the answer begins"
         (by_ids,) = openai_client.completions.create(**{**asked, "prompt": ids}, max_tokens=6).choices
         assert by_ids.logprobs is not None
         assert by_ids.logprobs.tokens == logprobs.tokens
