@@ -242,6 +242,10 @@ def test_experts_are_told_of_each_token(served: Served, openai_client: openai.Op
     logprobs = found.choices[0].logprobs
     assert logprobs is not None
     assert len(experts) == len(logprobs.tokens or [])
+    without = openai_client.completions.create(
+        **{**asked, "logprobs": None}, prompt="the cat", echo=True, extra_body=extra
+    )
+    assert (without.choices[0].model_extra or {})["experts"] == experts
     config = served.loaded.config.model
     chosen = [layers for layers in experts if layers is not None]
     assert chosen
