@@ -44,7 +44,12 @@ class Scheduler:
     """
 
     def __init__(self, decoder: Decoder, limits: Limits, metrics: Metrics) -> None:
-        """`decoder` is idle, and from `start` to the end of `close` nobody else's."""
+        """`decoder` is idle, and from `start` to the end of `close` nobody else's.
+
+        Raises ValueError where it has fewer slots than requests may run.
+        """
+        if decoder.free_slots < limits.max_running:
+            raise ValueError(f"{limits.max_running} requests may run, in {decoder.free_slots} slots")
         self.failure: Exception | None = None
         """What ended the decoder for good, if anything did: the server has to be started again."""
         self._decoder, self._limits, self._metrics = decoder, limits, metrics
