@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import NOTHING_MORE, NewToken, Wants
@@ -40,6 +41,8 @@ class HeldDecoder(Decoder):
         self.errors: list[Exception] = []
         """Each is raised by a step in place of its work."""
         self.most_running = 0
+        self.gives_nothing = False
+        """Its steps come to nothing, so that no request ends."""
 
     def step(self) -> list[NewToken]:
         self.most_running = max(self.most_running, len(self.running))
@@ -47,18 +50,28 @@ class HeldDecoder(Decoder):
         assert self.may_go_on.wait(60)
         if self.errors:
             raise self.errors.pop(0)
-        return super().step()
+        return [] if self.gives_nothing else super().step()
 
 
 @contextmanager
-def scheduling(decoder: Decoder, **limits: float) -> Iterator[Scheduler]:
+def scheduling(decoder: Decoder, metrics: Metrics | None = None, **limits: float) -> Iterator[Scheduler]:
     """A scheduler at work. Nothing is left of any request when it ends, or the block fails."""
     limits = {"max_running": decoder.free_slots, "max_seconds": 120.0, **limits}
-    scheduler = Scheduler(decoder, Limits(**limits), Metrics("tiny", decoder.max_length))
+    scheduler = Scheduler(decoder, Limits(**limits), metrics or Metrics("mine", decoder.max_length))
     scheduler.start()
     yield scheduler
     scheduler.close(grace_seconds=60)
     scheduler.check_idle()
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
+    """Values by name, and by the labels beside the model's name, which all of them have."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.text().decode()):
+        for name, labels, value, *_ in family.samples:
+            assert labels.pop("model_name") == "mine"
+            found[(name, *labels.values())] = value
+    return found
 
 
 def request(*prompt: int, tokens: int = 6, seed: int = 0, wants: Wants = NOTHING_MORE, **sampling: float) -> Request:

@@ -73,9 +73,10 @@ def tokenizer_of(chat: bool) -> Tokenizer:
 
 
 def save_tiny(directory: Path, chat: bool = True) -> Path:
-    """A run whose tokenizer writes an emoji in four tokens."""
-    model = tiny_model(vocab_size=290, max_position_embeddings=CONTEXT)
-    return save_model(directory, model, tokenizer_of(chat))
+    """A run whose tokenizer writes an emoji in four tokens, and whose model has no row but the tokenizer's."""
+    tokenizer = tokenizer_of(chat)
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=CONTEXT)
+    return save_model(directory, model, tokenizer)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Clients that go away, that are too many, slow or stuck; and a decoder that fails: others are answered all the while."""
+"""Clients that go away, that are too many, slow or stuck, and a decoder that fails: others are answered meanwhile."""
 
 import json
 import socket

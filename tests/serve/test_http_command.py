@@ -58,7 +58,7 @@ def test_it_says_where_it_is_and_finishes_what_runs(run: Path) -> None:
             begin = next(events)
             process.send_signal(signal.SIGTERM)
             assert process.stderr is not None
-            assert "SIGTERM: answering what was accepted, for 30 seconds at most" in process.stderr.readline()
+            assert any("SIGTERM: answering what was accepted, for 30 seconds" in line for line in process.stderr)
             *rest, last = events
         assert last == "[DONE]"
         found = "".join(json.loads(event)["choices"][0]["text"] for event in [begin, *rest])
@@ -77,7 +77,7 @@ def test_a_second_signal_ends_it_at_once(run: Path) -> None:
             next(lines)
             process.send_signal(signal.SIGINT)
             assert process.stderr is not None
-            assert "SIGINT" in process.stderr.readline()
+            assert any("SIGINT" in line for line in process.stderr)
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 130
 

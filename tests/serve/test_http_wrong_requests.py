@@ -211,16 +211,50 @@ FIELDS = {
 SENSIBLE: dict[str, Any] = {"prompt": "a", "messages": TALK, "tokens": [1], "max_tokens": 1}
 
 
-@pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_value_of_any_field_is_answered_or_refused(http: httpx.Client, path: str, data: st.DataObject) -> None:
+def ask_anything(http: httpx.Client, path: str, data: st.DataObject) -> None:
+    """A request with some fields of any value, which is answered or refused."""
     names = data.draw(st.lists(st.sampled_from(FIELDS[path]) | st.text(max_size=6), max_size=3))
     sensible = {name: value for name, value in SENSIBLE.items() if name in FIELDS[path]}
     body = {**sensible, **{name: data.draw(ANYTHING) for name in names}}
     response = http.post(path, content=json.dumps(body).encode(), headers=JSON)
     if response.status_code != 200:
         refused(response)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_of_any_field_is_answered_or_refused(http: httpx.Client, path: str, data: st.DataObject) -> None:
+    ask_anything(http, path, data)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_many_values_of_any_field_are_answered_or_refused(http: httpx.Client, path: str, data: st.DataObject) -> None:
+    ask_anything(http, path, data)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1e300},
+        {"temperature": 1e-300},
+        {"top_p": 1e-300},
+        {"min_p": 1},
+        {"top_k": 2**31 - 1},
+        {"repetition_penalty": 1000},
+        {"repetition_penalty": 0.001, "temperature": 1e-4},
+        {"seed": -(2**63)},
+        {"max_tokens": 2**31 - 1},
+        {"stop": ["\U0001f642" * 256] * 16},
+    ],
+)
+def test_the_ends_of_what_is_accepted_are_answered(http: httpx.Client, fields: dict[str, Any]) -> None:
+    response = http.post("/v1/completions", json={"prompt": "the cat", "max_tokens": 4, "logprobs": 1, **fields})
+    assert response.status_code == 200, response.text
+    assert response.json()["usage"]["completion_tokens"] >= 1
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])

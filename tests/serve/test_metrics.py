@@ -3,10 +3,8 @@
 import asyncio
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-from scheduled import HeldDecoder, answer, answers, decoder, likeliest, request
+from scheduled import HeldDecoder, answer, decoder, in_one_loop, likeliest, request, samples, scheduling
 
-from p828.serve.limits import Limits
 from p828.serve.metrics import Metrics, buckets_1_2_5
 from p828.serve.scheduler import Scheduler
 
@@ -37,16 +35,6 @@ DASHBOARD = {
 }
 
 
-def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
-    """Values by name, and by the labels beside the model's name, which all of them have."""
-    found = {}
-    for family in text_string_to_metric_families(metrics.text().decode()):
-        for name, labels, value, *_ in family.samples:
-            assert labels.pop("model_name") == "mine"
-            found[(name, *labels.values())] = value
-    return found
-
-
 def test_the_dashboard_finds_its_names() -> None:
     names = {name for name, *_ in samples(Metrics("mine", 1000))}
     assert names >= DASHBOARD
@@ -54,11 +42,9 @@ def test_the_dashboard_finds_its_names() -> None:
 
 def test_numbers_of_some_requests() -> None:
     metrics = Metrics("mine", 64)
-    scheduler = Scheduler(decoder(), Limits(), metrics)
-    scheduler.start()
     requests = [request(number, 1, 2, tokens=1 + number % 7) for number in range(40)]
-    got = asyncio.run(answers(scheduler, requests))
-    scheduler.close(60)
+    with scheduling(decoder(), metrics) as scheduler:
+        got = in_one_loop(scheduler, *requests)
 
     found = samples(metrics)
     tokens = sum(map(len, got))
@@ -74,6 +60,7 @@ def test_numbers_of_some_requests() -> None:
         assert found[f"vllm:{name}_seconds_bucket", "+Inf"] == 40
     for name in ("inter_token_latency_seconds", "time_per_output_token_seconds"):
         assert found[f"vllm:{name}_count",] == tokens - 40
+    assert found["vllm:request_time_per_output_token_seconds_count",] == sum(len(answer) > 1 for answer in got)
     assert found["vllm:request_generation_tokens_sum",] == tokens
     assert found["vllm:request_prompt_tokens_bucket", "2.0"] == 0
     assert found["vllm:request_prompt_tokens_bucket", "5.0"] == 40
@@ -86,10 +73,8 @@ def test_numbers_of_some_requests() -> None:
 def test_what_runs_and_waits_now() -> None:
     one = HeldDecoder(slots=2)
     metrics = Metrics("mine", 64)
-    scheduler = Scheduler(one, Limits(max_running=1), metrics)
-    scheduler.start()
 
-    async def ask() -> dict[tuple[str, ...], float]:
+    async def ask(scheduler: Scheduler) -> dict[tuple[str, ...], float]:
         submissions = [scheduler.submit(request(*[1] * 32, tokens=2)) for _ in range(4)]
         await asyncio.to_thread(one.is_in_step.wait, 60)
         submissions.pop().cancel()
@@ -98,8 +83,8 @@ def test_what_runs_and_waits_now() -> None:
         await asyncio.gather(*map(answer, submissions))
         return found
 
-    found = asyncio.run(ask())
-    scheduler.close(60)
+    with scheduling(one, metrics, max_running=1) as scheduler:
+        found = asyncio.run(ask(scheduler))
     assert found["vllm:num_requests_running",] == 1
     assert found["vllm:num_requests_waiting",] == 2
     assert found["vllm:kv_cache_usage_perc",] == found["vllm:gpu_cache_usage_perc",] == 32 / (2 * 64)

@@ -4,11 +4,14 @@ import asyncio
 import random
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from scheduled import (
+    EOS,
     SLOTS,
+    VOCABULARY,
     HeldDecoder,
     alone,
     answer,
@@ -18,12 +21,13 @@ from scheduled import (
     likeliest,
     model,
     request,
+    samples,
     scheduling,
 )
 
 from p828.errors import ConfigError, NotFinite
 from p828.inference.decode.decoder import Decoder
-from p828.inference.decode.sequence import Wants
+from p828.inference.decode.sequence import DecodedSequence, NewToken, Wants
 from p828.serve.errors import Closing, DecoderFailed, QueueFull, TimedOut
 from p828.serve.limits import Limits
 from p828.serve.metrics import Metrics
@@ -115,6 +119,28 @@ def test_a_cancelled_request_leaves_queue_or_slot() -> None:
         assert asyncio.run(ask(scheduler)) == [[], [], likeliest((3,), 40)]
 
 
+def test_a_request_may_be_cancelled_while_it_is_admitted() -> None:
+    class SlowAdmission(HeldDecoder):
+        is_admitting = threading.Event()
+
+        def admit(self, *args: Any) -> DecodedSequence:
+            self.is_admitting.set()
+            assert self.may_go_on.wait(60)
+            return super().admit(*args)
+
+    one = SlowAdmission(slots=1)
+
+    async def ask(scheduler: Scheduler) -> list[list[int]]:
+        submissions = [scheduler.submit(request(number)) for number in range(2)]
+        await asyncio.to_thread(one.is_admitting.wait, 60)
+        submissions[0].cancel()
+        one.may_go_on.set()
+        return await asyncio.gather(*map(answer, submissions))
+
+    with scheduling(one) as scheduler:
+        assert asyncio.run(ask(scheduler)) == [[], likeliest((1,), 6)]
+
+
 def test_a_client_that_goes_while_it_reads_frees_its_slot() -> None:
     """As a web server has it: the task that reads is cancelled."""
 
@@ -141,6 +167,23 @@ def test_a_client_that_goes_while_it_reads_frees_its_slot() -> None:
         assert asyncio.run(ask(scheduler)) == likeliest((2,), 6)
 
 
+def test_no_token_comes_after_a_cancel() -> None:
+    """Neither one that was on its way into the loop, nor one that had come and was not read."""
+
+    async def ask(scheduler: Scheduler) -> list[list[int]]:
+        on_the_way, unread, read = (scheduler.submit(request(number)) for number in range(3))
+        scheduler.close(60)  # meanwhile this loop receives nothing
+        on_the_way.cancel()
+        assert not unread.has_ended
+        await asyncio.sleep(0)
+        assert unread.has_ended
+        unread.cancel()
+        return [await answer(submission) for submission in (on_the_way, unread, read)]
+
+    with scheduling(decoder()) as scheduler:
+        assert asyncio.run(ask(scheduler)) == [[], [], likeliest((2,), 6)]
+
+
 def test_a_stop_string_ends_a_whole_answer() -> None:
     async def ask(scheduler: Scheduler) -> int:
         count = 0
@@ -150,12 +193,10 @@ def test_a_stop_string_ends_a_whole_answer() -> None:
                 submission.stop()
         return count
 
-    metrics = Metrics("tiny", 64)
-    scheduler = Scheduler(decoder(), Limits(), metrics)
-    scheduler.start()
-    assert 1 <= asyncio.run(ask(scheduler)) < 60
-    scheduler.close(60)
-    assert b'vllm:request_success_total{finished_reason="stop",model_name="tiny"} 1.0' in metrics.text()
+    metrics = Metrics("mine", 64)
+    with scheduling(decoder(), metrics) as scheduler:
+        assert 1 <= asyncio.run(ask(scheduler)) < 60
+    assert samples(metrics)["vllm:request_success_total", "stop"] == 1
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
@@ -178,6 +219,45 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
         assert asyncio.run(ask(scheduler)) == [*likely[:2], [], *likely[3:]]
 
 
+def test_a_full_queue_tells_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    class SlowDecoder(Decoder):
+        """A step reads one prompt and gives one token, which takes 5 seconds of the clock. The fifth is held."""
+
+        steps = 0
+        is_in_fifth, may_go_on = threading.Event(), threading.Event()
+
+        def step(self) -> list[NewToken]:
+            if self.steps == 4:
+                self.is_in_fifth.set()
+                assert self.may_go_on.wait(60)
+            self.steps += 1
+            clock.now += 5.0
+            return super().step()
+
+    async def ask(scheduler: Scheduler) -> float:
+        submissions = [scheduler.submit(request(number, tokens=1)) for number in range(7)]
+        await asyncio.to_thread(one.is_in_fifth.wait, 60)
+        submissions += [scheduler.submit(request(number, tokens=1)) for number in range(4)]
+        with pytest.raises(QueueFull, match="6 requests wait already; try again in 30 seconds") as refusal:
+            scheduler.submit(request(9))
+        one.may_go_on.set()
+        await asyncio.gather(*map(answer, submissions))
+        return refusal.value.retry_after_seconds
+
+    clock = Clock()
+    monkeypatch.setattr("p828.serve.scheduler.time", clock)
+    one = SlowDecoder(model(), VOCABULARY, EOS, torch.float32, slots=1)
+    with scheduling(one, max_waiting=6) as scheduler:
+        assert asyncio.run(ask(scheduler)) == 30.0
+    assert scheduler._rate.seconds_for(1, clock.now) is None  # it was idle since
+
+
 def test_the_rate_is_that_of_the_last_requests() -> None:
     rate = RequestRate()
     assert rate.seconds_for(10, now=0.0) is None
@@ -191,17 +271,16 @@ def test_the_rate_is_that_of_the_last_requests() -> None:
     assert rate.seconds_for(10, now=200_064.0) is None
 
 
-@pytest.mark.parametrize("is_running", [True, False])
-def test_a_request_times_out_though_the_decoder_is_stuck(is_running: bool) -> None:
+def test_requests_time_out_though_the_decoder_is_stuck() -> None:
+    """Running or waiting; those who do not read are taken out as well."""
     one = HeldDecoder(slots=1)
 
     async def ask(scheduler: Scheduler) -> None:
-        submissions = [scheduler.submit(request(number)) for number in range(2)]
-        await asyncio.to_thread(one.is_in_step.wait, 60)
-        submission = submissions[0 if is_running else 1]
-        with pytest.raises(TimedOut, match=r"longer than 0\.2 seconds"):
-            await answer(submission)
-        assert submission.has_ended
+        for submission in [scheduler.submit(request(number)) for number in range(3)]:
+            with pytest.raises(TimedOut, match=r"longer than 0\.2 seconds"):
+                await answer(submission)
+            assert submission.has_ended
+        assert scheduler.num_running == scheduler.num_waiting == 0
         one.may_go_on.set()
 
     with scheduling(one, max_seconds=0.2) as scheduler:
@@ -213,7 +292,7 @@ def test_a_client_that_does_not_read_keeps_nobody_waiting() -> None:
 
     async def ask(scheduler: Scheduler) -> list[list[int]]:
         stuck = scheduler.submit(request(1, tokens=60))
-        others = await answers(scheduler, [request(number, tokens=60) for number in range(20)])
+        others = await answers(scheduler, [request(number, tokens=30) for number in range(6)])
         while not stuck.has_ended:
             await answers(scheduler, [request(3)])
         lists = [[new.token for new in tokens] async for tokens in stuck]
@@ -221,7 +300,7 @@ def test_a_client_that_does_not_read_keeps_nobody_waiting() -> None:
         return others
 
     with scheduling(decoder(slots=2)) as scheduler:
-        assert asyncio.run(ask(scheduler)) == [likeliest((number,), 60) for number in range(20)]
+        assert asyncio.run(ask(scheduler)) == [likeliest((number,), 30) for number in range(6)]
 
 
 def test_closing_answers_what_was_accepted() -> None:
@@ -259,22 +338,37 @@ def test_after_the_grace_the_rest_is_told() -> None:
         asyncio.run(ask(scheduler))
 
 
+def test_a_second_close_shortens_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p828.serve.scheduler.STUCK_SECONDS", 3600.0)
+    one = HeldDecoder(slots=1)
+    one.gives_nothing = True
+    one.may_go_on.set()
+
+    async def ask(scheduler: Scheduler) -> None:
+        submission = scheduler.submit(request(1))
+        closing = asyncio.create_task(asyncio.to_thread(scheduler.close, 3600))
+        await until_refused(scheduler)
+        await asyncio.to_thread(scheduler.close, 0)
+        await closing
+        with pytest.raises(Closing):
+            await answer(submission)
+
+    with scheduling(one) as scheduler:
+        asyncio.run(ask(scheduler))
+
+
 def test_a_decoder_that_is_stuck_keeps_no_one_from_closing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the second of two calls shortens the grace of the first."""
+    monkeypatch.setattr("p828.serve.scheduler.STUCK_SECONDS", 0.0)
     one = HeldDecoder(slots=1)
 
     async def ask(scheduler: Scheduler) -> None:
         submissions = [scheduler.submit(request(number)) for number in range(3)]
         await asyncio.to_thread(one.is_in_step.wait, 60)
-        closing = asyncio.create_task(asyncio.to_thread(scheduler.close, 3600))
-        await until_refused(scheduler)
-        monkeypatch.setattr("p828.serve.scheduler.STUCK_SECONDS", 0.0)
         await asyncio.to_thread(scheduler.close, 0)
         for submission in submissions:
             with pytest.raises(Closing):
                 await answer(submission)
         one.may_go_on.set()
-        await closing
 
     with scheduling(one) as scheduler:
         asyncio.run(ask(scheduler))
@@ -296,7 +390,7 @@ def test_a_scheduler_that_was_not_started_closes() -> None:
         with pytest.raises(Closing):
             await answer(submission)
 
-    asyncio.run(ask(Scheduler(decoder(), Limits(), Metrics("tiny", 64))))
+    asyncio.run(ask(Scheduler(decoder(), Limits(), Metrics("mine", 64))))
 
 
 def out_of_memory() -> Exception:
@@ -338,17 +432,37 @@ def test_a_model_that_diverged_answers_each_request_with_that() -> None:
             await answer(scheduler.submit(request(1)))
         return failure.value
 
-    with scheduling(Decoder(diverged, 97, 96, torch.float32, SLOTS)) as scheduler:
+    with scheduling(Decoder(diverged, VOCABULARY, EOS, torch.float32, SLOTS)) as scheduler:
         for _ in range(2):
             failure = asyncio.run(ask(scheduler))
             assert failure.can_go_on
             assert isinstance(failure.__cause__, NotFinite)
 
 
+def test_an_error_that_leaves_a_decoder_broken_ends_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = HeldDecoder(slots=1)
+    one.errors.append(MemoryError())
+
+    async def ask(scheduler: Scheduler) -> None:
+        submissions = [scheduler.submit(request(number)) for number in range(2)]
+        await asyncio.to_thread(one.is_in_step.wait, 60)
+        monkeypatch.setattr(one, "cancel", lambda sequence: None)  # so that a slot stays taken
+        one.may_go_on.set()
+        for submission in submissions:
+            with pytest.raises(DecoderFailed, match="MemoryError"):
+                await answer(submission)
+
+    scheduler = Scheduler(one, Limits(max_running=1), Metrics("mine", 64))
+    scheduler.start()
+    asyncio.run(ask(scheduler))
+    assert isinstance(scheduler.failure, MemoryError)
+    scheduler.close(60)
+
+
 def test_an_unknown_error_ends_the_scheduler(capfd: pytest.CaptureFixture[str]) -> None:
     one = HeldDecoder(slots=1)
     one.errors.append(RuntimeError("CUDA error: an illegal memory access was encountered\nmore of it"))
-    scheduler = Scheduler(one, Limits(max_running=1), Metrics("tiny", 64))
+    scheduler = Scheduler(one, Limits(max_running=1), Metrics("mine", 64))
     scheduler.start()
 
     async def ask() -> None:
@@ -375,10 +489,12 @@ def test_a_loop_that_ends_takes_its_requests_with_it() -> None:
             scheduler.submit(request(number, tokens=60))
         await asyncio.to_thread(one.is_in_step.wait, 60)
 
-    with scheduling(one) as scheduler:
+    metrics = Metrics("mine", 64)
+    with scheduling(one, metrics) as scheduler:
         asyncio.run(leave(scheduler))
         one.may_go_on.set()
         assert in_one_loop(scheduler, request(5)) == [likeliest((5,), 6)]
+    assert samples(metrics)["vllm:request_success_total", "abort"] == 3
 
 
 def test_loops_of_several_threads_share_a_scheduler() -> None:

@@ -68,9 +68,7 @@ def run(arguments: list[str]) -> None:
     key = _api_key(given)
     with listen(given.host, given.port) as listening:
         if not key and not _is_local(listening.getsockname()[0]):
-            warn(
-                f"{given.host} is reached from other machines, and no key is asked for; --api-key-file has one asked for"
-            )
+            warn(f"{given.host} is reached from other machines, and without --api-key-file everybody is answered")
         with waiting("loading the model", warn):
             loaded = load_model(given.checkpoint, given.device)
         service = _service(loaded, given)
@@ -138,11 +136,11 @@ def _service(loaded: LoadedModel, given: Arguments) -> Service:
 def _lines(loaded: LoadedModel, service: Service, given: Arguments, address: str) -> list[str]:
     model, device, context = loaded.config.model, loaded.model.head_weight.device, service.scheduler.max_length
     slots = service.limits.max_running
-    gigabytes = cache_bytes(model, slots, context, loaded.dtype) / 1e9
+    megabytes = cache_bytes(model, slots, context, loaded.dtype) / 1e6
     return [
         f"model    {service.model_name}, {loaded.path} (step {loaded.step})",
         f"device   {device.type} in {str(loaded.dtype).removeprefix('torch.')}",
-        f"slots    {slots} of {context:,} tokens, {gigabytes:,.2f} GB; {given.max_waiting:,} more requests may wait",
+        f"slots    {slots} of {context:,} tokens, {megabytes:,.0f} MB; {given.max_waiting:,} more requests may wait",
         f"page     {address}/",
         f"clients  {address}/v1 as base URL of OpenAI's API" + ("" if service.tokenizer.template else ", without chat"),
     ]

@@ -21,10 +21,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (), "ignore_eos": (False,), "length_penalty": (1,), "logit_bias": ({},), "metadata": ({},),
     "min_tokens": (0,), "modalities": (["text"],), "parallel_tool_calls": (True, False), "prediction": (),
     "presence_penalty": (0,), "prompt_logprobs": (), "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},), "service_tier": ("auto", "default"), "skip_special_tokens": (True,), "stop_token_ids": ([],), "store": (False,),
-    "structured_outputs": (), "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],),
-    "truncate_prompt_tokens": (), "typical_p": (1,), "use_beam_search": (False,), "verbosity": ("medium",),
-    "web_search_options": (),
+    "response_format": ({"type": "text"},), "service_tier": ("auto", "default"), "skip_special_tokens": (True,),
+    "stop_token_ids": ([],), "store": (False,), "structured_outputs": (), "suffix": ("",),
+    "tool_choice": ("none", "auto"), "tools": ([],), "truncate_prompt_tokens": (), "typical_p": (1,),
+    "use_beam_search": (False,), "verbosity": ("medium",), "web_search_options": (),
 }  # fmt: skip
 
 # By pydantic's types of errors, what is accepted.

@@ -27,8 +27,7 @@ from p828.system.device import is_out_of_memory
 SWITCH_SECONDS = 0.0002
 """After which a thread that runs Python hands over to one that waits to, in place of Python's 5 ms.
 
-The decoder's thread waits so after each call that gave the interpreter up. With a step of 1 ms for 64 sequences, and
-0.1 ms of the loop for each list of tokens, 10,000 tokens/s are decoded with 5 ms, and 45,000 with this.
+The decoder's thread waits so after each call that gave the interpreter up; `benchmarks/scheduling.py` says what for.
 """
 STUCK_SECONDS = 10.0
 """How long after the grace `close` waits for a step that does not end."""

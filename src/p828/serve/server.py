@@ -29,7 +29,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"--host {host}: not the name of a host") from None
     except OSError as error:
         # Python adds the address to what the system says; a name that is not found has a negative number.
-        cause = os.strerror(error.errno) if (error.errno or 0) > 0 else reason(error)
+        cause = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else reason(error)
         raise ConfigError(f"--host {host} --port {port}: cannot listen there: {cause}") from None
     # Connections inherit it. asyncio sets it only where a socket names its protocol, and without it each small piece of
     # an answer waits 40 ms for the client to acknowledge the one before.

@@ -96,9 +96,9 @@ class Submission:
         self.receive([], TimedOut(max_seconds))
 
     def _leave(self, outcome: Outcome) -> None:
+        self._tokens.clear()
         if not self.has_ended:
             self._end()
-            self._tokens.clear()
             self._arrived.set()
             self._give_up(self, outcome)
 

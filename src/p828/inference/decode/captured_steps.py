@@ -149,9 +149,7 @@ class CapturedSteps(PlainSteps):
 
         def step() -> tuple[Tensor, Tensor, list[Tensor]]:
             rows = self.rows
-            logits_TV, experts_LTJ = kernel_step(
-                self.weights, self.model, self.cache, rows, self._arrivals_TG, slots_T
-            )
+            logits_TV, experts_LTJ = kernel_step(self.weights, self.model, self.cache, rows, self._arrivals_TG, slots_T)
             if drawing.has_filters:
                 return logits_TV, rows.choose(logits_TV, slots_T, drawing), experts_LTJ
             token_T = ops.choose_tokens(
