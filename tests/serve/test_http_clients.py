@@ -11,6 +11,7 @@ import pytest
 from serving import HeldDecoder, Served, asking, connected, rest_of, serving, wait_until
 
 from p828.errors import NotFinite
+from p828.inference.generate import TextStream
 from p828.serve import body, connection
 
 ASKED = {"prompt": "the cat", "max_tokens": 50, "temperature": 0}
@@ -39,6 +40,11 @@ def aborted(served: Served) -> int:
     return int(float(next(line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(name))))
 
 
+def faults(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the server would have printed."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("uvicorn")]
+
+
 def parts_of(answer: bytes) -> tuple[bytes, dict[str, str], bytes]:
     """Status line, headers and body."""
     head, _, content = answer.partition(b"\r\n\r\n")
@@ -49,7 +55,7 @@ def parts_of(answer: bytes) -> tuple[bytes, dict[str, str], bytes]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_whose_client_goes_leaves_its_slot(
-    held: Served, stream: bool, capfd: pytest.CaptureFixture[str]
+    held: Served, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     running = asking(held, **ASKED, stream=stream)
     wait_until(lambda: held.service.scheduler.num_running == 1)
@@ -61,10 +67,10 @@ def test_a_request_whose_client_goes_leaves_its_slot(
     wait_until(lambda: aborted(held) == 3)
     decoder_of(held).free()
     assert httpx.post(f"{held.url}/v1/completions", json=ASKED).status_code == 200
-    assert capfd.readouterr().err == ""
+    assert faults(caplog) == []
 
 
-def test_a_stream_that_is_broken_off_leaves_its_slot(held: Served, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_stream_that_is_broken_off_leaves_its_slot(held: Served, caplog: pytest.LogCaptureFixture) -> None:
     decoder_of(held).allow(4)
     reading = asking(held, **ASKED, stream=True)
     content = b""
@@ -74,7 +80,7 @@ def test_a_stream_that_is_broken_off_leaves_its_slot(held: Served, capfd: pytest
     wait_until(lambda: aborted(held) == 1)
     decoder_of(held).free()
     assert httpx.post(f"{held.url}/v1/completions", json=ASKED).status_code == 200
-    assert capfd.readouterr().err == ""
+    assert faults(caplog) == []
 
 
 def test_one_too_many_is_told_when_to_come_again(held: Served) -> None:
@@ -145,6 +151,25 @@ def test_a_decoder_that_broke_is_told_by_health(chat_run: Path, capfd: pytest.Ca
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_of_the_server_is_printed_and_the_slot_is_left(
+    held: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    def fail(self: TextStream, token: int) -> str:
+        raise ZeroDivisionError("of the text")
+
+    decoder_of(held).allow(2)
+    with monkeypatch.context() as broken:
+        broken.setattr(TextStream, "push", fail)
+        answer = httpx.post(f"{held.url}/v1/completions", json={**ASKED, "stream": stream}, timeout=60)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "the server has a fault, which it has printed"
+    wait_until(lambda: aborted(held) == 1)
+    wait_until(lambda: "ZeroDivisionError: of the text" in caplog.text)  # without pytest it is printed
+    decoder_of(held).free()
+    assert httpx.post(f"{held.url}/v1/completions", json=ASKED).status_code == 200
+
+
 def test_a_body_that_comes_too_slowly_is_not_waited_for(
     served: Served, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +226,7 @@ def whole_after_a_while(served: Served, stuck: socket.socket) -> bytes:
 
 
 def test_a_client_that_closes_before_its_body_is_whole_harms_nobody(
-    served: Served, http: httpx.Client, capfd: pytest.CaptureFixture[str]
+    served: Served, http: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     for sent in (
         b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{",
@@ -211,4 +236,4 @@ def test_a_client_that_closes_before_its_body_is_whole_harms_nobody(
         gone.sendall(sent)
         gone.close()
     assert http.get("/health").status_code == 200
-    assert capfd.readouterr().err == ""
+    assert faults(caplog) == []

@@ -70,13 +70,14 @@ def test_it_says_where_it_is_and_finishes_what_runs(run: Path) -> None:
 
 
 def test_a_second_signal_ends_it_at_once(run: Path) -> None:
-    with started(run) as (process, _, address):
+    with started(run, "--host", "0.0.0.0") as (process, _, address):
+        assert process.stderr is not None
+        assert any("0.0.0.0 is reached from other machines" in line for line in process.stderr)
         asked = {"prompt": "the cat", "max_tokens": 2000, "ignore_eos": False, "stream": True}
         with httpx.stream("POST", f"{address}/v1/completions", json=asked, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
             process.send_signal(signal.SIGINT)
-            assert process.stderr is not None
             assert any("SIGINT" in line for line in process.stderr)
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 130

@@ -129,6 +129,7 @@ def test_log_probabilities_with_an_echo_are_those_of_the_training_forward(
         assert logprobs is not None
         assert choice.text == prompt + text
         ids = tokenizer.encode(prompt)
+        assert (logprobs.text_offset or [])[len(ids)] == len(prompt), "where the answer begins"
         (by_ids,) = openai_client.completions.create(**{**asked, "prompt": ids}, max_tokens=6).choices
         assert by_ids.logprobs is not None
         assert by_ids.logprobs.tokens == logprobs.tokens
@@ -241,6 +242,10 @@ def test_experts_are_told_of_each_token(served: Served, openai_client: openai.Op
     logprobs = found.choices[0].logprobs
     assert logprobs is not None
     assert len(experts) == len(logprobs.tokens or [])
+    without = openai_client.completions.create(
+        **{**asked, "logprobs": None}, prompt="the cat", echo=True, extra_body=extra
+    )
+    assert (without.choices[0].model_extra or {})["experts"] == experts
     config = served.loaded.config.model
     chosen = [layers for layers in experts if layers is not None]
     assert chosen

@@ -125,7 +125,7 @@ def test_a_wrong_field_of_a_chat_is_named(
     [
         ("/tokenize", {}, "prompt or messages is accepted"),
         ("/tokenize", {"prompt": "a", "messages": TALK}, "one of them"),
-        ("/tokenize", {"messages": TALK, "add_generation_prompt": False}, "True is accepted"),
+        ("/tokenize", {"messages": TALK, "add_generation_prompt": False}, "= false: true is accepted"),
         ("/detokenize", {"tokens": [1, "a"]}, "a list of token ids is accepted"),
         ("/detokenize", {"tokens": [290]}, "the token id 290 is given"),
     ],

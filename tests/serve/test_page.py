@@ -303,7 +303,7 @@ def test_escape_stops_the_answer_here_and_at_the_server(page: Page) -> None:
 
 
 def test_what_the_server_refuses_is_shown(page: Page) -> None:
-    page.choose("completion", max_tokens=3, top_p=0)
+    page.choose("completion", max_tokens=3, temperature=0, top_p=0)
     page.ask("la")
     page.wait()
     assert page.at("error").text == "top_p = 0.0: a fraction above 0 and up to 1 is accepted (400)"

@@ -26,7 +26,7 @@ try:
     from p828.serve.server import GRACE_SECONDS, Server, listen, url
     from p828.serve.service import Service
 except ModuleNotFoundError as error:
-    raise ConfigError(f"p828 serve: {error.name} is not installed: pip install 'p828[serve]'") from error
+    raise ConfigError(f"{error.name}, which p828 serve needs, is not installed: pip install 'p828[serve]'") from error
 
 USAGE = "p828 serve CHECKPOINT [--port N] [--host ADDRESS] [--api-key-file FILE] [--slots N] [--context TOKENS]"
 DESCRIPTION = (

@@ -23,15 +23,15 @@ class ClientGone(Exception):
 
 
 async def merged(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Piece], None]:
-    """The pieces of all choices, in the order in which they come. Raises Unanswered of the first that fails."""
-    arrived: asyncio.Queue[tuple[Choice, Piece | Unanswered | None]] = asyncio.Queue(maxsize=len(choices))
+    """The pieces of all choices, in the order in which they come. Raises what the first that fails raises."""
+    arrived: asyncio.Queue[tuple[Choice, Piece | Exception | None]] = asyncio.Queue(maxsize=len(choices))
 
     async def forward(choice: Choice) -> None:
         try:
             async for piece in choice.pieces():
                 await arrived.put((choice, piece))
             await arrived.put((choice, None))
-        except Unanswered as error:
+        except Exception as error:
             await arrived.put((choice, error))
 
     tasks = [asyncio.create_task(forward(choice)) for choice in choices]
@@ -39,7 +39,7 @@ async def merged(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Piec
     try:
         while running:
             choice, piece = await arrived.get()
-            if isinstance(piece, Unanswered):
+            if isinstance(piece, Exception):
                 raise piece
             if piece is None:
                 running -= 1

@@ -76,12 +76,14 @@ class Choice:
 
     def prompt_piece(self) -> Piece:
         """The prompt as the beginning of the text, with its tokens' probabilities if they were asked for."""
-        sequence = self.submission.sequence
-        known = sequence.prompt_probabilities if sequence is not None else []
-        tokens = [
-            PlacedToken(token, offset, probability, None)
-            for token, offset, probability in zip(self.prompt.ids, self.prompt.offsets, known, strict=False)
-        ]
+        prompt, sequence = self.prompt, self.submission.sequence
+        known = (
+            sequence.prompt_probabilities
+            if sequence is not None and sequence.wants.prompt
+            else [None] * len(prompt.ids)
+        )
+        placed = zip(prompt.ids, prompt.offsets, known, strict=False)  # of an empty prompt EOS is known
+        tokens = [PlacedToken(token, offset, probability, None) for token, offset, probability in placed]
         return Piece(self.prompt.text, tokens)
 
 

@@ -45,7 +45,7 @@ def _prompt(service: Service, asked: CompletionRequest, given: str | list[int]) 
         service.check_ids(given, "prompt")
         text, ids = tokenized(lambda: tokenizer.decode(given)), given
     service.check_length(ids, "prompt")
-    has_offsets = asked.echo and asked.logprobs is not None
+    has_offsets = asked.echo and (asked.logprobs is not None or asked.experts)
     offsets = tokenized(lambda: offsets_of(tokenizer, ids)) if has_offsets else ()
     return Prompt(text, ids, (), offsets, len(text) if asked.echo else 0)
 

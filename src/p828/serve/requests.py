@@ -191,7 +191,7 @@ class TokenizeRequest(Fields):
 
     prompt: str | None = None
     messages: Messages | None = None
-    add_generation_prompt: Literal[True] = True
+    add_generation_prompt: bool = True
     add_special_tokens: bool = False
     """Nothing is added either way: this is how a prompt's text becomes tokens."""
     return_token_strs: bool = False
@@ -200,6 +200,8 @@ class TokenizeRequest(Fields):
     def _fits(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("prompt or messages is accepted, one of them")
+        if not self.add_generation_prompt:
+            raise ValueError("add_generation_prompt = false: true is accepted, as the assistant is to answer")
         return self
 
 

@@ -11,7 +11,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from p828.errors import ConfigError, reason
-from p828.serve.connection import Connection
+from p828.serve.connection import SECONDS_TO_ASK, Connection
 from p828.serve.scheduler import Scheduler
 
 BACKLOG = 2048  # connections that the system holds until they are taken
@@ -59,6 +59,8 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                # Longer than clients keep a connection for their next request, lest both sides decide at a time.
+                timeout_keep_alive=int(SECONDS_TO_ASK),
                 timeout_graceful_shutdown=int(GRACE_SECONDS) + CLOSING_SECONDS,
             )
         )

@@ -219,4 +219,5 @@ document.addEventListener("keydown", (event) => {
     else at("prompt").focus();
   }
 });
+at("prompt").focus();
 findModel().catch(showFailure);
