@@ -131,7 +131,7 @@ def test_a_document_learnt_by_heart(taught: Transformer, byte_level: Tokenizer) 
     pieces: list[str] = []
     config = SamplingConfig(temperature=0.0, max_new_tokens=60)
     (completion,) = generate(taught, byte_level, [""], config, on_text=lambda _, text: pieces.append(text))
-    assert completion == Completion(TAUGHT, "end")
+    assert completion == Completion(TAUGHT, "end", tuple(byte_level.encode(TAUGHT)))
     assert "".join(pieces) == TAUGHT
     assert "🙂" in "".join(pieces)
     assert not any("\ufffd" in piece for piece in pieces)
@@ -148,7 +148,8 @@ def test_a_stop_string_ends_the_text_before_it(
     pieces: list[str] = []
     config = SamplingConfig(temperature=0.0, max_new_tokens=60, stop=stop)
     (completion,) = generate(taught, byte_level, [""], config, on_text=lambda _, text: pieces.append(text))
-    assert completion == Completion(text, "stop")
+    assert (completion.text, completion.finish_reason) == (text, "stop")
+    assert byte_level.decode(completion.ids).startswith(text)
     assert "".join(pieces) == text
 
 
@@ -157,7 +158,7 @@ def test_length_ends_the_text(taught: Transformer, byte_level: Tokenizer) -> Non
     for length in (1, 3, len(ids)):
         config = SamplingConfig(temperature=0.0, max_new_tokens=length)
         (completion,) = generate(taught, byte_level, [""], config)
-        assert completion == Completion(byte_level.decode(ids[:length]), "length")
+        assert completion == Completion(byte_level.decode(ids[:length]), "length", tuple(ids[:length]))
 
 
 def test_the_context_ends_the_text(letters: Tokenizer) -> None:

@@ -1,19 +1,27 @@
 """Continue text: prompts to tokens, and tokens to text, given out as soon as it is certain."""
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from p828.data.tokenizer.tokenizer import CUT_CHARACTER, Tokenizer
 from p828.errors import ConfigError
-from p828.inference.decode.continuations import decode
-from p828.inference.decode.sequence import FinishReason
+from p828.inference.decode.decoder import Decoder
+from p828.inference.decode.sequence import DecodedSequence, FinishReason, NewToken, Wants
+from p828.inference.evaluate import evaluation_mode, uncompiled
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
+from p828.system.host_memory import free_host_bytes
 
 MOST_OF_A_CHARACTER = 4  # tokens of a character that is cut off, and one more
+MOST_TOGETHER = 64  # prompts: more of them make each one slower, and all of them hardly faster
+CACHE_SHARE = 0.25  # of the free memory is the most that keys and values take
+NOTHING = Wants()
 OnText = Callable[[int, str], None]
 
 
@@ -22,7 +30,30 @@ class Completion:
     text: str
     """The continuation, without the prompt."""
     finish_reason: FinishReason
-    """As `Continuation.finish_reason`; `stop`: a stop string."""
+    """`end`: the model ended the document or its answer; `stop`: a stop string; `length`: max_new_tokens; `context`:
+    the model's context is full."""
+    ids: tuple[int, ...]
+    """Its tokens, with those of a stop string and without the one that ends."""
+
+
+class Prompt(NamedTuple):
+    """A prompt as a decoder takes it."""
+
+    ids: Sequence[int]
+    seed: int
+    """As `prompt_seed` gives it."""
+
+
+class Piece(NamedTuple):
+    """What one more token of a continuation brought."""
+
+    index: int
+    """The prompt's."""
+    text: str
+    """What has become certain, maybe nothing."""
+    token: NewToken
+    completion: Completion | None
+    """All of it, with the last token."""
 
 
 def generate(
@@ -42,7 +73,7 @@ def generate(
     Raises ConfigError for a prompt that is no valid Unicode or fills the model's context, and for a model whose weights
     diverged.
     """
-    ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    ids = [encode(tokenizer, prompt) for prompt in prompts]
     return continued(model, tokenizer, list(prompts), ids, config, on_text, dtype)
 
 
@@ -58,29 +89,115 @@ def continued(
 ) -> list[Completion]:
     """As `generate`, of prompts whose tokens are `ids`, which the model ends by EOS or one of `end_ids`."""
     for prompt_ids in ids:
-        _check_length(prompt_ids, model.config.max_position_embeddings)
-    streams = [TextStream(tokenizer, prompt_ids or [tokenizer.eos_id], config.stop) for prompt_ids in ids]
-    pieces: list[list[str]] = [[] for _ in prompts]
-
-    def take(index: int, token: int, finish_reason: FinishReason | None) -> bool:
-        text = "" if finish_reason == "end" else streams[index].push(token)
-        if finish_reason is not None:
-            text += streams[index].finish()
-        if text:
-            pieces[index].append(text)
-            on_text(index, text)
-        return streams[index].stopped
-
-    device = model.head_weight.device
-    generators = [_generator(config, prompts, index, device) for index in range(len(prompts))]
-    continuations = decode(model, ids, config, generators, tokenizer.eos_id, tokenizer.vocab_size, dtype, take, end_ids)
-    return [
-        Completion("".join(text), continuation.finish_reason)
-        for text, continuation in zip(pieces, continuations, strict=True)
-    ]
+        check_length(prompt_ids, model.config.max_position_embeddings)
+    if not ids:
+        return []
+    completions: dict[int, Completion] = {}
+    with open_decoder(model, tokenizer, dtype, [len(own) for own in ids], config.max_new_tokens) as decoder:
+        for piece in pieces(decoder, tokenizer, seeded(prompts, ids, config.seed), config, end_ids):
+            if piece.text:
+                on_text(piece.index, piece.text)
+            if piece.completion is not None:
+                completions[piece.index] = piece.completion
+    return [completions[index] for index in range(len(ids))]
 
 
-def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+@contextmanager
+def open_decoder(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    most: int = MOST_TOGETHER,
+) -> Iterator[Decoder]:
+    """A decoder for prompts of these `lengths`, in tokens.
+
+    It has `most` slots at most, and no more than have room in a quarter of the free memory. The model is in evaluation
+    mode in the block, without gradients, and compiled layers run as they were written.
+    """
+    length = min(max([1, *lengths]) + max_new_tokens, model.config.max_position_embeddings)
+    slots = max(min(len(lengths), most, _slots_with_room(model, dtype, length)), 1)
+    with evaluation_mode(model), uncompiled(model):
+        yield Decoder(model, tokenizer.vocab_size, tokenizer.eos_id, dtype, slots, length)
+
+
+def pieces(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Iterable[Prompt],
+    config: SamplingConfig,
+    end_ids: Collection[int] = (),
+    wants: Wants = NOTHING,
+) -> Iterator[Piece]:
+    """What each token brings, of all prompts together: a waiting one is taken when a slot is free.
+
+    Where the caller closes the iterator, or an error ends it, the decoder is free again.
+    """
+    waiting = enumerate(prompts)
+    running: dict[DecodedSequence, _Running] = {}
+    try:
+        while True:
+            while decoder.free_slots and (following := next(waiting, None)):
+                index, prompt = following
+                sequence = decoder.admit(prompt.ids, config, prompt.seed, end_ids, wants)
+                stream = TextStream(tokenizer, prompt.ids or [tokenizer.eos_id], config.stop)
+                running[sequence] = _Running(index, stream, [], [])
+            if not running:
+                return
+            for token in decoder.step():
+                if token.sequence not in running:  # it ended at a stop string, a token ago
+                    continue
+                text, completion = running[token.sequence].take(token)
+                index = running[token.sequence].index
+                if completion is not None:
+                    del running[token.sequence]
+                    if token.finish_reason is None:
+                        decoder.cancel(token.sequence)
+                yield Piece(index, text, token, completion)
+    finally:
+        for sequence in running:
+            decoder.cancel(sequence)
+
+
+class _Running(NamedTuple):
+    """A continuation on the way."""
+
+    index: int
+    stream: "TextStream"
+    ids: list[int]
+    texts: list[str]
+
+    def take(self, token: NewToken) -> tuple[str, Completion | None]:
+        """The text that one more token brings, and all of the continuation if it is the last one."""
+        text = ""
+        if token.finish_reason != "end":
+            self.ids.append(token.token)
+            text = self.stream.push(token.token)
+        if token.finish_reason is not None:
+            text += self.stream.finish()
+        self.texts.append(text)
+        reason: FinishReason | None = "stop" if self.stream.stopped else token.finish_reason
+        return text, Completion("".join(self.texts), reason, tuple(self.ids)) if reason else None
+
+
+def seeded(prompts: Iterable[str], ids: Iterable[Sequence[int]], seed: int) -> Iterator[Prompt]:
+    """Each prompt with a seed of its own: its place among the others does not matter, and equal ones differ."""
+    copies: Counter[str] = Counter()
+    for text, prompt_ids in zip(prompts, ids, strict=True):
+        yield Prompt(prompt_ids, prompt_seed(seed, text, copies[text]))
+        copies[text] += 1
+
+
+def prompt_seed(seed: int, prompt: str, copies: int) -> int:
+    """63 bits from `SamplingConfig.seed`, the prompt's text and the number of equal prompts before it."""
+    key = repr((seed, prompt, copies))
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt's tokens. Raises ConfigError if it is no valid Unicode."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
@@ -88,7 +205,8 @@ def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(prompt)
 
 
-def _check_length(ids: Sequence[int], context: int) -> None:
+def check_length(ids: Sequence[int], context: int) -> None:
+    """Raises ConfigError for a prompt that leaves no room in the context."""
     if len(ids) >= context:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens: at most {context - 1} are accepted, "
@@ -96,11 +214,11 @@ def _check_length(ids: Sequence[int], context: int) -> None:
         )
 
 
-def _generator(config: SamplingConfig, prompts: Sequence[str], index: int, device: torch.device) -> torch.Generator:
-    """Seeded by seed, prompt and number of equal prompts before it, so that a prompt's place does not matter."""
-    key = repr((config.seed, prompts[index], prompts[:index].count(prompts[index])))
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+def _slots_with_room(model: Transformer, dtype: torch.dtype, length: int) -> int:
+    device, config = model.head_weight.device, model.config
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return int(CACHE_SHARE * free) // (a_token * length)
 
 
 class TextStream:
