@@ -29,7 +29,7 @@ class CompletionsFile:
 
     def write(self, fields: Mapping[str, Any]) -> None:
         """Add a line. Raises RunFailed where the disk takes none."""
-        line = json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        line = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         try:
             if self._lines.write(line) != len(line):
                 raise OSError("no room on the disk")
@@ -72,6 +72,8 @@ def open_completions(path: Path, settings: Mapping[str, Any], total: int) -> Ite
                 yield file
             finally:
                 file.sync()
+                if not file.done:
+                    shutil.rmtree(partial)
         try:
             os.replace(partial / LINES_FILE, path)
             fsync(path.absolute().parent)
@@ -92,7 +94,9 @@ def _check_settings(partial: Path, settings: Mapping[str, Any], path: Path) -> N
     except (ValueError, TypeError, RecursionError):
         raise ConfigError(f"{file}: damaged; remove {partial} to begin anew") from None
     if differ:
-        shown = ", ".join(f"{name} = {_short(before.get(name))} and not {_short(settings.get(name))}" for name in differ)
+        shown = ", ".join(
+            f"{name} = {_short(before.get(name))} and not {_short(settings.get(name))}" for name in differ
+        )
         raise ConfigError(
             f"--output {path}: {partial} was begun with {shown}\nWith the same it goes on; remove it to begin anew"
         )

@@ -12,7 +12,7 @@ import torch
 from p828.data.tokenizer.tokenizer import CUT_CHARACTER, Tokenizer
 from p828.errors import ConfigError
 from p828.inference.decode.decoder import Decoder
-from p828.inference.decode.sequence import DecodedSequence, FinishReason, NewToken, Wants
+from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, FinishReason, NewToken, Wants
 from p828.inference.evaluate import evaluation_mode, uncompiled
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
@@ -21,7 +21,6 @@ from p828.system.host_memory import free_host_bytes
 MOST_OF_A_CHARACTER = 4  # tokens of a character that is cut off, and one more
 MOST_TOGETHER = 64  # prompts: more of them make each one slower, and all of them hardly faster
 CACHE_SHARE = 0.25  # of the free memory is the most that keys and values take
-NOTHING = Wants()
 OnText = Callable[[int, str], None]
 
 
@@ -47,8 +46,8 @@ class Prompt(NamedTuple):
 class Piece(NamedTuple):
     """What one more token of a continuation brought."""
 
-    index: int
-    """The prompt's."""
+    place: int
+    """Of the prompt, among all."""
     text: str
     """What has become certain, maybe nothing."""
     token: NewToken
@@ -96,9 +95,9 @@ def continued(
     with open_decoder(model, tokenizer, dtype, [len(own) for own in ids], config.max_new_tokens) as decoder:
         for piece in pieces(decoder, tokenizer, seeded(prompts, ids, config.seed), config, end_ids):
             if piece.text:
-                on_text(piece.index, piece.text)
+                on_text(piece.place, piece.text)
             if piece.completion is not None:
-                completions[piece.index] = piece.completion
+                completions[piece.place] = piece.completion
     return [completions[index] for index in range(len(ids))]
 
 
@@ -128,7 +127,7 @@ def pieces(
     prompts: Iterable[Prompt],
     config: SamplingConfig,
     end_ids: Collection[int] = (),
-    wants: Wants = NOTHING,
+    wants: Wants = NOTHING_MORE,
 ) -> Iterator[Piece]:
     """What each token brings, of all prompts together: a waiting one is taken when a slot is free.
 
@@ -139,31 +138,36 @@ def pieces(
     try:
         while True:
             while decoder.free_slots and (following := next(waiting, None)):
-                index, prompt = following
+                place, prompt = following
                 sequence = decoder.admit(prompt.ids, config, prompt.seed, end_ids, wants)
                 stream = TextStream(tokenizer, prompt.ids or [tokenizer.eos_id], config.stop)
-                running[sequence] = _Running(index, stream, [], [])
+                running[sequence] = _Running(place, stream, [], [])
             if not running:
                 return
             for token in decoder.step():
                 if token.sequence not in running:  # it ended at a stop string, a token ago
                     continue
                 text, completion = running[token.sequence].take(token)
-                index = running[token.sequence].index
+                place = running[token.sequence].place
                 if completion is not None:
                     del running[token.sequence]
-                    if token.finish_reason is None:
-                        decoder.cancel(token.sequence)
-                yield Piece(index, text, token, completion)
+                    _cancel(decoder, token.sequence)
+                yield Piece(place, text, token, completion)
     finally:
         for sequence in running:
-            decoder.cancel(sequence)
+            _cancel(decoder, sequence)
+
+
+def _cancel(decoder: Decoder, sequence: DecodedSequence) -> None:
+    """Unless it has ended by itself."""
+    if sequence.finish_reason is None:
+        decoder.cancel(sequence)
 
 
 class _Running(NamedTuple):
     """A continuation on the way."""
 
-    index: int
+    place: int
     stream: "TextStream"
     ids: list[int]
     texts: list[str]
@@ -189,11 +193,10 @@ def seeded(prompts: Iterable[str], ids: Iterable[Sequence[int]], seed: int) -> I
         copies[text] += 1
 
 
-def prompt_seed(seed: int, prompt: str, copies: int) -> int:
-    """63 bits from `SamplingConfig.seed`, the prompt's text and the number of equal prompts before it."""
-    key = repr((seed, prompt, copies))
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+def prompt_seed(seed: int, prompt: str, equal_before: int) -> int:
+    """What a prompt draws by, 63 bits: a function of the seed, the prompt and the number of equal prompts before it."""
+    key = repr((seed, prompt, equal_before))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -53,7 +53,7 @@ class GivenPrompt:
     def _conversation(self, system: str) -> list[dict[str, Any]]:
         own = self.fields.get("messages") or [{"role": "user", "content": self.fields["prompt"]}]
         if system and own[0]["role"] == "system":
-            raise ConfigError("it begins with a system message, and --system gives another one: one of them is accepted")
+            raise ConfigError("it begins with a system message, and --system gives another: one is accepted")
         return [{"role": "system", "content": system}, *own] if system else own
 
 

@@ -98,7 +98,7 @@ class TaskModel:
             queue = (prompts[index] for index in order)
             for piece in pieces(decoder, self.tokenizer, queue, sampling, self.tokenizer.end_ids):
                 if piece.completion is not None:
-                    texts[order[piece.index]] = piece.completion.text
+                    texts[order[piece.place]] = piece.completion.text
                     done += 1
                     count.to(done)
         return texts
