@@ -21,8 +21,8 @@ PER_SYNC = 1.0  # seconds of lines that a machine's failure may cost; a killed p
 class CompletionsFile:
     """The lines so far, in the directory FILE.partial, which becomes FILE when all are there."""
 
-    def __init__(self, lines: BinaryIO, done: int) -> None:
-        self.done = done
+    def __init__(self, directory: Path, lines: BinaryIO, done: int) -> None:
+        self.directory, self.done = directory, done
         """Lines that are written."""
         self._lines = lines
         self._synced = time.monotonic()
@@ -67,7 +67,7 @@ def open_completions(path: Path, settings: Mapping[str, Any], total: int) -> Ite
         except OSError as error:
             raise ConfigError(f"--output {path}: cannot be written: {reason(error)}") from None
         with lines:
-            file = CompletionsFile(lines, done)
+            file = CompletionsFile(partial, lines, done)
             try:
                 yield file
             finally:

@@ -33,6 +33,11 @@ class GivenPrompt:
     def has_messages(self) -> bool:
         return "messages" in self.fields
 
+    @property
+    def shown(self) -> str:
+        """The text, or what the last message says."""
+        return str(self.fields["messages"][-1]["content"] if self.has_messages else self.fields["prompt"])
+
     def encoded(self, tokenizer: Tokenizer, context: int, is_chat: bool, system: str) -> tuple[str, list[int]]:
         """The text to continue and its tokens: of messages, as the chat template writes them.
 

@@ -1,0 +1,125 @@
+"""`p828 generate --interactive`: what is typed is continued, or answered as one conversation."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from types import FrameType
+
+from p828.cli.asking import Asking
+from p828.cli.expert_record import ExpertRecord
+from p828.cli.output import show
+from p828.cli.speed import Speed
+from p828.data.tokenizer.chat_template import Messages
+from p828.errors import ConfigError, DataError, warn
+from p828.inference.decode.decoder import Decoder
+from p828.inference.generate import Piece
+from p828.inference.prompts import GivenPrompt
+
+
+class Conversation:
+    """One line after another. Without chat, each is a text of its own."""
+
+    def __init__(self, asking: Asking, decoder: Decoder) -> None:
+        self._asking, self._decoder = asking, decoder
+        self._history: Messages = []
+        self._experts = ExpertRecord(asking.loaded) if asking.wants_experts else None
+        self.status = ""
+        """The speed of the last answer, and how full the context is with it."""
+
+    def reply(self, line: str, is_stopped: Callable[[], bool]) -> None:
+        """Show what the model makes of a line, until it ends or `is_stopped`. Raises ConfigError and DataError."""
+        messages: Messages = [*self._history, {"role": "user", "content": line}]
+        fields = {"messages": messages} if self._asking.is_chat else {"prompt": line}
+        prompt = self._asking.encoded(GivenPrompt(fields))
+        texts: list[str] = []
+        speed, last = Speed(), None
+        with closing(self._asking.pieces(self._decoder, [prompt])) as pieces:
+            for piece in pieces:
+                speed.note()
+                texts.append(piece.text)
+                show(piece.text)
+                last = piece
+                if self._experts is not None:
+                    self._experts.take(piece, prompt)
+                if is_stopped():
+                    break
+        show("", end="\n")
+        self._end(last)
+        self.status = f"{speed}; context {len(prompt.ids) + speed.tokens:,} of {self._asking.context:,}"
+        if texts:
+            self._history = [*messages, {"role": "assistant", "content": "".join(texts)}]
+        if self._experts is not None:
+            if last is not None and last.completion is None:
+                self._experts.end(last.place, prompt)
+            self._experts.show_tokens()
+
+    def _end(self, last: Piece | None) -> None:
+        if last is None or last.completion is None:
+            warn("stopped")
+        else:
+            self._asking.note(last.completion)
+
+    def end(self) -> None:
+        """Show what comes after the last line."""
+        if self._experts is not None:
+            self._experts.show_loads()
+
+
+def converse(asking: Asking) -> None:
+    """Until the end of input. At a terminal Ctrl-C stops an answer; elsewhere it ends the command, as ever."""
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    with asking.open_decoder([asking.context]) as decoder:
+        conversation = Conversation(asking, decoder)
+        if is_terminal:
+            from p828.cli.terminal import typed_lines  # takes a while to import, for none but this
+
+            lines = typed_lines(lambda: conversation.status)
+        else:
+            lines = _given_lines()
+        for line in lines:
+            try:
+                with _noted_interrupt() if is_terminal else _no_interrupt() as is_stopped:
+                    conversation.reply(line, is_stopped)
+            except (ConfigError, DataError) as error:
+                warn(str(error))
+        conversation.end()
+        if conversation.status:
+            warn(conversation.status)
+
+
+def _given_lines() -> Iterator[str]:
+    """Of standard input, without their ends. Raises ConfigError for what is no text."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the input is not {error.encoding} text") from None
+        if not line:
+            return
+        yield line.removesuffix("\n")
+
+
+@contextmanager
+def _noted_interrupt() -> Iterator[Callable[[], bool]]:
+    """In the block the first Ctrl-C is noted, for the loop to end between two tokens; another one is raised at once."""
+    is_noted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal is_noted
+        if is_noted:
+            raise KeyboardInterrupt
+        is_noted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: is_noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[Callable[[], bool]]:
+    yield lambda: False
