@@ -1,7 +1,7 @@
 """A model as `p828 generate` asks it: with the settings of its flags, for texts or answers."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -46,7 +46,7 @@ class Asking:
         loaded = self.loaded
         return open_decoder(loaded.model, loaded.tokenizer, loaded.dtype, lengths, self.sampling.max_new_tokens)
 
-    def pieces(self, decoder: Decoder, prompts: Iterable[Prompt]) -> Iterator[Piece]:
+    def pieces(self, decoder: Decoder, prompts: Iterable[Prompt]) -> Generator[Piece, None, None]:
         """As `inference.generate.pieces`."""
         tokenizer = self.loaded.tokenizer
         end_ids = tokenizer.end_ids if self.is_chat else ()

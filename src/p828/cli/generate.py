@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> None:
         loaded = load_model(given.checkpoint, given.device)
     is_chat, has_template = given.chat or asks_messages, loaded.tokenizer.template is not None
     if is_chat and not has_template:
-        what = "--chat" if given.chat else f"--prompts {given.prompts}: it has messages, and"
+        what = "--chat" if given.chat else f"--prompts {given.prompts} (messages)"
         raise ConfigError(f"{what}: {loaded.path} has no chat template: it was not trained on conversations")
     if not is_chat and has_template and loaded.config.data.has_conversations:
         warn("trained on conversations: --chat asks it, and here its text is continued")

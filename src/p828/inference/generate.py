@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -128,7 +128,7 @@ def pieces(
     config: SamplingConfig,
     end_ids: Collection[int] = (),
     wants: Wants = NOTHING_MORE,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """What each token brings, of all prompts together: a waiting one is taken when a slot is free.
 
     Where the caller closes the iterator, or an error ends it, the decoder is free again.
