@@ -1,5 +1,8 @@
 """The experts that continuations went through, noted as their tokens come."""
 
+import shutil
+import sys
+
 from p828.cli.expert_tables import load_table, statistics, token_table
 from p828.cli.output import show
 from p828.inference.decode.sequence import NewToken
@@ -37,13 +40,18 @@ class ExpertRecord:
         """The table of the prompt that ended last."""
         if self._last is not None:
             use, prompt_length = self._last
-            _show(token_table(self._loaded.tokenizer, use, prompt_length))
+            _show(token_table(self._loaded.tokenizer, use, prompt_length, _width()))
 
     def show_loads(self) -> None:
         """Of all prompts together."""
         if self._loads.tokens:
-            _show(load_table(self._loads))
-            _show(statistics(self._loads))
+            _show(load_table(self._loads, _width()))
+            _show(statistics(self._loads, _width()))
+
+
+def _width() -> int:
+    """Of the terminal; what is no terminal takes lines of any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
 
 
 def _show(lines: list[str]) -> None:

@@ -1,7 +1,5 @@
-"""Which experts tokens went through, as tables of text, cut into blocks of columns where the terminal is narrow."""
+"""Which experts tokens went through, as tables of text; where they are wider than `width`, in blocks of columns."""
 
-import shutil
-import sys
 from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
@@ -13,10 +11,11 @@ from p828.inference.expert_use import ExpertLoads, ExpertUse
 WIDEST_TOKEN = 16  # columns of a token's text
 GAP = "  "
 LONGEST_BAR = 50  # for all of a layer's choices
+BESIDE_BAR = 32  # columns
 MOST_LISTED = 16  # experts of a layer in the statistics: with more, the most and the least used
 
 
-def token_table(tokenizer: Tokenizer, use: ExpertUse, prompt_length: int) -> list[str]:
+def token_table(tokenizer: Tokenizer, use: ExpertUse, prompt_length: int, width: int) -> list[str]:
     """A row a token, a column a layer: the experts that it went through, the best first."""
     layers = len(use.experts[0])
     stub = [("", "token")]
@@ -31,11 +30,11 @@ def token_table(tokenizer: Tokenizer, use: ExpertUse, prompt_length: int) -> lis
     return [
         f"experts of {len(use.experts)} tokens, the best first (+: a token that the model made)",
         "",
-        *_blocks(left, columns, align_right=False),
+        *_blocks(left, columns, width, align_right=False),
     ]
 
 
-def load_table(loads: ExpertLoads) -> list[str]:
+def load_table(loads: ExpertLoads, width: int) -> list[str]:
     """A row a layer, a column an expert: its part of the layer's choices, in percent."""
     even = 100 / loads.experts
     left = ["layer", *map(str, range(loads.layers))]
@@ -46,12 +45,13 @@ def load_table(loads: ExpertLoads) -> list[str]:
         for expert in range(loads.experts)
     ]
     head = f"load: percent of a layer's choices, of {loads.tokens:,} tokens ({even:.3g} is even)"
-    return [head, "", *_blocks(left, columns, align_right=True)]
+    return [head, "", *_blocks(left, columns, width, align_right=True)]
 
 
-def statistics(loads: ExpertLoads) -> list[str]:
+def statistics(loads: ExpertLoads, width: int) -> list[str]:
     """Project 828's expert usage statistics: a layer's experts from the most used, and how even they are."""
     lines = ["Expert Usage Statistics"]
+    longest = min(LONGEST_BAR, max(width - BESIDE_BAR, 8))
     digits = max(len(str(max(counts_E))) for counts_E in loads.counts_LE)
     for layer, counts_E in enumerate(loads.counts_LE):
         shares, (mean, deviation) = loads.shares(layer), loads.spread(layer)
@@ -59,7 +59,9 @@ def statistics(loads: ExpertLoads) -> list[str]:
         rows = []
         for expert in order:
             count, share = counts_E[expert], shares[expert]
-            rows.append(f"    Expert {expert:2d}: {count:{digits}d} ({share:6.1%}) {_bar(share)}".rstrip())
+            rows.append(
+                f"    Expert {expert:2d}: {count:{digits}d} ({share:6.1%}) {'█' * int(longest * share)}".rstrip()
+            )
         if len(rows) > MOST_LISTED:
             half = MOST_LISTED // 2
             rows[half:-half] = [f"    … {len(rows) - 2 * half} others"]
@@ -86,27 +88,18 @@ def _width(stub: Sequence[tuple[str, str]]) -> int:
     return max(cell_len(text) for _, text in stub)
 
 
-def _bar(share: float) -> str:
-    return "█" * int(min(LONGEST_BAR, max(_columns() - 32, 8)) * share)
-
-
-def _columns() -> int:
-    """Of the terminal; what is no terminal takes lines of any length."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
-
-
-def _blocks(left: Sequence[str], columns: Sequence[Sequence[str]], align_right: bool) -> list[str]:
+def _blocks(left: Sequence[str], columns: Sequence[Sequence[str]], width: int, align_right: bool) -> list[str]:
     """The rows, with as many columns beside each other as fit, and the others below with the same left part."""
-    room = _columns() - cell_len(left[0])
+    room = width - cell_len(left[0])
     blocks: list[list[list[str]]] = [[]]
     used = 0
     for column in columns:
-        width = max(map(len, column))
-        if blocks[-1] and used + len(GAP) + width > room:
+        own = max(map(len, column))
+        if blocks[-1] and used + len(GAP) + own > room:
             blocks.append([])
             used = 0
-        used += len(GAP) + width
-        blocks[-1].append([f"{text:>{width}}" if align_right else f"{text:<{width}}" for text in column])
+        used += len(GAP) + own
+        blocks[-1].append([f"{text:>{own}}" if align_right else f"{text:<{own}}" for text in column])
     lines: list[str] = []
     for number, block in enumerate(blocks):
         lines += [""] if number else []

@@ -24,8 +24,10 @@ class Conversation:
         self._asking, self._decoder = asking, decoder
         self._history: Messages = []
         self._experts = ExpertRecord(asking.loaded) if asking.wants_experts else None
+        self.speed = Speed()
+        """Of all answers."""
         self.status = ""
-        """The speed of the last answer, and how full the context is with it."""
+        """How full the context is with the last answer, and its speed, in a few words."""
 
     def reply(self, line: str, is_stopped: Callable[[], bool]) -> None:
         """Show what the model makes of a line, until it ends or `is_stopped`. Raises ConfigError and DataError."""
@@ -46,7 +48,8 @@ class Conversation:
                     break
         show("", end="\n")
         self._end(last)
-        self.status = f"{speed}; context {len(prompt.ids) + speed.tokens:,} of {self._asking.context:,}"
+        self.status = f"context {len(prompt.ids) + len(texts):,} of {self._asking.context:,}, {speed.rate}"
+        self.speed += speed
         if texts:
             self._history = [*messages, {"role": "assistant", "content": "".join(texts)}]
         if self._experts is not None:
@@ -84,8 +87,8 @@ def converse(asking: Asking) -> None:
             except (ConfigError, DataError) as error:
                 warn(str(error))
         conversation.end()
-        if conversation.status:
-            warn(conversation.status)
+        if conversation.speed.tokens:
+            warn(str(conversation.speed))
 
 
 def _given_lines() -> Iterator[str]:

@@ -1,30 +1,52 @@
 """How fast tokens come."""
 
 import time
+from dataclasses import dataclass, field
 
 
+@dataclass
 class Speed:
-    """Counts tokens as they come, from now on."""
+    """Counts tokens as they come, from when it is made; a sum is that of several answers."""
 
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._began = self._first = self._last = time.perf_counter()
+    tokens: int = 0
+    answers: int = 0
+    """That have a token."""
+    first_seconds: float = 0.0
+    """Before the first token of each answer, added up."""
+    further_seconds: float = 0.0
+    """From the first to the last token of each answer, added up."""
+    _last: float = field(default_factory=time.perf_counter)
 
     def note(self) -> None:
         """One more token."""
-        self._last = time.perf_counter()
-        if not self.tokens:
-            self._first = self._last
+        now = time.perf_counter()
+        if self.tokens:
+            self.further_seconds += now - self._last
+        else:
+            self.answers, self.first_seconds = 1, now - self._last
         self.tokens += 1
+        self._last = now
+
+    def __add__(self, other: "Speed") -> "Speed":
+        return Speed(
+            self.tokens + other.tokens,
+            self.answers + other.answers,
+            self.first_seconds + other.first_seconds,
+            self.further_seconds + other.further_seconds,
+        )
+
+    @property
+    def rate(self) -> str:
+        """Of the tokens behind the first one of each answer."""
+        if not self.further_seconds:
+            return f"{self.tokens:,} token{'' if self.tokens == 1 else 's'}"
+        return f"{(self.tokens - self.answers) / self.further_seconds:,.1f} tokens/s"
 
     def __str__(self) -> str:
+        """Of several answers, with the mean time of their first tokens."""
         if not self.tokens:
             return "no token"
-        count = f"{self.tokens:,} token{'s' if self.tokens > 1 else ''}"
-        first = f"{count}, the first after {_short(self._first - self._began)}"
-        seconds = self._last - self._first
-        return f"{first}, then {(self.tokens - 1) / seconds:,.1f} tokens/s" if seconds > 0 else first
-
-
-def _short(seconds: float) -> str:
-    return f"{seconds:,.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+        first = self.first_seconds / self.answers
+        shown = f"{first:,.1f} s" if first >= 1 else f"{1000 * first:.0f} ms"
+        rate = f", {self.rate}" if self.further_seconds else ""
+        return f"{self.tokens:,} token{'' if self.tokens == 1 else 's'}{rate}, first token after {shown}"

@@ -18,7 +18,7 @@ def typed_lines(status: Callable[[], str]) -> Iterator[str]:
     session: PromptSession[str] = PromptSession(history=LineHistory(), enable_suspend=True)
     while True:
         try:
-            line = session.prompt("> ", bottom_toolbar=status if status() else None)
+            line = session.prompt("> ", bottom_toolbar=status if status() else None, reserve_space_for_menu=0)
         except KeyboardInterrupt:
             if not session.default_buffer.text:
                 warn(LEAVING)
