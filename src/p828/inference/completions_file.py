@@ -117,7 +117,7 @@ def _whole_lines(path: Path, total: int) -> int:
                 break
             count, size = count + 1, size + len(line)
         rest = file.read()
-    if count > total or rest.count(b"\n") > 1:
+    if count > total or rest:
         raise DataError(f"{path}: damaged at line {min(count, total) + 1}; remove {path.parent} to begin anew")
     os.truncate(path, size)
     return count
