@@ -58,6 +58,10 @@ class Arguments(SamplingConfig):
 
 def run(arguments: list[str]) -> None:
     given = parse(Arguments, arguments, prog="p828 generate", description=DESCRIPTION)
+    named = {argument.partition("=")[0] for argument in arguments}
+    for flag, path in (("--prompts", given.prompts), ("--output", given.output)):
+        if path or flag in named:
+            check_path(flag, path)
     prompts = _prompts(given)
     asks_messages = bool(prompts) and prompts[0].has_messages
     _check(given, prompts, asks_messages)
@@ -80,7 +84,6 @@ def _prompts(given: Arguments) -> list[GivenPrompt]:
     """Those of the command line, then those of the file. Raises ConfigError and DataError."""
     prompts = [GivenPrompt({"prompt": prompt}) for prompt in given.prompt]
     if given.prompts:
-        check_path("--prompts", given.prompts)
         prompts += read_prompts(Path(given.prompts))
     if prompts and not given.chat:
         check_one_kind(prompts)
@@ -93,8 +96,6 @@ def _check(given: Arguments, prompts: Sequence[GivenPrompt], asks_messages: bool
         raise ConfigError("nothing to continue: give --prompt TEXT, --prompts FILE or --interactive")
     if given.system and not (given.chat or asks_messages):
         raise ConfigError(f"--system {shown_word(given.system)}: accepted with --chat, or with messages in --prompts")
-    if given.output:
-        check_path("--output", given.output)
     if given.output and not prompts:
         raise ConfigError(f"--output {shown_word(given.output)}: accepted with --prompt or --prompts")
     check_path("CHECKPOINT", given.checkpoint)
