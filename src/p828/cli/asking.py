@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 
 from p828.errors import warn
@@ -13,6 +13,7 @@ from p828.inference.generate import Completion, Piece, Prompt, open_decoder, pie
 from p828.inference.load import LoadedModel
 from p828.inference.prompts import GivenPrompt
 from p828.inference.sampling import SamplingConfig
+from p828.train.log.console import waiting
 
 
 @dataclass
@@ -47,10 +48,15 @@ class Asking:
         return open_decoder(loaded.model, loaded.tokenizer, loaded.dtype, lengths, self.sampling.max_new_tokens)
 
     def pieces(self, decoder: Decoder, prompts: Iterable[Prompt]) -> Generator[Piece, None, None]:
-        """As `inference.generate.pieces`."""
-        tokenizer = self.loaded.tokenizer
+        """As `inference.generate.pieces`; a wait for the first token is told."""
+        tokenizer, wants = self.loaded.tokenizer, Wants(experts=self.wants_experts)
         end_ids = tokenizer.end_ids if self.is_chat else ()
-        return pieces(decoder, tokenizer, prompts, self.sampling, end_ids, Wants(experts=self.wants_experts))
+        with closing(pieces(decoder, tokenizer, prompts, self.sampling, end_ids, wants)) as found:
+            with waiting("reading the prompt", warn):
+                first = next(found, None)
+            if first is not None:
+                yield first
+            yield from found
 
     def note(self, completion: Completion) -> None:
         """Say where the context ended a text."""

@@ -79,7 +79,7 @@ def complete(asking: Asking, prompts: Sequence[Prompt], output: Output) -> None:
     with asking.open_decoder([len(prompt.ids) for prompt in prompts]) as decoder:
         speed = Speed()
         for piece in asking.pieces(decoder, prompts):
-            speed.note()
+            speed.note(piece)
             output.take(piece)
             if experts is not None:
                 experts.take(piece, prompts[piece.place])

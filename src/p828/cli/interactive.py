@@ -13,7 +13,7 @@ from p828.cli.speed import Speed
 from p828.data.tokenizer.chat_template import Messages
 from p828.errors import ConfigError, DataError, warn
 from p828.inference.decode.decoder import Decoder
-from p828.inference.generate import Piece
+from p828.inference.generate import Piece, Prompt
 from p828.inference.prompts import GivenPrompt
 
 
@@ -33,12 +33,12 @@ class Conversation:
         """Show what the model makes of a line, until it ends or `is_stopped`. Raises ConfigError and DataError."""
         messages: Messages = [*self._history, {"role": "user", "content": line}]
         fields = {"messages": messages} if self._asking.is_chat else {"prompt": line}
-        prompt = self._asking.encoded(GivenPrompt(fields))
+        prompt = self._encoded(GivenPrompt(fields))
         texts: list[str] = []
         speed, last = Speed(), None
         with closing(self._asking.pieces(self._decoder, [prompt])) as pieces:
             for piece in pieces:
-                speed.note()
+                speed.note(piece)
                 texts.append(piece.text)
                 show(piece.text)
                 last = piece
@@ -48,7 +48,8 @@ class Conversation:
                     break
         show("", end="\n")
         self._end(last)
-        self.status = f"context {len(prompt.ids) + len(texts):,} of {self._asking.context:,}, {speed.rate}"
+        context = f"context {len(prompt.ids) + len(texts):,} of {self._asking.context:,}"
+        self.status = ", ".join(part for part in (context, speed.rate) if part)
         self.speed += speed
         if texts:
             self._history = [*messages, {"role": "assistant", "content": "".join(texts)}]
@@ -56,6 +57,15 @@ class Conversation:
             if last is not None and last.completion is None:
                 self._experts.end(last.place, prompt)
             self._experts.show_tokens()
+
+    def _encoded(self, prompt: GivenPrompt) -> Prompt:
+        """Raises ConfigError and DataError."""
+        try:
+            return self._asking.encoded(prompt)
+        except ConfigError as error:
+            if self._history and self._asking.is_chat:
+                raise ConfigError(f"{error}; the conversation so far is part of it: Ctrl-D ends it") from None
+            raise
 
     def _end(self, last: Piece | None) -> None:
         if last is None or last.completion is None:

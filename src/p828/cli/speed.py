@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass, field
 
+from p828.inference.generate import Piece
+
 
 @dataclass
 class Speed:
@@ -13,17 +15,21 @@ class Speed:
     """That have a token."""
     first_seconds: float = 0.0
     """Before the first token of each answer, added up."""
+    further_tokens: int = 0
+    """That came with later steps than the first one."""
     further_seconds: float = 0.0
-    """From the first to the last token of each answer, added up."""
+    """In which they came."""
     _last: float = field(default_factory=time.perf_counter)
+    _first_step: int = 0
 
-    def note(self) -> None:
+    def note(self, piece: Piece) -> None:
         """One more token."""
         now = time.perf_counter()
-        if self.tokens:
+        if not self.tokens:
+            self.answers, self.first_seconds, self._first_step = 1, now - self._last, piece.step
+        elif piece.step != self._first_step:
+            self.further_tokens += 1
             self.further_seconds += now - self._last
-        else:
-            self.answers, self.first_seconds = 1, now - self._last
         self.tokens += 1
         self._last = now
 
@@ -32,15 +38,14 @@ class Speed:
             self.tokens + other.tokens,
             self.answers + other.answers,
             self.first_seconds + other.first_seconds,
+            self.further_tokens + other.further_tokens,
             self.further_seconds + other.further_seconds,
         )
 
     @property
     def rate(self) -> str:
-        """Of the tokens behind the first one of each answer."""
-        if not self.further_seconds:
-            return f"{self.tokens:,} token{'' if self.tokens == 1 else 's'}"
-        return f"{(self.tokens - self.answers) / self.further_seconds:,.1f} tokens/s"
+        """Of the tokens behind those that came first: empty if there are none."""
+        return f"{self.further_tokens / self.further_seconds:,.1f} tokens/s" if self.further_tokens else ""
 
     def __str__(self) -> str:
         """Of several answers, with the mean time of their first tokens."""
@@ -48,5 +53,5 @@ class Speed:
             return "no token"
         first = self.first_seconds / self.answers
         shown = f"{first:,.1f} s" if first >= 1 else f"{1000 * first:.0f} ms"
-        rate = f", {self.rate}" if self.further_seconds else ""
-        return f"{self.tokens:,} token{'' if self.tokens == 1 else 's'}{rate}, first token after {shown}"
+        count = f"{self.tokens:,} token{'' if self.tokens == 1 else 's'}"
+        return ", ".join(part for part in (count, self.rate, f"first token after {shown}") if part)

@@ -53,6 +53,8 @@ class Piece(NamedTuple):
     token: NewToken
     completion: Completion | None
     """All of it, with the last token."""
+    step: int
+    """Of the decoder: tokens of one step come at the same time."""
 
 
 def generate(
@@ -135,6 +137,7 @@ def pieces(
     """
     waiting = enumerate(prompts)
     running: dict[DecodedSequence, _Running] = {}
+    step = 0
     try:
         while True:
             while decoder.free_slots and (following := next(waiting, None)):
@@ -144,6 +147,7 @@ def pieces(
                 running[sequence] = _Running(place, stream, [], [])
             if not running:
                 return
+            step += 1
             for token in decoder.step():
                 if token.sequence not in running:  # it ended at a stop string, a token ago
                     continue
@@ -152,7 +156,7 @@ def pieces(
                 if completion is not None:
                     del running[token.sequence]
                     _cancel(decoder, token.sequence)
-                yield Piece(place, text, token, completion)
+                yield Piece(place, text, token, completion, step)
     finally:
         for sequence in running:
             _cancel(decoder, sequence)
