@@ -133,3 +133,28 @@ class ExpertsCase:
         shared = stacked(self.shared) if self.shared else [None, None]
         return (place.randn(self.tokens, self.hidden), experts_TJ, weights_TJ, *stacked(self.experts), *shared,
                 self.hidden_act)  # fmt: skip
+
+
+LINEARS = [(1, 96, 50), (3, 1032, 33), (5, 96, 50), (33, 264, 70)]
+ATTENTIONS: dict[str, tuple[list[int], int, int, int, int, bool, bool]] = {
+    "one": ([700], 2, 4, 16, 1000, True, True),
+    "first token": ([0, 0], 1, 3, 64, 8, False, True),
+    "unequal": ([0, 1, 63, 64, 65, 199, -1, 128], 2, 2, 16, 200, True, False),
+    "wide": ([5, 300], 1, 1, 96, 301, False, False),
+    "padding": ([-1, -1, 70], 4, 4, 16, 72, False, True),
+}
+ROUTES = [
+    RouteCase(1, 96, 5, 3),
+    RouteCase(3, 1032, 8, 2, shared=2, scoring_func="softmax", norm_topk_prob=False),
+    RouteCase(2, 520, 48, 6, n_group=6, topk_group=2),
+    RouteCase(16, 64, 12, 4, shared=0, n_group=3, topk_group=2, scoring_func="softmax"),
+    RouteCase(2, 64, 1, 1, with_parts=False),
+]
+EXPERTS = [
+    ExpertsCase(1, 96, 40, 5, 3),
+    ExpertsCase(2, 264, 33, 4, 2, shared=2, hidden_act="swiglu_of_product"),
+    ExpertsCase(3, 64, 16, 5, 5, shared=0),
+    ExpertsCase(16, 96, 40, 5, 3),
+    ExpertsCase(33, 160, 33, 6, 2, shared=2, hidden_act="swiglu_of_product", used=3),
+    ExpertsCase(70, 64, 16, 5, 1, shared=0, used=1),
+]

@@ -66,6 +66,7 @@ class CapturedSteps(PlainSteps):
             2 * cache.slots, model.config.num_key_value_heads, dtype=torch.int32, device=self.device
         )
         self._pool = torch.cuda.graph_pool_handle()
+        self._read_by_device: list[Tensor] = []
 
     @torch.no_grad()
     def read(self, sequence: DecodedSequence, begin: int, end: int) -> Flight | None:
@@ -89,15 +90,26 @@ class CapturedSteps(PlainSteps):
         slots = [sequence.slot for sequence in sequences]
         if self._slots_of[size] != slots:
             filled = slots + [self.cache.scratch] * (size - len(slots))
-            step.slots_T.copy_(torch.tensor(filled).pin_memory(), non_blocking=True)
+            step.slots_T.copy_(self._pinned(filled), non_blocking=True)
             self._slots_of[size] = slots
         step.graph.replay()
         rows = slice(len(sequences))
         return self.flight(sequences, step.token_T[rows], step.logits_TV[rows], step.experts_LTK[:, rows])
 
+    def flight(
+        self, sequences: Sequence[DecodedSequence], token_T: Tensor, logits_TV: Tensor, experts_LTK: Tensor | None
+    ) -> Flight:
+        kept, self._read_by_device = self._read_by_device, []
+        return super().flight(sequences, token_T, logits_TV, experts_LTK)._replace(kept=kept)
+
     def _on_device(self, values: Sequence[int]) -> Tensor:
         """int64; the host does not wait for the device."""
-        return torch.tensor(values).pin_memory().to(self.device, non_blocking=True)
+        return self._pinned(values).to(self.device, non_blocking=True)
+
+    def _pinned(self, values: Sequence[int]) -> Tensor:
+        """int64 in memory that the device reads by itself; kept until the next flight has arrived."""
+        self._read_by_device.append(torch.tensor(values).pin_memory())
+        return self._read_by_device[-1]
 
     def _read_first(self, sequence: DecodedSequence, end: int) -> tuple[Tensor, Tensor]:
         """A prompt's first piece: hidden states, and logits after its last token."""
@@ -105,9 +117,9 @@ class CapturedSteps(PlainSteps):
         piece = self._pieces.get(size)
         if piece is None:
             piece = self._pieces[size] = self._capture_piece(size)
-        piece.tokens_1S[0, :end].copy_(torch.tensor(sequence.ids[:end]).pin_memory(), non_blocking=True)
-        piece.slot_1.copy_(torch.tensor([sequence.slot]).pin_memory(), non_blocking=True)
-        piece.last_1.copy_(torch.tensor([end - 1]).pin_memory(), non_blocking=True)
+        piece.tokens_1S[0, :end].copy_(self._pinned(sequence.ids[:end]), non_blocking=True)
+        piece.slot_1.copy_(self._pinned([sequence.slot]), non_blocking=True)
+        piece.last_1.copy_(self._pinned([end - 1]), non_blocking=True)
         piece.graph.replay()
         return piece.hidden_SH[:end], piece.logits_1V
 

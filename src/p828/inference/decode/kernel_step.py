@@ -34,6 +34,7 @@ def kernel_step(
         attended_TX = ops.attention(
             qkv_TX.unflatten(1, (-1, config.head_dim)), keys_SGCD, values_SGCD, slots_T, positions_T,
             model.frequencies, factor, layer.q_norm_D, layer.k_norm_D, layer.sinks_N, eps, arrivals_TG,
+            [weight for weight in (layer.o_proj_HX, layer.shared_gate_up_SPH, layer.shared_down_SHI) if weight is not None],
         )  # fmt: skip
         added_TH = ops.linear(attended_TX, layer.o_proj_HX, dtype)
         x_TH, normed_TH, experts_TJ, weights_TJ = ops.route(

@@ -5,12 +5,14 @@ The cached keys of a (sequence, key head) are split among programs; the last of 
 captured launch serves every length. The new key and value never pass through memory: the last split begins with them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch_options, prefetch, wait_for_earlier_kernels
 
 KEYS = 64  # of a step of a program
 WARPS = 4
@@ -20,18 +22,25 @@ ELEMENTS = 8192  # of the splits' values, that the joining program holds at a ti
 
 
 @triton.jit
-def rotated(head_at, norm_weight, position, frequencies, factor, eps, d, mask, D: tl.constexpr):
+def load_rotated(head_at, norm_weight, gain, other_gain, cos, sin, eps, d, mask, D: tl.constexpr):
     """Heads with their norm, rotated in pairs (d, d + D/2), in float32. `d` is of the last dimension."""
-    other = (d + D // 2) % D
     value = tl.load(head_at + d, mask=mask, other=0.0).to(tl.float32)
-    partner = tl.load(head_at + other, mask=mask, other=0.0).to(tl.float32)
+    partner = tl.load(head_at + (d + D // 2) % D, mask=mask, other=0.0).to(tl.float32)
     if norm_weight is not None:
         scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / D + eps)
-        value *= scale * tl.load(norm_weight + d, mask=d < D, other=0.0)
-        partner *= scale * tl.load(norm_weight + other, mask=d < D, other=0.0)
-    angle = position.to(tl.float32) * tl.load(frequencies + d % (D // 2), mask=d < D, other=0.0)
-    sign = tl.where(d < D // 2, -1.0, 1.0)
-    return value * (tl.cos(angle) * factor) + partner * (sign * tl.sin(angle) * factor)
+        value *= scale * gain
+        partner *= scale * other_gain
+    return value * cos + partner * sin
+
+
+@triton.jit
+def load_gains(norm_weight, d, D: tl.constexpr):
+    """A norm's weight at d and at d's partner; without a norm, numbers that nobody reads."""
+    gain, other_gain = d, d
+    if norm_weight is not None:
+        gain = tl.load(norm_weight + d, mask=d < D, other=0.0)
+        other_gain = tl.load(norm_weight + (d + D // 2) % D, mask=d < D, other=0.0)
+    return gain, other_gain
 
 
 @triton.jit
@@ -76,98 +85,140 @@ def store_output(out_at, highest, total, values, sinks_at, M: tl.constexpr, D: t
 
 
 @triton.jit
-def attend(
-    qkv, keys, values, slots, positions, frequencies, q_norm, k_norm, sinks, out, split_values, split_bounds, arrivals,
-    factor, eps, C, G, M: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
-    KEYS: tl.constexpr, SPLITS: tl.constexpr, JOINED_HEADS: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    split, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot, position = tl.load(slots + token).to(tl.int64), tl.load(positions + token).to(tl.int32)
-    head, d, key = tl.arange(0, HEADS), tl.arange(0, COLUMNS), tl.arange(0, KEYS)
-    heads_mask = (head[:, None] < M) & (d[None, :] < D)
-    out_at = out + (token * G + group) * M * D
+def load_cached(key_at, value_at, block, limit, d, D: tl.constexpr, KEYS: tl.constexpr):
+    """A block of cached keys and values, 0 from place `limit` on."""
+    key = block * KEYS + tl.arange(0, KEYS)[:, None]
+    mask = (key < limit) & (d < D)
+    keys = tl.load(key_at + key * D + d, mask=mask, other=0.0)
+    return keys, tl.load(value_at + key * D + d, mask=mask, other=0.0)
+
+
+@triton.jit
+def split_size(position, KEYS: tl.constexpr, SPLITS: tl.constexpr):
+    """Blocks of keys of a split, and how many splits have any (at least one split takes part)."""
     blocks = tl.cdiv(position, KEYS)
     each = tl.maximum(tl.cdiv(blocks, SPLITS), 1)
-    active = tl.maximum(tl.cdiv(blocks, each), 1)
-    if (slot < 0) | (split >= active):
-        if (slot < 0) & (split == 0):
-            wait_for_earlier_kernels(PDL)
-            zero = tl.zeros((HEADS, COLUMNS), out.dtype.element_ty)
-            tl.store(out_at + head[:, None] * D + d[None, :], zero, mask=heads_mask)
-        return
+    return each, tl.maximum(tl.cdiv(blocks, each), 1)
 
-    cached = (slot * G + group) * C * D
-    key_at = keys + cached + key[:, None] * D + d[None, :]
-    value_at = values + cached + key[:, None] * D + d[None, :]
-    first = split * each
-    mask = (first * KEYS + key[:, None] < position) & (d[None, :] < D)
-    tile = tl.load(key_at + first * KEYS * D, mask=mask, other=0.0)
-    value_tile = tl.load(value_at + first * KEYS * D, mask=mask, other=0.0)
-    wait_for_earlier_kernels(PDL)
 
-    dtype = qkv.dtype.element_ty
-    row = qkv + token * (G * M + 2 * G) * D
-    query_at = row + (group * M + head[:, None]) * D
-    query = rotated(query_at, q_norm, position, frequencies, factor, eps, d[None, :], heads_mask, D).to(dtype)
-    scale = D**-0.5 * 1.4426950408889634  # the softmax is of powers of 2
-    highest = tl.full((HEADS,), float("-inf"), tl.float32)
-    total = tl.zeros((HEADS,), tl.float32)
-    result = tl.zeros((HEADS, COLUMNS), tl.float32)
-    if split == active - 1:
-        one = d[None, :] < D
-        own_at = row + (G * M + group) * D
-        own_key = rotated(own_at, k_norm, position, frequencies, factor, eps, d[None, :], one, D)
-        own_key = own_key.to(keys.dtype.element_ty)
-        own_value = tl.load(row + (G * M + G + group) * D + d[None, :], mask=one, other=0.0)
-        own_value = own_value.to(values.dtype.element_ty)
-        at = cached + position * D + d[None, :]
-        tl.store(keys + at, own_key, mask=one)
-        tl.store(values + at, own_value, mask=one)
-        highest = tl.sum(query.to(tl.float32) * own_key.to(tl.float32), 1) * scale
-        total += 1.0
-        result += own_value.to(tl.float32)
+@triton.jit
+def begin_split(query, own_key, own_value, is_last, HEADS: tl.constexpr, D: tl.constexpr):
+    """The running softmax's maximum, sum and values: of the token's own key in the last split, else of nothing.
 
-    for block in range(first, tl.minimum(first + each, blocks)):
-        scores = tl.dot(query, tl.trans(tile).to(dtype), input_precision="ieee") * scale
-        scores = tl.where(block * KEYS + key[None, :] < position, scores, float("-inf"))
+    Scores are in units of the logarithm to base 2.
+    """
+    score = tl.sum(query.to(tl.float32) * own_key.to(tl.float32), 1) * (D**-0.5 * 1.4426950408889634)
+    highest = tl.where(is_last, score, float("-inf"))
+    total = tl.where(is_last, 1.0, tl.zeros((HEADS,), tl.float32))
+    return highest, total, total[:, None] * own_value.to(tl.float32)
+
+
+@triton.jit
+def attend_cached(
+    query, highest, total, result, keys, values, key_at, value_at, block, limit, d,
+    D: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The running softmax over the cached keys up to `limit`, of which a first block is loaded already."""
+    scale = D**-0.5 * 1.4426950408889634
+    for now in range(block, tl.cdiv(limit, KEYS)):
+        scores = tl.dot(query, tl.trans(keys).to(query.dtype), input_precision="ieee") * scale
+        is_cached = now * KEYS + tl.arange(0, KEYS)[None, :] < limit
+        scores = tl.where(is_cached, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         shares = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(highest - higher)
         total = total * shrink + tl.sum(shares, 1)
-        result *= shrink[:, None]
-        result = tl.dot(shares.to(value_tile.dtype), value_tile, result, input_precision="ieee")
+        result = tl.dot(shares.to(values.dtype), values, result * shrink[:, None], input_precision="ieee")
         highest = higher
-        mask = ((block + 1) * KEYS + key[:, None] < position) & (d[None, :] < D)
-        tile = tl.load(key_at + (block + 1) * KEYS * D, mask=mask, other=0.0)
-        value_tile = tl.load(value_at + (block + 1) * KEYS * D, mask=mask, other=0.0)
+        keys, values = load_cached(key_at, value_at, now + 1, limit, d, D, KEYS)
+    return highest, total, result
 
-    sinks_at = None
-    if sinks is not None:
-        sinks_at = sinks + group * M
+
+@triton.jit
+def leave_split(
+    highest, total, result, mask, split, active, at, split_values, split_bounds, arrivals, out_at, sinks_at,
+    M: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+    JOINED_HEADS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Leaves a split's sums for the last to arrive, and joins all of them if this is it."""
+    head, d = tl.arange(0, HEADS), tl.arange(0, COLUMNS)
+    values_at, bounds_at = split_values + at * SPLITS * M * D, split_bounds + at * SPLITS * M * 2
+    place = split * M + head
+    tl.store(values_at + place[:, None] * D + d[None, :], result, mask=mask)
+    tl.store(bounds_at + place * 2, highest, mask=head < M)
+    tl.store(bounds_at + place * 2 + 1, total, mask=head < M)
+    tl.debug_barrier()  # the count is one thread's; it publishes what all of them have written
+    if tl.atomic_add(arrivals + at, 1, sem="acq_rel") == active - 1:
+        tl.debug_barrier()
+        joined = join_splits(values_at, bounds_at, active, M, D, JOINED_HEADS, COLUMNS, SPLITS, STEP)
+        store_output(out_at, joined[0], joined[1], joined[2], sinks_at, M, D, JOINED_HEADS, COLUMNS)
+        tl.store(arrivals + at, 0)
+
+
+@triton.jit
+def prefetch_ahead(ahead_0, ahead_1, ahead_2, size_0, size_1, size_2, program, PDL: tl.constexpr):
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    prefetch(ahead_0, size_0, program, programs, PDL)
+    prefetch(ahead_1, size_1, program, programs, PDL)
+    prefetch(ahead_2, size_2, program, programs, PDL)
+
+
+@triton.jit
+def attend(
+    qkv, keys, values, slots, positions, frequencies, q_norm, k_norm, sinks, out, split_values, split_bounds, arrivals,
+    ahead_0, ahead_1, ahead_2, size_0, size_1, size_2,
+    factor, eps, C, G, M: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr, SPLITS: tl.constexpr, JOINED_HEADS: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    split, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    prefetch_ahead(ahead_0, ahead_1, ahead_2, size_0, size_1, size_2, (token * G + group) * SPLITS + split, PDL)
+    slot, position = tl.load(slots + token).to(tl.int64), tl.load(positions + token).to(tl.int32)
+    head, d = tl.arange(0, HEADS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    mask = (head < M) & (d < D)
+    out_at = out + (token * G + group) * M * D
+    each, active = split_size(position, KEYS, SPLITS)
+    if (slot < 0) | (split >= active):
+        if (slot < 0) & (split == 0):
+            wait_for_earlier_kernels(PDL)
+            tl.store(out_at + head * D + d, tl.zeros((HEADS, COLUMNS), out.dtype.element_ty), mask=mask)
+        return
+
+    key_at, value_at = keys + (slot * G + group) * C * D, values + (slot * G + group) * C * D
+    block, limit = split * each, tl.minimum((split + 1) * each * KEYS, position)
+    key_block, value_block = load_cached(key_at, value_at, block, limit, d, D, KEYS)
+    q_gain, q_other_gain = load_gains(q_norm, d, D)
+    k_gain, k_other_gain = load_gains(k_norm, d, D)
+    angle = position.to(tl.float32) * tl.load(frequencies + d % (D // 2), mask=d < D, other=0.0)
+    cos, sin = tl.cos(angle) * factor, tl.sin(angle) * tl.where(d < D // 2, -factor, factor)
+    wait_for_earlier_kernels(PDL)
+
+    at = qkv + token * (G * M + 2 * G) * D
+    query = load_rotated(at + (group * M + head) * D, q_norm, q_gain, q_other_gain, cos, sin, eps, d, mask, D)
+    query = query.to(qkv.dtype.element_ty)
+    own_key = load_rotated(at + (G * M + group) * D, k_norm, k_gain, k_other_gain, cos, sin, eps, d, d < D, D)
+    own_key = own_key.to(keys.dtype.element_ty)
+    own_value = tl.load(at + (G * M + G + group) * D + d, mask=d < D, other=0.0).to(values.dtype.element_ty)
+    is_last = split == active - 1
+    tl.store(key_at + position * D + d, own_key, mask=(d < D) & is_last)
+    tl.store(value_at + position * D + d, own_value, mask=(d < D) & is_last)
+    highest, total, result = begin_split(query, own_key, own_value, is_last, HEADS, D)
+    highest, total, result = attend_cached(
+        query, highest, total, result, key_block, value_block, key_at, value_at, block, limit, d, D, KEYS
+    )
+    sinks_at = None if sinks is None else sinks + group * M
     if active == 1:
         store_output(out_at, highest, total, result, sinks_at, M, D, HEADS, COLUMNS)
     else:
-        head_of_all = (token * G + group) * SPLITS * M
-        values_at, bounds_at = split_values + head_of_all * D, split_bounds + head_of_all * 2
-        at = split * M + head
-        tl.store(values_at + at[:, None] * D + d[None, :], result, mask=heads_mask)
-        tl.store(bounds_at + at * 2, highest, mask=head < M)
-        tl.store(bounds_at + at * 2 + 1, total, mask=head < M)
-        tl.debug_barrier()  # the count below is one thread's; it publishes what all have written
-        arrived = tl.atomic_add(arrivals + token * G + group, 1, sem="acq_rel")
-        if arrived == active - 1:
-            tl.debug_barrier()
-            highest_joined, total_joined, joined = join_splits(
-                values_at, bounds_at, active, M, D, JOINED_HEADS, COLUMNS, SPLITS, STEP
-            )
-            store_output(out_at, highest_joined, total_joined, joined, sinks_at, M, D, JOINED_HEADS, COLUMNS)
-            tl.store(arrivals + token * G + group, 0)
+        leave_split(
+            highest, total, result, mask, split, active, token * G + group, split_values, split_bounds, arrivals,
+            out_at, sinks_at, M, D, HEADS, COLUMNS, SPLITS, JOINED_HEADS, STEP,
+        )  # fmt: skip
 
 
 def attention(
     qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
-    eps: float, arrivals_TG: Tensor,
+    eps: float, arrivals_TG: Tensor, ahead: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
     tokens, all_heads, head_dim = qkv_TXD.shape
     groups, length = keys_SGCD.shape[1:3]
@@ -177,13 +228,14 @@ def attention(
     splits = triton.next_power_of_2(splits)
     columns, joined_heads = max(triton.next_power_of_2(head_dim), 16), triton.next_power_of_2(sharing)
     step = min(max(ELEMENTS // (joined_heads * columns), 1), splits)
-    float32 = {"dtype": torch.float32, "device": qkv_TXD.device}
-    split_values = torch.empty(tokens, groups, splits, sharing, head_dim, **float32)
-    split_bounds = torch.empty(tokens, groups, splits, sharing, 2, **float32)
-    out_TX = torch.empty(tokens, heads * head_dim, dtype=qkv_TXD.dtype, device=qkv_TXD.device)
+    split_values = qkv_TXD.new_empty(tokens, groups, splits, sharing, head_dim, dtype=torch.float32)
+    split_bounds = qkv_TXD.new_empty(tokens, groups, splits, sharing, 2, dtype=torch.float32)
+    out_TX = qkv_TXD.new_empty(tokens, heads * head_dim)
+    aheads = [*ahead, None, None, None][:3]
+    sizes = [0 if x is None else x.nbytes for x in aheads]
     attend[(splits, groups, tokens)](
         qkv_TXD, keys_SGCD, values_SGCD, slots_T, positions_T, frequencies, q_norm_D, k_norm_D, sinks_N, out_TX,
-        split_values, split_bounds, arrivals_TG, factor, eps, length, groups, sharing, head_dim,
+        split_values, split_bounds, arrivals_TG, *aheads, *sizes, factor, eps, length, groups, sharing, head_dim,
         max(joined_heads, 16), columns, KEYS, splits, joined_heads, step, **launch_options(qkv_TXD.device, WARPS),
     )  # fmt: skip
     return out_TX

@@ -10,7 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import (
+    launch_options,
+    prefetch,
+    rows_of_program,
+    wait_for_earlier_kernels,
+)
 
 PAIR_TOKENS = 4
 PAIR_GATE_UP = {"elements": 8192, "warps": 4}  # weights that a program holds, gate and up together
@@ -25,7 +30,7 @@ GROUP_WARPS = 4
 def expert_weights(routed, shared, expert, E, size):
     """Where an expert's matrix of `size` numbers begins."""
     at = routed + expert.to(tl.int64) * size
-    if shared is not None:
+    if shared is not None:  # noqa: SIM102 Triton would compile both sides of an `and`
         if expert >= E:
             at = shared + (expert - E).to(tl.int64) * size
     return at
@@ -43,39 +48,40 @@ def load_rows(at, row, column, H, mask):
 
 @triton.jit
 def gate_up_of_pair(
-    x, experts, routed, shared, inner, H, I, E,
+    x, experts, routed, shared, inner, H, WIDTH, E,
     J: tl.constexpr, K: tl.constexpr, OF_PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """inner = act(gate x, up x) for some rows of one pair."""
-    choice, token = tl.program_id(1), tl.program_id(2)
+    # Shared experts first: their weights are loaded while the kernel in front still chooses the others.
+    choice, token = (tl.program_id(1) + K) % J, tl.program_id(2)
     expert = E + choice - K
     if choice < K:
         wait_for_earlier_kernels(PDL)
         expert = tl.load(experts + token * J + choice)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    mask = (row[:, None] < I) & (column[None, :] < H)
-    P = 2 * I if OF_PRODUCT else I
+    mask = (row[:, None] < WIDTH) & (column[None, :] < H)
+    P = 2 * WIDTH if OF_PRODUCT else WIDTH
     at = expert_weights(routed, shared, expert, E, 2 * P * H)
     gate_rows = load_rows(at, row, column, H, mask)
     up_rows = load_rows(at, P + row, column, H, mask)
     if OF_PRODUCT:
-        second_gate_rows = load_rows(at, I + row, column, H, mask)
-        second_up_rows = load_rows(at, P + I + row, column, H, mask)
+        second_gate_rows = load_rows(at, WIDTH + row, column, H, mask)
+        second_up_rows = load_rows(at, P + WIDTH + row, column, H, mask)
     wait_for_earlier_kernels(PDL)
     value = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
     gate, up = tl.sum(gate_rows.to(tl.float32) * value, 1), tl.sum(up_rows.to(tl.float32) * value, 1)
     if OF_PRODUCT:
         gate *= up
         up = tl.sum(second_gate_rows.to(tl.float32) * value, 1) * tl.sum(second_up_rows.to(tl.float32) * value, 1)
-    at = inner + (token * J + choice) * I + row
-    tl.store(at, (silu(gate) * up).to(inner.dtype.element_ty), mask=row < I)
+    at = inner + (token * J + choice) * WIDTH + row
+    tl.store(at, (silu(gate) * up).to(inner.dtype.element_ty), mask=row < WIDTH)
 
 
 @triton.jit
 def down_of_pair(
-    inner, experts, weights, routed, shared, parts, H, I, E,
+    inner, experts, weights, routed, shared, parts, H, WIDTH, E,
     J: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """parts = weight · down inner for some rows of one pair. The choice is older than the kernel in front."""
@@ -83,10 +89,10 @@ def down_of_pair(
     expert, share = tl.load(experts + pair), tl.load(weights + pair)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    mask = (row[:, None] < H) & (column[None, :] < I)
-    down_rows = load_rows(expert_weights(routed, shared, expert, E, H * I), row, column, I, mask)
+    mask = (row[:, None] < H) & (column[None, :] < WIDTH)
+    down_rows = load_rows(expert_weights(routed, shared, expert, E, H * WIDTH), row, column, WIDTH, mask)
     wait_for_earlier_kernels(PDL)
-    value = tl.load(inner + pair * I + column, mask=column < I, other=0.0).to(tl.float32)
+    value = tl.load(inner + pair * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     product = tl.sum(down_rows.to(tl.float32) * value[None, :], 1) * share
     tl.store(parts + pair * H + row, product.to(parts.dtype.element_ty), mask=row < H)
 
@@ -105,7 +111,7 @@ def group_pairs(experts, pairs, counts, R, PAIRS: tl.constexpr, PDL: tl.constexp
 
 @triton.jit
 def gate_up_of_group(
-    x, pairs, counts, routed, shared, inner, H, I, E, R,
+    x, pairs, counts, routed, shared, inner, H, WIDTH, E, R,
     J: tl.constexpr, OF_PRODUCT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -118,37 +124,39 @@ def gate_up_of_group(
     place = tile * TOKENS + tl.arange(0, TOKENS)
     pair = tl.load(pairs + expert * R + place, mask=place < count, other=0)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    P = 2 * I if OF_PRODUCT else I
+    P = 2 * WIDTH if OF_PRODUCT else WIDTH
     weight_at = expert_weights(routed, shared, expert, E, 2 * P * H)
     x_at = x + (pair // J)[None, :] * H
     gate, up = tl.zeros((ROWS, TOKENS), tl.float32), tl.zeros((ROWS, TOKENS), tl.float32)
     second_gate, second_up = tl.zeros((ROWS, TOKENS), tl.float32), tl.zeros((ROWS, TOKENS), tl.float32)
     for first in range(0, H, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
-        mask = (row[:, None] < I) & (column[None, :] < H)
+        mask = (row[:, None] < WIDTH) & (column[None, :] < H)
         value = tl.load(x_at + column[:, None], mask=(place[None, :] < count) & (column[:, None] < H), other=0.0)
         gate = tl.dot(load_rows(weight_at, row, column, H, mask), value, gate, input_precision="ieee")
         up = tl.dot(load_rows(weight_at, P + row, column, H, mask), value, up, input_precision="ieee")
         if OF_PRODUCT:
-            block = load_rows(weight_at, I + row, column, H, mask)
+            block = load_rows(weight_at, WIDTH + row, column, H, mask)
             second_gate = tl.dot(block, value, second_gate, input_precision="ieee")
-            block = load_rows(weight_at, P + I + row, column, H, mask)
+            block = load_rows(weight_at, P + WIDTH + row, column, H, mask)
             second_up = tl.dot(block, value, second_up, input_precision="ieee")
     if OF_PRODUCT:
         gate *= up
         up = second_gate * second_up
-    at = inner + pair[None, :] * I + row[:, None]
-    mask = (place[None, :] < count) & (row[:, None] < I)
+    at = inner + pair[None, :] * WIDTH + row[:, None]
+    mask = (place[None, :] < count) & (row[:, None] < WIDTH)
     tl.store(at, (silu(gate) * up).to(inner.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def down_of_group(
-    inner, pairs, counts, weights, routed, shared, parts, H, I, E, R,
+    inner, pairs, counts, weights, routed, shared, parts, H, WIDTH, E, R,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """parts = weight · down inner for some rows of one expert and a tile of its pairs."""
-    wait_for_earlier_kernels(PDL)
+    """parts = weight · down inner for some rows of one expert and a tile of its pairs.
+
+    Lists and weights are older than the kernel in front.
+    """
     tile, expert = tl.program_id(1), tl.program_id(2)
     count = tl.load(counts + expert)
     if tile * TOKENS >= count:
@@ -157,14 +165,20 @@ def down_of_group(
     pair = tl.load(pairs + expert * R + place, mask=place < count, other=0)
     share = tl.load(weights + pair, mask=place < count, other=0.0)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    weight_at = expert_weights(routed, shared, expert, E, H * I)
-    inner_at = inner + pair[None, :] * I
+    weight_at = expert_weights(routed, shared, expert, E, H * WIDTH)
+    first_row = tl.program_id(0) * ROWS
+    size = tl.minimum(H - first_row, ROWS) * WIDTH * (routed.dtype.element_ty.primitive_bitwidth // 8)
+    prefetch(weight_at + first_row * WIDTH, size, 0, 1, PDL)
+    wait_for_earlier_kernels(PDL)
+    inner_at = inner + pair[None, :] * WIDTH
     product = tl.zeros((ROWS, TOKENS), tl.float32)
-    for first in range(0, I, COLUMNS):
+    for first in range(0, WIDTH, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
-        mask = (row[:, None] < H) & (column[None, :] < I)
-        value = tl.load(inner_at + column[:, None], mask=(place[None, :] < count) & (column[:, None] < I), other=0.0)
-        product = tl.dot(load_rows(weight_at, row, column, I, mask), value, product, input_precision="ieee")
+        mask = (row[:, None] < H) & (column[None, :] < WIDTH)
+        value = tl.load(
+            inner_at + column[:, None], mask=(place[None, :] < count) & (column[:, None] < WIDTH), other=0.0
+        )
+        product = tl.dot(load_rows(weight_at, row, column, WIDTH, mask), value, product, input_precision="ieee")
     at = parts + pair[None, :] * H + row[:, None]
     mask = (place[None, :] < count) & (row[:, None] < H)
     tl.store(at, (product * share[None, :]).to(parts.dtype.element_ty), mask=mask)
@@ -194,7 +208,8 @@ def _gate_up_of_pairs(
 ) -> None:
     (tokens, hidden), (_, choices, width) = x_TH.shape, inner_TJI.shape
     columns = triton.next_power_of_2(hidden)
-    rows = max(PAIR_GATE_UP["elements"] // (columns * (4 if of_product else 2)), 1)
+    matrices = 4 if of_product else 2  # that a row is read of
+    rows = rows_of_program(PAIR_GATE_UP["elements"] // matrices, columns, width, choices * tokens)
     routed_choices = choices - (0 if shared_SXH is None else len(shared_SXH))
     gate_up_of_pair[(triton.cdiv(width, rows), choices, tokens)](
         x_TH, experts_TJ, routed_EXH, shared_SXH, inner_TJI, hidden, width, len(routed_EXH), choices, routed_choices,
@@ -208,7 +223,7 @@ def _down_of_pairs(
 ) -> None:  # fmt: skip
     (tokens, choices, hidden), width = parts_TJH.shape, inner_TJI.shape[2]
     columns = triton.next_power_of_2(width)
-    rows = max(PAIR_DOWN["elements"] // columns, 1)
+    rows = rows_of_program(PAIR_DOWN["elements"], columns, hidden, choices * tokens)
     down_of_pair[(triton.cdiv(hidden, rows), choices, tokens)](
         inner_TJI, experts_TJ, weights_TJ, routed_EHI, shared_SHI, parts_TJH, hidden, width, len(routed_EHI), choices,
         rows, columns, **launch_options(inner_TJI.device, PAIR_DOWN["warps"]),

@@ -10,7 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import (
+    launch_options,
+    prefetch,
+    rows_of_program,
+    wait_for_earlier_kernels,
+)
 from p828.kernels.decode.residual_triton import add_norm, load_total, normalise
 
 VECTOR_TOKENS = 4
@@ -35,10 +40,8 @@ def linear_vector(
     for token in range(T):
         value = load_total(x, parts, token, H, column, J)
         if norm_weight is not None:
-            if J > 0:
-                if first == 0:
-                    at = total + token * H + column
-                    tl.store(at, value.to(total.dtype.element_ty), mask=column < H)
+            if (J > 0) & (first == 0):
+                tl.store(total + token * H + column, value.to(total.dtype.element_ty), mask=column < H)
             value = normalise(value, gain, eps, H, x.dtype.element_ty)
         product = tl.sum(tile.to(tl.float32) * value[None, :], 1)
         at = out + token * V + first + row
@@ -51,6 +54,9 @@ def linear_matrix(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    first_row = tl.program_id(0) * ROWS
+    size = tl.minimum(V - first_row, ROWS) * H * (weight.dtype.element_ty.primitive_bitwidth // 8)
+    prefetch(weight + first_row.to(tl.int64) * H, size, 0, 1, PDL)
     wait_for_earlier_kernels(PDL)
     product = tl.zeros((ROWS, TOKENS), tl.float32)
     for first in range(0, H, COLUMNS):
@@ -96,7 +102,7 @@ def _vector(
     out_TV = torch.empty(tokens, width, dtype=out_dtype, device=x_TH.device)
     total_TH = x_TH if parts_TJH is None else torch.empty_like(x_TH)
     columns = triton.next_power_of_2(hidden)
-    rows = max(VECTOR["elements"] // columns, 1)
+    rows = rows_of_program(VECTOR["elements"], columns, width)
     linear_vector[(triton.cdiv(width, rows),)](
         x_TH, parts_TJH, norm_weight_H, weight_VH, out_TV, total_TH, eps, tokens, hidden, width,
         0 if parts_TJH is None else parts_TJH.shape[1], rows, columns,

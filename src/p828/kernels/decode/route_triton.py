@@ -32,6 +32,40 @@ def limit_groups(choice, expert, E, GROUPS: tl.constexpr, KEPT: tl.constexpr, GR
 
 
 @triton.jit
+def score(logits, correction, expert, E, SOFTMAX: tl.constexpr):
+    """The experts' scores, and what they are chosen by."""
+    if SOFTMAX:
+        scores = tl.exp(logits - tl.max(logits, 0))
+        scores = scores / tl.sum(scores, 0)
+    else:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    choice = tl.where(expert < E, scores + correction, float("-inf"))
+    return scores, tl.where(choice == choice, choice, float("-inf"))  # a NaN must not lead to an expert of another id
+
+
+@triton.jit
+def store_choice(
+    experts_at, weights_at, scores, left, expert, scaling, E,
+    K: tl.constexpr, SHARED: tl.constexpr, NORMALISED: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    """The K best of `left`, best first, with their scores as weights, and behind them the shared experts."""
+    choice = tl.arange(0, CHOICES)
+    chosen = tl.where(choice < K, 0, E + choice - K).to(tl.int32)
+    weights = tl.zeros((CHOICES,), tl.float32)
+    for k in tl.static_range(K):
+        best = tl.argmax(left, 0).to(tl.int32)
+        chosen = tl.where(choice == k, best, chosen)
+        weights = tl.where(choice == k, tl.sum(tl.where(expert == best, scores, 0.0), 0), weights)
+        left = tl.where(expert == best, float("-inf"), left)
+    if NORMALISED:
+        # The floor keeps a token whose chosen scores all underflow to zero from dividing by zero.
+        weights = weights / tl.maximum(tl.sum(weights, 0), 1e-20)
+    weights = tl.where(choice < K, weights * scaling, 1.0)
+    tl.store(experts_at + choice, chosen, mask=choice < K + SHARED)
+    tl.store(weights_at + choice, weights, mask=choice < K + SHARED)
+
+
+@triton.jit
 def route_token(
     x, parts, norm_weight, router_weight, bias, total, normed, experts, weights, eps, scaling, H, E,
     J: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, SOFTMAX: tl.constexpr, NORMALISED: tl.constexpr,
@@ -60,31 +94,13 @@ def route_token(
         found = tl.sum(tile.to(tl.float32) * value[None, :], 1)
         is_here = expert[None, :] == block * ROWS + row[:, None]
         logits = tl.where(expert // ROWS == block, tl.sum(tl.where(is_here, found[:, None], 0.0), 0), logits)
-    logits = tl.where(expert < E, logits, float("-inf"))
-    if SOFTMAX:
-        scores = tl.exp(logits - tl.max(logits, 0))
-        scores = scores / tl.sum(scores, 0)
-    else:
-        scores = 1.0 / (1.0 + tl.exp(-logits))
-    left = tl.where(expert < E, scores + correction, float("-inf"))
-    left = tl.where(left == left, left, float("-inf"))  # a NaN must not lead to an expert that is not there
+    scores, left = score(tl.where(expert < E, logits, float("-inf")), correction, expert, E, SOFTMAX)
     if GROUPS > 1:
         left = limit_groups(left, expert, E, GROUPS, KEPT, GROUP_COLUMNS)
-
-    choice = tl.arange(0, CHOICES)
-    chosen = tl.where(choice < K, 0, E + choice - K).to(tl.int32)
-    chosen_scores = tl.zeros((CHOICES,), tl.float32)
-    for k in tl.static_range(K):
-        best = tl.argmax(left, 0).to(tl.int32)
-        chosen = tl.where(choice == k, best, chosen)
-        chosen_scores = tl.where(choice == k, tl.sum(tl.where(expert == best, scores, 0.0), 0), chosen_scores)
-        left = tl.where(expert == best, float("-inf"), left)
-    if NORMALISED:
-        # The floor keeps a token whose chosen scores all underflow to zero from dividing by zero.
-        chosen_scores = chosen_scores / tl.maximum(tl.sum(chosen_scores, 0), 1e-20)
-    chosen_scores = tl.where(choice < K, chosen_scores * scaling, 1.0)
-    tl.store(experts + token * (K + SHARED) + choice, chosen, mask=choice < K + SHARED)
-    tl.store(weights + token * (K + SHARED) + choice, chosen_scores, mask=choice < K + SHARED)
+    store_choice(
+        experts + token * (K + SHARED), weights + token * (K + SHARED), scores, left, expert, scaling, E,
+        K, SHARED, NORMALISED, CHOICES,
+    )  # fmt: skip
 
 
 def route(
