@@ -89,8 +89,11 @@ def test_a_session_at_a_terminal(tmp_path: Path, byte_level: Tokenizer) -> None:
         terminal.type(b"\xff\r")
         terminal.read_to("is not valid Unicode text")
         terminal.read_to(PROMPT)
-        terminal.type(b"dog\x03\x03")
+        terminal.type(b"dog\x03")
+        terminal.read_to(PROMPT)
+        terminal.type(b"\x03")
         terminal.read_to("p828: Ctrl-D ends")
+        terminal.read_to(PROMPT)
         terminal.type(b"\x04")
         assert "tokens/s, first token after" in terminal.read_to("\0")
         assert os.waitstatus_to_exitcode(os.waitpid(terminal.process, 0)[1]) == 0

@@ -2,8 +2,9 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from types import FrameType
 
 from p828.cli.asking import Asking
@@ -15,6 +16,31 @@ from p828.errors import ConfigError, DataError, warn
 from p828.inference.decode.decoder import Decoder
 from p828.inference.generate import Piece, Prompt
 from p828.inference.prompts import GivenPrompt
+
+A_LONG_STEP = 2.0  # seconds
+
+
+class Interrupts:
+    """Ctrl-C at a terminal: noted, for an answer to end between two of its tokens, and not in the middle of a step."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        """When the first one of this answer came, by the monotonic clock, in seconds."""
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """In the block they are noted. One that comes long after another is raised: the answer does not end."""
+        before = signal.signal(signal.SIGINT, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.first is not None and now - self.first > A_LONG_STEP:
+            raise KeyboardInterrupt
+        self.first = self.first or now
 
 
 class Conversation:
@@ -29,8 +55,8 @@ class Conversation:
         self.status = ""
         """How full the context is with the last answer, and its speed, in a few words."""
 
-    def reply(self, line: str, is_stopped: Callable[[], bool]) -> None:
-        """Show what the model makes of a line, until it ends or `is_stopped`. Raises ConfigError and DataError."""
+    def reply(self, line: str, interrupts: Interrupts) -> None:
+        """Show what the model makes of a line, until it ends or is interrupted. Raises ConfigError and DataError."""
         messages: Messages = [*self._history, {"role": "user", "content": line}]
         fields = {"messages": messages} if self._asking.is_chat else {"prompt": line}
         prompt = self._encoded(GivenPrompt(fields))
@@ -44,7 +70,7 @@ class Conversation:
                 last = piece
                 if self._experts is not None:
                     self._experts.take(piece, prompt)
-                if is_stopped():
+                if interrupts.first is not None:
                     break
         show("", end="\n")
         self._end(last)
@@ -84,21 +110,23 @@ def converse(asking: Asking) -> None:
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     with asking.open_decoder([asking.context]) as decoder:
         conversation = Conversation(asking, decoder)
-        if is_terminal:
-            from p828.cli.terminal import typed_lines  # takes a while to import, for none but this
-
-            lines = typed_lines(lambda: conversation.status)
-        else:
-            lines = _given_lines()
-        for line in lines:
-            try:
-                with _noted_interrupt() if is_terminal else _no_interrupt() as is_stopped:
-                    conversation.reply(line, is_stopped)
-            except (ConfigError, DataError) as error:
-                warn(str(error))
+        interrupts = Interrupts()
+        with interrupts.noted() if is_terminal else nullcontext():
+            for line in _typed(conversation) if is_terminal else _given_lines():
+                interrupts.first = None
+                try:
+                    conversation.reply(line, interrupts)
+                except (ConfigError, DataError) as error:
+                    warn(str(error))
         conversation.end()
         if conversation.speed.tokens:
             warn(str(conversation.speed))
+
+
+def _typed(conversation: Conversation) -> Iterator[str]:
+    from p828.cli.terminal import typed_lines  # takes a while to import, for none but this
+
+    return typed_lines(lambda: conversation.status)
 
 
 def _given_lines() -> Iterator[str]:
@@ -113,26 +141,3 @@ def _given_lines() -> Iterator[str]:
         if not line:
             return
         yield line.removesuffix("\n")
-
-
-@contextmanager
-def _noted_interrupt() -> Iterator[Callable[[], bool]]:
-    """In the block the first Ctrl-C is noted, for the loop to end between two tokens; another one is raised at once."""
-    is_noted = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal is_noted
-        if is_noted:
-            raise KeyboardInterrupt
-        is_noted = True
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: is_noted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _no_interrupt() -> Iterator[Callable[[], bool]]:
-    yield lambda: False
