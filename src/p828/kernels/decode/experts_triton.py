@@ -20,8 +20,8 @@ from p828.kernels.decode.dependent_launch_triton import (
 PAIR_TOKENS = 4
 PAIR_GATE_UP = {"elements": 8192, "warps": 4}  # weights that a program holds, gate and up together
 PAIR_DOWN = {"elements": 8192, "warps": 4}
-GROUP_GATE_UP = {"rows": 32, "columns": 128, "warps": 4, "stages": 4}
-GROUP_DOWN = {"rows": 32, "columns": 128, "warps": 4, "stages": 4}
+GROUP_GATE_UP = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
+GROUP_DOWN = {"rows": 64, "columns": 64, "warps": 4, "stages": 4}
 GROUP_TOKENS = 32  # at most, of a program
 GROUP_WARPS = 4
 

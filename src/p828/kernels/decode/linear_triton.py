@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from p828.kernels.decode.dependent_launch_triton import (
+    PROCESSORS,
     launch_options,
     prefetch,
     rows_of_program,
@@ -19,8 +20,11 @@ from p828.kernels.decode.dependent_launch_triton import (
 from p828.kernels.decode.residual_triton import add_norm, load_total, normalise
 
 VECTOR_TOKENS = 4
-VECTOR = {"elements": 8192, "warps": 4}  # weights that a program holds
-MATRIX = {"rows": 32, "columns": 128, "warps": 4, "stages": 4}
+VECTOR = {"elements": 8192, "warps": 8}  # weights that a program holds
+NARROW = {"rows": 16, "columns": 256, "warps": 4, "stages": 3}  # a matrix of few rows, so that all processors have some
+WIDE = {"rows": 32, "columns": 256, "warps": 4, "stages": 3}
+WIDE_OF_MANY = {"rows": 64, "columns": 64, "warps": 4, "stages": 5}  # for more than `FEW_TOKENS`
+FEW_TOKENS = 16
 MATRIX_TOKENS = 64  # at most, of a program
 
 
@@ -77,10 +81,13 @@ def linear(x_TH: Tensor, weight_VH: Tensor, out_dtype: torch.dtype) -> Tensor:
         return _vector(x_TH, None, None, 0.0, weight_VH, out_dtype)[0]
     width = len(weight_VH)
     out_TV = torch.empty(tokens, width, dtype=out_dtype, device=x_TH.device)
-    rows, block = MATRIX["rows"], min(max(triton.next_power_of_2(tokens), 16), MATRIX_TOKENS)
-    linear_matrix[(triton.cdiv(width, rows), triton.cdiv(tokens, block))](
-        x_TH, weight_VH, out_TV, tokens, hidden, width, block, rows, MATRIX["columns"],
-        **launch_options(x_TH.device, MATRIX["warps"], MATRIX["stages"]),
+    block = min(max(triton.next_power_of_2(tokens), 16), MATRIX_TOKENS)
+    tiles = WIDE if tokens <= FEW_TOKENS else WIDE_OF_MANY
+    if triton.cdiv(width, tiles["rows"]) < PROCESSORS:
+        tiles = NARROW
+    linear_matrix[(triton.cdiv(width, tiles["rows"]), triton.cdiv(tokens, block))](
+        x_TH, weight_VH, out_TV, tokens, hidden, width, block, tiles["rows"], tiles["columns"],
+        **launch_options(x_TH.device, tiles["warps"], tiles["stages"]),
     )  # fmt: skip
     return out_TV
 
