@@ -33,7 +33,7 @@ class Printed:
         self._held.setdefault(piece.place, []).append(piece.text)
         if piece.completion is not None:
             self._completions[piece.place] = piece.completion
-        while piece.place >= self._current:
+        while True:
             if text := "".join(self._held.pop(self._current, [])):
                 show(text)
             completion = self._completions.pop(self._current, None)

@@ -33,15 +33,22 @@ class CompletionsFile:
         try:
             if self._lines.write(line) != len(line):
                 raise OSError("no room on the disk")
-            if time.monotonic() - self._synced > PER_SYNC:
-                self.sync()
         except OSError as error:
-            raise RunFailed(f"{self._lines.name}: cannot be written: {reason(error)}") from None
+            raise self._failed(error) from None
         self.done += 1
+        if time.monotonic() - self._synced > PER_SYNC:
+            self.sync()
 
     def sync(self) -> None:
-        os.fsync(self._lines.fileno())
+        """Have all lines on the disk. Raises RunFailed."""
+        try:
+            os.fsync(self._lines.fileno())
+        except OSError as error:
+            raise self._failed(error) from None
         self._synced = time.monotonic()
+
+    def _failed(self, error: OSError) -> RunFailed:
+        return RunFailed(f"{self.directory / LINES_FILE}: cannot be written: {reason(error)}")
 
 
 @contextmanager
