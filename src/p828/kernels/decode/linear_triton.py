@@ -13,6 +13,7 @@ from torch import Tensor
 from p828.kernels.decode.dependent_launch_triton import (
     PROCESSORS,
     launch_options,
+    let_next_kernel_begin,
     prefetch,
     rows_of_program,
     wait_for_earlier_kernels,
@@ -33,6 +34,7 @@ def linear_vector(
     x, parts, norm_weight, weight, out, total, eps, T, H, V,
     J: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_kernel_begin(PDL)
     first = tl.program_id(0) * ROWS
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -56,6 +58,7 @@ def linear_vector(
 def linear_matrix(
     x, weight, out, T, H, V, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
 ):
+    let_next_kernel_begin(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     first_row = tl.program_id(0) * ROWS
@@ -87,7 +90,7 @@ def linear(x_TH: Tensor, weight_VH: Tensor, out_dtype: torch.dtype) -> Tensor:
         tiles = NARROW
     linear_matrix[(triton.cdiv(width, tiles["rows"]), triton.cdiv(tokens, block))](
         x_TH, weight_VH, out_TV, tokens, hidden, width, block, tiles["rows"], tiles["columns"],
-        **launch_options(x_TH.device, tiles["warps"], tiles["stages"]),
+        **launch_options(x_TH.device, tokens, tiles["warps"], tiles["stages"]),
     )  # fmt: skip
     return out_TV
 
@@ -113,6 +116,6 @@ def _vector(
     linear_vector[(triton.cdiv(width, rows),)](
         x_TH, parts_TJH, norm_weight_H, weight_VH, out_TV, total_TH, eps, tokens, hidden, width,
         0 if parts_TJH is None else parts_TJH.shape[1], rows, columns,
-        **launch_options(x_TH.device, VECTOR["warps"]),
+        **launch_options(x_TH.device, tokens, VECTOR["warps"]),
     )  # fmt: skip
     return out_TV, total_TH

@@ -13,8 +13,6 @@ Tensors are contiguous. Weights of products and activations are of one dtype (bf
 dtype); norms, router and sinks are float32.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -48,7 +46,7 @@ def norm_linear(
 def attention(
     qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
-    eps: float, arrivals_TG: Tensor | None, ahead: Sequence[Tensor] = (),
+    eps: float, arrivals_TG: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Attention of T new tokens over their slots' cache, which gets their keys and values: (T, N · D) in qkv's dtype.
 
@@ -59,16 +57,14 @@ def attention(
     negative slot is padding: its result is 0 and it writes nothing. No two tokens may have one slot.
 
     `arrivals_TG`: int32 zeros for at least T tokens, which the kernel counts in and leaves zero; one for all layers.
-    `ahead`: up to three weights that the next operations read, which the kernel has the L2 cache fetch meanwhile: most
-    of the time here is latency, and memory would be idle. Slots, positions and the cache must be older than the kernel
-    in front, see `dependent_launch_triton`.
+    Slots, positions and the cache must be older than the kernel in front, see `dependent_launch_triton`.
     """
     from p828.kernels.decode import attention_triton
 
     assert arrivals_TG is not None
     return attention_triton.attention(
         qkv_TXD, keys_SGCD, values_SGCD, slots_T, positions_T, frequencies, factor, q_norm_D, k_norm_D, sinks_N, eps,
-        arrivals_TG, ahead,
+        arrivals_TG,
     )  # fmt: skip
 
 

@@ -4,8 +4,6 @@ Sums, norms and softmaxes are in float32, or in float64 for tensors of that. Att
 lengths and choices: for a CPU that costs nothing, and no more than what is used is read.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +28,7 @@ def norm_linear(
 def attention(
     qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
-    eps: float, arrivals_TG: Tensor | None, ahead: Sequence[Tensor] = (),
+    eps: float, arrivals_TG: Tensor | None,
 ) -> Tensor:  # fmt: skip
     wide, groups, head_dim = _wide(qkv_TXD), *keys_SGCD.shape[1::2]
     q_TND, k_TGD, v_TGD = qkv_TXD.split((qkv_TXD.shape[1] - 2 * groups, groups, groups), dim=1)
