@@ -246,8 +246,7 @@ class TextStream:
     def push(self, token: int) -> str:
         """Text that has become certain with this token, maybe none."""
         self._ids.append(token)
-        # Without text of its own a token is special, or a space that some tokenizers drop at the end.
-        if self._tokenizer.is_byte(token) or not self._tokenizer.decode([token]):
+        if not self._tokenizer.gives_text(token):
             return ""
         text = self._undecoded()
         if not self._is_whole(text):
