@@ -6,13 +6,14 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from p828.errors import ConfigError
-from p828.inference.sampling import SamplingConfig, filter_logits, sample
+from p828.inference.sampling import SamplingConfig, choose_tokens, filter_logits, row_settings, uniform_numbers
 
 ROWS, VOCABULARY = 5, 40
 
 
-def generators(rows: int, seed: int = 0) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed * 1000 + row) for row in range(rows)]
+def choose(logits_BV: Tensor, config: SamplingConfig, seen_BV: Tensor | None, uniform_B: Tensor) -> Tensor:
+    settings = row_settings([config] * len(logits_BV), logits_BV.device)
+    return choose_tokens(logits_BV, settings, uniform_B, seen_BV, has_filters=True)
 
 
 def transformers_logits(logits_BV: Tensor, config: SamplingConfig, ids_BS: Tensor) -> Tensor:
@@ -54,40 +55,73 @@ def test_filters_are_those_of_transformers(config: SamplingConfig) -> None:
     seen_BV = torch.zeros(ROWS, VOCABULARY, dtype=torch.bool).scatter(1, ids_BS, True)
 
     # The same float32 operations on the same values: not a bit may differ.
-    actual = filter_logits(logits_BV, config, seen_BV if config.repetition_penalty != 1 else None)
+    settings = row_settings([config] * ROWS, logits_BV.device)
+    actual = filter_logits(logits_BV, settings, seen_BV if config.repetition_penalty != 1 else None)
     torch.testing.assert_close(actual, transformers_logits(logits_BV.clone(), config, ids_BS), rtol=0, atol=0)
 
 
 def test_drawn_as_often_as_likely() -> None:
-    probabilities_V = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
+    probabilities_V = torch.tensor([0.0, 0.5, 0.3, 0.15, 0.0, 0.05, 0.0])
     draws = 4000
-    logits_BV = probabilities_V.log().expand(draws, -1)
-    config = SamplingConfig(temperature=1.0)
-    counts_V = sample(logits_BV, config, None, generators(draws)).bincount(minlength=5)
+    logits_BV = probabilities_V.log().clamp(min=-200).expand(draws, -1)
+    counts_V = choose(logits_BV, SamplingConfig(temperature=1.0), None, uniform_numbers(5, draws)).bincount(minlength=7)
 
     # Four standard deviations of a binomial count.
     deviation_V = (draws * probabilities_V * (1 - probabilities_V)).sqrt()
     assert ((counts_V - draws * probabilities_V).abs() <= 4 * deviation_V).all()
-    assert counts_V[4] == 0
+
+
+def test_numbers_drawn_by_are_uniform() -> None:
+    numbers = uniform_numbers(7, 100_000)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    # Four standard deviations: of a mean, sqrt(1/12 / n); of a count, sqrt(n/16 · 15/16).
+    assert abs(numbers.mean().item() - 0.5) <= 4 * math.sqrt(1 / 12 / 100_000)
+    counts = (numbers * 16).long().bincount()
+    assert (counts - 6250).abs().max() <= 4 * math.sqrt(6250 * 15 / 16)
+    assert torch.equal(uniform_numbers(7, 10), numbers[:10])
+    assert not torch.equal(uniform_numbers(8, 10), numbers[:10])
+
+
+@pytest.mark.parametrize("uniform, token", [(0.0, 1), (1 - 2**-24, 3)])
+def test_the_ends_of_the_interval_draw_possible_tokens(uniform: float, token: int) -> None:
+    logits_1V = torch.tensor([[-300.0, 0.0, -300.0, 0.0, -300.0]])  # exp(−300) is 0 in float32
+    assert choose(logits_1V, SamplingConfig(temperature=1.0), None, torch.tensor([uniform])).item() == token
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
+    """Each row's own settings, whatever the others need."""
     logits_BV = torch.randn(ROWS, VOCABULARY)
-    config = SamplingConfig(temperature=1.0, top_p=0.9)
-    together = sample(logits_BV, config, None, generators(ROWS))
-    alone = [
-        sample(logits_BV[row : row + 1], config, None, generators(ROWS)[row : row + 1]).item() for row in range(ROWS)
+    configs = [
+        SamplingConfig(temperature=0.0),
+        SamplingConfig(temperature=1.0),
+        SamplingConfig(temperature=2.0, top_p=0.9),
+        SamplingConfig(temperature=0.5, top_k=3, min_p=0.1),
+        SamplingConfig(temperature=0.0, repetition_penalty=1.5),
     ]
-    assert together.tolist() == alone
+    uniform_B, seen_BV = torch.rand(ROWS), torch.rand(ROWS, VOCABULARY) < 0.5
+    together = choose_tokens(logits_BV, row_settings(configs, logits_BV.device), uniform_B, seen_BV, has_filters=True)
+    for row, config in enumerate(configs):
+        one = slice(row, row + 1)
+        settings = row_settings([config], logits_BV.device)
+        has_filters = row >= 2
+        alone = choose_tokens(logits_BV[one], settings, uniform_B[one], seen_BV[one], has_filters)
+        assert alone.item() == together[row].item()
+
+
+def test_logits_that_are_no_numbers_are_told() -> None:
+    logits_BV = torch.zeros(3, VOCABULARY)
+    logits_BV[1, 7], logits_BV[2, 3] = math.nan, math.inf
+    assert choose(logits_BV, SamplingConfig(), None, torch.rand(3)).tolist()[1:] == [-1, -1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-40])
 def test_greedy_takes_the_likeliest_after_the_penalty(temperature: float) -> None:
     logits_BV = torch.tensor([[1.0, 4.0, 3.0], [-1.0, -4.0, -1.5]])
     config = SamplingConfig(temperature=temperature, repetition_penalty=2.0, top_k=1)
-    assert sample(logits_BV, config, None, generators(2)).tolist() == [1, 0]
+    assert choose(logits_BV, config, None, torch.rand(2)).tolist() == [1, 0]
     seen_BV = torch.tensor([[False, True, False], [True, False, False]])
-    assert sample(logits_BV, config, seen_BV, generators(2)).tolist() == [2, 2]
+    assert choose(logits_BV, config, seen_BV, torch.rand(2)).tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,8 @@ def continued(
             on_text(index, text)
         return streams[index].stopped
 
-    device = model.head_weight.device
-    generators = [_generator(config, prompts, index, device) for index in range(len(prompts))]
-    continuations = decode(model, ids, config, generators, tokenizer.eos_id, tokenizer.vocab_size, dtype, take, end_ids)
+    seeds = [prompt_seed(config.seed, prompt, prompts[:index].count(prompt)) for index, prompt in enumerate(prompts)]
+    continuations = decode(model, ids, config, seeds, tokenizer.eos_id, tokenizer.vocab_size, dtype, take, end_ids)
     return [
         Completion("".join(text), continuation.finish_reason)
         for text, continuation in zip(pieces, continuations, strict=True)
@@ -96,11 +95,13 @@ def _check_length(ids: Sequence[int], context: int) -> None:
         )
 
 
-def _generator(config: SamplingConfig, prompts: Sequence[str], index: int, device: torch.device) -> torch.Generator:
-    """Seeded by seed, prompt and number of equal prompts before it, so that a prompt's place does not matter."""
-    key = repr((config.seed, prompts[index], prompts[:index].count(prompts[index])))
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+def prompt_seed(seed: int, prompt: str, equal_before: int) -> int:
+    """What a prompt draws by, 63 bits: a function of the seed, the prompt and the number of equal prompts before it.
+
+    So a prompt's place among others does not matter, and equal prompts get different samples.
+    """
+    key = repr((seed, prompt, equal_before))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
 class TextStream:

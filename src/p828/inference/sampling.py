@@ -3,13 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from p828.errors import ConfigError
+from p828.model.random_normal import GOLDEN_GAMMA, Key, fill_uniform_
 
 GREEDY_BELOW = 1e-5  # logits divided by less could overflow float32
+MOST_TOKENS = 2**31  # of any vocabulary
 PENALTIES = 0.001, 1000.0  # with others logits could overflow, too; those in use are near 1
 
 
@@ -56,62 +59,111 @@ def _check(name: str, value: object, accepted: bool, words: str) -> None:
         raise ConfigError(f"{name} = {value}: {words} is accepted")
 
 
-def sample(
-    logits_BV: Tensor, config: SamplingConfig, seen_BV: Tensor | None, generators: Sequence[torch.Generator]
-) -> Tensor:
-    """One token for every row: int64 (B,).
+class RowSettings(NamedTuple):
+    """How each row's token is drawn: the settings of `SamplingConfig`, float32 (B, 1) and for `top_k` int64."""
 
-    `logits_BV` is float32. `seen_BV` (bool) marks the tokens under the repetition penalty, None none. Each row has its
-    own generator, on the logits' device, so that what a row draws does not depend on the others.
-    """
-    logits_BV = filter_logits(logits_BV, config, seen_BV)
-    if config.greedy:
-        return logits_BV.argmax(dim=-1)
-    rows = zip(logits_BV.softmax(dim=-1), generators, strict=True)
-    return torch.cat(
-        [torch.multinomial(probabilities_V, 1, generator=generator) for probabilities_V, generator in rows]
+    temperature: Tensor
+    """0 for a row that takes its likeliest token."""
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    repetition_penalty: Tensor
+
+
+def row_settings(configs: Sequence[SamplingConfig], device: torch.device) -> RowSettings:
+    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+    return RowSettings(
+        column([0.0 if config.greedy else config.temperature for config in configs]),
+        column([min(config.top_k, MOST_TOKENS) for config in configs], torch.int64),
+        column([config.top_p for config in configs]),
+        column([config.min_p for config in configs]),
+        column([config.repetition_penalty for config in configs]),
     )
 
 
-def filter_logits(logits_BV: Tensor, config: SamplingConfig, seen_BV: Tensor | None) -> Tensor:
+def uniform_numbers(seed: int, count: int) -> Tensor:
+    """float32 (count,), from 0 to below 1: what the token at each position of a sequence is drawn by.
+
+    They depend on seed and position alone, so that a sequence draws the same whatever is continued beside it.
+    """
+    numbers = torch.empty(count)
+    fill_uniform_(numbers, Key(seed, GOLDEN_GAMMA))
+    return numbers
+
+
+def choose_tokens(
+    logits_BV: Tensor, settings: RowSettings, uniform_B: Tensor, seen_BV: Tensor | None, has_filters: bool
+) -> Tensor:
+    """One token for every row, int64 (B,); −1 for a row with a logit that is no finite number.
+
+    `logits_BV` is float32. `seen_BV` (bool) marks the tokens under the repetition penalty, None none. `has_filters`
+    says whether any row has a filter or a penalty; without one the others are left out, which changes no token. No
+    row's token depends on the other rows, and the host does not wait for the device.
+    """
+    is_finite_B = logits_BV.isfinite().all(dim=-1)
+    if has_filters:
+        logits_BV = penalised(logits_BV, settings, seen_BV)
+    likeliest_B = logits_BV.argmax(dim=-1)
+    temperature_B1 = settings.temperature
+    scaled_BV = logits_BV / temperature_B1.where(temperature_B1 > 0, 1.0)
+    if has_filters:
+        scaled_BV = keep_min_p(keep_top_p(keep_top_k(scaled_BV, settings.top_k), settings.top_p), settings.min_p)
+    drawn_B = draw(scaled_BV.softmax(dim=-1), uniform_B).where(temperature_B1[:, 0] > 0, likeliest_B)
+    return drawn_B.where(is_finite_B, -1)
+
+
+def likeliest_tokens(logits_BV: Tensor) -> Tensor:
+    """As `choose_tokens` for rows that all take their likeliest token and have no penalty."""
+    return logits_BV.argmax(dim=-1).where(logits_BV.isfinite().all(dim=-1), -1)
+
+
+def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which the probabilities, summed in the order of the tokens, first exceed the uniform number."""
+    below_BV = probabilities_BV.cumsum(dim=-1)
+    token_B = (below_BV <= (uniform_B * below_BV[:, -1])[:, None]).sum(dim=-1)
+    # Rounded up, a number just below 1 may reach the sum of all.
+    return token_B.where(token_B < probabilities_BV.shape[1], probabilities_BV.argmax(dim=-1))
+
+
+def filter_logits(logits_BV: Tensor, settings: RowSettings, seen_BV: Tensor | None) -> Tensor:
     """The logits with penalty and temperature, −inf where excluded; in the order of Hugging Face's `generate`.
 
-    Greedy decoding applies the penalty alone: nothing else moves the maximum.
+    Of rows that are drawn: their temperature is above 0.
     """
-    if seen_BV is not None:
-        logits_BV = torch.where(seen_BV, penalise(logits_BV, config.repetition_penalty), logits_BV)
-    if config.greedy:
-        return logits_BV
-    logits_BV = logits_BV / config.temperature
-    if config.top_k:
-        logits_BV = keep_top_k(logits_BV, config.top_k)
-    if config.top_p < 1:
-        logits_BV = keep_top_p(logits_BV, config.top_p)
-    if config.min_p:
-        logits_BV = keep_min_p(logits_BV, config.min_p)
-    return logits_BV
+    scaled_BV = penalised(logits_BV, settings, seen_BV) / settings.temperature
+    return keep_min_p(keep_top_p(keep_top_k(scaled_BV, settings.top_k), settings.top_p), settings.min_p)
 
 
-def penalise(logits_BV: Tensor, penalty: float) -> Tensor:
+def penalised(logits_BV: Tensor, settings: RowSettings, seen_BV: Tensor | None) -> Tensor:
     """Less likely whatever the sign (CTRL, arXiv 1909.05858, section 4.1, with negative logits multiplied)."""
-    return torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    if seen_BV is None:
+        return logits_BV
+    penalty_B1 = settings.repetition_penalty
+    changed_BV = torch.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
+    return torch.where(seen_BV, changed_BV, logits_BV)
 
 
-def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
-    """The k largest stay, and what equals the smallest of them."""
-    threshold_B1 = logits_BV.topk(min(k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
+def keep_top_k(logits_BV: Tensor, k_B1: Tensor) -> Tensor:
+    """The k largest of each row stay, and what equals the smallest of them; all where k is 0."""
+    vocabulary = logits_BV.shape[-1]
+    last_B1 = torch.where(k_B1 > 0, k_B1, vocabulary).clamp(max=vocabulary) - 1
+    threshold_B1 = logits_BV.sort(dim=-1, descending=True).values.gather(-1, last_B1)
     return logits_BV.masked_fill(logits_BV < threshold_B1, -math.inf)
 
 
-def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
+def keep_top_p(logits_BV: Tensor, p_B1: Tensor) -> Tensor:
     """The smallest set of likeliest tokens with a probability of at least p stays (arXiv 1904.09751, section 3.1)."""
     ascending_BV, order_BV = logits_BV.sort(dim=-1)
-    excluded_BV = ascending_BV.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    excluded_BV = ascending_BV.softmax(dim=-1).cumsum(dim=-1) <= 1 - p_B1
+    excluded_BV &= p_B1 < 1
     excluded_BV[:, -1] = False  # rounding must not exclude the likeliest token
-    return logits_BV.masked_fill(excluded_BV.scatter(1, order_BV, excluded_BV), -math.inf)
+    return logits_BV.masked_fill(torch.zeros_like(excluded_BV).scatter(1, order_BV, excluded_BV), -math.inf)
 
 
-def keep_min_p(logits_BV: Tensor, fraction: float) -> Tensor:
+def keep_min_p(logits_BV: Tensor, fraction_B1: Tensor) -> Tensor:
     """Tokens at least `fraction` times as likely as the likeliest stay (arXiv 2407.01082)."""
     probabilities_BV = logits_BV.softmax(dim=-1)
-    return logits_BV.masked_fill(probabilities_BV < fraction * probabilities_BV.amax(dim=-1, keepdim=True), -math.inf)
+    least_B1 = fraction_B1 * probabilities_BV.amax(dim=-1, keepdim=True)
+    return logits_BV.masked_fill(probabilities_BV < least_B1, -math.inf)

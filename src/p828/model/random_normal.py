@@ -71,6 +71,14 @@ def fill_normal_(values: Tensor, std: float, key: Key, start: int = 0, block: in
         torch.mul(inverse_normal(random), std, out=part)
 
 
+@torch.no_grad()
+def fill_uniform_(values: Tensor, key: Key) -> None:
+    """Overwrite `values` (float32, contiguous) by a key's sequence of numbers from 0 to below 1, in steps of 2^-24."""
+    flat = values.detach().view(-1)
+    steps = torch.arange(1, len(flat) + 1, device=values.device).mul_(_signed(key.gamma))
+    flat.copy_(_shifted(mix(steps + _signed(key.start)), 40)).mul_(2.0**-24)
+
+
 def mix(x: Tensor) -> Tensor:
     """64 bits (int64) to 64 well mixed bits, in place: the output function of SplitMix64."""
     x.bitwise_xor_(_shifted(x, 30)).mul_(_signed(MIX_1))  # overflow wraps around

@@ -1,1 +1,183 @@
-"""Continue token ids in slots of one cache."""
+"""Continue token ids in slots of one cache: each step gives every running sequence its next token.
+
+The host starts a step before it knows what the last one gave: a step takes its tokens from the device, and what it
+gives is fetched while the next one runs. A sequence that turns out to have ended was then continued by one token more,
+which nobody sees.
+"""
+
+from collections import deque
+from collections.abc import Collection, Sequence
+
+import torch
+
+from p828.errors import NotFinite
+from p828.inference.decode.cache import SlotCache
+from p828.inference.decode.rows import Rows
+from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, FinishReason, NewToken, Wants, sequence_of
+from p828.inference.decode.steps import Flight, PlainSteps
+from p828.inference.sampling import SamplingConfig
+from p828.model.transformer import Transformer
+
+
+class Decoder:
+    """Sequences in slots, each continued as if it were alone. One thread uses it at a time.
+
+    What a sequence gets does not depend on the others, but for the rounding of matrix products of another size.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        vocab_size: int,
+        eos_id: int,
+        dtype: torch.dtype,
+        slots: int,
+        max_length: int | None = None,
+        prefill_tokens: int = 2048,
+    ) -> None:
+        """Tokens are below `vocab_size`, and computed in `dtype`. A prompt is read in pieces of `prefill_tokens`.
+
+        `max_length` is the most tokens of a prompt and its continuation, at most the model's context, which it is by
+        default. The model is in evaluation mode, and its weights stay as they are.
+        """
+        context = model.config.max_position_embeddings
+        self.max_length = context if max_length is None else min(max_length, context)
+        self._eos_id, self._prefill_tokens = eos_id, prefill_tokens
+        device = model.head_weight.device
+        self._cache = SlotCache(model.config, slots, self.max_length, device, dtype)
+        self._rows = Rows(slots, self.max_length, vocab_size, device)
+        self._steps = PlainSteps(model, self._cache, self._rows, vocab_size, dtype)
+        self._unread: deque[DecodedSequence] = deque()
+        """Sequences whose prompt is still to be read, the first of them maybe in part."""
+        self._read_tokens = 0
+        """Of the first one's prompt."""
+        self._decoding: list[DecodedSequence] = []
+        self._flights: deque[Flight] = deque()
+        """Steps that were started, the oldest first."""
+        self._on_their_way: dict[DecodedSequence, int] = {}
+        """Of each running sequence, tokens in these."""
+
+    @property
+    def free_slots(self) -> int:
+        return self._cache.free
+
+    @property
+    def running(self) -> list[DecodedSequence]:
+        """Those that were admitted and have not ended."""
+        return list(self._on_their_way)
+
+    def admit(
+        self,
+        prompt: Sequence[int],
+        config: SamplingConfig,
+        seed: int,
+        end_ids: Collection[int] = (),
+        wants: Wants = NOTHING_MORE,
+    ) -> DecodedSequence:
+        """Give a prompt a slot; `step` does the work. It ends before EOS and before any of `end_ids`.
+
+        An empty prompt begins a document. Raises ValueError when no slot is free or the prompt is not shorter than
+        `max_length`.
+        """
+        if not self.free_slots:
+            raise ValueError("no slot is free")
+        if len(prompt) >= self.max_length:
+            raise ValueError(f"a prompt of {len(prompt)} tokens: at most {self.max_length - 1} fit")
+        sequence = sequence_of(prompt, self._eos_id, config, seed, end_ids, wants, self._cache.take())
+        self._rows.begin(sequence, prompt)
+        self._unread.append(sequence)
+        self._on_their_way[sequence] = 0
+        return sequence
+
+    def step(self) -> list[NewToken]:
+        """Read a piece of one prompt, give every sequence that is read its next token, and tell of known ones.
+
+        Raises NotFinite for a model whose weights diverged.
+        """
+        waiting = len(self._flights)
+        if self._unread:
+            self._read_piece()
+        rows = [sequence for sequence in self._decoding if not self._is_complete(sequence)]
+        if rows:
+            used = max(map(self._tokens, rows))
+            self._start(self._steps.continue_(rows, used), rows)
+        keep = len(self._flights) - waiting if self._steps.runs_behind and self._flights else 0
+        tokens: list[NewToken] = []
+        while len(self._flights) > keep:
+            tokens += self._arrive(self._flights.popleft())
+        return tokens
+
+    def cancel(self, sequence: DecodedSequence) -> None:
+        """Free the slot of a running sequence; its tokens on the way are dropped."""
+        assert sequence.finish_reason is None, sequence
+        sequence.finish_reason = "stop"
+        self._leave(sequence)
+
+    def check_idle(self) -> None:
+        """Assert what holds when nothing runs."""
+        assert not self._on_their_way, "sequences are left"
+        assert not self._unread, "prompts are left"
+        assert not self._decoding, "continuations are left"
+        assert self._cache.free == self._cache.slots, "slots are lost"
+        for flight in self._flights:
+            assert all(sequence.finish_reason is not None for sequence in flight.sequences), "a step is on its way"
+
+    def _read_piece(self) -> None:
+        sequence = self._unread[0]
+        begin = self._read_tokens
+        end = min(begin + self._prefill_tokens, sequence.prompt_length)
+        flight = self._steps.read(sequence, begin, end)
+        self._read_tokens = end
+        if flight is not None:
+            self._unread.popleft()
+            self._read_tokens = 0
+            self._decoding.append(sequence)
+            self._start(flight, [sequence])
+
+    def _start(self, flight: Flight, sequences: Sequence[DecodedSequence]) -> None:
+        self._flights.append(flight)
+        for sequence in sequences:
+            self._on_their_way[sequence] += 1
+
+    def _is_complete(self, sequence: DecodedSequence) -> bool:
+        """Whether its last token, by count, is on the way."""
+        most = min(sequence.prompt_length + sequence.config.max_new_tokens, self.max_length)
+        return self._tokens(sequence) >= most
+
+    def _tokens(self, sequence: DecodedSequence) -> int:
+        """Those that are known, and those on the way."""
+        return len(sequence.ids) + self._on_their_way[sequence]
+
+    def _arrive(self, flight: Flight) -> list[NewToken]:
+        found = []
+        for sequence, token, probability, experts_LK in flight.results():
+            if sequence.finish_reason is None:
+                if token < 0:
+                    raise NotFinite(
+                        "the model's logits are not finite numbers: its weights diverged; take an earlier checkpoint"
+                    )
+                self._on_their_way[sequence] -= 1
+                sequence.finish_reason = self._take(sequence, token)
+                found.append(NewToken(sequence, token, sequence.finish_reason, probability, experts_LK))
+                if sequence.finish_reason is not None:
+                    self._leave(sequence)
+        return found
+
+    def _take(self, sequence: DecodedSequence, token: int) -> FinishReason | None:
+        """Add a token; why it is the last one, if it is."""
+        if token in sequence.end_ids:
+            return "end"
+        sequence.ids.append(token)
+        if len(sequence.ids) == sequence.prompt_length + sequence.config.max_new_tokens:
+            return "length"
+        return "context" if len(sequence.ids) == self.max_length else None
+
+    def _leave(self, sequence: DecodedSequence) -> None:
+        if sequence in self._unread:
+            if sequence is self._unread[0]:
+                self._read_tokens = 0
+            self._unread.remove(sequence)
+        if sequence in self._decoding:
+            self._decoding.remove(sequence)
+        del self._on_their_way[sequence]
+        self._cache.give_back(sequence.slot)

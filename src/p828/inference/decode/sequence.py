@@ -22,6 +22,7 @@ class Wants(NamedTuple):
     """Which experts the step that made the token went through."""
 
 
+NOTHING_MORE = Wants()
 MOST_LIKELIEST = 20
 
 

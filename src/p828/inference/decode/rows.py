@@ -1,0 +1,79 @@
+"""What a step needs to know of every slot's sequence, on the device."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from p828.inference.decode.sequence import DecodedSequence
+from p828.inference.sampling import RowSettings, choose_tokens, likeliest_tokens, row_settings, uniform_numbers
+
+
+class Drawing(NamedTuple):
+    """Which parts of sampling the rows of a step need; the others are left out, which changes no token."""
+
+    draws: bool
+    """Some row draws, or has a penalty: otherwise all take their likeliest token."""
+    has_filters: bool
+    has_penalty: bool
+
+
+class Rows:
+    """Slot by slot, and of one slot more: the newest token, its position, and how the next one is drawn."""
+
+    def __init__(self, slots: int, max_length: int, vocab_size: int, device: torch.device) -> None:
+        self.device, self.max_length, self.vocab_size = device, max_length, vocab_size
+        self.token_S = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+        self.position_S = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+        one = torch.ones(slots + 1, 1, device=device)
+        self.settings_S = RowSettings(one * 0, one.long() * 0, one.clone(), one * 0, one.clone())
+        self.uniform_SC = torch.zeros(slots + 1, max_length, device=device)
+        self.seen_SV: Tensor | None = None
+        """bool: tokens under the repetition penalty; made for the first sequence that has one."""
+
+    def begin(self, sequence: DecodedSequence, prompt: Sequence[int]) -> None:
+        """Note how a sequence draws. The EOS that stands for a document's beginning is under no penalty."""
+        slot, config = sequence.slot, sequence.config
+        for ours, theirs in zip(self.settings_S, row_settings([config], self.device), strict=True):
+            ours[slot] = theirs[0]
+        if not config.greedy:
+            end = min(self.max_length, sequence.prompt_length + config.max_new_tokens)
+            self.uniform_SC[slot, :end].copy_(uniform_numbers(sequence.seed, end), non_blocking=True)
+        if config.repetition_penalty != 1:
+            if self.seen_SV is None:
+                shape = (len(self.token_S), self.vocab_size)
+                self.seen_SV = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            self.seen_SV[slot] = False
+            self.seen_SV[slot, torch.tensor(sorted(set(prompt)), dtype=torch.int64, device=self.device)] = True
+
+    def place(self, slots_T: Tensor, positions_T: Tensor) -> None:
+        """Say where the newest tokens of some slots will lie."""
+        self.position_S[slots_T] = positions_T
+
+    def choose(self, logits_TV: Tensor, slots_T: Tensor, drawing: Drawing) -> Tensor:
+        """The next token of each row, which is then its slot's newest, one position further: int64 (T,).
+
+        `logits_TV` (float32) are those after the newest tokens. A row's token is −1 as `choose_tokens` says.
+        """
+        position_T = (self.position_S[slots_T] + 1).clamp(max=self.max_length - 1)
+        if drawing.draws:
+            settings = RowSettings(*(values_S[slots_T] for values_S in self.settings_S))
+            seen_TV = self.seen_SV[slots_T] if drawing.has_penalty and self.seen_SV is not None else None
+            uniform_T = self.uniform_SC[slots_T, position_T]
+            token_T = choose_tokens(logits_TV, settings, uniform_T, seen_TV, drawing.has_filters)
+        else:
+            token_T = likeliest_tokens(logits_TV)
+        if drawing.has_penalty and self.seen_SV is not None:
+            self.seen_SV[slots_T, token_T.clamp(min=0)] = True
+        self.token_S[slots_T] = token_T.clamp(min=0)
+        self.position_S[slots_T] = position_T
+        return token_T
+
+
+def drawing_of(sequences: Sequence[DecodedSequence]) -> Drawing:
+    configs = [sequence.config for sequence in sequences]
+    has_penalty = any(config.repetition_penalty != 1 for config in configs)
+    has_filters = any(config.top_k or config.top_p < 1 or config.min_p for config in configs)
+    draws = has_penalty or any(not config.greedy for config in configs)
+    return Drawing(draws, has_filters or has_penalty, has_penalty)

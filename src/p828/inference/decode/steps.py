@@ -1,0 +1,129 @@
+"""What a decoder starts on the device: reading a piece of a prompt, and a step of several sequences."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from p828.inference.decode.cache import SlotCache
+from p828.inference.decode.cached_layers import cached_hidden
+from p828.inference.decode.rows import Rows, drawing_of
+from p828.inference.decode.sequence import MOST_LIKELIEST, DecodedSequence, TokenProbability
+from p828.model.backend import attention_backend
+from p828.model.transformer import Transformer
+
+PROMPT_LOGITS = 256  # tokens of a prompt whose probabilities are computed at a time
+
+
+class Probabilities(NamedTuple):
+    """Log-probabilities of some tokens, and the likeliest with theirs."""
+
+    value_T: Tensor
+    likeliest_TX: Tensor
+    likeliest_value_TX: Tensor
+
+    def list(self, likeliest: Sequence[int]) -> list[TokenProbability]:
+        rows = zip(
+            self.value_T.tolist(), self.likeliest_TX.tolist(), self.likeliest_value_TX.tolist(), likeliest, strict=True
+        )
+        return [
+            TokenProbability(value, tuple(zip(tokens[:count], values[:count], strict=True)))
+            for value, tokens, values, count in rows
+        ]
+
+
+def probabilities(logits_TV: Tensor, token_T: Tensor) -> Probabilities:
+    logs_TV = logits_TV.log_softmax(dim=-1)
+    likeliest = logs_TV.topk(min(MOST_LIKELIEST, logs_TV.shape[1]), dim=-1)
+    value_T = logs_TV.gather(1, token_T.clamp(min=0)[:, None])[:, 0]
+    return Probabilities(value_T, likeliest.indices, likeliest.values)
+
+
+class Flight(NamedTuple):
+    """A step on its way: a token of each sequence."""
+
+    sequences: Sequence[DecodedSequence]
+    token_T: Tensor
+    probabilities: Probabilities | None
+    experts_LTK: Tensor | None
+
+    def results(
+        self,
+    ) -> Iterator[tuple[DecodedSequence, int, TokenProbability | None, tuple[tuple[int, ...], ...] | None]]:
+        """Each sequence's token, with what it wants beside it. Waits for the device."""
+        tokens = self.token_T.tolist()
+        counts = [sequence.wants.likeliest for sequence in self.sequences]
+        found = None if self.probabilities is None else self.probabilities.list(counts)
+        experts = None if self.experts_LTK is None else self.experts_LTK.transpose(0, 1).tolist()
+        for row, sequence in enumerate(self.sequences):
+            wants = sequence.wants
+            probability = found[row] if found is not None and (wants.probability or wants.likeliest) else None
+            chosen = tuple(map(tuple, experts[row])) if experts is not None and wants.experts else None
+            yield sequence, tokens[row], probability, chosen
+
+
+class PlainSteps:
+    """Plain code, for any device and dtype."""
+
+    runs_behind = False
+    """Whether the next step is worth starting before this one's tokens are known."""
+
+    def __init__(self, model: Transformer, cache: SlotCache, rows: Rows, vocab_size: int, dtype: torch.dtype) -> None:
+        self.model, self.cache, self.rows, self.vocab_size, self.dtype = model, cache, rows, vocab_size, dtype
+        self.device = model.head_weight.device
+        self.backend = attention_backend(model.config, self.device, dtype, has_cache=True)
+
+    @torch.no_grad()
+    def read(self, sequence: DecodedSequence, begin: int, end: int) -> Flight | None:
+        """Read tokens `begin` to `end` of its prompt; the first token of its continuation if these are the last."""
+        hidden_SH = self.hidden_of_piece(sequence, begin, end)
+        if sequence.wants.prompt:
+            self._note_probabilities(sequence, hidden_SH, begin, end)
+        if end < sequence.prompt_length:
+            return None
+        slots_1 = torch.tensor([sequence.slot], device=self.device)
+        self.rows.place(slots_1, torch.tensor([end - 1], device=self.device))
+        return self.flight([sequence], self.logits(hidden_SH[-1:]), slots_1, None)
+
+    @torch.no_grad()
+    def continue_(self, sequences: Sequence[DecodedSequence], used: int) -> Flight:
+        """A step of sequences that are read, of which the longest has `used` tokens."""
+        slots = [sequence.slot for sequence in sequences]
+        slots_T = torch.tensor(slots, device=self.device)
+        positions_T = self.rows.position_S[slots_T]
+        hidden_T1H, experts_LTK = cached_hidden(
+            self.model, self.cache, self.backend, self.rows.token_S[slots_T][:, None], slots, positions_T[:, None],
+            used, self.dtype,
+        )  # fmt: skip
+        return self.flight(sequences, self.logits(hidden_T1H[:, 0]), slots_T, experts_LTK)
+
+    def hidden_of_piece(self, sequence: DecodedSequence, begin: int, end: int) -> Tensor:
+        """(end − begin, H), and the piece's keys and values in the cache."""
+        tokens_1S = torch.tensor([sequence.ids[begin:end]], device=self.device)
+        positions_1S = torch.arange(begin, end, device=self.device)[None]
+        return cached_hidden(
+            self.model, self.cache, self.backend, tokens_1S, [sequence.slot], positions_1S, end, self.dtype
+        )[0][0]
+
+    def logits(self, hidden_TH: Tensor) -> Tensor:
+        """float32 (T, V) of the tokens that may come."""
+        return self.model.logits(hidden_TH)[:, : self.vocab_size]
+
+    def flight(
+        self, sequences: Sequence[DecodedSequence], logits_TV: Tensor, slots_T: Tensor, experts_LTK: Tensor | None
+    ) -> Flight:
+        token_T = self.rows.choose(logits_TV, slots_T, drawing_of(sequences))
+        wanted = any(sequence.wants.probability or sequence.wants.likeliest for sequence in sequences)
+        return Flight(sequences, token_T, probabilities(logits_TV, token_T) if wanted else None, experts_LTK)
+
+    def _note_probabilities(self, sequence: DecodedSequence, hidden_SH: Tensor, begin: int, end: int) -> None:
+        """Those of the prompt's tokens behind the ones just read."""
+        if begin == 0:
+            sequence.prompt_probabilities.append(None)
+        following = sequence.ids[begin + 1 : min(end + 1, sequence.prompt_length)]
+        for first in range(0, len(following), PROMPT_LOGITS):
+            tokens = following[first : first + PROMPT_LOGITS]
+            logits_TV = self.logits(hidden_SH[first : first + len(tokens)])
+            found = probabilities(logits_TV, torch.tensor(tokens, device=self.device))
+            sequence.prompt_probabilities += found.list([sequence.wants.likeliest] * len(tokens))
