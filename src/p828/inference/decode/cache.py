@@ -16,10 +16,10 @@ class SlotCache:
         self, config: ModelConfig, slots: int, max_length: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.slots, self.max_length = slots, max_length
-        shape = (slots + 1, max_length, config.num_key_value_heads, config.head_dim)
+        shape = (slots + 1, config.num_key_value_heads, max_length, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        """Of each layer, (slots + 1, C, G, D)."""
+        """Of each layer, (slots + 1, G, C, D)."""
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self._free = list(range(slots - 1, -1, -1))
 
@@ -43,5 +43,5 @@ class SlotCache:
 
     def store(self, layer: int, slots_B1: Tensor, positions_BS: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> None:
         """Put tokens at their positions; slots and positions are int64."""
-        self.keys[layer][slots_B1, positions_BS] = k_BSGD
-        self.values[layer][slots_B1, positions_BS] = v_BSGD
+        self.keys[layer][slots_B1, :, positions_BS] = k_BSGD
+        self.values[layer][slots_B1, :, positions_BS] = v_BSGD

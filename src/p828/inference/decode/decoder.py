@@ -12,10 +12,12 @@ import torch
 
 from p828.errors import NotFinite
 from p828.inference.decode.cache import SlotCache
+from p828.inference.decode.captured_steps import CapturedSteps
 from p828.inference.decode.rows import Rows
 from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, FinishReason, NewToken, Wants, sequence_of
 from p828.inference.decode.steps import Flight, PlainSteps
 from p828.inference.sampling import SamplingConfig
+from p828.model.backend import allows_cuda_graph
 from p828.model.transformer import Transformer
 
 
@@ -46,7 +48,12 @@ class Decoder:
         device = model.head_weight.device
         self._cache = SlotCache(model.config, slots, self.max_length, device, dtype)
         self._rows = Rows(slots, self.max_length, vocab_size, device)
-        self._steps = PlainSteps(model, self._cache, self._rows, vocab_size, dtype)
+        if allows_cuda_graph(model.config, device, dtype):
+            self._steps: PlainSteps = CapturedSteps(
+                model, self._cache, self._rows, vocab_size, dtype, min(prefill_tokens, self.max_length)
+            )
+        else:
+            self._steps = PlainSteps(model, self._cache, self._rows, vocab_size, dtype)
         self._unread: deque[DecodedSequence] = deque()
         """Sequences whose prompt is still to be read, the first of them maybe in part."""
         self._read_tokens = 0

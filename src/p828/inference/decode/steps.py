@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from p828.inference.decode.cache import SlotCache
-from p828.inference.decode.cached_layers import cached_hidden
+from p828.inference.decode.cached_layers import CachedAttention, cached_hidden
 from p828.inference.decode.rows import Rows, drawing_of
 from p828.inference.decode.sequence import MOST_LIKELIEST, DecodedSequence, TokenProbability
 from p828.model.backend import attention_backend
@@ -41,17 +41,23 @@ def probabilities(logits_TV: Tensor, token_T: Tensor) -> Probabilities:
 
 
 class Flight(NamedTuple):
-    """A step on its way: a token of each sequence."""
+    """A step on its way: a token of each sequence, and what some of them want beside it."""
 
     sequences: Sequence[DecodedSequence]
     token_T: Tensor
     probabilities: Probabilities | None
     experts_LTK: Tensor | None
+    arrival: torch.cuda.Event | None
+    """When these tensors, on the host, are filled."""
+    kept: Sequence[Tensor] = ()
+    """What the device reads from the host until then."""
 
     def results(
         self,
     ) -> Iterator[tuple[DecodedSequence, int, TokenProbability | None, tuple[tuple[int, ...], ...] | None]]:
         """Each sequence's token, with what it wants beside it. Waits for the device."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
         tokens = self.token_T.tolist()
         counts = [sequence.wants.likeliest for sequence in self.sequences]
         found = None if self.probabilities is None else self.probabilities.list(counts)
@@ -61,6 +67,24 @@ class Flight(NamedTuple):
             probability = found[row] if found is not None and (wants.probability or wants.likeliest) else None
             chosen = tuple(map(tuple, experts[row])) if experts is not None and wants.experts else None
             yield sequence, tokens[row], probability, chosen
+
+
+def on_host(
+    token_T: Tensor, found: Probabilities | None, experts_LTK: Tensor | None
+) -> tuple[Tensor, Probabilities | None, Tensor | None, torch.cuda.Event | None]:
+    """The same on the host, and when they are there: the host does not wait."""
+    if token_T.device.type != "cuda":
+        return token_T, found, experts_LTK, None
+
+    def fetched(values: Tensor) -> Tensor:
+        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+    token_T = fetched(token_T)
+    found = None if found is None else Probabilities(*map(fetched, found))
+    experts_LTK = None if experts_LTK is None else fetched(experts_LTK)
+    arrival = torch.cuda.Event()
+    arrival.record()
+    return token_T, found, experts_LTK, arrival
 
 
 class PlainSteps:
@@ -84,7 +108,8 @@ class PlainSteps:
             return None
         slots_1 = torch.tensor([sequence.slot], device=self.device)
         self.rows.place(slots_1, torch.tensor([end - 1], device=self.device))
-        return self.flight([sequence], self.logits(hidden_SH[-1:]), slots_1, None)
+        logits_1V = self.logits(hidden_SH[-1:])
+        return self.flight([sequence], self.rows.choose(logits_1V, slots_1, drawing_of([sequence])), logits_1V, None)
 
     @torch.no_grad()
     def continue_(self, sequences: Sequence[DecodedSequence], used: int) -> Flight:
@@ -92,30 +117,34 @@ class PlainSteps:
         slots = [sequence.slot for sequence in sequences]
         slots_T = torch.tensor(slots, device=self.device)
         positions_T = self.rows.position_S[slots_T]
+        attended = CachedAttention(self.cache, self.backend, self.device, slots, positions_T[:, None], used)
         hidden_T1H, experts_LTK = cached_hidden(
-            self.model, self.cache, self.backend, self.rows.token_S[slots_T][:, None], slots, positions_T[:, None],
-            used, self.dtype,
-        )  # fmt: skip
-        return self.flight(sequences, self.logits(hidden_T1H[:, 0]), slots_T, experts_LTK)
+            self.model, self.rows.token_S[slots_T][:, None], positions_T[:, None], attended, self.dtype
+        )
+        logits_TV = self.logits(hidden_T1H[:, 0])
+        return self.flight(
+            sequences, self.rows.choose(logits_TV, slots_T, drawing_of(sequences)), logits_TV, experts_LTK
+        )
 
     def hidden_of_piece(self, sequence: DecodedSequence, begin: int, end: int) -> Tensor:
         """(end − begin, H), and the piece's keys and values in the cache."""
         tokens_1S = torch.tensor([sequence.ids[begin:end]], device=self.device)
         positions_1S = torch.arange(begin, end, device=self.device)[None]
-        return cached_hidden(
-            self.model, self.cache, self.backend, tokens_1S, [sequence.slot], positions_1S, end, self.dtype
-        )[0][0]
+        attended = CachedAttention(self.cache, self.backend, self.device, [sequence.slot], positions_1S, end)
+        return cached_hidden(self.model, tokens_1S, positions_1S, attended, self.dtype)[0][0]
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """float32 (T, V) of the tokens that may come."""
         return self.model.logits(hidden_TH)[:, : self.vocab_size]
 
     def flight(
-        self, sequences: Sequence[DecodedSequence], logits_TV: Tensor, slots_T: Tensor, experts_LTK: Tensor | None
+        self, sequences: Sequence[DecodedSequence], token_T: Tensor, logits_TV: Tensor, experts_LTK: Tensor | None
     ) -> Flight:
-        token_T = self.rows.choose(logits_TV, slots_T, drawing_of(sequences))
-        wanted = any(sequence.wants.probability or sequence.wants.likeliest for sequence in sequences)
-        return Flight(sequences, token_T, probabilities(logits_TV, token_T) if wanted else None, experts_LTK)
+        wants = [sequence.wants for sequence in sequences]
+        found = probabilities(logits_TV, token_T) if any(want.probability or want.likeliest for want in wants) else None
+        if not any(want.experts for want in wants):
+            experts_LTK = None
+        return Flight(sequences, *on_host(token_T, found, experts_LTK))
 
     def _note_probabilities(self, sequence: DecodedSequence, hidden_SH: Tensor, begin: int, end: int) -> None:
         """Those of the prompt's tokens behind the ones just read."""

@@ -126,3 +126,33 @@ def _backward(ctx: Any, grad_TND: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 
 
 attention.register_autograd(_backward, setup_context=_setup)
+
+
+def rotated_heads(
+    qkv_TXD: Tensor,
+    q_norm_D: Tensor | None,
+    k_norm_D: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Queries (T, N, D) and keys (T, G, D) as `attention` sees them, without a gradient."""
+    from p828.kernels.attention import rope_triton
+
+    return rope_triton.forward(qkv_TXD.contiguous(), q_norm_D, k_norm_D, cos.contiguous(), sin.contiguous(), heads, eps)
+
+
+def causal_attention(
+    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, sinks_N: Tensor | None, first_key_T: Tensor
+) -> Tensor:
+    """`attention` of finished queries and keys, without a gradient: query t sees the keys `first_key_T[t]` … t.
+
+    A query whose first key is behind it sees none, and gets no meaningful numbers.
+    """
+    from p828.kernels.attention import flash_triton
+
+    groups = k_TGD.shape[1]
+    queries = (q_TND.shape[0] * q_TND.shape[1] // groups + 3) // 4 * 4
+    lse_GQ = q_TND.new_empty(groups, queries, dtype=torch.float32)
+    return flash_triton.forward(q_TND, k_TGD, v_TGD, sinks_N, first_key_T, 1, lse_GQ)

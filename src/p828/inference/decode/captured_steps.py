@@ -1,0 +1,173 @@
+"""Steps on a GPU: each a CUDA graph of the decoding kernels, and a prompt's first piece one of the training kernels.
+
+A graph is captured when its size is first met. Sizes are few: the sequences of a step are filled up by rows that stand
+for none, and the tokens of a piece by tokens that nobody reads.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from p828.inference.decode.cache import SlotCache
+from p828.inference.decode.cached_layers import FlashAttention, cached_hidden
+from p828.inference.decode.kernel_step import kernel_step
+from p828.inference.decode.rows import Drawing, Rows, drawing_of
+from p828.inference.decode.sequence import DecodedSequence
+from p828.inference.decode.steps import Flight, PlainSteps
+from p828.inference.decode.weights import decode_weights
+from p828.model.transformer import Transformer
+
+Result = TypeVar("Result")
+SMALLEST_PIECE = 64  # tokens that a graph of a piece has at least
+
+
+class CapturedPiece(NamedTuple):
+    """The graph of a prompt's first piece of up to a number of tokens."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens_1S: Tensor
+    slot_1: Tensor
+    last_1: Tensor
+    """Where the piece's last token is."""
+    hidden_SH: Tensor
+    logits_1V: Tensor
+
+
+class CapturedStep(NamedTuple):
+    """The graph of a step of a number of rows that draw in some way."""
+
+    graph: torch.cuda.CUDAGraph
+    slots_T: Tensor
+    logits_TV: Tensor
+    token_T: Tensor
+    experts_LTK: Tensor
+
+
+class CapturedSteps(PlainSteps):
+    """bfloat16 on a GPU."""
+
+    runs_behind = True
+
+    def __init__(
+        self, model: Transformer, cache: SlotCache, rows: Rows, vocab_size: int, dtype: torch.dtype, piece: int
+    ) -> None:
+        """`piece` is the most tokens of a piece."""
+        super().__init__(model, cache, rows, vocab_size, dtype)
+        self.weights = decode_weights(model, vocab_size, dtype)
+        self.longest_piece = piece
+        self._pieces: dict[int, CapturedPiece] = {}
+        self._steps: dict[tuple[int, Drawing], CapturedStep] = {}
+        self._slots_of: dict[int, list[int]] = {}
+        """What lies in each size's `slots_T`."""
+        self._slots_T: dict[int, Tensor] = {}
+        self._arrivals_TG = torch.zeros(
+            2 * cache.slots, model.config.num_key_value_heads, dtype=torch.int32, device=self.device
+        )
+        self._pool = torch.cuda.graph_pool_handle()
+        self._read_by_device: list[Tensor] = []
+
+    @torch.no_grad()
+    def read(self, sequence: DecodedSequence, begin: int, end: int) -> Flight | None:
+        hidden_SH, logits_1V = self._read_first(sequence, end) if begin == 0 else self._read_later(sequence, begin, end)
+        if sequence.wants.prompt:
+            self._note_probabilities(sequence, hidden_SH, begin, end)
+        if end < sequence.prompt_length:
+            return None
+        slots_1 = self._on_device([sequence.slot])
+        self.rows.place(slots_1, self._on_device([end - 1]))
+        token_1 = self.rows.choose(logits_1V, slots_1, drawing_of([sequence]))
+        return self.flight([sequence], token_1, logits_1V, None)
+
+    @torch.no_grad()
+    def continue_(self, sequences: Sequence[DecodedSequence], used: int) -> Flight:
+        size = min(1 << (len(sequences) - 1).bit_length(), max(self.cache.slots, len(sequences)))
+        drawing = drawing_of(sequences)
+        step = self._steps.get((size, drawing))
+        if step is None:
+            step = self._steps[size, drawing] = self._capture_step(size, drawing)
+        slots = [sequence.slot for sequence in sequences]
+        if self._slots_of[size] != slots:
+            filled = slots + [self.cache.scratch] * (size - len(slots))
+            step.slots_T.copy_(self._pinned(filled), non_blocking=True)
+            self._slots_of[size] = slots
+        step.graph.replay()
+        rows = slice(len(sequences))
+        return self.flight(sequences, step.token_T[rows], step.logits_TV[rows], step.experts_LTK[:, rows])
+
+    def flight(
+        self, sequences: Sequence[DecodedSequence], token_T: Tensor, logits_TV: Tensor, experts_LTK: Tensor | None
+    ) -> Flight:
+        kept, self._read_by_device = self._read_by_device, []
+        return super().flight(sequences, token_T, logits_TV, experts_LTK)._replace(kept=kept)
+
+    def _on_device(self, values: Sequence[int]) -> Tensor:
+        """int64; the host does not wait for the device."""
+        return self._pinned(values).to(self.device, non_blocking=True)
+
+    def _pinned(self, values: Sequence[int]) -> Tensor:
+        """int64 in memory that the device reads by itself; kept until the next flight has arrived."""
+        self._read_by_device.append(torch.tensor(values).pin_memory())
+        return self._read_by_device[-1]
+
+    def _read_first(self, sequence: DecodedSequence, end: int) -> tuple[Tensor, Tensor]:
+        """A prompt's first piece: hidden states, and logits after its last token."""
+        size = min(max(1 << (end - 1).bit_length(), SMALLEST_PIECE), self.longest_piece)
+        piece = self._pieces.get(size)
+        if piece is None:
+            piece = self._pieces[size] = self._capture_piece(size)
+        piece.tokens_1S[0, :end].copy_(self._pinned(sequence.ids[:end]), non_blocking=True)
+        piece.slot_1.copy_(self._pinned([sequence.slot]), non_blocking=True)
+        piece.last_1.copy_(self._pinned([end - 1]), non_blocking=True)
+        piece.graph.replay()
+        return piece.hidden_SH[:end], piece.logits_1V
+
+    def _read_later(self, sequence: DecodedSequence, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        tokens_1S = self._on_device(sequence.ids[begin:end])[None]
+        positions_1S = torch.arange(begin, end, device=self.device)[None]
+        attended = FlashAttention(self.cache, self._on_device([sequence.slot]), positions_1S, begin, sequence.slot)
+        hidden_SH = cached_hidden(self.model, tokens_1S, positions_1S, attended, self.dtype)[0][0]
+        return hidden_SH, self.logits(hidden_SH[-1:])
+
+    def _capture_piece(self, size: int) -> CapturedPiece:
+        tokens_1S = torch.zeros(1, size, dtype=torch.int64, device=self.device)
+        positions_1S = torch.arange(size, device=self.device)[None]
+        slot_1 = torch.full((1,), self.cache.scratch, dtype=torch.int64, device=self.device)
+        last_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
+
+        def read() -> tuple[Tensor, Tensor]:
+            attended = FlashAttention(self.cache, slot_1, positions_1S, 0, None)
+            hidden_SH = cached_hidden(self.model, tokens_1S, positions_1S, attended, self.dtype)[0][0]
+            return hidden_SH, self.logits(hidden_SH[last_1])
+
+        graph, (hidden_SH, logits_1V) = self._captured(read)
+        return CapturedPiece(graph, tokens_1S, slot_1, last_1, hidden_SH, logits_1V)
+
+    def _capture_step(self, size: int, drawing: Drawing) -> CapturedStep:
+        if size not in self._slots_T:
+            self._slots_T[size] = torch.empty(size, dtype=torch.int64, device=self.device)
+        slots_T = self._slots_T[size].fill_(self.cache.scratch)
+        self._slots_of[size] = []
+
+        def step() -> tuple[Tensor, Tensor, Tensor]:
+            tokens_T, positions_T = self.rows.token_S[slots_T], self.rows.position_S[slots_T]
+            logits_TV, experts_LTK = kernel_step(
+                self.weights, self.model, self.cache, self._arrivals_TG, tokens_T, slots_T, positions_T
+            )
+            return logits_TV, self.rows.choose(logits_TV, slots_T, drawing), experts_LTK
+
+        graph, (logits_TV, token_T, experts_LTK) = self._captured(step)
+        return CapturedStep(graph, slots_T, logits_TV, token_T, experts_LTK)
+
+    def _captured(self, run: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+        """A graph of what `run` starts, after a run that compiles its kernels; only the scratch slot is written to."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = run()
+        return graph, result

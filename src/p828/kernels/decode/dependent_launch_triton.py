@@ -1,0 +1,60 @@
+"""Programmatic dependent launch (CUDA programming guide, "Programmatic Dependent Launch"; devices from Hopper on).
+
+A kernel that is launched so may begin before the one in front of it has ended. The kernels of this folder keep to:
+
+- before `wait_for_earlier_kernels` a program reads only what no kernel writes (weights), or what is written by a kernel
+  further back than the one in front;
+- after it everything that earlier kernels wrote is visible, and the program may write;
+- only then it lets the next kernel begin. So what a kernel wrote is visible to the next but one from its start.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+ALLOWED = True
+PROCESSORS = 132  # of an H100
+
+
+@triton.jit
+def wait_for_earlier_kernels(PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(at, size, part, parts, PDL: tl.constexpr):
+    """Has the L2 cache read a part of `size` bytes of weights; only where kernels may begin early."""
+    if PDL:  # noqa: SIM102 Triton would compile both sides of an `and`
+        if at is not None:
+            address = at.to(tl.int64) & -16  # the instruction asks for that alignment
+            for first in range(part * 131072, size, parts * 131072):
+                offset = first + tl.arange(0, 128) * 1024
+                tl.inline_asm_elementwise(
+                    "{ .reg .pred inside; setp.ne.s32 inside, $2, 0;"
+                    " @inside cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0; }",
+                    "=r,l,r", [address + offset, (offset + 1024 <= size).to(tl.int32)],
+                    dtype=tl.int32, is_pure=False, pack=1,
+                )  # fmt: skip
+
+
+def launch_options(device: torch.device, warps: int, stages: int = 1) -> dict[str, Any]:
+    """The keyword arguments of a launch; `PDL` is the kernels' own."""
+    if device.type != "cuda":
+        return {"PDL": False}
+    dependent = ALLOWED and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": dependent, "launch_pdl": dependent, "num_warps": warps, "num_stages": stages}
+
+
+def rows_of_program(elements: int, columns: int, rows: int, others: int = 1) -> int:
+    """Rows of a matrix that a program holds: `elements` numbers, fewer where that leaves processors idle.
+
+    `columns` and the result are powers of 2; `others` programs take the same rows.
+    """
+    fitting = max(elements // columns, 1)
+    while fitting > 1 and triton.cdiv(rows, fitting) * others < PROCESSORS:
+        fitting //= 2
+    return fitting

@@ -1,0 +1,108 @@
+"""A decoding step's operations in Triton, on CUDA: T tokens, each the newest of its sequence.
+
+A layer is five calls: `norm_linear` (queries, keys and values), `attention`, `linear` (the output projection), `route`
+and `experts`, whose parts the next layer's `norm_linear` sums. All of them can be captured in a CUDA graph: sizes come
+from the shapes, and whatever changes from step to step (tokens, positions, slots) is read from tensors on the device.
+The plain twins are in `plain.py`. Shapes as in `p828.model`, and
+
+    J  the experts of a token: its K routed ones and the shared ones
+    S  slots of the cache; for weights, the shared experts
+    X  a width that the text names
+
+Tensors are contiguous. Weights of products and activations are of one dtype (bfloat16; the kernels take any floating
+dtype); norms, router and sinks are float32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def add_norm(x_TH: Tensor, parts_TJH: Tensor | None, norm_weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + Σ_j parts[:, j], and its RMSNorm: both (T, H) in x's dtype. Without parts the first is x itself.
+
+    The sum is in float32 and in the order of j, and is rounded to x's dtype before it is normalised.
+    """
+    from p828.kernels.decode import residual_triton
+
+    return residual_triton.add_norm(x_TH, parts_TJH, norm_weight_H, eps)
+
+
+def linear(x_TH: Tensor, weight_VH: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """x weightᵀ, summed in float32: (T, V) in `out_dtype`."""
+    from p828.kernels.decode import linear_triton
+
+    return linear_triton.linear(x_TH, weight_VH, out_dtype)
+
+
+def norm_linear(
+    x_TH: Tensor, parts_TJH: Tensor | None, norm_weight_H: Tensor, eps: float, weight_VH: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`linear` of the second result of `add_norm`, (T, V) in `out_dtype`, and the first result of `add_norm`."""
+    from p828.kernels.decode import linear_triton
+
+    return linear_triton.norm_linear(x_TH, parts_TJH, norm_weight_H, eps, weight_VH, out_dtype)
+
+
+def attention(
+    qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
+    frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
+    eps: float, arrivals_TG: Tensor | None, ahead: Sequence[Tensor] = (),
+) -> Tensor:  # fmt: skip
+    """Attention of T new tokens over their slots' cache, which gets their keys and values: (T, N · D) in qkv's dtype.
+
+    `qkv_TXD` holds N query heads, G key heads and G value heads. Queries and keys are normalised (RMSNorm with the
+    float32 weights and `eps`; None: not), rotated by `positions_T` times the float32 `frequencies` (D / 2), cosine and
+    sine times `factor`. Token t's key and value are written at place `positions_T[t]` of slot `slots_T[t]`, and it sees
+    the places up to its own; `sinks_N` (float32 or None) are logits in the softmax's denominator. A token with a
+    negative slot is padding: its result is 0 and it writes nothing. No two tokens may have one slot.
+
+    `arrivals_TG`: int32 zeros for at least T tokens, which the kernel counts in and leaves zero; one for all layers.
+    `ahead`: up to three weights that the next operations read, which the kernel has the L2 cache fetch meanwhile: most
+    of the time here is latency, and memory would be idle. Slots, positions and the cache must be older than the kernel
+    in front, see `dependent_launch_triton`.
+    """
+    from p828.kernels.decode import attention_triton
+
+    assert arrivals_TG is not None
+    return attention_triton.attention(
+        qkv_TXD, keys_SGCD, values_SGCD, slots_T, positions_T, frequencies, factor, q_norm_D, k_norm_D, sinks_N, eps,
+        arrivals_TG, ahead,
+    )  # fmt: skip
+
+
+def route(
+    x_TH: Tensor, parts_TJH: Tensor | None, norm_weight_H: Tensor, eps: float, router_weight_EH: Tensor,
+    bias_E: Tensor, per_token: int, shared: int, scoring_func: str, n_group: int, topk_group: int,
+    norm_topk_prob: bool, routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`add_norm`'s two results, and the experts of every token: ids (T, J) int32, weights (T, J) float32.
+
+    The choice is that of `p828.model.router`, best first and of equal scores the lower id. The last `shared` columns
+    are the shared experts: ids E, E + 1, …, with weight 1.
+    """
+    from p828.kernels.decode import route_triton
+
+    return route_triton.route(
+        x_TH, parts_TJH, norm_weight_H, eps, router_weight_EH, bias_E, per_token, shared, scoring_func, n_group,
+        topk_group, norm_topk_prob, routed_scaling_factor,
+    )  # fmt: skip
+
+
+def experts(
+    x_TH: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, gate_up_EXH: Tensor, down_EHI: Tensor,
+    shared_gate_up_SXH: Tensor | None, shared_down_SHI: Tensor | None, hidden_act: str,
+) -> Tensor:  # fmt: skip
+    """weight · down(act(gate x, up x)) of every chosen expert: the parts (T, J, H), float32, not summed.
+
+    `gate_up_EXH` (E, 2 P, H) has the gate's rows first, as `down_EHI` for the routed experts; the other two are the
+    same for the shared ones, all of width I: a shared expert of width n I is n of them, its rows and columns cut. An id
+    from E on is theirs, in the last columns of `experts_TJ` as `route` gives them. No id twice in a row of
+    `experts_TJ`. `hidden_act`: as for `p828.model.experts.activate`.
+    """
+    from p828.kernels.decode import experts_triton
+
+    return experts_triton.experts(
+        x_TH, experts_TJ, weights_TJ, gate_up_EXH, down_EHI, shared_gate_up_SXH, shared_down_SHI, hidden_act
+    )

@@ -1,0 +1,160 @@
+"""Inputs for a decoding step's operations, and their plain twins in a wider dtype as the oracle.
+
+A case runs an operation of `p828.kernels.decode.ops` on a device in a dtype, and `plain` with the same numbers in
+float64 on the CPU (the inputs are rounded first). Each yields pairs (actual, expected).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from p828.kernels.decode import ops, plain
+
+Pairs = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and in which dtype a kernel is tried."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return (torch.randn(*shape) * scale).to(self.device, dtype or self.dtype)
+
+
+def twin(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The plain twin's result in float64 on the CPU. Whole numbers stay what they are."""
+    wide = (a.detach().cpu() if isinstance(a, Tensor) else a for a in arguments)
+    return function(*(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in wide))
+
+
+def linear_case(place: Place, tokens: int, hidden: int, width: int, choices: int | None) -> Pairs:
+    """The product alone, with a norm, and with a sum of parts in front of it (`choices` of them, or none)."""
+    x_TH, weight_VH = place.randn(tokens, hidden), place.randn(width, hidden, scale=hidden**-0.5)
+    gain_H = place.randn(hidden, dtype=torch.float32)
+    parts_TJH = None if choices is None else place.randn(tokens, choices, hidden, dtype=torch.float32)
+    yield (
+        ops.linear(x_TH, weight_VH, torch.float32),
+        twin(lambda x, w: plain.linear(x, w, torch.float64), x_TH, weight_VH),
+    )
+    arguments = (x_TH, parts_TJH, gain_H, 1e-5)
+    yield from zip(ops.add_norm(*arguments), twin(plain.add_norm, *arguments), strict=True)
+    actual = ops.norm_linear(*arguments, weight_VH, torch.float32)
+    expected = twin(plain.norm_linear, *arguments, weight_VH, torch.float64)
+    yield from zip(actual, expected, strict=True)
+
+
+def attention_case(
+    place: Place, positions: list[int], groups: int, sharing: int, head_dim: int, context: int, norms: bool, sinks: bool
+) -> Pairs:
+    """A sequence for each position; a negative one is padding."""
+    tokens, slots = len(positions), len(positions) + 2
+    qkv_TXD = place.randn(tokens, groups * sharing + 2 * groups, head_dim)
+    keys_SGCD, values_SGCD = (place.randn(slots, groups, context, head_dim) for _ in range(2))
+    slots_T = torch.randperm(slots)[:tokens].to(torch.int32)
+    positions_T = torch.tensor(positions, dtype=torch.int32)
+    slots_T = torch.where(positions_T < 0, -1, slots_T).to(place.device)
+    positions_T = positions_T.clamp_min(0).to(place.device)
+    frequencies = (10_000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))).to(place.device)
+    gains = [place.randn(head_dim, dtype=torch.float32) if norms else None for _ in range(2)]
+    sinks_N = place.randn(groups * sharing, dtype=torch.float32) if sinks else None
+    arrivals_TG = torch.zeros(tokens + 1, groups, dtype=torch.int32, device=place.device)
+    rest = (slots_T, positions_T, frequencies, 1.1, *gains, sinks_N, 1e-5, arrivals_TG)
+    caches = [cache.detach().cpu().double() for cache in (keys_SGCD, values_SGCD)]
+    expected = twin(lambda qkv, *others: plain.attention(qkv, *caches, *others), qkv_TXD, *rest)
+    for _ in range(2):  # twice: the counts are zero again
+        yield ops.attention(qkv_TXD, keys_SGCD, values_SGCD, *rest), expected
+        yield keys_SGCD, caches[0]
+        yield values_SGCD, caches[1]
+        assert not arrivals_TG.any()
+
+
+@dataclass(frozen=True)
+class RouteCase:
+    tokens: int
+    hidden: int
+    experts: int
+    per_token: int
+    shared: int = 1
+    scoring_func: str = "sigmoid"
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    with_parts: bool = True
+
+    def arguments(self, place: Place) -> tuple[Any, ...]:
+        return (
+            place.randn(self.tokens, self.hidden),
+            place.randn(self.tokens, 1, self.hidden) if self.with_parts else None,
+            place.randn(self.hidden, dtype=torch.float32),
+            1e-5,
+            place.randn(self.experts, self.hidden, scale=self.hidden**-0.5, dtype=torch.float32),
+            place.randn(self.experts, scale=0.1, dtype=torch.float32),
+            self.per_token,
+            self.shared,
+            self.scoring_func,
+            self.n_group,
+            self.topk_group,
+            self.norm_topk_prob,
+            2.5,
+        )
+
+
+@dataclass(frozen=True)
+class ExpertsCase:
+    tokens: int
+    hidden: int
+    width: int
+    experts: int
+    per_token: int
+    shared: int = 1
+    hidden_act: str = "swiglu"
+    used: int | None = None
+    """Experts that tokens go to, the first ones; the others get none."""
+
+    def arguments(self, place: Place) -> tuple[Any, ...]:
+        projected = self.width * (2 if self.hidden_act == "swiglu_of_product" else 1)
+        chosen_TK = torch.rand(self.tokens, self.used or self.experts).argsort(dim=1)[:, : self.per_token]
+        shared_ids = torch.arange(self.shared) + self.experts
+        experts_TJ = torch.cat((chosen_TK, shared_ids.expand(self.tokens, -1)), dim=1).to(place.device, torch.int32)
+        weights_TJ = place.randn(*experts_TJ.shape, dtype=torch.float32)
+
+        def stacked(count: int) -> list[Tensor]:
+            return [
+                place.randn(count, 2 * projected, self.hidden, scale=self.hidden**-0.5),
+                place.randn(count, self.hidden, self.width, scale=self.width**-0.5),
+            ]
+
+        shared = stacked(self.shared) if self.shared else [None, None]
+        return (place.randn(self.tokens, self.hidden), experts_TJ, weights_TJ, *stacked(self.experts), *shared,
+                self.hidden_act)  # fmt: skip
+
+
+LINEARS = [(1, 96, 50), (3, 1032, 33), (5, 96, 50), (33, 264, 70)]
+ATTENTIONS: dict[str, tuple[list[int], int, int, int, int, bool, bool]] = {
+    "one": ([700], 2, 4, 16, 1000, True, True),
+    "first token": ([0, 0], 1, 3, 64, 8, False, True),
+    "unequal": ([0, 1, 63, 64, 65, 199, -1, 128], 2, 2, 16, 200, True, False),
+    "wide": ([5, 300], 1, 1, 96, 301, False, False),
+    "padding": ([-1, -1, 70], 4, 4, 16, 72, False, True),
+}
+ROUTES = [
+    RouteCase(1, 96, 5, 3),
+    RouteCase(3, 1032, 8, 2, shared=2, scoring_func="softmax", norm_topk_prob=False),
+    RouteCase(2, 520, 48, 6, n_group=6, topk_group=2),
+    RouteCase(16, 64, 12, 4, shared=0, n_group=3, topk_group=2, scoring_func="softmax"),
+    RouteCase(2, 64, 1, 1, with_parts=False),
+]
+EXPERTS = [
+    ExpertsCase(1, 96, 40, 5, 3),
+    ExpertsCase(2, 264, 33, 4, 2, shared=2, hidden_act="swiglu_of_product"),
+    ExpertsCase(3, 64, 16, 5, 5, shared=0),
+    ExpertsCase(16, 96, 40, 5, 3),
+    ExpertsCase(33, 160, 33, 6, 2, shared=2, hidden_act="swiglu_of_product", used=3),
+    ExpertsCase(70, 64, 16, 5, 1, shared=0, used=1),
+]

@@ -1,0 +1,99 @@
+"""A decoding step's kernels in bfloat16 against their plain twins, which take the same inputs, rounded, in float64.
+
+A kernel rounds what it hands to a product on tensor cores (normed rows, rotated queries, softmax weights, an expert's
+inner activations) and its result, 2^-9 each, and sums in float32: `BFLOAT16` covers that.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from decode_cases import (
+    ATTENTIONS,
+    EXPERTS,
+    LINEARS,
+    ROUTES,
+    ExpertsCase,
+    Place,
+    RouteCase,
+    attention_case,
+    linear_case,
+    twin,
+)
+from oracles import BFLOAT16, FLOAT32, assert_near
+from p828.kernels.decode import ops, plain
+
+
+@pytest.mark.parametrize("choices", [None, 3])
+@pytest.mark.parametrize("tokens, hidden, width", [*LINEARS, (1, 1024, 1536), (70, 512, 1000)])
+def test_linear(cuda: torch.device, tokens: int, hidden: int, width: int, choices: int | None) -> None:
+    for actual, expected in linear_case(Place(cuda, torch.bfloat16), tokens, hidden, width, choices):
+        assert_near(actual, expected, BFLOAT16)
+
+
+@pytest.mark.parametrize("name", [*ATTENTIONS, "long"])
+def test_attention(cuda: torch.device, name: str) -> None:
+    case = ([4095, 17], 4, 4, 64, 4096, True, True) if name == "long" else ATTENTIONS[name]
+    for actual, expected in attention_case(Place(cuda, torch.bfloat16), *case):
+        assert_near(actual, expected, BFLOAT16)
+
+
+@pytest.mark.parametrize("case", ROUTES, ids=str)
+def test_route(cuda: torch.device, case: RouteCase) -> None:
+    """In float32, where both forms see the same scores: a rounding apart, equal experts need not be chosen."""
+    arguments = case.arguments(Place(cuda, torch.float32))
+    for actual, expected in zip(ops.route(*arguments), twin(plain.route, *arguments), strict=True):
+        assert_near(actual, expected, FLOAT32)
+
+
+def test_route_in_bfloat16(cuda: torch.device) -> None:
+    """Every expert is chosen, so only the order may differ."""
+    arguments = RouteCase(33, 1024, 4, 4, shared=0).arguments(Place(cuda, torch.bfloat16))
+    total_TH, normed_TH, experts_TK, weights_TK = ops.route(*arguments)
+    expected = twin(plain.route, *arguments)
+    assert_near(total_TH, expected[0], BFLOAT16)
+    assert_near(normed_TH, expected[1], BFLOAT16)
+    by_expert = weights_TK.gather(1, experts_TK.long().argsort(1))
+    assert_near(by_expert, expected[3].gather(1, expected[2].long().argsort(1)), BFLOAT16)
+
+
+LARGE = [
+    ExpertsCase(1, 1024, 2048, 8, 2),
+    ExpertsCase(64, 1024, 512, 48, 6),
+    ExpertsCase(256, 512, 768, 4, 2, hidden_act="swiglu_of_product"),
+]
+
+
+@pytest.mark.parametrize("case", [*EXPERTS, *LARGE], ids=str)
+def test_experts(cuda: torch.device, case: ExpertsCase) -> None:
+    arguments = case.arguments(Place(cuda, torch.bfloat16))
+    assert_near(ops.experts(*arguments), twin(plain.experts, *arguments), BFLOAT16)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_captured_step_reads_its_tensors_again(cuda: torch.device, tokens: int) -> None:
+    """Routing and experts of one token and of several, replayed with other rows in the same memory.
+
+    The kernels may begin before the one in front has ended (`dependent_launch_triton`): 50 replays with new rows would
+    show one that reads too early.
+    """
+    place = Place(cuda, torch.bfloat16)
+    x_TH, parts_TJH, *rest = replace(RouteCase(tokens, 512, 8, 2), with_parts=True).arguments(place)
+    weights = ExpertsCase(1, 512, 256, 8, 2).arguments(place)[3:]
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        total_TH, normed_TH, experts_TJ, weights_TJ = ops.route(x_TH, parts_TJH, *rest)
+        parts = ops.experts(normed_TH, experts_TJ, weights_TJ, *weights)
+        return ops.norm_linear(total_TH, parts, rest[0], 1e-5, weights[0][0], torch.float32)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(50):
+        x_TH.copy_(torch.randn(tokens, 512))
+        graph.replay()
+        again = [result.clone() for result in captured]
+        for actual, expected in zip(again, step(), strict=True):
+            assert torch.equal(actual, expected)

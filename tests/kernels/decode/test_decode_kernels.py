@@ -1,0 +1,65 @@
+"""A decoding step's Triton kernels, in Triton's interpreter on the CPU in float32, against their twins in float64.
+
+Run with TRITON_INTERPRET=1 where Triton is installed; tests/gpu has the same cases in bfloat16 on a GPU. A size is odd
+on purpose: rows and columns past the end of a tile are where kernels go wrong.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from decode_cases import (
+    ATTENTIONS,
+    EXPERTS,
+    LINEARS,
+    ROUTES,
+    ExpertsCase,
+    Place,
+    RouteCase,
+    attention_case,
+    linear_case,
+    twin,
+)
+from oracles import FLOAT32, assert_near
+from p828.kernels.decode import ops, plain
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton and TRITON_INTERPRET=1",
+)
+CPU = Place(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("choices", [None, 1, 3])
+@pytest.mark.parametrize("tokens, hidden, width", LINEARS)
+def test_linear(tokens: int, hidden: int, width: int, choices: int | None) -> None:
+    for actual, expected in linear_case(CPU, tokens, hidden, width, choices):
+        assert_near(actual, expected, FLOAT32)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention(name: str) -> None:
+    for actual, expected in attention_case(CPU, *ATTENTIONS[name]):
+        assert_near(actual, expected, FLOAT32)
+
+
+@pytest.mark.parametrize("case", ROUTES, ids=str)
+def test_route(case: RouteCase) -> None:
+    arguments = case.arguments(CPU)
+    for actual, expected in zip(ops.route(*arguments), twin(plain.route, *arguments), strict=True):
+        assert_near(actual, expected, FLOAT32)
+
+
+def test_route_prefers_the_first_of_equal_experts() -> None:
+    arguments = list(RouteCase(2, 64, 7, 3).arguments(CPU))
+    arguments[4], arguments[5] = torch.zeros(7, 64), torch.zeros(7)
+    for route in (ops.route, plain.route):
+        assert route(*arguments)[2].tolist() == [[0, 1, 2, 7]] * 2
+
+
+@pytest.mark.parametrize("case", EXPERTS, ids=str)
+def test_experts(case: ExpertsCase) -> None:
+    arguments = case.arguments(CPU)
+    assert_near(ops.experts(*arguments), twin(plain.experts, *arguments), FLOAT32)
