@@ -77,7 +77,8 @@ def linear(x_TH: Tensor, weight_VH: Tensor, out_dtype: torch.dtype) -> Tensor:
         return _vector(x_TH, None, None, 0.0, weight_VH, out_dtype)[0]
     width = len(weight_VH)
     out_TV = torch.empty(tokens, width, dtype=out_dtype, device=x_TH.device)
-    rows, block = MATRIX["rows"], min(max(triton.next_power_of_2(tokens), 16), MATRIX_TOKENS)
+    block = min(max(triton.next_power_of_2(tokens), 16), MATRIX_TOKENS)
+    rows = max(rows_of_program(MATRIX["rows"], 1, width, triton.cdiv(tokens, block)), 16)  # `tl.dot` takes no fewer
     linear_matrix[(triton.cdiv(width, rows), triton.cdiv(tokens, block))](
         x_TH, weight_VH, out_TV, tokens, hidden, width, block, rows, MATRIX["columns"],
         **launch_options(x_TH.device, MATRIX["warps"], MATRIX["stages"]),
