@@ -16,6 +16,7 @@ from p828.inference.decode.sequence import DecodedSequence
 from p828.inference.decode.steps import Flight, PlainSteps
 from p828.inference.decode.weights import LayerWeights, decode_weights
 from p828.kernels.decode import cpu
+from p828.kernels.decode.cpu import Expert, Matrix
 from p828.model.rope import rotary
 from p828.model.router import limit_groups, score
 from p828.model.transformer import Transformer
@@ -34,13 +35,28 @@ class Places(NamedTuple):
     """float32: minus infinity past a sequence's newest token, where their slots lie side by side; else None."""
 
 
+class CpuLayer(NamedTuple):
+    """A layer's weights, cut and turned once."""
+
+    norms: LayerWeights
+    """For what is no matrix."""
+    qkv: Matrix
+    o_proj: Matrix
+    router_HE: Tensor
+    sinks_GM: Tensor | None
+    routed: list[Expert]
+    shared: list[Expert]
+
+
 class CpuSteps(PlainSteps):
     """float32 on a CPU."""
 
     def __init__(self, model: Transformer, cache: SlotCache, rows: Rows, vocab_size: int, dtype: torch.dtype) -> None:
         super().__init__(model, cache, rows, vocab_size, dtype)
         self.config: ModelConfig = model.config
-        self.weights = decode_weights(model, vocab_size, dtype)
+        weights = decode_weights(model, vocab_size, dtype)
+        self.embedding_VH, self.norm_H, self.head = weights.embedding_VH, weights.norm_H, Matrix(weights.head_VH)
+        self.layers = [_prepared(layer, self.config.num_key_value_heads) for layer in weights.layers]
         positions_1C = torch.arange(cache.max_length)[None]
         angles = rotary(positions_1C, model.frequencies, self.config.rope_scaling.factor)
         cos_C1X, sin_C1X = (angle.squeeze(0) for angle in angles)
@@ -53,14 +69,14 @@ class CpuSteps(PlainSteps):
         slots = [sequence.slot for sequence in sequences]
         slots_T = torch.tensor(slots)
         places = self._places(slots, self.rows.position_S[slots_T])
-        x_TH = self.weights.embedding_VH[self.rows.token_S[slots_T]]
+        x_TH = self.embedding_VH[self.rows.token_S[slots_T]]
         wants_experts = any(sequence.wants.experts for sequence in sequences)
         chosen = []
-        for index, layer in enumerate(self.weights.layers):
+        for index, layer in enumerate(self.layers):
             self._add_attention_(x_TH, index, layer, places)
             experts_TK = self._add_experts_(x_TH, layer)
             chosen += [experts_TK] if wants_experts else []
-        logits_TV = cpu.linear(cpu.normalise(x_TH, self.weights.norm_H, self.config.rms_norm_eps), self.weights.head_VH)
+        logits_TV = self.head(cpu.normalise(x_TH, self.norm_H, self.config.rms_norm_eps))
         token_T = self.rows.choose(logits_TV, slots_T, drawing_of(sequences))
         return self.flight(sequences, token_T, logits_TV, torch.stack(chosen) if chosen else None)
 
@@ -80,57 +96,78 @@ class CpuSteps(PlainSteps):
         cos_T1D, sin_T1D = self.cos_C1D[position_T], self.sin_C1D[position_T]
         return Places(slots, positions, torch.tensor(rows), cos_T1D, sin_T1D, mask_T1MC)
 
-    def _add_attention_(self, x_TH: Tensor, index: int, layer: LayerWeights, places: Places) -> None:
-        config, eps = self.config, self.config.rms_norm_eps
+    def _add_attention_(self, x_TH: Tensor, index: int, layer: CpuLayer, places: Places) -> None:
+        config, eps, norms = self.config, self.config.rms_norm_eps, layer.norms
         heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        normed_TH = cpu.normalise(x_TH, layer.input_norm_H, eps)
-        qkv_TXD = cpu.linear(normed_TH, layer.qkv_XH).reshape(len(x_TH), -1, head_dim)
+        qkv_TX = layer.qkv(cpu.normalise(x_TH, norms.input_norm_H, eps))
+        qkv_TXD = qkv_TX.reshape(-1, heads + 2 * groups, head_dim)
         qk_TXD, v_TGD = qkv_TXD[:, : heads + groups], qkv_TXD[:, heads + groups :]
-        if layer.q_norm_D is not None and layer.k_norm_D is not None:
+        if norms.q_norm_D is not None and norms.k_norm_D is not None:
             q_TND, k_TGD = qk_TXD.split((heads, groups), dim=1)
-            norms = cpu.normalise(q_TND, layer.q_norm_D, eps), cpu.normalise(k_TGD, layer.k_norm_D, eps)
-            qk_TXD = torch.cat(norms, dim=1)
+            normed = cpu.normalise(q_TND, norms.q_norm_D, eps), cpu.normalise(k_TGD, norms.k_norm_D, eps)
+            qk_TXD = torch.cat(normed, dim=1)
         qk_TXD = cpu.rotate(qk_TXD, places.cos_T1D, places.sin_T1D)
         keys_SGCD, values_SGCD = self.cache.keys[index], self.cache.values[index]
         keys_SGCD.view(-1, head_dim).index_copy_(0, places.rows_X, qk_TXD[:, heads:].reshape(-1, head_dim))
         values_SGCD.view(-1, head_dim).index_copy_(0, places.rows_X, v_TGD.reshape(-1, head_dim))
-        q_TGMD = qk_TXD[:, :heads].unflatten(1, (groups, -1))
-        sinks_GM = None if layer.sinks_N is None else layer.sinks_N.view(groups, -1)
-        out_TGMD = _attended(q_TGMD, keys_SGCD, values_SGCD, sinks_GM, places)
-        x_TH.add_(cpu.linear(out_TGMD.reshape(len(x_TH), -1), layer.o_proj_HX))
+        q_TGMD = qk_TXD[:, :heads].reshape(-1, groups, self.sharing, head_dim)
+        out_TGMD = _attended(q_TGMD, keys_SGCD, values_SGCD, layer.sinks_GM, places)
+        layer.o_proj.add_product_(x_TH, out_TGMD.reshape(-1, heads * head_dim), 1.0)
 
-    def _add_experts_(self, x_TH: Tensor, layer: LayerWeights) -> Tensor:
+    def _add_experts_(self, x_TH: Tensor, layer: CpuLayer) -> Tensor:
         """Returns the routed experts: int64 (T, K)."""
+        act = self.config.hidden_act
+        normed_TH = cpu.normalise(x_TH, layer.norms.post_norm_H, self.config.rms_norm_eps)
+        experts_TK, weights_TK = self._routed(normed_TH, layer)
+        chosen, weights = experts_TK.tolist(), weights_TK.tolist()
+        for expert in layer.shared:
+            expert.add_(x_TH, normed_TH, act, 1.0)
+        if len(chosen) == 1:
+            for number, weight in zip(chosen[0], weights[0], strict=True):
+                layer.routed[number].add_(x_TH, normed_TH, act, weight)
+            return experts_TK
+        tokens_of: dict[int, list[int]] = {}
+        weights_of: dict[int, list[list[float]]] = {}
+        for token, (numbers_K, weights_K) in enumerate(zip(chosen, weights, strict=True)):
+            for number, weight in zip(numbers_K, weights_K, strict=True):
+                tokens_of.setdefault(number, []).append(token)
+                weights_of.setdefault(number, []).append([weight])
+        for number, tokens in tokens_of.items():
+            token_X = torch.tensor(tokens)
+            out_XH = torch.zeros(len(tokens), x_TH.shape[1])
+            layer.routed[number].add_(out_XH, normed_TH[token_X], act, 1.0)
+            x_TH.index_add_(0, token_X, out_XH.mul_(torch.tensor(weights_of[number])))
+        return experts_TK
+
+    def _routed(self, normed_TH: Tensor, layer: CpuLayer) -> tuple[Tensor, Tensor]:
+        """The experts of each token and their weights, (T, K), as `p828.model.router` gives them."""
         config = self.config
-        normed_TH = cpu.normalise(x_TH, layer.post_norm_H, config.rms_norm_eps)
-        scores_TE = score(config.scoring_func, normed_TH.mm(layer.router_EH.t()))
-        choice_TE = scores_TE + layer.bias_E
+        scores_TE = score(config.scoring_func, normed_TH.mm(layer.router_HE))
+        choice_TE = scores_TE + layer.norms.bias_E
         if config.n_group > 1:
             choice_TE = limit_groups(choice_TE, config.n_group, config.topk_group)
         experts_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
         weights_TK = scores_TE.gather(1, experts_TK)
         if config.norm_topk_prob:
             weights_TK.div_(weights_TK.sum(dim=-1, keepdim=True).clamp_min_(1e-20))
-        chosen, weights = experts_TK.tolist(), weights_TK.mul_(config.routed_scaling_factor).tolist()
-        act = config.hidden_act
-        if layer.shared_gate_up_SPH is not None and layer.shared_down_SHI is not None:
-            for gate_up_PH, down_HI in zip(layer.shared_gate_up_SPH, layer.shared_down_SHI, strict=True):
-                cpu.add_expert_(x_TH, normed_TH, gate_up_PH, down_HI, act, 1.0)
-        if len(x_TH) == 1:
-            for expert, weight in zip(chosen[0], weights[0], strict=True):
-                cpu.add_expert_(x_TH, normed_TH, layer.gate_up_EPH[expert], layer.down_EHI[expert], act, weight)
-            return experts_TK
-        tokens_of: dict[int, list[int]] = {}
-        for token, experts in enumerate(chosen):
-            for expert in experts:
-                tokens_of.setdefault(expert, []).append(token)
-        for expert, tokens in tokens_of.items():
-            token_X = torch.tensor(tokens)
-            out_XH = torch.zeros(len(tokens), x_TH.shape[1])
-            cpu.add_expert_(out_XH, normed_TH[token_X], layer.gate_up_EPH[expert], layer.down_EHI[expert], act, 1.0)
-            weight_X1 = torch.tensor([[weights[token][chosen[token].index(expert)]] for token in tokens])
-            x_TH.index_add_(0, token_X, out_XH.mul_(weight_X1))
-        return experts_TK
+        return experts_TK, weights_TK.mul_(config.routed_scaling_factor)
+
+
+def _prepared(layer: LayerWeights, groups: int) -> CpuLayer:
+    def experts(gate_up_EPH: Tensor | None, down_EHI: Tensor | None) -> list[Expert]:
+        if gate_up_EPH is None or down_EHI is None:
+            return []
+        return [Expert(Matrix(gate_up), Matrix(down)) for gate_up, down in zip(gate_up_EPH, down_EHI, strict=True)]
+
+    return CpuLayer(
+        layer,
+        Matrix(layer.qkv_XH),
+        Matrix(layer.o_proj_HX),
+        layer.router_EH.t(),
+        None if layer.sinks_N is None else layer.sinks_N.view(groups, -1),
+        experts(layer.gate_up_EPH, layer.down_EHI),
+        experts(layer.shared_gate_up_SPH, layer.shared_down_SHI),
+    )
 
 
 def _attended(

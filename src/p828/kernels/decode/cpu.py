@@ -3,7 +3,10 @@
 The twins are in `plain.py`. All in float32: T tokens, each the newest of its sequence.
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -13,20 +16,51 @@ LARGE = 2**19  # numbers of a matrix from which these ways are faster
 FEW = 4  # tokens up to which they are
 
 
-def linear(x_TH: Tensor, weight_VH: Tensor) -> Tensor:
-    """x weightᵀ: (T, V), with the matrix read at memory's speed, or close to it, where tokens are few.
+class Matrix:
+    """A weight (V, H), prepared for products with few tokens.
 
-    MKL takes a matrix far larger than its caches at a half to a tenth of that speed if the few tokens are on its left.
+    MKL reads a matrix far larger than its caches at a half to a tenth of memory's speed if few tokens stand on its
+    left, as they do in `x weightᵀ`.
     """
-    tokens, rows = len(x_TH), len(weight_VH)
-    if weight_VH.numel() < LARGE or tokens > FEW:
-        return x_TH.mm(weight_VH.t())
-    if tokens > 1:
-        return weight_VH.mm(x_TH.t()).t()
-    whole = rows // PIECES * PIECES
-    pieces_PXH = weight_VH[:whole].view(PIECES, -1, weight_VH.shape[1])
-    out_1V = pieces_PXH.bmm(x_TH.t().expand(PIECES, -1, 1)).view(1, whole)
-    return out_1V if whole == rows else torch.cat((out_1V, x_TH.mm(weight_VH[whole:].t())), dim=1)
+
+    def __init__(self, weight_VH: Tensor) -> None:
+        self.weight_VH, self.weight_HV = weight_VH, weight_VH.t()
+        self.is_large = weight_VH.numel() >= LARGE
+        whole = len(weight_VH) // PIECES * PIECES
+        self.pieces_PXH = weight_VH[:whole].view(PIECES, -1, weight_VH.shape[1])
+        self.rest_HX = self.weight_HV[:, whole:]
+
+    def __call__(self, x_TH: Tensor) -> Tensor:
+        """x weightᵀ: (T, V)."""
+        if not self.is_large:
+            return x_TH.mm(self.weight_HV)
+        tokens = x_TH.shape[0]
+        if tokens > FEW:
+            return x_TH.mm(self.weight_HV)
+        if tokens > 1:
+            return self.weight_VH.mm(x_TH.t()).t()
+        out_1V = self.pieces_PXH.bmm(x_TH.t().expand(PIECES, -1, 1)).view(1, -1)
+        return torch.cat((out_1V, x_TH.mm(self.rest_HX)), dim=1) if self.rest_HX.shape[1] else out_1V
+
+    def add_product_(self, out_TV: Tensor, x_TH: Tensor, factor: float) -> None:
+        """Add factor · x weightᵀ to `out_TV`."""
+        if self.is_large:
+            out_TV.add_(self(x_TH), alpha=factor)
+        else:
+            out_TV.addmm_(x_TH, self.weight_HV, alpha=factor)
+
+
+class Expert(NamedTuple):
+    gate_up: Matrix
+    """(2 P, H), the gate's rows first."""
+    down: Matrix
+
+    def add_(self, out_TH: Tensor, x_TH: Tensor, hidden_act: str, factor: float) -> None:
+        """Add factor · down(act(gate x, up x)) to `out_TH`. `hidden_act`: as for `p828.model.experts.activate`."""
+        gate_TP, up_TP = self.gate_up(x_TH).chunk(2, dim=1)
+        if hidden_act == "swiglu_of_product":
+            gate_TP, up_TP = (gate_TP * up_TP).chunk(2, dim=1)
+        self.down.add_product_(out_TH, F.silu(gate_TP).mul_(up_TP), factor)
 
 
 def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -52,17 +86,3 @@ def attend(
         q_TGMD, keys_TGCD, values_TGCD, 0.0, False, attn_mask=mask_T1MC
     )
     return out_TGMD if sinks_GM is None else out_TGMD.mul_(lse_TGM.sub_(sinks_GM).sigmoid_()[..., None])
-
-
-def add_expert_(
-    out_XH: Tensor, x_XH: Tensor, gate_up_PH: Tensor, down_HI: Tensor, hidden_act: str, weight: float
-) -> None:
-    """Add weight · down(act(gate x, up x)) to `out_XH`. `hidden_act`: as for `p828.model.experts.activate`."""
-    gate_XP, up_XP = linear(x_XH, gate_up_PH).chunk(2, dim=1)
-    if hidden_act == "swiglu_of_product":
-        gate_XP, up_XP = (gate_XP * up_XP).chunk(2, dim=1)
-    inner_XI = torch.nn.functional.silu(gate_XP).mul_(up_XP)
-    if down_HI.numel() < LARGE:
-        out_XH.addmm_(inner_XI, down_HI.t(), alpha=weight)
-    else:
-        out_XH.add_(linear(inner_XI, down_HI), alpha=weight)
