@@ -136,6 +136,35 @@ class ExpertsCase:
                 self.hidden_act)  # fmt: skip
 
 
+def tokens_case(place: Place, tokens: int, width: int) -> Pairs:
+    """Rows that are greedy and rows that draw, one with equal maxima, one with a number that is not finite."""
+    slots, length = tokens + 2, 9
+    embedding_VH = place.randn(width, 24)
+    logits_TV = place.randn(tokens, width, dtype=torch.float32, scale=2.0)
+    logits_TV[0, [width // 3, width - 1]] = 100.0
+    logits_TV[-1, width - 1] = torch.inf if tokens > 1 else 100.0
+    temperature_S = (torch.arange(slots) % 3 * 0.6).to(place.device)
+    uniform_SC = torch.rand(slots, length)
+    uniform_SC[1] = 0.999
+    uniform_SC[2] = 0.0
+    uniform_SC = uniform_SC.to(place.device)
+    slots_T = torch.randperm(slots)[:tokens].to(place.device)
+    token_S, position_S = torch.randint(width, (slots,)), torch.randint(length, (slots,))
+    arrivals_T = torch.zeros(slots, dtype=torch.int32, device=place.device)
+    for _ in range(2):  # twice: the counts are zero again
+        ours, theirs = ([x.to(device, copy=True) for x in (token_S, position_S)] for device in (place.device, "cpu"))
+        yield from zip(
+            ops.embed(embedding_VH, slots_T, *ours), twin(plain.embed, embedding_VH, slots_T, *theirs), strict=True
+        )
+        yield (
+            ops.choose_tokens(logits_TV, slots_T, temperature_S, uniform_SC, *ours, arrivals_T),
+            twin(plain.choose_tokens, logits_TV, slots_T, temperature_S, uniform_SC, *theirs, None),
+        )
+        yield from zip(ours, theirs, strict=True)
+        assert not arrivals_T.any()
+
+
+TOKENS = [(1, 70), (5, 4096), (7, 9000)]
 LINEARS = [(1, 96, 50), (3, 1032, 33), (5, 96, 50), (33, 264, 70)]
 ATTENTIONS: dict[str, tuple[list[int], int, int, int, int, bool, bool]] = {
     "one": ([700], 2, 4, 16, 1000, True, True),

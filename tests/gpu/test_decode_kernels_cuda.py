@@ -14,11 +14,13 @@ from decode_cases import (
     EXPERTS,
     LINEARS,
     ROUTES,
+    TOKENS,
     ExpertsCase,
     Place,
     RouteCase,
     attention_case,
     linear_case,
+    tokens_case,
     twin,
 )
 from oracles import BFLOAT16, FLOAT32, assert_near
@@ -97,3 +99,9 @@ def test_a_captured_step_reads_its_tensors_again(cuda: torch.device, tokens: int
         again = [result.clone() for result in captured]
         for actual, expected in zip(again, step(), strict=True):
             assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("tokens, width", TOKENS)
+def test_tokens(cuda: torch.device, tokens: int, width: int) -> None:
+    for actual, expected in tokens_case(Place(cuda, torch.bfloat16), tokens, width):
+        assert actual.tolist() == expected.tolist()

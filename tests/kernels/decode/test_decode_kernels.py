@@ -15,11 +15,13 @@ from decode_cases import (
     EXPERTS,
     LINEARS,
     ROUTES,
+    TOKENS,
     ExpertsCase,
     Place,
     RouteCase,
     attention_case,
     linear_case,
+    tokens_case,
     twin,
 )
 from oracles import FLOAT32, assert_near
@@ -63,3 +65,9 @@ def test_route_prefers_the_first_of_equal_experts() -> None:
 def test_experts(case: ExpertsCase) -> None:
     arguments = case.arguments(CPU)
     assert_near(ops.experts(*arguments), twin(plain.experts, *arguments), FLOAT32)
+
+
+@pytest.mark.parametrize("tokens, width", TOKENS)
+def test_tokens(tokens: int, width: int) -> None:
+    for actual, expected in tokens_case(CPU, tokens, width):
+        assert actual.tolist() == expected.tolist()

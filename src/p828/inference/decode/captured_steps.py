@@ -17,6 +17,7 @@ from p828.inference.decode.rows import Drawing, Rows, drawing_of
 from p828.inference.decode.sequence import DecodedSequence
 from p828.inference.decode.steps import Flight, PlainSteps
 from p828.inference.decode.weights import decode_weights
+from p828.kernels.decode import ops
 from p828.model.transformer import Transformer
 
 Result = TypeVar("Result")
@@ -42,7 +43,7 @@ class CapturedStep(NamedTuple):
     slots_T: Tensor
     logits_TV: Tensor
     token_T: Tensor
-    experts_LTK: Tensor
+    experts_LTJ: list[Tensor]
 
 
 class CapturedSteps(PlainSteps):
@@ -66,7 +67,6 @@ class CapturedSteps(PlainSteps):
             2 * cache.slots, model.config.num_key_value_heads, dtype=torch.int32, device=self.device
         )
         self._pool = torch.cuda.graph_pool_handle()
-        self._read_by_device: list[Tensor] = []
 
     @torch.no_grad()
     def read(self, sequence: DecodedSequence, begin: int, end: int) -> Flight | None:
@@ -84,6 +84,8 @@ class CapturedSteps(PlainSteps):
     def continue_(self, sequences: Sequence[DecodedSequence], used: int) -> Flight:
         size = min(1 << (len(sequences) - 1).bit_length(), max(self.cache.slots, len(sequences)))
         drawing = drawing_of(sequences)
+        if not drawing.has_filters:
+            drawing = Drawing(True, False, False)  # whose kernel also takes likeliest tokens
         step = self._steps.get((size, drawing))
         if step is None:
             step = self._steps[size, drawing] = self._capture_step(size, drawing)
@@ -93,23 +95,18 @@ class CapturedSteps(PlainSteps):
             step.slots_T.copy_(self._pinned(filled), non_blocking=True)
             self._slots_of[size] = slots
         step.graph.replay()
-        rows = slice(len(sequences))
-        return self.flight(sequences, step.token_T[rows], step.logits_TV[rows], step.experts_LTK[:, rows])
-
-    def flight(
-        self, sequences: Sequence[DecodedSequence], token_T: Tensor, logits_TV: Tensor, experts_LTK: Tensor | None
-    ) -> Flight:
-        kept, self._read_by_device = self._read_by_device, []
-        return super().flight(sequences, token_T, logits_TV, experts_LTK)._replace(kept=kept)
+        rows, experts_LTK = slice(len(sequences)), None
+        if any(sequence.wants.experts for sequence in sequences):
+            experts_LTK = torch.stack(step.experts_LTJ)[:, rows, : self.model.config.num_experts_per_tok]
+        return self.flight(sequences, step.token_T[rows], step.logits_TV[rows], experts_LTK)
 
     def _on_device(self, values: Sequence[int]) -> Tensor:
         """int64; the host does not wait for the device."""
         return self._pinned(values).to(self.device, non_blocking=True)
 
     def _pinned(self, values: Sequence[int]) -> Tensor:
-        """int64 in memory that the device reads by itself; kept until the next flight has arrived."""
-        self._read_by_device.append(torch.tensor(values).pin_memory())
-        return self._read_by_device[-1]
+        """int64 in memory that the device reads by itself; PyTorch keeps it until that has happened."""
+        return torch.tensor(values).pin_memory()
 
     def _read_first(self, sequence: DecodedSequence, end: int) -> tuple[Tensor, Tensor]:
         """A prompt's first piece: hidden states, and logits after its last token."""
@@ -132,11 +129,11 @@ class CapturedSteps(PlainSteps):
 
     def _capture_piece(self, size: int) -> CapturedPiece:
         tokens_1S = torch.zeros(1, size, dtype=torch.int64, device=self.device)
-        positions_1S = torch.arange(size, device=self.device)[None]
         slot_1 = torch.full((1,), self.cache.scratch, dtype=torch.int64, device=self.device)
         last_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
 
         def read() -> tuple[Tensor, Tensor]:
+            positions_1S = torch.arange(size, device=self.device)[None]
             attended = FlashAttention(self.cache, slot_1, positions_1S, 0, None)
             hidden_SH = cached_hidden(self.model, tokens_1S, positions_1S, attended, self.dtype)[0][0]
             return hidden_SH, self.logits(hidden_SH[last_1])
@@ -150,15 +147,19 @@ class CapturedSteps(PlainSteps):
         slots_T = self._slots_T[size].fill_(self.cache.scratch)
         self._slots_of[size] = []
 
-        def step() -> tuple[Tensor, Tensor, Tensor]:
-            tokens_T, positions_T = self.rows.token_S[slots_T], self.rows.position_S[slots_T]
-            logits_TV, experts_LTK = kernel_step(
-                self.weights, self.model, self.cache, self._arrivals_TG, tokens_T, slots_T, positions_T
-            )
-            return logits_TV, self.rows.choose(logits_TV, slots_T, drawing), experts_LTK
+        def step() -> tuple[Tensor, Tensor, list[Tensor]]:
+            rows = self.rows
+            logits_TV, experts_LTJ = kernel_step(self.weights, self.model, self.cache, rows, self._arrivals_TG, slots_T)
+            if drawing.has_filters:
+                return logits_TV, rows.choose(logits_TV, slots_T, drawing), experts_LTJ
+            token_T = ops.choose_tokens(
+                logits_TV, slots_T, rows.settings_S.temperature, rows.uniform_SC, rows.token_S, rows.position_S,
+                self._arrivals_TG,
+            )  # fmt: skip
+            return logits_TV, token_T, experts_LTJ
 
-        graph, (logits_TV, token_T, experts_LTK) = self._captured(step)
-        return CapturedStep(graph, slots_T, logits_TV, token_T, experts_LTK)
+        graph, (logits_TV, token_T, experts_LTJ) = self._captured(step)
+        return CapturedStep(graph, slots_T, logits_TV, token_T, experts_LTJ)
 
     def _captured(self, run: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
         """A graph of what `run` starts, after a run that compiles its kernels; only the scratch slot is written to."""

@@ -1,40 +1,43 @@
 """One step of several sequences by the decoding kernels."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from p828.inference.decode.cache import SlotCache
+from p828.inference.decode.rows import Rows
 from p828.inference.decode.weights import DecodeWeights
 from p828.kernels.decode import ops
 from p828.model.rope import attention_factor
 from p828.model.transformer import Transformer
 
 
-def kernel_step(
-    weights: DecodeWeights,
-    model: Transformer,
-    cache: SlotCache,
-    arrivals_TG: Tensor,
-    tokens_T: Tensor,
-    slots_T: Tensor,
-    positions_T: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Logits after the newest tokens, float32 (T, V), and the routed experts, int32 (L, T, K).
+class Step(NamedTuple):
+    logits_TV: Tensor
+    """float32, after the newest tokens."""
+    experts_LTJ: list[Tensor]
+    """int32, of each layer; the routed experts come first."""
 
-    The tokens' keys and values join the cache. `arrivals_TG`: as for `ops.attention`. The host reads nothing from the
-    device.
+
+def kernel_step(
+    weights: DecodeWeights, model: Transformer, cache: SlotCache, rows: Rows, arrivals_TG: Tensor, slots_T: Tensor
+) -> Step:
+    """Read the newest tokens of some slots (int64); their keys and values join the cache. The host reads nothing.
+
+    `arrivals_TG`: as for `ops.attention`.
     """
     config, eps = model.config, model.config.rms_norm_eps
     dtype = weights.embedding_VH.dtype
     factor = attention_factor(config.rope_scaling.factor)
-    x_TH, parts_TJH = weights.embedding_VH[tokens_T], None
+    x_TH, positions_T = ops.embed(weights.embedding_VH, slots_T, rows.token_S, rows.position_S)
+    parts_TJH: Tensor | None = None
     experts = []
     for layer, keys_SGCD, values_SGCD in zip(weights.layers, cache.keys, cache.values, strict=True):
         qkv_TX, x_TH = ops.norm_linear(x_TH, parts_TJH, layer.input_norm_H, eps, layer.qkv_XH, dtype)
         attended_TX = ops.attention(
             qkv_TX.unflatten(1, (-1, config.head_dim)), keys_SGCD, values_SGCD, slots_T, positions_T,
             model.frequencies, factor, layer.q_norm_D, layer.k_norm_D, layer.sinks_N, eps, arrivals_TG,
-            [weight for weight in (layer.o_proj_HX, layer.shared_gate_up_SPH, layer.shared_down_SHI) if weight is not None],
         )  # fmt: skip
         added_TH = ops.linear(attended_TX, layer.o_proj_HX, dtype)
         x_TH, normed_TH, experts_TJ, weights_TJ = ops.route(
@@ -46,6 +49,6 @@ def kernel_step(
             normed_TH, experts_TJ, weights_TJ, layer.gate_up_EPH, layer.down_EHI, layer.shared_gate_up_SPH,
             layer.shared_down_SHI, config.hidden_act,
         )  # fmt: skip
-        experts.append(experts_TJ[:, : config.num_experts_per_tok])
+        experts.append(experts_TJ)
     logits_TV, _ = ops.norm_linear(x_TH, parts_TJH, weights.norm_H, eps, weights.head_VH, torch.float32)
-    return logits_TV, torch.stack(experts)
+    return Step(logits_TV, experts)

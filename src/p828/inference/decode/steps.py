@@ -49,8 +49,6 @@ class Flight(NamedTuple):
     experts_LTK: Tensor | None
     arrival: torch.cuda.Event | None
     """When these tensors, on the host, are filled."""
-    kept: Sequence[Tensor] = ()
-    """What the device reads from the host until then."""
 
     def results(
         self,

@@ -5,18 +5,16 @@ The cached keys of a (sequence, key head) are split among programs; the last of 
 captured launch serves every length. The new key and value never pass through memory: the last split begins with them.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, prefetch, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
 
-KEYS = 64  # of a step of a program
-WARPS = 4
-PROGRAMS = 264  # that the splits aim at: two on each processor of an H100
+FEW_TOKENS = 4
+OF_FEW = {"keys": 64, "warps": 2, "programs": 264}  # keys of a step of a program; programs that the splits aim at
+OF_MANY = {"keys": 64, "warps": 4, "programs": 528}  # four on each processor of an H100
 MAX_SPLITS = 32
 ELEMENTS = 8192  # of the splits' values, that the joining program holds at a time
 
@@ -156,22 +154,13 @@ def leave_split(
 
 
 @triton.jit
-def prefetch_ahead(ahead_0, ahead_1, ahead_2, size_0, size_1, size_2, program, PDL: tl.constexpr):
-    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    prefetch(ahead_0, size_0, program, programs, PDL)
-    prefetch(ahead_1, size_1, program, programs, PDL)
-    prefetch(ahead_2, size_2, program, programs, PDL)
-
-
-@triton.jit
 def attend(
     qkv, keys, values, slots, positions, frequencies, q_norm, k_norm, sinks, out, split_values, split_bounds, arrivals,
-    ahead_0, ahead_1, ahead_2, size_0, size_1, size_2,
     factor, eps, C, G, M: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
     KEYS: tl.constexpr, SPLITS: tl.constexpr, JOINED_HEADS: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_kernel_begin(PDL)
     split, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    prefetch_ahead(ahead_0, ahead_1, ahead_2, size_0, size_1, size_2, (token * G + group) * SPLITS + split, PDL)
     slot, position = tl.load(slots + token).to(tl.int64), tl.load(positions + token).to(tl.int32)
     head, d = tl.arange(0, HEADS)[:, None], tl.arange(0, COLUMNS)[None, :]
     mask = (head < M) & (d < D)
@@ -218,24 +207,24 @@ def attend(
 def attention(
     qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
-    eps: float, arrivals_TG: Tensor, ahead: Sequence[Tensor],
+    eps: float, arrivals_TG: Tensor,
 ) -> Tensor:  # fmt: skip
     tokens, all_heads, head_dim = qkv_TXD.shape
     groups, length = keys_SGCD.shape[1:3]
     heads = all_heads - 2 * groups
     sharing = heads // groups
-    splits = min(max(PROGRAMS // (tokens * groups), 1), triton.cdiv(length, KEYS), MAX_SPLITS)
+    tiles = OF_FEW if tokens <= FEW_TOKENS else OF_MANY
+    splits = min(max(tiles["programs"] // (tokens * groups), 1), triton.cdiv(length, tiles["keys"]), MAX_SPLITS)
     splits = triton.next_power_of_2(splits)
     columns, joined_heads = max(triton.next_power_of_2(head_dim), 16), triton.next_power_of_2(sharing)
     step = min(max(ELEMENTS // (joined_heads * columns), 1), splits)
     split_values = qkv_TXD.new_empty(tokens, groups, splits, sharing, head_dim, dtype=torch.float32)
     split_bounds = qkv_TXD.new_empty(tokens, groups, splits, sharing, 2, dtype=torch.float32)
     out_TX = qkv_TXD.new_empty(tokens, heads * head_dim)
-    aheads = [*ahead, None, None, None][:3]
-    sizes = [0 if x is None else x.nbytes for x in aheads]
     attend[(splits, groups, tokens)](
         qkv_TXD, keys_SGCD, values_SGCD, slots_T, positions_T, frequencies, q_norm_D, k_norm_D, sinks_N, out_TX,
-        split_values, split_bounds, arrivals_TG, *aheads, *sizes, factor, eps, length, groups, sharing, head_dim,
-        max(joined_heads, 16), columns, KEYS, splits, joined_heads, step, **launch_options(qkv_TXD.device, WARPS),
+        split_values, split_bounds, arrivals_TG, factor, eps, length, groups, sharing, head_dim,
+        max(joined_heads, 16), columns, tiles["keys"], splits, joined_heads, step,
+        **launch_options(qkv_TXD.device, tokens, tiles["warps"]),
     )  # fmt: skip
     return out_TX

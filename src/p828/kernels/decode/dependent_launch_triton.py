@@ -1,11 +1,15 @@
 """Programmatic dependent launch (CUDA programming guide, "Programmatic Dependent Launch"; devices from Hopper on).
 
-A kernel that is launched so may begin before the one in front of it has ended. The kernels of this folder keep to:
+A kernel that is launched so begins when every program of the one in front has called `let_next_kernel_begin` or ended.
+What the kernels of this folder keep to:
 
-- before `wait_for_earlier_kernels` a program reads only what no kernel writes (weights), or what is written by a kernel
-  further back than the one in front;
-- after it everything that earlier kernels wrote is visible, and the program may write;
-- only then it lets the next kernel begin. So what a kernel wrote is visible to the next but one from its start.
+- Before `wait_for_earlier_kernels` a program writes nothing, and reads only what no kernel of the step writes (weights,
+  the cache of earlier tokens), with the exceptions below. After it, all earlier kernels have ended.
+- Most kernels let the next one begin at once. So memory is read while the kernels in front wait for each other: the
+  weights of several operations lie in registers or in the cache before it is their turn.
+- The products with the down matrices and attention read the choice of experts and the positions before the wait. They
+  are complete: a kernel in between lets the next one begin only after its own wait (the products with the gate and up
+  matrices), or the kernel that writes them never does (`tokens_triton.embed_tokens`).
 """
 
 from typing import Any
@@ -15,6 +19,7 @@ import triton
 import triton.language as tl
 
 ALLOWED = True
+MOST_ROWS = 32  # with more the kernels are long, and slower for sharing the processors with the next one
 PROCESSORS = 132  # of an H100
 
 
@@ -22,6 +27,11 @@ PROCESSORS = 132  # of an H100
 def wait_for_earlier_kernels(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_kernel_begin(PDL: tl.constexpr):
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -41,11 +51,11 @@ def prefetch(at, size, part, parts, PDL: tl.constexpr):
                 )  # fmt: skip
 
 
-def launch_options(device: torch.device, warps: int, stages: int = 1) -> dict[str, Any]:
-    """The keyword arguments of a launch; `PDL` is the kernels' own."""
+def launch_options(device: torch.device, rows: int, warps: int, stages: int = 1) -> dict[str, Any]:
+    """The keyword arguments of a launch of a step of some rows; `PDL` is the kernels' own."""
     if device.type != "cuda":
         return {"PDL": False}
-    dependent = ALLOWED and torch.cuda.get_device_capability(device) >= (9, 0)
+    dependent = ALLOWED and rows <= MOST_ROWS and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": dependent, "launch_pdl": dependent, "num_warps": warps, "num_stages": stages}
 
 

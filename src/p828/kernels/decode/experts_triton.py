@@ -12,6 +12,7 @@ from torch import Tensor
 
 from p828.kernels.decode.dependent_launch_triton import (
     launch_options,
+    let_next_kernel_begin,
     prefetch,
     rows_of_program,
     wait_for_earlier_kernels,
@@ -20,8 +21,8 @@ from p828.kernels.decode.dependent_launch_triton import (
 PAIR_TOKENS = 4
 PAIR_GATE_UP = {"elements": 8192, "warps": 4}  # weights that a program holds, gate and up together
 PAIR_DOWN = {"elements": 8192, "warps": 4}
-GROUP_GATE_UP = {"rows": 32, "columns": 128, "warps": 4, "stages": 4}
-GROUP_DOWN = {"rows": 32, "columns": 128, "warps": 4, "stages": 4}
+GROUP_GATE_UP = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
+GROUP_DOWN = {"rows": 64, "columns": 64, "warps": 4, "stages": 4}
 GROUP_TOKENS = 32  # at most, of a program
 GROUP_WARPS = 4
 
@@ -70,6 +71,7 @@ def gate_up_of_pair(
         second_gate_rows = load_rows(at, WIDTH + row, column, H, mask)
         second_up_rows = load_rows(at, P + WIDTH + row, column, H, mask)
     wait_for_earlier_kernels(PDL)
+    let_next_kernel_begin(PDL)
     value = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
     gate, up = tl.sum(gate_rows.to(tl.float32) * value, 1), tl.sum(up_rows.to(tl.float32) * value, 1)
     if OF_PRODUCT:
@@ -85,6 +87,7 @@ def down_of_pair(
     J: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """parts = weight · down inner for some rows of one pair. The choice is older than the kernel in front."""
+    let_next_kernel_begin(PDL)
     pair = tl.program_id(2) * J + tl.program_id(1)
     expert, share = tl.load(experts + pair), tl.load(weights + pair)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -100,6 +103,7 @@ def down_of_pair(
 @triton.jit
 def group_pairs(experts, pairs, counts, R, PAIRS: tl.constexpr, PDL: tl.constexpr):
     """An expert a program: the numbers of its pairs in ascending order, and how many they are."""
+    let_next_kernel_begin(PDL)
     wait_for_earlier_kernels(PDL)
     pair = tl.arange(0, PAIRS)
     expert = tl.program_id(0)
@@ -117,6 +121,7 @@ def gate_up_of_group(
 ):  # fmt: skip
     """inner = act(gate x, up x) for some rows of one expert and a tile of its pairs."""
     wait_for_earlier_kernels(PDL)
+    let_next_kernel_begin(PDL)
     tile, expert = tl.program_id(1), tl.program_id(2)
     count = tl.load(counts + expert)
     if tile * TOKENS >= count:
@@ -157,6 +162,7 @@ def down_of_group(
 
     Lists and weights are older than the kernel in front.
     """
+    let_next_kernel_begin(PDL)
     tile, expert = tl.program_id(1), tl.program_id(2)
     count = tl.load(counts + expert)
     if tile * TOKENS >= count:
@@ -213,7 +219,7 @@ def _gate_up_of_pairs(
     routed_choices = choices - (0 if shared_SXH is None else len(shared_SXH))
     gate_up_of_pair[(triton.cdiv(width, rows), choices, tokens)](
         x_TH, experts_TJ, routed_EXH, shared_SXH, inner_TJI, hidden, width, len(routed_EXH), choices, routed_choices,
-        of_product, rows, columns, **launch_options(x_TH.device, PAIR_GATE_UP["warps"]),
+        of_product, rows, columns, **launch_options(x_TH.device, tokens, PAIR_GATE_UP["warps"]),
     )  # fmt: skip
 
 
@@ -226,7 +232,7 @@ def _down_of_pairs(
     rows = rows_of_program(PAIR_DOWN["elements"], columns, hidden, choices * tokens)
     down_of_pair[(triton.cdiv(hidden, rows), choices, tokens)](
         inner_TJI, experts_TJ, weights_TJ, routed_EHI, shared_SHI, parts_TJH, hidden, width, len(routed_EHI), choices,
-        rows, columns, **launch_options(inner_TJI.device, PAIR_DOWN["warps"]),
+        rows, columns, **launch_options(inner_TJI.device, tokens, PAIR_DOWN["warps"]),
     )  # fmt: skip
 
 
@@ -237,7 +243,7 @@ def _group_pairs(experts_TJ: Tensor, total_experts: int) -> tuple[Tensor, Tensor
     counts_E = torch.empty(total_experts, dtype=torch.int32, device=experts_TJ.device)
     group_pairs[(total_experts,)](
         experts_TJ, pairs_ER, counts_E, count, triton.next_power_of_2(count),
-        **launch_options(experts_TJ.device, GROUP_WARPS),
+        **launch_options(experts_TJ.device, len(experts_TJ), GROUP_WARPS),
     )  # fmt: skip
     return pairs_ER, counts_E
 
@@ -251,7 +257,7 @@ def _gate_up_of_groups(
     gate_up_of_group[(triton.cdiv(width, rows), triton.cdiv(tokens, block), len(counts_E))](
         x_TH, pairs_ER, counts_E, routed_EXH, shared_SXH, inner_TJI, hidden, width, len(routed_EXH), pairs_ER.shape[1],
         choices, of_product, block, rows, GROUP_GATE_UP["columns"],
-        **launch_options(x_TH.device, GROUP_GATE_UP["warps"], GROUP_GATE_UP["stages"]),
+        **launch_options(x_TH.device, tokens, GROUP_GATE_UP["warps"], GROUP_GATE_UP["stages"]),
     )  # fmt: skip
 
 
@@ -264,7 +270,7 @@ def _down_of_groups(
     down_of_group[(triton.cdiv(hidden, rows), triton.cdiv(tokens, block), len(counts_E))](
         inner_TJI, pairs_ER, counts_E, weights_TJ, routed_EHI, shared_SHI, parts_TJH, hidden, width, len(routed_EHI),
         pairs_ER.shape[1], block, rows, GROUP_DOWN["columns"],
-        **launch_options(inner_TJI.device, GROUP_DOWN["warps"], GROUP_DOWN["stages"]),
+        **launch_options(inner_TJI.device, tokens, GROUP_DOWN["warps"], GROUP_DOWN["stages"]),
     )  # fmt: skip
 
 

@@ -11,7 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from p828.kernels.decode.dependent_launch_triton import (
+    PROCESSORS,
     launch_options,
+    let_next_kernel_begin,
     prefetch,
     rows_of_program,
     wait_for_earlier_kernels,
@@ -19,8 +21,11 @@ from p828.kernels.decode.dependent_launch_triton import (
 from p828.kernels.decode.residual_triton import add_norm, load_total, normalise
 
 VECTOR_TOKENS = 4
-VECTOR = {"elements": 8192, "warps": 4}  # weights that a program holds
-MATRIX = {"rows": 32, "columns": 128, "warps": 4, "stages": 4}
+VECTOR = {"elements": 8192, "warps": 8}  # weights that a program holds
+NARROW = {"rows": 16, "columns": 256, "warps": 4, "stages": 3}  # a matrix of few rows, so that all processors have some
+WIDE = {"rows": 32, "columns": 256, "warps": 4, "stages": 3}
+WIDE_OF_MANY = {"rows": 64, "columns": 64, "warps": 4, "stages": 5}  # for more than `FEW_TOKENS`
+FEW_TOKENS = 16
 MATRIX_TOKENS = 64  # at most, of a program
 
 
@@ -29,6 +34,7 @@ def linear_vector(
     x, parts, norm_weight, weight, out, total, eps, T, H, V,
     J: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_kernel_begin(PDL)
     first = tl.program_id(0) * ROWS
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -52,6 +58,7 @@ def linear_vector(
 def linear_matrix(
     x, weight, out, T, H, V, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
 ):
+    let_next_kernel_begin(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     first_row = tl.program_id(0) * ROWS
@@ -78,10 +85,12 @@ def linear(x_TH: Tensor, weight_VH: Tensor, out_dtype: torch.dtype) -> Tensor:
     width = len(weight_VH)
     out_TV = torch.empty(tokens, width, dtype=out_dtype, device=x_TH.device)
     block = min(max(triton.next_power_of_2(tokens), 16), MATRIX_TOKENS)
-    rows = max(rows_of_program(MATRIX["rows"], 1, width, triton.cdiv(tokens, block)), 16)  # `tl.dot` takes no fewer
-    linear_matrix[(triton.cdiv(width, rows), triton.cdiv(tokens, block))](
-        x_TH, weight_VH, out_TV, tokens, hidden, width, block, rows, MATRIX["columns"],
-        **launch_options(x_TH.device, MATRIX["warps"], MATRIX["stages"]),
+    tiles = WIDE if tokens <= FEW_TOKENS else WIDE_OF_MANY
+    if triton.cdiv(width, tiles["rows"]) < PROCESSORS:
+        tiles = NARROW
+    linear_matrix[(triton.cdiv(width, tiles["rows"]), triton.cdiv(tokens, block))](
+        x_TH, weight_VH, out_TV, tokens, hidden, width, block, tiles["rows"], tiles["columns"],
+        **launch_options(x_TH.device, tokens, tiles["warps"], tiles["stages"]),
     )  # fmt: skip
     return out_TV
 
@@ -107,6 +116,6 @@ def _vector(
     linear_vector[(triton.cdiv(width, rows),)](
         x_TH, parts_TJH, norm_weight_H, weight_VH, out_TV, total_TH, eps, tokens, hidden, width,
         0 if parts_TJH is None else parts_TJH.shape[1], rows, columns,
-        **launch_options(x_TH.device, VECTOR["warps"]),
+        **launch_options(x_TH.device, tokens, VECTOR["warps"]),
     )  # fmt: skip
     return out_TV, total_TH

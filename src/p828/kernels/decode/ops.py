@@ -13,8 +13,6 @@ Tensors are contiguous. Weights of products and activations are of one dtype (bf
 dtype); norms, router and sinks are float32.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -48,7 +46,7 @@ def norm_linear(
 def attention(
     qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
-    eps: float, arrivals_TG: Tensor | None, ahead: Sequence[Tensor] = (),
+    eps: float, arrivals_TG: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Attention of T new tokens over their slots' cache, which gets their keys and values: (T, N · D) in qkv's dtype.
 
@@ -59,16 +57,14 @@ def attention(
     negative slot is padding: its result is 0 and it writes nothing. No two tokens may have one slot.
 
     `arrivals_TG`: int32 zeros for at least T tokens, which the kernel counts in and leaves zero; one for all layers.
-    `ahead`: up to three weights that the next operations read, which the kernel has the L2 cache fetch meanwhile: most
-    of the time here is latency, and memory would be idle. Slots, positions and the cache must be older than the kernel
-    in front, see `dependent_launch_triton`.
+    Slots, positions and the cache must be older than the kernel in front, see `dependent_launch_triton`.
     """
     from p828.kernels.decode import attention_triton
 
     assert arrivals_TG is not None
     return attention_triton.attention(
         qkv_TXD, keys_SGCD, values_SGCD, slots_T, positions_T, frequencies, factor, q_norm_D, k_norm_D, sinks_N, eps,
-        arrivals_TG, ahead,
+        arrivals_TG,
     )  # fmt: skip
 
 
@@ -106,3 +102,25 @@ def experts(
     return experts_triton.experts(
         x_TH, experts_TJ, weights_TJ, gate_up_EXH, down_EHI, shared_gate_up_SXH, shared_down_SHI, hidden_act
     )
+
+
+def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor, position_S: Tensor) -> tuple[Tensor, Tensor]:
+    """The embeddings (T, H) of the slots' newest tokens `token_S`, and their positions, int32 (T,)."""
+    from p828.kernels.decode import tokens_triton
+
+    return tokens_triton.embed(embedding_VH, slots_T, token_S, position_S)
+
+
+def choose_tokens(
+    logits_TV: Tensor, slots_T: Tensor, temperature_S: Tensor, uniform_SC: Tensor, token_S: Tensor, position_S: Tensor,
+    arrivals_T: Tensor,
+) -> Tensor:  # fmt: skip
+    """The next token of each row, int64 (T,), without filters or penalties; −1 where a logit is no finite number.
+
+    `logits_TV` is float32. A slot with temperature 0 takes its likeliest token, of equal ones the lowest. Another draws
+    as `p828.inference.sampling.draw` does, by `uniform_SC` (float32) at the next position, which C limits. `token_S`
+    and `position_S` (int64) get the next token, 0 for −1, and its position. `arrivals_T`: as for `attention`.
+    """
+    from p828.kernels.decode import tokens_triton
+
+    return tokens_triton.choose_tokens(logits_TV, slots_T, temperature_S, uniform_SC, token_S, position_S, arrivals_T)

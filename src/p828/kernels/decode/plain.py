@@ -4,8 +4,6 @@ Sums, norms and softmaxes are in float32, or in float64 for tensors of that. Att
 lengths and choices: for a CPU that costs nothing, and no more than what is used is read.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +28,7 @@ def norm_linear(
 def attention(
     qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
-    eps: float, arrivals_TG: Tensor | None, ahead: Sequence[Tensor] = (),
+    eps: float, arrivals_TG: Tensor | None,
 ) -> Tensor:  # fmt: skip
     wide, groups, head_dim = _wide(qkv_TXD), *keys_SGCD.shape[1::2]
     q_TND, k_TGD, v_TGD = qkv_TXD.split((qkv_TXD.shape[1] - 2 * groups, groups, groups), dim=1)
@@ -95,6 +93,28 @@ def experts(
         out_XH = F.linear((F.silu(gate_XP) * up_XP).to(x_TH.dtype), down_HI)
         parts_TJH[token_X, choice_X] = out_XH.to(wide) * weights_TJ[token_X, choice_X, None]
     return parts_TJH
+
+
+def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor, position_S: Tensor) -> tuple[Tensor, Tensor]:
+    return embedding_VH[token_S[slots_T]], position_S[slots_T].to(torch.int32)
+
+
+def choose_tokens(
+    logits_TV: Tensor, slots_T: Tensor, temperature_S: Tensor, uniform_SC: Tensor, token_S: Tensor, position_S: Tensor,
+    arrivals_T: Tensor | None,
+) -> Tensor:  # fmt: skip
+    position_T = (position_S[slots_T] + 1).clamp(max=uniform_SC.shape[1] - 1)
+    temperature_T = temperature_S.flatten()[slots_T]
+    likeliest_T = logits_TV.argmax(dim=-1)
+    probability_TV = (logits_TV / temperature_T.where(temperature_T > 0, 1.0)[:, None]).softmax(dim=-1)
+    through_TV = probability_TV.cumsum(dim=-1)
+    threshold_T = uniform_SC[slots_T, position_T] * through_TV[:, -1]
+    drawn_T = (through_TV <= threshold_T[:, None]).sum(dim=-1)
+    # Rounded up, a number just below 1 may reach the sum of all.
+    is_drawn_T = (temperature_T > 0) & (drawn_T < logits_TV.shape[1])
+    token_T = drawn_T.where(is_drawn_T, likeliest_T).where(logits_TV.isfinite().all(dim=-1), -1)
+    token_S[slots_T], position_S[slots_T] = token_T.clamp(min=0), position_T
+    return token_T
 
 
 def _wide(x: Tensor) -> torch.dtype:

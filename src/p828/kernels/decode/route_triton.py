@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
 from p828.kernels.decode.residual_triton import load_total, normalise
 
 ELEMENTS = 16384  # of the router's weight, that a program holds at a time
@@ -72,6 +72,7 @@ def route_token(
     GROUPS: tl.constexpr, KEPT: tl.constexpr, GROUP_COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_kernel_begin(PDL)
     row, column, expert = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, EXPERTS)
     inside = column[None, :] < H
     gain = tl.load(norm_weight + column, mask=column < H, other=0.0)
@@ -119,6 +120,6 @@ def route(
         eps, routed_scaling_factor, hidden, experts, 0 if parts_TJH is None else parts_TJH.shape[1],
         per_token, shared, scoring_func == "softmax", norm_topk_prob, n_group, topk_group,
         max(triton.next_power_of_2(n_group), 2), max(triton.next_power_of_2(per_token + shared), 2),
-        rows, triton.cdiv(experts, rows), padded, columns, **launch_options(x_TH.device, WARPS),
+        rows, triton.cdiv(experts, rows), padded, columns, **launch_options(x_TH.device, tokens, WARPS),
     )  # fmt: skip
     return total_TH, normed_TH, experts_TJ, weights_TJ
