@@ -138,6 +138,7 @@ def test_rows_of_generation_with_peers_that_fail(tmp_path: Path) -> None:
     """A peer whose answers are known fails at one batch, and another at all: the rest is measured all the same."""
     folder = tmp_path / "benchmarks" / "peers"
     folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
     (folder / "systems.py").touch()
     (folder / "generators.py").write_text(FAULTY)
     path = write_toml(tmp_path)
