@@ -13,6 +13,7 @@ import torch
 from p828.errors import NotFinite
 from p828.inference.decode.cache import SlotCache
 from p828.inference.decode.captured_steps import CapturedSteps
+from p828.inference.decode.cpu_steps import CpuSteps
 from p828.inference.decode.rows import Rows
 from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, FinishReason, NewToken, Wants, sequence_of
 from p828.inference.decode.steps import Flight, PlainSteps
@@ -53,7 +54,9 @@ class Decoder:
                 model, self._cache, self._rows, vocab_size, dtype, min(prefill_tokens, self.max_length)
             )
         else:
-            self._steps = PlainSteps(model, self._cache, self._rows, vocab_size, dtype)
+            is_float32_on_cpu = device.type == "cpu" and dtype == torch.float32
+            steps = CpuSteps if is_float32_on_cpu else PlainSteps
+            self._steps = steps(model, self._cache, self._rows, vocab_size, dtype)
         self._unread: deque[DecodedSequence] = deque()
         """Sequences whose prompt is still to be read, the first of them maybe in part."""
         self._read_tokens = 0
