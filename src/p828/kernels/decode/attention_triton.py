@@ -12,9 +12,9 @@ from torch import Tensor
 
 from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
 
-KEYS = 64  # of a step of a program
-WARPS = 4
-PROGRAMS = 264  # that the splits aim at: two on each processor of an H100
+FEW_TOKENS = 4
+OF_FEW = {"keys": 64, "warps": 2, "programs": 264}  # keys of a step of a program; programs that the splits aim at
+OF_MANY = {"keys": 64, "warps": 4, "programs": 528}  # four on each processor of an H100
 MAX_SPLITS = 32
 ELEMENTS = 8192  # of the splits' values, that the joining program holds at a time
 
@@ -213,7 +213,8 @@ def attention(
     groups, length = keys_SGCD.shape[1:3]
     heads = all_heads - 2 * groups
     sharing = heads // groups
-    splits = min(max(PROGRAMS // (tokens * groups), 1), triton.cdiv(length, KEYS), MAX_SPLITS)
+    tiles = OF_FEW if tokens <= FEW_TOKENS else OF_MANY
+    splits = min(max(tiles["programs"] // (tokens * groups), 1), triton.cdiv(length, tiles["keys"]), MAX_SPLITS)
     splits = triton.next_power_of_2(splits)
     columns, joined_heads = max(triton.next_power_of_2(head_dim), 16), triton.next_power_of_2(sharing)
     step = min(max(ELEMENTS // (joined_heads * columns), 1), splits)
@@ -223,6 +224,7 @@ def attention(
     attend[(splits, groups, tokens)](
         qkv_TXD, keys_SGCD, values_SGCD, slots_T, positions_T, frequencies, q_norm_D, k_norm_D, sinks_N, out_TX,
         split_values, split_bounds, arrivals_TG, factor, eps, length, groups, sharing, head_dim,
-        max(joined_heads, 16), columns, KEYS, splits, joined_heads, step, **launch_options(qkv_TXD.device, WARPS),
+        max(joined_heads, 16), columns, tiles["keys"], splits, joined_heads, step,
+        **launch_options(qkv_TXD.device, tokens, tiles["warps"]),
     )  # fmt: skip
     return out_TX

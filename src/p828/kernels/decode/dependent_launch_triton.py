@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 ALLOWED = True
+MOST_ROWS = 32  # with more the kernels are long, and slower for sharing the processors with the next one
 PROCESSORS = 132  # of an H100
 
 
@@ -50,11 +51,11 @@ def prefetch(at, size, part, parts, PDL: tl.constexpr):
                 )  # fmt: skip
 
 
-def launch_options(device: torch.device, warps: int, stages: int = 1) -> dict[str, Any]:
-    """The keyword arguments of a launch; `PDL` is the kernels' own."""
+def launch_options(device: torch.device, rows: int, warps: int, stages: int = 1) -> dict[str, Any]:
+    """The keyword arguments of a launch of a step of some rows; `PDL` is the kernels' own."""
     if device.type != "cuda":
         return {"PDL": False}
-    dependent = ALLOWED and torch.cuda.get_device_capability(device) >= (9, 0)
+    dependent = ALLOWED and rows <= MOST_ROWS and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": dependent, "launch_pdl": dependent, "num_warps": warps, "num_stages": stages}
 
 

@@ -219,7 +219,7 @@ def _gate_up_of_pairs(
     routed_choices = choices - (0 if shared_SXH is None else len(shared_SXH))
     gate_up_of_pair[(triton.cdiv(width, rows), choices, tokens)](
         x_TH, experts_TJ, routed_EXH, shared_SXH, inner_TJI, hidden, width, len(routed_EXH), choices, routed_choices,
-        of_product, rows, columns, **launch_options(x_TH.device, PAIR_GATE_UP["warps"]),
+        of_product, rows, columns, **launch_options(x_TH.device, tokens, PAIR_GATE_UP["warps"]),
     )  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def _down_of_pairs(
     rows = rows_of_program(PAIR_DOWN["elements"], columns, hidden, choices * tokens)
     down_of_pair[(triton.cdiv(hidden, rows), choices, tokens)](
         inner_TJI, experts_TJ, weights_TJ, routed_EHI, shared_SHI, parts_TJH, hidden, width, len(routed_EHI), choices,
-        rows, columns, **launch_options(inner_TJI.device, PAIR_DOWN["warps"]),
+        rows, columns, **launch_options(inner_TJI.device, tokens, PAIR_DOWN["warps"]),
     )  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def _group_pairs(experts_TJ: Tensor, total_experts: int) -> tuple[Tensor, Tensor
     counts_E = torch.empty(total_experts, dtype=torch.int32, device=experts_TJ.device)
     group_pairs[(total_experts,)](
         experts_TJ, pairs_ER, counts_E, count, triton.next_power_of_2(count),
-        **launch_options(experts_TJ.device, GROUP_WARPS),
+        **launch_options(experts_TJ.device, len(experts_TJ), GROUP_WARPS),
     )  # fmt: skip
     return pairs_ER, counts_E
 
@@ -257,7 +257,7 @@ def _gate_up_of_groups(
     gate_up_of_group[(triton.cdiv(width, rows), triton.cdiv(tokens, block), len(counts_E))](
         x_TH, pairs_ER, counts_E, routed_EXH, shared_SXH, inner_TJI, hidden, width, len(routed_EXH), pairs_ER.shape[1],
         choices, of_product, block, rows, GROUP_GATE_UP["columns"],
-        **launch_options(x_TH.device, GROUP_GATE_UP["warps"], GROUP_GATE_UP["stages"]),
+        **launch_options(x_TH.device, tokens, GROUP_GATE_UP["warps"], GROUP_GATE_UP["stages"]),
     )  # fmt: skip
 
 
@@ -270,7 +270,7 @@ def _down_of_groups(
     down_of_group[(triton.cdiv(hidden, rows), triton.cdiv(tokens, block), len(counts_E))](
         inner_TJI, pairs_ER, counts_E, weights_TJ, routed_EHI, shared_SHI, parts_TJH, hidden, width, len(routed_EHI),
         pairs_ER.shape[1], block, rows, GROUP_DOWN["columns"],
-        **launch_options(inner_TJI.device, GROUP_DOWN["warps"], GROUP_DOWN["stages"]),
+        **launch_options(inner_TJI.device, tokens, GROUP_DOWN["warps"], GROUP_DOWN["stages"]),
     )  # fmt: skip
 
 

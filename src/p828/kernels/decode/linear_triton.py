@@ -90,7 +90,7 @@ def linear(x_TH: Tensor, weight_VH: Tensor, out_dtype: torch.dtype) -> Tensor:
         tiles = NARROW
     linear_matrix[(triton.cdiv(width, tiles["rows"]), triton.cdiv(tokens, block))](
         x_TH, weight_VH, out_TV, tokens, hidden, width, block, tiles["rows"], tiles["columns"],
-        **launch_options(x_TH.device, tiles["warps"], tiles["stages"]),
+        **launch_options(x_TH.device, tokens, tiles["warps"], tiles["stages"]),
     )  # fmt: skip
     return out_TV
 
@@ -116,6 +116,6 @@ def _vector(
     linear_vector[(triton.cdiv(width, rows),)](
         x_TH, parts_TJH, norm_weight_H, weight_VH, out_TV, total_TH, eps, tokens, hidden, width,
         0 if parts_TJH is None else parts_TJH.shape[1], rows, columns,
-        **launch_options(x_TH.device, VECTOR["warps"]),
+        **launch_options(x_TH.device, tokens, VECTOR["warps"]),
     )  # fmt: skip
     return out_TV, total_TH

@@ -122,6 +122,6 @@ def route(
         eps, routed_scaling_factor, hidden, experts, 0 if parts_TJH is None else parts_TJH.shape[1],
         per_token, shared, scoring_func == "softmax", norm_topk_prob, n_group, topk_group,
         max(triton.next_power_of_2(n_group), 2), triton.next_power_of_2(max(shared, 1)),
-        rows, triton.cdiv(experts, rows), padded, columns, **launch_options(x_TH.device, WARPS),
+        rows, triton.cdiv(experts, rows), padded, columns, **launch_options(x_TH.device, tokens, WARPS),
     )  # fmt: skip
     return total_TH, normed_TH, experts_TJ, weights_TJ

@@ -96,7 +96,7 @@ def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor, position_S: Te
     positions_T = torch.empty(tokens, dtype=torch.int32, device=x_TH.device)
     embed_tokens[(tokens,)](
         embedding_VH, slots_T, token_S, position_S, x_TH, positions_T, hidden, triton.next_power_of_2(hidden),
-        **launch_options(x_TH.device, 4),
+        **launch_options(x_TH.device, tokens, 4),
     )  # fmt: skip
     return x_TH, positions_T
 
@@ -113,6 +113,6 @@ def choose_tokens(
     choose[(blocks, tokens)](
         logits_TV, slots_T, temperature_S, uniform_SC, token_S, position_S, token_T, maxima, sums, places, arrivals_T,
         width, uniform_SC.shape[1], blocks, max(triton.next_power_of_2(blocks), 2), BLOCK,
-        **launch_options(logits_TV.device, WARPS),
+        **launch_options(logits_TV.device, tokens, WARPS),
     )  # fmt: skip
     return token_T
