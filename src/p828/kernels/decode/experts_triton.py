@@ -19,7 +19,7 @@ from p828.kernels.decode.dependent_launch_triton import (
 )
 
 PAIR_TOKENS = 4
-PAIR_GATE_UP = {"elements": 8192, "warps": 4}  # weights that a program holds, gate and up together
+PAIR_GATE_UP = {"elements": 8192, "warps": 4, "tiles": 2}  # weights that a program holds, gate and up together
 PAIR_DOWN = {"elements": 8192, "warps": 4}
 GROUP_GATE_UP = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
 GROUP_DOWN = {"rows": 64, "columns": 64, "warps": 4, "stages": 4}
@@ -48,37 +48,64 @@ def load_rows(at, row, column, H, mask):
 
 
 @triton.jit
+def load_gate_up(at, row, column, H, WIDTH, OF_PRODUCT: tl.constexpr):
+    """Rows of gate and up projection; for `swiglu_of_product` those that both halves of the product need."""
+    mask = (row[:, None] < WIDTH) & (column[None, :] < H)
+    P = 2 * WIDTH if OF_PRODUCT else WIDTH
+    gate_rows, up_rows = load_rows(at, row, column, H, mask), load_rows(at, P + row, column, H, mask)
+    second_gate_rows, second_up_rows = gate_rows, up_rows
+    if OF_PRODUCT:
+        second_gate_rows = load_rows(at, WIDTH + row, column, H, mask)
+        second_up_rows = load_rows(at, P + WIDTH + row, column, H, mask)
+    return gate_rows, up_rows, second_gate_rows, second_up_rows
+
+
+@triton.jit
+def prefetch_gate_up(at, first, H, WIDTH, OF_PRODUCT: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
+    """The same rows, into the L2 cache."""
+    size = tl.maximum(tl.minimum(WIDTH - first, ROWS), 0) * H * (at.dtype.element_ty.primitive_bitwidth // 8)
+    for half in tl.static_range(4 if OF_PRODUCT else 2):
+        prefetch(at + (half * WIDTH + first) * H, size, 0, 1, PDL)
+
+
+@triton.jit
 def gate_up_of_pair(
-    x, experts, routed, shared, inner, H, WIDTH, E,
+    x, experts, routed, shared, shared_down, inner, H, WIDTH, E,
     J: tl.constexpr, K: tl.constexpr, OF_PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
+    TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """inner = act(gate x, up x) for some rows of one pair."""
+    """inner = act(gate x, up x) for some rows of one pair: the first tile in registers, the next on its way to L2."""
     # Shared experts first: their weights are loaded while the kernel in front still chooses the others.
     choice, token = (tl.program_id(1) + K) % J, tl.program_id(2)
     expert = E + choice - K
     if choice < K:
         wait_for_earlier_kernels(PDL)
         expert = tl.load(experts + token * J + choice)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * ROWS * TILES
     column = tl.arange(0, COLUMNS)
-    mask = (row[:, None] < WIDTH) & (column[None, :] < H)
-    P = 2 * WIDTH if OF_PRODUCT else WIDTH
-    at = expert_weights(routed, shared, expert, E, 2 * P * H)
-    gate_rows = load_rows(at, row, column, H, mask)
-    up_rows = load_rows(at, P + row, column, H, mask)
-    if OF_PRODUCT:
-        second_gate_rows = load_rows(at, WIDTH + row, column, H, mask)
-        second_up_rows = load_rows(at, P + WIDTH + row, column, H, mask)
+    weight_at = expert_weights(routed, shared, expert, E, 2 * H * (2 * WIDTH if OF_PRODUCT else WIDTH))
+    rows = load_gate_up(weight_at, first + tl.arange(0, ROWS), column, H, WIDTH, OF_PRODUCT)
+    for tile in tl.static_range(1, TILES):
+        prefetch_gate_up(weight_at, first + tile * ROWS, H, WIDTH, OF_PRODUCT, ROWS, PDL)
+    if shared is not None:  # noqa: SIM102 Triton would compile both sides of an `and`
+        if choice >= K:
+            at = shared_down + (choice - K) * H * WIDTH
+            prefetch(
+                at, H * WIDTH * (at.dtype.element_ty.primitive_bitwidth // 8), tl.program_id(0), tl.num_programs(0), PDL
+            )
     wait_for_earlier_kernels(PDL)
     let_next_kernel_begin(PDL)
     value = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
-    gate, up = tl.sum(gate_rows.to(tl.float32) * value, 1), tl.sum(up_rows.to(tl.float32) * value, 1)
-    if OF_PRODUCT:
-        gate *= up
-        up = tl.sum(second_gate_rows.to(tl.float32) * value, 1) * tl.sum(second_up_rows.to(tl.float32) * value, 1)
-    at = inner + (token * J + choice) * WIDTH + row
-    tl.store(at, (silu(gate) * up).to(inner.dtype.element_ty), mask=row < WIDTH)
+    for tile in tl.static_range(TILES):
+        row = first + tile * ROWS + tl.arange(0, ROWS)
+        if tile > 0:
+            rows = load_gate_up(weight_at, row, column, H, WIDTH, OF_PRODUCT)
+        gate, up = tl.sum(rows[0].to(tl.float32) * value, 1), tl.sum(rows[1].to(tl.float32) * value, 1)
+        if OF_PRODUCT:
+            gate *= up
+            up = tl.sum(rows[2].to(tl.float32) * value, 1) * tl.sum(rows[3].to(tl.float32) * value, 1)
+        at = inner + (token * J + choice) * WIDTH + row
+        tl.store(at, (silu(gate) * up).to(inner.dtype.element_ty), mask=row < WIDTH)
 
 
 @triton.jit
@@ -199,7 +226,8 @@ def experts(
     parts_TJH = torch.empty(*experts_TJ.shape, x_TH.shape[1], dtype=torch.float32, device=x_TH.device)
     of_product = hidden_act == "swiglu_of_product"
     if len(x_TH) <= PAIR_TOKENS:
-        _gate_up_of_pairs(x_TH, experts_TJ, gate_up_EXH, shared_gate_up_SXH, inner_TJI, of_product)
+        shared = shared_gate_up_SXH, shared_down_SHI
+        _gate_up_of_pairs(x_TH, experts_TJ, gate_up_EXH, *shared, inner_TJI, of_product)
         _down_of_pairs(inner_TJI, experts_TJ, weights_TJ, down_EHI, shared_down_SHI, parts_TJH)
     else:
         total_experts = len(down_EHI) + (0 if shared_down_SHI is None else len(shared_down_SHI))
@@ -210,16 +238,19 @@ def experts(
 
 
 def _gate_up_of_pairs(
-    x_TH: Tensor, experts_TJ: Tensor, routed_EXH: Tensor, shared_SXH: Tensor | None, inner_TJI: Tensor, of_product: bool
-) -> None:
+    x_TH: Tensor, experts_TJ: Tensor, routed_EXH: Tensor, shared_SXH: Tensor | None, shared_down_SHI: Tensor | None,
+    inner_TJI: Tensor, of_product: bool,
+) -> None:  # fmt: skip
     (tokens, hidden), (_, choices, width) = x_TH.shape, inner_TJI.shape
     columns = triton.next_power_of_2(hidden)
     matrices = 4 if of_product else 2  # that a row is read of
-    rows = rows_of_program(PAIR_GATE_UP["elements"] // matrices, columns, width, choices * tokens)
+    tiles = PAIR_GATE_UP["tiles"]
+    rows = rows_of_program(PAIR_GATE_UP["elements"] // matrices, columns, width // tiles, choices * tokens)
     routed_choices = choices - (0 if shared_SXH is None else len(shared_SXH))
-    gate_up_of_pair[(triton.cdiv(width, rows), choices, tokens)](
-        x_TH, experts_TJ, routed_EXH, shared_SXH, inner_TJI, hidden, width, len(routed_EXH), choices, routed_choices,
-        of_product, rows, columns, **launch_options(x_TH.device, tokens, PAIR_GATE_UP["warps"]),
+    gate_up_of_pair[(triton.cdiv(width, rows * tiles), choices, tokens)](
+        x_TH, experts_TJ, routed_EXH, shared_SXH, shared_down_SHI, inner_TJI, hidden, width, len(routed_EXH), choices,
+        routed_choices, of_product, rows, columns, tiles,
+        **launch_options(x_TH.device, tokens, PAIR_GATE_UP["warps"]),
     )  # fmt: skip
 
 
