@@ -13,6 +13,7 @@ from torch import Tensor
 from p828.kernels.decode.dependent_launch_triton import (
     launch_options,
     let_next_kernel_begin,
+    let_next_kernel_begin_late,
     prefetch,
     rows_of_program,
     wait_for_earlier_kernels,
@@ -138,6 +139,7 @@ def group_pairs(experts, pairs, counts, R, PAIRS: tl.constexpr, PDL: tl.constexp
     rank = tl.cumsum(is_its, 0) - 1
     tl.store(pairs + expert * R + rank, pair, mask=is_its == 1)
     tl.store(counts + expert, tl.sum(is_its, 0))
+    let_next_kernel_begin_late(PDL)
 
 
 @triton.jit
@@ -178,6 +180,7 @@ def gate_up_of_group(
     at = inner + pair[None, :] * WIDTH + row[:, None]
     mask = (place[None, :] < count) & (row[:, None] < WIDTH)
     tl.store(at, (silu(gate) * up).to(inner.dtype.element_ty), mask=mask)
+    let_next_kernel_begin_late(PDL)
 
 
 @triton.jit
@@ -215,6 +218,7 @@ def down_of_group(
     at = parts + pair[None, :] * H + row[:, None]
     mask = (place[None, :] < count) & (row[:, None] < H)
     tl.store(at, (product * share[None, :]).to(parts.dtype.element_ty), mask=mask)
+    let_next_kernel_begin_late(PDL)
 
 
 def experts(

@@ -5,7 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import (
+    launch_options,
+    let_next_kernel_begin,
+    let_next_kernel_begin_late,
+    wait_for_earlier_kernels,
+)
 from p828.kernels.decode.residual_triton import load_total, normalise
 
 ELEMENTS = 16384  # of the router's weight, that a program holds at a time
@@ -104,6 +109,7 @@ def route_token(
         experts + token * (K + SHARED), weights + token * (K + SHARED), scores, left, expert, scaling, E,
         K, SHARED, NORMALISED, SHARED_COLUMNS,
     )  # fmt: skip
+    let_next_kernel_begin_late(PDL)
 
 
 def route(
