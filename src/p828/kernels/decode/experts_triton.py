@@ -23,7 +23,8 @@ PAIR_TOKENS = 4
 PAIR_GATE_UP = {"elements": 8192, "warps": 4, "tiles": 2}  # weights that a program holds, gate and up together
 PAIR_DOWN = {"elements": 8192, "warps": 4}
 GROUP_GATE_UP = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
-GROUP_DOWN = {"rows": 64, "columns": 64, "warps": 4, "stages": 4}
+GROUP_DOWN = {"rows": 64, "columns": 64, "warps": 4, "stages": 4, "programs": 396}  # three on each of 132 processors
+MAX_SPLITS = 4  # of an expert's columns, each a part more for the next kernel to sum
 GROUP_TOKENS = 32  # at most, of a program
 GROUP_WARPS = 4
 
@@ -186,14 +187,14 @@ def gate_up_of_group(
 @triton.jit
 def down_of_group(
     inner, pairs, counts, weights, routed, shared, parts, H, WIDTH, E, R,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """parts = weight · down inner for some rows of one expert and a tile of its pairs.
+    """parts = weight · down inner for some rows and a range of the columns of one expert, and a tile of its pairs.
 
     Lists and weights are older than the kernel in front.
     """
     let_next_kernel_begin(PDL)
-    tile, expert = tl.program_id(1), tl.program_id(2)
+    tile, split, expert = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS, tl.program_id(2)
     count = tl.load(counts + expert)
     if tile * TOKENS >= count:
         return
@@ -202,20 +203,18 @@ def down_of_group(
     share = tl.load(weights + pair, mask=place < count, other=0.0)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weight_at = expert_weights(routed, shared, expert, E, H * WIDTH)
-    first_row = tl.program_id(0) * ROWS
-    size = tl.minimum(H - first_row, ROWS) * WIDTH * (routed.dtype.element_ty.primitive_bitwidth // 8)
-    prefetch(weight_at + first_row * WIDTH, size, 0, 1, PDL)
     wait_for_earlier_kernels(PDL)
     inner_at = inner + pair[None, :] * WIDTH
     product = tl.zeros((ROWS, TOKENS), tl.float32)
-    for first in range(0, WIDTH, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
+    blocks = tl.cdiv(tl.cdiv(WIDTH, COLUMNS), SPLITS)
+    for block in range(split * blocks, (split + 1) * blocks):
+        column = block * COLUMNS + tl.arange(0, COLUMNS)
         mask = (row[:, None] < H) & (column[None, :] < WIDTH)
         value = tl.load(
             inner_at + column[:, None], mask=(place[None, :] < count) & (column[:, None] < WIDTH), other=0.0
         )
         product = tl.dot(load_rows(weight_at, row, column, WIDTH, mask), value, product, input_precision="ieee")
-    at = parts + pair[None, :] * H + row[:, None]
+    at = parts + (pair[None, :] * SPLITS + split) * H + row[:, None]
     mask = (place[None, :] < count) & (row[:, None] < H)
     tl.store(at, (product * share[None, :]).to(parts.dtype.element_ty), mask=mask)
     let_next_kernel_begin_late(PDL)
@@ -225,20 +224,23 @@ def experts(
     x_TH: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, gate_up_EXH: Tensor, down_EHI: Tensor,
     shared_gate_up_SXH: Tensor | None, shared_down_SHI: Tensor | None, hidden_act: str,
 ) -> Tensor:  # fmt: skip
-    """The parts (T, J, H), float32."""
-    inner_TJI = torch.empty(*experts_TJ.shape, down_EHI.shape[2], dtype=x_TH.dtype, device=x_TH.device)
-    parts_TJH = torch.empty(*experts_TJ.shape, x_TH.shape[1], dtype=torch.float32, device=x_TH.device)
+    (tokens, choices), (routed, hidden, width) = experts_TJ.shape, down_EHI.shape
+    inner_TJI = x_TH.new_empty(tokens, choices, width)
     of_product = hidden_act == "swiglu_of_product"
-    if len(x_TH) <= PAIR_TOKENS:
+    if tokens <= PAIR_TOKENS:
+        parts_TXH = x_TH.new_empty(tokens, choices, hidden, dtype=torch.float32)
         shared = shared_gate_up_SXH, shared_down_SHI
         _gate_up_of_pairs(x_TH, experts_TJ, gate_up_EXH, *shared, inner_TJI, of_product)
-        _down_of_pairs(inner_TJI, experts_TJ, weights_TJ, down_EHI, shared_down_SHI, parts_TJH)
-    else:
-        total_experts = len(down_EHI) + (0 if shared_down_SHI is None else len(shared_down_SHI))
-        groups = _group_pairs(experts_TJ, total_experts)
-        _gate_up_of_groups(x_TH, *groups, gate_up_EXH, shared_gate_up_SXH, inner_TJI, of_product)
-        _down_of_groups(inner_TJI, *groups, weights_TJ, down_EHI, shared_down_SHI, parts_TJH)
-    return parts_TJH
+        _down_of_pairs(inner_TJI, experts_TJ, weights_TJ, down_EHI, shared_down_SHI, parts_TXH)
+        return parts_TXH
+    total_experts = routed + (0 if shared_down_SHI is None else len(shared_down_SHI))
+    programs = triton.cdiv(hidden, GROUP_DOWN["rows"]) * total_experts
+    splits = min(triton.cdiv(GROUP_DOWN["programs"], programs), MAX_SPLITS)
+    parts_TXH = x_TH.new_empty(tokens, choices * splits, hidden, dtype=torch.float32)
+    groups = _group_pairs(experts_TJ, total_experts)
+    _gate_up_of_groups(x_TH, *groups, gate_up_EXH, shared_gate_up_SXH, inner_TJI, of_product)
+    _down_of_groups(inner_TJI, *groups, weights_TJ, down_EHI, shared_down_SHI, parts_TXH)
+    return parts_TXH
 
 
 def _gate_up_of_pairs(
@@ -298,13 +300,13 @@ def _gate_up_of_groups(
 
 def _down_of_groups(
     inner_TJI: Tensor, pairs_ER: Tensor, counts_E: Tensor, weights_TJ: Tensor, routed_EHI: Tensor,
-    shared_SHI: Tensor | None, parts_TJH: Tensor,
+    shared_SHI: Tensor | None, parts_TXH: Tensor,
 ) -> None:  # fmt: skip
-    (tokens, _, hidden), width = parts_TJH.shape, inner_TJI.shape[2]
-    rows, block = GROUP_DOWN["rows"], _token_block(tokens)
-    down_of_group[(triton.cdiv(hidden, rows), triton.cdiv(tokens, block), len(counts_E))](
-        inner_TJI, pairs_ER, counts_E, weights_TJ, routed_EHI, shared_SHI, parts_TJH, hidden, width, len(routed_EHI),
-        pairs_ER.shape[1], block, rows, GROUP_DOWN["columns"],
+    (tokens, count, hidden), (_, choices, width) = parts_TXH.shape, inner_TJI.shape
+    rows, block, splits = GROUP_DOWN["rows"], _token_block(tokens), count // choices
+    down_of_group[(triton.cdiv(hidden, rows), triton.cdiv(tokens, block) * splits, len(counts_E))](
+        inner_TJI, pairs_ER, counts_E, weights_TJ, routed_EHI, shared_SHI, parts_TXH, hidden, width, len(routed_EHI),
+        pairs_ER.shape[1], block, rows, GROUP_DOWN["columns"], splits,
         **launch_options(inner_TJI.device, tokens, GROUP_DOWN["warps"], GROUP_DOWN["stages"]),
     )  # fmt: skip
 
