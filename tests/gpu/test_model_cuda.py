@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from oracles import BFLOAT16, FLOAT32, assert_near
-from p828.model.kv_cache import KVCache
 from p828.model.loss import linear_cross_entropy
 from p828.model.transformer import Transformer
 from tiny import make_documents, tiny_model
@@ -137,17 +136,3 @@ def test_deterministic_repeats_bit_for_bit(cuda: torch.device, compiled: bool) -
         torch.use_deterministic_algorithms(False)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-
-
-@torch.no_grad()
-def test_cached_logits_on_the_gpu(cuda: torch.device) -> None:
-    model = tiny_model(**SMALL).to(cuda)
-    tokens = torch.randint(97, (2, 12), device=cuda)
-    expected = model.logits(model(tokens, dtype=torch.bfloat16).hidden_BSH)
-    cache = KVCache(model.config, 2, 12, cuda, torch.bfloat16)
-    parts = []
-    for start, end in ((0, 8), (8, 9), (9, 12)):
-        cache.extend(end)
-        positions = torch.arange(start, end, device=cuda).expand(2, -1)
-        parts.append(model.logits(model(tokens[:, start:end], positions, cache=cache, dtype=torch.bfloat16).hidden_BSH))
-    assert_near(torch.cat(parts, 1), expected, DEEP)

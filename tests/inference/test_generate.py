@@ -12,7 +12,6 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError
 from p828.inference.generate import Completion, generate
 from p828.inference.sampling import SamplingConfig
-from p828.model.kv_cache import KVCache
 from p828.model.transformer import Transformer
 from tiny import tiny_model
 
@@ -45,29 +44,6 @@ def test_greedy_is_the_argmax_of_full_forward_passes(letters: Tokenizer, changes
         assert completion.text == letters.decode(expected)
         assert completion.finish_reason == ("length" if len(expected) == 12 else "end")
     assert len({completion.text for completion in completions}) > 2
-
-
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_cached_logits_are_the_uncached(changes: dict[str, object]) -> None:
-    """Prompts of 7 and 3 tokens, then one token at a time. In float64 but for RoPE, which rounds to float32: 1e-7."""
-    model = tiny_model(**changes).double()
-    model.frequencies = model.frequencies.double()
-    tokens_BS = torch.randint(97, (2, 12))
-    lengths_B = torch.tensor([7, 3])
-    cache = KVCache(model.config, 2, 12, torch.device("cpu"), torch.float64)
-    cache.extend(7)
-    hidden_BSH = model(tokens_BS[:, :7], cache=cache, dtype=torch.float64).hidden_BSH
-    hidden_BH = hidden_BSH[torch.arange(2), lengths_B - 1]
-    for _ in range(6):
-        for row, length in enumerate(lengths_B.tolist()):
-            expected_SH = model(tokens_BS[row : row + 1, :length], dtype=torch.float64).hidden_BSH[0]
-            torch.testing.assert_close(hidden_BH[row], expected_SH[-1], rtol=1e-6, atol=1e-6)
-        if lengths_B.max() == 12:
-            break
-        cache.extend(int(lengths_B.max()) + 1)
-        next_B1 = tokens_BS.gather(1, lengths_B[:, None])
-        hidden_BH = model(next_B1, lengths_B[:, None], cache=cache, dtype=torch.float64).hidden_BSH[:, 0]
-        lengths_B += 1
 
 
 @pytest.mark.parametrize(

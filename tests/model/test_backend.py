@@ -44,8 +44,7 @@ def test_decisions(
         assert experts_backend(hidden_act, device, dtype, drops=True) == ("grouped_mm" if triton else "loop")
     for wanted, expected in (attention | {"reference": "reference"}).items():
         model = tiny_config(attention_backend=wanted)
-        assert attention_backend(model, device, dtype, has_cache=False) == expected
-        assert attention_backend(model, device, dtype, has_cache=True) == "reference"
+        assert attention_backend(model, device, dtype) == expected
         assert allows_cuda_graph(model, device, dtype) == (expected == "flash_triton")
         assert remarks(model, device, dtype) == []
     assert not allows_cuda_graph(tiny_config(dropout=0.1), device, dtype)

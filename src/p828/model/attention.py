@@ -10,7 +10,6 @@ from p828.config import ModelConfig
 from p828.kernels.attention.flash_cpu import FlashAttentionCPU
 from p828.kernels.attention.ops import attention
 from p828.model.backend import AttentionBackend
-from p828.model.kv_cache import LayerCache
 from p828.model.linear import Linear
 from p828.model.norm import RMSNorm
 from p828.model.rope import apply_rotary
@@ -43,9 +42,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
 
-    def forward(
-        self, x_BSH: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BSH: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
         # One product for the three: those of keys and values alone are too narrow to fill a GPU.
         weight = torch.cat([projection.weight for projection in (self.q_proj, self.k_proj, self.v_proj)])
         qkv_BSXD = F.linear(x_BSH, weight.to(x_BSH.dtype)).unflatten(-1, (-1, self.head_dim))  # X: N + 2 G heads
@@ -53,8 +50,6 @@ class Attention(nn.Module):
             return self.o_proj(self._flash_triton(qkv_BSXD, rotary, mask).flatten(2))
         q_BSND, k_BSGD, v_BSGD = qkv_BSXD.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
         q_BSND, k_BSGD = (apply_rotary(norm(x), *rotary) for norm, x in ((self.q_norm, q_BSND), (self.k_norm, k_BSGD)))
-        if cache is not None:
-            k_BSGD, v_BSGD = cache.append(k_BSGD, v_BSGD)
         return self.o_proj(attend(q_BSND, k_BSGD, v_BSGD, self.sinks, mask).flatten(2))
 
     def _flash_triton(self, qkv_BSXD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:

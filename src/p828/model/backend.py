@@ -42,11 +42,9 @@ def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype == torch.bfloat16
 
 
-def attention_backend(
-    model: ModelConfig, device: torch.device, dtype: torch.dtype, has_cache: bool
-) -> AttentionBackend:
-    """`flash_triton` takes documents' bounds, the other two a mask. A key-value cache is read by `reference` only."""
-    if has_cache or model.attention_backend == "reference":
+def attention_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    """`flash_triton` takes documents' bounds, the other two a mask."""
+    if model.attention_backend == "reference":
         return "reference"
     if device.type != "cuda":
         return "flash_cpu"
@@ -75,7 +73,7 @@ def router_chooses_in_triton(device: torch.device) -> bool:
 
 def allows_cuda_graph(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether forward and backward pass only start kernels: no loads are asked for, no random numbers drawn."""
-    attention = attention_backend(model, device, dtype, has_cache=False)
+    attention = attention_backend(model, device, dtype)
     experts = experts_backend(model.hidden_act, device, dtype, drops=model.dropout > 0)
     return attention == "flash_triton" and experts == "triton"
 

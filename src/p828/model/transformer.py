@@ -11,7 +11,6 @@ from p828.config import ModelConfig
 from p828.model.attention import Attention, AttentionMask
 from p828.model.backend import attention_backend
 from p828.model.experts import Experts, SharedExperts, TokenPermutation
-from p828.model.kv_cache import KVCache, LayerCache
 from p828.model.linear import Linear
 from p828.model.norm import ResidualNorm
 from p828.model.rope import inverse_frequencies, rotary
@@ -86,7 +85,6 @@ class Layer(nn.Module):
         mask: AttentionMask,
         valid_token_T: Tensor | None,
         has_target_T: Tensor | None,
-        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor, LayerStatistics]:
         """The residual stream after attention, what the experts add to it, and statistics.
 
@@ -95,7 +93,7 @@ class Layer(nn.Module):
         `valid_token_T` (bool), auxiliary losses those in `has_target_T` (bool); None stands for all.
         """
         x_BSH, normed_BSH = self.input_layernorm(x_BSH, delta_BSH)
-        attended_BSH = self._recomputed(self.self_attn, normed_BSH, angles, mask, cache)
+        attended_BSH = self._recomputed(self.self_attn, normed_BSH, angles, mask)
         x_BSH, normed_BSH = self.post_attention_layernorm(x_BSH, attended_BSH)
         normed_TH = normed_BSH.flatten(0, 1)
         # The routing is never recomputed: a top-k tie that fell the other way would mix two routings in one gradient.
@@ -157,7 +155,6 @@ class Transformer(nn.Module):
         tokens_BS: Tensor,
         positions_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None,
-        cache: KVCache | None = None,
         dtype: torch.dtype = torch.float32,
         embedded_BSH: Tensor | None = None,
         detach_before: Collection[int] = (),
@@ -166,15 +163,14 @@ class Transformer(nn.Module):
         """Hidden states and router statistics of a batch, computed in `dtype`.
 
         `positions_BS` (int64) defaults to 0 … S−1. `document_ids_BS` (int) limits attention to a document when
-        `mask_documents` is on; −1 marks padding, which no load counts. With a `cache`, the tokens join those it holds,
-        and `positions_BS` says where. `embedded_BSH` is the result of `embed`, for a caller that wants its gradient.
-        `detach_before` lists the layers before which the autograd graph is detached, for a backward pass in several
-        segments. `valid_BS` (bool) marks the tokens that have a target: auxiliary losses are sums over these, as the
-        loss is. It defaults to those that are not padding.
+        `mask_documents` is on; −1 marks padding, which no load counts. `embedded_BSH` is the
+        result of `embed`, for a caller that wants its gradient. `detach_before` lists the layers before which the
+        autograd graph is detached, for a backward pass in several segments. `valid_BS` (bool) marks the tokens that
+        have a target: auxiliary losses are sums over these, as the loss is. It defaults to those that are not padding.
         """
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        mask = self._attention_mask(tokens_BS, positions_BS, document_ids_BS, cache, dtype)
+        mask = self._attention_mask(tokens_BS, document_ids_BS, dtype)
         valid_token_T = None if document_ids_BS is None else document_ids_BS.flatten() >= 0
         has_target_T = valid_token_T if valid_BS is None else valid_BS.flatten()
         angles = rotary(positions_BS, self.frequencies, self.config.rope_scaling.factor)
@@ -185,10 +181,7 @@ class Transformer(nn.Module):
             if index in detach_before:
                 boundaries.append(Boundary((x_BSH, delta_BSH), (_leaf(x_BSH), _leaf(delta_BSH))))
                 x_BSH, delta_BSH = boundaries[-1].after
-            layer_cache = None if cache is None else cache.layer(index, positions_BS)
-            x_BSH, delta_BSH, layer_statistics = layer(
-                x_BSH, delta_BSH, angles, mask, valid_token_T, has_target_T, layer_cache
-            )
+            x_BSH, delta_BSH, layer_statistics = layer(x_BSH, delta_BSH, angles, mask, valid_token_T, has_target_T)
             statistics.append(layer_statistics)
         _, normed_BSH = self.model.norm(x_BSH, delta_BSH)
         router = RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True)))
@@ -202,18 +195,8 @@ class Transformer(nn.Module):
         """(…, H) to float32 (…, V)."""
         return (hidden_H @ self.head_weight.to(hidden_H.dtype).T).float()
 
-    def _attention_mask(
-        self,
-        tokens_BS: Tensor,
-        positions_BS: Tensor,
-        document_ids_BS: Tensor | None,
-        cache: KVCache | None,
-        dtype: torch.dtype,
-    ) -> AttentionMask:
-        backend = attention_backend(self.config, tokens_BS.device, dtype, has_cache=cache is not None)
-        if cache is not None:
-            slots_C = torch.arange(cache.used, device=tokens_BS.device)
-            return AttentionMask(backend, slots_C <= positions_BS[:, :, None])
+    def _attention_mask(self, tokens_BS: Tensor, document_ids_BS: Tensor | None, dtype: torch.dtype) -> AttentionMask:
+        backend = attention_backend(self.config, tokens_BS.device, dtype)
         documents = document_ids_BS if self.config.mask_documents else None
         if backend == "flash_triton":
             sequences = torch.zeros_like(tokens_BS) if documents is None else documents

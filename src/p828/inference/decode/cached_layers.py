@@ -49,7 +49,8 @@ def cached_hidden(
 class CachedAttention:
     """Plain code for any device and dtype. Row b's tokens are stored in slot `slots[b]`, at `positions_BS` (int64).
 
-    Each sees those at positions up to its own. `used` is one more than the last position.
+    Each sees those at positions up to its own. `used` is one more than the last position. `backend` computes a prompt's
+    first piece, `reference` the rest.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class CachedAttention:
         self.slots_B1 = torch.tensor(slots, device=device)[:, None]
         is_whole = positions_BS.shape == (1, used)  # a prompt's first piece: plain causal attention
         mask_BSC = None if is_whole else torch.arange(used, device=device) <= positions_BS[:, :, None]
-        self.mask = AttentionMask(backend, mask_BSC)
+        # The fused kernels know no queries that begin after the keys.
+        self.mask = AttentionMask(backend if is_whole else "reference", mask_BSC)
 
     def output(self, layer: int, attention: Attention, x_BSH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         q_BSND, k_BSGD, v_BSGD = projected(attention, x_BSH).split(

@@ -10,7 +10,7 @@ from p828.inference.decode.cache import SlotCache
 from p828.inference.decode.cached_layers import CachedAttention, cached_hidden
 from p828.inference.decode.rows import Rows, drawing_of
 from p828.inference.decode.sequence import MOST_LIKELIEST, DecodedSequence, TokenProbability
-from p828.model.backend import attention_backend
+from p828.model.backend import AttentionBackend, attention_backend
 from p828.model.transformer import Transformer
 
 PROMPT_LOGITS = 256  # tokens of a prompt whose probabilities are computed at a time
@@ -94,7 +94,8 @@ class PlainSteps:
     def __init__(self, model: Transformer, cache: SlotCache, rows: Rows, vocab_size: int, dtype: torch.dtype) -> None:
         self.model, self.cache, self.rows, self.vocab_size, self.dtype = model, cache, rows, vocab_size, dtype
         self.device = model.head_weight.device
-        self.backend = attention_backend(model.config, self.device, dtype, has_cache=True)
+        backend = attention_backend(model.config, self.device, dtype)
+        self.backend: AttentionBackend = "reference" if backend == "flash_triton" else backend
 
     @torch.no_grad()
     def read(self, sequence: DecodedSequence, begin: int, end: int) -> Flight | None:
