@@ -86,9 +86,9 @@ def _check(given: Arguments, flags: dict[str, object]) -> None:
     """Raises ConfigError for a number out of range."""
     if not 0 <= given.port < 2**16:
         raise ConfigError(f"--port {given.port}: 0 to {2**16 - 1} is accepted")
-    for name in ("slots", "context"):
-        if name in flags and getattr(given, name) < 1:
-            raise ConfigError(f"--{name} {getattr(given, name)}: a whole number of at least 1 is accepted")
+    for name, least in (("slots", 1), ("context", 2)):  # a prompt of a token, and one more
+        if name in flags and getattr(given, name) < least:
+            raise ConfigError(f"--{name} {getattr(given, name)}: a whole number of at least {least} is accepted")
     if given.max_waiting < 0:
         raise ConfigError(f"--max-waiting {given.max_waiting}: a whole number of at least 0 is accepted")
     if not 0 < given.timeout < float("inf"):
