@@ -16,7 +16,7 @@ from serving import NAME, tokenizer_of
 
 from exported import save_model
 from p828.cli.main import dispatch
-from p828.cli.serve import Arguments, _api_key
+from p828.cli.serve import Arguments, api_key
 from p828.inference.generate import generate
 from p828.inference.load import load_model
 from p828.inference.sampling import SamplingConfig
@@ -140,10 +140,10 @@ def test_what_is_no_key_is_refused(
 
 def test_a_key_is_read_from_the_file_or_else_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "key").write_text("of-the-file\n")
-    assert _api_key(Arguments("run")) == ""
+    assert api_key(Arguments("run")) == ""
     monkeypatch.setenv("P828_API_KEY", "of-the-environment")
-    assert _api_key(Arguments("run")) == "of-the-environment"
-    assert _api_key(Arguments("run", api_key_file=str(tmp_path / "key"))) == "of-the-file"
+    assert api_key(Arguments("run")) == "of-the-environment"
+    assert api_key(Arguments("run", api_key_file=str(tmp_path / "key"))) == "of-the-file"
 
 
 def test_the_address_takes_small_pieces_at_once() -> None:

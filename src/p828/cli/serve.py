@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> None:
     given, flags = parse_given(Arguments, arguments, prog="p828 serve", description=DESCRIPTION)
     check_path("CHECKPOINT", given.checkpoint)
     _check(given, flags)
-    key = _api_key(given)
+    key = api_key(given)
     with listen(given.host, given.port) as listening:
         if not key and not _is_local(listening.getsockname()[0]):
             warn(f"{given.host} is reached from other machines, and without --api-key-file everybody is answered")
@@ -95,7 +95,7 @@ def _check(given: Arguments, flags: dict[str, object]) -> None:
         raise ConfigError(f"--timeout {given.timeout:g}: a number of seconds above 0 is accepted")
 
 
-def _api_key(given: Arguments) -> str:
+def api_key(given: Arguments) -> str:
     """From the file or the environment, not a flag, since every user of a machine sees all command lines."""
     if given.api_key_file:
         where = f"--api-key-file {given.api_key_file}"
