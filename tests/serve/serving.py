@@ -36,6 +36,7 @@ class Served(NamedTuple):
     service: Service
     loaded: LoadedModel
     decoder: Decoder
+    server: Server
 
 
 class HeldDecoder(Decoder):
@@ -96,7 +97,7 @@ def serving(run: Path, api_key: str = "", decoder: type[Decoder] = Decoder, **li
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
-            yield Served(address, service, loaded, decoding)
+            yield Served(address, service, loaded, decoding, server)
         finally:
             if isinstance(decoding, HeldDecoder):
                 decoding.free()
