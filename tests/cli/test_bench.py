@@ -21,8 +21,18 @@ from runs import p828, start, write_toml
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        ((), ["train", "--shape"]),
-        (("generate",), ["'generate'", "train"]),
+        ((), ["train", "generate", "the word is missing"]),
+        (("generat",), ["'generat'", "did you mean generate?"]),
+        (("generate",), ["no --shape", "quickstart"]),
+        (("generate", "--shape", "60n"), ["60n", "did you mean 60m?"]),
+        (("generate", "--shape", "60m", "--batch", "0"), ["--batch 0", "from 1 to 4096"]),
+        (("generate", "--shape", "60m", "--batch", "1", "x"), ["--batch", "a whole number"]),
+        (("generate", "--shape", "60m", "--batch"), ["--batch is empty"]),
+        (("generate", "--shape", "60m", "--new-tokens", "-1"), ["--new-tokens -1", "from 1"]),
+        (("generate", "--shape", "60m", "--prompt-length", "0"), ["--prompt-length 0", "from 1"]),
+        (("generate", "--shape", "60m", "--peers", "vllm"), ["--peers vllm", "llama.cpp"]),
+        (("generate", "--shape", "60m", "--steps", "3"), ["--steps"]),
+        (("generate", "--shape", "60m", "--json", "none/rows.json"), ["none/rows.json", "cannot be written"]),
         (("train",), ["no --shape", "quickstart"]),
         (("train", "--shape", "quikstart"), ["quikstart", "did you mean quickstart?"]),
         (("train", "--shape", "none.toml"), ["none.toml"]),
@@ -93,6 +103,73 @@ def test_rows_with_a_peer_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert row["first_step_seconds"] > 0
 
 
+FAULTY = """
+from p828.bench.generation.generator import Timed
+from p828.bench.systems import System
+
+PEERS = ("slow", "broken")
+
+def peer_systems(config, peers, device):
+    return [System(name, name, config, {"module": "generators"}) for name in peers]
+
+def missing(peer, device):
+    return None
+
+class Slow:
+    dtype = "float32"
+
+    def steps(self, prompts, steps, is_sampled):
+        print("a library's talk")
+        if len(prompts) == 3:
+            raise MemoryError("no room for 3")
+        return Timed(1000.0 * len(prompts), 10.0)
+
+    def first_token(self, prompt):
+        return len(prompt) / 2
+
+def build(system):
+    if system.framework == "broken":
+        raise ImportError("cannot be built")
+    return Slow()
+"""
+
+
+def test_rows_of_generation_with_peers_that_fail(tmp_path: Path) -> None:
+    """A peer whose answers are known fails at one batch, and another at all: the rest is measured all the same."""
+    folder = tmp_path / "benchmarks" / "peers"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "systems.py").touch()
+    (folder / "generators.py").write_text(FAULTY)
+    path = write_toml(tmp_path)
+    code, out, err = p828(
+        "bench", "generate", "--shape", str(path), "--peers", "slow", "broken", "--batch", "1", "3", "2",
+        "--prompt-length", "8", "--new-tokens", "4", "--json", "rows.json", "--device", "cpu", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 1, err
+    assert "2 of 12 measurements failed" in err
+    assert "MemoryError: no room for 3" in out
+    assert "ImportError: cannot be built" in out
+    assert "for all: model.attention_sinks = False" in out
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert [(failed["system"], failed["item"].split(",")[0]) for failed in found["failed"]] == [
+        ("slow", "batch 3"), ("broken", "batch 1"),
+    ]  # fmt: skip
+    slow = [row for row in found["rows"] if row["system"] == "slow"]
+    own = [row for row in found["rows"] if row["system"] == "p828"]
+    assert [(row["batch"], row["ms"]) for row in slow if row["kind"] == "steps"] == [(1, 1e6), (2, 2e6)]
+    assert [(row["prompt_length"], row["ms"]) for row in slow if row["kind"] == "first token"] == [
+        (512, 256e3), (2048, 1024e3),
+    ]  # fmt: skip
+    assert [row["batch"] for row in own if row["kind"] == "steps"] == [1, 3, 2]
+    assert [row["kind"] for row in own[3:]] == ["first token", "first token", "recompute"]
+    rate = found["machine"]["bytes_per_second"]
+    for row in own[:3]:
+        assert row["tokens_per_second"] * row["ms"] / 1e3 == pytest.approx(row["batch"])
+        assert row["memory_share"] * rate * row["ms"] / 1e3 == pytest.approx(row["step_bytes"])
+        assert row["sampled_tokens_per_second"] > 0
+
+
 def test_an_interrupt_ends_the_measuring_process(tmp_path: Path) -> None:
     path = write_toml(tmp_path)
     (tmp_path / "rows.json").write_text("yesterday's")
@@ -123,7 +200,7 @@ def _measuring_process(process: subprocess.Popen[str]) -> int:
 
 def test_the_measuring_process_ends_with_the_one_that_started_it() -> None:
     """Killed outright, that one has no say; its end of the pipe closes all the same."""
-    command = [sys.executable, "-m", "p828.bench.child", "no-job.json", "no-result.json"]
+    command = [sys.executable, "-m", "p828.bench.child", "no-job.json"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 1

@@ -86,7 +86,7 @@ def test_a_full_context_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        ([], "nothing to continue: give --prompt TEXT or --interactive"),
+        ([], "nothing to continue: give --prompt TEXT, --prompts FILE or --interactive"),
         (["--prompt", "a", "--temprature", "1"], "unknown flag --temprature; did you mean --temperature?"),
         (["--prompt", "a", "--temperature", "hot"], "--temperature"),
         (["--prompt", "a", "--top-p", "2"], "top_p = 2.0: a fraction above 0 and up to 1 is accepted"),

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import string
 from typing import NoReturn
@@ -10,7 +11,7 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError
-from p828.inference.generate import Completion, generate
+from p828.inference.generate import Completion, Prompt, generate, open_decoder, pieces
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
 from tiny import tiny_model
@@ -107,7 +108,7 @@ def test_a_document_learnt_by_heart(taught: Transformer, byte_level: Tokenizer) 
     pieces: list[str] = []
     config = SamplingConfig(temperature=0.0, max_new_tokens=60)
     (completion,) = generate(taught, byte_level, [""], config, on_text=lambda _, text: pieces.append(text))
-    assert completion == Completion(TAUGHT, "end")
+    assert completion == Completion(TAUGHT, "end", tuple(byte_level.encode(TAUGHT)))
     assert "".join(pieces) == TAUGHT
     assert "🙂" in "".join(pieces)
     assert not any("\ufffd" in piece for piece in pieces)
@@ -124,8 +125,33 @@ def test_a_stop_string_ends_the_text_before_it(
     pieces: list[str] = []
     config = SamplingConfig(temperature=0.0, max_new_tokens=60, stop=stop)
     (completion,) = generate(taught, byte_level, [""], config, on_text=lambda _, text: pieces.append(text))
-    assert completion == Completion(text, "stop")
+    assert (completion.text, completion.finish_reason) == (text, "stop")
+    assert byte_level.decode(completion.ids).startswith(text)
     assert "".join(pieces) == text
+
+
+def test_a_stop_string_may_be_the_first_token(letters: Tokenizer) -> None:
+    """While the next token is on its way."""
+    model = tiny_model()
+    (whole,) = generate(model, letters, ["hello world"], GREEDY)
+    config = dataclasses.replace(GREEDY, stop=(whole.text[0],))
+    first, other = generate(model, letters, ["hello world", "a"], config)
+    assert first == Completion("", "stop", whole.ids[:1])
+    assert other == generate(model, letters, ["a"], config)[0]
+
+
+def test_a_caller_that_stops_leaves_the_decoder_free(letters: Tokenizer) -> None:
+    """Among them prompts that still wait for a slot, and that are not read."""
+    prompts = [Prompt(letters.encode(text), seed) for seed, text in enumerate(PROMPTS)]
+    with open_decoder(tiny_model(), letters, torch.float32, [40] * 3, 12) as decoder:
+        for taken in (1, 2, 7):
+            found = pieces(decoder, letters, prompts, GREEDY)
+            for _ in range(taken):
+                next(found)
+            found.close()
+            decoder.check_idle()
+        assert len({piece.place for piece in pieces(decoder, letters, prompts, GREEDY)}) == len(PROMPTS)
+        decoder.check_idle()
 
 
 def test_length_ends_the_text(taught: Transformer, byte_level: Tokenizer) -> None:
@@ -133,7 +159,7 @@ def test_length_ends_the_text(taught: Transformer, byte_level: Tokenizer) -> Non
     for length in (1, 3, len(ids)):
         config = SamplingConfig(temperature=0.0, max_new_tokens=length)
         (completion,) = generate(taught, byte_level, [""], config)
-        assert completion == Completion(byte_level.decode(ids[:length]), "length")
+        assert completion == Completion(byte_level.decode(ids[:length]), "length", tuple(ids[:length]))
 
 
 def test_the_context_ends_the_text(letters: Tokenizer) -> None:

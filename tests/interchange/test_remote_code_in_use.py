@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, StaticCache
 
+from decoded import decoded
 from oracles import BFLOAT16, assert_near
-from p828.inference.decode.continuations import decode
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
 from tiny import tiny_model
@@ -43,7 +43,7 @@ def test_greedy_generation(variant: str, implementation: str, cache: str, export
     with torch.no_grad():
         model.head_weight[96] = 0
     config = SamplingConfig(temperature=0.0, max_new_tokens=20)
-    expected = [c.ids for c in decode(model, PROMPTS, config, range(len(PROMPTS)), eos_id=96, vocab_size=97)]
+    expected = [sequence.continuation for sequence in decoded(model, PROMPTS, config)]
     hub = in_memory(model, export, implementation)
     ids = hub.generate(
         **padded(PROMPTS), max_new_tokens=20, do_sample=False, cache_implementation=cache, pad_token_id=0

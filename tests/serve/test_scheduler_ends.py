@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from scheduled import (
 
 from p828.errors import NotFinite
 from p828.inference.decode.decoder import Decoder
+from p828.inference.decode.sequence import DecodedSequence
 from p828.serve.errors import Closing, DecoderFailed
 from p828.serve.limits import Limits
 from p828.serve.metrics import Metrics
@@ -152,6 +153,32 @@ def test_an_error_that_passes_ends_those_who_ran(error: Callable[[], Exception])
     assert 1 <= len(failed) <= 2
     assert all(one.can_go_on for one in failed)
     assert got[len(failed) :] == [likeliest((number,), 6) for number in range(len(failed), 4)]
+
+
+def test_an_error_of_an_admission_is_its_own_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that has numbers of no token, and one for which there is no memory; the others are answered."""
+    one = HeldDecoder(slots=2)
+    begin = one._rows.begin
+
+    def begin_with_little_memory(sequence: DecodedSequence, prompt: Sequence[int]) -> None:
+        if 90 in prompt:
+            raise MemoryError
+        begin(sequence, prompt)
+
+    async def ask(scheduler: Scheduler) -> list[list[int] | BaseException]:
+        requests = [request(1), request(VOCABULARY), request(2), request(-1), request(3)]
+        got = await asyncio.gather(*[answer(scheduler.submit(one)) for one in requests], return_exceptions=True)
+        got += await asyncio.gather(answer(scheduler.submit(request(90))), return_exceptions=True)
+        return [*got, await answer(scheduler.submit(request(4)))]
+
+    monkeypatch.setattr(one._rows, "begin", begin_with_little_memory)
+    one.may_go_on.set()
+    with scheduling(one) as scheduler:
+        got = asyncio.run(ask(scheduler))
+    assert got[::2] == [likeliest((number,), 6) for number in range(1, 5)]
+    assert all(isinstance(failed, DecoderFailed) and failed.can_go_on for failed in got[1::2])
+    assert "token ids from 0 to 96 are accepted" in str(got[1])
+    assert "MemoryError" in str(got[5])
 
 
 def test_a_model_that_diverged_answers_each_request_with_that() -> None:

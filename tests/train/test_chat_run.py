@@ -128,6 +128,21 @@ def test_a_run_learns_to_answer(learned: p828.Run, capsys: pytest.CaptureFixture
     assert "trained on conversations" not in err
 
 
+def test_a_file_of_messages_is_answered(learned: p828.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --chat, since a line says what it is; a text beside messages needs it."""
+    asked, output = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
+    lines = [{"messages": messages[:-1], "wanted": messages[-1]["content"]} for messages in colours(6)]
+    asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["generate", str(learned.path), "--prompts", str(asked), "--temperature", "0"]
+    assert dispatch([*flags, "--output", str(output)]) == 0
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(line["text"], line["finish_reason"]) for line in answers] == [(line["wanted"], "end") for line in lines]
+    assert [line["messages"] for line in answers] == [line["messages"] for line in lines]
+    assert dispatch([*flags, "--prompt", "Ri?"]) == 2
+    assert dispatch([*flags, "--prompt", "Ri?", "--chat"]) == 0
+    assert capsys.readouterr().out.startswith(f"6 completions in {output}\n--- 1: Ri?\nblue\n--- 2: ")
+
+
 def test_what_is_typed_is_one_conversation(
     learned: p828.Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

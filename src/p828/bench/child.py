@@ -1,24 +1,37 @@
-"""The process that measures one system: `python -m p828.bench.child JOB RESULT`, both JSON files.
+"""The process that measures one system: `python -m p828.bench.child JOB`, a JSON file; its results are JSON Lines.
 
-A process each, so that memory, compile caches and the first step's time are each system's own. It ends when its
-standard input does, which is when the process that started it has ended, in whatever way.
+A process each, so that memory, compile caches and the first step's time are each system's own. A result is written to
+standard output as soon as it is known. The process ends when its standard input does, which is when the process that
+started it has ended, in whatever way.
 """
 
 import json
 import os
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
     threading.Thread(target=_end_with_input, daemon=True).start()
-    from p828.bench.measure import describe_machine, measure_system  # imports torch, which takes seconds
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as results:
+        os.dup2(2, 1)  # what libraries print is no result
+        for result in _measured(Path(sys.argv[1])):
+            print(json.dumps(result), file=results, flush=True)
 
-    job_path, result_path = map(Path, sys.argv[1:])
+
+def _measured(job_path: Path) -> Iterable[dict[str, Any]]:
+    from p828.bench.generation.measure import describe_memory, measure_generation  # imports torch, which takes seconds
+    from p828.bench.measure import describe_machine, measure_system
+
     job = json.loads(job_path.read_text(encoding="utf-8"))
-    result = describe_machine(job["device"]) if job["kind"] == "machine" else measure_system(job)
-    result_path.write_text(json.dumps(result), encoding="utf-8")
+    if job["kind"] == "generation":
+        return measure_generation(job)
+    if job["kind"] == "system":
+        return [measure_system(job)]
+    return [describe_memory(job["device"]) if job["kind"] == "memory" else describe_machine(job["device"])]
 
 
 def _end_with_input() -> None:

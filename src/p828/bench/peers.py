@@ -1,4 +1,4 @@
-"""Other libraries' training steps: the repository has them in `benchmarks/peers`, the installed package does not."""
+"""Other libraries' models: the repository has them in `benchmarks/peers`, the installed package does not."""
 
 import importlib
 import sys
@@ -23,9 +23,12 @@ def find_peers() -> Path:
     )
 
 
-def check_peers(peers: tuple[str, ...], device: str, benchmarks: Path) -> None:
-    """Raises ConfigError for a peer that is unknown, not installed, or cannot run here."""
-    systems = _module(benchmarks, "systems")
+def check_peers(peers: tuple[str, ...], device: str, benchmarks: Path, module: str = "systems") -> None:
+    """Raises ConfigError for a peer that is unknown, not installed, or cannot run here.
+
+    `module` has those that are asked for: `systems`, which train, or `generators`.
+    """
+    systems = _module(benchmarks, module)
     for peer in peers:
         if peer not in systems.PEERS:
             raise ConfigError(f"--peers {peer}{did_you_mean(peer, systems.PEERS)} Accepted: {', '.join(systems.PEERS)}")
@@ -37,6 +40,17 @@ def peer_systems(config: Config, peers: tuple[str, ...], device: str, benchmarks
     """What is timed of the peers."""
     found: list[System] = _module(benchmarks, "systems").peer_systems(config, peers, device)
     return found
+
+
+def peer_generators(config: Config, peers: tuple[str, ...], device: str, benchmarks: Path) -> list[System]:
+    """What is timed of the peers' generation."""
+    found: list[System] = _module(benchmarks, "generators").peer_systems(config, peers, device)
+    return found
+
+
+def peer_generator(system: System, benchmarks: Path) -> Any:
+    """A peer's `p828.bench.generation.generator.Generator`."""
+    return _module(benchmarks, f"{system.options['module']}").build(system)
 
 
 def peer_step(system: System, routing: str, benchmarks: Path) -> Any:

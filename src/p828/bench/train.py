@@ -1,13 +1,12 @@
 """`p828 bench train`: time a training step of every system on every shape, and print the rows as they come."""
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from p828.bench.peers import left_out, peer_systems
-from p828.bench.process import MeasurementFailed, measure_apart
+from p828.bench.process import MeasurementFailed, check_writable, measure_apart
 from p828.bench.rows import Row, make_row
 from p828.bench.systems import (
     ROUTINGS,
@@ -18,7 +17,7 @@ from p828.bench.systems import (
 )
 from p828.bench.table import best_of, header, show_breakdown, show_failure, show_ratios, show_row
 from p828.config import Config
-from p828.errors import ConfigError, RunFailed
+from p828.errors import RunFailed
 from p828.files import write_atomic
 
 
@@ -42,7 +41,7 @@ class Bench:
         """Measure the machine, then every shape. Raises ConfigError if the rows cannot be written, RunFailed at the end
         if a system failed."""
         if self.json_path is not None:
-            _check_writable(self.json_path)
+            check_writable(self.json_path)
         try:
             self.machine = measure_apart({"kind": "machine", "device": self.device})
         except MeasurementFailed as failure:
@@ -110,14 +109,6 @@ class Bench:
         if self.json_path is not None:
             found = {"machine": self.machine, "rows": [row.to_dict() for row in self.rows], "failed": self.failed}
             write_atomic(self.json_path, json.dumps(found, indent=1) + "\n")
-
-
-def _check_writable(path: Path) -> None:
-    """Raises ConfigError now, and not after the first minutes of measuring."""
-    if path.is_dir():
-        raise ConfigError(f"--json {path}: is a directory; a file is accepted")
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"--json {path}: cannot be written: {path.parent} is no directory to write in")
 
 
 def _print(text: str = "") -> None:

@@ -16,6 +16,13 @@ from p828.config import Config, DataConfig, facts_by_key, facts_of
 from p828.config.rules import check_path, check_text
 from p828.errors import ConfigError, RunFailed, warn
 from p828.files import write_atomic
+from p828.inference.context_extension import (
+    extended_config,
+    losses_by_position,
+    position_table,
+    trained_context,
+    with_rope_scaling,
+)
 from p828.inference.evaluate import evaluate
 from p828.inference.load import LoadedModel, load_model
 from p828.inference.measured_text import batches_of, in_words, measured_config
@@ -23,23 +30,39 @@ from p828.inference.tasks.cloze import NAMES as OWN_NAMES
 from p828.inference.tasks.task_model import TaskModel
 from p828.inference.tasks.tasks import Tasks, open_all, shown_metrics
 from p828.runs.records import encoded
+from p828.system.device import explain_out_of_memory
 from p828.train.log.console import waiting
 from p828.train.signals import interruptible
 
 USAGE = (
-    "p828 evaluate CHECKPOINT [--tasks NAME,NAME] [--rows N] [--micro-batch-size N] [--device DEVICE] [--json FILE] "
-    "[--data.key VALUE ...]"
+    "p828 evaluate CHECKPOINT [--tasks NAME,NAME] [--context N] [--rows N] [--micro-batch-size N] [--device DEVICE] "
+    "[--json FILE] [--data.key VALUE ...]"
 )
 DESCRIPTION = (
     f"{USAGE}\n\nWithout --data flags on the run's own validation text. --data.files measures all of the given files, "
     "held out or not. The defaults of --rows, --micro-batch-size and --data are the run's; of given files it is every "
     "row. --tasks measures how well the model does at tasks, in place of its loss on text: cloze_english and "
-    "cloze_python are p828's own, and all others are those of lm-eval (pip install 'p828[evaluate]')."
+    "cloze_python are p828's own, and all others are those of lm-eval (pip install 'p828[evaluate]'). "
+    "--context shows the perplexity by position in the context, with and without YaRN: how far the model reads."
 )
 NO_BYTES = "not known: the tokens of the prepared data are decoded to other text; --data.files measures text itself"
 OF_THE_RUN = tyro.conf.arg(help_behavior_hint="(default: the run's)")
 OF_TASKS = ("tasks_path", "limit", "num_fewshot")
-OF_TEXT = ("rows", "data.")
+OF_TEXT = ("rows", "data.", "context", "model.")
+FACTOR = "model.rope_scaling.factor"
+
+
+@dataclass(frozen=True)
+class RopeFactor:
+    factor: Annotated[float, OF_THE_RUN] = 1.0
+    """YaRN's factor on the trained context, with --context."""
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """What --context may change of the model."""
+
+    rope_scaling: RopeFactor = field(default_factory=RopeFactor)
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,8 @@ class Arguments:
     """Use the first items of each task only, to try it out."""
     num_fewshot: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: the task's)")] = 0
     """Solved examples before each question of lm-eval's tasks."""
+    context: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: none)")] = 0
+    """Show the perplexity by position in rows of this many tokens, with and without YaRN."""
     json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Also write the results to this file."""
     rows: Annotated[int, OF_THE_RUN] = 64
@@ -62,6 +87,7 @@ class Arguments:
     """Rows put through the model at once; changes speed and memory, not the result."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU if there is one."""
+    model: ModelFlags = field(default_factory=ModelFlags)
     data: DataConfig = field(default_factory=DataConfig)
 
 
@@ -77,7 +103,10 @@ def run(arguments: list[str]) -> None:
             tasks = interruptible(lambda: open_all(names, own.tasks_path))
     with waiting("loading the model", warn):
         loaded = load_model(own.checkpoint, own.device)
-    results, lines = _on_text(loaded, flags) if tasks is None else _at_tasks(loaded, tasks, flags)
+    if tasks is not None:
+        results, lines = _at_tasks(loaded, tasks, flags)
+    else:
+        results, lines = _by_position(loaded, flags) if "context" in flags else _on_text(loaded, flags)
     print("\n".join([f"checkpoint     {loaded.path} (step {loaded.step})", *lines]), flush=True)
     if own.json:
         _write(Path(own.json), {"checkpoint": str(loaded.path), "step": loaded.step, **results})
@@ -99,7 +128,11 @@ def _check(own: Arguments, names: Collection[str], flags: Collection[str]) -> No
             raise ConfigError(f"{flag}: accepted without --tasks, which have texts of their own")
         if key.startswith("data.") and facts_of(facts, key).only_trains:
             raise ConfigError(f"{flag}: of training alone; it changes nothing that is measured")
-    for key, least in (("limit", 1), ("num_fewshot", 0), ("micro_batch_size", 1)):
+    if FACTOR in flags and "context" not in flags:
+        raise ConfigError("--model.rope-scaling.factor: accepted with --context")
+    if {"context", "data.sequence_length"} <= set(flags):
+        raise ConfigError("--data.sequence-length: accepted without --context, which is the length of a row")
+    for key, least in (("limit", 1), ("num_fewshot", 0), ("micro_batch_size", 1), ("context", 1)):
         if key in flags and getattr(own, key) < least:
             raise ConfigError(f"{key} = {getattr(own, key)}: a whole number of at least {least} is accepted")
     if "num_fewshot" in flags and set(names) <= set(OWN_NAMES):
@@ -121,6 +154,29 @@ def _on_text(loaded: LoadedModel, flags: dict[str, Any]) -> tuple[dict[str, Any]
     ]
     lines.append(f"text           {in_words(config, flags)}")
     return dataclasses.asdict(result), lines
+
+
+def _by_position(loaded: LoadedModel, flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    context, trained = flags["context"], trained_context(loaded)
+    config = extended_config(measured_config(loaded, flags), loaded, context, flags.get(FACTOR))
+    scaling = config.model.rope_scaling
+    names = ["without YaRN", *([f"YaRN, factor {scaling.factor:g}"] if scaling.factor > 1 else [])]
+    scalings = [dataclasses.replace(scaling, factor=1.0), scaling][: len(names)]
+    models = [with_rope_scaling(loaded.model, scaling) for scaling in scalings]
+    with waiting("measuring", warn):
+        batches = batches_of(config, loaded, flags, warn)
+        with explain_out_of_memory(f"--context {context}", "Lower --micro-batch-size or --context"):
+            ranges = interruptible(lambda: losses_by_position(models, batches, context, loaded.dtype))
+    lines = [f"trained on     {trained:,} tokens of context", f"text           {in_words(config, flags)}", ""]
+    lines += position_table(names, ranges)
+    if not any(one.tokens for one in ranges if one.last >= trained) and context > trained:
+        lines += ["", "no position past the trained context has a target: give longer documents, as --data.files FILE"]
+    found = [
+        {**dataclasses.asdict(one), "losses": dict(zip(names, one.losses, strict=True))}
+        | {"perplexities": dict(zip(names, one.perplexities, strict=True))}
+        for one in ranges
+    ]
+    return {"trained_context": trained, "rope_scaling": dataclasses.asdict(scaling), "positions": found}, lines
 
 
 def _at_tasks(loaded: LoadedModel, tasks: Tasks, flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

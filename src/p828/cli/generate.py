@@ -1,24 +1,31 @@
 """`p828 generate`: continue prompts with a trained model, or answer messages."""
 
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from p828.cli.asking import Asking
+from p828.cli.completions import Printed, Written, complete
 from p828.cli.flags import parse, shown_word
-from p828.cli.output import show
+from p828.cli.interactive import converse
 from p828.config.rules import check_path
-from p828.data.tokenizer.chat_template import Messages
-from p828.errors import ConfigError, DataError, warn
-from p828.inference.answer import answer
-from p828.inference.generate import Completion, OnText, generate
-from p828.inference.load import LoadedModel, load_model
+from p828.errors import ConfigError, warn
+from p828.inference.completions_file import CompletionsFile, open_completions
+from p828.inference.load import load_model
+from p828.inference.prompts import GivenPrompt, check_one_kind, read_prompts
 from p828.inference.sampling import SamplingConfig
 from p828.train.log.console import waiting
 
-USAGE = "p828 generate CHECKPOINT --prompt TEXT [--prompt TEXT ...] [--chat] [--interactive] [--temperature T ...]"
+USAGE = (
+    "p828 generate CHECKPOINT --prompt TEXT [--prompt TEXT ...] [--prompts FILE] [--output FILE] [--chat] "
+    "[--interactive] [--experts] [--temperature T ...]"
+)
 DESCRIPTION = (
     f"{USAGE}\n\nOne prompt's text is shown as it is generated; several are continued together. With --chat, which "
     "needs a run that was trained on conversations, each prompt is a user's message, and what is shown the answer."
@@ -31,12 +38,18 @@ class Arguments(SamplingConfig):
     """A run's directory, for its newest checkpoint, or one checkpoint's."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; an empty one begins a document."""
+    prompts: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Text file with a prompt a line, or .jsonl file with "prompt" or "messages" in each line."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """New JSON Lines file, with a line for each prompt. A command that was killed goes on where it was."""
     chat: bool = False
     """Answer each prompt as a user's message, and with --interactive what you type as one conversation."""
     system: str = ""
     """With --chat, a system message before the user's."""
     interactive: bool = False
-    """Continue the lines that you type, until the end of input (Ctrl-D)."""
+    """Continue the lines that you type, until the end of input (Ctrl-D); Ctrl-C stops an answer."""
+    experts: bool = False
+    """Show which experts the tokens went through, the load of each expert, and Project 828's statistics."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU if there is one."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -45,76 +58,84 @@ class Arguments(SamplingConfig):
 
 def run(arguments: list[str]) -> None:
     given = parse(Arguments, arguments, prog="p828 generate", description=DESCRIPTION)
-    if not given.prompt and not given.interactive:
-        raise ConfigError("nothing to continue: give --prompt TEXT or --interactive")
-    if given.system and not given.chat:
-        raise ConfigError(f"--system {shown_word(given.system)}: accepted with --chat")
-    check_path("CHECKPOINT", given.checkpoint)
+    named = {argument.partition("=")[0] for argument in arguments}
+    for flag, path in (("--prompts", given.prompts), ("--output", given.output)):
+        if path or flag in named:
+            check_path(flag, path)
+    prompts = _prompts(given)
+    asks_messages = bool(prompts) and prompts[0].has_messages
+    _check(given, prompts, asks_messages)
     with waiting("loading the model", warn):
         loaded = load_model(given.checkpoint, given.device)
-    if given.chat and loaded.tokenizer.template is None:
-        raise ConfigError(f"--chat: {loaded.path} has no chat template: it was not trained on conversations")
-    if not given.chat and loaded.tokenizer.template is not None and loaded.config.data.has_conversations:
+    is_chat, has_template = given.chat or asks_messages, loaded.tokenizer.template is not None
+    if is_chat and not has_template:
+        what = "--chat" if given.chat else f"--prompts {given.prompts} (messages)"
+        raise ConfigError(f"{what}: {loaded.path} has no chat template: it was not trained on conversations")
+    if not is_chat and has_template and loaded.config.data.has_conversations:
         warn("trained on conversations: --chat asks it, and here its text is continued")
-    if len(given.prompt) == 1:
-        _stream(loaded, given.prompt[0], given)
-    elif given.prompt:
-        _print_all(loaded, given.prompt, given)
+    asking = Asking(loaded, given, is_chat, given.system, given.experts)
+    if prompts:
+        _continue(asking, prompts, given)
     if given.interactive:
-        _converse(loaded, given)
+        converse(asking)
 
 
-def _continuations(
-    loaded: LoadedModel,
-    prompts: Sequence[str],
-    given: Arguments,
-    history: Messages,
-    on_text: OnText = lambda index, text: None,
-) -> list[Completion]:
-    if not given.chat:
-        return generate(loaded.model, loaded.tokenizer, prompts, given, on_text, loaded.dtype)
-    system: Messages = [{"role": "system", "content": given.system}] if given.system else []
-    conversations = [[*system, *history, {"role": "user", "content": prompt}] for prompt in prompts]
-    return answer(loaded.model, loaded.tokenizer, conversations, given, on_text, loaded.dtype)
+def _prompts(given: Arguments) -> list[GivenPrompt]:
+    """Those of the command line, then those of the file. Raises ConfigError and DataError."""
+    prompts = [GivenPrompt({"prompt": prompt}) for prompt in given.prompt]
+    if given.prompts:
+        prompts += read_prompts(Path(given.prompts))
+    if prompts and not given.chat:
+        check_one_kind(prompts)
+    return prompts
 
 
-def _stream(loaded: LoadedModel, prompt: str, given: Arguments, history: Messages | None = None) -> Completion:
-    """`history` are the messages of a conversation before the prompt."""
-    (completion,) = _continuations(loaded, [prompt], given, history or [], on_text=lambda _, text: show(text))
-    show("", end="\n")
-    _note(loaded, completion)
-    return completion
+def _check(given: Arguments, prompts: Sequence[GivenPrompt], asks_messages: bool) -> None:
+    """Raises ConfigError for flags that do not go together."""
+    if not prompts and not given.interactive:
+        raise ConfigError("nothing to continue: give --prompt TEXT, --prompts FILE or --interactive")
+    if given.system and not (given.chat or asks_messages):
+        raise ConfigError(f"--system {shown_word(given.system)}: accepted with --chat, or with messages in --prompts")
+    if given.output and not prompts:
+        raise ConfigError(f"--output {shown_word(given.output)}: accepted with --prompt or --prompts")
+    check_path("CHECKPOINT", given.checkpoint)
 
 
-def _print_all(loaded: LoadedModel, prompts: tuple[str, ...], given: Arguments) -> None:
-    completions = _continuations(loaded, prompts, given, history=[])
-    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
-        show(f"--- {number}: {prompt}", end="\n")
-        show(completion.text, end="\n")
-        _note(loaded, completion)
+def _continue(asking: Asking, prompts: Sequence[GivenPrompt], given: Arguments) -> None:
+    with waiting("tokenizing the prompts", warn):
+        encoded = [asking.encoded(prompt) for prompt in prompts]
+    if not given.output:
+        complete(asking, encoded, Printed(prompts, asking.note))
+        return
+    path = Path(given.output)
+    with open_completions(path, _settings(asking, prompts, given), len(prompts)) as file, _kept(file, len(prompts)):
+        if file.done:
+            warn(f"{file.done:,} of {len(prompts):,} prompts are done from before")
+        if file.done < len(prompts):
+            complete(asking, encoded[file.done :], Written(prompts, file))
+    print(f"{len(prompts):,} completions in {path}", flush=True)
 
 
-def _converse(loaded: LoadedModel, given: Arguments) -> None:
-    history: Messages = []
-    while True:
-        if sys.stdin.isatty():
-            show("> ")
-        try:
-            line = sys.stdin.readline()
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"the input is not {error.encoding} text") from None
-        if not line:
-            return
-        prompt = line.removesuffix("\n")
-        try:
-            completion = _stream(loaded, prompt, given, history)
-        except (ConfigError, DataError) as error:
-            warn(str(error))
-        else:
-            history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.text}]
+def _settings(asking: Asking, prompts: Sequence[GivenPrompt], given: Arguments) -> dict[str, Any]:
+    """What decides the completions, as JSON: a file that was begun with other settings does not go on."""
+    content = json.dumps([prompt.fields for prompt in prompts]).encode()
+    return {
+        "checkpoint": str(asking.loaded.path),
+        "dtype": str(asking.loaded.dtype).removeprefix("torch."),
+        "prompts": hashlib.blake2b(content, digest_size=16).hexdigest(),
+        "chat": asking.is_chat,
+        "system": asking.system,
+        **{own.name: getattr(given, own.name) for own in fields(SamplingConfig)},
+        "stop": list(given.stop),
+    }
 
 
-def _note(loaded: LoadedModel, completion: Completion) -> None:
-    if completion.finish_reason == "context":
-        context = loaded.config.model.max_position_embeddings
-        warn(f"ended there: the model's context of {context} tokens is full")
+@contextmanager
+def _kept(file: CompletionsFile, total: int) -> Iterator[None]:
+    """Say what is kept, where the block does not end."""
+    try:
+        yield
+    except BaseException:
+        if file.done:
+            warn(f"{file.done:,} of {total:,} completions are kept in {file.directory}: the same command goes on")
+        raise

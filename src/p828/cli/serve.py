@@ -14,6 +14,7 @@ from p828.errors import ConfigError, closed_after, reason, warn
 from p828.files import read_limited
 from p828.inference.decode.decoder import Decoder
 from p828.inference.load import LoadedModel, load_model
+from p828.system.device import is_out_of_memory
 from p828.train.log.console import waiting
 from p828.train.signals import graceful_shutdown
 
@@ -25,6 +26,7 @@ try:
     from p828.serve.scheduler import Scheduler
     from p828.serve.server import GRACE_SECONDS, Server, listen, url
     from p828.serve.service import Service
+    from p828.serve.warm_up import warm_up
 except ModuleNotFoundError as error:
     raise ConfigError(f"{error.name}, which p828 serve needs, is not installed: pip install 'p828[serve]'") from error
 
@@ -126,7 +128,17 @@ def _service(loaded: LoadedModel, given: Arguments) -> Service:
         )
     check_cache(model, slots, context, device, loaded.dtype)
     tokenizer = loaded.tokenizer
-    decoder = Decoder(loaded.model, tokenizer.vocab_size, tokenizer.eos_id, loaded.dtype, slots, context)
+    try:
+        decoder = Decoder(loaded.model, tokenizer.vocab_size, tokenizer.eos_id, loaded.dtype, slots, context)
+        if device.type == "cuda":
+            with waiting("capturing each size of a step", warn):
+                warm_up(decoder, slots)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"--slots {slots} of {context:,} tokens: out of memory; fewer --slots or a shorter --context is accepted"
+        ) from None
     limits = Limits(slots, given.max_waiting, given.timeout)
     metrics = Metrics(loaded.config.name, context)
     scheduler = Scheduler(decoder, limits, metrics)

@@ -27,12 +27,24 @@ def answer(
     Raises ConfigError as `generate` does, for a tokenizer without a chat template, and for messages that the template
     refuses.
     """
+    questions = [question(tokenizer, messages) for messages in conversations]
+    texts, ids = [text for text, _ in questions], [tokens for _, tokens in questions]
+    return continued(model, tokenizer, texts, ids, ending(tokenizer, config), on_text, dtype, tokenizer.end_ids)
+
+
+def question(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[int]]:
+    """The text before the assistant's answer, as the chat template marks it, and its tokens. Raises as `answer`."""
+    text = prompt_of(template_in(tokenizer), messages)
+    ids: list[int] = tokenizer.encode_marked([text])[0]["id"].tolist()
+    return text, ids
+
+
+def ending(tokenizer: Tokenizer, config: SamplingConfig) -> SamplingConfig:
+    """`config` with the text that ends an answer where no token does. Raises ConfigError without a chat template."""
     template = template_in(tokenizer)
-    prompts = [prompt_of(template, messages) for messages in conversations]
-    ids = [tokens["id"].tolist() for tokens in tokenizer.encode_marked(prompts)]
-    if template.end_of_turn and not template.end_token:
-        config = replace(config, stop=(*config.stop, template.end_of_turn))
-    return continued(model, tokenizer, prompts, ids, config, on_text, dtype, tokenizer.end_ids)
+    if not template.end_of_turn or template.end_token:
+        return config
+    return replace(config, stop=(*config.stop, template.end_of_turn))
 
 
 def answer_one(loaded: LoadedModel, messages: str | Messages, sampling: SamplingConfig) -> str:
@@ -44,9 +56,7 @@ def answer_one(loaded: LoadedModel, messages: str | Messages, sampling: Sampling
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The tokens before the answer to a user's message. Raises ConfigError."""
-    text = prompt_of(template_in(tokenizer), asked([prompt])[0])
-    ids: list[int] = tokenizer.encode_marked([text])[0]["id"].tolist()
-    return ids
+    return question(tokenizer, asked([prompt])[0])[1]
 
 
 def asked(prompts: Sequence[str]) -> list[Messages]:

@@ -1,19 +1,26 @@
 """Continue text: prompts to tokens, and tokens to text, given out as soon as it is certain."""
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from p828.data.tokenizer.tokenizer import CUT_CHARACTER, Tokenizer
 from p828.errors import ConfigError
-from p828.inference.decode.continuations import decode
-from p828.inference.decode.sequence import FinishReason
+from p828.inference.decode.decoder import Decoder
+from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, FinishReason, NewToken, Wants
+from p828.inference.evaluate import evaluation_mode, uncompiled
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
+from p828.system.host_memory import free_host_bytes
 
 MOST_OF_A_CHARACTER = 4  # tokens of a character that is cut off, and one more
+MOST_TOGETHER = 64  # prompts: more of them make each one slower, and all of them hardly faster
+CACHE_SHARE = 0.25  # of the free memory is the most that keys and values take
 OnText = Callable[[int, str], None]
 
 
@@ -22,7 +29,32 @@ class Completion:
     text: str
     """The continuation, without the prompt."""
     finish_reason: FinishReason
-    """As `Continuation.finish_reason`; `stop`: a stop string."""
+    """`end`: the model ended the document or its answer; `stop`: a stop string; `length`: max_new_tokens; `context`:
+    the model's context is full."""
+    ids: tuple[int, ...]
+    """Its tokens, with those of a stop string and without the one that ends."""
+
+
+class Prompt(NamedTuple):
+    """A prompt as a decoder takes it."""
+
+    ids: Sequence[int]
+    seed: int
+    """As `prompt_seed` gives it."""
+
+
+class Piece(NamedTuple):
+    """What one more token of a continuation brought."""
+
+    place: int
+    """Of the prompt, among all."""
+    text: str
+    """What has become certain, maybe nothing."""
+    token: NewToken
+    completion: Completion | None
+    """All of it, with the last token."""
+    step: int
+    """Of the decoder: tokens of one step come at the same time."""
 
 
 def generate(
@@ -42,7 +74,7 @@ def generate(
     Raises ConfigError for a prompt that is no valid Unicode or fills the model's context, and for a model whose weights
     diverged.
     """
-    ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    ids = [encode(tokenizer, prompt) for prompt in prompts]
     return continued(model, tokenizer, list(prompts), ids, config, on_text, dtype)
 
 
@@ -58,28 +90,121 @@ def continued(
 ) -> list[Completion]:
     """As `generate`, of prompts whose tokens are `ids`, which the model ends by EOS or one of `end_ids`."""
     for prompt_ids in ids:
-        _check_length(prompt_ids, model.config.max_position_embeddings)
-    streams = [TextStream(tokenizer, prompt_ids or [tokenizer.eos_id], config.stop) for prompt_ids in ids]
-    pieces: list[list[str]] = [[] for _ in prompts]
-
-    def take(index: int, token: int, finish_reason: FinishReason | None) -> bool:
-        text = "" if finish_reason == "end" else streams[index].push(token)
-        if finish_reason is not None:
-            text += streams[index].finish()
-        if text:
-            pieces[index].append(text)
-            on_text(index, text)
-        return streams[index].stopped
-
-    seeds = [prompt_seed(config.seed, prompt, prompts[:index].count(prompt)) for index, prompt in enumerate(prompts)]
-    continuations = decode(model, ids, config, seeds, tokenizer.eos_id, tokenizer.vocab_size, dtype, take, end_ids)
-    return [
-        Completion("".join(text), continuation.finish_reason)
-        for text, continuation in zip(pieces, continuations, strict=True)
-    ]
+        check_length(prompt_ids, model.config.max_position_embeddings)
+    if not ids:
+        return []
+    completions: dict[int, Completion] = {}
+    with open_decoder(model, tokenizer, dtype, [len(own) for own in ids], config.max_new_tokens) as decoder:
+        for piece in pieces(decoder, tokenizer, seeded(prompts, ids, config.seed), config, end_ids):
+            if piece.text:
+                on_text(piece.place, piece.text)
+            if piece.completion is not None:
+                completions[piece.place] = piece.completion
+    return [completions[index] for index in range(len(ids))]
 
 
-def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+@contextmanager
+def open_decoder(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    most: int = MOST_TOGETHER,
+) -> Iterator[Decoder]:
+    """A decoder for prompts of these `lengths`, in tokens.
+
+    It has `most` slots at most, and no more than have room in a quarter of the free memory. The model is in evaluation
+    mode in the block, without gradients, and compiled layers run as they were written.
+    """
+    length = min(max([1, *lengths]) + max_new_tokens, model.config.max_position_embeddings)
+    slots = max(min(len(lengths), most, _slots_with_room(model, dtype, length)), 1)
+    with evaluation_mode(model), uncompiled(model):
+        yield Decoder(model, tokenizer.vocab_size, tokenizer.eos_id, dtype, slots, length)
+
+
+def pieces(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Iterable[Prompt],
+    config: SamplingConfig,
+    end_ids: Collection[int] = (),
+    wants: Wants = NOTHING_MORE,
+) -> Generator[Piece, None, None]:
+    """What each token brings, of all prompts together: a waiting one is taken when a slot is free.
+
+    Where the caller closes the iterator, or an error ends it, the decoder is free again.
+    """
+    waiting = enumerate(prompts)
+    running: dict[DecodedSequence, _Running] = {}
+    step = 0
+    try:
+        while True:
+            while decoder.free_slots and (following := next(waiting, None)):
+                place, prompt = following
+                sequence = decoder.admit(prompt.ids, config, prompt.seed, end_ids, wants)
+                stream = TextStream(tokenizer, prompt.ids or [tokenizer.eos_id], config.stop)
+                running[sequence] = _Running(place, stream, [], [])
+            if not running:
+                return
+            step += 1
+            for token in decoder.step():
+                if token.sequence not in running:  # it ended at a stop string, a token ago
+                    continue
+                text, completion = running[token.sequence].take(token)
+                place = running[token.sequence].place
+                if completion is not None:
+                    del running[token.sequence]
+                    _cancel(decoder, token.sequence)
+                yield Piece(place, text, token, completion, step)
+    finally:
+        for sequence in running:
+            _cancel(decoder, sequence)
+
+
+def _cancel(decoder: Decoder, sequence: DecodedSequence) -> None:
+    """Unless it has ended by itself."""
+    if sequence.finish_reason is None:
+        decoder.cancel(sequence)
+
+
+class _Running(NamedTuple):
+    """A continuation on the way."""
+
+    place: int
+    stream: "TextStream"
+    ids: list[int]
+    texts: list[str]
+
+    def take(self, token: NewToken) -> tuple[str, Completion | None]:
+        """The text that one more token brings, and all of the continuation if it is the last one."""
+        text = ""
+        if token.finish_reason != "end":
+            self.ids.append(token.token)
+            text = self.stream.push(token.token)
+        if token.finish_reason is not None:
+            text += self.stream.finish()
+        self.texts.append(text)
+        reason: FinishReason | None = "stop" if self.stream.stopped else token.finish_reason
+        return text, Completion("".join(self.texts), reason, tuple(self.ids)) if reason else None
+
+
+def seeded(prompts: Iterable[str], ids: Iterable[Sequence[int]], seed: int) -> Iterator[Prompt]:
+    """Each prompt with a seed of its own: its place among the others does not matter, and equal ones differ."""
+    copies: Counter[str] = Counter()
+    for text, prompt_ids in zip(prompts, ids, strict=True):
+        yield Prompt(prompt_ids, prompt_seed(seed, text, copies[text]))
+        copies[text] += 1
+
+
+def prompt_seed(seed: int, prompt: str, equal_before: int) -> int:
+    """What a prompt draws by, 63 bits: a function of the seed, the prompt and the number of equal prompts before it."""
+    key = repr((seed, prompt, equal_before))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt's tokens. Raises ConfigError if it is no valid Unicode."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
@@ -87,7 +212,8 @@ def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(prompt)
 
 
-def _check_length(ids: Sequence[int], context: int) -> None:
+def check_length(ids: Sequence[int], context: int) -> None:
+    """Raises ConfigError for a prompt that leaves no room in the context."""
     if len(ids) >= context:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens: at most {context - 1} are accepted, "
@@ -95,13 +221,11 @@ def _check_length(ids: Sequence[int], context: int) -> None:
         )
 
 
-def prompt_seed(seed: int, prompt: str, equal_before: int) -> int:
-    """What a prompt draws by, 63 bits: a function of the seed, the prompt and the number of equal prompts before it.
-
-    So a prompt's place among others does not matter, and equal prompts get different samples.
-    """
-    key = repr((seed, prompt, equal_before))
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+def _slots_with_room(model: Transformer, dtype: torch.dtype, length: int) -> int:
+    device, config = model.head_weight.device, model.config
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return int(CACHE_SHARE * free) // (a_token * length)
 
 
 class TextStream:
@@ -124,8 +248,7 @@ class TextStream:
     def push(self, token: int) -> str:
         """Text that has become certain with this token, maybe none."""
         self._ids.append(token)
-        # Without text of its own a token is special, or a space that some tokenizers drop at the end.
-        if self._tokenizer.is_byte(token) or not self._tokenizer.decode([token]):
+        if not self._tokenizer.gives_text(token):
             return ""
         text = self._undecoded()
         if not self._is_whole(text):

@@ -70,7 +70,7 @@ def load_model(path: str | Path, device: str = "auto") -> LoadedModel:
     sizes, dtype = _arithmetic(config, place)
     model = Transformer(sizes)
     model.load_state_dict(weights)
-    _store_in(model, dtype)
+    store_in(model, dtype)
     step = saved.checkpoint.step
     model = model.to(place).eval()
     return LoadedModel(model, saved.tokenizer, config, saved.checkpoint.path, step, dtype, rules, has_text)
@@ -131,7 +131,7 @@ def _load_tokenizer(path: Path, config: Config) -> Tokenizer:
     return tokenizer
 
 
-def _store_in(model: Transformer, dtype: torch.dtype) -> None:
+def store_in(model: Transformer, dtype: torch.dtype) -> None:
     """Cast matrices once instead of at every use, and to the same numbers that training computes with."""
     if dtype == torch.bfloat16:
         for _, parameter in matrices(model):

@@ -29,6 +29,19 @@ def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor
 
 
 @torch.no_grad()
+def token_losses(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+    """The terms of the sum that `linear_cross_entropy` is, without gradients: float32 (T,), 0 for targets of −100."""
+    weight_VH = weight_VH.to(hidden_TH.dtype)
+    sum_dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
+    chunks = (tensor.split(LOSS_CHUNK_TOKENS[hidden_TH.device.type]) for tensor in (hidden_TH, targets_T))
+    losses = [
+        F.cross_entropy((hidden_cH @ weight_VH.T).to(sum_dtype), targets_c, ignore_index=IGNORE, reduction="none")
+        for hidden_cH, targets_c in zip(*chunks, strict=True)
+    ]
+    return torch.cat(losses)
+
+
+@torch.no_grad()
 def loss_and_gradients(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, scale: Tensor, dweight_VH: Tensor
 ) -> tuple[Tensor, Tensor]:

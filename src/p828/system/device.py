@@ -17,6 +17,9 @@ from p828.system.host_memory import free_host_bytes
 LEAST_BYTES = 8  # of a parameter that is trained: its master and its gradient; moments come on top
 NO_HOST_MEMORY = "can't allocate memory"
 LONGEST_CAUSE = 200  # characters of what PyTorch says
+LESS_TRAINING_MEMORY = (
+    "Lower train.micro_batch_size and raise train.gradient_accumulation as much, or set train.gradient_checkpointing"
+)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -79,7 +82,7 @@ def check_room(parameters: int, device: torch.device) -> None:
 
 
 @contextmanager
-def explain_out_of_memory(what: str) -> Iterator[None]:
+def explain_out_of_memory(what: str, remedy: str = LESS_TRAINING_MEMORY) -> Iterator[None]:
     """Where the block takes more memory than there is, raise RunFailed with what to change.
 
     PyTorch has an error of its own for a GPU, and a RuntimeError for the host.
@@ -91,11 +94,7 @@ def explain_out_of_memory(what: str) -> Iterator[None]:
             raise
         text = " ".join(str(error).split())
         cause = text[max(text.find(NO_HOST_MEMORY), 0) :][:LONGEST_CAUSE] or "of the host"
-        raise RunFailed(
-            f"{what}: out of memory: {cause}\n"
-            "Lower train.micro_batch_size and raise train.gradient_accumulation as much, or set "
-            "train.gradient_checkpointing"
-        ) from error
+        raise RunFailed(f"{what}: out of memory: {cause}\n{remedy}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Seconds of steps and the speed of a large matrix product, by the device's own clock."""
+"""Seconds of steps, and the speed of a large matrix product and of memory, by the device's own clock."""
 
 import itertools
 import time
@@ -39,6 +39,24 @@ def matmul_flops(device: torch.device) -> float:
         torch.mm(a, b, out=out)
 
     return 2 * size**3 / min(step_seconds(product, 40, device))
+
+
+def memory_rate(device: torch.device) -> float:
+    """Bytes a second between the device and its memory, of numbers far more than its caches hold.
+
+    The fastest of many readings (sums) and copies, of which each byte is read and written.
+    """
+    source = torch.ones(2**30 if device.type == "cuda" else 2**25, device=device)  # float32
+    target = torch.empty_like(source)
+
+    def read() -> None:
+        torch.sum(source)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    reading, copying = (min(step_seconds(work, 20, device)) for work in (read, copy))
+    return max(source.nbytes / reading, 2 * source.nbytes / copying)
 
 
 def _record() -> torch.cuda.Event:

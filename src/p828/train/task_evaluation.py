@@ -8,6 +8,7 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.distributed.group import ProcessGroup
 from p828.engine.interface import Engine
 from p828.errors import ConfigError, NotFinite, P828Error
+from p828.inference.generate import Prompt
 from p828.inference.loglikelihood import Request, Score
 from p828.inference.sampling import SamplingConfig
 from p828.inference.tasks.lm_eval_tasks import TasksFailed
@@ -95,12 +96,12 @@ class SharedTaskModel(TaskModel):
         pieces = (requests[start : start + PIECE] for start in range(0, len(requests), PIECE))
         return [score for piece in pieces for score in self._asked("score", piece)]
 
-    def complete(self, prompts: Sequence[str], ids: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[str]:
+    def complete(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[str]:
         if self.ranks.size == 1:
-            return super().complete(prompts, ids, sampling)
+            return super().complete(prompts, sampling)
         rows = self.batch_rows * self.ranks.size
         pieces = (slice(start, start + rows) for start in range(0, len(prompts), rows))
-        return [text for piece in pieces for text in self._asked("complete", prompts[piece], ids[piece], sampling)]
+        return [text for piece in pieces for text in self._asked("complete", prompts[piece], sampling)]
 
     def _asked(self, method: str, *arguments: Any) -> list[Any]:
         return self._share(*self.ranks.on_rank_0(lambda: (method, *arguments)))

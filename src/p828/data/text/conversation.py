@@ -25,13 +25,17 @@ def _messages(fields: object, messages_field: str) -> Messages:
         raise ValueError(f"a JSON object with the field {messages_field!r} is accepted, not {type(fields).__name__}")
     if messages_field not in fields:
         raise ValueError(f"no field {key}; fields here: {', '.join(map(str, fields))[:200] or 'none'}")
-    messages = fields[messages_field]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"field {key} holds {_named(messages)}: a list of messages is accepted")
-    checked = [_message(message, number) for number, message in enumerate(messages, start=1)]
+    checked = messages_of(fields[messages_field], key)
     if all(message["role"] != "assistant" for message in checked):
         raise ValueError("no message is the assistant's, so there is nothing to learn to say")
     return checked
+
+
+def messages_of(value: object, key: str) -> Messages:
+    """The messages of a field, each checked by itself. Raises ValueError saying what is wrong."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"field {key} holds {_named(value)}: a list of messages is accepted")
+    return [_message(message, number) for number, message in enumerate(value, start=1)]
 
 
 def _message(message: object, number: int) -> dict[str, object]:

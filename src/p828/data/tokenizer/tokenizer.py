@@ -60,6 +60,7 @@ class Tokenizer:
         self.special_tokens: list[str] = list(dict.fromkeys([*special, eos_token]))
         self.template: ChatTemplate | None = None
         """How conversations are written, if it is to write them."""
+        self._gives_text: dict[int, bool] = {}
         self._borders: re.Pattern[str] | None = borders(spec)
         """Where a long text may be divided without changing its tokens."""
         self._has_places = has_places(spec)
@@ -262,6 +263,15 @@ class Tokenizer:
     def is_byte(self, token_id: int) -> bool:
         """Whether a token is a single byte, which those behind it decide about: bytes in a row are decoded together."""
         return BYTE_TOKEN.fullmatch(self.inner.id_to_token(token_id) or "") is not None
+
+    def gives_text(self, token_id: int) -> bool:
+        """Whether a token by itself is text: a special one is none, nor a single byte, nor a space that some tokenizers
+        drop at the end.
+        """
+        known = self._gives_text.get(token_id)
+        if known is None:
+            known = self._gives_text[token_id] = not self.is_byte(token_id) and self.decode([token_id]) != ""
+        return known
 
     def to_json(self) -> str:
         """What `save` writes: as it was given, since what was changed for its use is changed again when it is read."""

@@ -13,6 +13,7 @@ import torch
 from p828.errors import NotFinite
 from p828.inference.decode.cache import SlotCache
 from p828.inference.decode.captured_steps import CapturedSteps
+from p828.inference.decode.cpu_steps import CpuSteps
 from p828.inference.decode.rows import Rows
 from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, FinishReason, NewToken, Wants, sequence_of
 from p828.inference.decode.steps import Flight, PlainSteps
@@ -53,7 +54,9 @@ class Decoder:
                 model, self._cache, self._rows, vocab_size, dtype, min(prefill_tokens, self.max_length)
             )
         else:
-            self._steps = PlainSteps(model, self._cache, self._rows, vocab_size, dtype)
+            is_float32_on_cpu = device.type == "cpu" and dtype == torch.float32
+            steps = CpuSteps if is_float32_on_cpu else PlainSteps
+            self._steps = steps(model, self._cache, self._rows, vocab_size, dtype)
         self._unread: deque[DecodedSequence] = deque()
         """Sequences whose prompt is still to be read, the first of them maybe in part."""
         self._read_tokens = 0
@@ -83,17 +86,19 @@ class Decoder:
     ) -> DecodedSequence:
         """Give a prompt a slot; `step` does the work. It ends before EOS and before any of `end_ids`.
 
-        An empty prompt begins a document. Raises ValueError when no slot is free or the prompt is not shorter than
-        `max_length`.
+        An empty prompt begins a document. Raises ValueError when no slot is free, the prompt is not shorter than
+        `max_length`, or a number in it is no token's.
         """
         if not self.free_slots:
             raise ValueError("no slot is free")
         if len(prompt) >= self.max_length:
             raise ValueError(f"a prompt of {len(prompt)} tokens: at most {self.max_length - 1} fit")
+        if prompt and not 0 <= min(prompt) <= max(prompt) < self._rows.vocab_size:
+            raise ValueError(f"token ids from 0 to {self._rows.vocab_size - 1} are accepted")
         sequence = sequence_of(prompt, self._eos_id, config, seed, end_ids, wants, self._cache.take())
-        self._rows.begin(sequence, prompt)
         self._unread.append(sequence)
         self._on_their_way[sequence] = 0
+        self._rows.begin(sequence, prompt)  # last: if it finds no memory, the sequence can be cancelled
         return sequence
 
     def step(self) -> list[NewToken]:

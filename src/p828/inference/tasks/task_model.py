@@ -1,15 +1,14 @@
 """A model as tasks ask for it: by text, for log-likelihoods and continuations."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
-from p828.inference.generate import continued
+from p828.inference.generate import Prompt, open_decoder, pieces, seeded
 from p828.inference.load import LoadedModel
 from p828.inference.loglikelihood import Request, Score, loglikelihoods
 from p828.inference.sampling import SamplingConfig
@@ -78,40 +77,30 @@ class TaskModel:
         context = self.model.config.max_position_embeddings
         room = max(context - sampling.max_new_tokens, context // 2, 1)
         ids = [self.tokenizer.encode(prompt)[-room:] for prompt in prompts]
-        texts = [""] * len(prompts)
-        for round_of, indices in enumerate(_rounds(prompts)):
-            drawn = replace(sampling, seed=sampling.seed + round_of)
-            made = self.complete([prompts[i] for i in indices], [ids[i] for i in indices], drawn)
-            for index, text in zip(indices, made, strict=True):
-                texts[index] = text
-        return texts
+        return self.complete(list(seeded(prompts, ids, sampling.seed)), sampling)
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
         """As `loglikelihoods` of tokens."""
         count = SlowCount(self.report, f"{{:,}} of about {len(requests):,} texts scored")
         return loglikelihoods(self.model, requests, self.dtype, self.batch_tokens, count.to)
 
-    def complete(self, prompts: Sequence[str], ids: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[str]:
-        """The continuation of each prompt, whose last tokens are `ids`."""
-        order = sorted(range(len(prompts)), key=lambda index: -len(ids[index]))
+    def complete(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[str]:
+        """The continuation of each prompt; `sampling.seed` is in theirs."""
+        if not prompts:
+            return []
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].ids))
+        lengths = [len(prompt.ids) for prompt in prompts]
         texts = [""] * len(prompts)
         count = SlowCount(self.report, f"{{:,}} of {len(prompts):,} prompts continued")
-        for start in range(0, len(order), self.batch_rows):
-            batch = order[start : start + self.batch_rows]
-            chosen, chosen_ids = [prompts[index] for index in batch], [ids[index] for index in batch]
-            made = continued(
-                self.model,
-                self.tokenizer,
-                chosen,
-                chosen_ids,
-                sampling,
-                lambda index, text: None,
-                self.dtype,
-                self.tokenizer.end_ids,
-            )
-            for index, completion in zip(batch, made, strict=True):
-                texts[index] = completion.text
-            count.to(start + len(batch))
+        done = 0
+        sizes = lengths, sampling.max_new_tokens, self.batch_rows
+        with open_decoder(self.model, self.tokenizer, self.dtype, *sizes) as decoder:
+            queue = (prompts[index] for index in order)
+            for piece in pieces(decoder, self.tokenizer, queue, sampling, self.tokenizer.end_ids):
+                if piece.completion is not None:
+                    texts[order[piece.place]] = piece.completion.text
+                    done += 1
+                    count.to(done)
         return texts
 
     def _request(self, context: str, continuation: str) -> Request:
@@ -130,18 +119,6 @@ class TaskModel:
         shared = next((n for n, tokens in enumerate(zip(*texts, strict=False)) if len(set(tokens)) > 1), None)
         shared = min(map(len, texts)) if shared is None else shared
         return [Request(text[:shared] or [self.tokenizer.eos_id], text[shared:]) for text in texts[1:]]
-
-
-def _rounds(prompts: Sequence[str]) -> list[list[int]]:
-    """Indices of the prompts, in as many rounds as the commonest prompt has copies, which are to differ if drawn."""
-    copies: Counter[str] = Counter()
-    rounds: list[list[int]] = []
-    for index, prompt in enumerate(prompts):
-        if copies[prompt] == len(rounds):
-            rounds.append([])
-        rounds[copies[prompt]].append(index)
-        copies[prompt] += 1
-    return rounds
 
 
 def sampling_of(settings: Mapping[str, Any]) -> SamplingConfig:

@@ -1,0 +1,88 @@
+"""Products, norms and attention of a decoding step on a CPU, where the calls of a small model cost more than its sums.
+
+The twins are in `plain.py`. All in float32: T tokens, each the newest of its sequence.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+PIECES = 4  # of a matrix: MKL reads one for a single token in one thread, and several in one each
+LARGE = 2**19  # numbers of a matrix from which these ways are faster
+FEW = 4  # tokens up to which they are
+
+
+class Matrix:
+    """A weight (V, H), prepared for products with few tokens.
+
+    MKL reads a matrix far larger than its caches at a half to a tenth of memory's speed if few tokens stand on its
+    left, as they do in `x weightᵀ`.
+    """
+
+    def __init__(self, weight_VH: Tensor) -> None:
+        self.weight_VH, self.weight_HV = weight_VH, weight_VH.t()
+        self.is_large = weight_VH.numel() >= LARGE
+        whole = len(weight_VH) // PIECES * PIECES
+        self.pieces_PXH = weight_VH[:whole].view(PIECES, -1, weight_VH.shape[1])
+        self.rest_HX = self.weight_HV[:, whole:]
+
+    def __call__(self, x_TH: Tensor) -> Tensor:
+        """x weightᵀ: (T, V)."""
+        if not self.is_large:
+            return x_TH.mm(self.weight_HV)
+        tokens = x_TH.shape[0]
+        if tokens > FEW:
+            return x_TH.mm(self.weight_HV)
+        if tokens > 1:
+            return self.weight_VH.mm(x_TH.t()).t()
+        out_1V = self.pieces_PXH.bmm(x_TH.t().expand(PIECES, -1, 1)).view(1, -1)
+        return torch.cat((out_1V, x_TH.mm(self.rest_HX)), dim=1) if self.rest_HX.shape[1] else out_1V
+
+    def add_product_(self, out_TV: Tensor, x_TH: Tensor, factor: float) -> None:
+        """Add factor · x weightᵀ to `out_TV`."""
+        if self.is_large:
+            out_TV.add_(self(x_TH), alpha=factor)
+        else:
+            out_TV.addmm_(x_TH, self.weight_HV, alpha=factor)
+
+
+class Expert(NamedTuple):
+    gate_up: Matrix
+    """(2 P, H), the gate's rows first."""
+    down: Matrix
+
+    def add_(self, out_TH: Tensor, x_TH: Tensor, hidden_act: str, factor: float) -> None:
+        """Add factor · down(act(gate x, up x)) to `out_TH`. `hidden_act`: as for `p828.model.experts.activate`."""
+        gate_TP, up_TP = self.gate_up(x_TH).chunk(2, dim=1)
+        if hidden_act == "swiglu_of_product":
+            gate_TP, up_TP = (gate_TP * up_TP).chunk(2, dim=1)
+        self.down.add_product_(out_TH, F.silu(gate_TP).mul_(up_TP), factor)
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension; `weight` is broadcast."""
+    squares = torch.linalg.vecdot(x, x)[..., None]
+    return (x * squares.div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
+
+
+def rotate(x_TXD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
+    """The pairs (i, i + D/2) of every head, rotated. The sine's first half has the opposite sign."""
+    return torch.addcmul(x_TXD * cos_T1D, x_TXD.roll(x_TXD.shape[-1] // 2, -1), sin_T1D)
+
+
+def attend(
+    q_TGMD: Tensor, keys_TGCD: Tensor, values_TGCD: Tensor, sinks_GM: Tensor | None, mask_T1MC: Tensor | None
+) -> Tensor:
+    """softmax([q kᵀ / sqrt(D), sink]) v without the sink's column: (T, G, M, D), for M query heads of a key head.
+
+    `mask_T1MC` (float32) is added to the scores. With the kernel's O and log-sum-exp, a sink s leaves
+    O · exp(lse) / (exp(lse) + exp(s)).
+    """
+    out_TGMD, lse_TGM = aten._scaled_dot_product_flash_attention_for_cpu(
+        q_TGMD, keys_TGCD, values_TGCD, 0.0, False, attn_mask=mask_T1MC
+    )
+    return out_TGMD if sinks_GM is None else out_TGMD.mul_(lse_TGM.sub_(sinks_GM).sigmoid_()[..., None])

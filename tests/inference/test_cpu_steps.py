@@ -1,0 +1,104 @@
+"""Steps on a CPU against the whole pass in float64, for every option of the model."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from p828.config import RopeScaling
+from p828.inference.decode.cpu_steps import CpuSteps
+from p828.inference.decode.decoder import Decoder
+from p828.inference.decode.sequence import DecodedSequence, Wants
+from p828.inference.sampling import SamplingConfig
+from p828.kernels.decode.cpu import FEW, LARGE, PIECES, Matrix
+from tiny import tiny_model
+
+VOCABULARY = 97
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no sinks, one key head": {"attention_sinks": False, "num_key_value_heads": 1},
+    "norms on q and k, YaRN": {
+        "use_qk_norm": True, "rope_scaling": RopeScaling(factor=4, original_max_position_embeddings=16),
+    },
+    "product, two shared": {"hidden_act": "swiglu_of_product", "n_shared_experts": 2},
+    "softmax, groups, none shared": {
+        "n_shared_experts": 0, "scoring_func": "softmax", "n_group": 4, "topk_group": 2,
+    },
+    "tied, weights not normalised": {
+        "tie_word_embeddings": True, "norm_topk_prob": False, "routed_scaling_factor": 2.5,
+    },
+}  # fmt: skip
+GREEDY = SamplingConfig(temperature=0, max_new_tokens=6)
+
+
+def decoded(decoder: Decoder, prompts: list[list[int]]) -> dict[DecodedSequence, list[tuple[float, Any]]]:
+    """Each continuation's tokens: their log-probability and experts."""
+    wants = Wants(probability=True, experts=True)
+    found: dict[DecodedSequence, list[tuple[float, Any]]] = {
+        decoder.admit(prompt, GREEDY, seed=0, wants=wants): [] for prompt in prompts
+    }
+    while decoder.running:
+        for token in decoder.step():
+            assert token.probability is not None
+            found[token.sequence].append((token.probability.value, token.experts_LK))
+    return found
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
+def test_against_the_whole_pass(options: dict[str, Any]) -> None:
+    """Unequal lengths side by side, and one alone; RoPE's tables and the weights are float32."""
+    model, double = tiny_model(**options), tiny_model(**options).double()
+    decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.float32, slots=3, max_length=40)
+    assert isinstance(decoder._steps, CpuSteps)
+    for prompts in ([[1, 2, 3], [5] * 17, [7, 8]], [[9, 10]]):
+        for sequence, tokens in decoded(decoder, prompts).items():
+            output = double(torch.tensor([sequence.ids]), dtype=torch.float64)
+            logs_SV = (output.hidden_BSH[0] @ double.head_weight.T).log_softmax(-1)
+            for place, (value, _) in enumerate(tokens, sequence.prompt_length):
+                # Two layers leave some 1e-6 of numbers near 1, and a token's log-probability is the sum of two.
+                assert value == pytest.approx(logs_SV[place - 1, sequence.ids[place]].item(), abs=5e-6)
+                assert logs_SV[place - 1].argmax() == sequence.ids[place]
+    decoder.check_idle()
+
+
+def test_the_experts_are_the_routers() -> None:
+    model = tiny_model()
+    decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.float32, slots=2, max_length=40)
+    seen: list[torch.Tensor] = []
+    for layer in model.layers:
+        layer.mlp.gate.register_forward_hook(lambda gate, inputs, routing: seen.append(routing.experts_TK))
+    for sequence, tokens in decoded(decoder, [[3, 1, 4, 1, 5], [9, 2, 6]]).items():
+        seen.clear()
+        model(torch.tensor([sequence.ids]))
+        assert tokens[0][1] is None
+        for place, (_, experts_LK) in enumerate(tokens[1:], sequence.prompt_length):
+            assert experts_LK == tuple(tuple(experts_TK[place].tolist()) for experts_TK in seen)
+
+
+def test_slots_that_do_not_lie_side_by_side() -> None:
+    """What a sequence gets is the same where another one's slot has become free."""
+    model = tiny_model()
+    decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.float32, slots=4, max_length=40)
+    prompts = [[1, 2], [3] * 9, [4, 5, 6], [7]]
+    expected = [sequence.ids for sequence in decoded(decoder, prompts)]
+    sequences = [decoder.admit(prompt, GREEDY, seed=0) for prompt in prompts]
+    decoder.step()
+    decoder.cancel(sequences[1])
+    while decoder.running:
+        decoder.step()
+    assert [sequences[i].ids for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
+    assert len({sequence.slot for sequence in sequences}) == 4
+
+
+@pytest.mark.parametrize("tokens", [1, 2, FEW, FEW + 1])
+@pytest.mark.parametrize("rows", [40, LARGE // 64, LARGE // 64 + PIECES - 1])
+def test_products_of_small_and_large_matrices(tokens: int, rows: int) -> None:
+    weight_VH, x_TH, out_TV = torch.randn(rows, 64), torch.randn(tokens, 64), torch.randn(tokens, rows)
+    matrix = Matrix(weight_VH)
+    assert matrix.is_large == (rows >= LARGE // 64)
+    expected = x_TH.double() @ weight_VH.double().T
+    # Sums of 64 products of numbers near 1.
+    torch.testing.assert_close(matrix(x_TH).double(), expected, rtol=0, atol=1e-4)
+    sums = out_TV.double() + 0.5 * expected
+    matrix.add_product_(out_TV, x_TH, 0.5)
+    torch.testing.assert_close(out_TV.double(), sums, rtol=0, atol=1e-4)
