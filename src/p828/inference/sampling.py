@@ -102,7 +102,7 @@ def choose_tokens(
     says whether any row has a filter or a penalty; without one the others are left out, which changes no token. No
     row's token depends on the other rows, and the host does not wait for the device.
     """
-    is_finite_B = logits_BV.isfinite().all(dim=-1)
+    is_finite_B = are_finite(logits_BV)
     if has_filters:
         logits_BV = penalised(logits_BV, settings, seen_BV)
     likeliest_B = logits_BV.argmax(dim=-1)
@@ -116,7 +116,12 @@ def choose_tokens(
 
 def likeliest_tokens(logits_BV: Tensor) -> Tensor:
     """As `choose_tokens` for rows that all take their likeliest token and have no penalty."""
-    return logits_BV.argmax(dim=-1).where(logits_BV.isfinite().all(dim=-1), -1)
+    return logits_BV.argmax(dim=-1).where(are_finite(logits_BV), -1)
+
+
+def are_finite(logits_BV: Tensor) -> Tensor:
+    """bool (B,): `isfinite().all(dim=-1)` in fewer passes, since 0 times what is not finite is NaN."""
+    return (logits_BV * 0).sum(dim=-1) == 0
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:

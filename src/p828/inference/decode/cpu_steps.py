@@ -16,7 +16,7 @@ from p828.inference.decode.sequence import DecodedSequence
 from p828.inference.decode.steps import Flight, PlainSteps
 from p828.inference.decode.weights import LayerWeights, decode_weights
 from p828.kernels.decode import cpu
-from p828.kernels.decode.cpu import Expert, Matrix
+from p828.kernels.decode.cpu import Expert, Matrix, Norm
 from p828.model.rope import rotary
 from p828.model.router import limit_groups, score
 from p828.model.transformer import Transformer
@@ -38,12 +38,15 @@ class Places(NamedTuple):
 class CpuLayer(NamedTuple):
     """A layer's weights, cut and turned once."""
 
-    norms: LayerWeights
-    """For what is no matrix."""
+    input_norm: Norm
     qkv: Matrix
-    o_proj: Matrix
-    router_HE: Tensor
+    q_norm: Norm | None
+    k_norm: Norm | None
     sinks_GM: Tensor | None
+    o_proj: Matrix
+    post_norm: Norm
+    router_HE: Tensor
+    bias_E: Tensor
     routed: list[Expert]
     shared: list[Expert]
 
@@ -55,8 +58,9 @@ class CpuSteps(PlainSteps):
         super().__init__(model, cache, rows, vocab_size, dtype)
         self.config: ModelConfig = model.config
         weights = decode_weights(model, vocab_size, dtype)
-        self.embedding_VH, self.norm_H, self.head = weights.embedding_VH, weights.norm_H, Matrix(weights.head_VH)
-        self.layers = [_prepared(layer, self.config.num_key_value_heads) for layer in weights.layers]
+        self.embedding_VH, self.head = weights.embedding_VH, Matrix(weights.head_VH)
+        self.norm = Norm(weights.norm_H, self.config.rms_norm_eps)
+        self.layers = [_prepared(layer, self.config) for layer in weights.layers]
         positions_1C = torch.arange(cache.max_length)[None]
         angles = rotary(positions_1C, model.frequencies, self.config.rope_scaling.factor)
         cos_C1X, sin_C1X = (angle.squeeze(0) for angle in angles)
@@ -76,7 +80,7 @@ class CpuSteps(PlainSteps):
             self._add_attention_(x_TH, index, layer, places)
             experts_TK = self._add_experts_(x_TH, layer)
             chosen += [experts_TK] if wants_experts else []
-        logits_TV = self.head(cpu.normalise(x_TH, self.norm_H, self.config.rms_norm_eps))
+        logits_TV = self.head(self.norm(x_TH))
         token_T = self.rows.choose(logits_TV, slots_T, drawing_of(sequences))
         return self.flight(sequences, token_T, logits_TV, torch.stack(chosen) if chosen else None)
 
@@ -93,19 +97,19 @@ class CpuSteps(PlainSteps):
             hidden_TC = torch.arange(max(positions) + 1) > position_T[:, None]
             mask_TC = torch.zeros(hidden_TC.shape).masked_fill_(hidden_TC, float("-inf"))
             mask_T1MC = mask_TC[:, None, None].expand(-1, 1, self.sharing, -1)
-        cos_T1D, sin_T1D = self.cos_C1D[position_T], self.sin_C1D[position_T]
+        at = position_T if len(slots) > 1 else slice(positions[0], positions[0] + 1)
+        cos_T1D, sin_T1D = self.cos_C1D[at], self.sin_C1D[at]
         return Places(slots, positions, torch.tensor(rows), cos_T1D, sin_T1D, mask_T1MC)
 
     def _add_attention_(self, x_TH: Tensor, index: int, layer: CpuLayer, places: Places) -> None:
-        config, eps, norms = self.config, self.config.rms_norm_eps, layer.norms
+        config = self.config
         heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        qkv_TX = layer.qkv(cpu.normalise(x_TH, norms.input_norm_H, eps))
+        qkv_TX = layer.qkv(layer.input_norm(x_TH))
         qkv_TXD = qkv_TX.reshape(-1, heads + 2 * groups, head_dim)
         qk_TXD, v_TGD = qkv_TXD[:, : heads + groups], qkv_TXD[:, heads + groups :]
-        if norms.q_norm_D is not None and norms.k_norm_D is not None:
+        if layer.q_norm is not None and layer.k_norm is not None:
             q_TND, k_TGD = qk_TXD.split((heads, groups), dim=1)
-            normed = cpu.normalise(q_TND, norms.q_norm_D, eps), cpu.normalise(k_TGD, norms.k_norm_D, eps)
-            qk_TXD = torch.cat(normed, dim=1)
+            qk_TXD = torch.cat((layer.q_norm(q_TND), layer.k_norm(k_TGD)), dim=1)
         qk_TXD = cpu.rotate(qk_TXD, places.cos_T1D, places.sin_T1D)
         keys_SGCD, values_SGCD = self.cache.keys[index], self.cache.values[index]
         keys_SGCD.view(-1, head_dim).index_copy_(0, places.rows_X, qk_TXD[:, heads:].reshape(-1, head_dim))
@@ -117,7 +121,7 @@ class CpuSteps(PlainSteps):
     def _add_experts_(self, x_TH: Tensor, layer: CpuLayer) -> Tensor:
         """Returns the routed experts: int64 (T, K)."""
         act = self.config.hidden_act
-        normed_TH = cpu.normalise(x_TH, layer.norms.post_norm_H, self.config.rms_norm_eps)
+        normed_TH = layer.post_norm(x_TH)
         experts_TK, weights_TK = self._routed(normed_TH, layer)
         chosen, weights = experts_TK.tolist(), weights_TK.tolist()
         for expert in layer.shared:
@@ -143,7 +147,7 @@ class CpuSteps(PlainSteps):
         """The experts of each token and their weights, (T, K), as `p828.model.router` gives them."""
         config = self.config
         scores_TE = score(config.scoring_func, normed_TH.mm(layer.router_HE))
-        choice_TE = scores_TE + layer.norms.bias_E
+        choice_TE = scores_TE + layer.bias_E
         if config.n_group > 1:
             choice_TE = limit_groups(choice_TE, config.n_group, config.topk_group)
         experts_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
@@ -153,18 +157,24 @@ class CpuSteps(PlainSteps):
         return experts_TK, weights_TK.mul_(config.routed_scaling_factor)
 
 
-def _prepared(layer: LayerWeights, groups: int) -> CpuLayer:
+def _prepared(layer: LayerWeights, config: ModelConfig) -> CpuLayer:
+    eps = config.rms_norm_eps
+
     def experts(gate_up_EPH: Tensor | None, down_EHI: Tensor | None) -> list[Expert]:
         if gate_up_EPH is None or down_EHI is None:
             return []
         return [Expert(Matrix(gate_up), Matrix(down)) for gate_up, down in zip(gate_up_EPH, down_EHI, strict=True)]
 
     return CpuLayer(
-        layer,
+        Norm(layer.input_norm_H, eps),
         Matrix(layer.qkv_XH),
+        None if layer.q_norm_D is None else Norm(layer.q_norm_D, eps),
+        None if layer.k_norm_D is None else Norm(layer.k_norm_D, eps),
+        None if layer.sinks_N is None else layer.sinks_N.view(config.num_key_value_heads, -1),
         Matrix(layer.o_proj_HX),
+        Norm(layer.post_norm_H, eps),
         layer.router_EH.t(),
-        None if layer.sinks_N is None else layer.sinks_N.view(groups, -1),
+        layer.bias_E,
         experts(layer.gate_up_EPH, layer.down_EHI),
         experts(layer.shared_gate_up_SPH, layer.shared_down_SHI),
     )

@@ -63,10 +63,20 @@ class Expert(NamedTuple):
         self.down.add_product_(out_TH, F.silu(gate_TP).mul_(up_TP), factor)
 
 
-def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension; `weight` is broadcast."""
-    squares = torch.linalg.vecdot(x, x)[..., None]
-    return (x * squares.div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
+class Norm:
+    """RMSNorm over the last dimension."""
+
+    def __init__(self, weight_H: Tensor, eps: float) -> None:
+        self.weight_H, self.eps = weight_H, eps
+        self.zeros_1H = torch.zeros(1, len(weight_H))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        width = len(self.weight_H)
+        if x.shape == self.zeros_1H.shape:  # of one token the host takes the root, which is half the operations
+            scale = (x.mm(x.t()).item() / width + self.eps) ** -0.5
+            return torch.addcmul(self.zeros_1H, x, self.weight_H, value=scale)
+        squares = torch.linalg.vecdot(x, x)[..., None]
+        return (x * squares.div_(width).add_(self.eps).rsqrt_()).mul_(self.weight_H)
 
 
 def rotate(x_TXD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
