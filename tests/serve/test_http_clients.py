@@ -12,7 +12,8 @@ from serving import HeldDecoder, Served, asking, connected, rest_of, serving, wa
 
 from p828.errors import NotFinite
 from p828.inference.generate import TextStream
-from p828.serve import body, connection, scheduler, server
+from p828.serve.http import body, connection, server
+from p828.serve.scheduling import scheduler
 
 ASKED = {"prompt": "the cat", "max_tokens": 50, "temperature": 0}
 WAITING = 2

@@ -4,7 +4,7 @@ import torch
 
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import NewToken
-from p828.serve.warm_up import warm_up
+from p828.serve.scheduling.warm_up import warm_up
 from tiny import tiny_model
 
 

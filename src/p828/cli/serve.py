@@ -19,14 +19,14 @@ from p828.train.log.console import waiting
 from p828.train.signals import graceful_shutdown
 
 try:
-    from p828.serve.app import build_app
-    from p828.serve.limits import Limits
-    from p828.serve.metrics import Metrics
-    from p828.serve.room import cache_bytes, check_cache
-    from p828.serve.scheduler import Scheduler
-    from p828.serve.server import GRACE_SECONDS, Server, listen, url
-    from p828.serve.service import Service
-    from p828.serve.warm_up import warm_up
+    from p828.serve.api.service import Service
+    from p828.serve.http.app import build_app
+    from p828.serve.http.server import GRACE_SECONDS, Server, listen, url
+    from p828.serve.scheduling.limits import Limits
+    from p828.serve.scheduling.metrics import Metrics
+    from p828.serve.scheduling.room import cache_bytes, check_cache
+    from p828.serve.scheduling.scheduler import Scheduler
+    from p828.serve.scheduling.warm_up import warm_up
 except ModuleNotFoundError as error:
     raise ConfigError(f"{error.name}, which p828 serve needs, is not installed: pip install 'p828[serve]'") from error
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.inference.decode.sequence import FinishReason, NewToken, TokenProbability
 from p828.inference.generate import TextStream
-from p828.serve.submission import Submission
+from p828.serve.scheduling.submission import Submission
 
 
 class Prompt(NamedTuple):

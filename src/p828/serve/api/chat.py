@@ -14,15 +14,15 @@ from starlette.responses import Response
 from p828.errors import ConfigError
 from p828.inference.answer import prompt_of, template_in
 from p828.inference.decode.sequence import Wants
-from p828.serve.answering import EventStream, merged, whole_response
-from p828.serve.body import read_json
-from p828.serve.choice import Choice, Piece, Prompt
-from p828.serve.fields import checked
-from p828.serve.logprobs import experts_of, of_chat
-from p828.serve.refusal import Refused, wrong_field
-from p828.serve.requests import ChatRequest, Message
-from p828.serve.service import Service, in_thread, tokenized
-from p828.serve.usage import FINISH_REASONS, usage_of
+from p828.serve.api.answering import EventStream, merged, whole_response
+from p828.serve.api.choice import Choice, Piece, Prompt
+from p828.serve.api.fields import checked
+from p828.serve.api.logprobs import experts_of, of_chat
+from p828.serve.api.requests import ChatRequest, Message
+from p828.serve.api.service import Service, in_thread, tokenized
+from p828.serve.api.usage import FINISH_REASONS, usage_of
+from p828.serve.http.body import read_json
+from p828.serve.http.refusal import Refused, wrong_field
 
 
 async def chat(request: Request) -> Response:

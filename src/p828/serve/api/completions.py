@@ -11,14 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from p828.inference.decode.sequence import Wants
-from p828.serve.answering import EventStream, merged, whole_response
-from p828.serve.body import read_json
-from p828.serve.choice import Choice, Piece, Prompt, offsets_of
-from p828.serve.fields import checked
-from p828.serve.logprobs import experts_of, of_completion
-from p828.serve.requests import CompletionRequest
-from p828.serve.service import Service, in_thread, tokenized
-from p828.serve.usage import FINISH_REASONS, usage_of
+from p828.serve.api.answering import EventStream, merged, whole_response
+from p828.serve.api.choice import Choice, Piece, Prompt, offsets_of
+from p828.serve.api.fields import checked
+from p828.serve.api.logprobs import experts_of, of_completion
+from p828.serve.api.requests import CompletionRequest
+from p828.serve.api.service import Service, in_thread, tokenized
+from p828.serve.api.usage import FINISH_REASONS, usage_of
+from p828.serve.http.body import read_json
 
 
 async def complete(request: Request) -> Response:
