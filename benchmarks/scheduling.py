@@ -4,7 +4,7 @@
 
 Each step sleeps, as a thread does that waits for a GPU, and gives 64 sequences a token. A reader takes some time for
 each list of tokens it gets, as a web server does that writes them to a client. Printed for Python's own interval after
-which threads hand over to one another, and for the scheduler's (`SWITCH_SECONDS` in serve/scheduler.py).
+which threads hand over to one another, and for the scheduler's (`SWITCH_SECONDS` in serve/scheduling/scheduler.py).
 """
 
 import argparse
@@ -16,10 +16,10 @@ from unittest.mock import patch
 
 from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, NewToken, Wants, sequence_of
 from p828.inference.sampling import SamplingConfig
-from p828.serve.limits import Limits
-from p828.serve.metrics import Metrics
-from p828.serve.scheduler import SWITCH_SECONDS, Scheduler
-from p828.serve.submission import Request
+from p828.serve.scheduling.limits import Limits
+from p828.serve.scheduling.metrics import Metrics
+from p828.serve.scheduling.scheduler import SWITCH_SECONDS, Scheduler
+from p828.serve.scheduling.submission import Request
 
 SEQUENCES, TOKENS = 64, 1000
 
@@ -76,7 +76,7 @@ def measure(step_seconds: float, reader_seconds: float, switch_seconds: float) -
         await asyncio.gather(*[read(scheduler) for _ in range(SEQUENCES)])
 
     decoder = SleepingDecoder(step_seconds)
-    with patch("p828.serve.scheduler.SWITCH_SECONDS", switch_seconds):
+    with patch("p828.serve.scheduling.scheduler.SWITCH_SECONDS", switch_seconds):
         scheduler = Scheduler(decoder, Limits(SEQUENCES), Metrics("none", decoder.max_length))  # type: ignore[arg-type]
         scheduler.start()
         begin = time.perf_counter()

@@ -40,7 +40,7 @@ def definition(hop: Hop) -> ast.AST:
         found = [
             child
             for child in ast.iter_child_nodes(node)
-            if isinstance(child, ast.FunctionDef | ast.ClassDef) and child.name == part
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and child.name == part
         ]
         assert found, f"docs/walk.md: {hop.file} has no {hop.name}"
         node = found[0]

@@ -59,12 +59,13 @@ def test_the_sizes_in_the_help_are_of_the_configuration_given(capsys: pytest.Cap
         ("generate", ["CHECKPOINT", "--prompt", "--interactive", "--stop", "--seed"]),
         ("evaluate", ["CHECKPOINT", "--rows", "--data.files"]),
         ("export", ["CHECKPOINT", "DIR", "--dtype", "--native-only"]),
-        ("bench", ["--shape", "--peers", "--breakdown", "--json"]),
+        ("bench train", ["--shape", "--peers", "--breakdown", "--json"]),
+        ("bench generate", ["--shape", "--batch", "--prompt-length", "--json"]),
     ],
 )
 def test_help_lists_what_a_command_takes(command: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        dispatch([command, "--help"])
+        dispatch([*command.split(), "--help"])
     assert stop.value.code == 0
     said = capsys.readouterr().out
     described = said[said.index("show this help") :]  # behind the usage

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from p828.cli.expert_tables import load_table, statistics, token_table
+from p828.cli.generation.expert_tables import load_table, statistics, token_table
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.inference.decode.sequence import Wants
 from p828.inference.expert_use import ExpertLoads, ExpertUse, prompt_use

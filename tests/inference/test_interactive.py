@@ -20,8 +20,8 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from saved_run import save_run
 
-from p828.cli.line_history import KEPT_BYTES, LineHistory
-from p828.cli.terminal import typed_lines
+from p828.cli.generation.line_history import KEPT_BYTES, LineHistory
+from p828.cli.generation.terminal import typed_lines
 from p828.data.tokenizer.tokenizer import Tokenizer
 from tiny import tiny_model
 

@@ -13,10 +13,10 @@ from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import NOTHING_MORE, NewToken, Wants
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
-from p828.serve.limits import Limits
-from p828.serve.metrics import Metrics
-from p828.serve.scheduler import Scheduler
-from p828.serve.submission import Request, Submission
+from p828.serve.scheduling.limits import Limits
+from p828.serve.scheduling.metrics import Metrics
+from p828.serve.scheduling.scheduler import Scheduler
+from p828.serve.scheduling.submission import Request, Submission
 from tiny import tiny_model
 
 EOS, VOCABULARY, SLOTS = 96, 97, 8

@@ -18,12 +18,12 @@ from p828.data.tokenizer.training import train_tokenizer
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import NewToken
 from p828.inference.load import LoadedModel, load_model
-from p828.serve.app import build_app
-from p828.serve.limits import Limits
-from p828.serve.metrics import Metrics
-from p828.serve.scheduler import Scheduler
-from p828.serve.server import Server, listen, url
-from p828.serve.service import Service
+from p828.serve.api.service import Service
+from p828.serve.http.app import build_app
+from p828.serve.http.server import Server, listen, url
+from p828.serve.scheduling.limits import Limits
+from p828.serve.scheduling.metrics import Metrics
+from p828.serve.scheduling.scheduler import Scheduler
 from tiny import tiny_model
 
 NAME, EOS, CONTEXT, SLOTS = "run", "<|endoftext|>", 128, 4
@@ -36,6 +36,7 @@ class Served(NamedTuple):
     service: Service
     loaded: LoadedModel
     decoder: Decoder
+    server: Server
 
 
 class HeldDecoder(Decoder):
@@ -96,7 +97,7 @@ def serving(run: Path, api_key: str = "", decoder: type[Decoder] = Decoder, **li
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
-            yield Served(address, service, loaded, decoding)
+            yield Served(address, service, loaded, decoding, server)
         finally:
             if isinstance(decoding, HeldDecoder):
                 decoding.free()

@@ -12,7 +12,8 @@ from serving import HeldDecoder, Served, asking, connected, rest_of, serving, wa
 
 from p828.errors import NotFinite
 from p828.inference.generate import TextStream
-from p828.serve import body, connection
+from p828.serve.http import body, connection, server
+from p828.serve.scheduling import scheduler
 
 ASKED = {"prompt": "the cat", "max_tokens": 50, "temperature": 0}
 WAITING = 2
@@ -168,6 +169,18 @@ def test_a_fault_of_the_server_is_printed_and_the_slot_is_left(
     wait_until(lambda: "ZeroDivisionError: of the text" in caplog.text)  # without pytest it is printed
     decoder_of(held).free()
     assert httpx.post(f"{held.url}/v1/completions", json=ASKED).status_code == 200
+
+
+def test_what_is_not_done_when_the_grace_is_over_is_told(held: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(scheduler, "STUCK_SECONDS", 0.1)
+    accepted = [asking(held, **ASKED, stream=stream) for stream in (False, True)]
+    wait_until(lambda: present(held) == 2)
+    held.server.stop()
+    for one in accepted:
+        status, _, content = parts_of(rest_of(one))
+        assert status == b"HTTP/1.1 503 Service Unavailable"
+        assert json.loads(content)["error"]["message"] == "the server is shutting down"
 
 
 def test_a_body_that_comes_too_slowly_is_not_waited_for(

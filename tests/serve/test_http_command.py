@@ -16,10 +16,11 @@ from serving import NAME, tokenizer_of
 
 from exported import save_model
 from p828.cli.main import dispatch
+from p828.cli.serve import Arguments, api_key
 from p828.inference.generate import generate
 from p828.inference.load import load_model
 from p828.inference.sampling import SamplingConfig
-from p828.serve.server import listen
+from p828.serve.http.server import listen
 from runs import start
 from tiny import tiny_model
 
@@ -102,6 +103,7 @@ def test_a_port_that_is_taken_is_told_in_a_line(run: Path, capfd: pytest.Capture
         (["RUN", "--host", "a" * 64 + ".b"], "not the name of a host"),
         (["RUN", "--slots", "0"], "--slots 0: a whole number of at least 1"),
         (["RUN", "--slots", "100000000"], "fewer --slots or a shorter --context is accepted"),
+        (["RUN", "--context", "1"], "--context 1: a whole number of at least 2"),
         (["RUN", "--context", str(CONTEXT + 1)], f"at most {CONTEXT} is accepted"),
         (["RUN", "--max-waiting", "-1"], "--max-waiting -1: a whole number of at least 0"),
         (["RUN", "--timeout", "0"], "--timeout 0: a number of seconds above 0"),
@@ -134,6 +136,14 @@ def test_what_is_no_key_is_refused(
         monkeypatch.setenv("P828_API_KEY", content)
         assert dispatch(["serve", str(run), "--port", "0"]) == 2
         assert "P828_API_KEY: a key of printable ASCII characters" in capfd.readouterr().err
+
+
+def test_a_key_is_read_from_the_file_or_else_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_text("of-the-file\n")
+    assert api_key(Arguments("run")) == ""
+    monkeypatch.setenv("P828_API_KEY", "of-the-environment")
+    assert api_key(Arguments("run")) == "of-the-environment"
+    assert api_key(Arguments("run", api_key_file=str(tmp_path / "key"))) == "of-the-file"
 
 
 def test_the_address_takes_small_pieces_at_once() -> None:

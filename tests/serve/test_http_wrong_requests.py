@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import NAME, Served, connected, rest_of, save_tiny, serving
 
-from p828.serve.body import MOST_BYTES
-from p828.serve.fields import UNSUPPORTED
-from p828.serve.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from p828.serve.api.fields import UNSUPPORTED
+from p828.serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from p828.serve.http.body import MOST_BYTES
 
 PATHS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
 JSON = {"Content-Type": "application/json"}

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from scheduled import HeldDecoder, answer, decoder, in_one_loop, likeliest, request, samples, scheduling
 
-from p828.serve.metrics import Metrics, buckets_1_2_5
-from p828.serve.scheduler import Scheduler
+from p828.serve.scheduling.metrics import Metrics, buckets_1_2_5
+from p828.serve.scheduling.scheduler import Scheduler
 
 # What the dashboard reads that vLLM has in its examples/online_serving/prometheus_grafana/grafana.json, and the names
 # of later versions for the same.

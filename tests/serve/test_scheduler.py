@@ -26,12 +26,12 @@ from scheduled import (
 from p828.errors import ConfigError
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence, NewToken, Wants
-from p828.serve.errors import QueueFull, TimedOut
-from p828.serve.limits import Limits
-from p828.serve.metrics import Metrics
-from p828.serve.rate import RequestRate
-from p828.serve.scheduler import Scheduler
-from p828.serve.submission import Request, Submission
+from p828.serve.scheduling.errors import QueueFull, TimedOut
+from p828.serve.scheduling.limits import Limits
+from p828.serve.scheduling.metrics import Metrics
+from p828.serve.scheduling.rate import RequestRate
+from p828.serve.scheduling.scheduler import Scheduler
+from p828.serve.scheduling.submission import Request, Submission
 
 
 def mixed_requests(count: int) -> list[Request]:
@@ -248,7 +248,7 @@ def test_a_full_queue_tells_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -
         return refusal.value.retry_after_seconds
 
     clock = Clock()
-    monkeypatch.setattr("p828.serve.scheduler.time", clock)
+    monkeypatch.setattr("p828.serve.scheduling.scheduler.time", clock)
     one = SlowDecoder(model(), VOCABULARY, EOS, torch.float32, slots=1)
     with scheduling(one, max_waiting=6) as scheduler:
         assert asyncio.run(ask(scheduler)) == 30.0

@@ -22,10 +22,10 @@ from scheduled import (
 from p828.errors import NotFinite
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence
-from p828.serve.errors import Closing, DecoderFailed
-from p828.serve.limits import Limits
-from p828.serve.metrics import Metrics
-from p828.serve.scheduler import SWITCH_SECONDS, Scheduler
+from p828.serve.scheduling.errors import Closing, DecoderFailed
+from p828.serve.scheduling.limits import Limits
+from p828.serve.scheduling.metrics import Metrics
+from p828.serve.scheduling.scheduler import SWITCH_SECONDS, Scheduler
 from tiny import tiny_model
 
 
@@ -65,7 +65,7 @@ def test_after_the_grace_the_rest_is_told() -> None:
 
 
 def test_a_second_close_shortens_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("p828.serve.scheduler.STUCK_SECONDS", 3600.0)
+    monkeypatch.setattr("p828.serve.scheduling.scheduler.STUCK_SECONDS", 3600.0)
     one = HeldDecoder(slots=1)
     one.gives_nothing = True
     one.may_go_on.set()
@@ -84,7 +84,7 @@ def test_a_second_close_shortens_the_grace(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_decoder_that_is_stuck_keeps_no_one_from_closing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("p828.serve.scheduler.STUCK_SECONDS", 0.0)
+    monkeypatch.setattr("p828.serve.scheduling.scheduler.STUCK_SECONDS", 0.0)
     one = HeldDecoder(slots=1)
 
     async def ask(scheduler: Scheduler) -> None:

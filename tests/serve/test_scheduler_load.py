@@ -10,9 +10,9 @@ import pytest
 from scheduled import answer, answers, decoder, in_one_loop, likeliest, request, scheduling
 
 from p828.inference.decode.sequence import DecodedSequence
-from p828.serve.errors import QueueFull
-from p828.serve.scheduler import Scheduler
-from p828.serve.submission import Request, Submission
+from p828.serve.scheduling.errors import QueueFull
+from p828.serve.scheduling.scheduler import Scheduler
+from p828.serve.scheduling.submission import Request, Submission
 
 AT_A_TIME = 64
 

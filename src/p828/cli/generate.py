@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from p828.cli.asking import Asking
-from p828.cli.completions import Printed, Written, complete
 from p828.cli.flags import parse, shown_word
-from p828.cli.interactive import converse
+from p828.cli.generation.asking import Asking
+from p828.cli.generation.completions import Printed, Written, complete
+from p828.cli.generation.interactive import converse
 from p828.config.rules import check_path
 from p828.errors import ConfigError, warn
 from p828.inference.completions_file import CompletionsFile, open_completions

@@ -14,17 +14,19 @@ from p828.errors import ConfigError, closed_after, reason, warn
 from p828.files import read_limited
 from p828.inference.decode.decoder import Decoder
 from p828.inference.load import LoadedModel, load_model
+from p828.system.device import is_out_of_memory
 from p828.train.log.console import waiting
 from p828.train.signals import graceful_shutdown
 
 try:
-    from p828.serve.app import build_app
-    from p828.serve.limits import Limits
-    from p828.serve.metrics import Metrics
-    from p828.serve.room import cache_bytes, check_cache
-    from p828.serve.scheduler import Scheduler
-    from p828.serve.server import GRACE_SECONDS, Server, listen, url
-    from p828.serve.service import Service
+    from p828.serve.api.service import Service
+    from p828.serve.http.app import build_app
+    from p828.serve.http.server import GRACE_SECONDS, Server, listen, url
+    from p828.serve.scheduling.limits import Limits
+    from p828.serve.scheduling.metrics import Metrics
+    from p828.serve.scheduling.room import cache_bytes, check_cache
+    from p828.serve.scheduling.scheduler import Scheduler
+    from p828.serve.scheduling.warm_up import warm_up
 except ModuleNotFoundError as error:
     raise ConfigError(f"{error.name}, which p828 serve needs, is not installed: pip install 'p828[serve]'") from error
 
@@ -65,7 +67,7 @@ def run(arguments: list[str]) -> None:
     given, flags = parse_given(Arguments, arguments, prog="p828 serve", description=DESCRIPTION)
     check_path("CHECKPOINT", given.checkpoint)
     _check(given, flags)
-    key = _api_key(given)
+    key = api_key(given)
     with listen(given.host, given.port) as listening:
         if not key and not _is_local(listening.getsockname()[0]):
             warn(f"{given.host} is reached from other machines, and without --api-key-file everybody is answered")
@@ -84,16 +86,16 @@ def _check(given: Arguments, flags: dict[str, object]) -> None:
     """Raises ConfigError for a number out of range."""
     if not 0 <= given.port < 2**16:
         raise ConfigError(f"--port {given.port}: 0 to {2**16 - 1} is accepted")
-    for name in ("slots", "context"):
-        if name in flags and getattr(given, name) < 1:
-            raise ConfigError(f"--{name} {getattr(given, name)}: a whole number of at least 1 is accepted")
+    for name, least in (("slots", 1), ("context", 2)):  # a prompt of a token, and one more
+        if name in flags and getattr(given, name) < least:
+            raise ConfigError(f"--{name} {getattr(given, name)}: a whole number of at least {least} is accepted")
     if given.max_waiting < 0:
         raise ConfigError(f"--max-waiting {given.max_waiting}: a whole number of at least 0 is accepted")
     if not 0 < given.timeout < float("inf"):
         raise ConfigError(f"--timeout {given.timeout:g}: a number of seconds above 0 is accepted")
 
 
-def _api_key(given: Arguments) -> str:
+def api_key(given: Arguments) -> str:
     """From the file or the environment, not a flag, since every user of a machine sees all command lines."""
     if given.api_key_file:
         where = f"--api-key-file {given.api_key_file}"
@@ -126,7 +128,17 @@ def _service(loaded: LoadedModel, given: Arguments) -> Service:
         )
     check_cache(model, slots, context, device, loaded.dtype)
     tokenizer = loaded.tokenizer
-    decoder = Decoder(loaded.model, tokenizer.vocab_size, tokenizer.eos_id, loaded.dtype, slots, context)
+    try:
+        decoder = Decoder(loaded.model, tokenizer.vocab_size, tokenizer.eos_id, loaded.dtype, slots, context)
+        if device.type == "cuda":
+            with waiting("capturing each size of a step", warn):
+                warm_up(decoder, slots)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"--slots {slots} of {context:,} tokens: out of memory; fewer --slots or a shorter --context is accepted"
+        ) from None
     limits = Limits(slots, given.max_waiting, given.timeout)
     metrics = Metrics(loaded.config.name, context)
     scheduler = Scheduler(decoder, limits, metrics)

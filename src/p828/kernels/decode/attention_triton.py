@@ -10,12 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import (
-    launch_options,
-    let_next_kernel_begin,
-    let_next_kernel_begin_late,
-    wait_for_earlier_kernels,
-)
+from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
 
 FEW_TOKENS = 4
 OF_FEW = {"keys": 64, "warps": 2, "programs": 264}  # keys of a step of a program; programs that the splits aim at
@@ -207,7 +202,6 @@ def attend(
             highest, total, result, mask, split, active, token * G + group, split_values, split_bounds, arrivals,
             out_at, sinks_at, M, D, HEADS, COLUMNS, SPLITS, JOINED_HEADS, STEP,
         )  # fmt: skip
-    let_next_kernel_begin_late(PDL)
 
 
 def attention(

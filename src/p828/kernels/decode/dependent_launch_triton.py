@@ -1,13 +1,12 @@
 """Programmatic dependent launch (CUDA programming guide, "Programmatic Dependent Launch"; devices from Hopper on).
 
-A kernel that is launched so begins when every program of the one in front has let it, or has ended. What the kernels of
-this folder keep to:
+A kernel that is launched so begins when every program of the one in front has called `let_next_kernel_begin` or ended.
+What the kernels of this folder keep to:
 
 - Before `wait_for_earlier_kernels` a program writes nothing, and reads only what no kernel of the step writes (weights,
   the cache of earlier tokens), with the exceptions below. After it, all earlier kernels have ended.
-- Of few rows, most kernels let the next one begin at once. So memory is read while the kernels in front wait for each
-  other: the weights of several operations lie in registers or in the cache before it is their turn. Of more rows they
-  do so at their end, since programs that wait would take the place of programs that work.
+- Most kernels let the next one begin at once. So memory is read while the kernels in front wait for each other: the
+  weights of several operations lie in registers or in the cache before it is their turn.
 - The products with the down matrices and attention read the choice of experts and the positions before the wait. They
   are complete: a kernel in between lets the next one begin only after its own wait (the products with the gate and up
   matrices), or the kernel that writes them never does (`tokens_triton.embed_tokens`).
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 
 ALLOWED = True
-EARLY_ROWS = 4  # with more the kernels are long, and slower for sharing the processors with the next one
+MOST_ROWS = 32  # with more the kernels are long, and slower for sharing the processors with the next one
 PROCESSORS = 132  # of an H100
 
 
@@ -32,14 +31,7 @@ def wait_for_earlier_kernels(PDL: tl.constexpr):
 
 @triton.jit
 def let_next_kernel_begin(PDL: tl.constexpr):
-    if PDL == 2:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def let_next_kernel_begin_late(PDL: tl.constexpr):
-    """At a kernel's end, if `let_next_kernel_begin` did nothing."""
-    if PDL == 1:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -60,16 +52,11 @@ def prefetch(at, size, part, parts, PDL: tl.constexpr):
 
 
 def launch_options(device: torch.device, rows: int, warps: int, stages: int = 1) -> dict[str, Any]:
-    """The keyword arguments of a launch of a step of some rows.
-
-    `PDL` is the kernels' own: 0 without dependent launch, 1 if the next kernel is to begin near this one's end, 2 if it
-    is to begin at once.
-    """
+    """The keyword arguments of a launch of a step of some rows; `PDL` is the kernels' own."""
     if device.type != "cuda":
-        return {"PDL": 0}
-    dependent = ALLOWED and torch.cuda.get_device_capability(device) >= (9, 0)
-    level = (2 if rows <= EARLY_ROWS else 1) if dependent else 0
-    return {"PDL": level, "launch_pdl": dependent, "num_warps": warps, "num_stages": stages}
+        return {"PDL": False}
+    dependent = ALLOWED and rows <= MOST_ROWS and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": dependent, "launch_pdl": dependent, "num_warps": warps, "num_stages": stages}
 
 
 def rows_of_program(elements: int, columns: int, rows: int, others: int = 1) -> int:

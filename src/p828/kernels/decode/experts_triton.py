@@ -13,18 +13,16 @@ from torch import Tensor
 from p828.kernels.decode.dependent_launch_triton import (
     launch_options,
     let_next_kernel_begin,
-    let_next_kernel_begin_late,
     prefetch,
     rows_of_program,
     wait_for_earlier_kernels,
 )
 
 PAIR_TOKENS = 4
-PAIR_GATE_UP = {"elements": 8192, "warps": 4, "tiles": 2}  # weights that a program holds, gate and up together
+PAIR_GATE_UP = {"elements": 8192, "warps": 4}  # weights that a program holds, gate and up together
 PAIR_DOWN = {"elements": 8192, "warps": 4}
 GROUP_GATE_UP = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
-GROUP_DOWN = {"rows": 64, "columns": 64, "warps": 4, "stages": 4, "programs": 396}  # three on each of 132 processors
-MAX_SPLITS = 4  # of an expert's columns, each a part more for the next kernel to sum
+GROUP_DOWN = {"rows": 64, "columns": 64, "warps": 4, "stages": 4}
 GROUP_TOKENS = 32  # at most, of a program
 GROUP_WARPS = 4
 
@@ -50,64 +48,37 @@ def load_rows(at, row, column, H, mask):
 
 
 @triton.jit
-def load_gate_up(at, row, column, H, WIDTH, OF_PRODUCT: tl.constexpr):
-    """Rows of gate and up projection; for `swiglu_of_product` those that both halves of the product need."""
-    mask = (row[:, None] < WIDTH) & (column[None, :] < H)
-    P = 2 * WIDTH if OF_PRODUCT else WIDTH
-    gate_rows, up_rows = load_rows(at, row, column, H, mask), load_rows(at, P + row, column, H, mask)
-    second_gate_rows, second_up_rows = gate_rows, up_rows
-    if OF_PRODUCT:
-        second_gate_rows = load_rows(at, WIDTH + row, column, H, mask)
-        second_up_rows = load_rows(at, P + WIDTH + row, column, H, mask)
-    return gate_rows, up_rows, second_gate_rows, second_up_rows
-
-
-@triton.jit
-def prefetch_gate_up(at, first, H, WIDTH, OF_PRODUCT: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
-    """The same rows, into the L2 cache."""
-    size = tl.maximum(tl.minimum(WIDTH - first, ROWS), 0) * H * (at.dtype.element_ty.primitive_bitwidth // 8)
-    for half in tl.static_range(4 if OF_PRODUCT else 2):
-        prefetch(at + (half * WIDTH + first) * H, size, 0, 1, PDL)
-
-
-@triton.jit
 def gate_up_of_pair(
-    x, experts, routed, shared, shared_down, inner, H, WIDTH, E,
+    x, experts, routed, shared, inner, H, WIDTH, E,
     J: tl.constexpr, K: tl.constexpr, OF_PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TILES: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """inner = act(gate x, up x) for some rows of one pair: the first tile in registers, the next on its way to L2."""
+    """inner = act(gate x, up x) for some rows of one pair."""
     # Shared experts first: their weights are loaded while the kernel in front still chooses the others.
     choice, token = (tl.program_id(1) + K) % J, tl.program_id(2)
     expert = E + choice - K
     if choice < K:
         wait_for_earlier_kernels(PDL)
         expert = tl.load(experts + token * J + choice)
-    first = tl.program_id(0) * ROWS * TILES
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    weight_at = expert_weights(routed, shared, expert, E, 2 * H * (2 * WIDTH if OF_PRODUCT else WIDTH))
-    rows = load_gate_up(weight_at, first + tl.arange(0, ROWS), column, H, WIDTH, OF_PRODUCT)
-    for tile in tl.static_range(1, TILES):
-        prefetch_gate_up(weight_at, first + tile * ROWS, H, WIDTH, OF_PRODUCT, ROWS, PDL)
-    if shared is not None:  # noqa: SIM102 Triton would compile both sides of an `and`
-        if choice >= K:
-            at = shared_down + (choice - K) * H * WIDTH
-            prefetch(
-                at, H * WIDTH * (at.dtype.element_ty.primitive_bitwidth // 8), tl.program_id(0), tl.num_programs(0), PDL
-            )
+    mask = (row[:, None] < WIDTH) & (column[None, :] < H)
+    P = 2 * WIDTH if OF_PRODUCT else WIDTH
+    at = expert_weights(routed, shared, expert, E, 2 * P * H)
+    gate_rows = load_rows(at, row, column, H, mask)
+    up_rows = load_rows(at, P + row, column, H, mask)
+    if OF_PRODUCT:
+        second_gate_rows = load_rows(at, WIDTH + row, column, H, mask)
+        second_up_rows = load_rows(at, P + WIDTH + row, column, H, mask)
     wait_for_earlier_kernels(PDL)
     let_next_kernel_begin(PDL)
     value = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
-    for tile in tl.static_range(TILES):
-        row = first + tile * ROWS + tl.arange(0, ROWS)
-        if tile > 0:
-            rows = load_gate_up(weight_at, row, column, H, WIDTH, OF_PRODUCT)
-        gate, up = tl.sum(rows[0].to(tl.float32) * value, 1), tl.sum(rows[1].to(tl.float32) * value, 1)
-        if OF_PRODUCT:
-            gate *= up
-            up = tl.sum(rows[2].to(tl.float32) * value, 1) * tl.sum(rows[3].to(tl.float32) * value, 1)
-        at = inner + (token * J + choice) * WIDTH + row
-        tl.store(at, (silu(gate) * up).to(inner.dtype.element_ty), mask=row < WIDTH)
+    gate, up = tl.sum(gate_rows.to(tl.float32) * value, 1), tl.sum(up_rows.to(tl.float32) * value, 1)
+    if OF_PRODUCT:
+        gate *= up
+        up = tl.sum(second_gate_rows.to(tl.float32) * value, 1) * tl.sum(second_up_rows.to(tl.float32) * value, 1)
+    at = inner + (token * J + choice) * WIDTH + row
+    tl.store(at, (silu(gate) * up).to(inner.dtype.element_ty), mask=row < WIDTH)
 
 
 @triton.jit
@@ -140,7 +111,6 @@ def group_pairs(experts, pairs, counts, R, PAIRS: tl.constexpr, PDL: tl.constexp
     rank = tl.cumsum(is_its, 0) - 1
     tl.store(pairs + expert * R + rank, pair, mask=is_its == 1)
     tl.store(counts + expert, tl.sum(is_its, 0))
-    let_next_kernel_begin_late(PDL)
 
 
 @triton.jit
@@ -181,20 +151,19 @@ def gate_up_of_group(
     at = inner + pair[None, :] * WIDTH + row[:, None]
     mask = (place[None, :] < count) & (row[:, None] < WIDTH)
     tl.store(at, (silu(gate) * up).to(inner.dtype.element_ty), mask=mask)
-    let_next_kernel_begin_late(PDL)
 
 
 @triton.jit
 def down_of_group(
     inner, pairs, counts, weights, routed, shared, parts, H, WIDTH, E, R,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """parts = weight · down inner for some rows and a range of the columns of one expert, and a tile of its pairs.
+    """parts = weight · down inner for some rows of one expert and a tile of its pairs.
 
     Lists and weights are older than the kernel in front.
     """
     let_next_kernel_begin(PDL)
-    tile, split, expert = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS, tl.program_id(2)
+    tile, expert = tl.program_id(1), tl.program_id(2)
     count = tl.load(counts + expert)
     if tile * TOKENS >= count:
         return
@@ -203,60 +172,54 @@ def down_of_group(
     share = tl.load(weights + pair, mask=place < count, other=0.0)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weight_at = expert_weights(routed, shared, expert, E, H * WIDTH)
+    first_row = tl.program_id(0) * ROWS
+    size = tl.minimum(H - first_row, ROWS) * WIDTH * (routed.dtype.element_ty.primitive_bitwidth // 8)
+    prefetch(weight_at + first_row * WIDTH, size, 0, 1, PDL)
     wait_for_earlier_kernels(PDL)
     inner_at = inner + pair[None, :] * WIDTH
     product = tl.zeros((ROWS, TOKENS), tl.float32)
-    blocks = tl.cdiv(tl.cdiv(WIDTH, COLUMNS), SPLITS)
-    for block in range(split * blocks, (split + 1) * blocks):
-        column = block * COLUMNS + tl.arange(0, COLUMNS)
+    for first in range(0, WIDTH, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
         mask = (row[:, None] < H) & (column[None, :] < WIDTH)
         value = tl.load(
             inner_at + column[:, None], mask=(place[None, :] < count) & (column[:, None] < WIDTH), other=0.0
         )
         product = tl.dot(load_rows(weight_at, row, column, WIDTH, mask), value, product, input_precision="ieee")
-    at = parts + (pair[None, :] * SPLITS + split) * H + row[:, None]
+    at = parts + pair[None, :] * H + row[:, None]
     mask = (place[None, :] < count) & (row[:, None] < H)
     tl.store(at, (product * share[None, :]).to(parts.dtype.element_ty), mask=mask)
-    let_next_kernel_begin_late(PDL)
 
 
 def experts(
     x_TH: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, gate_up_EXH: Tensor, down_EHI: Tensor,
     shared_gate_up_SXH: Tensor | None, shared_down_SHI: Tensor | None, hidden_act: str,
 ) -> Tensor:  # fmt: skip
-    (tokens, choices), (routed, hidden, width) = experts_TJ.shape, down_EHI.shape
-    inner_TJI = x_TH.new_empty(tokens, choices, width)
+    """The parts (T, J, H), float32."""
+    inner_TJI = torch.empty(*experts_TJ.shape, down_EHI.shape[2], dtype=x_TH.dtype, device=x_TH.device)
+    parts_TJH = torch.empty(*experts_TJ.shape, x_TH.shape[1], dtype=torch.float32, device=x_TH.device)
     of_product = hidden_act == "swiglu_of_product"
-    if tokens <= PAIR_TOKENS:
-        parts_TXH = x_TH.new_empty(tokens, choices, hidden, dtype=torch.float32)
-        shared = shared_gate_up_SXH, shared_down_SHI
-        _gate_up_of_pairs(x_TH, experts_TJ, gate_up_EXH, *shared, inner_TJI, of_product)
-        _down_of_pairs(inner_TJI, experts_TJ, weights_TJ, down_EHI, shared_down_SHI, parts_TXH)
-        return parts_TXH
-    total_experts = routed + (0 if shared_down_SHI is None else len(shared_down_SHI))
-    programs = triton.cdiv(hidden, GROUP_DOWN["rows"]) * total_experts
-    splits = min(triton.cdiv(GROUP_DOWN["programs"], programs), MAX_SPLITS)
-    parts_TXH = x_TH.new_empty(tokens, choices * splits, hidden, dtype=torch.float32)
-    groups = _group_pairs(experts_TJ, total_experts)
-    _gate_up_of_groups(x_TH, *groups, gate_up_EXH, shared_gate_up_SXH, inner_TJI, of_product)
-    _down_of_groups(inner_TJI, *groups, weights_TJ, down_EHI, shared_down_SHI, parts_TXH)
-    return parts_TXH
+    if len(x_TH) <= PAIR_TOKENS:
+        _gate_up_of_pairs(x_TH, experts_TJ, gate_up_EXH, shared_gate_up_SXH, inner_TJI, of_product)
+        _down_of_pairs(inner_TJI, experts_TJ, weights_TJ, down_EHI, shared_down_SHI, parts_TJH)
+    else:
+        total_experts = len(down_EHI) + (0 if shared_down_SHI is None else len(shared_down_SHI))
+        groups = _group_pairs(experts_TJ, total_experts)
+        _gate_up_of_groups(x_TH, *groups, gate_up_EXH, shared_gate_up_SXH, inner_TJI, of_product)
+        _down_of_groups(inner_TJI, *groups, weights_TJ, down_EHI, shared_down_SHI, parts_TJH)
+    return parts_TJH
 
 
 def _gate_up_of_pairs(
-    x_TH: Tensor, experts_TJ: Tensor, routed_EXH: Tensor, shared_SXH: Tensor | None, shared_down_SHI: Tensor | None,
-    inner_TJI: Tensor, of_product: bool,
-) -> None:  # fmt: skip
+    x_TH: Tensor, experts_TJ: Tensor, routed_EXH: Tensor, shared_SXH: Tensor | None, inner_TJI: Tensor, of_product: bool
+) -> None:
     (tokens, hidden), (_, choices, width) = x_TH.shape, inner_TJI.shape
     columns = triton.next_power_of_2(hidden)
     matrices = 4 if of_product else 2  # that a row is read of
-    tiles = PAIR_GATE_UP["tiles"]
-    rows = rows_of_program(PAIR_GATE_UP["elements"] // matrices, columns, width // tiles, choices * tokens)
+    rows = rows_of_program(PAIR_GATE_UP["elements"] // matrices, columns, width, choices * tokens)
     routed_choices = choices - (0 if shared_SXH is None else len(shared_SXH))
-    gate_up_of_pair[(triton.cdiv(width, rows * tiles), choices, tokens)](
-        x_TH, experts_TJ, routed_EXH, shared_SXH, shared_down_SHI, inner_TJI, hidden, width, len(routed_EXH), choices,
-        routed_choices, of_product, rows, columns, tiles,
-        **launch_options(x_TH.device, tokens, PAIR_GATE_UP["warps"]),
+    gate_up_of_pair[(triton.cdiv(width, rows), choices, tokens)](
+        x_TH, experts_TJ, routed_EXH, shared_SXH, inner_TJI, hidden, width, len(routed_EXH), choices, routed_choices,
+        of_product, rows, columns, **launch_options(x_TH.device, tokens, PAIR_GATE_UP["warps"]),
     )  # fmt: skip
 
 
@@ -300,13 +263,13 @@ def _gate_up_of_groups(
 
 def _down_of_groups(
     inner_TJI: Tensor, pairs_ER: Tensor, counts_E: Tensor, weights_TJ: Tensor, routed_EHI: Tensor,
-    shared_SHI: Tensor | None, parts_TXH: Tensor,
+    shared_SHI: Tensor | None, parts_TJH: Tensor,
 ) -> None:  # fmt: skip
-    (tokens, count, hidden), (_, choices, width) = parts_TXH.shape, inner_TJI.shape
-    rows, block, splits = GROUP_DOWN["rows"], _token_block(tokens), count // choices
-    down_of_group[(triton.cdiv(hidden, rows), triton.cdiv(tokens, block) * splits, len(counts_E))](
-        inner_TJI, pairs_ER, counts_E, weights_TJ, routed_EHI, shared_SHI, parts_TXH, hidden, width, len(routed_EHI),
-        pairs_ER.shape[1], block, rows, GROUP_DOWN["columns"], splits,
+    (tokens, _, hidden), width = parts_TJH.shape, inner_TJI.shape[2]
+    rows, block = GROUP_DOWN["rows"], _token_block(tokens)
+    down_of_group[(triton.cdiv(hidden, rows), triton.cdiv(tokens, block), len(counts_E))](
+        inner_TJI, pairs_ER, counts_E, weights_TJ, routed_EHI, shared_SHI, parts_TJH, hidden, width, len(routed_EHI),
+        pairs_ER.shape[1], block, rows, GROUP_DOWN["columns"],
         **launch_options(inner_TJI.device, tokens, GROUP_DOWN["warps"], GROUP_DOWN["stages"]),
     )  # fmt: skip
 

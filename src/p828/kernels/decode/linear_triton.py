@@ -14,7 +14,6 @@ from p828.kernels.decode.dependent_launch_triton import (
     PROCESSORS,
     launch_options,
     let_next_kernel_begin,
-    let_next_kernel_begin_late,
     prefetch,
     rows_of_program,
     wait_for_earlier_kernels,
@@ -77,7 +76,6 @@ def linear_matrix(
     mask = (row[:, None] < V) & (token[None, :] < T)
     at = out + token[None, :] * V + row[:, None]
     tl.store(at, product.to(out.dtype.element_ty), mask=mask)
-    let_next_kernel_begin_late(PDL)
 
 
 def linear(x_TH: Tensor, weight_VH: Tensor, out_dtype: torch.dtype) -> Tensor:

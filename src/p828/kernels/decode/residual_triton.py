@@ -5,12 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import (
-    launch_options,
-    let_next_kernel_begin,
-    let_next_kernel_begin_late,
-    wait_for_earlier_kernels,
-)
+from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
 
 WARPS = 4
 
@@ -49,7 +44,6 @@ def add_norm_rows(
         tl.store(total + at, value.to(total.dtype.element_ty), mask=column < H)
     value = normalise(value, weight, eps, H, x.dtype.element_ty)
     tl.store(normed + at, value.to(normed.dtype.element_ty), mask=column < H)
-    let_next_kernel_begin_late(PDL)
 
 
 def add_norm(x_TH: Tensor, parts_TJH: Tensor | None, norm_weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import (
-    launch_options,
-    let_next_kernel_begin,
-    let_next_kernel_begin_late,
-    wait_for_earlier_kernels,
-)
+from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
 from p828.kernels.decode.residual_triton import load_total, normalise
 
 ELEMENTS = 16384  # of the router's weight, that a program holds at a time
@@ -51,32 +46,30 @@ def score(logits, correction, expert, E, SOFTMAX: tl.constexpr):
 @triton.jit
 def store_choice(
     experts_at, weights_at, scores, left, expert, scaling, E,
-    K: tl.constexpr, SHARED: tl.constexpr, NORMALISED: tl.constexpr, SHARED_COLUMNS: tl.constexpr,
+    K: tl.constexpr, SHARED: tl.constexpr, NORMALISED: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """The K best of `left`, best first, with their scores as weights, and behind them the shared experts.
-
-    An expert's place is the number of those before it: two sums, where taking the best K times is 2 K in a row.
-    """
-    is_before = (left[None, :] > left[:, None]) | (
-        (left[None, :] == left[:, None]) & (expert[None, :] < expert[:, None])
-    )
-    place = tl.sum(is_before.to(tl.int32), 1)
-    weights = tl.where(place < K, scores, 0.0)
+    """The K best of `left`, best first, with their scores as weights, and behind them the shared experts."""
+    choice = tl.arange(0, CHOICES)
+    chosen = tl.where(choice < K, 0, E + choice - K).to(tl.int32)
+    weights = tl.zeros((CHOICES,), tl.float32)
+    for k in tl.static_range(K):
+        best = tl.argmax(left, 0).to(tl.int32)
+        chosen = tl.where(choice == k, best, chosen)
+        weights = tl.where(choice == k, tl.sum(tl.where(expert == best, scores, 0.0), 0), weights)
+        left = tl.where(expert == best, float("-inf"), left)
     if NORMALISED:
         # The floor keeps a token whose chosen scores all underflow to zero from dividing by zero.
         weights = weights / tl.maximum(tl.sum(weights, 0), 1e-20)
-    tl.store(experts_at + place, expert, mask=place < K)
-    tl.store(weights_at + place, weights * scaling, mask=place < K)
-    shared = tl.arange(0, SHARED_COLUMNS)
-    tl.store(experts_at + K + shared, E + shared, mask=shared < SHARED)
-    tl.store(weights_at + K + shared, tl.full((SHARED_COLUMNS,), 1.0, tl.float32), mask=shared < SHARED)
+    weights = tl.where(choice < K, weights * scaling, 1.0)
+    tl.store(experts_at + choice, chosen, mask=choice < K + SHARED)
+    tl.store(weights_at + choice, weights, mask=choice < K + SHARED)
 
 
 @triton.jit
 def route_token(
     x, parts, norm_weight, router_weight, bias, total, normed, experts, weights, eps, scaling, H, E,
     J: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, SOFTMAX: tl.constexpr, NORMALISED: tl.constexpr,
-    GROUPS: tl.constexpr, KEPT: tl.constexpr, GROUP_COLUMNS: tl.constexpr, SHARED_COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT: tl.constexpr, GROUP_COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_kernel_begin(PDL)
@@ -107,9 +100,8 @@ def route_token(
         left = limit_groups(left, expert, E, GROUPS, KEPT, GROUP_COLUMNS)
     store_choice(
         experts + token * (K + SHARED), weights + token * (K + SHARED), scores, left, expert, scaling, E,
-        K, SHARED, NORMALISED, SHARED_COLUMNS,
+        K, SHARED, NORMALISED, CHOICES,
     )  # fmt: skip
-    let_next_kernel_begin_late(PDL)
 
 
 def route(
@@ -127,7 +119,7 @@ def route(
         x_TH, parts_TJH, norm_weight_H, router_weight_EH, bias_E, total_TH, normed_TH, experts_TJ, weights_TJ,
         eps, routed_scaling_factor, hidden, experts, 0 if parts_TJH is None else parts_TJH.shape[1],
         per_token, shared, scoring_func == "softmax", norm_topk_prob, n_group, topk_group,
-        max(triton.next_power_of_2(n_group), 2), triton.next_power_of_2(max(shared, 1)),
+        max(triton.next_power_of_2(n_group), 2), max(triton.next_power_of_2(per_token + shared), 2),
         rows, triton.cdiv(experts, rows), padded, columns, **launch_options(x_TH.device, tokens, WARPS),
     )  # fmt: skip
     return total_TH, normed_TH, experts_TJ, weights_TJ

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from p828.data.tokenizer.tokenizer import Tokenizer
-from p828.inference.decode.sequence import FinishReason, TokenProbability
+from p828.inference.decode.sequence import FinishReason, NewToken, TokenProbability
 from p828.inference.generate import TextStream
-from p828.serve.submission import Submission
+from p828.serve.scheduling.submission import Submission
 
 
 class Prompt(NamedTuple):
@@ -18,8 +18,10 @@ class Prompt(NamedTuple):
     """Tokens that end an answer, beside EOS."""
     offsets: Sequence[int] = ()
     """Where in the text each token begins, in characters, if that is wanted."""
-    echoed: int = 0
-    """Characters of the prompt that the answer's text begins with."""
+    is_echoed: bool = False
+    """Whether the answer's text begins with the prompt."""
+    is_all: bool = False
+    """Whether nothing comes after an echoed prompt."""
 
 
 class PlacedToken(NamedTuple):
@@ -55,42 +57,50 @@ class Choice:
 
         A token comes with the first text after it, and so may wait for the rest of its character or of a stop string.
         """
-        piece = Piece()
+        piece, has_begun = Piece(), False
         async for tokens in self.submission:
-            for new in tokens:
-                self.num_tokens += 1
-                offset = self.prompt.echoed + self._stream.length
-                piece.tokens.append(PlacedToken(new.token, offset, new.probability, new.experts_LK))
-                piece.finish_reason = new.finish_reason
-                if new.finish_reason != "end":
-                    piece.text += self._stream.push(new.token)
-                if new.finish_reason is not None:
-                    piece.text += self._stream.finish()
-                if self._stream.stopped:
-                    piece.finish_reason = "stop"
-                    self.submission.stop()
-                    break
+            if not has_begun and self.prompt.is_echoed:  # whose probabilities are known with the first token
+                piece = self._prompt_piece()
+            has_begun = True
+            if self.prompt.is_all:
+                self.submission.stop()
+                piece.finish_reason = "length"
+            else:
+                self._add(piece, tokens)
             if piece.text or piece.finish_reason:
                 yield piece
                 piece = Piece()
 
-    def prompt_piece(self) -> Piece:
-        """The prompt as the beginning of the text, with its tokens' probabilities if they were asked for."""
+    async def whole(self) -> Piece:
+        """All of it. Raises Unanswered."""
+        pieces = [piece async for piece in self.pieces()]
+        text = "".join(piece.text for piece in pieces)
+        return Piece(text, [token for piece in pieces for token in piece.tokens], pieces[-1].finish_reason)
+
+    def _add(self, piece: Piece, tokens: Sequence[NewToken]) -> None:
+        """Tokens, up to the one that completes a stop string."""
+        before = len(self.prompt.text) if self.prompt.is_echoed else 0
+        for new in tokens:
+            self.num_tokens += 1
+            offset = before + self._stream.length
+            piece.tokens.append(PlacedToken(new.token, offset, new.probability, new.experts_LK))
+            piece.finish_reason = new.finish_reason
+            if new.finish_reason != "end":
+                piece.text += self._stream.push(new.token)
+            if new.finish_reason is not None:
+                piece.text += self._stream.finish()
+            if self._stream.stopped:
+                piece.finish_reason = "stop"
+                self.submission.stop()
+                return
+
+    def _prompt_piece(self) -> Piece:
+        """The prompt with its tokens, and their probabilities if they were asked for."""
         prompt, sequence = self.prompt, self.submission.sequence
-        known = (
-            sequence.prompt_probabilities
-            if sequence is not None and sequence.wants.prompt
-            else [None] * len(prompt.ids)
-        )
+        assert sequence is not None, "tokens came"
+        known = sequence.prompt_probabilities if sequence.wants.prompt else [None] * len(prompt.ids)
         placed = zip(prompt.ids, prompt.offsets, known, strict=False)  # of an empty prompt EOS is known
-        tokens = [PlacedToken(token, offset, probability, None) for token, offset, probability in placed]
-        return Piece(self.prompt.text, tokens)
-
-
-def joined(pieces: Sequence[Piece]) -> Piece:
-    """All of a choice's."""
-    text = "".join(piece.text for piece in pieces)
-    return Piece(text, [token for piece in pieces for token in piece.tokens], pieces[-1].finish_reason)
+        return Piece(prompt.text, [PlacedToken(token, offset, value, None) for token, offset, value in placed])
 
 
 def offsets_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:

@@ -3,7 +3,7 @@
 import shutil
 import sys
 
-from p828.cli.expert_tables import load_table, statistics, token_table
+from p828.cli.generation.expert_tables import load_table, statistics, token_table
 from p828.cli.output import show
 from p828.inference.decode.sequence import NewToken
 from p828.inference.expert_use import ExpertLoads, ExpertUse, prompt_use

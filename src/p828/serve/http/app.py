@@ -12,14 +12,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from p828.config.values import shown
-from p828.serve.answering import ClientGone
-from p828.serve.chat import chat
-from p828.serve.completions import complete
-from p828.serve.errors import Unanswered
-from p828.serve.refusal import Refused, refusal_of
-from p828.serve.service import Service
-from p828.serve.tokens import detokenize, tokenize
-from p828.serve.web_page import page_routes
+from p828.serve.api.answering import ClientGone
+from p828.serve.api.chat import chat
+from p828.serve.api.completions import complete
+from p828.serve.api.service import Service
+from p828.serve.api.tokens import detokenize, tokenize
+from p828.serve.http.refusal import Refused, refusal_of
+from p828.serve.http.web_page import page_routes
+from p828.serve.scheduling.errors import Unanswered
 
 
 def build_app(service: Service, api_key: str = "") -> Starlette:

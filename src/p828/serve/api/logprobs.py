@@ -5,7 +5,7 @@ from typing import Any
 
 from p828.data.tokenizer.token_bytes import bytes_of
 from p828.data.tokenizer.tokenizer import CUT_CHARACTER, Tokenizer
-from p828.serve.choice import PlacedToken
+from p828.serve.api.choice import PlacedToken
 
 
 def of_completion(tokenizer: Tokenizer, tokens: Sequence[PlacedToken]) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from p828.serve.body import read_json
-from p828.serve.chat import chat_prompt, check_has_template
-from p828.serve.fields import checked
-from p828.serve.logprobs import token_text
-from p828.serve.requests import DetokenizeRequest, TokenizeRequest
-from p828.serve.service import Service, in_thread, tokenized
+from p828.serve.api.chat import chat_prompt, check_has_template
+from p828.serve.api.fields import checked
+from p828.serve.api.logprobs import token_text
+from p828.serve.api.requests import DetokenizeRequest, TokenizeRequest
+from p828.serve.api.service import Service, in_thread, tokenized
+from p828.serve.http.body import read_json
 
 
 async def tokenize(request: Request) -> Response:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from p828.inference.decode.sequence import FinishReason
-from p828.serve.choice import Choice, Prompt
+from p828.serve.api.choice import Choice, Prompt
 
 FINISH_REASONS: dict[FinishReason, str] = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 

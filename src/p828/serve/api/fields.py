@@ -8,8 +8,8 @@ from pydantic_core import ErrorDetails
 
 from p828.config.values import shown
 from p828.errors import did_you_mean
-from p828.serve.refusal import Refused, wrong_field
-from p828.serve.requests import Fields, Message, StreamOptions
+from p828.serve.api.requests import Fields, Message, StreamOptions
+from p828.serve.http.refusal import Refused, wrong_field
 
 R = TypeVar("R", bound=Fields)
 LONGEST_NAME = 80  # characters

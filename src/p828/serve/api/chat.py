@@ -1,5 +1,6 @@
 """`/v1/chat/completions`: what the assistant says next, by the run's chat template."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -13,15 +14,15 @@ from starlette.responses import Response
 from p828.errors import ConfigError
 from p828.inference.answer import prompt_of, template_in
 from p828.inference.decode.sequence import Wants
-from p828.serve.answering import EventStream, merged, whole_response
-from p828.serve.body import read_json
-from p828.serve.choice import Choice, Piece, Prompt, joined
-from p828.serve.fields import checked
-from p828.serve.logprobs import experts_of, of_chat
-from p828.serve.refusal import Refused, wrong_field
-from p828.serve.requests import ChatRequest, Message
-from p828.serve.service import Service, in_thread, tokenized
-from p828.serve.usage import FINISH_REASONS, usage_of
+from p828.serve.api.answering import EventStream, merged, whole_response
+from p828.serve.api.choice import Choice, Piece, Prompt
+from p828.serve.api.fields import checked
+from p828.serve.api.logprobs import experts_of, of_chat
+from p828.serve.api.requests import ChatRequest, Message
+from p828.serve.api.service import Service, in_thread, tokenized
+from p828.serve.api.usage import FINISH_REASONS, usage_of
+from p828.serve.http.body import read_json
+from p828.serve.http.refusal import Refused, wrong_field
 
 
 async def chat(request: Request) -> Response:
@@ -75,13 +76,8 @@ class _Answer:
         }
 
     async def whole(self) -> dict[str, Any]:
-        pieces: dict[int, list[Piece]] = {choice.index: [] for choice in self._choices}
-        async with aclosing(merged(self._choices)) as arriving:
-            async for choice, piece in arriving:
-                pieces[choice.index].append(piece)
         choices = []
-        for index, its_pieces in pieces.items():
-            piece = joined(its_pieces)
+        for index, piece in enumerate(await asyncio.gather(*[choice.whole() for choice in self._choices])):
             message = {"role": "assistant", "content": piece.text, "refusal": None}
             choices.append({"index": index, "message": message, **self._rest(piece)})
         return {**self._head, "choices": choices, "usage": usage_of([self._prompt], self._choices)}

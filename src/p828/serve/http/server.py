@@ -11,8 +11,8 @@ import uvicorn
 from starlette.applications import Starlette
 
 from p828.errors import ConfigError, reason
-from p828.serve.connection import SECONDS_TO_ASK, Connection
-from p828.serve.scheduler import Scheduler
+from p828.serve.http.connection import SECONDS_TO_ASK, Connection
+from p828.serve.scheduling.scheduler import Scheduler
 
 BACKLOG = 2048  # connections that the system holds until they are taken
 GRACE_SECONDS = 30.0  # in which what was accepted is answered at the end

@@ -13,12 +13,12 @@ from p828.errors import DataError, did_you_mean
 from p828.inference.decode.sequence import Wants
 from p828.inference.generate import prompt_seed
 from p828.inference.sampling import SamplingConfig
-from p828.serve.choice import Choice, Prompt
-from p828.serve.limits import Limits
-from p828.serve.metrics import Metrics
-from p828.serve.refusal import Refused, wrong_field
-from p828.serve.scheduler import Scheduler
-from p828.serve.submission import Request
+from p828.serve.api.choice import Choice, Prompt
+from p828.serve.http.refusal import Refused, wrong_field
+from p828.serve.scheduling.limits import Limits
+from p828.serve.scheduling.metrics import Metrics
+from p828.serve.scheduling.scheduler import Scheduler
+from p828.serve.scheduling.submission import Request
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ def page_routes() -> list[Route]:
 
 
 def _route(name: str) -> Route:
-    content = (files("p828") / "serve" / "page" / name).read_bytes()
+    content = (files("p828") / "serve" / "http" / "page" / name).read_bytes()
     media_type = MEDIA_TYPES[name.rsplit(".", 1)[1]]
 
     async def give(request: Request) -> Response:

@@ -10,10 +10,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from p828.serve.choice import Choice, Piece
-from p828.serve.errors import Unanswered
-from p828.serve.refusal import refusal_of
-from p828.serve.service import cancel
+from p828.serve.api.choice import Choice, Piece
+from p828.serve.api.service import cancel
+from p828.serve.http.refusal import refusal_of
+from p828.serve.scheduling.errors import Unanswered
 
 T = TypeVar("T")
 

@@ -17,11 +17,11 @@ from functools import partial
 from p828.errors import NotFinite
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence, FinishReason, NewToken
-from p828.serve.errors import Closing, DecoderFailed, QueueFull, Unanswered
-from p828.serve.limits import Limits
-from p828.serve.metrics import Metrics, Outcome
-from p828.serve.rate import RequestRate
-from p828.serve.submission import Request, Submission
+from p828.serve.scheduling.errors import Closing, DecoderFailed, QueueFull, Unanswered
+from p828.serve.scheduling.limits import Limits
+from p828.serve.scheduling.metrics import Metrics, Outcome
+from p828.serve.scheduling.rate import RequestRate
+from p828.serve.scheduling.submission import Request, Submission
 from p828.system.device import is_out_of_memory
 
 SWITCH_SECONDS = 0.0002

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from p828.inference.decode.sequence import DecodedSequence, NewToken, Wants
 from p828.inference.sampling import SamplingConfig
-from p828.serve.errors import TimedOut, Unanswered
-from p828.serve.metrics import Outcome, RequestMetrics
+from p828.serve.scheduling.errors import TimedOut, Unanswered
+from p828.serve.scheduling.metrics import Outcome, RequestMetrics
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from prompt_toolkit import PromptSession
 
-from p828.cli.line_history import LineHistory
+from p828.cli.generation.line_history import LineHistory
 from p828.errors import warn
 
 LEAVING = "Ctrl-D ends"

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from p828.cli.asking import Asking
-from p828.cli.expert_record import ExpertRecord
+from p828.cli.generation.asking import Asking
+from p828.cli.generation.expert_record import ExpertRecord
+from p828.cli.generation.speed import Speed
 from p828.cli.output import show
-from p828.cli.speed import Speed
 from p828.errors import warn
 from p828.inference.completions_file import CompletionsFile
 from p828.inference.generate import Completion, Piece, Prompt

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from p828.serve.errors import Closing, DecoderFailed, QueueFull, TimedOut, Unanswered
+from p828.serve.scheduling.errors import Closing, DecoderFailed, QueueFull, TimedOut, Unanswered
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
 

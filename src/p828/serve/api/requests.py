@@ -11,7 +11,7 @@ from typing_extensions import Self
 from p828.errors import ConfigError
 from p828.inference.decode.sequence import MOST_LIKELIEST
 from p828.inference.sampling import SamplingConfig
-from p828.serve.refusal import wrong_field
+from p828.serve.http.refusal import wrong_field
 
 MOST_CHOICES = 128  # of a request: prompts times n
 MOST_STOPS, LONGEST_STOP = 16, 256  # each is looked for with every token

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from types import FrameType
 
-from p828.cli.asking import Asking
-from p828.cli.expert_record import ExpertRecord
+from p828.cli.generation.asking import Asking
+from p828.cli.generation.expert_record import ExpertRecord
+from p828.cli.generation.speed import Speed
 from p828.cli.output import show
-from p828.cli.speed import Speed
 from p828.data.tokenizer.chat_template import Messages
 from p828.errors import ConfigError, DataError, warn
 from p828.inference.decode.decoder import Decoder
@@ -124,7 +124,7 @@ def converse(asking: Asking) -> None:
 
 
 def _typed(conversation: Conversation) -> Iterator[str]:
-    from p828.cli.terminal import typed_lines  # takes a while to import, for none but this
+    from p828.cli.generation.terminal import typed_lines  # takes a while to import, for none but this
 
     return typed_lines(lambda: conversation.status)
 

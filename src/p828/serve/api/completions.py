@@ -1,24 +1,24 @@
 """`/v1/completions`: texts or token ids, continued."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from p828.inference.decode.sequence import Wants
-from p828.serve.answering import EventStream, merged, whole_response
-from p828.serve.body import read_json
-from p828.serve.choice import Choice, Piece, Prompt, joined, offsets_of
-from p828.serve.fields import checked
-from p828.serve.logprobs import experts_of, of_completion
-from p828.serve.requests import CompletionRequest
-from p828.serve.service import Service, in_thread, tokenized
-from p828.serve.usage import FINISH_REASONS, usage_of
+from p828.serve.api.answering import EventStream, merged, whole_response
+from p828.serve.api.choice import Choice, Piece, Prompt, offsets_of
+from p828.serve.api.fields import checked
+from p828.serve.api.logprobs import experts_of, of_completion
+from p828.serve.api.requests import CompletionRequest
+from p828.serve.api.service import Service, in_thread, tokenized
+from p828.serve.api.usage import FINISH_REASONS, usage_of
+from p828.serve.http.body import read_json
 
 
 async def complete(request: Request) -> Response:
@@ -47,7 +47,7 @@ def _prompt(service: Service, asked: CompletionRequest, given: str | list[int]) 
     service.check_length(ids, "prompt")
     has_offsets = asked.echo and (asked.logprobs is not None or asked.experts)
     offsets = tokenized(lambda: offsets_of(tokenizer, ids)) if has_offsets else ()
-    return Prompt(text, ids, (), offsets, len(text) if asked.echo else 0)
+    return Prompt(text, ids, (), offsets, asked.echo, asked.max_tokens == 0)
 
 
 class _Answer:
@@ -65,35 +65,18 @@ class _Answer:
         }
 
     async def whole(self) -> dict[str, Any]:
-        pieces: dict[int, list[Piece]] = {choice.index: [] for choice in self._choices}
-        async with aclosing(self._pieces()) as arriving:
-            async for choice, piece in arriving:
-                pieces[choice.index].append(piece)
-        choices = [self._choice(choice.index, joined(pieces[choice.index])) for choice in self._choices]
+        pieces = await asyncio.gather(*[choice.whole() for choice in self._choices])
+        choices = [self._choice(index, piece) for index, piece in enumerate(pieces)]
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         options = self._asked.stream_options
         usage = {"usage": None} if options and options.include_usage else {}
-        async with aclosing(self._pieces()) as arriving:
+        async with aclosing(merged(self._choices)) as arriving:
             async for choice, piece in arriving:
                 yield {**self._head, "choices": [self._choice(choice.index, piece)], **usage}
         if usage:
             yield {**self._head, "choices": [], "usage": self._usage()}
-
-    async def _pieces(self) -> AsyncGenerator[tuple[Choice, Piece], None]:
-        """Each choice's, the first of which begins with the prompt if it is to be echoed."""
-        to_echo = {choice.index for choice in self._choices} if self._asked.echo else set()
-        async with aclosing(merged(self._choices)) as arriving:
-            async for choice, piece in arriving:
-                if choice.index in to_echo:
-                    to_echo.remove(choice.index)
-                    beginning = choice.prompt_piece()
-                    if self._asked.max_tokens:
-                        piece = joined([beginning, piece])
-                    else:  # the one token that was made is not asked for
-                        piece = replace(beginning, finish_reason="length")
-                yield choice, piece
 
     def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
         logprobs = None
@@ -104,4 +87,4 @@ class _Answer:
         return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": reason, **experts}
 
     def _usage(self) -> dict[str, int]:
-        return usage_of(self._prompts, self._choices if self._asked.max_tokens else [])
+        return usage_of(self._prompts, self._choices)

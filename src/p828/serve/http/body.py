@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 
 from p828.config.values import shown
-from p828.serve.refusal import Refused
+from p828.serve.http.refusal import Refused
 
 MOST_BYTES = 2**20  # of a body: a prompt of 250,000 tokens as ids, or of more as text
 MOST_DISCARDED = 2**26  # bytes that are still read of a larger one, since many clients hear no answer before their end

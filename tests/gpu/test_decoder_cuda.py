@@ -1,0 +1,101 @@
+"""The decoder on a GPU, whose steps are CUDA graphs, against the training forward pass.
+
+All experts are chosen (K = E), as in `test_model_cuda`: a choice that tips over is no error.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from test_model_cuda import DEEP, SMALL
+
+from p828.inference.decode import captured_steps
+from p828.inference.decode.decoder import Decoder
+from p828.inference.decode.sequence import DecodedSequence, TokenProbability, Wants
+from p828.inference.sampling import SamplingConfig
+from p828.model.transformer import Transformer
+from tiny import tiny_model
+
+EOS, VOCABULARY, NEW = 96, 97, 12
+GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=NEW)
+PROMPTS = [[5, 9, 2, 40, 7], [], [31] * 40, [8], list(range(60))]
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"attention_sinks": False, "use_qk_norm": True},
+    {"n_shared_experts": 2, "hidden_act": "swiglu_of_product"},
+    {"scoring_func": "softmax", "n_shared_experts": 0, "tie_word_embeddings": True},
+]
+
+
+def model_on(device: torch.device, **changes: Any) -> Transformer:
+    """In bfloat16 as `load_model` stores it; its logits differ by a few, so that no two are near each other."""
+    model = tiny_model(**{**SMALL, "max_position_embeddings": 96, **changes}).to(device).eval()
+    with torch.no_grad():
+        model.head_weight.mul_(30)
+    return model
+
+
+def run(
+    decoder: Decoder, prompts: list[list[int]], config: SamplingConfig, wants: Wants
+) -> list[tuple[DecodedSequence, list[TokenProbability]]]:
+    waiting = list(enumerate(prompts))
+    found: list[tuple[DecodedSequence, list[TokenProbability]]] = []
+    probabilities: dict[DecodedSequence, list[TokenProbability]] = {}
+    while waiting or decoder.running:
+        while waiting and decoder.free_slots:
+            seed, prompt = waiting.pop(0)
+            sequence = decoder.admit(prompt, config, seed, wants=wants)
+            probabilities[sequence] = []
+            found.append((sequence, probabilities[sequence]))
+        for new in decoder.step():
+            assert new.probability is not None
+            probabilities[new.sequence].append(new.probability)
+    decoder.check_idle()
+    return found
+
+
+@pytest.mark.parametrize("slots, piece", [(8, 2048), (2, 2048), (3, 16)])
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_probabilities_are_those_of_the_training_forward(
+    cuda: torch.device, changes: dict[str, Any], slots: int, piece: int
+) -> None:
+    """Prompts of unequal length, in pieces, through slots that others have left."""
+    model = model_on(cuda, **changes)
+    decoder = Decoder(model, VOCABULARY, EOS, torch.bfloat16, slots, prefill_tokens=piece)
+    assert isinstance(decoder._steps, captured_steps.CapturedSteps)
+    for sequence, ours in run(decoder, PROMPTS, GREEDY, Wants(probability=True, prompt=True)):
+        ids = torch.tensor([sequence.ids], device=cuda)
+        with torch.no_grad():
+            logits_SV = model.logits(model(ids, dtype=torch.bfloat16).hidden_BSH)[0, :, :VOCABULARY]
+        logs_SV = logits_SV.log_softmax(-1)
+        scale = logits_SV.abs().max().item()
+        continuation = sequence.continuation
+        told = [*sequence.prompt_probabilities[1:], *ours[: len(continuation)]]
+        for place, (token, probability) in enumerate(zip(sequence.ids[1:], told, strict=True)):
+            assert probability is not None
+            assert probability.value == pytest.approx(logs_SV[place, token].item(), abs=2 * DEEP * scale)
+
+
+@pytest.mark.parametrize("config", [SamplingConfig(max_new_tokens=NEW), SamplingConfig(top_p=0.9, max_new_tokens=NEW)])
+def test_what_a_sequence_draws_does_not_depend_on_the_others(cuda: torch.device, config: SamplingConfig) -> None:
+    model = model_on(cuda)
+    wants = Wants(probability=True)
+    together = run(Decoder(model, VOCABULARY, EOS, torch.bfloat16, 4), PROMPTS, config, wants)
+    again = run(Decoder(model, VOCABULARY, EOS, torch.bfloat16, 4), PROMPTS, config, wants)
+    assert [s.ids for s, _ in together] == [s.ids for s, _ in again]
+    assert len({tuple(s.continuation) for s, _ in together}) > 1
+
+
+def test_kernels_that_overlap_give_the_same_bits(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As kernels that run one after another."""
+    from p828.kernels.decode import dependent_launch_triton  # imports Triton
+
+    model = model_on(cuda)
+
+    def all_probabilities() -> list[list[float]]:
+        decoder = Decoder(model, VOCABULARY, EOS, torch.bfloat16, 4)
+        return [[p.value for p in ours] for _, ours in run(decoder, PROMPTS, GREEDY, Wants(probability=True))]
+
+    overlapping = all_probabilities()
+    monkeypatch.setattr(dependent_launch_triton, "ALLOWED", False)
+    assert all_probabilities() == overlapping
