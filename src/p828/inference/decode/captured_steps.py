@@ -93,6 +93,7 @@ class CapturedSteps(PlainSteps):
         if self._slots_of[size] != slots:
             filled = slots + [self.cache.scratch] * (size - len(slots))
             step.slots_T.copy_(self._pinned(filled), non_blocking=True)
+            self.rows.position_S[-1:].zero_()  # of the scratch slot, which would read ever more keys
             self._slots_of[size] = slots
         step.graph.replay()
         rows, experts_LTK = slice(len(sequences)), None
