@@ -45,16 +45,17 @@ class TransformersGenerator:
 
     def steps(self, prompts: Sequence[Sequence[int]], steps: int, is_sampled: bool) -> Timed:
         assert not is_sampled
-        times = self._times(prompts, WARM_STEPS + steps + 1)[WARM_STEPS:]
+        times = self.times(prompts, WARM_STEPS + steps + 1)[WARM_STEPS:]
         length = len(prompts[0]) + WARM_STEPS
         return Timed((times[-1] - times[0]) / (len(times) - 1), length + len(times) / 2)
 
     def first_token(self, prompt: Sequence[int]) -> float:
         started = time.perf_counter()
-        (first,) = self._times([prompt], 1)
+        (first,) = self.times([prompt], 1)
         return first - started
 
-    def _times(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
+    def times(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
+        """When each token of all prompts was known."""
         tokens_BS = torch.tensor(prompts, device=self.device)
         clock = Clock(self.device)
         self.model.generate(

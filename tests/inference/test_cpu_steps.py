@@ -10,7 +10,8 @@ from p828.inference.decode.cpu_steps import CpuSteps
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence, Wants
 from p828.inference.sampling import SamplingConfig
-from p828.kernels.decode.cpu import FEW, LARGE, PIECES, Matrix
+from p828.kernels.decode import cpu
+from p828.kernels.decode.cpu import FEW, LARGE, MEDIUM, PIECES, Matrix
 from tiny import tiny_model
 
 VOCABULARY = 97
@@ -44,9 +45,16 @@ def decoded(decoder: Decoder, prompts: list[list[int]]) -> dict[DecodedSequence,
     return found
 
 
+@pytest.mark.parametrize("are_large", [False, True])
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
-def test_against_the_whole_pass(options: dict[str, Any]) -> None:
-    """Unequal lengths side by side, and one alone; RoPE's tables and the weights are float32."""
+def test_against_the_whole_pass(options: dict[str, Any], are_large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unequal lengths side by side, and one alone; RoPE's tables and the weights are float32.
+
+    Also with products as of large matrices, whose results lie in memory in another order.
+    """
+    if are_large:
+        monkeypatch.setattr(cpu, "LARGE", 0)
+        monkeypatch.setattr(cpu, "MEDIUM", 0)
     model, double = tiny_model(**options), tiny_model(**options).double()
     decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.float32, slots=3, max_length=40)
     assert isinstance(decoder._steps, CpuSteps)
@@ -91,11 +99,11 @@ def test_slots_that_do_not_lie_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, FEW, FEW + 1])
-@pytest.mark.parametrize("rows", [40, LARGE // 64, LARGE // 64 + PIECES - 1])
+@pytest.mark.parametrize("rows", [40, MEDIUM // 64, LARGE // 64, LARGE // 64 + PIECES - 1])
 def test_products_of_small_and_large_matrices(tokens: int, rows: int) -> None:
     weight_VH, x_TH, out_TV = torch.randn(rows, 64), torch.randn(tokens, 64), torch.randn(tokens, rows)
     matrix = Matrix(weight_VH)
-    assert matrix.is_large == (rows >= LARGE // 64)
+    assert (matrix.is_medium, matrix.is_large) == (rows >= MEDIUM // 64, rows >= LARGE // 64)
     expected = x_TH.double() @ weight_VH.double().T
     # Sums of 64 products of numbers near 1.
     torch.testing.assert_close(matrix(x_TH).double(), expected, rtol=0, atol=1e-4)

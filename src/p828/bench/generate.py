@@ -51,7 +51,7 @@ class GenerateBench:
             raise RunFailed(f"{len(self.failed)} of {len(self.failed) + len(self.rows)} measurements failed")
 
     def _run_shape(self, name: str, config: Config) -> None:
-        compared = self.work.with_context(_same_model(config) if self.peers else config)
+        compared = self.work.with_context(same_model(config) if self.peers else config)
         _print(
             f"\n{name}: prompts of {self.work.prompt_length:,} tokens, {self.work.new_tokens:,} steps; random weights"
         )
@@ -105,7 +105,7 @@ class GenerateBench:
             write_atomic(self.json_path, json.dumps(found, indent=1) + "\n")
 
 
-def _same_model(config: Config) -> Config:
+def same_model(config: Config) -> Config:
     """The nearest configuration that every system computes exactly: without sinks, besides."""
     common = common_to_all(config)
     return replace(common, model=replace(common.model, attention_sinks=False))

@@ -44,10 +44,12 @@ def matmul_flops(device: torch.device) -> float:
 def memory_rate(device: torch.device) -> float:
     """Bytes a second between the device and its memory, of numbers far more than its caches hold.
 
-    The fastest of many readings (sums) and copies, of which each byte is read and written.
+    The fastest of many readings (a sum, and products with a vector) and copies, of which each byte is read and written.
     """
     source = torch.ones(2**30 if device.type == "cuda" else 2**25, device=device)  # float32
     target = torch.empty_like(source)
+    matrices_PVH = source.view(64, -1, 1024)
+    vectors_PH1 = torch.ones(64, 1024, 1, device=device)
 
     def read() -> None:
         torch.sum(source)
@@ -55,8 +57,11 @@ def memory_rate(device: torch.device) -> float:
     def copy() -> None:
         target.copy_(source)
 
-    reading, copying = (min(step_seconds(work, 20, device)) for work in (read, copy))
-    return max(source.nbytes / reading, 2 * source.nbytes / copying)
+    def multiply() -> None:
+        torch.bmm(matrices_PVH, vectors_PH1)
+
+    reading, multiplying, copying = (min(step_seconds(work, 20, device)) for work in (read, multiply, copy))
+    return max(source.nbytes / min(reading, multiplying), 2 * source.nbytes / copying)
 
 
 def _record() -> torch.cuda.Event:

@@ -1,7 +1,8 @@
 """p828's decoder with random weights, and reading everything again in its place."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -9,7 +10,7 @@ from p828.bench.generation.generator import Timed
 from p828.bench.generation.workload import WARM_STEPS, random_prompts
 from p828.config import Config
 from p828.inference.decode.decoder import Decoder
-from p828.inference.decode.sequence import DecodedSequence, Wants
+from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, Wants
 from p828.inference.load import store_in
 from p828.inference.sampling import SamplingConfig
 from p828.model.backend import computable
@@ -36,15 +37,14 @@ class OwnGenerator:
         self._slots = self._length = 0
 
     def steps(self, prompts: Sequence[Sequence[int]], steps: int, is_sampled: bool) -> Timed:
-        decoder, sequences = self._begun(prompts, steps, is_sampled, Wants())
-        counts = [_cached(sequences)]
-        started = time.perf_counter()
-        known = 0
-        while known < steps * len(sequences):
-            known += len(decoder.step())
-        seconds = time.perf_counter() - started
-        counts.append(_cached(sequences))
-        self._cancel(sequences)
+        with self.begun(prompts, steps, is_sampled) as (decoder, sequences):
+            counts = [_cached(sequences)]
+            started = time.perf_counter()
+            known = 0
+            while known < steps * len(sequences):
+                known += len(decoder.step())
+            seconds = time.perf_counter() - started
+            counts.append(_cached(sequences))
         return Timed(seconds * len(sequences) / known, sum(counts) / 2)
 
     def first_token(self, prompt: Sequence[int]) -> float:
@@ -61,13 +61,12 @@ class OwnGenerator:
 
     def distinct_experts(self, prompts: Sequence[Sequence[int]], steps: int) -> float:
         """Routed experts that a step of the batch goes through, in the mean over layers and steps."""
-        decoder, sequences = self._begun(prompts, steps, False, Wants(experts=True))
         counts: list[int] = []
-        while len(counts) < steps:
-            chosen = [token.experts_LK for token in decoder.step() if token.experts_LK is not None]
-            layers = zip(*chosen, strict=True)
-            counts += [len({expert for experts_K in layer for expert in experts_K}) for layer in layers]
-        self._cancel(sequences)
+        with self.begun(prompts, steps, False, Wants(experts=True)) as (decoder, _):
+            for _ in range(steps):
+                chosen = [token.experts_LK for token in decoder.step() if token.experts_LK is not None]
+                layers = zip(*chosen, strict=True)
+                counts += [len({expert for experts_K in layer for expert in experts_K}) for layer in layers]
         return sum(counts) / len(counts)
 
     @torch.inference_mode()
@@ -80,10 +79,11 @@ class OwnGenerator:
         self.model.logits(hidden_1SH[:, -1]).argmax(dim=-1).item()
         return time.perf_counter() - started
 
-    def _begun(
-        self, prompts: Sequence[Sequence[int]], steps: int, is_sampled: bool, wants: Wants
-    ) -> tuple[Decoder, list[DecodedSequence]]:
-        """All prompts read and some steps done. No sequence ends before `steps` more: none is let make the end."""
+    @contextmanager
+    def begun(
+        self, prompts: Sequence[Sequence[int]], steps: int, is_sampled: bool, wants: Wants = NOTHING_MORE
+    ) -> Iterator[tuple[Decoder, list[DecodedSequence]]]:
+        """All prompts read and some steps done; no sequence ends before `steps` more. Their slots become free."""
         length = max(map(len, prompts))
         room = length + len(prompts) * -(-length // 2048) + WARM_STEPS + steps + 2
         decoder = self._decoder_for(len(prompts), room)
@@ -94,7 +94,11 @@ class OwnGenerator:
             decoder.step()
         for _ in range(WARM_STEPS):
             decoder.step()
-        return decoder, sequences
+        yield decoder, sequences
+        assert all(sequence.finish_reason is None for sequence in sequences), "a sequence ended while it was timed"
+        for sequence in sequences:
+            decoder.cancel(sequence)
+        self._settle()
 
     def _decoder_for(self, slots: int, length: int) -> Decoder:
         """With slots of that many tokens; the same as before where that suffices, so that nothing is captured again."""
@@ -105,13 +109,6 @@ class OwnGenerator:
             self._decoder = Decoder(self.model, vocabulary, vocabulary, self.torch_dtype, slots, length)
             self._slots, self._length = slots, length
         return self._decoder
-
-    def _cancel(self, sequences: Sequence[DecodedSequence]) -> None:
-        assert self._decoder is not None
-        assert all(sequence.finish_reason is None for sequence in sequences), "a sequence ended while it was timed"
-        for sequence in sequences:
-            self._decoder.cancel(sequence)
-        self._settle()
 
     def _settle(self) -> None:
         if self.device.type == "cuda":

@@ -104,8 +104,8 @@ class CpuSteps(PlainSteps):
     def _add_attention_(self, x_TH: Tensor, index: int, layer: CpuLayer, places: Places) -> None:
         config = self.config
         heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        qkv_TX = layer.qkv(layer.input_norm(x_TH))
-        qkv_TXD = qkv_TX.reshape(-1, heads + 2 * groups, head_dim)
+        qkv_TX = layer.qkv(layer.input_norm(x_TH)).contiguous()  # attention's kernel reads a head as numbers in a row
+        qkv_TXD = qkv_TX.view(-1, heads + 2 * groups, head_dim)
         qk_TXD, v_TGD = qkv_TXD[:, : heads + groups], qkv_TXD[:, heads + groups :]
         if layer.q_norm is not None and layer.k_norm is not None:
             q_TND, k_TGD = qk_TXD.split((heads, groups), dim=1)

@@ -12,8 +12,9 @@ from torch import Tensor
 aten = torch.ops.aten
 
 PIECES = 4  # of a matrix: MKL reads one for a single token in one thread, and several in one each
-LARGE = 2**19  # numbers of a matrix from which these ways are faster
-FEW = 4  # tokens up to which they are
+FEW = 4  # tokens up to which a matrix is better on the left
+LARGE = 2**18  # numbers of a matrix from which it is better in pieces, for one token
+MEDIUM = 2**16  # and from which on the left, for a few
 
 
 class Matrix:
@@ -25,17 +26,15 @@ class Matrix:
 
     def __init__(self, weight_VH: Tensor) -> None:
         self.weight_VH, self.weight_HV = weight_VH, weight_VH.t()
-        self.is_large = weight_VH.numel() >= LARGE
+        self.is_large, self.is_medium = weight_VH.numel() >= LARGE, weight_VH.numel() >= MEDIUM
         whole = len(weight_VH) // PIECES * PIECES
         self.pieces_PXH = weight_VH[:whole].view(PIECES, -1, weight_VH.shape[1])
         self.rest_HX = self.weight_HV[:, whole:]
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         """x weightᵀ: (T, V)."""
-        if not self.is_large:
-            return x_TH.mm(self.weight_HV)
         tokens = x_TH.shape[0]
-        if tokens > FEW:
+        if tokens > FEW or not (self.is_large if tokens == 1 else self.is_medium):
             return x_TH.mm(self.weight_HV)
         if tokens > 1:
             return self.weight_VH.mm(x_TH.t()).t()
@@ -44,7 +43,7 @@ class Matrix:
 
     def add_product_(self, out_TV: Tensor, x_TH: Tensor, factor: float) -> None:
         """Add factor · x weightᵀ to `out_TV`."""
-        if self.is_large:
+        if self.is_medium:
             out_TV.add_(self(x_TH), alpha=factor)
         else:
             out_TV.addmm_(x_TH, self.weight_HV, alpha=factor)
