@@ -86,6 +86,23 @@ def test_what_a_sequence_draws_does_not_depend_on_the_others(cuda: torch.device,
     assert len({tuple(s.continuation) for s, _ in together}) > 1
 
 
+def test_a_prepared_decoder_captures_no_more(cuda: torch.device) -> None:
+    decoder = Decoder(model_on(cuda), VOCABULARY, EOS, torch.bfloat16, 5)
+    decoder.prepare()
+    steps = decoder._steps
+    assert isinstance(steps, captured_steps.CapturedSteps)
+    captured = {*steps._steps}, {*steps._pieces}
+    for config in (
+        GREEDY,
+        SamplingConfig(temperature=0.0, top_p=0.5, max_new_tokens=NEW),
+        SamplingConfig(top_k=3, max_new_tokens=NEW),
+        SamplingConfig(temperature=0.0, repetition_penalty=1.3, max_new_tokens=NEW),
+        SamplingConfig(repetition_penalty=1.3, min_p=0.1, max_new_tokens=NEW),
+    ):
+        run(decoder, PROMPTS, config, Wants(probability=True))
+    assert ({*steps._steps}, {*steps._pieces}) == captured
+
+
 def test_kernels_that_overlap_give_the_same_bits(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """As kernels that run one after another."""
     from p828.kernels.decode import dependent_launch_triton  # imports Triton

@@ -26,7 +26,6 @@ try:
     from p828.serve.scheduling.metrics import Metrics
     from p828.serve.scheduling.room import cache_bytes, check_cache
     from p828.serve.scheduling.scheduler import Scheduler
-    from p828.serve.scheduling.warm_up import warm_up
 except ModuleNotFoundError as error:
     raise ConfigError(f"{error.name}, which p828 serve needs, is not installed: pip install 'p828[serve]'") from error
 
@@ -132,7 +131,7 @@ def _service(loaded: LoadedModel, given: Arguments) -> Service:
         decoder = Decoder(loaded.model, tokenizer.vocab_size, tokenizer.eos_id, loaded.dtype, slots, context)
         if device.type == "cuda":
             with waiting("capturing each size of a step", warn):
-                warm_up(decoder, slots)
+                decoder.prepare()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -21,6 +21,9 @@ from p828.kernels.decode import ops
 from p828.model.transformer import Transformer
 
 Result = TypeVar("Result")
+DRAWN = Drawing(draws=True, has_filters=False, has_penalty=False)  # its kernel takes likeliest tokens, too
+FILTERED = Drawing(draws=True, has_filters=True, has_penalty=False)
+PENALISED = Drawing(draws=True, has_filters=True, has_penalty=True)
 SMALLEST_PIECE = 64  # tokens that a graph of a piece has at least
 
 
@@ -82,13 +85,9 @@ class CapturedSteps(PlainSteps):
 
     @torch.no_grad()
     def continue_(self, sequences: Sequence[DecodedSequence], used: int) -> Flight:
-        size = min(1 << (len(sequences) - 1).bit_length(), max(self.cache.slots, len(sequences)))
+        size = min(_power_of_two(len(sequences)), self.cache.slots)
         drawing = drawing_of(sequences)
-        if not drawing.has_filters:
-            drawing = Drawing(True, False, False)  # whose kernel also takes likeliest tokens
-        step = self._steps.get((size, drawing))
-        if step is None:
-            step = self._steps[size, drawing] = self._capture_step(size, drawing)
+        step = self._step(size, drawing if drawing.has_filters else DRAWN)
         slots = [sequence.slot for sequence in sequences]
         if self._slots_of[size] != slots:
             filled = slots + [self.cache.scratch] * (size - len(slots))
@@ -101,6 +100,26 @@ class CapturedSteps(PlainSteps):
             experts_LTK = torch.stack(step.experts_LTJ)[:, rows, : self.model.config.num_experts_per_tok]
         return self.flight(sequences, step.token_T[rows], step.logits_TV[rows], experts_LTK)
 
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Capture what may be met."""
+        self.rows.made_seen()
+        for size in _powers_of_two(1, self.cache.slots):
+            for drawing in (DRAWN, FILTERED, PENALISED):
+                self._step(size, drawing)
+        for size in _powers_of_two(min(SMALLEST_PIECE, self.longest_piece), self.longest_piece):
+            self._piece(size)
+
+    def _step(self, size: int, drawing: Drawing) -> CapturedStep:
+        if (size, drawing) not in self._steps:
+            self._steps[size, drawing] = self._capture_step(size, drawing)
+        return self._steps[size, drawing]
+
+    def _piece(self, size: int) -> CapturedPiece:
+        if size not in self._pieces:
+            self._pieces[size] = self._capture_piece(size)
+        return self._pieces[size]
+
     def _on_device(self, values: Sequence[int]) -> Tensor:
         """int64; the host does not wait for the device."""
         return self._pinned(values).to(self.device, non_blocking=True)
@@ -111,10 +130,7 @@ class CapturedSteps(PlainSteps):
 
     def _read_first(self, sequence: DecodedSequence, end: int) -> tuple[Tensor, Tensor]:
         """A prompt's first piece: hidden states, and logits after its last token."""
-        size = min(max(1 << (end - 1).bit_length(), SMALLEST_PIECE), self.longest_piece)
-        piece = self._pieces.get(size)
-        if piece is None:
-            piece = self._pieces[size] = self._capture_piece(size)
+        piece = self._piece(min(max(_power_of_two(end), SMALLEST_PIECE), self.longest_piece))
         piece.tokens_1S[0, :end].copy_(self._pinned(sequence.ids[:end]), non_blocking=True)
         piece.slot_1.copy_(self._pinned([sequence.slot]), non_blocking=True)
         piece.last_1.copy_(self._pinned([end - 1]), non_blocking=True)
@@ -173,3 +189,17 @@ class CapturedSteps(PlainSteps):
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
         return graph, result
+
+
+def _power_of_two(count: int) -> int:
+    """The first that is not below."""
+    return 1 << (count - 1).bit_length()
+
+
+def _powers_of_two(least: int, most: int) -> list[int]:
+    """Those from `least` on that are below `most`, and `most`."""
+    found = []
+    while least < most:
+        found.append(least)
+        least *= 2
+    return [*found, most]

@@ -101,6 +101,13 @@ class Decoder:
         self._rows.begin(sequence, prompt)  # last: if it finds no memory, the sequence can be cancelled
         return sequence
 
+    def prepare(self) -> None:
+        """Do beforehand what would be done when a number of sequences or a prompt's length is first met.
+
+        On a GPU that is a second and more for each.
+        """
+        self._steps.prepare()
+
     def step(self) -> list[NewToken]:
         """Read a piece of one prompt, give every sequence that is read its next token, and tell of known ones.
 

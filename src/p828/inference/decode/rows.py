@@ -41,11 +41,16 @@ class Rows:
             end = min(self.max_length, sequence.prompt_length + config.max_new_tokens)
             self.uniform_SC[slot, :end].copy_(uniform_numbers(sequence.seed, end), non_blocking=True)
         if config.repetition_penalty != 1:
-            if self.seen_SV is None:
-                shape = (len(self.token_S), self.vocab_size)
-                self.seen_SV = torch.zeros(shape, dtype=torch.bool, device=self.device)
-            self.seen_SV[slot] = False
-            self.seen_SV[slot, torch.tensor(sorted(set(prompt)), dtype=torch.int64, device=self.device)] = True
+            seen_SV = self.made_seen()
+            seen_SV[slot] = False
+            seen_SV[slot, torch.tensor(sorted(set(prompt)), dtype=torch.int64, device=self.device)] = True
+
+    def made_seen(self) -> Tensor:
+        """`seen_SV`, made if it is not there yet."""
+        if self.seen_SV is None:
+            shape = (len(self.token_S), self.vocab_size)
+            self.seen_SV = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        return self.seen_SV
 
     def place(self, slots_T: Tensor, positions_T: Tensor) -> None:
         """Say where the newest tokens of some slots will lie."""
@@ -72,8 +77,10 @@ class Rows:
 
 
 def drawing_of(sequences: Sequence[DecodedSequence]) -> Drawing:
+    """Filters change no likeliest token, and so matter to rows that draw alone."""
     configs = [sequence.config for sequence in sequences]
     has_penalty = any(config.repetition_penalty != 1 for config in configs)
-    has_filters = any(config.top_k or config.top_p < 1 or config.min_p for config in configs)
-    draws = has_penalty or any(not config.greedy for config in configs)
+    drawn = [config for config in configs if not config.greedy]
+    has_filters = any(config.top_k or config.top_p < 1 or config.min_p for config in drawn)
+    draws = has_penalty or bool(drawn)
     return Drawing(draws, has_filters or has_penalty, has_penalty)

@@ -97,6 +97,9 @@ class PlainSteps:
         backend = attention_backend(model.config, self.device, dtype)
         self.backend: AttentionBackend = "reference" if backend == "flash_triton" else backend
 
+    def prepare(self) -> None:
+        """Do what would be done when a size is first met: nothing here."""
+
     @torch.no_grad()
     def read(self, sequence: DecodedSequence, begin: int, end: int) -> Flight | None:
         """Read tokens `begin` to `end` of its prompt; the first token of its continuation if these are the last."""
