@@ -54,8 +54,7 @@ def attention(
     float32 weights and `eps`; None: not), rotated by `positions_T` times the float32 `frequencies` (D / 2), cosine and
     sine times `factor`. Token t's key and value are written at place `positions_T[t]` of slot `slots_T[t]`, and it sees
     the places up to its own; `sinks_N` (float32 or None) are logits in the softmax's denominator. A token with a
-    negative slot is padding: its result is 0 and it writes nothing. No two tokens may have one slot, but for tokens that
-    nobody reads.
+    negative slot is padding: its result is 0 and it writes nothing. No two tokens that are read later have one slot.
 
     `arrivals_TG`: int32 zeros for at least T tokens, which the kernel counts in and leaves zero; one for all layers.
     Slots, positions and the cache must be older than the kernel in front, see `dependent_launch_triton`.
