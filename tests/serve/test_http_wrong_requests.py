@@ -50,6 +50,7 @@ def refused(response: httpx.Response) -> dict[str, Any]:
         ({"prompt": "a", "n": 0}, "n", "n = 0: at least 1 is accepted"),
         ({"prompt": "a", "n": 129}, "n", "at most 128"),
         ({"prompt": "a", "best_of": 2}, "best_of", "answers are not ranked"),
+        ({"prompt": "a", "best_of": 10**4000}, "best_of", "…: answers are not ranked"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens", "at least 0"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "accepted with echo"),
         ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", "a whole number is accepted"),
@@ -118,6 +119,13 @@ def test_a_wrong_field_of_a_chat_is_named(
 ) -> None:
     error = refused(http.post("/v1/chat/completions", json=fields))
     assert (error["param"], expected in error["message"]) == (param, True), error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_what_the_template_refuses_tells_no_path_of_the_server(http: httpx.Client, path: str) -> None:
+    messages = [*TALK, {"role": "assistant", "tool_calls": [{}]}]
+    error = refused(http.post(path, json={"messages": messages}))
+    assert error["message"] == "messages: the chat template refuses them: this chat template writes no tool_calls"
 
 
 @pytest.mark.parametrize(
