@@ -16,6 +16,7 @@ from serving import NAME, Served, connected, rest_of, save_tiny, serving
 from p828.serve.api.fields import UNSUPPORTED
 from p828.serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from p828.serve.http.body import MOST_BYTES
+from p828.serve.http.host_check import local_hosts
 
 PATHS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
 JSON = {"Content-Type": "application/json"}
@@ -303,6 +304,32 @@ def test_a_key_is_asked_for(chat_run: Path) -> None:
         headers = {"Authorization": "Bearer a-key"}
         assert client.get("/v1/models", headers=headers).json()["data"][0]["id"] == NAME
         assert client.post("/tokenize", json={"prompt": "a"}, headers=headers).json()["count"] == 1
+
+
+def test_a_request_to_another_name_is_refused(chat_run: Path) -> None:
+    """A browser sends one where a page of elsewhere has made its own name lead here."""
+    with serving(chat_run, hosts=local_hosts("My-Machine")) as own, httpx.Client(base_url=own.url) as client:
+        port = own.url.rpartition(":")[2]
+        for name in ("localhost", "127.0.0.1", "[::1]", "my-machine", "LOCALHOST"):
+            for host in (name, f"{name}:{port}", f"{name}:1"):
+                assert client.get("/health", headers={"Host": host}).status_code == 200, host
+        for host in (
+            "elsewhere.com",
+            f"elsewhere.com:{port}",
+            "localhost.elsewhere.com",
+            "127.0.0.2",
+            "[::2]",
+            "",
+            ":",
+        ):
+            for path in ("/health", "/", "/v1/models", "/v1/completions", "/nowhere"):
+                response = client.get(path, headers={"Host": host})
+                assert response.status_code == 403, (host, path)
+                assert refused(response)["code"] == "wrong_host"
+        accepted = "127.0.0.1, [::1], localhost, my-machine are accepted, with any port, as the server has no key"
+        line = client.get("/", headers={"Host": "elsewhere.com"}).json()["error"]["message"]
+        assert line == f"Host: 'elsewhere.com' is given: {accepted}"
+    assert "[::1%1]" in local_hosts("::1%1")
 
 
 def test_a_run_without_a_template_does_not_chat(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_several_requests_are_queued_together_or_not_at_all() -> None:
     async def ask(scheduler: Scheduler) -> list[list[int]]:
         submissions = [scheduler.submit(request(0))]
         await asyncio.to_thread(one.is_in_step.wait, 60)
-        with pytest.raises(QueueFull, match="^0 requests wait already, and there is no room for 3 more"):
+        with pytest.raises(QueueFull, match=r"^0 requests wait already, and there is no room for 3 more"):
             scheduler.submit_all([request(number) for number in range(1, 4)])
         with pytest.raises(ValueError, match="a prompt of 64 tokens"):
             scheduler.submit_all([request(1), request(*[1] * 64)])
