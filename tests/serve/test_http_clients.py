@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from p828.serve.http import body, connection, server
 from p828.serve.scheduling import scheduler
 
 ASKED = {"prompt": "the cat", "max_tokens": 50, "temperature": 0}
+LONG = {"prompt": "q" * 1_000_000, "return_token_strs": True}  # of /tokenize, an answer of 7 MB
 WAITING = 2
 
 
@@ -219,12 +221,23 @@ def test_a_client_that_does_not_read_is_cut_off(
     served: Served, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "SECONDS_TO_READ", 0.2)
-    stuck = asking(served, "/tokenize", prompt="é" * 400_000, return_token_strs=True)  # an answer of 8 MB
-    stuck.recv(100)
+    stuck = asking(served, "/tokenize", **LONG)
+    assert stuck.recv(100).startswith(b"HTTP/1.1 200")
     before = http.get("/health")
     assert before.status_code == 200
     answer = whole_after_a_while(served, stuck)
-    assert len(answer) < 6_000_000
+    assert 0 < len(answer) < 6_000_000
+
+
+def test_a_client_that_reads_slowly_gets_all(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an answer that takes several times as long as a client may read nothing."""
+    monkeypatch.setattr(connection, "SECONDS_TO_READ", 0.5)
+    answer = b""
+    with httpx.stream("POST", f"{served.url}/tokenize", json=LONG, timeout=60) as slow:
+        for piece in slow.iter_raw(2**16):
+            answer += piece
+            time.sleep(0.02)
+    assert json.loads(answer)["count"] == 1_000_000
 
 
 def whole_after_a_while(served: Served, stuck: socket.socket) -> bytes:

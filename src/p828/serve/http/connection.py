@@ -1,6 +1,9 @@
 """Connections whose client is stuck: one that never asks, and one that never reads its answer."""
 
 import asyncio
+import fcntl
+import struct
+import termios
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -29,11 +32,21 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._reading = self.loop.call_later(SECONDS_TO_READ, self.transport.abort)
+        self._await_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._cancel(self._reading)
+
+    def _await_reader(self) -> None:
+        self._reading = self.loop.call_later(SECONDS_TO_READ, self._abort_unless_read, unsent_bytes(self.transport))
+
+    def _abort_unless_read(self, unsent_before: int) -> None:
+        """A slow reader may take long until writing is resumed, which needs nearly all of the buffer to be sent."""
+        if unsent_bytes(self.transport) < unsent_before:
+            self._await_reader()
+        else:
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -44,3 +57,10 @@ class Connection(H11Protocol):
     def _cancel(timer: asyncio.TimerHandle | None) -> None:
         if timer is not None:
             timer.cancel()
+
+
+def unsent_bytes(transport: asyncio.Transport) -> int:
+    """That the client's side has not taken: those in the transport's buffer and in the system's, which holds megabytes
+    and asks for more of them only when a good part is free."""
+    waiting = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    return transport.get_write_buffer_size() + struct.unpack("i", waiting)[0]
