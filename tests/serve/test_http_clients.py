@@ -188,6 +188,25 @@ def test_what_is_not_done_when_the_grace_is_over_is_told(held: Served, monkeypat
         assert json.loads(content)["error"]["message"] == "the server is shutting down"
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_who_does_not_read_is_cut_off_at_the_end(
+    chat_run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_stream: bool
+) -> None:
+    """An answer that is too long for the system's buffers, and a stream of many answers with their likeliest tokens."""
+    monkeypatch.setattr(server, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(server, "CLOSING_SECONDS", 0.3)
+    stream = {"prompt": "the cat", "n": 128, "max_tokens": 120, "logprobs": 20, "stream": True}
+    path, fields = ("/v1/completions", stream) if is_stream else ("/tokenize", LONG)
+    with serving(chat_run) as own:
+        stuck = asking(own, path, **fields)
+        assert stuck.recv(100).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: any(one.flow.write_paused for one in list(own.server.server_state.connections)))
+        own.server.stop()
+        answer = whole_after_a_while(own, stuck)
+    assert b"[DONE]" not in answer
+    assert faults(caplog) == []
+
+
 def test_a_body_that_comes_too_slowly_is_not_waited_for(
     served: Served, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

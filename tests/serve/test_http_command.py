@@ -60,7 +60,7 @@ def test_it_says_where_it_is_and_finishes_what_runs(run: Path) -> None:
             begin = next(events)
             process.send_signal(signal.SIGTERM)
             assert process.stderr is not None
-            assert any("SIGTERM: answering what was accepted, for 30 seconds" in line for line in process.stderr)
+            assert any("SIGTERM: answering what was accepted, for 25 seconds" in line for line in process.stderr)
             *rest, last = events
         assert last == "[DONE]"
         found = "".join(json.loads(event)["choices"][0]["text"] for event in [begin, *rest])
