@@ -280,13 +280,17 @@ def test_any_bytes_are_refused(http: httpx.Client, content: bytes) -> None:
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nz\r\n",
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_what_is_no_http_is_answered_so(served: Served, http: httpx.Client, request_bytes: bytes) -> None:
     with connected(served) as connection:
         connection.sendall(request_bytes)
-        assert rest_of(connection).startswith(b"HTTP/1.1 400")
+        head, _, content = rest_of(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    error = refused(httpx.Response(400, content=content))
+    assert error["message"] == "this is no request of HTTP/1.1, or its head has more than 16,384 bytes"
     assert http.get("/health").status_code == 200
 
 

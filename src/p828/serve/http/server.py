@@ -11,7 +11,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from p828.errors import ConfigError, reason
-from p828.serve.http.connection import SECONDS_TO_ASK, Connection
+from p828.serve.http.connection import MOST_HEAD_BYTES, SECONDS_TO_ASK, Connection
 from p828.serve.scheduling.scheduler import Scheduler
 
 BACKLOG = 2048  # connections that the system holds until they are taken
@@ -53,6 +53,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=Connection,
+                h11_max_incomplete_event_size=MOST_HEAD_BYTES,
                 ws="none",
                 lifespan="off",
                 log_config=None,
