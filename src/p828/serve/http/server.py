@@ -16,7 +16,7 @@ from p828.serve.scheduling.scheduler import Scheduler
 
 BACKLOG = 2048  # connections that the system holds until they are taken
 GRACE_SECONDS = 25.0  # in which what was accepted is answered at the end
-CLOSING_SECONDS = 3.0  # after the grace, for clients to read the last of their answers
+CLOSING_SECONDS = 2.0  # after the grace, for clients to read the last of their answers
 MOST_SECONDS = 30  # after which uvicorn cancels what still runs, with a traceback: a fault, as nobody is connected then
 
 

@@ -29,7 +29,7 @@ SWITCH_SECONDS = 0.0002
 
 The decoder's thread waits so after each call that gave the interpreter up; `benchmarks/scheduling.py` says what for.
 """
-STUCK_SECONDS = 2.0
+STUCK_SECONDS = 1.5
 """How long after the grace `close` waits for a step that does not end."""
 OUTCOMES: dict[FinishReason, Outcome] = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 
