@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +81,9 @@ def save_tiny(directory: Path, chat: bool = True) -> Path:
 
 
 @contextmanager
-def serving(run: Path, api_key: str = "", decoder: type[Decoder] = Decoder, **limits: Any) -> Iterator[Served]:
+def serving(
+    run: Path, api_key: str = "", decoder: type[Decoder] = Decoder, hosts: Set[str] = frozenset(), **limits: Any
+) -> Iterator[Served]:
     """Nothing of any request is left when it ends, unless its decoder broke."""
     loaded = load_model(run, "cpu")
     tokenizer = loaded.tokenizer
@@ -90,7 +92,7 @@ def serving(run: Path, api_key: str = "", decoder: type[Decoder] = Decoder, **li
     metrics = Metrics(NAME, CONTEXT)
     scheduler = Scheduler(decoding, own, metrics)
     service = Service(scheduler, tokenizer, metrics, own, NAME, 0, 8)
-    server = Server(build_app(service, api_key), scheduler)
+    server = Server(build_app(service, api_key, hosts), scheduler)
     scheduler.start()
     with listen("127.0.0.1", 0) as listening:
         address = url(listening)

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from p828.serve.http import body, connection, server
 from p828.serve.scheduling import scheduler
 
 ASKED = {"prompt": "the cat", "max_tokens": 50, "temperature": 0}
+LONG = {"prompt": "q" * 1_000_000, "return_token_strs": True}  # of /tokenize, an answer of 7 MB
 WAITING = 2
 
 
@@ -105,7 +107,10 @@ def test_all_answers_of_a_request_are_taken_or_none(held: Served) -> None:
     wait_until(lambda: held.service.scheduler.num_running == 1)
     refused = httpx.post(f"{held.url}/v1/completions", json={**ASKED, "n": 3})
     assert refused.status_code == 429
+    said = "0 requests wait already, and there is no room for 3 more; try again in 1 seconds"
+    assert refused.json()["error"]["message"] == said
     assert present(held) == 1
+    assert aborted(held) == 0
     first.close()
 
 
@@ -183,6 +188,25 @@ def test_what_is_not_done_when_the_grace_is_over_is_told(held: Served, monkeypat
         assert json.loads(content)["error"]["message"] == "the server is shutting down"
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_who_does_not_read_is_cut_off_at_the_end(
+    chat_run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_stream: bool
+) -> None:
+    """An answer that is too long for the system's buffers, and a stream of many answers with their likeliest tokens."""
+    monkeypatch.setattr(server, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(server, "CLOSING_SECONDS", 0.3)
+    stream = {"prompt": "the cat", "n": 128, "max_tokens": 120, "logprobs": 20, "stream": True}
+    path, fields = ("/v1/completions", stream) if is_stream else ("/tokenize", LONG)
+    with serving(chat_run) as own:
+        stuck = asking(own, path, **fields)
+        assert stuck.recv(100).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: any(one.flow.write_paused for one in list(own.server.server_state.connections)))
+        own.server.stop()
+        answer = whole_after_a_while(own, stuck)
+    assert b"[DONE]" not in answer
+    assert faults(caplog) == []
+
+
 def test_a_body_that_comes_too_slowly_is_not_waited_for(
     served: Served, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,12 +240,23 @@ def test_a_client_that_does_not_read_is_cut_off(
     served: Served, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "SECONDS_TO_READ", 0.2)
-    stuck = asking(served, "/tokenize", prompt="é" * 400_000, return_token_strs=True)  # an answer of 8 MB
-    stuck.recv(100)
+    stuck = asking(served, "/tokenize", **LONG)
+    assert stuck.recv(100).startswith(b"HTTP/1.1 200")
     before = http.get("/health")
     assert before.status_code == 200
     answer = whole_after_a_while(served, stuck)
-    assert len(answer) < 6_000_000
+    assert 0 < len(answer) < 6_000_000
+
+
+def test_a_client_that_reads_slowly_gets_all(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an answer that takes several times as long as a client may read nothing."""
+    monkeypatch.setattr(connection, "SECONDS_TO_READ", 0.5)
+    answer = b""
+    with httpx.stream("POST", f"{served.url}/tokenize", json=LONG, timeout=60) as slow:
+        for piece in slow.iter_raw(2**16):
+            answer += piece
+            time.sleep(0.02)
+    assert json.loads(answer)["count"] == 1_000_000
 
 
 def whole_after_a_while(served: Served, stuck: socket.socket) -> bytes:

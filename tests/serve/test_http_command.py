@@ -53,13 +53,14 @@ def test_it_says_where_it_is_and_finishes_what_runs(run: Path) -> None:
         assert "cpu in float32" in text
         assert "2 of 1,000 tokens" in text
         assert re.search(r"/v1 as base URL of OpenAI's API, without chat", text)
+        assert httpx.get(f"{address}/health", headers={"Host": "elsewhere.com"}).status_code == 403
         asked = {"prompt": "the cat", "max_tokens": 200, "temperature": 0, "stream": True}
         with httpx.stream("POST", f"{address}/v1/completions", json=asked, timeout=60) as answer:
             events = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
             begin = next(events)
             process.send_signal(signal.SIGTERM)
             assert process.stderr is not None
-            assert any("SIGTERM: answering what was accepted, for 30 seconds" in line for line in process.stderr)
+            assert any("SIGTERM: answering what was accepted, for 25 seconds" in line for line in process.stderr)
             *rest, last = events
         assert last == "[DONE]"
         found = "".join(json.loads(event)["choices"][0]["text"] for event in [begin, *rest])
@@ -74,6 +75,7 @@ def test_a_second_signal_ends_it_at_once(run: Path) -> None:
     with started(run, "--host", "0.0.0.0") as (process, _, address):
         assert process.stderr is not None
         assert any("0.0.0.0 is reached from other machines" in line for line in process.stderr)
+        assert httpx.get(f"{address}/health", headers={"Host": "elsewhere.com"}).status_code == 200
         asked = {"prompt": "the cat", "max_tokens": 2000, "ignore_eos": False, "stream": True}
         with httpx.stream("POST", f"{address}/v1/completions", json=asked, timeout=60) as answer:
             lines = answer.iter_lines()
@@ -82,6 +84,12 @@ def test_a_second_signal_ends_it_at_once(run: Path) -> None:
             assert any("SIGINT" in line for line in process.stderr)
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 130
+
+
+def test_with_a_key_it_is_reached_by_any_name(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("a-key")
+    with started(run, "--api-key-file", str(tmp_path / "key")) as (_, _, address):
+        assert httpx.get(f"{address}/health", headers={"Host": "elsewhere.com"}).status_code == 200
 
 
 def test_a_port_that_is_taken_is_told_in_a_line(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

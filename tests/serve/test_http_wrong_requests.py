@@ -16,6 +16,7 @@ from serving import NAME, Served, connected, rest_of, save_tiny, serving
 from p828.serve.api.fields import UNSUPPORTED
 from p828.serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from p828.serve.http.body import MOST_BYTES
+from p828.serve.http.host_check import local_hosts
 
 PATHS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
 JSON = {"Content-Type": "application/json"}
@@ -50,6 +51,7 @@ def refused(response: httpx.Response) -> dict[str, Any]:
         ({"prompt": "a", "n": 0}, "n", "n = 0: at least 1 is accepted"),
         ({"prompt": "a", "n": 129}, "n", "at most 128"),
         ({"prompt": "a", "best_of": 2}, "best_of", "answers are not ranked"),
+        ({"prompt": "a", "best_of": 10**4000}, "best_of", "…: answers are not ranked"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens", "at least 0"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "accepted with echo"),
         ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", "a whole number is accepted"),
@@ -118,6 +120,13 @@ def test_a_wrong_field_of_a_chat_is_named(
 ) -> None:
     error = refused(http.post("/v1/chat/completions", json=fields))
     assert (error["param"], expected in error["message"]) == (param, True), error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_what_the_template_refuses_tells_no_path_of_the_server(http: httpx.Client, path: str) -> None:
+    messages = [*TALK, {"role": "assistant", "tool_calls": [{}]}]
+    error = refused(http.post(path, json={"messages": messages}))
+    assert error["message"] == "messages: the chat template refuses them: this chat template writes no tool_calls"
 
 
 @pytest.mark.parametrize(
@@ -271,13 +280,17 @@ def test_any_bytes_are_refused(http: httpx.Client, content: bytes) -> None:
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nz\r\n",
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_what_is_no_http_is_answered_so(served: Served, http: httpx.Client, request_bytes: bytes) -> None:
     with connected(served) as connection:
         connection.sendall(request_bytes)
-        assert rest_of(connection).startswith(b"HTTP/1.1 400")
+        head, _, content = rest_of(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    error = refused(httpx.Response(400, content=content))
+    assert error["message"] == "this is no request of HTTP/1.1, or its head has more than 16,384 bytes"
     assert http.get("/health").status_code == 200
 
 
@@ -295,6 +308,32 @@ def test_a_key_is_asked_for(chat_run: Path) -> None:
         headers = {"Authorization": "Bearer a-key"}
         assert client.get("/v1/models", headers=headers).json()["data"][0]["id"] == NAME
         assert client.post("/tokenize", json={"prompt": "a"}, headers=headers).json()["count"] == 1
+
+
+def test_a_request_to_another_name_is_refused(chat_run: Path) -> None:
+    """A browser sends one where a page of elsewhere has made its own name lead here."""
+    with serving(chat_run, hosts=local_hosts("My-Machine")) as own, httpx.Client(base_url=own.url) as client:
+        port = own.url.rpartition(":")[2]
+        for name in ("localhost", "127.0.0.1", "[::1]", "my-machine", "LOCALHOST"):
+            for host in (name, f"{name}:{port}", f"{name}:1"):
+                assert client.get("/health", headers={"Host": host}).status_code == 200, host
+        for host in (
+            "elsewhere.com",
+            f"elsewhere.com:{port}",
+            "localhost.elsewhere.com",
+            "127.0.0.2",
+            "[::2]",
+            "",
+            ":",
+        ):
+            for path in ("/health", "/", "/v1/models", "/v1/completions", "/nowhere"):
+                response = client.get(path, headers={"Host": host})
+                assert response.status_code == 403, (host, path)
+                assert refused(response)["code"] == "wrong_host"
+        accepted = "127.0.0.1, [::1], localhost, my-machine are accepted, with any port, as the server has no key"
+        line = client.get("/", headers={"Host": "elsewhere.com"}).json()["error"]["message"]
+        assert line == f"Host: 'elsewhere.com' is given: {accepted}"
+    assert "[::1%1]" in local_hosts("::1%1")
 
 
 def test_a_run_without_a_template_does_not_chat(tmp_path: Path) -> None:

@@ -70,6 +70,14 @@ def test_numbers_of_some_requests() -> None:
     assert found["vllm:num_requests_running",] == found["vllm:kv_cache_usage_perc",] == 0
 
 
+def test_an_empty_prompt_has_no_tokens() -> None:
+    metrics = Metrics("mine", 64)
+    with scheduling(decoder(), metrics) as scheduler:
+        assert in_one_loop(scheduler, request(tokens=3)) != [[]]
+    assert samples(metrics)["vllm:prompt_tokens_total",] == 0
+    assert samples(metrics)["vllm:request_prompt_tokens_sum",] == 0
+
+
 def test_what_runs_and_waits_now() -> None:
     one = HeldDecoder(slots=2)
     metrics = Metrics("mine", 64)

@@ -216,6 +216,42 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
         assert asyncio.run(ask(scheduler)) == [*likely[:2], [], *likely[3:]]
 
 
+def test_several_requests_are_queued_together_or_not_at_all() -> None:
+    one = HeldDecoder(slots=1)
+    metrics = Metrics("mine", 64)
+
+    async def ask(scheduler: Scheduler) -> list[list[int]]:
+        submissions = [scheduler.submit(request(0))]
+        await asyncio.to_thread(one.is_in_step.wait, 60)
+        with pytest.raises(QueueFull, match=r"^0 requests wait already, and there is no room for 3 more"):
+            scheduler.submit_all([request(number) for number in range(1, 4)])
+        with pytest.raises(ValueError, match="a prompt of 64 tokens"):
+            scheduler.submit_all([request(1), request(*[1] * 64)])
+        assert scheduler.num_waiting == 0
+        submissions += scheduler.submit_all([request(1), request(2)])
+        one.may_go_on.set()
+        return await asyncio.gather(*map(answer, submissions))
+
+    with scheduling(one, metrics, max_waiting=2) as scheduler:
+        assert asyncio.run(ask(scheduler)) == [likeliest((number,), 6) for number in range(3)]
+    assert samples(metrics)["vllm:request_success_total", "abort"] == 0
+
+
+def test_who_is_refused_is_told_to_wait_for_a_second_at_least() -> None:
+    one = HeldDecoder(slots=1)
+
+    async def ask(scheduler: Scheduler) -> None:
+        submission = scheduler.submit(request(0))
+        with pytest.raises(QueueFull, match="try again in 1 seconds") as refusal:
+            scheduler.submit_all([request(1), request(2)])
+        assert refusal.value.retry_after_seconds == 1.0
+        submission.cancel()
+        one.may_go_on.set()
+
+    with scheduling(one, max_waiting=0, max_seconds=0.3) as scheduler:
+        asyncio.run(ask(scheduler))
+
+
 def test_a_full_queue_tells_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     class Clock:
         now = 0.0

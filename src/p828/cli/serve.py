@@ -21,6 +21,7 @@ from p828.train.signals import graceful_shutdown
 try:
     from p828.serve.api.service import Service
     from p828.serve.http.app import build_app
+    from p828.serve.http.host_check import local_hosts
     from p828.serve.http.server import GRACE_SECONDS, Server, listen, url
     from p828.serve.scheduling.limits import Limits
     from p828.serve.scheduling.metrics import Metrics
@@ -68,12 +69,14 @@ def run(arguments: list[str]) -> None:
     _check(given, flags)
     key = api_key(given)
     with listen(given.host, given.port) as listening:
-        if not key and not _is_local(listening.getsockname()[0]):
+        is_local = _is_local(listening.getsockname()[0])
+        if not key and not is_local:
             warn(f"{given.host} is reached from other machines, and without --api-key-file everybody is answered")
         with waiting("loading the model", warn):
             loaded = load_model(given.checkpoint, given.device)
         service = _service(loaded, given)
-        server = Server(build_app(service, key), service.scheduler)
+        hosts = local_hosts(given.host) if is_local and not key else frozenset[str]()
+        server = Server(build_app(service, key, hosts), service.scheduler)
         print("\n".join(_lines(loaded, service, given, url(listening))), flush=True)
         service.scheduler.start()
         words = f"answering what was accepted, for {GRACE_SECONDS:g} seconds at most"

@@ -11,8 +11,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from p828.data.tokenizer.chat_template import TemplateFailed
 from p828.errors import ConfigError
-from p828.inference.answer import prompt_of, template_in
+from p828.inference.answer import template_in
 from p828.inference.decode.sequence import Wants
 from p828.serve.api.answering import EventStream, merged, whole_response
 from p828.serve.api.choice import Choice, Piece, Prompt
@@ -56,9 +57,9 @@ def chat_prompt(service: Service, messages: Sequence[Message]) -> Prompt:
     """The conversation up to where the assistant begins. Raises Refused for messages that the template refuses."""
     tokenizer = service.tokenizer
     try:
-        text = prompt_of(template_in(tokenizer), [message.plain() for message in messages])
-    except ConfigError as error:
-        raise wrong_field("messages", f"messages: {error}") from None
+        text = template_in(tokenizer).prompt([message.plain() for message in messages])
+    except TemplateFailed as error:
+        raise wrong_field("messages", f"messages: the chat template refuses them: {error}") from None
     (tokens,) = tokenized(lambda: tokenizer.encode_marked([text]))
     return Prompt(text, tokens["id"].tolist(), tokenizer.end_ids)
 

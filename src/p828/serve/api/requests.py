@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
+from p828.config.values import shown
 from p828.errors import ConfigError
 from p828.inference.decode.sequence import MOST_LIKELIEST
 from p828.inference.sampling import SamplingConfig
@@ -113,7 +114,8 @@ class CompletionRequest(Generation):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.best_of not in (None, 1, self.n):
-            raise ValueError(f"best_of = {self.best_of}: answers are not ranked: n, which is {self.n}, is accepted")
+            line = f"best_of = {shown(self.best_of)}: answers are not ranked: n, which is {self.n}, is accepted"
+            raise ValueError(line)
         if not self.max_tokens and not self.echo:
             raise ValueError("max_tokens = 0: accepted with echo = true")
         if len(self.prompts) * self.n > MOST_CHOICES:

@@ -75,20 +75,22 @@ class Service:
             raise Refused(400, line, "n" if n > 1 else "prompt", "too_many_answers")
         seed = secrets.randbits(32) if seed is None else seed
         equal_before: Counter[str] = Counter()
-        choices: list[Choice] = []
+        each = [prompt for prompt in prompts for _ in range(n)]
+        requests = []
+        for prompt in each:
+            own = prompt_seed(seed, prompt.text, equal_before[prompt.text])
+            equal_before[prompt.text] += 1
+            requests.append(Request(tuple(prompt.ids), sampling, own, frozenset(prompt.end_ids), wants))
+        submissions = self.scheduler.submit_all(requests)
         try:
-            for prompt in prompts:
-                for _ in range(n):
-                    own = prompt_seed(seed, prompt.text, equal_before[prompt.text])
-                    equal_before[prompt.text] += 1
-                    request = Request(tuple(prompt.ids), sampling, own, frozenset(prompt.end_ids), wants)
-                    choices.append(
-                        Choice(len(choices), prompt, self.scheduler.submit(request), self.tokenizer, sampling.stop)
-                    )
+            return [
+                Choice(index, prompt, submission, self.tokenizer, sampling.stop)
+                for index, (prompt, submission) in enumerate(zip(each, submissions, strict=True))
+            ]
         except BaseException:
-            cancel(choices)
+            for submission in submissions:
+                submission.cancel()
             raise
-        return choices
 
 
 def cancel(choices: Sequence[Choice]) -> None:

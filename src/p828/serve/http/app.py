@@ -1,6 +1,7 @@
 """The routes, who may use them, and how errors are answered."""
 
 import hmac
+from collections.abc import Set
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -17,14 +18,22 @@ from p828.serve.api.chat import chat
 from p828.serve.api.completions import complete
 from p828.serve.api.service import Service
 from p828.serve.api.tokens import detokenize, tokenize
+from p828.serve.http.host_check import HostCheck
 from p828.serve.http.refusal import Refused, refusal_of
 from p828.serve.http.web_page import page_routes
 from p828.serve.scheduling.errors import Unanswered
 
 
-def build_app(service: Service, api_key: str = "") -> Starlette:
-    """The server as an ASGI application. With a key, only who sends it is answered, but for the page and `/health`."""
+def build_app(service: Service, api_key: str = "", hosts: Set[str] = frozenset()) -> Starlette:
+    """The server as an ASGI application.
+
+    With a key, only who sends it is answered, but for the page and `/health`. With `hosts`, only requests to one of
+    these names are.
+    """
     open_routes = [*page_routes(), Route("/health", health)]
+    middleware = [Middleware(HostCheck, hosts)] if hosts else []
+    if api_key:
+        middleware.append(Middleware(KeyCheck, api_key, {route.path for route in open_routes}))
     app = Starlette(
         routes=[
             *open_routes,
@@ -36,7 +45,7 @@ def build_app(service: Service, api_key: str = "") -> Starlette:
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),
         ],
-        middleware=[Middleware(KeyCheck, api_key, {route.path for route in open_routes})] if api_key else [],
+        middleware=middleware,
         exception_handlers={
             Refused: _answer_refused,
             Unanswered: _answer_unanswered,

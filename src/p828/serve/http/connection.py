@@ -1,15 +1,22 @@
-"""Connections whose client is stuck: one that never asks, and one that never reads its answer."""
+"""Connections whose client never asks, asks what is no HTTP, or never reads its answer."""
 
 import asyncio
+import fcntl
+import struct
+import termios
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from p828.serve.http.refusal import Refused
+
 SECONDS_TO_ASK = 30.0  # from a connection's first byte, or its opening, to the end of a request's headers
+MOST_HEAD_BYTES = 2**14  # of a request's first line and headers
 SECONDS_TO_READ = 60.0  # in which a client has to take something of its answer
 
 
 class Connection(H11Protocol):
-    """uvicorn's, which bounds neither, and would keep such connections for ever."""
+    """uvicorn's, which would keep such connections for ever, and answers what is no HTTP in plain text."""
 
     _asking: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
@@ -27,13 +34,36 @@ class Connection(H11Protocol):
         elif not has_request and self._asking is None:
             self._asking = self.loop.call_later(SECONDS_TO_ASK, self.transport.abort)
 
+    def send_400_response(self, msg: str) -> None:
+        """To what is no request, as all errors are answered."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun
+            line = f"this is no request of HTTP/1.1, or its head has more than {MOST_HEAD_BYTES:,} bytes"
+            response = Refused(400, line, connection="close").response()
+            for event in (
+                h11.Response(status_code=400, headers=response.raw_headers, reason=b"Bad Request"),
+                h11.Data(data=bytes(response.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._reading = self.loop.call_later(SECONDS_TO_READ, self.transport.abort)
+        self._await_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._cancel(self._reading)
+
+    def _await_reader(self) -> None:
+        self._reading = self.loop.call_later(SECONDS_TO_READ, self._abort_unless_read, unsent_bytes(self.transport))
+
+    def _abort_unless_read(self, unsent_before: int) -> None:
+        """A slow reader may take long until writing is resumed, which needs nearly all of the buffer to be sent."""
+        if unsent_bytes(self.transport) < unsent_before:
+            self._await_reader()
+        else:
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -44,3 +74,10 @@ class Connection(H11Protocol):
     def _cancel(timer: asyncio.TimerHandle | None) -> None:
         if timer is not None:
             timer.cancel()
+
+
+def unsent_bytes(transport: asyncio.Transport) -> int:
+    """That the client's side has not taken: those in the transport's buffer and in the system's, which holds megabytes
+    and asks for more of them only when a good part is free."""
+    waiting = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    return transport.get_write_buffer_size() + struct.unpack("i", waiting)[0]

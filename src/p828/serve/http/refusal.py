@@ -41,8 +41,7 @@ def wrong_field(param: str, message: str) -> Refused:
 def refusal_of(error: Unanswered) -> Refused:
     """What the scheduler raised, as HTTP has it."""
     if isinstance(error, QueueFull):
-        seconds = max(math.ceil(error.retry_after_seconds), 1)
-        return Refused(429, str(error), code="queue_full", retry_after=str(seconds))
+        return Refused(429, str(error), code="queue_full", retry_after=str(math.ceil(error.retry_after_seconds)))
     if isinstance(error, TimedOut):
         return Refused(504, str(error), code="timed_out")
     if isinstance(error, Closing):

@@ -11,12 +11,13 @@ import uvicorn
 from starlette.applications import Starlette
 
 from p828.errors import ConfigError, reason
-from p828.serve.http.connection import SECONDS_TO_ASK, Connection
+from p828.serve.http.connection import MOST_HEAD_BYTES, SECONDS_TO_ASK, Connection
 from p828.serve.scheduling.scheduler import Scheduler
 
 BACKLOG = 2048  # connections that the system holds until they are taken
-GRACE_SECONDS = 30.0  # in which what was accepted is answered at the end
-CLOSING_SECONDS = 5  # after the grace, for the last words to reach their clients
+GRACE_SECONDS = 25.0  # in which what was accepted is answered at the end
+CLOSING_SECONDS = 2.0  # after the grace, for clients to read the last of their answers
+MOST_SECONDS = 30  # after which uvicorn cancels what still runs, with a traceback: a fault, as nobody is connected then
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -52,6 +53,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=Connection,
+                h11_max_incomplete_event_size=MOST_HEAD_BYTES,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -61,7 +63,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 # Longer than clients keep a connection for their next request, lest both sides decide at a time.
                 timeout_keep_alive=int(SECONDS_TO_ASK),
-                timeout_graceful_shutdown=int(GRACE_SECONDS) + CLOSING_SECONDS,
+                timeout_graceful_shutdown=MOST_SECONDS,
             )
         )
         self._scheduler = scheduler
@@ -71,9 +73,18 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what was accepted, and after the grace cut off those clients that do not read."""
         closing = asyncio.create_task(asyncio.to_thread(self._scheduler.close, GRACE_SECONDS))
+        loop = asyncio.get_running_loop()
+        cutting = loop.call_later(GRACE_SECONDS + CLOSING_SECONDS, self._abort_connections)
         await super().shutdown(sockets)
+        cutting.cancel()
         await closing
+
+    def _abort_connections(self) -> None:
+        """The requests on them end as those whose client has gone."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

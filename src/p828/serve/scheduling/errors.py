@@ -6,10 +6,11 @@ class Unanswered(Exception):
 
 
 class QueueFull(Unanswered):
-    """As many requests wait as may. Raised by `Scheduler.submit`."""
+    """There is no room for another request, or for several at a time. Raised by `Scheduler.submit_all`."""
 
-    def __init__(self, waiting: int, retry_after_seconds: float) -> None:
-        super().__init__(f"{waiting} requests wait already; try again in {retry_after_seconds:.0f} seconds")
+    def __init__(self, waiting: int, asked: int, retry_after_seconds: float) -> None:
+        room = f", and there is no room for {asked} more" if asked > 1 else ""
+        super().__init__(f"{waiting} requests wait already{room}; try again in {retry_after_seconds:.0f} seconds")
         self.retry_after_seconds = retry_after_seconds
         """At least 1: the time that those who wait now need to be admitted, by the rate measured last."""
 

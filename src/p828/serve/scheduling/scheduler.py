@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from p828.errors import NotFinite
@@ -29,7 +29,7 @@ SWITCH_SECONDS = 0.0002
 
 The decoder's thread waits so after each call that gave the interpreter up; `benchmarks/scheduling.py` says what for.
 """
-STUCK_SECONDS = 10.0
+STUCK_SECONDS = 1.5
 """How long after the grace `close` waits for a step that does not end."""
 OUTCOMES: dict[FinishReason, Outcome] = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 
@@ -88,27 +88,36 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, request: Request) -> Submission:
-        """Queue a request; called in an asyncio loop, which gets its tokens. Never waits.
+        """Queue a request; called in an asyncio loop, which gets its tokens. Never waits. Raises as `submit_all`."""
+        (submission,) = self.submit_all([request])
+        return submission
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Submission]:
+        """Queue all of them or none, as `submit` does.
 
         Raises QueueFull; Closing; DecoderFailed where the decoder is of no more use; ValueError for a prompt that is
         too long.
         """
-        if len(request.prompt) >= self.max_length:
-            raise ValueError(f"a prompt of {len(request.prompt)} tokens, in slots of {self.max_length}")
+        for request in requests:
+            if len(request.prompt) >= self.max_length:
+                raise ValueError(f"a prompt of {len(request.prompt)} tokens, in slots of {self.max_length}")
         with self._lock:
             if self.failure is not None:
                 raise DecoderFailed(self.failure, can_go_on=False)
             if self._finish_by is not None:
                 raise Closing
             free = self._limits.max_running - len(self._running)  # as many of those who wait do so for a moment only
-            if len(self._waiting) >= self._limits.max_waiting + free:
-                raise QueueFull(len(self._waiting), self._retry_after())
-            metrics = self._metrics.request(request.config.max_new_tokens)
-            submission = Submission(request, self._limits.max_seconds, metrics, self._give_up)
-            self._waiting.append(submission)
+            if len(self._waiting) + len(requests) > self._limits.max_waiting + free:
+                raise QueueFull(len(self._waiting), len(requests), self._retry_after())
+            submissions = [self._submission(request) for request in requests]
+            self._waiting += submissions
             self._measure()
             self._lock.notify_all()
-        return submission
+        return submissions
+
+    def _submission(self, request: Request) -> Submission:
+        metrics = self._metrics.request(request.config.max_new_tokens)
+        return Submission(request, self._limits.max_seconds, metrics, self._give_up)
 
     def close(self, grace_seconds: float) -> None:
         """Refuse what comes, answer what was accepted, and after the grace end with Closing what is not done.
@@ -206,7 +215,7 @@ class Scheduler:
                 if submission is None:  # it was given up during the step
                     continue
                 arrived.setdefault(submission, []).append(token)
-                submission.metrics.token(now, token.sequence.prompt_length)
+                submission.metrics.token(now, len(submission.request.prompt))
                 if token.finish_reason is not None:
                     del self._running[token.sequence]
                     self._rate.count(now)
@@ -284,7 +293,7 @@ class Scheduler:
     def _retry_after(self) -> float:
         """Seconds in which those who wait now are admitted, if requests leave their slots at the rate of the last."""
         seconds = self._rate.seconds_for(len(self._waiting), time.monotonic())
-        return min(max(seconds or 1.0, 1.0), self._limits.max_seconds)
+        return max(1.0, min(seconds or 1.0, self._limits.max_seconds))
 
 
 def _receive(deliveries: list[Delivery]) -> None:
