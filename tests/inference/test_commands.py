@@ -54,7 +54,7 @@ def test_text_that_begins_with_dashes(run: Path, capsys: pytest.CaptureFixture[s
     [
         ("--repetition-penalty", "0.001"), ("--repetition-penalty", "1000"), ("--temperature", "1e-5"),
         ("--temperature", "1e308"), ("--top-p", "1e-300"), ("--min-p", "1"), ("--top-k", "9" * 30), ("--seed", "-1"),
-        ("--max-new-tokens", "9" * 30), ("--seed", "9" * 4000),
+        ("--max-new-tokens", "9" * 30), ("--seed", str(2**63 - 1)), ("--seed", str(-(2**63))),
     ],
 )  # fmt: skip
 def test_numbers_at_their_ends(run: Path, flags: tuple[str, str]) -> None:
