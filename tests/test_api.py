@@ -219,6 +219,43 @@ def test_generate_is_the_commands(
 
 
 @pytest.mark.parametrize(
+    "prompts, sampling, words",
+    [
+        (["a"], {"bogus": 1}, "unknown setting bogus. Accepted: temperature, top_k, "),
+        (["a"], {"temprature": 1}, "unknown setting temprature; did you mean temperature? Accepted: "),
+        (["a"], {"max_new_tokens": 2.5}, "max_new_tokens = 2.5: a whole number of at least 1 is accepted"),
+        (["a"], {"temperature": "1"}, "temperature = '1': a number of at least 0 is accepted"),
+        (["a"], {"stop": 3}, "stop = 3: text that is not empty is accepted"),
+        (["a"], {"seed": 2**63}, f"seed = {2**63}: a whole number from {-(2**63)} to {2**63 - 1} is accepted"),
+        ([3], {}, "the prompt 3: a text is accepted"),
+        (3, {}, "prompts = 3: a text or a list of texts is accepted"),
+        (Path("a"), {}, "prompts = PosixPath('a'): a text or a list of texts is accepted"),
+        (["\udcff"], {}, "the prompt '\\udcff' is not valid Unicode text"),
+    ],
+)
+def test_what_generate_does_not_take(trained: p828.Run, prompts: Any, sampling: dict[str, Any], words: str) -> None:
+    with pytest.raises(p828.ConfigError, match=f"^{re.escape(words)}"):
+        trained.generate(prompts, **sampling)
+
+
+@pytest.mark.parametrize("messages", [3, None, ["a"], [{"role": "user", "content": "a"}, 3]])
+def test_what_answer_does_not_take(trained: p828.Run, messages: Any) -> None:
+    with pytest.raises(p828.ConfigError, match=r"^messages = .*a text, or a list of objects"):
+        trained.answer(messages)
+    with pytest.raises(p828.ConfigError, match=r"^unknown setting bogus"):
+        trained.answer("a", bogus=1)
+
+
+def test_the_seeds_of_the_command(trained: p828.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """As from Python: 64 bits with a sign."""
+    assert dispatch(["generate", str(trained.path), "--prompt", "a", f"--seed={2**63}"]) == 2
+    said = f"seed = {2**63}: a whole number from {-(2**63)} to {2**63 - 1} is accepted"
+    assert said in capsys.readouterr().err
+    few = {"max_new_tokens": 2}
+    assert trained.generate("a", seed=-(2**63), **few) == trained.generate(["a"], seed=-(2**63), **few)
+
+
+@pytest.mark.parametrize(
     "given",
     [{}, {"rows": 2}, {"micro_batch_size": 1}, {"files": "text/003.txt"}, {"files": ["text/00*"], "rows": 3}],
 )

@@ -23,6 +23,7 @@ MEBIBYTE = 2**20
 LOCK_FILE = ".lock"
 OWNER_FILE = ".lock.owner"  # takes its place where the file system has no locks
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+WITHOUT_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 UNKNOWN_TO_DIRECTORIES = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems sync files only
 
 MOST_LISTED = 10_000  # entries of a directory that are compared with a name
@@ -123,6 +124,24 @@ def move_directory(source: Path, target: Path, first: str = "", last: str = "") 
         os.rename(source / name, target / name)
     fsync(target)
     source.rmdir()
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Rename a file to a name that is not taken, durably. Raises OSError, as FileExistsError for one that is.
+
+    The name is taken by a hard link, which replaces nothing. Where the file system has none, the name is looked at
+    before the file is renamed.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in WITHOUT_LINKS:
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        os.replace(source, target)
+    fsync(target.absolute().parent)
+    source.unlink(missing_ok=True)
 
 
 @contextmanager

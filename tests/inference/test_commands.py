@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import re
 import subprocess
 import sys
@@ -12,11 +13,18 @@ import torch
 from saved_run import save_run
 from taught_text import TAUGHT
 
+from p828.cli.generation.asking import Asking
+from p828.cli.generation.completions import complete
+from p828.cli.generation.interactive import Conversation, Interrupts
 from p828.cli.main import dispatch
 from p828.cli.output import printable
 from p828.config import Config, DataConfig, facts_by_key, facts_of
 from p828.config.values import flatten
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.inference.generate import Piece
+from p828.inference.load import load_model
+from p828.inference.prompts import GivenPrompt
+from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
 from p828.runs import records
 from p828.train.build import train
@@ -54,7 +62,7 @@ def test_text_that_begins_with_dashes(run: Path, capsys: pytest.CaptureFixture[s
     [
         ("--repetition-penalty", "0.001"), ("--repetition-penalty", "1000"), ("--temperature", "1e-5"),
         ("--temperature", "1e308"), ("--top-p", "1e-300"), ("--min-p", "1"), ("--top-k", "9" * 30), ("--seed", "-1"),
-        ("--max-new-tokens", "9" * 30), ("--seed", "9" * 4000),
+        ("--max-new-tokens", "9" * 30), ("--seed", str(2**63 - 1)), ("--seed", str(-(2**63))),
     ],
 )  # fmt: skip
 def test_numbers_at_their_ends(run: Path, flags: tuple[str, str]) -> None:
@@ -279,3 +287,41 @@ def read_kinds(config: Config) -> dict[str, float]:
     """The last loss of each kind of records, and of events."""
     lines = records.read(config.run_dir / "metrics.jsonl")
     return {line.get("event", line["kind"]): line["loss"] for line in lines if "loss" in line}
+
+
+def test_the_token_that_ends_is_not_counted(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the file, in the speed, and at a terminal in how full the context is."""
+    output = tmp_path / "x.jsonl"
+    assert generate(run, "--prompt", "", "--prompt", "The cat", "--output", str(output)) == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["finish_reason"] for line in lines] == ["end", "end"]
+    said = f"p828: {sum(line['tokens'] for line in lines)} tokens, "
+    assert capsys.readouterr().err.startswith(said)
+
+    asking = Asking(load_model(run, "cpu"), SamplingConfig(temperature=0), False, "", False)
+    with asking.open_decoder([asking.context]) as decoder:
+        conversation = Conversation(asking, decoder)
+        conversation.reply("The cat", Interrupts())
+    read = len(asking.loaded.tokenizer.encode("The cat"))
+    assert conversation.speed.tokens == lines[1]["tokens"]
+    assert conversation.status.startswith(f"context {read + lines[1]['tokens']} of ")
+
+
+def test_prompts_are_passed_over_for_their_experts_behind_all_texts(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that the speed leaves that out. A pass is one of the whole model, which the decoder never calls."""
+    asking = Asking(load_model(run, "cpu"), SamplingConfig(temperature=0), False, "", True)
+    prompts = [asking.encoded(GivenPrompt({"prompt": text})) for text in ("The cat", "", "The")]
+    events: list[str] = []
+    asking.loaded.model.register_forward_hook(lambda model, inputs, output: events.append("pass"))
+
+    class Noted:
+        def take(self, piece: Piece) -> None:
+            events.append("token")
+
+    complete(asking, prompts, Noted())
+    assert events == sorted(events, reverse=True)
+    assert events.count("pass") == 3
+    read = sum(max(len(prompt.ids), 1) for prompt in prompts) + events.count("token") - 3
+    assert f"of {read} tokens" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """`p828 generate` of files of prompts, and of several prompts, whose experts it shows."""
 
+import errno
 import json
 import re
 import time
@@ -10,6 +11,8 @@ from saved_run import save_run
 
 from p828.cli.main import dispatch
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.errors import RunFailed
+from p828.inference.completions_file import open_completions
 from p828.inference.generate import generate
 from p828.inference.load import load_model
 from p828.inference.sampling import SamplingConfig
@@ -146,3 +149,68 @@ def test_wrong_flags(
     assert out == ""
     assert said in err
     assert not Path("x.jsonl.partial").exists()
+
+
+def write_one(path: Path, meanwhile: str = "") -> None:
+    """A file of one line, beside which another process may write one of the same name."""
+    with open_completions(path, {}, 1) as file:
+        if not file.done:
+            file.write({"text": "a"})
+        if meanwhile:
+            path.write_text(meanwhile)
+
+
+def no_link(source: Path, target: Path) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_that_appears_meanwhile_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    """All lines are kept, and the same command then goes on; also where the file system has no hard links."""
+    if not has_links:
+        monkeypatch.setattr("os.link", no_link)
+    path = tmp_path / "x.jsonl"
+    said = re.escape(f"{path}: cannot be written: File exists; all lines are in {path}.partial/lines.jsonl")
+    with pytest.raises(RunFailed, match=said):
+        write_one(path, "another's")
+    assert path.read_text() == "another's"
+    path.unlink()
+    write_one(path)
+    assert path.read_text() == '{"text": "a"}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "lines.jsonl", ".settings.json"])
+def test_another_directory_of_that_name_is_left_as_it_is(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    partial = tmp_path / "x.jsonl.partial"
+    partial.mkdir()
+    (partial / name).write_text("{}\n")
+    assert asked(run, "--prompt", "a", "--output", str(tmp_path / "x.jsonl")) == 2
+    said = f"--output {tmp_path}/x.jsonl: {partial} holds something else"
+    assert said in capsys.readouterr().err
+    assert [path.name for path in partial.iterdir()] == [name]
+    assert (partial / name).read_text() == "{}\n"
+
+
+def test_what_others_put_beside_the_lines_stays(tmp_path: Path) -> None:
+    partial = tmp_path / "x.jsonl.partial"
+    with pytest.raises(KeyboardInterrupt), open_completions(tmp_path / "x.jsonl", {}, 1):
+        raise KeyboardInterrupt
+    assert not partial.exists()
+    with open_completions(tmp_path / "x.jsonl", {}, 1) as file:
+        (partial / "note.txt").write_text("mine")
+        file.write({"text": "a"})
+    assert [path.name for path in partial.iterdir()] == ["note.txt"]
+
+
+def test_a_command_that_was_killed_before_its_settings_are_there_goes_on(tmp_path: Path) -> None:
+    partial = tmp_path / "x.jsonl.partial"
+    partial.mkdir()
+    for name in (".lock", ".settings.json.tmp"):
+        (partial / name).write_text("")
+    write_one(tmp_path / "x.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]

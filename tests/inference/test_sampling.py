@@ -143,8 +143,24 @@ def test_greedy_takes_the_likeliest_after_the_penalty(temperature: float) -> Non
         ("repetition_penalty", math.inf),
         ("max_new_tokens", 0),
         ("stop", ("a", "")),
+        ("seed", 2**63),
+        ("seed", -(2**63) - 1),
+        ("temperature", "1"),
+        ("temperature", True),
+        pytest.param("temperature", 10**400, id="temperature-too-large"),
+        ("top_k", 1.5),
+        ("top_p", None),
+        ("min_p", [0]),
+        ("repetition_penalty", "1"),
+        ("max_new_tokens", 2.5),
+        ("max_new_tokens", True),
+        ("stop", "text"),
+        ("stop", ("a", 3)),
+        ("stop", 3),
+        ("seed", None),
+        ("seed", 1.0),
     ],
 )
-def test_values_out_of_range_are_named(name: str, value: object) -> None:
+def test_wrong_values_are_named(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} = .* is accepted$"):
         SamplingConfig(**{name: value})  # type: ignore[arg-type]

@@ -63,7 +63,11 @@ def refused(response: httpx.Response) -> dict[str, Any]:
         ({"prompt": "a", "top_k": -1}, "top_k", "at least 0"),
         ({"prompt": "a", "min_p": 2}, "min_p", "a fraction from 0 to 1"),
         ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "from 0.001 to 1000"),
-        ({"prompt": "a", "seed": 2**63}, "seed", "at most 9223372036854775807"),
+        (
+            {"prompt": "a", "seed": 2**63},
+            "seed",
+            "a whole number from -9223372036854775808 to 9223372036854775807 is accepted",
+        ),
         ({"prompt": "a", "stop": 5}, "stop", "a text or a list of texts"),
         ({"prompt": "a", "stop": ["a", ""]}, "stop", "of 1 to 256 characters"),
         ({"prompt": "a", "stop": ["a"] * 17}, "stop", "at most 16"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from p828.config.values import shown
 from p828.data.tokenizer.chat_template import ChatTemplate, Messages, TemplateFailed
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
@@ -49,8 +50,12 @@ def ending(tokenizer: Tokenizer, config: SamplingConfig) -> SamplingConfig:
 
 def answer_one(loaded: LoadedModel, messages: str | Messages, sampling: SamplingConfig) -> str:
     """What a run's assistant says next, to a user's message or in a conversation. Raises ConfigError as `answer`."""
-    conversation = asked([messages])[0] if isinstance(messages, str) else list(messages)
-    (completion,) = answer(loaded.model, loaded.tokenizer, [conversation], sampling, dtype=loaded.dtype)
+    conversation = asked([messages])[0] if isinstance(messages, str) else messages
+    if not isinstance(conversation, list | tuple) or not all(isinstance(message, dict) for message in conversation):
+        raise ConfigError(
+            f"messages = {shown(messages)}: a text, or a list of objects with role and content, is accepted"
+        )
+    (completion,) = answer(loaded.model, loaded.tokenizer, [list(conversation)], sampling, dtype=loaded.dtype)
     return completion.text
 
 

@@ -2,18 +2,28 @@
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from p828.errors import ConfigError, DataError, RunFailed, reason
-from p828.files import fsync, locked, open_appended, open_regular, read_limited, write_atomic
+from p828.files import (
+    LOCK_FILE,
+    OWNER_FILE,
+    locked,
+    move_file,
+    open_appended,
+    open_regular,
+    read_limited,
+    write_atomic,
+)
 
 SUFFIX = ".partial"
 LINES_FILE, SETTINGS_FILE = "lines.jsonl", "settings.json"
+BEFORE_SETTINGS = {LOCK_FILE, OWNER_FILE, f".{SETTINGS_FILE}.tmp"}  # what a process that was killed early leaves
+OWN_FILES = {LINES_FILE, SETTINGS_FILE, *BEFORE_SETTINGS}
 MOST_SETTINGS = 2**20  # bytes
 PER_SYNC = 1.0  # seconds of lines that a machine's failure may cost; a killed process costs none
 
@@ -56,16 +66,20 @@ def open_completions(path: Path, settings: Mapping[str, Any], total: int) -> Ite
     """The file's lines, for the block to write those of `total` that are missing.
 
     What a block that did not end wrote is kept, without a line that was cut off, and goes on from there if `settings`
-    (JSON) are the same. Raises ConfigError where they are not, where `path` is there already, where nothing can be
-    written and while another process writes it; RunFailed where the finished file cannot be moved.
+    (JSON) are the same. Raises ConfigError where they are not, where `path` is there already, where FILE.partial is
+    another directory, where nothing can be written and while another process writes it; RunFailed where the finished
+    file cannot be moved, as to a name that was taken meanwhile.
     """
     if os.path.lexists(path):
         raise ConfigError(f"--output {path}: is there already; a new name is accepted")
     partial = path.with_name(path.name + SUFFIX)
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        found = set(os.listdir(partial))
     except OSError as error:
         raise ConfigError(f"--output {path}: cannot be written: {reason(error)}") from None
+    if SETTINGS_FILE not in found and not found <= BEFORE_SETTINGS:
+        raise ConfigError(f"--output {path}: {partial} holds something else, and lines are kept there: move it away")
     with locked(partial, f"--output {path}: another process is writing it"):
         try:
             _check_settings(partial, settings, path)
@@ -80,13 +94,21 @@ def open_completions(path: Path, settings: Mapping[str, Any], total: int) -> Ite
             finally:
                 file.sync()
                 if not file.done:
-                    shutil.rmtree(partial)
+                    _remove(partial)
         try:
-            os.replace(partial / LINES_FILE, path)
-            fsync(path.absolute().parent)
+            move_file(partial / LINES_FILE, path)
         except OSError as error:
-            raise RunFailed(f"{path}: cannot be written: {reason(error)}; all lines are in {partial}") from None
-        shutil.rmtree(partial)
+            where = partial / LINES_FILE
+            raise RunFailed(f"{path}: cannot be written: {reason(error)}; all lines are in {where}") from None
+        _remove(partial)
+
+
+def _remove(partial: Path) -> None:
+    """What is written here, and the directory unless there is something else in it."""
+    for name in OWN_FILES:
+        (partial / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        partial.rmdir()
 
 
 def _check_settings(partial: Path, settings: Mapping[str, Any], path: Path) -> None:

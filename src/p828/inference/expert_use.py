@@ -68,11 +68,14 @@ class ExpertLoads:
         self.counts_LE = [[0] * self.experts for _ in range(self.layers)]
 
     def add(self, use: ExpertUse) -> None:
-        self.tokens += len(use.experts)
         for chosen_LK in use.experts:
-            for counts_E, chosen_K in zip(self.counts_LE, chosen_LK, strict=True):
-                for expert in chosen_K:
-                    counts_E[expert] += 1
+            self.add_token(chosen_LK)
+
+    def add_token(self, chosen_LK: Chosen) -> None:
+        self.tokens += 1
+        for counts_E, chosen_K in zip(self.counts_LE, chosen_LK, strict=True):
+            for expert in chosen_K:
+                counts_E[expert] += 1
 
     def shares(self, layer: int) -> list[float]:
         """Each expert's part of the layer's choices; the parts of a layer add up to 1."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from p828.config.values import shown
 from p828.data.tokenizer.tokenizer import CUT_CHARACTER, Tokenizer
 from p828.errors import ConfigError
 from p828.inference.decode.decoder import Decoder
@@ -71,8 +72,8 @@ def generate(
     certain. What a prompt gets does not depend on the others, but for the rounding of matrix products of another size;
     equal prompts get different samples. Global random states and the model's training mode stay as they are.
 
-    Raises ConfigError for a prompt that is no valid Unicode or fills the model's context, and for a model whose weights
-    diverged.
+    Raises ConfigError for a prompt that is no text, is no valid Unicode or fills the model's context, and for a model
+    whose weights diverged.
     """
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     return continued(model, tokenizer, list(prompts), ids, config, on_text, dtype)
@@ -204,7 +205,9 @@ def prompt_seed(seed: int, prompt: str, equal_before: int) -> int:
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A prompt's tokens. Raises ConfigError if it is no valid Unicode."""
+    """A prompt's tokens. Raises ConfigError if it is no text, or no valid Unicode."""
+    if not isinstance(prompt, str):
+        raise ConfigError(f"the prompt {shown(prompt)}: a text is accepted")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:

@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,28 +90,44 @@ def graceful_shutdown(
         elif not shutdown.repeats(name, now):
             end_now(number)
 
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    with _heard(numbers, note), _unhandled(numbers, shutdown):
+        yield shutdown
+
+
+@contextmanager
+def _heard(numbers: Sequence[int], note: Callable[[int], None]) -> Iterator[None]:
+    """In the block, a thread calls `note` with each signal that comes and is one of `numbers`."""
+    heard, sent = socket.socketpair()
+    sent.setblocking(False)
+
     def listen() -> None:
         while (number := heard.recv(1)[0]) != NO_SIGNAL:
             if number in numbers:  # other handlers' signals come here, too
                 note(number)
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    heard, sent = socket.socketpair()
-    sent.setblocking(False)
     listener = threading.Thread(target=listen, name="p828-signals", daemon=True)
     listener.start()
     wakeup_before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
-    before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
     try:
-        yield shutdown
+        yield
     finally:
-        for number, handler in before.items():
-            is_late = number == signal.SIGHUP and shutdown.reason != "" and handler == signal.SIG_DFL
-            signal.signal(number, signal.SIG_IGN if is_late else handler)
         signal.set_wakeup_fd(wakeup_before)
         sent.send(bytes([NO_SIGNAL]))
         listener.join()
         sent.close()
         heard.close()
+
+
+@contextmanager
+def _unhandled(numbers: Sequence[int], shutdown: GracefulShutdown) -> Iterator[None]:
+    """In the block, the signals do nothing in the main thread; after it SIGHUP is ignored if any had come."""
+    before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            is_late = number == signal.SIGHUP and shutdown.reason != "" and handler == signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if is_late else handler)

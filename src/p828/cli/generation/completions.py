@@ -12,6 +12,7 @@ from p828.inference.completions_file import CompletionsFile
 from p828.inference.generate import Completion, Piece, Prompt
 from p828.inference.prompts import GivenPrompt
 from p828.system.slow_count import SlowCount
+from p828.train.log.console import waiting
 
 
 class Output(Protocol):
@@ -75,16 +76,18 @@ class Written:
 
 def complete(asking: Asking, prompts: Sequence[Prompt], output: Output) -> None:
     """Continue all prompts, as many together as have room; the speed, and the experts if wanted, come at the end."""
-    experts = ExpertRecord(asking.loaded) if asking.wants_experts else None
+    experts = ExpertRecord(asking.loaded, keeps_tokens=len(prompts) == 1) if asking.wants_experts else None
     with asking.open_decoder([len(prompt.ids) for prompt in prompts]) as decoder:
         speed = Speed()
         for piece in asking.pieces(decoder, prompts):
             speed.note(piece)
             output.take(piece)
             if experts is not None:
-                experts.take(piece, prompts[piece.place])
+                experts.take(piece)
     warn(str(speed))
     if experts is not None:
+        with waiting("passing over the prompts for their experts", warn):
+            experts.end(prompts)
         if len(prompts) == 1:
             experts.show_tokens()
         experts.show_loads()

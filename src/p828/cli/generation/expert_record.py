@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Sequence
 
 from p828.cli.generation.expert_tables import load_table, statistics, token_table
 from p828.cli.output import show
@@ -12,29 +13,33 @@ from p828.inference.load import LoadedModel
 
 
 class ExpertRecord:
-    """Of each prompt while it is continued; the loads of all, once they have ended."""
+    """Of continuations while their tokens come, and of their prompts once all have ended; the loads of all."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, keeps_tokens: bool) -> None:
         config = loaded.model.config
         self._loaded = loaded
         self._loads = ExpertLoads(config.num_hidden_layers, config.n_routed_experts)
-        self._tokens: dict[int, list[NewToken]] = {}
+        self._tokens: list[NewToken] | None = [] if keeps_tokens else None
+        """Those of a prompt that is continued alone; of several only the loads are kept."""
         self._last: tuple[ExpertUse, int] | None = None
         """The prompt that ended last, and its length in tokens."""
 
-    def take(self, piece: Piece, prompt: Prompt) -> None:
-        self._tokens.setdefault(piece.place, []).append(piece.token)
-        if piece.completion is not None:
-            self.end(piece.place, prompt)
+    def take(self, piece: Piece) -> None:
+        if piece.token.experts_LK is not None:
+            self._loads.add_token(piece.token.experts_LK)
+        if self._tokens is not None:
+            self._tokens.append(piece.token)
 
-    def end(self, place: int, prompt: Prompt) -> None:
-        """The prompt gets no more tokens."""
-        tokenizer, dtype = self._loaded.tokenizer, self._loaded.dtype
-        use = prompt_use(self._loaded.model, prompt.ids, tokenizer.eos_id, dtype)
-        self._last = use, len(use.ids)
-        for token in self._tokens.pop(place, []):
-            use.add(token)
-        self._loads.add(use)
+    def end(self, prompts: Sequence[Prompt]) -> None:
+        """The prompts get no more tokens. Each is passed over here, so that no text waits for it."""
+        for prompt in prompts:
+            use = prompt_use(self._loaded.model, prompt.ids, self._loaded.tokenizer.eos_id, self._loaded.dtype)
+            self._loads.add(use)
+            self._last = use, len(use.ids)
+            for token in self._tokens or ():
+                use.add(token)
+        if self._tokens is not None:
+            self._tokens = []
 
     def show_tokens(self) -> None:
         """The table of the prompt that ended last."""

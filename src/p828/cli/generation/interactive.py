@@ -49,7 +49,7 @@ class Conversation:
     def __init__(self, asking: Asking, decoder: Decoder) -> None:
         self._asking, self._decoder = asking, decoder
         self._history: Messages = []
-        self._experts = ExpertRecord(asking.loaded) if asking.wants_experts else None
+        self._experts = ExpertRecord(asking.loaded, keeps_tokens=True) if asking.wants_experts else None
         self.speed = Speed()
         """Of all answers."""
         self.status = ""
@@ -69,19 +69,18 @@ class Conversation:
                 show(piece.text)
                 last = piece
                 if self._experts is not None:
-                    self._experts.take(piece, prompt)
+                    self._experts.take(piece)
                 if interrupts.first is not None:
                     break
         show("", end="\n")
         self._end(last)
-        context = f"context {len(prompt.ids) + len(texts):,} of {self._asking.context:,}"
+        context = f"context {len(prompt.ids) + speed.tokens:,} of {self._asking.context:,}"
         self.status = ", ".join(part for part in (context, speed.rate) if part)
         self.speed += speed
         if texts:
             self._history = [*messages, {"role": "assistant", "content": "".join(texts)}]
-        if self._experts is not None:
-            if last is not None and last.completion is None:
-                self._experts.end(last.place, prompt)
+        if self._experts is not None and last is not None:
+            self._experts.end([prompt])
             self._experts.show_tokens()
 
     def _encoded(self, prompt: GivenPrompt) -> Prompt:

@@ -8,7 +8,10 @@ from p828.inference.generate import Piece
 
 @dataclass
 class Speed:
-    """Counts tokens as they come, from when it is made; a sum is that of several answers."""
+    """Counts tokens as they come, from when it is made; a sum is that of several answers.
+
+    A token by which the model ends is no part of the text, and not counted.
+    """
 
     tokens: int = 0
     answers: int = 0
@@ -24,6 +27,8 @@ class Speed:
 
     def note(self, piece: Piece) -> None:
         """One more token."""
+        if piece.token.finish_reason == "end":
+            return
         now = time.perf_counter()
         if not self.tokens:
             self.answers, self.first_seconds, self._first_step = 1, now - self._last, piece.step

@@ -20,7 +20,6 @@ MOST_MESSAGES = 4096
 
 Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Likeliest = Annotated[int, Field(ge=0, le=MOST_LIKELIEST)]
 
 
@@ -51,7 +50,7 @@ class Generation(Fields):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
-    seed: Seed | None = None
+    seed: int | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     experts: bool = False
@@ -88,6 +87,7 @@ class Generation(Fields):
                 repetition_penalty=self.repetition_penalty,
                 max_new_tokens=max_new_tokens,
                 stop=self.stop,
+                seed=0 if self.seed is None else self.seed,
             )
         except ConfigError as error:
             raise wrong_field(str(error).partition(" = ")[0], str(error)) from None
