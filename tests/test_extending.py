@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import p828
+from decoded import decoded
 from oracles import leaves
 from p828.cli.main import dispatch
 from p828.config import Config, DataConfig, from_dict, validate
@@ -26,6 +27,7 @@ from p828.data.batch import Batch
 from p828.data.text.open import open_in_order
 from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError, DataError
+from p828.inference.sampling import SamplingConfig
 from p828.kernels.adamw import join_float32
 from p828.model import backend
 from p828.model.experts import Experts, SharedExperts
@@ -33,7 +35,7 @@ from p828.model.loss import IGNORE
 from p828.model.router import Router, score
 from p828.runs import records
 from runs import run_config, start, tiny_values, write_toml
-from tiny import tiny_config
+from tiny import tiny_config, tiny_model
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "extending.md"
 MOST_FILES = 3
@@ -121,7 +123,10 @@ def check_activation() -> None:
     torch.testing.assert_close(actual_TH.double(), expected_TH, rtol=1e-5, atol=1e-2)
     torch.testing.assert_close(x_TH.grad.double(), twin_TH.grad, rtol=1e-5, atol=1e-2)
 
+    check_decoded(hidden_act="relu2", n_shared_experts=2)
     gpu = torch.device("cuda", 0), torch.bfloat16
+    assert not backend.has_decode_kernels(config, *gpu)
+    assert backend.has_decode_kernels(tiny_config(dropout=0.1), *gpu)
     assert backend.experts_backend("relu2", *gpu, drops=False) == "grouped_mm"
     assert not backend.allows_cuda_graph(config, *gpu)
     assert backend.allows_cuda_graph(tiny_config(), *gpu)
@@ -135,12 +140,25 @@ def check_activation() -> None:
     assert [line["text"] for line in said] == on_a_gpu
 
 
+def check_decoded(**changes: Any) -> None:
+    """A decoder's tokens are the likeliest after a whole pass."""
+    model = tiny_model(**changes)
+    for sequence in decoded(model, [[1, 2, 3], [50], [7] * 9], SamplingConfig(temperature=0.0, max_new_tokens=6)):
+        for end in range(sequence.prompt_length, len(sequence.ids)):
+            with torch.no_grad():
+                hidden_SH = model(torch.tensor([sequence.ids[:end]])).hidden_BSH[0]
+            assert sequence.ids[end] == model.logits(hidden_SH[-1])[:97].argmax()
+
+
 def expert(x_H: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
     gate_I, up_I = (x_H @ weight_IH.detach().double().T for weight_IH in (gate_IH, up_IH))
     return (gate_I.where(gate_I > 0, 0.0) ** 2 * up_I) @ down_HI.detach().double().T
 
 
 def check_score() -> None:
+    check_decoded(scoring_func="sqrtsoftplus")
+    gpu = torch.device("cuda", 0), torch.bfloat16
+    assert not backend.has_decode_kernels(tiny_config(scoring_func="sqrtsoftplus"), *gpu)
     router = Router(tiny_config(scoring_func="sqrtsoftplus"))
     torch.nn.init.normal_(router.weight)
     x_TH = torch.randn(50, 32, requires_grad=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import decode_twins as plain
 from decode_cases import (
     ATTENTIONS,
     EXPERTS,
@@ -24,7 +25,7 @@ from decode_cases import (
     twin,
 )
 from oracles import BFLOAT16, FLOAT32, assert_near
-from p828.kernels.decode import ops, plain
+from p828.kernels.decode import ops
 
 
 @pytest.mark.parametrize("choices", [None, 3])

@@ -23,6 +23,8 @@ ExpertsBackend = Literal["triton", "grouped_mm", "loop"]
 
 TRITON_ACTIVATIONS = ("swiglu", "swiglu_of_product")
 """Values of `model.hidden_act` that the experts' Triton kernels compute. Any other runs on plain code."""
+TRITON_SCORES = ("sigmoid", "softmax")
+"""Values of `model.scoring_func` that the kernel which routes a decoding step computes."""
 LOSS_CHUNK_TOKENS = {
     "cpu": 256,  # so that a chunk of a small vocabulary stays in the cache
     "cuda": 4096,  # below that the products with the head do not fill an H100
@@ -76,6 +78,13 @@ def allows_cuda_graph(model: ModelConfig, device: torch.device, dtype: torch.dty
     attention = attention_backend(model, device, dtype)
     experts = experts_backend(model.hidden_act, device, dtype, drops=model.dropout > 0)
     return attention == "flash_triton" and experts == "triton"
+
+
+def has_decode_kernels(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether every operation of a decoding step has a kernel: a step is a CUDA graph then, and plain code else."""
+    attention = attention_backend(model, device, dtype)
+    experts = experts_backend(model.hidden_act, device, dtype, drops=False)
+    return attention == "flash_triton" and experts == "triton" and model.scoring_func in TRITON_SCORES
 
 
 def remarks(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -34,25 +34,29 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
     def forward(self, x_TH: Tensor) -> Routing:
-        config = self.config
         if uses_triton(x_TH.device, x_TH.dtype):
             logits_TE = router_logits(x_TH, self.weight.float())
         else:
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
-        scores_TE = score(config.scoring_func, logits_TE)
-        choice_TE = scores_TE.detach() + self.e_score_correction_bias
-        if config.n_group > 1:
-            choice_TE = limit_groups(choice_TE, config.n_group, config.topk_group)
-        if router_chooses_in_triton(x_TH.device):
-            experts_TK = choose_experts(choice_TE, config.num_experts_per_tok)
-        else:
-            experts_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
-        weights_TK = scores_TE.gather(1, experts_TK)
-        if config.norm_topk_prob:
-            # The floor keeps a token whose chosen scores all underflow to zero from dividing by zero.
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-        return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores_TE, logits_TE)
+        return routing_of(self.config, logits_TE, self.e_score_correction_bias)
+
+
+def routing_of(config: ModelConfig, logits_TE: Tensor, bias_E: Tensor) -> Routing:
+    """The choice that follows from a router's logits."""
+    scores_TE = score(config.scoring_func, logits_TE)
+    choice_TE = scores_TE.detach() + bias_E
+    if config.n_group > 1:
+        choice_TE = limit_groups(choice_TE, config.n_group, config.topk_group)
+    if router_chooses_in_triton(logits_TE.device):
+        experts_TK = choose_experts(choice_TE, config.num_experts_per_tok)
+    else:
+        experts_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
+    weights_TK = scores_TE.gather(1, experts_TK)
+    if config.norm_topk_prob:
+        # The floor keeps a token whose chosen scores all underflow to zero from dividing by zero.
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores_TE, logits_TE)
 
 
 def score(scoring_func: str, logits_TE: Tensor) -> Tensor:

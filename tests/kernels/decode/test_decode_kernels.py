@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 
+import decode_twins as plain
 from decode_cases import (
     ATTENTIONS,
     EXPERTS,
@@ -25,7 +26,7 @@ from decode_cases import (
     twin,
 )
 from oracles import FLOAT32, assert_near
-from p828.kernels.decode import ops, plain
+from p828.kernels.decode import ops
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import decode_twins as plain
 from decode_cases import ROUTES, ExpertsCase, Place, RouteCase
 from oracles import FLOAT64, assert_near, naive_attention
 from p828.config import ModelConfig
-from p828.kernels.decode import plain
 from p828.model.experts import Experts, SharedExperts
 from p828.model.router import Router
 

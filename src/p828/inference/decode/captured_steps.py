@@ -13,7 +13,7 @@ from torch import Tensor
 from p828.inference.decode.cache import SlotCache
 from p828.inference.decode.cached_layers import FlashAttention, cached_hidden
 from p828.inference.decode.kernel_step import kernel_step
-from p828.inference.decode.rows import Drawing, Rows, drawing_of
+from p828.inference.decode.rows import Drawing, Rows, drawing_of, on_device
 from p828.inference.decode.sequence import DecodedSequence
 from p828.inference.decode.steps import Flight, PlainSteps
 from p828.inference.decode.weights import decode_weights
@@ -91,7 +91,7 @@ class CapturedSteps(PlainSteps):
         slots = [sequence.slot for sequence in sequences]
         if self._slots_of[size] != slots:
             filled = slots + [self.cache.scratch] * (size - len(slots))
-            step.slots_T.copy_(self._pinned(filled), non_blocking=True)
+            step.slots_T.copy_(self._on_device(filled))
             self.rows.position_S[-1:].zero_()  # of the scratch slot, which would read ever more keys
             self._slots_of[size] = slots
         step.graph.replay()
@@ -121,19 +121,15 @@ class CapturedSteps(PlainSteps):
         return self._pieces[size]
 
     def _on_device(self, values: Sequence[int]) -> Tensor:
-        """int64; the host does not wait for the device."""
-        return self._pinned(values).to(self.device, non_blocking=True)
-
-    def _pinned(self, values: Sequence[int]) -> Tensor:
-        """int64 in memory that the device reads by itself; PyTorch keeps it until that has happened."""
-        return torch.tensor(values).pin_memory()
+        """int64."""
+        return on_device(torch.tensor(values), self.device)
 
     def _read_first(self, sequence: DecodedSequence, end: int) -> tuple[Tensor, Tensor]:
         """A prompt's first piece: hidden states, and logits after its last token."""
         piece = self._piece(min(max(_power_of_two(end), SMALLEST_PIECE), self.longest_piece))
-        piece.tokens_1S[0, :end].copy_(self._pinned(sequence.ids[:end]), non_blocking=True)
-        piece.slot_1.copy_(self._pinned([sequence.slot]), non_blocking=True)
-        piece.last_1.copy_(self._pinned([end - 1]), non_blocking=True)
+        piece.tokens_1S[0, :end].copy_(self._on_device(sequence.ids[:end]))
+        piece.slot_1.copy_(self._on_device([sequence.slot]))
+        piece.last_1.copy_(self._on_device([end - 1]))
         piece.graph.replay()
         return piece.hidden_SH[:end], piece.logits_1V
 

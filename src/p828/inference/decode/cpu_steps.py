@@ -16,9 +16,10 @@ from p828.inference.decode.sequence import DecodedSequence
 from p828.inference.decode.steps import Flight, PlainSteps
 from p828.inference.decode.weights import LayerWeights, decode_weights
 from p828.kernels.decode import cpu
-from p828.kernels.decode.cpu import Expert, Matrix, Norm
+from p828.kernels.decode.cpu import Matrix, Norm
+from p828.model.experts import activate
 from p828.model.rope import rotary
-from p828.model.router import limit_groups, score
+from p828.model.router import routing_of
 from p828.model.transformer import Transformer
 
 
@@ -33,6 +34,17 @@ class Places(NamedTuple):
     sin_T1D: Tensor
     mask_T1MC: Tensor | None
     """float32: minus infinity past a sequence's newest token, where their slots lie side by side; else None."""
+
+
+class Expert(NamedTuple):
+    gate_up: Matrix
+    """(2 P, H), the gate's rows first."""
+    down: Matrix
+
+    def add_(self, out_TH: Tensor, x_TH: Tensor, hidden_act: str, factor: float) -> None:
+        """Add factor · down(act(gate x, up x)) to `out_TH`."""
+        inner_TI = activate(hidden_act, *self.gate_up(x_TH).chunk(2, dim=1))
+        self.down.add_product_(out_TH, inner_TI, factor)
 
 
 class CpuLayer(NamedTuple):
@@ -122,7 +134,8 @@ class CpuSteps(PlainSteps):
         """Returns the routed experts: int64 (T, K)."""
         act = self.config.hidden_act
         normed_TH = layer.post_norm(x_TH)
-        experts_TK, weights_TK = self._routed(normed_TH, layer)
+        routing = routing_of(self.config, normed_TH.mm(layer.router_HE), layer.bias_E)
+        experts_TK, weights_TK = routing.experts_TK, routing.weights_TK
         chosen, weights = experts_TK.tolist(), weights_TK.tolist()
         for expert in layer.shared:
             expert.add_(x_TH, normed_TH, act, 1.0)
@@ -142,19 +155,6 @@ class CpuSteps(PlainSteps):
             layer.routed[number].add_(out_XH, normed_TH[token_X], act, 1.0)
             x_TH.index_add_(0, token_X, out_XH.mul_(torch.tensor(weights_of[number])))
         return experts_TK
-
-    def _routed(self, normed_TH: Tensor, layer: CpuLayer) -> tuple[Tensor, Tensor]:
-        """The experts of each token and their weights, (T, K), as `p828.model.router` gives them."""
-        config = self.config
-        scores_TE = score(config.scoring_func, normed_TH.mm(layer.router_HE))
-        choice_TE = scores_TE + layer.bias_E
-        if config.n_group > 1:
-            choice_TE = limit_groups(choice_TE, config.n_group, config.topk_group)
-        experts_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
-        weights_TK = scores_TE.gather(1, experts_TK)
-        if config.norm_topk_prob:
-            weights_TK.div_(weights_TK.sum(dim=-1, keepdim=True).clamp_min_(1e-20))
-        return experts_TK, weights_TK.mul_(config.routed_scaling_factor)
 
 
 def _prepared(layer: LayerWeights, config: ModelConfig) -> CpuLayer:

@@ -18,7 +18,7 @@ from p828.inference.decode.rows import Rows
 from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, FinishReason, NewToken, Wants, sequence_of
 from p828.inference.decode.steps import Flight, PlainSteps
 from p828.inference.sampling import SamplingConfig
-from p828.model.backend import allows_cuda_graph
+from p828.model.backend import has_decode_kernels
 from p828.model.transformer import Transformer
 
 
@@ -49,7 +49,7 @@ class Decoder:
         device = model.head_weight.device
         self._cache = SlotCache(model.config, slots, self.max_length, device, dtype)
         self._rows = Rows(slots, self.max_length, vocab_size, device)
-        if allows_cuda_graph(model.config, device, dtype):
+        if has_decode_kernels(model.config, device, dtype):
             self._steps: PlainSteps = CapturedSteps(
                 model, self._cache, self._rows, vocab_size, dtype, min(prefill_tokens, self.max_length)
             )

@@ -19,6 +19,11 @@ class Drawing(NamedTuple):
     has_penalty: bool
 
 
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's memory on a device; the host does not wait for what the device is doing."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
 class Rows:
     """Slot by slot, and of one slot more: the newest token, its position, and how the next one is drawn."""
 
@@ -35,15 +40,17 @@ class Rows:
     def begin(self, sequence: DecodedSequence, prompt: Sequence[int]) -> None:
         """Note how a sequence draws. The EOS that stands for a document's beginning is under no penalty."""
         slot, config = sequence.slot, sequence.config
-        for ours, theirs in zip(self.settings_S, row_settings([config], self.device), strict=True):
-            ours[slot] = theirs[0]
+        for ours, theirs in zip(self.settings_S, row_settings([config], torch.device("cpu")), strict=True):
+            ours[slot] = on_device(theirs, self.device)[0]
         if not config.greedy:
             end = min(self.max_length, sequence.prompt_length + config.max_new_tokens)
-            self.uniform_SC[slot, :end].copy_(uniform_numbers(sequence.seed, end), non_blocking=True)
+            self.uniform_SC[slot, :end] = on_device(uniform_numbers(sequence.seed, end), self.device)
         if config.repetition_penalty != 1:
             seen_SV = self.made_seen()
             seen_SV[slot] = False
-            seen_SV[slot, torch.tensor(sorted(set(prompt)), dtype=torch.int64, device=self.device)] = True
+            seen_SV[slot].index_fill_(
+                0, on_device(torch.tensor(sorted(set(prompt)), dtype=torch.int64), self.device), True
+            )
 
     def made_seen(self) -> Tensor:
         """`seen_SV`, made if it is not there yet."""

@@ -1,12 +1,9 @@
 """Products, norms and attention of a decoding step on a CPU, where the calls of a small model cost more than its sums.
 
-The twins are in `plain.py`. All in float32: T tokens, each the newest of its sequence.
+All in float32: T tokens, each the newest of its sequence.
 """
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -47,19 +44,6 @@ class Matrix:
             out_TV.add_(self(x_TH), alpha=factor)
         else:
             out_TV.addmm_(x_TH, self.weight_HV, alpha=factor)
-
-
-class Expert(NamedTuple):
-    gate_up: Matrix
-    """(2 P, H), the gate's rows first."""
-    down: Matrix
-
-    def add_(self, out_TH: Tensor, x_TH: Tensor, hidden_act: str, factor: float) -> None:
-        """Add factor · down(act(gate x, up x)) to `out_TH`. `hidden_act`: as for `p828.model.experts.activate`."""
-        gate_TP, up_TP = self.gate_up(x_TH).chunk(2, dim=1)
-        if hidden_act == "swiglu_of_product":
-            gate_TP, up_TP = (gate_TP * up_TP).chunk(2, dim=1)
-        self.down.add_product_(out_TH, F.silu(gate_TP).mul_(up_TP), factor)
 
 
 class Norm:

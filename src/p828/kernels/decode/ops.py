@@ -3,7 +3,7 @@
 A layer is five calls: `norm_linear` (queries, keys and values), `attention`, `linear` (the output projection), `route`
 and `experts`, whose parts the next layer's `norm_linear` sums. All of them can be captured in a CUDA graph: sizes come
 from the shapes, and whatever changes from step to step (tokens, positions, slots) is read from tensors on the device.
-The plain twins are in `plain.py`. Shapes as in `p828.model`, and
+The plain twins are in `tests/decode_twins.py`. Shapes as in `p828.model`, and
 
     J  the experts of a token: its K routed ones and the shared ones
     S  slots of the cache; for weights, the shared experts
