@@ -1,6 +1,6 @@
 """Inputs for a decoding step's operations, and their plain twins in a wider dtype as the oracle.
 
-A case runs an operation of `p828.kernels.decode.ops` on a device in a dtype, and `decode_twins` with the same numbers in
+A case runs an operation of `p828.kernels.decode.ops` on a device in a dtype, and its twin with the same numbers in
 float64 on the CPU (the inputs are rounded first). Each yields pairs (actual, expected).
 """
 

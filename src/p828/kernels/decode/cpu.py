@@ -17,8 +17,8 @@ MEDIUM = 2**16  # and from which on the left, for a few
 class Matrix:
     """A weight (V, H), prepared for products with few tokens.
 
-    MKL reads a matrix far larger than its caches at a half to a tenth of memory's speed if few tokens stand on its
-    left, as they do in `x weightᵀ`.
+    MKL reads a matrix far larger than its caches well below memory's speed if few tokens stand on its left, as they do
+    in `x weightᵀ`.
     """
 
     def __init__(self, weight_VH: Tensor) -> None:
