@@ -32,6 +32,7 @@ from p828.distributed.group import joined
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
+from p828.inference.evaluate import evaluate
 from p828.plan.peak import peak
 from p828.plan.state import Setup
 from p828.system.device import peak_memory
@@ -188,6 +189,9 @@ def work(job: dict[str, Any], result: Path) -> None:
         found["allocated"] = max(peak_memory(engine.device), found["making"])
         found["reserved"] = torch.cuda.max_memory_reserved() if is_gpu else 0
         found["still_reserved"] = torch.cuda.memory_reserved() if is_gpu else 0
+        with engine.model_for_evaluation() as model:
+            evaluate(model, [next(batches)], engine.dtype)
+        found["reserved_with_evaluation"] = torch.cuda.memory_reserved() if is_gpu else 0
         free, total = torch.cuda.mem_get_info() if is_gpu else (0, 0)
         found["device"] = 0 if job["shares_gpu"] else total - free
         found["seconds"] = time.monotonic() - started
