@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from p828.config import ModelConfig, OptimizerConfig
+from p828.plan.setup import Setup
 from p828.plan.tensors import ParameterShape, parameter_shapes
 
 FLOAT32, BFLOAT16, INT16 = 4, 2, 2  # bytes of a number
@@ -39,19 +40,6 @@ class State(NamedTuple):
     @property
     def total(self) -> int:
         return sum(self)
-
-
-class Setup(NamedTuple):
-    """How a model is trained, as far as its state goes."""
-
-    stage: int | None
-    """ZeRO stage; None for the plain engine."""
-    ranks: int = 1
-    is_bfloat16: bool = True
-    has_bfloat16_moments: bool = True
-    """Of the plain engine's matrices; all other moments are float32."""
-    offload_optimizer: bool = False
-    offload_param: bool = False
 
 
 def training_state(model: ModelConfig, optimizer: OptimizerConfig, setup: Setup) -> State:
@@ -76,14 +64,13 @@ def _plain(parameters: Sequence[ParameterShape], setup: Setup) -> State:
 
 def _deepspeed(parameters: Sequence[ParameterShape], optimizer: OptimizerConfig, setup: Setup) -> State:
     stage, ranks = setup.stage or 0, setup.ranks
-    computed = BFLOAT16 if setup.is_bfloat16 else FLOAT32
     held = numbers_of_deepspeed(parameters, optimizer, stage, ranks)
     share = held // ranks if stage else held
     has_own_masters = stage == 0 and not setup.is_bfloat16  # a float32 parameter is its own master there
     in_main_memory = setup.offload_optimizer
     sums = share if stage >= 2 else held
     return State(
-        weights=0 if setup.offload_param else computed * (share if stage == 3 else held),
+        weights=0 if setup.offload_param else setup.computed_bytes * (share if stage == 3 else held),
         masters=0 if has_own_masters or in_main_memory else FLOAT32 * share,
         gradients=0 if in_main_memory else FLOAT32 * sums,
         moments=0 if in_main_memory else MOMENTS * FLOAT32 * share,
