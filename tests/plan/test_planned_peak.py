@@ -80,7 +80,8 @@ def test_recomputation_and_offloading_take_less() -> None:
 
 def test_parts_add_up() -> None:
     memory = peak(preset("60m"), Setup(), 8)
-    assert memory.total == sum(memory.parts().values()) == memory.reserved + memory.evaluation + memory.context
+    outside = memory.evaluation + memory.context + memory.recordings
+    assert memory.total == sum(memory.parts().values()) == memory.reserved + outside
     assert memory.reserved == memory.allocated + memory.fragmentation
     assert set(memory.parts()) == {one.name for one in dataclasses.fields(Memory)} - {"moment"}
 

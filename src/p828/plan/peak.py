@@ -19,9 +19,10 @@ LOSS_CHUNK_TOKENS, LOSS_COLUMNS = 4096, 64  # model/backend.py's, on a GPU
 SEGMENTS = 4  # engine/deepspeed/reduce.py's
 SUB_GROUP = 10**9  # numbers that DeepSpeed's stage 3 updates together
 WORKSPACE = 32 * 2**20  # cuBLAS's on Hopper and later, for each thread that starts products and each stream
-FRAGMENTATION, HOLES = 0.07, 400 * 10**6  # of a micro-batch's memory, and bytes besides: measured, see docs/plan.md
+FRAGMENTATION, HOLES = 0.065, 500 * 10**6  # of a micro-batch's memory, and bytes besides: measured, see docs/plan.md
 EVALUATED_LOGIT = BFLOAT16 + 2 * FLOAT32  # bytes of a logit in model/loss.py's linear_cross_entropy
-CONTEXT = 820 * 2**20  # of the driver, its compiled kernels and CUDA graphs, outside PyTorch's count: measured
+CONTEXT = 750 * 2**20  # of the driver and compiled kernels, outside PyTorch's count: measured
+GRAPHS, KERNELS, GRAPH_NODE = 2, 50, 64 * 2**10  # captured graphs, kernels of a layer, and bytes of one in a graph
 COMMUNICATION = 2**30  # of NCCL with several GPUs, likewise
 
 
@@ -47,13 +48,13 @@ class Memory:
     workspace: int = 0
     """cuBLAS's."""
     recordings: int = 0
-    """CUDA graphs' own tensors: the batches that they read."""
+    """CUDA graphs of the two kinds of micro-batch, outside PyTorch's count. Their tensors are counted above."""
     fragmentation: int = 0
     """Gaps that PyTorch's allocator has reserved and cannot use."""
     evaluation: int = 0
     """Beside a captured graph, whose memory stays reserved: what an evaluation takes."""
     context: int = 0
-    """Outside PyTorch: the driver's, kernels, graphs, and NCCL's."""
+    """Outside PyTorch: the driver's, compiled kernels, and NCCL's."""
     moment: str = ""
     """When in a step it is."""
 
@@ -65,7 +66,7 @@ class Memory:
     @property
     def reserved(self) -> int:
         """As `torch.cuda.max_memory_reserved` of training steps."""
-        return self.total - self.evaluation - self.context
+        return self.total - self.evaluation - self.context - self.recordings
 
     @property
     def total(self) -> int:
@@ -87,6 +88,7 @@ def peak(config: Config, setup: Setup, micro_batch_size: int) -> Memory:
         **state._asdict(),
         fragmentation=round(FRAGMENTATION * most.total) + HOLES,
         evaluation=step.evaluation(),
+        recordings=step.recordings(),
         context=CONTEXT + (COMMUNICATION if setup.ranks > 1 else 0),
     )
 
@@ -118,7 +120,7 @@ class _Step:
         """The first to be gone through, while all layers' activations are there."""
         head = BFLOAT16 * self._head if self.setup.reduces_by_hooks else 0
         activations = self._layers * sum(self._kept) + self._backward()
-        return self._micro_batch("last layer's backward pass", activations, 2, weight_gradients=head)
+        return self._micro_batch("last layer's backward pass", activations, 2, 0, head, is_backward=True)
 
     def first_layer_backward(self) -> Memory:
         """The last to be gone through, while the gradients of the other layers' weights wait to be added."""
@@ -126,14 +128,14 @@ class _Step:
         if self.setup.reduces_by_hooks:  # then those of one layer, and the embedding's
             gradients = weight_gradients(self.config) + BFLOAT16 * self._head
         activations = sum(self._kept) + self._backward()
-        return self._micro_batch("first layer's backward pass", activations, 2, weight_gradients=gradients)
+        return self._micro_batch("first layer's backward pass", activations, 2, 0, gradients, is_backward=True)
 
     def update(self) -> Memory:
         """Stage 3 copies the gradients that it updates with."""
         if self.setup.stage != 3 or self.setup.offload_optimizer:
             return Memory()
         numbers = min(count_parameters(self.config.model).total // self.setup.ranks, SUB_GROUP)
-        return Memory(activations=FLOAT32 * numbers, buckets=self._buckets(), moment="update")
+        return Memory(activations=FLOAT32 * numbers, buckets=self._buckets(is_backward=False), moment="update")
 
     def evaluation(self) -> int:
         """A layer's forward pass, then the loss of one row, without a graph; 0 where the micro-batch's memory serves.
@@ -150,22 +152,36 @@ class _Step:
         is_reused = self.sizes.routed >= FLOAT32 * logits
         return (max(layer, loss) if is_reused else layer + loss) + 4 * self.sizes.residual
 
+    def recordings(self) -> int:
+        """A graph of the step's first micro-batch, and one of all others."""
+        layers = self.config.model.num_hidden_layers + 1  # and all that is around them
+        return GRAPHS * layers * KERNELS * GRAPH_NODE if self._is_captured else 0
+
     def _micro_batch(
-        self, moment: str, activations: int, residuals: int, logits: int = 0, weight_gradients: int = 0
+        self,
+        moment: str,
+        activations: int,
+        residuals: int,
+        logits: int = 0,
+        weight_gradients: int = 0,
+        is_backward: bool = False,
     ) -> Memory:
-        """Beside the layers are the embedded tokens, `residuals` other (T, H) tensors, the batch, rotary angles, and
-        bounds and flags of tokens."""
+        """Beside the layers are `residuals` (T, H) tensors, the batch, rotary angles, and bounds and flags of tokens.
+
+        And the embedded tokens, which wait for their gradient where p828 adds it up.
+        """
         batch = (3 * INT64 + INT32) * self.sizes.T
-        beside = (1 + residuals) * self.sizes.residual + FLOAT32 * self.sizes.T * self.sizes.D
+        residuals += not self.setup.reduces_by_hooks
+        beside = residuals * self.sizes.residual + FLOAT32 * self.sizes.T * self.sizes.D
         bounds = (2 * INT32 + 2) * self.sizes.T
+        graph_batches = GRAPHS * batch if self._is_captured else batch
         return Memory(
-            activations=activations + batch + beside + bounds,
+            activations=activations + graph_batches + beside + bounds,
             weight_gradients=weight_gradients,
             logits=logits,
-            buckets=self._buckets(),
+            buckets=self._buckets(is_backward),
             gathered=self._gathered(),
             workspace=WORKSPACE * (4 if self._is_captured else 2),
-            recordings=batch if self._is_captured else 0,
             moment=moment,
         )
 
@@ -180,11 +196,17 @@ class _Step:
             return FLOAT32 * self._head + max(chunk, BFLOAT16 * self._head)
         return chunk
 
-    def _buckets(self) -> int:
-        """The buckets, and one copy of what is being reduced."""
+    def _buckets(self, is_backward: bool) -> int:
+        """Stage 3 has one all the time, and what it scatters beside it. Others have theirs in the backward pass alone,
+        one or two, and a copy of what is being reduced.
+        """
         if not self.setup.reduces_by_hooks:
             return 0
-        return BFLOAT16 * self.setup.bucket_numbers * (3 if self.setup.has_two_buckets else 2)
+        if self.setup.stage == 3:
+            count = 2 if is_backward else 1
+        else:
+            count = (3 if self.setup.has_two_buckets else 2) if is_backward else 0
+        return BFLOAT16 * self.setup.bucket_numbers * count
 
     def _gathered(self) -> int:
         """All weights, or as many as may be live beside the layer that is at work."""
