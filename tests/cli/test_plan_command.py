@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from p828.cli.plan import run
+from p828.data.tokens.format import open_manifest
 from p828.errors import ConfigError
 from runs import write_toml
 
-OLD_RUNS = Path(__file__).parents[1] / "data_of_old_versions" / "runs"
+OLD = Path(__file__).parents[1] / "data_of_old_versions"
+OLD_RUNS, OLD_PREPARED = OLD / "runs", OLD / "prepared"
 WIDTH = 80
 
 
@@ -72,6 +74,13 @@ def test_epochs_of_local_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (source,) = json.loads(shown(capsys, str(path), "--json"))["sources"]
     assert source["tokens"] is None
     assert "nowhere" in source["how"]
+
+
+def test_epochs_of_prepared_data(capsys: pytest.CaptureFixture[str]) -> None:
+    (source,) = json.loads(shown(capsys, "quickstart", "--data.prepared", str(OLD_PREPARED), "--json"))["sources"]
+    counted = sum(shard.tokens for shard in open_manifest(OLD_PREPARED).training)
+    assert (source["tokens"], source["how"]) == (counted, "counted when prepared")
+    assert source["epochs"] == 3000 * 1024 / counted
 
 
 @pytest.mark.parametrize("directory", sorted(OLD_RUNS.iterdir()), ids=lambda directory: directory.name)

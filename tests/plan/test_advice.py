@@ -11,7 +11,7 @@ from p828.plan.learning_rate import caveat, learning_rate
 from p828.plan.links import link_bytes
 from p828.plan.plan import Machine, make_plan
 from p828.plan.setup import Setup
-from p828.plan.speed import LARGE_EXPERTS, step_time
+from p828.plan.speed import BETWEEN_STEPS, LARGE_EXPERTS, step_time
 from p828.system.cards import card
 
 
@@ -58,6 +58,21 @@ def test_the_step_keeps_its_tokens_on_several_gpus() -> None:
     assert one.hours / 8 < eight.hours < one.hours / 6
 
 
+def test_a_step_that_cannot_be_divided_is_told_of() -> None:
+    plan = make_plan(preset("800m"), Machine(card("h100"), 3))
+    assert plan.tokens_per_step == 3 * 5 * 8 * 2048 == 245_760
+    assert plan.remarks[0].endswith(": a step has 245,760 tokens in place of 262,144")
+
+
+def test_a_run_of_some_hours_ends_with_them() -> None:
+    config = preset("800m")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, hours=10))
+    plan = make_plan(config, Machine(card("h100")))
+    assert plan.hours == pytest.approx(10, rel=1e-3)
+    assert plan.sources[0].planned == plan.tokens == plan.config.train.steps * 262_144
+    assert plan.remarks == [f"train.hours = 10 ends the run after about {plan.config.train.steps:,} of 500,000 steps"]
+
+
 def test_the_law_of_the_learning_rate() -> None:
     assert learning_rate(275_000_000) == 2e-3
     assert learning_rate(550_000_000) == pytest.approx(1e-3)
@@ -83,5 +98,6 @@ def test_a_step_takes_its_flops_at_the_rate() -> None:
     time = step_time(config, Setup(), h100, none, 8, 16, LARGE_EXPERTS)
     flops = 16 * 8 * 2048 * flops_per_token(config.model, 2048)
     assert time.computing == pytest.approx(flops / (LARGE_EXPERTS * h100.peak_flops))
-    assert time.starting == time.links == 0
-    assert step_time(config, Setup(2, 2), h100, none, 8, 16, LARGE_EXPERTS).starting > 0
+    assert time.starting == BETWEEN_STEPS
+    assert time.links == 0
+    assert step_time(config, Setup(2, 2), h100, none, 8, 16, LARGE_EXPERTS).starting > 16 * BETWEEN_STEPS

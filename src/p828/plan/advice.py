@@ -23,17 +23,17 @@ MOST_GPUS = 1024
 
 @dataclass(frozen=True)
 class Advice:
-    setup: Setup | None
-    """None where nothing fits."""
-    gradient_checkpointing: bool
-    micro_batch_size: int
-    gradient_accumulation: int
     learning_rate: float
     caveat: str
     """What the law of the learning rate does not say about this run; empty within its range."""
-    step_seconds: float
-    memory_bytes: int
-    gpus_needed: int
+    setup: Setup | None = None
+    """None where nothing fits."""
+    gradient_checkpointing: bool = True
+    micro_batch_size: int = 0
+    gradient_accumulation: int = 0
+    step_seconds: float = 0.0
+    memory_bytes: int = 0
+    gpus_needed: int = 0
     """GPUs on which ZeRO 3 would fit where nothing does on these; else 0."""
 
     def to_json(self) -> dict[str, Any]:
@@ -64,20 +64,18 @@ def advise(plan: Plan) -> Advice:
     ways = list(_ways(plan, _setups(plan), room)) or list(_ways(plan, _offloaded(plan), room))
     rate, doubt = learning_rate(plan.parameters.active), caveat(plan.parameters.active, plan.tokens_per_step)
     if not ways:
-        return Advice(None, True, 0, 0, rate, doubt, 0.0, 0, _gpus_needed(plan, room))
+        return Advice(rate, doubt, gpus_needed=_gpus_needed(plan, room))
     fastest = min(way.step_seconds for way in ways)
     way = next(way for way in ways if way.step_seconds <= NEARLY_AS_FAST * fastest)
-    accumulation = _rows(plan) // way.micro_batch_size
     return Advice(
+        rate,
+        doubt,
         way.setup,
         way.recomputes,
         way.micro_batch_size,
-        accumulation,
-        rate,
-        doubt,
+        _rows(plan) // way.micro_batch_size,
         way.step_seconds,
         way.memory_bytes,
-        0,
     )
 
 

@@ -80,7 +80,8 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.tokens_per_step * self.configured.setup.ranks
+        """On all GPUs."""
+        return self.config.tokens_per_step * self.machine.gpus
 
     @property
     def tokens(self) -> int:
@@ -88,9 +89,8 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of training, at most `train.hours`; evaluations and saves are not counted."""
-        hours = self.config.train.steps * self.configured.time.seconds / 3600
-        return min(hours, self.config.train.hours or hours)
+        """Of training; evaluations and saves are not counted."""
+        return self.config.train.steps * self.configured.time.seconds / 3600
 
     @property
     def kilowatt_hours(self) -> float:
@@ -151,9 +151,9 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         configured = engine_plan(config, deepspeed_setup(config, 0, machine.gpus), machine)
     else:
         configured = next(engine for engine in engines if engine.setup.stage == stage)
-    parameters = count_parameters(config.model)
-    sources = source_amounts(config, configured.setup.ranks)
-    return Plan(config, machine, parameters, engines, configured, sources, remarks)
+    config, ended = _within_hours(config, configured.time.seconds)
+    sources = source_amounts(config, machine.gpus)
+    return Plan(config, machine, count_parameters(config.model), engines, configured, sources, remarks + ended)
 
 
 def engine_plan(config: Config, setup: Setup, machine: Machine) -> EnginePlan:
@@ -182,11 +182,23 @@ def _on_all(config: Config, gpus: int) -> tuple[Config, list[str]]:
         return config, []
     before = config.train.gradient_accumulation
     train = dataclasses.replace(config.train, gradient_accumulation=max(round(before / gpus), 1))
+    divided = dataclasses.replace(config, engine="deepspeed", train=train)
     line = (
         f'on {gpus} GPUs with engine = "deepspeed", train.gradient_accumulation {train.gradient_accumulation} on each '
         f"in place of {before}"
     )
-    return dataclasses.replace(config, engine="deepspeed", train=train), [line]
+    if divided.tokens_per_step * gpus != config.tokens_per_step:
+        line += f": a step has {divided.tokens_per_step * gpus:,} tokens in place of {config.tokens_per_step:,}"
+    return divided, [line]
+
+
+def _within_hours(config: Config, step_seconds: float) -> tuple[Config, list[str]]:
+    """With the steps that `train.hours` has time for, and a line if these are fewer."""
+    steps = int(config.train.hours * 3600 / step_seconds)
+    if not config.train.hours or steps >= config.train.steps:
+        return config, []
+    line = f"train.hours = {config.train.hours:g} ends the run after about {steps:,} of {config.train.steps:,} steps"
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=max(steps, 1))), [line]
 
 
 def _check(config: Config) -> None:

@@ -18,6 +18,7 @@ SMALL_WIDTH = 640  # of an expert, below which its products fill a GPU less (`60
 # Seconds in which the host starts a layer's kernels, forward and backward, where they are not one CUDA graph: `800m`,
 # 12 layers, 112 ms a micro-batch without DeepSpeed, 150 at stage 2 and 235 at stage 3 on two GPUs.
 HOST_ALONE, HOST_STAGE_2, HOST_STAGE_3 = 0.0093, 0.0125, 0.0196
+BETWEEN_STEPS = 2e-3  # seconds of the host: steps of four micro-batches of `60m` took 32.8 ms in training, of which 31
 KERNEL = 4e-6  # seconds of a kernel that has nearly nothing to do, about
 KERNELS = 50  # of a layer (engine/cuda_graph.py), and about as many of all that is around the layers
 UPDATE_BYTES = 24  # of a parameter, read and written by the plain engine's norm and AdamW
@@ -32,7 +33,7 @@ class StepTime(NamedTuple):
     computing: float
     """Of all micro-batches on the GPU."""
     starting: float
-    """What the host needs longer to start kernels than the GPU to run them."""
+    """What the host needs longer to start kernels than the GPU to run them, and between two steps."""
     updating: float
     """Of the weights, as far as memory bounds it."""
     links: float
@@ -64,7 +65,7 @@ def step_time(
         links = max(link.reduced * per_byte - BACKWARD * computing, 0.0) + link.gathered * per_byte
     updated = count_parameters(config.model).total / (1 if setup.stage in (None, 0) else setup.ranks)
     updating = UPDATE_BYTES * updated / (card.memory_rate * MEMORY_SHARE)
-    return StepTime(accumulation * computing, accumulation * starting, updating, links)
+    return StepTime(accumulation * computing, accumulation * starting + BETWEEN_STEPS, updating, links)
 
 
 def computed_flops(config: Config) -> float:

@@ -96,7 +96,7 @@ def _run(plan: Plan) -> list[str]:
             f"{machine.rate:.1%} of the datasheet's FLOP/s ({machine.rate_from}); evaluations and checkpoints are not "
             "counted",
         ),
-        _paragraph("energy", f"{plan.kilowatt_hours:,.0f} kWh at most, by the GPUs alone"),
+        _paragraph("energy", f"{_rounded(plan.kilowatt_hours)} kWh at most, by the GPUs alone"),
     ]
     if plan.cost:
         lines.append(_paragraph("cost", f"{plan.cost:,.2f}, in the unit of the price"))
@@ -172,6 +172,11 @@ def _named(parts: Parts) -> list[tuple[str, float]]:
 
 def _words(count: float) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _rounded(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _size(sequences: int) -> str:
