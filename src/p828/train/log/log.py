@@ -14,7 +14,7 @@ from p828.inference.evaluate import Evaluation, perplexity
 from p828.inference.tasks.tasks import Results, shown_metrics
 from p828.model.costs import training_flops
 from p828.runs.file_system import free_bytes
-from p828.runs.records import Recorder, loads_every, loads_record
+from p828.runs.records import Recorder, loads_every, loads_record, shortened
 from p828.runs.train_state import BatchStats, TrainState
 from p828.system.device import compiled_graphs, compiles, peak_memory
 from p828.system.gpus import peak_flops
@@ -69,7 +69,7 @@ class Log:
             epoch=stats.epoch,
             **self._data_record(state, stats),
             rows=f"{stats.hash:08x}",
-            **result.numbers(),
+            **{name: shortened(n) if isinstance(n, list | dict) else n for name, n in result.numbers().items()},
             perplexity=perplexity(result.loss),
             lr=learning_rate,
             tokens_per_second=tokens_per_second,
@@ -77,7 +77,7 @@ class Log:
             memory_bytes=max(self.usage.memory_bytes, peak_memory(self.device)),
             seconds=seconds,
             data_seconds=stats.wait_seconds,
-            **self._machine_record(),
+            **self._machine_record(result.device_seconds, seconds),
             **loads_record(result.loads, is_whole=step == 1 or is_evaluated or self._is_turn_of_loads(step)),
         )
         self._report_mirror(step)
@@ -146,9 +146,14 @@ class Log:
         flops, peak = training_flops(self.model, stats.tokens, stats.attended_pairs), peak_flops(self.device)
         return None if peak is None else flops / (seconds * peak * self.num_ranks)
 
-    def _machine_record(self) -> dict[str, Any]:
-        """What is not said of the machine in every line: graphs compiled, the ranks' memory, the disk's free bytes."""
+    def _machine_record(self, device_seconds: float | None, seconds: float) -> dict[str, Any]:
+        """What is said of the machine where there is something to say, of a step of so many seconds.
+
+        The seconds in which its GPU was not at work, graphs compiled, the ranks' memory, the disk's free bytes.
+        """
         record: dict[str, Any] = {}
+        if device_seconds is not None:
+            record["host_seconds"] = max(seconds - device_seconds, 0.0)
         if compiled := compiled_graphs() - self._compiled_before:
             record["compilations"] = compiled
         if self.num_ranks > 1:
