@@ -2,10 +2,9 @@
 
 usage: python benchmarks/health_cost.py [SHAPE …] [--device cuda] [--rounds N]
 
-Trains two engines on the same random tokens, a block of steps of each in turn. One finds the numbers as a run does: some
-in every step, the others in every tenth. The other one's step is what remains without them. A step has one micro-batch,
-so the cost is the greatest that it can be. What a run does on the host with the numbers, and what the loader's thread
-does beside it, is timed alone.
+Trains two engines on the same random tokens, a block of steps of each in turn. One finds the numbers as a run does:
+some in every step, the others in every tenth. The other one's step is what remains without them. A step has one
+micro-batch, so the cost is the greatest that it can be. What the host does with the numbers is timed alone.
 """
 
 import argparse
