@@ -15,6 +15,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, cast
@@ -180,6 +181,28 @@ def matching(path: Path, pattern: re.Pattern[bytes]) -> Iterator[dict[str, Any]]
                 yield record
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def columns(path: Path, kind: str, keys: Sequence[str]) -> dict[str, list[Any]]:
+    """The values under some keys of all records of one kind, and their `step`, a list for each key; None where absent.
+
+    Reads 500,000 lines in some seconds, as only these values are decoded. A line that is no record is left out. Raises
+    ConfigError for a file that cannot be read.
+    """
+    found: dict[str, list[Any]] = {key: [] for key in ("step", *keys)}
+    pattern = re.compile(rb'"kind": ?"%s"' % kind.encode())
+    try:
+        for line in _lines(path):
+            if not pattern.search(line):
+                continue
+            with suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict) and record.get("kind") == kind and type(record.get("step")) is int:
+                    for key, values in found.items():
+                        values.append(_decode(record.get(key)))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    return found
 
 
 def tail(path: Path, most: int) -> tuple[list[dict[str, Any]], int]:
