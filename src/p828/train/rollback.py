@@ -59,6 +59,7 @@ class Rollback:
             back,
             f"back to step {back}: {what} (loss {state.loss:.3f}, usually {state.loss_ema:.3f}). "
             f"The data of steps {back + 1} to {state.step} is left out",
+            left_out=state.step - back,
         )
         return restored
 
