@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "loss, perplexity and bits per byte of a trained model",
     "export": "a trained model as a directory that transformers and other libraries load",
     "prove-resume": "whether a run that is killed and resumed is the run that was not",
+    "doctor": "check the machine and a configuration before a run, or find what went wrong in one",
     "bench": "how fast this machine trains, beside other libraries",
 }
 LONGEST_LINE = 1200  # characters of a message; what is longer holds a value that goes on and on
