@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from p828.config import Config, DataConfig
 from p828.data.amount import Amount, amounts, describe, repeated, short
-from p828.data.batch import PADDING
 from p828.data.build import validation_batches
 from p828.data.loader import open_prepared
 from p828.data.order import source_seed
@@ -22,6 +21,7 @@ MOST_DOCUMENTS = 2000
 MOST_CHARACTERS = 2**24
 MOST_SECONDS = 20.0  # of reading, after which what was read is enough: the hub may be slow
 SAMPLES = 256  # of prepared data, from all over it
+LEAST_TOKENS = 32  # of a piece of a document there: shorter ones may well be equal
 # Beyond these, something is to be looked at. Text that is written once and kept once repeats less than 1 in 100
 # documents word for word (arXiv 2107.06499 finds 3 in 100 near duplicates in C4); of a byte-level vocabulary all text
 # comes back, so what does not is lost to the model.
@@ -121,7 +121,7 @@ def _prepared(data: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
         for document in range(int(sample.document_ids.max()) + 1):
             ids = sample.tokens[sample.document_ids == document]
             ids = ids[ids != tokenizer.eos_id]
-            if len(ids) and document != PADDING:
+            if len(ids) >= LEAST_TOKENS:
                 yield tokenizer.decode(ids.tolist())
 
 

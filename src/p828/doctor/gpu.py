@@ -6,7 +6,7 @@ import torch
 
 from p828.config import Config, with_vocabulary
 from p828.distributed.links import nvidia_smi
-from p828.doctor.check import Check
+from p828.doctor.check import Check, size
 from p828.model.costs import count_parameters
 from p828.system.device import LEAST_BYTES, lacks_bfloat16
 
@@ -95,18 +95,18 @@ def _memory(number: int, config: Config | None) -> Check:
     """What is free, who has the rest, and whether the parameters alone would fit."""
     name = f"gpu {number} memory"
     free, total = torch.cuda.mem_get_info(number)
-    text = f"{free / 1e9:,.1f} of {total / 1e9:,.1f} GB are free"
+    text = f"{size(free)} of {size(total)} are free"
     if config is not None:
         parameters = count_parameters(with_vocabulary(config).model).total
         least = parameters * LEAST_BYTES
         if least > free:
             return Check(
                 name, "failure",
-                f"{text}; {parameters / 1e6:,.0f} M parameters take more than {least / 1e9:,.1f} GB to train",
+                f"{text}; {parameters / 1e6:,.0f} M parameters take more than {size(least)} to train",
                 "take a smaller model or spread it: engine deepspeed with --deepspeed.stage 2 or 3",
             )  # fmt: skip
     taken = total - free - torch.cuda.memory_reserved(number)
     if taken > A_PART * total:
         remedy = "nvidia-smi names the processes that have it (outside a container); end them, or take another GPU"
-        return Check(name, "warning", f"{text}; {taken / 1e9:,.1f} GB are taken already", remedy)
+        return Check(name, "warning", f"{text}; {size(taken)} are taken already", remedy)
     return Check(name, "ok", text)

@@ -44,18 +44,21 @@ def _between_gpus(topology: Topology, gpus: int, seconds_per_byte: float | None,
     if not kind and seconds_per_byte is None:
         return Check(name, "warning", "not known: nvidia-smi topo -m says nothing of these GPUs", nccl_settings(""))
     size, reductions = gradient_of(config)
+    is_assumed = seconds_per_byte is None
     if seconds_per_byte is None:
         # 2 (n - 1) / n of the bytes cross the slowest link, see `bus_bandwidth`.
         seconds_per_byte = 1 / (expected_bandwidth(kind) * 1e9) * 2 * (gpus - 1) / gpus
     lines = advice(topology.links, size * seconds_per_byte, size, gpus, reductions)
     if lines:
         what, cost, fewer, one_gpu = lines
-        return Check(name, "warning", f"{what.removeprefix('slow link: ')}; {cost}", f"{fewer}; {one_gpu}")
+        told = f"{what.removeprefix('slow link: ')}; {cost}{' (as usual for such links)' if is_assumed else ''}"
+        return Check(name, "warning", told, f"{fewer}; {one_gpu}")
     rate = bus_bandwidth(size, size * seconds_per_byte, gpus)
     meaning = f"{kind[2:]} NVLinks" if kind.startswith("NV") else KINDS.get(kind, "of unknown kind")
     far = [other for other in SLOW if other in topology.links.values()]
-    around = f"; NCCL goes round {', '.join(named_pairs(topology.links, other) for other in far)}" if far else ""
-    return Check(name, "ok", f"{kind or 'unknown'} ({meaning}): {rate:.3g} GB/s{around}")
+    around = "".join(f"; {named_pairs(topology.links, other)} by {other}, which NCCL goes round" for other in far)
+    usual = " as usual" if is_assumed else ""
+    return Check(name, "ok", f"{kind or 'unknown'} ({meaning}): {rate:.3g} GB/s{usual}{around}")
 
 
 def _cards(topology: Topology) -> list[Check]:

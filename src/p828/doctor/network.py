@@ -48,7 +48,13 @@ def _wandb(config: Config | None) -> Check:
     import wandb
 
     name, mode = "weights & biases", "off" if config is None else config.wandb.mode
-    address = str(wandb.Settings().base_url)
+    settings = wandb.Settings()
+    try:
+        settings.update_from_env_vars(dict(os.environ))
+    except ValueError as error:
+        text = "a variable WANDB_… of the environment is not taken: " + " ".join(str(error).split())[:LONGEST_CAUSE]
+        return Check(name, "warning" if mode == "off" else "failure", text, "mend the variable, or unset it")
+    address = str(settings.base_url)
     problem = problem_at(address)
     if problem:
         works = {"online": "the run would be recorded offline", "offline": "the run is recorded offline anyway"}

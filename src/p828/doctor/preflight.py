@@ -16,6 +16,7 @@ from p828.doctor.data import check_data
 from p828.doctor.gpu import check_gpus
 from p828.doctor.kernels.self_tests import check_kernels
 from p828.doctor.links import check_links
+from p828.doctor.model import check_model
 from p828.doctor.network import check_network
 from p828.doctor.rates import check_rates
 from p828.doctor.room import check_room
@@ -41,13 +42,15 @@ def preflight(config: Config | None, report: Report) -> Iterator[Check]:
         yield from _made("looking at the GPUs", report, lambda: check_gpus(config))
     yield from _made("looking at memory and disk", report, lambda: check_room(config, directory, gpus))
     yield from _made(f"trying out {directory}", report, lambda: check_run_directory(config, directory, gpus))
-    for device in [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]:
-        yield from _made(f"measuring the rates of {device}", report, partial(check_rates, device))
+    for each in [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]:
+        yield from _made(f"measuring the rates of {each}", report, partial(check_rates, each))
     if gpus:
         yield from _links(config, gpus, report)
-    yield from _kernels(torch.device("cuda", 0) if gpus else torch.device("cpu"), report)
+    device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+    yield from _kernels(device, report)
     yield from _made("asking the hub and Weights & Biases", report, lambda: check_network(config))
     if config is not None:
+        yield check_model(config, device)
         yield from _text(config, report)
 
 

@@ -1,10 +1,11 @@
 """Room for a run: the host's memory, shared memory between processes, and the disk of the run's directory."""
 
+import os
 import shutil
 from pathlib import Path
 
 from p828.config import Config, with_vocabulary
-from p828.doctor.check import Check
+from p828.doctor.check import Check, size
 from p828.model.costs import count_parameters
 from p828.system.device import LEAST_BYTES
 from p828.system.host_memory import free_host_bytes
@@ -39,17 +40,17 @@ def checkpoint_bytes(config: Config, has_gpu: bool) -> int:
 def existing(directory: Path) -> Path:
     """The directory itself, or the nearest one above it that exists."""
     directory = directory.absolute()
-    return next((one for one in (directory, *directory.parents) if one.is_dir()), Path("/"))
+    return next((one for one in (directory, *directory.parents) if os.path.isdir(one)), Path("/"))
 
 
 def _memory(config: Config | None, gpus: int) -> Check:
     name, free = "memory", free_host_bytes()
-    text = f"{free / 1e9:,.1f} GB of the host are free"
+    text = f"{size(free)} of the host are free"
     wanted = _wanted(config, gpus)
     if config is not None and free < wanted:
         parameters = count_parameters(with_vocabulary(config).model).total
         return Check(
-            name, "failure", f"{text}; {parameters / 1e6:,.0f} M parameters take over {wanted / 1e9:,.1f} GB there",
+            name, "failure", f"{text}; {parameters / 1e6:,.0f} M parameters take over {size(wanted)} there",
             "take a smaller model, a machine with more memory, or deepspeed without offloading",
         )  # fmt: skip
     if free < LITTLE_MEMORY:
@@ -73,7 +74,7 @@ def _shared() -> Check:
         free = shutil.disk_usage(SHARED).free
     except OSError as error:
         return Check("shared memory", "warning", f"{SHARED}: {error.strerror}", "mount a tmpfs there")
-    text = f"{free / 1e9:,.2f} GB of {SHARED} are free"
+    text = f"{size(free)} of {SHARED} are free"
     if free < LITTLE_SHARED:
         return Check("shared memory", "warning", text, "start the container with --ipc=host or --shm-size=8g")
     return Check("shared memory", "ok", text)
@@ -86,13 +87,13 @@ def _disk(config: Config | None, directory: Path, gpus: int) -> Check:
         free = shutil.disk_usage(existing(directory)).free
     except OSError as error:
         return Check(name, "failure", f"{directory}: {error.strerror}", "give another --runs-dir")
-    text = f"{free / 1e9:,.1f} GB are free for {directory}"
+    text = f"{size(free)} are free for {directory}"
     if config is None and free < LITTLE_DISK:
         return Check(name, "warning", text, "make room: a run keeps several checkpoints of 8 or 12 bytes a parameter")
     if config is None:
         return Check(name, "ok", text)
     one, kept = checkpoint_bytes(config, gpus > 0), config.checkpoint.keep_last + 2
-    needs = f"{kept} checkpoints of {one / 1e9:,.2f} GB"
+    needs = f"{kept} checkpoints of {size(one)}"
     if free < 2 * one:
         return Check(name, "failure", f"{text}; a run writes {needs}", "make room, or give another --runs-dir")
     if free < kept * one:

@@ -22,8 +22,9 @@ IN_MEMORY = ("tmpfs", "ramfs")
 def check_run_directory(config: Config | None, directory: Path, gpus: int) -> list[Check]:
     """Try it out, in a new directory beside what is there, which is removed again. `directory` need not exist."""
     place = existing(directory)
-    if directory.exists() and not directory.is_dir():
-        return [Check("run directory", "failure", f"{directory} is a file", OTHER_PLACE)]
+    for part in (directory, *directory.parents):
+        if os.path.exists(part) and not os.path.isdir(part):
+            return [Check("run directory", "failure", f"{part} is a file", OTHER_PLACE)]
     try:
         trial = Path(tempfile.mkdtemp(prefix=".p828-doctor-", dir=place))
     except OSError as error:
@@ -74,7 +75,7 @@ def _lock(trial: Path, directory: Path) -> Check:
                     return Check(name, "failure", f"{directory}: two processes would hold one lock", OTHER_PLACE)
             except ConfigError:
                 pass  # as it should be
-        if (directory / LOCK_FILE).is_file():
+        if os.path.isfile(directory / LOCK_FILE):
             with locked(directory, f"{directory}: another p828 train is at work on this run"):
                 pass
     except ConfigError as error:
@@ -87,20 +88,23 @@ def _lock(trial: Path, directory: Path) -> Check:
 def _speed(trial: Path, config: Config | None, gpus: int) -> Check:
     """How fast a file reaches the disk, and what that means for a checkpoint."""
     name = "writing"
+    count = min(WRITTEN, shutil.disk_usage(trial).free // 4) // MEBIBYTE
+    if not count:
+        return Check(name, "failure", "no room to try it", "make room, or give another --runs-dir")
     try:
         begun = time.perf_counter()
         with (trial / "written").open("wb", buffering=0) as file:
             block = os.urandom(MEBIBYTE)  # a file system that compresses is not to be taken for a fast one
-            for _ in range(WRITTEN // MEBIBYTE):
+            for _ in range(count):
                 file.write(block)
             os.fsync(file.fileno())
-        seconds = time.perf_counter() - begun
+        rate = count * MEBIBYTE / (time.perf_counter() - begun)
     except OSError as error:
-        return Check(name, "failure", f"{WRITTEN // MEBIBYTE} MiB cannot be written: {error.strerror}", "make room")
-    text = f"{WRITTEN / seconds / 1e6:,.0f} MB/s, synced"
+        return Check(name, "failure", f"{count} MiB cannot be written: {error.strerror}", "make room")
+    text = f"{rate / 1e6:,.0f} MB/s, synced"
     if config is None:
         return Check(name, "ok", text)
-    one = checkpoint_bytes(config, gpus > 0) / WRITTEN * seconds
+    one = checkpoint_bytes(config, gpus > 0) / rate
     text += f": about {one:,.2g} s for a checkpoint, beside the training"
     if one > SLOW_SAVE:
         return Check(name, "warning", text, "raise --checkpoint.every, or give a --runs-dir on a faster disk")

@@ -1,5 +1,6 @@
 """The tokenizer that a configuration asks for: whether it can be had, fits the model, and gives text back."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def check_tokenizer(config: Config) -> tuple[Tokenizer | None, Check]:
 def _tokenizer(config: Config) -> tuple[Tokenizer, str]:
     """As `p828 train` takes it, but one that is to be trained is trained on little text; and where it is from."""
     saved = config.run_dir / TOKENIZER_FILE
-    if saved.exists():
+    if os.path.exists(saved):
         return tokenizer_of(config, saved), f"of the run {config.run_dir}"
     if config.train.init_from:
         origin = read_origin(find_origin(Path(config.train.init_from))[0])

@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import InvalidRequirement, Requirement
 
@@ -50,7 +50,7 @@ def _nccl() -> str:
 def _packages(config: Config | None) -> Check:
     """Every package that the installed p828 asks for, and those of the parts that `config` uses."""
     try:
-        required = [Requirement(text) for text in distribution("p828").requires or ()]
+        required = [Requirement(text) for text in requires("p828") or ()]
     except (PackageNotFoundError, InvalidRequirement):
         return Check("packages", "warning", "p828 is not installed, so what it needs is not known", "pip install .")
     extras = _extras(config)
