@@ -15,9 +15,8 @@ from p828.distributed.group import ProcessGroup
 from p828.distributed.links import MOST_BYTES, bus_bandwidth, nccl_settings, slowest_needed, time_all_reduce
 from p828.distributed.topology import NVLINKS, Links
 from p828.doctor.check import Check
-from p828.doctor.rates import PCIE_LANE, against, pcie_of
+from p828.doctor.rates import PCIE_LANE, against, card_of, pcie_of
 from p828.errors import RunFailed
-from p828.system.gpus import nvlink_bandwidth
 
 NAME = "all-reduce"
 WITHIN = 120.0  # seconds for all of it: starting the processes takes ten, and connections that hang are found so
@@ -57,10 +56,11 @@ def check_all_reduce(seconds_per_byte: float, gpus: int, links: Links) -> Check:
 
 def link_rate(kind: str) -> float | None:
     """Bytes a second that a link of this kind has in one direction by the datasheet; None where that is not known."""
-    if bonded := NVLINKS.fullmatch(kind):
-        one = nvlink_bandwidth(torch.cuda.get_device_name(0))
-        return None if one is None else one * int(bonded[1])
-    generation, width, _ = pcie_of(torch.device("cuda", 0))
+    device = torch.device("cuda", 0)
+    if NVLINKS.fullmatch(kind):
+        card = card_of(device)
+        return None if card is None else card.link_rate
+    generation, width, _ = pcie_of(device)
     return PCIE_LANE[generation] * width if kind and width and generation in PCIE_LANE else None
 
 

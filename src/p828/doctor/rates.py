@@ -5,7 +5,7 @@ import torch
 from p828.distributed.links import nvidia_smi
 from p828.doctor.check import Check
 from p828.system.device import explain_out_of_memory
-from p828.system.gpus import memory_bandwidth, peak_flops
+from p828.system.cards import Card, card_of_device
 from p828.system.timing import host_copy_rates, matmul_flops, memory_rate
 
 # Fractions of the datasheet under which something is wrong: a good part of what healthy cards reach (docs/doctor.md has
@@ -39,15 +39,15 @@ def _of_cpu(device: torch.device) -> list[Check]:
 
 
 def _matmul(device: torch.device) -> Check:
-    rate, peak = matmul_flops(device), peak_flops(device)
+    rate, card = matmul_flops(device), card_of(device)
     shown = f"{rate / 1e12:,.0f} TFLOP/s in bfloat16"
-    return against(f"gpu {device.index} matmul", shown, rate, peak, LEAST_MATMUL, COOLING)
+    return against(f"gpu {device.index} matmul", shown, rate, card and card.peak_flops, LEAST_MATMUL, COOLING)
 
 
 def _memory(device: torch.device) -> Check:
-    rate, most = memory_rate(device), memory_bandwidth(torch.cuda.get_device_name(device))
+    rate, card = memory_rate(device), card_of(device)
     shown = f"{rate / 1e9:,.0f} GB/s"
-    return against(f"gpu {device.index} memory rate", shown, rate, most, LEAST_MEMORY, COOLING)
+    return against(f"gpu {device.index} memory rate", shown, rate, card and card.memory_rate, LEAST_MEMORY, COOLING)
 
 
 def _copies(device: torch.device) -> list[Check]:
@@ -66,6 +66,11 @@ def _copies(device: torch.device) -> list[Check]:
     most = PCIE_LANE[generation] * width if width and generation in PCIE_LANE else None
     remedy = "another program may be copying; in a virtual machine pinned memory may be slow"
     return [against(name, shown, min(to_device, from_device), most, LEAST_COPY, remedy)]
+
+
+def card_of(device: torch.device) -> Card | None:
+    """Its datasheet; None where p828 does not know it."""
+    return card_of_device(torch.cuda.get_device_name(device))
 
 
 def pcie_of(device: torch.device) -> tuple[int, int, int]:
