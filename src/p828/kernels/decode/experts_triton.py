@@ -19,11 +19,12 @@ from p828.kernels.decode.dependent_launch_triton import (
 )
 
 PAIR_TOKENS = 4
-PAIR_GATE_UP = {"elements": 8192, "warps": 4}  # weights that a program holds, gate and up together
+PAIR_GATE_UP = {"elements": 4096, "warps": 2}  # weights that a program holds, gate and up together
 PAIR_DOWN = {"elements": 8192, "warps": 4}
 GROUP_GATE_UP = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
 GROUP_DOWN = {"rows": 64, "columns": 64, "warps": 4, "stages": 4}
 GROUP_TOKENS = 32  # at most, of a program
+GROUP_TOKENS_OF_MANY = 64  # for more than 64 tokens
 GROUP_WARPS = 4
 
 
@@ -275,4 +276,4 @@ def _down_of_groups(
 
 
 def _token_block(tokens: int) -> int:
-    return min(max(triton.next_power_of_2(tokens), 16), GROUP_TOKENS)
+    return min(max(triton.next_power_of_2(tokens), 16), GROUP_TOKENS if tokens <= 64 else GROUP_TOKENS_OF_MANY)
