@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from p828.health.disk import Disk
@@ -14,7 +15,21 @@ from p828.health.spikes import Spikes
 Record = Mapping[str, Any]
 RECENT = 256  # steps whose whole records are kept
 FIRST = 64  # first steps of a run whose records are kept
+GAP_STEPS, LATEST_STEPS = 64, 8  # whose mean loss an evaluation is compared with
 OTHERS = 256  # of evaluations, probes and events each
+
+
+@dataclass(frozen=True)
+class Gap:
+    """An evaluation, beside the training at that time."""
+
+    step: int
+    validation: float
+    """Validation loss."""
+    training: float
+    """Mean training loss of the 64 steps before."""
+    latest: float
+    """Mean training loss of the 8 steps before: while the loss falls, the other one lags behind."""
 
 
 class Window:
@@ -33,6 +48,7 @@ class Window:
         self.first: list[Record] = []
         """The first steps' records."""
         self.evaluations: deque[Record] = deque(maxlen=OTHERS)
+        self.gaps: deque[Gap] = deque(maxlen=OTHERS)
         self.probes: deque[Record] = deque(maxlen=OTHERS)
         self.events: deque[Record] = deque(maxlen=OTHERS)
         self.history = History()
@@ -55,6 +71,10 @@ class Window:
             self._add_step(step, record)
         elif kind == "eval":
             self.evaluations.append(record)
+            losses = self.numbers("loss", GAP_STEPS)
+            if (validation := number_of(record, "loss")) is not None and len(losses) >= GAP_STEPS // 2:
+                latest = math.fsum(losses[-LATEST_STEPS:]) / LATEST_STEPS
+                self.gaps.append(Gap(step, validation, math.fsum(losses) / len(losses), latest))
         elif kind == "probe":
             self.probes.append(record)
         elif kind == "event":

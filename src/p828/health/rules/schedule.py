@@ -139,7 +139,7 @@ def rate_high(window: Window) -> list[Finding]:
         return []
     since, text = seen or (
         1,
-        f"the rate goes up to {max(rates):.3g}, {max(rates) / fitted:.0f} times the {fitted:.2g} that was found best "
+        f"the rate goes up to {max(rates):.3g}, {max(rates) / fitted:.3g} times the {fitted:.2g} that was found best "
         "for models of this size",
     )
     return [
