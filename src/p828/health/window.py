@@ -16,6 +16,7 @@ Record = Mapping[str, Any]
 RECENT = 256  # steps whose whole records are kept
 FIRST = 64  # first steps of a run whose records are kept
 GAP_STEPS, LATEST_STEPS = 64, 8  # whose mean loss an evaluation is compared with
+MEASURED = 64  # of the steps with measurements that are not made in every step
 OTHERS = 256  # of evaluations, probes and events each
 
 
@@ -47,6 +48,8 @@ class Window:
         """The last steps' records."""
         self.first: list[Record] = []
         """The first steps' records."""
+        self.measured: deque[Record] = deque(maxlen=MEASURED)
+        """Of the steps of this start whose update was measured: every tenth or so, the last ones."""
         self.evaluations: deque[Record] = deque(maxlen=OTHERS)
         self.gaps: deque[Gap] = deque(maxlen=OTHERS)
         self.probes: deque[Record] = deque(maxlen=OTHERS)
@@ -110,6 +113,8 @@ class Window:
         self.recent.append(record)
         if len(self.first) < FIRST:
             self.first.append(record)
+        if "update_ratios" in record:
+            self.measured.append(record)
         loss, norm = record.get("loss"), record.get("grad_norm")
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in (loss, norm)):
             self.non_finite.append(step)
@@ -123,6 +128,7 @@ class Window:
         self.events.append(record)
         if record.get("event") == "resume" and str(record.get("text", "")).startswith("resumed from step"):
             self.resumed_at = step
+            self.measured.clear()
 
 
 def number_of(record: Record, name: str) -> float | None:
