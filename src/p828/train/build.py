@@ -56,7 +56,7 @@ from p828.train.health import HealthWatch
 from p828.train.init_from import load_weights, origin_of, take_tokenizer
 from p828.train.log.console import Console, say, waiting
 from p828.train.log.log import Log
-from p828.train.log.summary import banner, conclude, report_start
+from p828.train.log.summary import banner, conclude, recorded_end, report_start
 from p828.train.log.usage import Usage
 from p828.train.log.wandb import WandbMirror, open_mirror
 from p828.train.resume import RunDirectory, open_run, resume
@@ -255,7 +255,7 @@ def _run(
     about_data = [*template_lines(config.data, tokenizer), *held_out_lines(config.data, inputs.rules), *newer]
     report_start(config, run, trainer, tokenizer, about_data, changes)
     run.keep()
-    with graceful_shutdown(loader.cancel, console.event) as shutdown:
+    with recorded_end(trainer), graceful_shutdown(loader.cancel, console.event) as shutdown:
         trainer.run(shutdown)
     conclude(config, trainer, tokenizer)
 
