@@ -153,17 +153,19 @@ class Recorder:
                 raise error
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
+def read(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order. A partial last line, as a killed process leaves it, is left out.
 
-    Raises ConfigError for a file that cannot be read, and DataError naming any other line that is no record.
+    Raises ConfigError for a file that cannot be read, and DataError naming any other line that is no record, unless
+    `skip_damaged`.
     """
     try:
         for number, line in enumerate(_lines(path), start=1):
             record = _parsed(line)
-            if record is None:
+            if record is not None:
+                yield record
+            elif not skip_damaged:
                 raise DataError(f"{path}: line {number} is not a record; mend or remove that line")
-            yield record
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
