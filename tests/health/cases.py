@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from p828.config import Config, from_dict
-
 from corpus import SEQUENCE, files
+
+from p828.config import Config, from_dict
 
 Settings = dict[str, dict[str, Any]]
 """Keys of a configuration by section."""
@@ -84,6 +84,8 @@ def joined(*settings: Settings) -> Settings:
     for sections in settings:
         for section, keys in sections.items():
             found[section] = {**found.get(section, {}), **keys}
+    if "mixture" in found.get("data", {}):
+        found["data"] = {key: value for key, value in found["data"].items() if key not in ("source", "files")}
     return found
 
 

@@ -5,9 +5,10 @@ STRENGTH is the strength's number among those of the fault; FAULT is the name of
 
 import sys
 
+from all_faults import FAULTS
 from cases import Fault, Healthy
-from faults import FAULTS
 from healthy import HEALTHY
+
 from p828.cli.main import dispatch
 
 

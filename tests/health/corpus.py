@@ -20,13 +20,13 @@ SEQUENCE = 64
 SHORTEST, LONGEST = 200, 3000  # characters of a document
 
 
-def write_corpus(directory: Path) -> Path:
+def write_corpus(directory: Path, megabytes: int = MEGABYTES, is_prepared: bool = True) -> Path:
     """`code.jsonl`, `prose.jsonl`, `talk.jsonl`, `tokenizer.json` and `prepared/`, unless they are there."""
-    if (directory / "prepared").exists():
+    if (directory / "tokenizer.json").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     code, prose, talk = [], [], []
-    for name, text, docstring in _definitions(MEGABYTES * 2**20):
+    for name, text, docstring in _definitions(megabytes * 2**20):
         code.append({"text": text})
         if len(docstring) > SHORTEST // 2:
             prose.append({"text": docstring})
@@ -38,7 +38,8 @@ def write_corpus(directory: Path) -> Path:
     data = DataConfig(source="files", files=(str(directory / "code.jsonl"),), sequence_length=SEQUENCE)
     tokenizer = TokenizerConfig(vocab_size=VOCABULARY, training_megabytes=1)
     tokenizer_of(Config(data=data, tokenizer=tokenizer)).save(directory / "tokenizer.json")
-    _prepare(directory)
+    if is_prepared:
+        _prepare(directory)
     return directory
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import p828.data.loader
 from cases import Healthy, Settings, Strength
 from corpus import files
 from injections.patching import replaced
+
+import p828.data.loader
 from p828.data.batch import Batch
 
 BAD_BATCHES = range(361, 365)  # micro-batches of steps 181 and 182
@@ -43,7 +43,10 @@ def _changes(**sections: dict[str, Any]) -> Any:
 
 
 def _talk(corpus: Path) -> Settings:
-    return {"data": {**files(corpus, "talk"), "messages_field": "messages"}, "evaluation": {"prompts": ["What is get?"]}}
+    return {
+        "data": {**files(corpus, "talk"), "messages_field": "messages"},
+        "evaluation": {"prompts": ["What is get?"]},
+    }
 
 
 def _mixture(corpus: Path) -> Settings:

@@ -11,8 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `runs`
 
+from all_faults import FIRST_HALF
+from cases import Fault
 from corpus import write_corpus
+from judge import FIRST, Verdict, judged
 from proof_runs import ProofRun, proof_runs
+from table import page
 
 
 def main() -> None:
@@ -21,18 +25,41 @@ def main() -> None:
     parser.add_argument("--only", default="", help="runs whose directory's name has these letters")
     parser.add_argument("--again", action="store_true", help="make runs again that are there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
+    parser.add_argument("--write", type=Path, help="the page with the tables")
     given = parser.parse_args()
-    directory = given.directory.absolute()
-    corpus = write_corpus(directory / "corpus")
     wanted = [run for run in proof_runs() if given.only in run.name]
+    verdicts = prove(wanted, given.directory.absolute(), given.jobs, given.again)
+    broken = [verdict for verdict in verdicts if isinstance(verdict.run.case, Fault)]
+    if given.write:
+        first = [verdict for verdict in broken if verdict.run.case in FIRST_HALF]
+        second = [verdict for verdict in broken if verdict.run.case not in FIRST_HALF]
+        given.write.write_text(page(first, second, [verdict for verdict in verdicts if verdict not in broken]))
 
-    def make(run: ProofRun) -> None:
-        if given.again or not (directory / f"{run.name}.log").exists():
+
+def prove(wanted: list[ProofRun], directory: Path, jobs: int | None, again: bool = False) -> list[Verdict]:
+    """Make the runs that are missing, and judge each; prints a line of each as it ends."""
+    corpus = write_corpus(directory / "corpus")
+
+    def proved(run: ProofRun) -> Verdict:
+        if again or not (directory / f"{run.name}.log").exists():
             run.make(corpus, directory)
-        print(run.name, (directory / f"{run.name}.log").read_text().splitlines()[-1], flush=True)
+        verdict = judged(run, directory)
+        print(line(verdict), flush=True)
+        return verdict
 
-    with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(make, wanted))
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(proved, wanted))
+
+
+def line(verdict: Verdict) -> str:
+    """A run in a line of the console."""
+    if isinstance(verdict.run.case, Fault):
+        found = ", ".join(finding.rule for finding in verdict.afterwards[:FIRST]) or "nothing"
+        outcome = "named " if verdict.is_right else "MISSED"
+        return f"{outcome} {verdict.run.name}: {found}; live at {verdict.found_live}"
+    outcome = "clean " if verdict.is_clean and not verdict.warnings else "WARNED" if verdict.is_clean else "ALARM "
+    found = ", ".join(f"{finding.rule} ({finding.severity})" for finding in verdict.afterwards)
+    return f"{outcome} {verdict.run.name}: {found or 'nothing'}"
 
 
 if __name__ == "__main__":

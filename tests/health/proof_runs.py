@@ -1,15 +1,16 @@
 """Makes the runs of the proof, each in a process of its own."""
 
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
-
-from cases import STRIKES_AT, Fault, Healthy, base, joined
-from faults import FAULTS
+from all_faults import FAULTS
+from cases import STRIKES_AT, Fault, Healthy, Settings, Strength, base, joined
 from healthy import HEALTHY
+
 from runs import start, wait_for_step
 
 CHILD = str(Path(__file__).with_name("child.py"))
@@ -28,23 +29,22 @@ class ProofRun:
     @property
     def name(self) -> str:
         """Of its directory."""
-        words = "".join(letter if letter.isalnum() else "-" for letter in self.case.name)
-        return f"{words}.{self.shown_strength}.{self.seed}".replace(" ", "-").replace("/", "-")
+        words = f"{self.case.name} {self.shown_strength} {self.seed}"
+        return "-".join(re.findall(r"[\w.]+", words))
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """That name what is broken."""
+        return self.case.rules if isinstance(self.case, Fault) else ()
 
     @property
     def shown_strength(self) -> str:
-        if isinstance(self.case, Healthy):
-            return ""
-        strength = self.case.strengths[self.strength]
+        strength = self.strength_value
         return strength if isinstance(strength, str) else f"{strength:.3g}"
 
     def make(self, corpus: Path, directory: Path) -> Path:
         """The run's directory, once the run has ended. What it printed is beside it, in NAME.log."""
-        case = self.case
-        changes = case.settings(corpus) if isinstance(case, Healthy) else case.settings(self.strength_value, corpus)
-        settings = joined(base(corpus), changes, {"train": {"seed": self.seed}})
-        if "mixture" in settings["data"]:
-            del settings["data"]["source"], settings["data"]["files"]
+        settings = joined(base(corpus), self.changes(corpus), {"train": {"seed": self.seed}})
         directory.mkdir(parents=True, exist_ok=True)
         config = directory / f"{self.name}.toml"
         config.write_text(tomli_w.dumps({"name": self.name, "runs_dir": str(directory), **settings}))
@@ -54,9 +54,13 @@ class ProofRun:
         return directory / self.name
 
     @property
-    def strength_value(self) -> str | float:
-        assert isinstance(self.case, Fault)
-        return self.case.strengths[self.strength]
+    def strength_value(self) -> Strength:
+        return "" if isinstance(self.case, Healthy) else self.case.strengths[self.strength]
+
+    def changes(self, corpus: Path) -> Settings:
+        """What the run's configuration has in place of `base`."""
+        case = self.case
+        return case.settings(corpus) if isinstance(case, Healthy) else case.settings(self.strength_value, corpus)
 
     def _starts(self, config: Path, directory: Path) -> Iterator[str]:
         """Start the run once or several times, and give what each start printed."""

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import STRIKES_AT, Fault, Settings, Strength
+from corpus import files
+from injections.patching import EXPERTS, after_update, before_update, gradients_of, replaced, weights_of
 from torch import Tensor
 
 import p828.engine.microbatch
 import p828.engine.plain
-from cases import STRIKES_AT, Fault, Settings, Strength
-from corpus import files
-from injections.patching import EXPERTS, after_update, before_update, gradients_of, replaced, weights_of
 from p828.data.batch import Batch
 from p828.engine.plain import PlainEngine
 

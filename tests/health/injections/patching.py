@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from p828.engine.plain import PlainEngine
 from p828.engine.interface import StepResult
+from p828.engine.plain import PlainEngine
 
 
 @contextmanager

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import Fault, Settings, Strength
+from corpus import files
+from injections.patching import before_update, replaced
 from torch import Tensor
 
 import p828.engine.plain
 import p828.model.router
 import p828.model.transformer
-from cases import Fault, Settings, Strength
-from corpus import files
-from injections.patching import before_update, replaced
 from p828.config import ModelConfig
 from p828.engine.plain import PlainEngine
 from p828.model.router import Router, Routing
@@ -242,4 +242,3 @@ FAULTS = (
         settings=_recomputing,
     ),
 )  # fmt: skip
-
