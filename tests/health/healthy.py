@@ -58,7 +58,7 @@ def _mixture(corpus: Path) -> Settings:
 
 
 def _prepared(corpus: Path) -> Settings:
-    return {"data": {"prepared": str(corpus / "prepared")}}
+    return {"data": {"prepared": str(corpus / "prepared"), "validation": {"fraction": 0.01}}}
 
 
 def _several_epochs(corpus: Path) -> Settings:
@@ -73,7 +73,10 @@ HEALTHY = (
         "wider and deeper",
         _changes(model={"hidden_size": 96, "moe_intermediate_size": 64, "num_hidden_layers": 4, "head_dim": 24}),
     ),
-    Healthy("one layer, one expert a token", _changes(model={"num_hidden_layers": 1, "num_experts_per_tok": 1})),
+    Healthy(
+        "one layer, one expert a token",
+        _changes(model={"num_hidden_layers": 1, "num_experts_per_tok": 1, "norm_topk_prob": False}),
+    ),
     Healthy("constant rate", _changes(schedule={"kind": "constant", "warmup_steps": 20})),
     Healthy("WSD", _changes(schedule={"kind": "wsd", "warmup_steps": 20, "decay_steps": 60, "min_lr_ratio": 0.0})),
     Healthy(

@@ -5,6 +5,7 @@ python tests/health/proof.py DIRECTORY [--only WORDS] [--again] [--jobs N] [--wr
 
 import argparse
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,11 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--only", default="", help="runs whose directory's name has these letters")
+    parser.add_argument("--healthy", action="store_true", help="the healthy runs alone")
     parser.add_argument("--again", action="store_true", help="make runs again that are there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
     parser.add_argument("--write", type=Path, help="the page with the tables")
     given = parser.parse_args()
-    wanted = [run for run in proof_runs() if given.only in run.name]
+    wanted = [run for run in proof_runs() if given.only in run.name and (run.is_healthy or not given.healthy)]
     verdicts = prove(wanted, given.directory.absolute(), given.jobs, given.again)
     broken = [verdict for verdict in verdicts if isinstance(verdict.run.case, Fault)]
     if given.write:
@@ -42,6 +44,7 @@ def prove(wanted: list[ProofRun], directory: Path, jobs: int | None, again: bool
 
     def proved(run: ProofRun) -> Verdict:
         if again or not (directory / f"{run.name}.log").exists():
+            shutil.rmtree(directory / run.name, ignore_errors=True)
             run.make(corpus, directory)
         verdict = judged(run, directory)
         print(line(verdict), flush=True)

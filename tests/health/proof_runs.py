@@ -33,6 +33,10 @@ class ProofRun:
         return "-".join(re.findall(r"[\w.]+", words))
 
     @property
+    def is_healthy(self) -> bool:
+        return isinstance(self.case, Healthy)
+
+    @property
     def rules(self) -> tuple[str, ...]:
         """That name what is broken."""
         return self.case.rules if isinstance(self.case, Fault) else ()

@@ -223,7 +223,7 @@ FAULTS = (
         1, "auxiliary loss with the wrong sign", ("router_collapse",), imbalance_rewarded, (0.1, 0.3, 1.0),
         settings=by_aux_loss,
     ),
-    Fault(2, "one expert is preferred", ("load_imbalance",), one_is_preferred, (0.2, 0.5, 1.0), settings=unbalanced),
+    Fault(2, "one expert is preferred", ("load_imbalance",), one_is_preferred, (0.1, 0.3, 0.5), settings=unbalanced),
     Fault(3, "balance bias", ("bias_not_balancing",), bias_update, ("never updated", "wrong sign")),
     Fault(
         4, "auxiliary loss of counts alone", ("aux_loss_without_gradient",), aux_of_counts, (0.001, 0.01, 0.1),
