@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from p828.config import Config, ScheduleConfig
+from p828.model.costs import count_parameters
 from p828.optim.schedule import learning_rate
 
 
@@ -21,6 +22,8 @@ class Facts:
     experts_per_token: int = 1
     vocab_size: int = 0
     """Rows of the embedding; 0 if not known."""
+    active_parameters: int = 0
+    """Those that a token uses; 0 if not known."""
     norm_topk_prob: bool = True
     mask_documents: bool = True
     dropout: float = 0.0
@@ -61,6 +64,7 @@ class Facts:
             experts=model.n_routed_experts,
             experts_per_token=model.num_experts_per_tok,
             vocab_size=model.vocab_size,
+            active_parameters=count_parameters(model).active,
             norm_topk_prob=model.norm_topk_prob,
             mask_documents=model.mask_documents,
             dropout=model.dropout,

@@ -74,6 +74,11 @@ class Window:
         return [record for record in self.recent if record["step"] > (self.resumed_at or 0)]
 
     @property
+    def is_finite(self) -> bool:
+        """Whether the last step's loss and gradient norm were finite."""
+        return not self.non_finite or self.non_finite[-1] != self.step
+
+    @property
     def is_bfloat16(self) -> bool:
         """Whether the layers compute in bfloat16, as far as the configuration and the records tell."""
         if self.facts.dtype != "auto":

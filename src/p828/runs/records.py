@@ -13,7 +13,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, cast
@@ -42,6 +42,12 @@ class Mirror(Protocol):
     def finish(self, exit_code: int) -> None: ...
 
 
+class Follower(Protocol):
+    """What looks at the records as they come, as the rules of run health."""
+
+    def add(self, record: Mapping[str, Any]) -> None: ...
+
+
 class Recorder:
     """Appends to `run_dir/metrics.jsonl`, and gives every record to the mirror, if there is one.
 
@@ -51,6 +57,7 @@ class Recorder:
 
     def __init__(self, run_dir: Path, is_quiet: bool = False, mirror: Mirror | None = None) -> None:
         self.is_quiet, self.mirror = is_quiet, mirror
+        self.follower: Follower | None = None
         self.waiting: list[bytes] = []
         """Lines for which the disk had no room; they are written as soon as it has."""
         self.path = run_dir / RECORDS_FILE
@@ -81,6 +88,8 @@ class Recorder:
             raise RecordsFailed(_unwritable(self.path, error)) from None
         if self.mirror is not None:
             self.mirror.write(kind, step, values)
+        if self.follower is not None:
+            self.follower.add({"kind": kind, "step": step, **values})
 
     def _append(self, line: bytes) -> bool:
         """Append the line, or nothing of it if the disk has no room. Returns whether it had."""

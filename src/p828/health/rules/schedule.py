@@ -14,7 +14,8 @@ EARLY = 64  # steps
 BLOWN_STEPS = 8  # whose mean counts
 HARMED = 0.3  # nats that the loss of a run without warm-up rises at first
 SHORT_WARMUP = 0.2  # of a warm-up's first rate: more of the peak in the first step is none
-LARGEST_RATE = 0.05  # AdamW at any published size
+FITTED_RATE, FITTED_ACTIVE = 2e-3, 275e6  # OLMo-core's fit, falling as 1 / active parameters
+MOST_TIMES = 25.0  # the fitted rate: 0.05 for a small model, and no published run of AdamW has that
 LARGEST_RATIO = 0.3  # mean update over mean weight, of a whole part of the model, step after step
 USUAL_RATIO = "about 1e-3 is usual (Karpathy, makemore part 3; CS231n)"
 HIGH_REFERENCE = (
@@ -54,11 +55,10 @@ def follows(window: Window) -> list[Finding]:
 def _apart(window: Window, apart: list[tuple[Record, float, float]]) -> Finding:
     """What a rate that does not follow the schedule does instead."""
     facts, (record, rate, right) = window.facts, apart[0]
-    step = record["step"]
+    step, (last_record, last_rate, _) = record["step"], apart[-1]
     evidence = (
         f"the learning rate of step {step} is {rate:.3g}, and the schedule's {right:.3g} ({len(apart)} such steps)"
     )
-    last_record, last_rate, last_right = apart[-1]
     restarted = facts.learning_rate(last_record["step"] - step + 1)
     if step > 1 and restarted is not None and abs(last_rate - restarted) <= FOLLOWS * max(last_rate, restarted):
         return _rate_finding(
@@ -78,32 +78,19 @@ def _apart(window: Window, apart: list[tuple[Record, float, float]]) -> Finding:
             "the warm-up is left out",
             "warm up as schedule.warmup_steps says",
         )
-    times = max(each_rate / each_right if each_right else math.inf for _, each_rate, each_right in apart)
-    if times >= FAR:
-        return _rate_finding(
-            window,
-            "learning_rate_high",
-            step,
-            f"{evidence}: up to {times:.3g} times as high",
-            "the optimizer is given another rate than the schedule's",
-            "give the optimizer the schedule's rate, and go back to a checkpoint before it",
-        )
-    if max(each_right / each_rate if each_rate else math.inf for _, each_rate, each_right in apart) >= FAR:
-        return _rate_finding(
-            window,
-            "learning_rate_low",
-            step,
-            f"{evidence}: in step {last_record['step']} {last_rate:.3g} instead of {last_right:.3g}",
-            "the optimizer is given another rate than the schedule's",
-            "give the optimizer the schedule's rate",
-        )
+    times = [each / should if should else math.inf for _, each, should in apart]
+    if max(times) < FAR and min(times) > 1 / FAR:
+        rule, cause = "schedule_restart", "the rate follows another schedule than the configuration's"
+        remedy = "compare schedule and train.steps in config.toml with what was meant"
+        return _rate_finding(window, rule, step, evidence, cause, remedy)
+    is_high = max(times) >= FAR
     return _rate_finding(
         window,
-        "schedule_restart",
+        "learning_rate_high" if is_high else "learning_rate_low",
         step,
-        evidence,
-        "the rate follows another schedule than the configuration's",
-        "compare schedule and train.steps in config.toml with what was meant",
+        f"{evidence}: {max(times) if is_high else min(times):.3g} times the schedule's",
+        "the optimizer is given another rate than the schedule's",
+        "give the optimizer the schedule's rate, and go back to a checkpoint before it",
     )
 
 
@@ -146,20 +133,19 @@ def rate_high(window: Window) -> list[Finding]:
     rates = [rate for record in (*window.first, *window.recent) if (rate := number_of(record, "lr")) is not None]
     if not rates or not facts.is_from_scratch:
         return []
-    evidence = _blown_up(window) or _replaced(window)
-    if not evidence:
-        if max(rates) <= LARGEST_RATE:
-            return []
-        evidence = (
-            1,
-            f"the rate goes up to {max(rates):.3g}, and no published run of AdamW has more than {LARGEST_RATE}",
-        )
-    since, text = evidence
-    severity = "critical" if _blown_up(window) or _replaced(window) else "warning"
+    seen = _blown_up(window) or _replaced(window)
+    fitted = FITTED_RATE * min(1.0, FITTED_ACTIVE / max(facts.active_parameters, 1))
+    if not seen and max(rates) <= MOST_TIMES * fitted:
+        return []
+    since, text = seen or (
+        1,
+        f"the rate goes up to {max(rates):.3g}, {max(rates) / fitted:.0f} times the {fitted:.2g} that was found best "
+        "for models of this size",
+    )
     return [
         Finding(
             "learning_rate_high",
-            "critical" if severity == "critical" else "warning",
+            "critical" if seen or not window.is_finite else "warning",
             window.step,
             since,
             text,
