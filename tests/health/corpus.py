@@ -15,13 +15,14 @@ from p828.config import Config, DataConfig, TokenizerConfig
 from p828.data.build import tokenizer_of
 
 MEGABYTES = 4  # of code; the prose in it is a sixth of that
+FEW = 200  # documents, which a run goes through three times
 VOCABULARY = 512
 SEQUENCE = 64
 SHORTEST, LONGEST = 200, 3000  # characters of a document
 
 
 def write_corpus(directory: Path, megabytes: int = MEGABYTES, is_prepared: bool = True) -> Path:
-    """`code.jsonl`, `prose.jsonl`, `talk.jsonl`, `tokenizer.json` and `prepared/`, unless they are there."""
+    """`code.jsonl`, `few.jsonl`, `prose.jsonl`, `talk.jsonl`, `tokenizer.json` and `prepared/`, unless they are there."""
     if (directory / "tokenizer.json").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -33,7 +34,7 @@ def write_corpus(directory: Path, megabytes: int = MEGABYTES, is_prepared: bool 
             asked = {"role": "user", "content": f"What is {name}?"}
             answer = docstring[: len(docstring) // 3]  # of many lengths, so that rows differ in their targets
             talk.append({"messages": [asked, {"role": "assistant", "content": answer}]})
-    for name, lines in (("code", code), ("prose", prose), ("talk", talk)):
+    for name, lines in (("code", code), ("few", code[:FEW]), ("prose", prose), ("talk", talk)):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = DataConfig(source="files", files=(str(directory / "code.jsonl"),), sequence_length=SEQUENCE)
     tokenizer = TokenizerConfig(vocab_size=VOCABULARY, training_megabytes=1)

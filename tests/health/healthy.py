@@ -54,7 +54,7 @@ def _mixture(corpus: Path) -> Settings:
     for source in (code, prose):
         del source["sequence_length"]
     sources = [{"name": "code", **code, "weights": [2.0, 1.0]}, {"name": "prose", **prose, "weights": [1.0, 1.0]}]
-    return {"data": {"mixture": sources, "mixture_steps": [0, 200]}}
+    return {"data": {"mixture": sources, "mixture_steps": [0, 120]}}
 
 
 def _prepared(corpus: Path) -> Settings:
@@ -62,8 +62,7 @@ def _prepared(corpus: Path) -> Settings:
 
 
 def _several_epochs(corpus: Path) -> Settings:
-    """Prose comes around about twice."""
-    return {"data": files(corpus, "prose"), "train": {"steps": 600, "micro_batch_size": 8, "gradient_accumulation": 4}}
+    return {"data": files(corpus, "few")}
 
 
 HEALTHY = (

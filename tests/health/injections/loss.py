@@ -16,7 +16,7 @@ import p828.engine.plain
 from p828.data.batch import Batch
 from p828.engine.plain import PlainEngine
 
-BAD_UPDATE_AT = 200
+BAD_UPDATE_AT = 160
 
 
 @contextmanager
