@@ -82,6 +82,8 @@ class Batch:
     attended_pairs: int = 0
     """Pairs of a token and one that its attention sees, itself among them; padding left out. L (L + 1) / 2 for each
     document of L tokens in a sample, or for each sample without document masking."""
+    max_token: int = 0
+    """Largest token id of the samples, targets included."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting if it is pinned."""

@@ -112,6 +112,7 @@ def make_batch(samples: Sequence[Sample], mask_documents: bool, sources: int = 1
         text_bytes=_text_bytes(samples),
         epoch=max(sample.epoch for sample in samples),
         attended_pairs=int((positions_BS + 1).sum(where=document_ids_BS != PADDING)),
+        max_token=int(tokens.max()),
     )
 
 

@@ -64,7 +64,9 @@ def look(run: Path, now: float | None = None) -> Disk:
     written = records.stat().st_mtime if records.is_file() else None
     locked = is_locked(run)
     return Disk(
-        checkpoints=tuple(_saved(directory / name) for name in names if STEP_NAME.fullmatch(name)),
+        checkpoints=tuple(
+            saved for name in names if STEP_NAME.fullmatch(name) and (saved := _saved(directory / name)) is not None
+        ),
         unfinished=tuple(name for name in names if name.startswith(".") and _ends_so(name) and not locked),
         quarantined=tuple(name for name in names if name.startswith(QUARANTINED)),
         hang=_hang(run / HANG_FILE, written),
@@ -78,8 +80,16 @@ def _ends_so(name: str) -> bool:
     return name.rpartition(".")[2] in (SAVING, REPLACED, DELETED)
 
 
-def _saved(path: Path) -> Saved:
-    """A checkpoint's size, and what its manifest does not find. The tensors are not read."""
+def _saved(path: Path) -> Saved | None:
+    """A checkpoint's size, and what its manifest does not find; None if it was deleted meanwhile.
+
+    The tensors are not read.
+    """
+    saved = _measured(path)
+    return saved if path.is_dir() else None
+
+
+def _measured(path: Path) -> Saved:
     step, problem, total = step_of(path), "", 0
     try:
         files = json.loads(read_limited(path / MANIFEST_FILE, LARGEST_MANIFEST))["files"]

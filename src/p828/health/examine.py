@@ -22,6 +22,7 @@ RULES: tuple[Rule, ...] = (
     gradients.large_norm,
     optimizer.moves,
     optimizer.lost,
+    optimizer.size,
     optimizer.ratio,
     router.bias,
     router.auxiliary_loss,

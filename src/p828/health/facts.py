@@ -1,10 +1,11 @@
 """What rules need to know of a run's configuration."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from p828.config import Config, ScheduleConfig
-from p828.model.costs import count_parameters
+from p828.model.costs import count_parameters, parameters_by_part
 from p828.optim.schedule import learning_rate
 
 
@@ -24,6 +25,8 @@ class Facts:
     """Rows of the embedding; 0 if not known."""
     active_parameters: int = 0
     """Those that a token uses; 0 if not known."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Parameters by part of the model, as `p828.model.costs` counts them."""
     norm_topk_prob: bool = True
     mask_documents: bool = True
     dropout: float = 0.0
@@ -65,6 +68,7 @@ class Facts:
             experts_per_token=model.num_experts_per_tok,
             vocab_size=model.vocab_size,
             active_parameters=count_parameters(model).active,
+            numbers=parameters_by_part(model)._asdict(),
             norm_topk_prob=model.norm_topk_prob,
             mask_documents=model.mask_documents,
             dropout=model.dropout,

@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from p828.health.disk import Disk
@@ -14,7 +15,22 @@ from p828.health.spikes import Spikes
 Record = Mapping[str, Any]
 RECENT = 256  # steps whose whole records are kept
 FIRST = 64  # first steps of a run whose records are kept
+GAP_STEPS, LATEST_STEPS = 64, 8  # whose mean loss an evaluation is compared with
+MEASURED = 64  # of the steps with measurements that are not made in every step
 OTHERS = 256  # of evaluations, probes and events each
+
+
+@dataclass(frozen=True)
+class Gap:
+    """An evaluation, beside the training at that time."""
+
+    step: int
+    validation: float
+    """Validation loss."""
+    training: float
+    """Mean training loss of the 64 steps before."""
+    latest: float
+    """Mean training loss of the 8 steps before: while the loss falls, the other one lags behind."""
 
 
 class Window:
@@ -32,7 +48,10 @@ class Window:
         """The last steps' records."""
         self.first: list[Record] = []
         """The first steps' records."""
+        self.measured: deque[Record] = deque(maxlen=MEASURED)
+        """Of the steps of this start whose update was measured: every tenth or so, the last ones."""
         self.evaluations: deque[Record] = deque(maxlen=OTHERS)
+        self.gaps: deque[Gap] = deque(maxlen=OTHERS)
         self.probes: deque[Record] = deque(maxlen=OTHERS)
         self.events: deque[Record] = deque(maxlen=OTHERS)
         self.history = History()
@@ -55,6 +74,10 @@ class Window:
             self._add_step(step, record)
         elif kind == "eval":
             self.evaluations.append(record)
+            losses = self.numbers("loss", GAP_STEPS)
+            if (validation := number_of(record, "loss")) is not None and len(losses) >= GAP_STEPS // 2:
+                latest = math.fsum(losses[-LATEST_STEPS:]) / LATEST_STEPS
+                self.gaps.append(Gap(step, validation, math.fsum(losses) / len(losses), latest))
         elif kind == "probe":
             self.probes.append(record)
         elif kind == "event":
@@ -90,6 +113,8 @@ class Window:
         self.recent.append(record)
         if len(self.first) < FIRST:
             self.first.append(record)
+        if "update_ratios" in record:
+            self.measured.append(record)
         loss, norm = record.get("loss"), record.get("grad_norm")
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in (loss, norm)):
             self.non_finite.append(step)
@@ -103,6 +128,7 @@ class Window:
         self.events.append(record)
         if record.get("event") == "resume" and str(record.get("text", "")).startswith("resumed from step"):
             self.resumed_at = step
+            self.measured.clear()
 
 
 def number_of(record: Record, name: str) -> float | None:

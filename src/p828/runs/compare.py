@@ -12,7 +12,10 @@ import torch
 from p828.runs import checkpoint, records
 from p828.runs.file_names import RECORDS_FILE
 
-OF_THE_MACHINE = ("tokens_per_second", "mfu", "memory_bytes", "seconds")  # keys in which two equal runs differ
+OF_THE_MACHINE = (  # keys in which two equal runs differ
+    "tokens_per_second", "mfu", "memory_bytes", "rank_memory_bytes", "disk_free_bytes", "seconds", "data_seconds",
+    "host_seconds", "compilations",
+)  # fmt: skip
 
 
 def first_difference(first: Path, second: Path) -> str | None:

@@ -23,6 +23,8 @@ from p828.files import fsync, open_appended, open_regular
 from p828.runs.file_names import DAMAGED_RECORDS_FILE, RECORDS_FILE
 
 LOADS_A_STEP = 32  # loads of experts that a step's line has on average at most, without those at evaluations
+MEASURED_EVERY = 10  # steps: what takes longer to find, or more room in a line
+DIGITS = 4  # of a number that is told by part or layer
 STARVED_UNDER = 0.1  # of the mean load of a layer's experts
 PIECE = 2**20  # bytes
 LONGEST_LINE = 16 * 2**20  # bytes; a step of a thousand layers of a thousand experts takes half of it
@@ -177,6 +179,20 @@ def read(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
                 raise DataError(f"{path}: line {number} is not a record; mend or remove that line")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def is_measured(step: int) -> bool:
+    """Whether this step's line has the numbers that are not in every line."""
+    return step == 1 or step % MEASURED_EVERY == 0
+
+
+def shortened(number: Any) -> Any:
+    """The number, or those of a list or an object, with DIGITS digits."""
+    if isinstance(number, dict):
+        return {name: shortened(value) for name, value in number.items()}
+    if isinstance(number, list):
+        return [shortened(value) for value in number]
+    return float(f"{number:.{DIGITS}g}")
 
 
 def loads_every(layers: int, experts: int) -> int:

@@ -16,9 +16,7 @@ LARGE_SHARE = 0.5  # of these steps
 NORM_TOLERANCE = (
     0.02  # of the global norm, which is the root of the sum of the parts' squares; float32 and bfloat16 sums
 )
-NORM_STEPS = 8
-OFF = 30.0  # times the median of the other matrices' share, or under its inverse
-SHARES = ("attention", "shared_experts", "routed_experts")
+NORM_STEPS, FEWEST_NORMS = 8, 4
 
 NO_GRADIENT_STEPS = 16  # in a row with a norm of exactly 0
 
@@ -143,13 +141,14 @@ def expert_norm(window: Window) -> list[Finding]:
     """The experts' gradient does not add up with the others to the global norm, or is of another order."""
     pairs = [
         (record, parts, norm)
-        for record in window.last(NORM_STEPS)
+        for record in window.since_resume()
         if (parts := parts_of(record, "grad_norms")) and (norm := number_of(record, "grad_norm")) is not None
     ]
-    if len(pairs) < NORM_STEPS or not all("routed_experts" in parts for _, parts, _ in pairs):
+    pairs = pairs[-NORM_STEPS:]
+    if len(pairs) < FEWEST_NORMS or not all("routed_experts" in parts for _, parts, _ in pairs):
         return []
     ratios = [math.sqrt(math.fsum(part**2 for part in parts.values())) / norm for _, parts, norm in pairs if norm > 0]
-    if len(ratios) == NORM_STEPS and all(abs(ratio - 1) > NORM_TOLERANCE for ratio in ratios):
+    if len(ratios) == len(pairs) and all(abs(ratio - 1) > NORM_TOLERANCE for ratio in ratios):
         record, parts, norm = pairs[-1]
         total = math.sqrt(math.fsum(part**2 for part in parts.values()))
         others = math.sqrt(math.fsum(v**2 for part, v in parts.items() if part != "routed_experts"))
@@ -192,7 +191,8 @@ def _expert_finding(window: Window, since: int, evidence: str, cause: str) -> Fi
 
 def no_gradient(window: Window) -> list[Finding]:
     """A part of the model gets no gradient at all."""
-    rows = [parts for record in window.last(NO_GRADIENT_STEPS) if (parts := parts_of(record, "grad_norms"))]
+    having = [record for record in window.since_resume() if parts_of(record, "grad_norms")][-NO_GRADIENT_STEPS:]
+    rows = [parts_of(record, "grad_norms") for record in having]
     if len(rows) < NO_GRADIENT_STEPS:
         return []
     silent = [part for part in rows[0] if all(row.get(part, 1.0) == 0.0 for row in rows)]
@@ -205,8 +205,9 @@ def no_gradient(window: Window) -> list[Finding]:
             "no_gradient",
             "warning" if is_known else "critical",
             window.step,
-            window.step - NO_GRADIENT_STEPS + 1,
-            f"the gradient of {', '.join(silent)} is exactly 0 in the last {NO_GRADIENT_STEPS} steps, "
+            having[0]["step"],
+            f"the gradient of {', '.join(silent)} is exactly 0 in {NO_GRADIENT_STEPS} steps up to "
+            f"{having[-1]['step']}, "
             f"that of {max(rows[-1], key=lambda part: rows[-1][part])} is {max(rows[-1].values()):.3g}",
             "with one expert a token and model.norm_topk_prob = true every weight is 1, whatever the router says"
             if is_known

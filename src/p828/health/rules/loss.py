@@ -1,6 +1,7 @@
 """Rules about the loss: spikes, divergence, a loss that rises, and how far validation is above training."""
 
 import math
+import statistics
 from itertools import pairwise
 
 from p828.health.finding import Finding
@@ -9,11 +10,16 @@ from p828.health.spikes import Spike
 from p828.health.window import Window, number_of
 
 UNRECOVERED_STEPS = 32  # PaLM (arXiv 2204.02311, 5.1): most spikes come back by themselves, within some dozens of steps
-SPIKE_REFERENCE = "OLMo-core, SkipStepOptimizer: a loss above mean + 6 standard deviations of the last 128 steps"
+SPIKE_REFERENCE = (
+    "OLMo-core, SkipStepOptimizer: a loss above mean + 6 standard deviations of the last 128 steps; here around its "
+    "trend"
+)
 
-DIVERGED_STEPS = 48  # recent steps whose mean counts
-DIVERGED_RISE = 0.5  # nats above the best mean of as many steps
-DIVERGED_SIGMAS = 4.0  # and more than the noise of the loss explains: of the recent steps' standard deviation
+DIVERGED_STEPS = 24  # whose mean counts
+DIVERGED_BEFORE = 3  # stretches of as many steps at least that are compared with, or half of the run
+DIVERGED_RISE = 0.5  # nats above their median
+DIVERGED_SPREADS = 3.0  # and times the median difference between two of them: data that is not shuffled well moves so
+VALIDATION_RISE = 0.25  # nats above the best validation loss; less is a model about as good as ever
 DIVERGED_REFERENCE = (
     "Wortsman et al. 2023 (arXiv 2309.14322): a loss that rises above its minimum and stays there has diverged; "
     "0.5 nats is a perplexity 1.6 times as high"
@@ -24,18 +30,30 @@ RISING_BLOCKS = 5
 RISING_NATS = 0.05  # over these steps; less is what data in another order gives
 
 GAP_NATS = 1.0  # Project 828: "Val loss >> train loss"; e times the perplexity
-GAP_STEPS = 64
+GAP_EVALUATIONS = 2  # in a row
+GAP_WORSE = 0.1  # nats that the last one is above the best: the gap opens on both sides
 
 
 def spikes(window: Window) -> list[Finding]:
     """`spike_unrecovered` for a spike that did not come back, else `spike` for those that did."""
     current, found = window.spikes.current, []
-    if current is not None and current.last - current.step >= UNRECOVERED_STEPS:
+    is_late = current is not None and current.last - current.step >= UNRECOVERED_STEPS
+    if current is not None and is_late and current.is_high and not validates(window, current.step + UNRECOVERED_STEPS):
         found.append(_unrecovered(window, current))
     back = [spike for spike in window.spikes.found if spike.recovered is not None]
     if back:
         found.append(_recovered(window, back))
     return found
+
+
+def validates(window: Window, since: int) -> bool:
+    """Whether an evaluation since that step says that the model is about as good as ever."""
+    losses = [
+        (record["step"], loss) for record in window.evaluations if (loss := number_of(record, "loss")) is not None
+    ]
+    if len(losses) < 2 or losses[-1][0] < since:
+        return False
+    return losses[-1][1] < min(loss for _, loss in losses[:-1]) + VALIDATION_RISE
 
 
 def _unrecovered(window: Window, spike: Spike) -> Finding:
@@ -74,23 +92,27 @@ def _names_data(window: Window, spike: Spike) -> str:
 
 
 def divergence(window: Window) -> list[Finding]:
-    """The loss of the recent steps is far above the best that the run had."""
-    recent = window.numbers("loss", DIVERGED_STEPS)
-    if len(recent) < DIVERGED_STEPS:
+    """The loss of the recent steps is far above that of the steps before, and validation does not deny it."""
+    means = _means(window)
+    if len(means) < DIVERGED_BEFORE + 1:
         return []
-    mean = math.fsum(recent) / len(recent)
-    sigma = math.sqrt(math.fsum((x - mean) ** 2 for x in recent) / len(recent))
-    best, step = best_mean(window, DIVERGED_STEPS)
-    if mean - best < max(DIVERGED_RISE, DIVERGED_SIGMAS * sigma / math.sqrt(DIVERGED_STEPS)):
+    (_, now), before = means[-1], means[-1 - max(DIVERGED_BEFORE, len(means) // 2) : -1]
+    usual = statistics.median(mean for _, mean in before)
+    spread = statistics.median(abs(later - early) for (_, early), (_, later) in pairwise(before))
+    if now - usual < max(DIVERGED_RISE, DIVERGED_SPREADS * spread):
+        return []
+    best, step = min((mean, first) for first, mean in means)
+    since = next((first for first, mean in reversed(means) if mean <= usual), step) + DIVERGED_STEPS
+    if validates(window, since):
         return []
     return [
         Finding(
             "divergence",
             "critical",
             window.step,
-            step,
-            f"the mean loss of the last {DIVERGED_STEPS} steps is {mean:.3f}, {mean - best:.2f} nats above the best, "
-            f"{best:.3f} up to step {step}",
+            min(since, window.step),
+            f"the mean loss of the last {DIVERGED_STEPS} steps is {now:.3f}, {now - usual:.2f} nats above the usual "
+            f"{usual:.3f} before (best: {best:.3f} from step {step} on)",
             "the training became unstable: a learning rate too high for this phase, growing logits, or other data",
             "go back to a checkpoint before it with a lower optimizer.learning_rate, a longer warm-up or "
             "model.use_qk_norm = true in a new run",
@@ -99,22 +121,21 @@ def divergence(window: Window) -> list[Finding]:
     ]
 
 
-def best_mean(window: Window, steps: int) -> tuple[float, int]:
-    """The lowest mean loss over blocks that hold at least `steps` steps together, and their last step."""
-    best, at = math.inf, window.step
-    blocks = window.history.means("loss")
-    total, count, begin = 0.0, 0, 0
-    for block, mean in blocks:
+def _means(window: Window) -> list[tuple[int, float]]:
+    """The first step and the mean loss of stretches of `DIVERGED_STEPS` steps or more, the last one up to now.
+
+    The blocks of the history and the recent steps are cut from behind. Steps before the last half of the run's are
+    left out where the loss still falls fast.
+    """
+    found: list[tuple[int, float]] = []
+    total, count = 0.0, 0
+    for block, mean in reversed(window.history.means("loss")):
         total += mean * block.counts["loss"]
         count += block.counts["loss"]
-        while count - blocks[begin][0].counts["loss"] >= steps:
-            first, first_mean = blocks[begin]
-            total -= first_mean * first.counts["loss"]
-            count -= first.counts["loss"]
-            begin += 1
-        if count >= steps and total / count < best:
-            best, at = total / count, block.last
-    return best, at
+        if count >= DIVERGED_STEPS:
+            found.append((block.first, total / count))
+            total, count = 0.0, 0
+    return found[::-1]
 
 
 def rising(window: Window) -> list[Finding]:
@@ -158,25 +179,23 @@ def _groups(window: Window, steps: int, groups: int) -> list[tuple[int, float]]:
 
 
 def validation_gap(window: Window) -> list[Finding]:
-    """Project 828's red flag: a validation loss far above the training loss."""
-    if not window.evaluations:
+    """Project 828's red flag: a validation loss far above the training loss, and not the best one."""
+    gaps = list(window.gaps)[-GAP_EVALUATIONS:]
+    if len(gaps) < GAP_EVALUATIONS or any(gap.validation - gap.training < GAP_NATS for gap in gaps):
         return []
-    evaluation = window.evaluations[-1]
-    validation, losses = number_of(evaluation, "loss"), window.numbers("loss", GAP_STEPS)
-    if validation is None or len(losses) < GAP_STEPS // 2:
+    last, best = gaps[-1], min(gap.validation for gap in window.gaps)
+    if last.validation < best + GAP_WORSE:
         return []
-    training = math.fsum(losses) / len(losses)
-    if validation - training < GAP_NATS:
-        return []
-    epochs = window.recent[-1].get("epoch", 0)
+    epoch = window.recent[-1].get("epoch")
     return [
         Finding(
             "validation_gap",
             "warning",
             window.step,
-            evaluation["step"],
-            f"the validation loss of step {evaluation['step']} is {validation:.3f}, the training loss {training:.3f}: "
-            f"{validation - training:.2f} nats less, in epoch {epochs + 1 if isinstance(epochs, int) else '?'}",
+            gaps[0].step,
+            f"the validation loss of step {last.step} is {last.validation:.3f} (best {best:.3f}), the training loss "
+            f"around it {last.training:.3f}: {last.validation - last.training:.2f} nats less"
+            + (f", in epoch {epoch + 1}" if isinstance(epoch, int) else ""),
             "the model learns its training data by heart, or the validation text is of another kind",
             "more data or fewer epochs; compare what the two sets hold",
             'Project 828, red flags: "Val loss >> train loss: overfitting"',

@@ -34,6 +34,7 @@ LOSS_REFERENCE = (
 
 OVERLAP = 0.0  # share of the validation rows; a row of a thousand tokens is in both sets by a leak alone
 CRITICAL_OVERLAP = 0.05
+LEAKED_EVALUATIONS = 3  # in a row
 LEAKED_GAP = 0.5  # nats by which a validation loss is under the training loss, without dropout
 DETERMINISTIC = 1e-6  # nats between two evaluations of the same rows by the same weights
 
@@ -142,25 +143,18 @@ def validation(window: Window) -> list[Finding]:
 
 
 def _too_good(window: Window) -> list[Finding]:
-    """A validation loss far under that of the training steps around it."""
-    facts = window.facts
-    if facts.dropout or len(window.evaluations) < 2 or len(facts.mixture_steps) > 1:
+    """A validation loss far under that of the training steps before, several times in a row."""
+    gaps = list(window.gaps)[-LEAKED_EVALUATIONS:]
+    if window.facts.dropout or len(gaps) < LEAKED_EVALUATIONS or len(window.facts.mixture_steps) > 1:
         return []
-    losses = {record["step"]: loss for record in window.recent if (loss := number_of(record, "loss")) is not None}
-    gaps = []
-    for evaluation in list(window.evaluations)[-2:]:
-        step, validation_loss = evaluation["step"], number_of(evaluation, "loss")
-        around = [loss for at, loss in losses.items() if step - 8 < at <= step + 8]
-        if validation_loss is None or len(around) < 8:
-            return []
-        gaps.append((math.fsum(around) / len(around) - validation_loss, step, validation_loss))
-    gap, step, validation_loss = min(gaps)
+    gap = min(gap.latest - gap.validation for gap in gaps)
     if gap < LEAKED_GAP:
         return []
     what = (
-        f"the validation loss of step {step} is {validation_loss:.3f}, {gap:.2f} nats under the training loss around it"
+        f"the validation loss of step {gaps[-1].step} is {gaps[-1].validation:.3f}, and at {len(gaps)} evaluations it "
+        f"was at least {gap:.2f} nats under the training loss of the steps before"
     )
-    return [_leaked(window, "warning", gaps[0][1], what)]
+    return [_leaked(window, "warning", gaps[0].step, what)]
 
 
 def _leaked(window: Window, severity: Severity, since: int, what: str) -> Finding:

@@ -25,7 +25,8 @@ IMBALANCE_REFERENCE = (
     "beyond it a device that holds the busiest expert keeps the others waiting"
 )
 
-UNMOVED_STEPS = 16  # applied steps after which a bias that moves by a fixed rate cannot be zero
+MEASURED, FEWEST_MEASURED = 6, 3  # steps whose update was measured, in a row
+UNMOVED_STEPS = 8  # after so many steps a bias that moves by a fixed rate is not zero
 WRONG_SIGN = -0.5  # correlation of the last bias update with mean load - load; it is near 1 as the update is its sign
 BALANCE_REFERENCE = "Wang et al. 2024 (arXiv 2408.15664): bias += rate · sign(mean load − load), after every step"
 
@@ -133,20 +134,18 @@ def bias(window: Window) -> list[Finding]:
     facts = window.facts
     if not facts.balance_rate or facts.experts <= facts.experts_per_token:
         return []
-    records = [record for record in window.since_resume() if _is_applied(record)][-SPAN:]
-    if len(records) < UNMOVED_STEPS:
+    records = [record for record in window.measured if _is_applied(record)][-MEASURED:]
+    if len(records) < FEWEST_MEASURED or records[-1]["step"] < UNMOVED_STEPS:
         return []
-    for layer, largest in enumerate(_columns(records[-UNMOVED_STEPS:], "bias_max")):
-        if max(largest) == 0.0:
+    for layer, largest in enumerate(_columns(records, "bias_max")):
+        if largest[-1] == 0.0:
             what = f"the balance bias of layer {layer} is 0 after step {window.step}, {facts.balance_rate:g} a step"
             return [_not_balancing(window, records, what, "the bias is never updated")]
-        if len(set(largest)) == 1:
-            what = (
-                f"the balance bias of layer {layer} (largest {max(largest):.4g}) did not change in {len(largest)} steps"
-            )
-            return [_not_balancing(window, records, what, "the bias is not updated any more")]
     for layer, correlations in enumerate(_columns(records, "bias_load_correlation")):
         mean = math.fsum(correlations) / len(correlations)
+        if not any(correlations):
+            what = f"the balance bias of layer {layer} did not change in {len(correlations)} measured steps"
+            return [_not_balancing(window, records, what, "the bias is not updated any more")]
         if mean < WRONG_SIGN:
             what = f"the updates of layer {layer}'s bias have a correlation of {mean:.2f} with mean load − load"
             cause = "the bias is updated with the wrong sign: busy experts get busier"
@@ -198,7 +197,8 @@ def gamed(window: Window) -> list[Finding]:
     facts = window.facts
     if not facts.sequence_loss_weight or window.step < GRACE or facts.experts <= facts.experts_per_token:
         return []
-    entropies = [_two_means(values)[0] for values in _by_layer(window, "router_entropy")]
+    measured = _columns(list(window.measured)[-MEASURED:], "router_entropy")
+    entropies = [math.fsum(values) / len(values) for values in measured]
     balances = [_two_means(values) for values in _by_layer(window, "balance")]
     for layer, (entropy, (balance, before)) in enumerate(zip(entropies, balances, strict=False)):
         if entropy >= UNIFORM and balance <= GAMED_BALANCE and balance - before < RECOVERING:

@@ -16,6 +16,7 @@ HARMED = 0.3  # nats that the loss of a run without warm-up rises at first
 SHORT_WARMUP = 0.2  # of a warm-up's first rate: more of the peak in the first step is none
 FITTED_RATE, FITTED_ACTIVE = 2e-3, 275e6  # OLMo-core's fit, falling as 1 / active parameters
 MOST_TIMES = 25.0  # the fitted rate: 0.05 for a small model, and no published run of AdamW has that
+MEASURED, FEWEST_MEASURED = 6, 3  # steps whose update was measured
 LARGEST_RATIO = 0.3  # mean update over mean weight, of a whole part of the model, step after step
 USUAL_RATIO = "about 1e-3 is usual (Karpathy, makemore part 3; CS231n)"
 HIGH_REFERENCE = (
@@ -26,7 +27,7 @@ HIGH_REFERENCE = (
 
 LOW_STEPS = 128  # at the peak
 LOW_FALL = 0.03  # of the first loss that is gained by then; a rate in range gains a quarter
-LOW_RATIO = 1e-5
+HIGH_RATIO = 1e-2  # update over weight, at which a rate is not too low
 LOW_REFERENCE = f"update-to-weight ratio: {USUAL_RATIO}; a hundredth of it learns a hundredth as fast"
 
 
@@ -139,7 +140,7 @@ def rate_high(window: Window) -> list[Finding]:
         return []
     since, text = seen or (
         1,
-        f"the rate goes up to {max(rates):.3g}, {max(rates) / fitted:.0f} times the {fitted:.2g} that was found best "
+        f"the rate goes up to {max(rates):.3g}, {max(rates) / fitted:.3g} times the {fitted:.2g} that was found best "
         "for models of this size",
     )
     return [
@@ -178,21 +179,21 @@ def _blown_up(window: Window) -> tuple[int, str] | None:
 
 def _replaced(window: Window) -> tuple[int, str] | None:
     """Updates of the size of the weights, long after the first steps."""
-    ratios: dict[str, list[float]] = {}
-    for record in window.last(EARLY):
-        if record["step"] > EARLY:
-            for part, ratio in parts_of(record, "update_ratios").items():
-                ratios.setdefault(part, []).append(ratio)
-    means = {part: math.fsum(values) / len(values) for part, values in ratios.items() if len(values) >= EARLY // 2}
-    matrices = {part: mean for part, mean in means.items() if part in ("attention", "routed_experts", "shared_experts")}
-    if not matrices or min(matrices.values()) < LARGEST_RATIO:
+    records = [record for record in window.measured if record["step"] > EARLY][-MEASURED:]
+    rows = [parts_of(record, "update_ratios") for record in records]
+    means = {
+        part: math.fsum(row[part] for row in rows) / len(rows)
+        for part in ("attention", "routed_experts", "shared_experts")
+        if len(rows) >= FEWEST_MEASURED and all(part in row for row in rows)
+    }
+    if not means or min(means.values()) < LARGEST_RATIO:
         return None
-    part = max(matrices, key=lambda part: matrices[part])
-    since = window.step - EARLY + 1
-    return (
-        since,
-        f"an update is {matrices[part]:.2f} of the weights of {part} in the mean of {EARLY} steps; {USUAL_RATIO}",
+    part = max(means, key=lambda part: means[part])
+    text = (
+        f"an update is {means[part]:.2f} of the weights of {part} in {len(rows)} measured steps up to "
+        f"{records[-1]['step']}; {USUAL_RATIO}"
     )
+    return records[0]["step"], text
 
 
 def rate_low(window: Window) -> list[Finding]:
@@ -210,10 +211,11 @@ def rate_low(window: Window) -> list[Finding]:
     ):
         return []
     first, now = losses[0], math.fsum(recent) / len(recent)
-    ratios = [ratio for record in window.last(32) for ratio in parts_of(record, "update_ratios").values()]
+    rows = [parts_of(record, "update_ratios") for record in list(window.measured)[-FEWEST_MEASURED:]]
+    ratios = [row[part] for row in rows for part in ("attention", "routed_experts") if part in row]
     if not -LOW_FALL * first < first - now < LOW_FALL * first:
         return []
-    if ratios and max(ratios) > LARGEST_RATIO / 100:
+    if ratios and max(ratios) > HIGH_RATIO:
         return []
     known = f"; the largest update is {max(ratios):.1g} of the weights, and {USUAL_RATIO}" if ratios else ""
     return [

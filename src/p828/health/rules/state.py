@@ -7,6 +7,7 @@ from p828.health.window import Window, number_of
 
 BEFORE = 16  # steps before a resume whose mean loss is compared
 AFTER = 8  # steps after it
+RANGE = 64  # steps before it in which no mean loss was as high: data that is not shuffled well moves so far
 JUMP = 0.5  # nats
 JUMP_SIGMAS = 6.0  # of the losses before; as a spike
 RATE_REFERENCE = (
@@ -73,7 +74,10 @@ def _jumped(window: Window) -> list[Finding]:
         return []
     mean, now = math.fsum(before) / len(before), math.fsum(after) / len(after)
     sigma = math.sqrt(math.fsum((loss - mean) ** 2 for loss in before) / len(before))
-    if now - mean < max(JUMP, JUMP_SIGMAS * sigma / math.sqrt(len(after))):
+    if (
+        now - mean < max(JUMP, JUMP_SIGMAS * sigma / math.sqrt(len(after)))
+        or now < _highest(losses, resumed) + JUMP / 2
+    ):
         return []
     return [
         Finding(
@@ -89,6 +93,12 @@ def _jumped(window: Window) -> list[Finding]:
             RATE_REFERENCE,
         )
     ]
+
+
+def _highest(losses: list[tuple[int, float]], resumed: int) -> float:
+    """The highest mean of `AFTER` steps in a row among those not long before."""
+    before = [loss for step, loss in losses if resumed - RANGE < step <= resumed]
+    return max(math.fsum(before[i : i + AFTER]) / AFTER for i in range(len(before) - AFTER + 1))
 
 
 def hang(window: Window) -> list[Finding]:
