@@ -1,6 +1,6 @@
 """Faults 8 to 13: what breaks the loss and the gradients."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def infinite_gradient_applied(part: Strength) -> Iterator[None]:
             gradients_of(engine, str(part))[0].view(-1)[0] = torch.inf
 
     def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda gradients: original([gradient.nan_to_num(posinf=0.0) for gradient in gradients])
+        return lambda norms_P: original(norms_P.nan_to_num(nan=0.0, posinf=0.0))
 
     with before_update(spoil), replaced(p828.engine.plain, "global_norm", make):
         yield
@@ -107,16 +107,14 @@ def scaled_expert_gradients(factor: Strength) -> Iterator[None]:
 @contextmanager
 def norm_without_experts(strength: Strength) -> Iterator[None]:
     """The norm by which gradients are clipped leaves the routed experts out, as where each rank has some of them."""
-    left_out: set[int] = set()
+    is_counted: list[bool] = []
 
     def find(engine: PlainEngine, step: int) -> None:
-        left_out.update(id(gradient) for gradient in gradients_of(engine, *EXPERTS))
+        names = (name for name, _ in engine.model.named_parameters())
+        is_counted[:] = [not any(part in name for part in EXPERTS) for name in names]
 
     def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def norm(gradients: Iterable[Tensor]) -> Tensor:
-            return original([gradient for gradient in gradients if id(gradient) not in left_out])
-
-        return norm
+        return lambda norms_P: original(norms_P[torch.tensor(is_counted)])
 
     with before_update(find), replaced(p828.engine.plain, "global_norm", make):
         yield

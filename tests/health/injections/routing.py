@@ -114,8 +114,8 @@ def loads_counted(form: Strength) -> Iterator[None]:
 @contextmanager
 def _twice() -> Iterator[None]:
     def make(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-        def totals(loss: Tensor, router: RouterStatistics, *arguments: Any) -> dict[str, Tensor]:
-            return original(loss, router._replace(loads_LE=2 * router.loads_LE), *arguments)
+        def totals(loss: Tensor, auxiliary: Any, router: RouterStatistics, scale: Tensor) -> dict[str, Tensor]:
+            return original(loss, auxiliary, router._replace(loads_LE=2 * router.loads_LE), scale)
 
         return totals
 
