@@ -37,6 +37,12 @@ def test_planned_is_told_to_be_4_4_billion(capsys: pytest.CaptureFixture[str]) -
     assert "4.38 B parameters, 1.66 B active" in shown(capsys, "planned")
 
 
+def test_the_documented_plan_is_today_s(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
+    documented = text.partition("$ p828 plan 800m --gpus 2\n")[2].partition("\n```")[0]
+    assert documented + "\n" == shown(capsys, "800m", "--gpus", "2")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -11,6 +11,7 @@ from p828.plan.plan import EnginePlan, Plan
 
 WIDTH, LABEL, COLUMN = 80, 32, 12
 TITLE = 14  # columns before a paragraph
+SAME_RATE = 0.1  # a learning rate is not told to be another within this share
 SHOWN = 5e6  # bytes: what is less in every column is left out
 PARTS = {
     "weights": "weights",
@@ -117,16 +118,10 @@ def _advised(plan: Plan, advice: Advice) -> str:
 
 def sentence(plan: Plan, advice: Advice) -> str:
     """The recommendation."""
-    law = (
-        f"AdamW's best rate by OLMo-core's fit of 2026-06 is {advice.learning_rate:.2g} "
-        f"({REFERENCE_RATE:g} for {REFERENCE_ACTIVE / 1e6:.0f} M active, falling as 1 / active; fitted from "
-        f"{FITTED[0] / 1e6:.0f} to {FITTED[1] / 1e6:.0f} M at {FITTED_TOKENS // 1024}k tokens a step"
-        f"{f', and {advice.caveat}' if advice.caveat else ''})"
-    )
     if advice.setup is None:
         gpus = f"{plan.machine.gpus} {plan.machine.card.name}"
         more = f"with ZeRO 3 on {advice.gpus_needed} it would" if advice.gpus_needed else "nor on more of them"
-        return f"it does not fit on {gpus}, not even recomputing or offloaded; {more}. {law}."
+        return f"it does not fit on {gpus}, not even recomputing or offloaded; {more}. {_law(plan, advice)}"
     setup = advice.setup
     engine = "the plain engine" if setup.stage is None else f"DeepSpeed at ZeRO stage {setup.stage}"
     step = "" if setup.offload_optimizer else f", {advice.step_seconds:.3g} s a step"
@@ -135,7 +130,19 @@ def sentence(plan: Plan, advice: Advice) -> str:
     recomputing = " and gradient checkpointing" if advice.gradient_checkpointing else ""
     return (
         f"train with {engine}{recomputing}, micro-batches of {advice.micro_batch_size} and an accumulation of "
-        f"{advice.gradient_accumulation}: {advice.memory_bytes / 1e9:.1f} GB{step}. {law}."
+        f"{advice.gradient_accumulation}: {advice.memory_bytes / 1e9:.1f} GB{step}. {_law(plan, advice)}"
+    )
+
+
+def _law(plan: Plan, advice: Advice) -> str:
+    """The learning rate, with what is known of it."""
+    given = plan.config.optimizer.learning_rate
+    beside = f", where the configuration has {given:.2g}" if abs(given / advice.learning_rate - 1) > SAME_RATE else ""
+    outside = f", and {advice.caveat}" if advice.caveat else ""
+    return (
+        f"AdamW's best rate by OLMo-core's fit of 2026-06 is {advice.learning_rate:.2g}{beside} "
+        f"({REFERENCE_RATE:g} for {REFERENCE_ACTIVE / 1e6:.0f} M active, falling as 1 / active; fitted from {FITTED[0] / 1e6:.0f} to "
+        f"{FITTED[1] / 1e6:.0f} M at {FITTED_TOKENS // 1024}k tokens a step{outside})."
     )
 
 
