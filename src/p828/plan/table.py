@@ -139,11 +139,10 @@ def _law(plan: Plan, advice: Advice) -> str:
     given = plan.config.optimizer.learning_rate
     beside = f", where the configuration has {given:.2g}" if abs(given / advice.learning_rate - 1) > SAME_RATE else ""
     outside = f", and {advice.caveat}" if advice.caveat else ""
-    return (
-        f"AdamW's best rate by OLMo-core's fit of 2026-06 is {advice.learning_rate:.2g}{beside} "
-        f"({REFERENCE_RATE:g} for {REFERENCE_ACTIVE / 1e6:.0f} M active, falling as 1 / active; fitted from {FITTED[0] / 1e6:.0f} to "
-        f"{FITTED[1] / 1e6:.0f} M at {FITTED_TOKENS // 1024}k tokens a step{outside})."
-    )
+    law = f"{REFERENCE_RATE:g} for {REFERENCE_ACTIVE / 1e6:.0f} M active, falling as 1 / active"
+    fitted = f"fitted from {FITTED[0] / 1e6:.0f} to {FITTED[1] / 1e6:.0f} M at {FITTED_TOKENS // 1024}k tokens a step"
+    best = f"AdamW's best rate by OLMo-core's fit of 2026-06 is {advice.learning_rate:.2g}{beside}"
+    return f"{best} ({law}; {fitted}{outside})."
 
 
 def _command(advice: Advice) -> list[str]:
