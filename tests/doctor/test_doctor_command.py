@@ -68,6 +68,23 @@ def test_a_failure_is_told_in_a_narrow_terminal_with_exit_code_1(tmp_path: Path)
     assert "failure  tokenizer: " in plain
 
 
+def test_a_missing_package_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-m", "p828", "doctor", "--json"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert found["pytorch"]["status"] == found["all else"]["status"] == "failure"
+    assert "no torch here" in found["pytorch"]["text"]
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
