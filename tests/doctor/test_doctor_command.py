@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,3 +206,54 @@ def test_packages_that_are_too_old_are_named(monkeypatch: pytest.MonkeyPatch) ->
     assert check.text.startswith("torch 2.")
     assert check.text.endswith("is not >=99; nothing-of-this-name is missing")
     assert "pip install" in check.remedy
+
+
+def test_a_runs_findings_are_told_with_cause_and_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real run at thirty times the rate that it can bear."""
+    monkeypatch.chdir(tmp_path)
+    changes = {"optimizer": {"learning_rate": 5.0}, "train": {"steps": 50}, "schedule": {"warmup_steps": 0}}
+    config = write_toml(tmp_path, evaluation={"every": 0, "rows": 2}, checkpoint={"every": 50}, **changes)
+    assert dispatch(["train", str(config), "--name", "bad"]) == 0
+    capsys.readouterr()
+    assert dispatch(["doctor", "bad"]) == 1
+    out, err = capsys.readouterr()
+    assert "learning_rate_high" in out
+    for word in ("→ cause: ", "→ to do: ", "→ rule: "):
+        assert word in out
+    assert "p828: runs/bad: " in err
+    assert dispatch(["doctor", "runs/bad", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["run"] == "runs/bad"
+    assert "learning_rate_high" in [finding["rule"] for finding in found["findings"]]
+    assert {"rule", "severity", "step", "since", "evidence", "cause", "remedy", "reference"} <= set(
+        found["findings"][0]
+    )
+
+
+@pytest.mark.parametrize("name", ["two-ranks", "whole-tensors"])
+def test_sound_runs_of_earlier_versions_have_nothing_to_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = tmp_path / name
+    shutil.copytree(Path(__file__).parents[1] / "data_of_old_versions" / "runs" / name, run)
+    assert dispatch(["doctor", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run}: nothing found in its records\n"
+    assert dispatch(["doctor", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["findings"] == []
+
+
+def test_a_run_is_looked_at_without_pytorch(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(Path(__file__).parents[1] / "data_of_old_versions" / "runs" / "two-ranks", run)
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-m", "p828", "doctor", str(run)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
