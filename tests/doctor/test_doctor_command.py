@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from p828.cli.doctor import run_of
 from p828.cli.main import dispatch
@@ -21,25 +22,22 @@ from runs import run_config, write_toml
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_BASE_URL": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
 
 
-def doctor(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "p828", "doctor", *arguments], cwd=cwd, env={**os.environ, **OFFLINE},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-
-
-def test_a_sound_configuration_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_a_sound_configuration_passes_and_nothing_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write_toml(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("WANDB_BASE_URL", OFFLINE["WANDB_BASE_URL"])
     before = sorted(tmp_path.rglob("*"))
-    done = doctor(str(config), "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    assert dispatch(["doctor", str(config), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
     checks = {check["name"]: check for check in found["checks"]}
     assert found["status"] == "warning"
     assert {name for name, check in checks.items() if check["status"] != "ok"} <= {"weights & biases", "run directory"}
     assert {"python", "pytorch", "packages", "memory", "disk", "lock", "writing", "cpu matmul", "cpu memory",
-            "kernel attention", "kernel routed experts", "hugging face hub", "tokenizer", "data files", "epochs",
-            "validation"} <= set(checks)  # fmt: skip
+            "kernel attention", "kernel routed experts", "hugging face hub", "model", "tokenizer", "data files",
+            "epochs", "validation"} <= set(checks)  # fmt: skip
     assert all(set(check) == {"name", "status", "text", "remedy"} for check in found["checks"])
     assert sorted(tmp_path.rglob("*")) == before
 
