@@ -223,7 +223,7 @@ def test_a_runs_findings_are_told_with_cause_and_remedy(
     assert "p828: runs/bad: " in err
     assert dispatch(["doctor", "runs/bad", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["run"] == "runs/bad"
+    assert (found["run"], found["state"], found["step"]) == ("runs/bad", "complete", 50)
     assert "learning_rate_high" in [finding["rule"] for finding in found["findings"]]
     assert {"rule", "severity", "step", "since", "evidence", "cause", "remedy", "reference"} <= set(
         found["findings"][0]
@@ -237,7 +237,9 @@ def test_sound_runs_of_earlier_versions_have_nothing_to_tell(
     run = tmp_path / name
     shutil.copytree(Path(__file__).parents[1] / "data_of_old_versions" / "runs" / name, run)
     assert dispatch(["doctor", str(run)]) == 0
-    assert capsys.readouterr().out == f"{run}: nothing found in its records\n"
+    out = capsys.readouterr().out
+    assert out.startswith(f"{run}: interrupted, step 7 of 12 (")
+    assert out.endswith("; no finding\n")
     assert dispatch(["doctor", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["findings"] == []
 
