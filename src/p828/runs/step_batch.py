@@ -20,6 +20,7 @@ from p828.data.loader import make_batch, open_order
 from p828.data.order import SampleOrder, at_step
 from p828.data.retry import Retry
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokens.format import open_manifest
 from p828.data.trace import TracedRow, traced_rows
 from p828.errors import ConfigError, P828Error
 from p828.files import directory_near
@@ -50,6 +51,16 @@ class StepBatch:
     def hash(self) -> str:
         """Of these rows, spelled as in records."""
         return f"{sum(batch.hash for batch in self.batches) % HASHES:08x}"
+
+    @property
+    def notes(self) -> list[str]:
+        """A line on what each source of prepared data was made from, as its documents are numbered in its shards."""
+        sources = zip(self.config.data.source_names, self.config.data.sources, strict=True)
+        return [
+            f"{name}: {data.prepared} was prepared from {open_manifest(Path(data.prepared)).source}"
+            for name, data in sources
+            if data.prepared
+        ]
 
     @cached_property
     def rows(self) -> list[TracedRow]:
