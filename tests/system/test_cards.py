@@ -31,5 +31,5 @@ def test_every_card_is_found_by_its_own_names() -> None:
 
 
 def test_an_unknown_card_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"--gpu h10; did you mean h100\? Accepted: b200, "):
+    with pytest.raises(ConfigError, match=r"--gpu h10; did you mean h100\? Accepted: gh200, b200, "):
         card("h10")

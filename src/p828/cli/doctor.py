@@ -1,6 +1,7 @@
 """`p828 doctor`: checks before a run, and what a run's records say after it."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from p828.cli.flags import HELP, parse_given
 from p828.cli.status_lines import show_status
 from p828.config import Config
 from p828.config.files import preset_names
+from p828.doctor.check import Check, worst
 from p828.errors import ConfigError, RunFailed, warn
 from p828.runs.file_names import CONFIG_FILE, RECORDS_FILE
 
@@ -72,11 +74,8 @@ def _has_records(directory: Path) -> bool:
 
 
 def _show_checks(config: Config | None, as_json: bool) -> None:
-    from p828.doctor.check import Check, worst
-    from p828.doctor.preflight import preflight  # imports torch
-
     checks: list[Check] = []
-    for check in preflight(config, warn):
+    for check in _checks(config):
         checks.append(check)
         if not as_json:
             show_status(check.status, check.name, check.text, check.remedy)
@@ -91,6 +90,21 @@ def _show_checks(config: Config | None, as_json: bool) -> None:
 
 def _show_findings(directory: Path, as_json: bool) -> None:
     raise ConfigError(f"{directory} is a run")
+
+
+def _checks(config: Config | None) -> Iterator[Check]:
+    """The versions, and then the rest, for which packages may be missing."""
+    try:
+        from p828.doctor.versions import check_versions
+
+        yield from check_versions(config)
+        from p828.doctor.preflight import preflight  # imports torch and most other packages
+    except (ImportError, OSError) as error:
+        yield Check(
+            "all else", "failure", f"cannot be looked at: {error}", "install what is missing, as with pip install ."
+        )
+        return
+    yield from preflight(config, warn)
 
 
 def _describe(default: Config) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from p828.config import Config, DataConfig
-from p828.data.amount import Amount, amounts, describe, repeated, short
+from p828.data.amount import Amount, amounts, describe, repeated
 from p828.data.build import validation_batches
+from p828.data.fractions import short
 from p828.data.loader import open_prepared
 from p828.data.order import source_seed
 from p828.data.text.conversation_packing import template_of

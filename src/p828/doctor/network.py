@@ -4,7 +4,7 @@ import os
 import threading
 
 from p828.config import Config
-from p828.doctor.check import Check
+from p828.doctor.check import Check, Status
 
 ANSWER_WITHIN = 5.0  # seconds for a request
 WITHIN = 8.0  # seconds in all: to find an address by its name has no limit of its own
@@ -45,9 +45,12 @@ def _needs_hub(config: Config) -> bool:
 
 
 def _wandb(config: Config | None) -> Check:
-    import wandb
-
     name, mode = "weights & biases", "off" if config is None else config.wandb.mode
+    try:
+        import wandb
+    except ImportError as error:
+        status: Status = "warning" if mode == "off" else "failure"
+        return Check(name, status, f"cannot be imported: {error}; every run keeps its own records", "pip install wandb")
     settings = wandb.Settings()
     try:
         settings.update_from_env_vars(dict(os.environ))

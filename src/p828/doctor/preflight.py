@@ -1,4 +1,7 @@
-"""All checks of this machine, and of a configuration on it, in the order of what rests on what."""
+"""The checks of this machine, and of a configuration on it, in the order of what rests on what.
+
+Those of `versions` come before: without the packages this file cannot be imported.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -22,7 +25,6 @@ from p828.doctor.rates import check_rates
 from p828.doctor.room import check_room
 from p828.doctor.run_directory import check_run_directory
 from p828.doctor.tokenizer import check_tokenizer
-from p828.doctor.versions import check_versions
 from p828.errors import P828Error, RunFailed
 from p828.train.log.console import waiting
 
@@ -37,7 +39,6 @@ def preflight(config: Config | None, report: Report) -> Iterator[Check]:
     is_on_cpu = config is not None and config.train.device == "cpu"
     gpus = 0 if is_on_cpu or not torch.cuda.is_available() else torch.cuda.device_count()
     directory = Path("runs") if config is None else config.run_dir
-    yield from _made("looking at versions", report, lambda: check_versions(config))
     if not is_on_cpu:
         yield from _made("looking at the GPUs", report, lambda: check_gpus(config))
     yield from _made("looking at memory and disk", report, lambda: check_room(config, directory, gpus))

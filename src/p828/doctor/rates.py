@@ -4,8 +4,8 @@ import torch
 
 from p828.distributed.links import nvidia_smi
 from p828.doctor.check import Check
-from p828.system.device import explain_out_of_memory
 from p828.system.cards import Card, card_of_device
+from p828.system.device import explain_out_of_memory
 from p828.system.timing import host_copy_rates, matmul_flops, memory_rate
 
 # Fractions of the datasheet under which something is wrong: a good part of what healthy cards reach (docs/doctor.md has

@@ -29,8 +29,10 @@ def _python() -> Check:
 
 def _torch() -> Check:
     """PyTorch with what it was built for, and Triton, which the GPU's kernels are written in."""
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # one of its libraries may be missing
+        return Check("pytorch", "failure", f"cannot be imported: {error}", "install PyTorch (https://pytorch.org)")
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
     text = f"{torch.__version__}, built for {built_for}"
     if not torch.version.cuda:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +46,12 @@ class Mirror(Protocol):
     def finish(self, exit_code: int) -> None: ...
 
 
+class Follower(Protocol):
+    """What looks at the records as they come, as the rules of run health."""
+
+    def add(self, record: Mapping[str, Any]) -> None: ...
+
+
 class Recorder:
     """Appends to `run_dir/metrics.jsonl`, and gives every record to the mirror, if there is one.
 
@@ -55,6 +61,7 @@ class Recorder:
 
     def __init__(self, run_dir: Path, is_quiet: bool = False, mirror: Mirror | None = None) -> None:
         self.is_quiet, self.mirror = is_quiet, mirror
+        self.follower: Follower | None = None
         self.waiting: list[bytes] = []
         """Lines for which the disk had no room; they are written as soon as it has."""
         self.path = run_dir / RECORDS_FILE
@@ -85,6 +92,8 @@ class Recorder:
             raise RecordsFailed(_unwritable(self.path, error)) from None
         if self.mirror is not None:
             self.mirror.write(kind, step, values)
+        if self.follower is not None:
+            self.follower.add({"kind": kind, "step": step, **values})
 
     def _append(self, line: bytes) -> bool:
         """Append the line, or nothing of it if the disk has no room. Returns whether it had."""
@@ -157,17 +166,19 @@ class Recorder:
                 raise error
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
+def read(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order. A partial last line, as a killed process leaves it, is left out.
 
-    Raises ConfigError for a file that cannot be read, and DataError naming any other line that is no record.
+    Raises ConfigError for a file that cannot be read, and DataError naming any other line that is no record, unless
+    `skip_damaged`.
     """
     try:
         for number, line in enumerate(_lines(path), start=1):
             record = parsed(line)
-            if record is None:
+            if record is not None:
+                yield record
+            elif not skip_damaged:
                 raise DataError(f"{path}: line {number} is not a record; mend or remove that line")
-            yield record
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 

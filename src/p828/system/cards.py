@@ -18,6 +18,8 @@ class Card(NamedTuple):
     """Dense bfloat16 FLOP/s, summed in float32."""
     memory_bytes: int
     """What the driver shows to programs, a little less than on the box."""
+    memory_rate: float
+    """Bytes a second to and from its memory."""
     link_rate: float
     """Bytes a second to another GPU of its host, one way: NVLink where the card has it, else PCIe."""
     watts: int
@@ -26,18 +28,18 @@ class Card(NamedTuple):
 
 # A device's name is looked for in this order: "GH200" comes before "H200", "H100 PCIe" before "H100".
 CARDS = (
-    Card("gh200", "GH200", 989e12, int(94.5 * GIB), 450e9, 900),
-    Card("b200", "B200", 2250e12, int(178.3 * GIB), 900e9, 1000),
-    Card("h200", "H200", 989e12, int(139.8 * GIB), 450e9, 700),
-    Card("h100-pcie", "H100 PCIe", 756e12, int(79.1 * GIB), 64e9, 350),
-    Card("h100-nvl", "H100 NVL", 835e12, int(93.0 * GIB), 300e9, 400),
-    Card("h100", "H100", 989e12, int(79.1 * GIB), 450e9, 700),
-    Card("a100-40gb", "A100-SXM4-40GB", 312e12, int(39.4 * GIB), 300e9, 400),
-    Card("a100", "A100", 312e12, int(79.1 * GIB), 300e9, 400),
-    Card("l40s", "L40S", 362e12, int(44.3 * GIB), 32e9, 350),
-    Card("5090", "RTX 5090", 209.5e12, int(31.3 * GIB), 64e9, 575),
-    Card("4090", "RTX 4090", 165.2e12, int(23.5 * GIB), 32e9, 450),
-    Card("3090", "RTX 3090", 71e12, int(23.5 * GIB), 32e9, 350),
+    Card("gh200", "GH200", 989e12, int(94.5 * GIB), 4.0e12, 450e9, 900),
+    Card("b200", "B200", 2250e12, int(178.3 * GIB), 8.0e12, 900e9, 1000),
+    Card("h200", "H200", 989e12, int(139.8 * GIB), 4.8e12, 450e9, 700),
+    Card("h100-pcie", "H100 PCIe", 756e12, int(79.1 * GIB), 2.0e12, 64e9, 350),
+    Card("h100-nvl", "H100 NVL", 835e12, int(93.0 * GIB), 3.9e12, 300e9, 400),
+    Card("h100", "H100", 989e12, int(79.1 * GIB), 3.35e12, 450e9, 700),
+    Card("a100-40gb", "A100-SXM4-40GB", 312e12, int(39.4 * GIB), 1.555e12, 300e9, 400),
+    Card("a100", "A100", 312e12, int(79.1 * GIB), 2.04e12, 300e9, 400),
+    Card("l40s", "L40S", 362e12, int(44.3 * GIB), 0.864e12, 32e9, 350),
+    Card("5090", "RTX 5090", 209.5e12, int(31.3 * GIB), 1.79e12, 64e9, 575),
+    Card("4090", "RTX 4090", 165.2e12, int(23.5 * GIB), 1.008e12, 32e9, 450),
+    Card("3090", "RTX 3090", 71e12, int(23.5 * GIB), 0.936e12, 32e9, 350),
 )
 
 

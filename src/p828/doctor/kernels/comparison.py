@@ -67,7 +67,8 @@ def judged(name: str, comparisons: Iterable[Comparison]) -> Check:
         shown = "; ".join(f"{_named([one])} off by {one.distance:.2g} (at most {one.tolerance:.0e})" for one in wrong)
         return Check(name, "failure", shown, REMEDY)
     largest = max((one.distance for one in found), default=0.0)
-    return Check(name, "ok", f"{_named(found)}: within {largest:.1g} of float64")
+    near = f"within {largest:.1g} of" if largest else "equal to"
+    return Check(name, "ok", f"{_named(found)}: {near} float64")
 
 
 def gradients(

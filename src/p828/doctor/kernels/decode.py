@@ -97,10 +97,14 @@ def tokens(place: Place) -> list[Comparison]:
     embedded_TH, _ = ops.embed(_to(place, embedding_VH), slots_T, token_S, position_S)
     arrivals = torch.zeros(rows, dtype=torch.int32, device=place.device)
     greedy, uniform = torch.zeros(rows, device=place.device), torch.zeros(rows, 16, device=place.device)
-    chosen_T = ops.choose_tokens(logits_TV.to(place.device), slots_T, greedy, uniform, token_S, position_S, arrivals)
+    told_SC = torch.zeros(rows, 16, dtype=torch.int32, device=place.device)
+    chosen_T = ops.choose_tokens(
+        logits_TV.to(place.device), slots_T, greedy, uniform, token_S, position_S, told_SC, arrivals
+    )
     return [
         Comparison("embedding", embedded_TH, embedding_VH[newest], 0.0),
         Comparison("next tokens", chosen_T, logits_TV.argmax(1), 0.0),
+        Comparison("at their positions", told_SC[slots, [1, 5, 8]], logits_TV.argmax(1), 0.0),
     ]
 
 

@@ -1,5 +1,6 @@
 """Every kernel that a device has, tried out."""
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -44,7 +45,10 @@ def check_kernels(device: torch.device) -> Iterator[Check]:
 def tried(name: str, test: SelfTest, device: torch.device, dtype: torch.dtype) -> Check:
     """One self-test. A kernel that does not compile or run is a failure, whatever its error's class."""
     try:
-        return judged(name, test(Place(device, dtype)))
+        with warnings.catch_warnings():
+            # A thread's first backward pass takes the device up; PyTorch warns of that.
+            warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")
+            return judged(name, test(Place(device, dtype)))
     except Exception as error:  # of PyTorch, Triton, its compiler or the driver, which have many classes
         if is_out_of_memory(error):
             return Check(name, "warning", "not tried: out of memory", "end what else is using the device")

@@ -10,6 +10,7 @@ import torch
 
 from p828.config import DataConfig, ModelConfig, TrainConfig
 from p828.engine.interface import StepResult
+from p828.health.finding import Finding
 from p828.inference.evaluate import Evaluation, perplexity
 from p828.inference.tasks.tasks import Results, shown_metrics
 from p828.model.costs import training_flops
@@ -139,6 +140,13 @@ class Log:
         self.recorder.write("event", step, event=event, **({"text": text} if text else {}), **values)
         if text:
             self.console.event(text)
+
+    def finding(self, finding: Finding) -> None:
+        """Record and show what a rule of run health found."""
+        values = finding.to_json()
+        self.recorder.write("finding", values.pop("step"), **values)
+        show = self.console.print if finding.severity == "note" else self.console.event
+        show(finding.text())
 
     def rewind(self, step: int) -> None:
         """Drop the records of the steps after `step`, which come again."""
