@@ -88,11 +88,12 @@ class StepStats:
     def fetch(self, parts: Sequence[str] = (), span: DeviceSpan | None = None) -> StepResult:
         """All of it on the host; waits for the device once.
 
-        `parts` names the X entries of what is told by part. `span` is that of the step, just ended.
+        `parts` names the X entries of what is told by part. `span` began with the step and ends here.
         """
         started = time.perf_counter()
         packed = self._packed.cpu()
-        busy = None if span is None else span.busy_seconds(time.perf_counter() - started)
+        is_gpu = self._packed.is_cuda
+        busy = span.end(time.perf_counter() - started) if span is not None and is_gpu else None
         host = unpack(packed, self._shapes)
         loads = [[int(load) for load in load_E] for load_E in host.pop("loads_LE").tolist()]
         loss, grad_norm = host.pop("loss").item(), host.pop("grad_norm").item()

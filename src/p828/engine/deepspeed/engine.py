@@ -95,7 +95,7 @@ class DeepSpeedEngine:
         self._totals = zero_totals(config.model, config.balance, self.device)
         self._parts = parts_of(name for name, _ in self.model.named_parameters())
         self._update_numbers = UpdateNumbers(self.model, list(self._held()), self._parts, _over_ranks)
-        self._span = DeviceSpan(self.device)
+        self._span = DeviceSpan()
 
     def _make_reducer(self, zero: Mapping[str, Any]) -> GradientReducer:
         config = self.config
@@ -141,9 +141,7 @@ class DeepSpeedEngine:
         if self._reducer is None:  # DeepSpeed waits for the device in between: no span says how long it worked
             result = self._step_of_hooks(is_measured).fetch(self._parts)
         else:
-            stats = self._step_of_reducer(self._reducer, is_measured)
-            self._span.end()
-            result = stats.fetch(self._parts, self._span)
+            result = self._step_of_reducer(self._reducer, is_measured).fetch(self._parts, self._span)
         self._updates += result.applied
         self._micro_batches = 0
         return result
