@@ -86,11 +86,9 @@ class PlainEngine:
             applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
             self.optimizer.update(learning_rate, norm, applied)
         update_biases(self.model, totals["loads_LE"], self.config.balance.update_rate, applied)
-        measured = None
-        if is_measured:
-            grad_norms = self._by_part.sum(norms_P.square()).sqrt()
-            measured = {"grad_norms": grad_norms, **self._update_numbers.finish(totals["loads_LE"])}
-        stats = StepStats.of(self.model, totals, norm, measured)
+        by_part = {"grad_norms": self._by_part.sum(norms_P.square()).sqrt()}
+        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
+        stats = StepStats.of(self.model, totals, norm, by_part, measured)
         self.gradients.begin_step()
         return stats.fetch(self._parts, self._span)  # the step's one wait for the device
 

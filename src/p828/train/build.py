@@ -36,6 +36,7 @@ from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError
+from p828.health.facts import Facts
 from p828.inference.answer import prompt_ids
 from p828.inference.tasks.tasks import Tasks, open_all
 from p828.interchange.fit import check_shapes
@@ -51,10 +52,11 @@ from p828.system.device import check_room, make_deterministic, pick_device
 from p828.train.checkpointing import Checkpointing
 from p828.train.evaluation import Evaluator
 from p828.train.fetch import Fetcher
+from p828.train.health import HealthWatch
 from p828.train.init_from import load_weights, origin_of, take_tokenizer
 from p828.train.log.console import Console, say, waiting
 from p828.train.log.log import Log
-from p828.train.log.summary import banner, conclude, report_start
+from p828.train.log.summary import banner, conclude, recorded_end, report_start
 from p828.train.log.usage import Usage
 from p828.train.log.wandb import WandbMirror, open_mirror
 from p828.train.probes import Probes
@@ -254,7 +256,7 @@ def _run(
     about_data = [*template_lines(config.data, tokenizer), *held_out_lines(config.data, inputs.rules), *newer]
     report_start(config, run, trainer, tokenizer, about_data, changes)
     run.keep()
-    with graceful_shutdown(loader.cancel, console.event) as shutdown:
+    with recorded_end(trainer), graceful_shutdown(loader.cancel, console.event) as shutdown:
         trainer.run(shutdown)
     conclude(config, trainer, tokenizer)
 
@@ -271,6 +273,7 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
     checkpointing = Checkpointing(
         run.path / CHECKPOINTS, config, run.versions, fingerprint, enclosed, engine, loader, log, usage, ranks
     )
+    rollback = Rollback(config.rollback, checkpointing, loader, log, ranks)
     num_batches, num_sources = config.train.gradient_accumulation, len(config.data.source_names)
     return Trainer(
         config.train,
@@ -299,7 +302,8 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
         _task_evaluator(inputs, engine, log, ranks),
         Probes(config, inputs.validation, engine, log, ranks),
         checkpointing,
-        Rollback(config.rollback, checkpointing, loader, log, ranks),
+        rollback,
+        HealthWatch(config.health, Facts.of(config), log, rollback),
         usage,
         ranks,
     )

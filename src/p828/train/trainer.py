@@ -16,6 +16,7 @@ from p828.system.device import explain_out_of_memory
 from p828.train.checkpointing import Checkpointing
 from p828.train.evaluation import Evaluator
 from p828.train.fetch import Fetcher
+from p828.train.health import HealthWatch
 from p828.train.log.log import Log
 from p828.train.log.usage import Usage
 from p828.train.probes import Probes
@@ -43,6 +44,7 @@ class Trainer:
     probes: Probes
     checkpointing: Checkpointing
     rollback: Rollback
+    health: HealthWatch
     usage: Usage
     ranks: ProcessGroup
 
@@ -53,8 +55,10 @@ class Trainer:
         """
         try:
             self.log.rewind(self.state.step)
+            self.health.begin()
             self.usage.start()
             self.loop(shutdown)
+            self.health.tell(is_last=True)
         except (ConfigError, DataError, RunFailed) as error:
             self.stop_after(error)
         finally:
@@ -71,8 +75,10 @@ class Trainer:
             seconds, is_evaluated = time.perf_counter() - started, self.is_due(self.evaluation.every)
             self.log.step(self.state, result, stats, learning_rate, seconds, is_evaluated)
             self.probes.after_step(self.state.step, result)
-            if self.rollback.is_due(self.state):
-                self.state = self.rollback.run(self.state)
+            finding = self.health.look(self.state)
+            if finding is not None or self.rollback.is_due(self.state):
+                self.state = self.rollback.run(self.state, finding)
+                self.health.begin()
                 self.checkpointing.save(self.state, is_last=self.is_done())
                 continue
             is_best = is_evaluated and self.evaluate()

@@ -132,7 +132,8 @@ class DeepSpeedEngine:
         """Clip the gradients, update weights and balance bias, and begin the next step.
 
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite.
-        `is_measured`: also find the norms by part, what the update does to the weights, and what the routers score.
+        `is_measured`: also find what the update does to the weights, and what the routers score. From stage 2 on, and
+        with offload, the gradients' norms by part are found only then.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -158,7 +159,8 @@ class DeepSpeedEngine:
         self._update(reducer)
         update_biases(self.model, totals["loads_LE"].long(), self.config.balance.update_rate, applied)
         reducer.gradients.begin_step()
-        return StepStats.of(self.model, totals, norm, self._measured(squares_X, totals) if is_measured else None)
+        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
+        return StepStats.of(self.model, totals, norm, {"grad_norms": squares_X.sqrt()}, measured)
 
     def _update(self, reducer: GradientReducer) -> None:
         """Let AdamW update the masters, and set the weights to them."""
@@ -188,14 +190,10 @@ class DeepSpeedEngine:
         )
         for total in self._totals.values():
             total.zero_()
-        measured = None if squares_X is None else self._measured(squares_X, totals)
-        return StepStats.of(
-            self.model, totals, torch.as_tensor(norm, dtype=torch.float64, device=self.device), measured
-        )
-
-    def _measured(self, squares_X: Tensor, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """After the update; `squares_X` are the squares of the gradients' norms by part."""
-        return {"grad_norms": squares_X.sqrt(), **self._update_numbers.finish(totals["loads_LE"])}
+        found = {} if squares_X is None else {"grad_norms": squares_X.sqrt()}
+        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
+        norm = torch.as_tensor(norm, dtype=torch.float64, device=self.device)
+        return StepStats.of(self.model, totals, norm, found, measured)
 
     def _squared_norms(self) -> Tensor:
         """This rank's terms of the squares of the gradients' norms by part: float64 (X,). Before the update."""

@@ -10,6 +10,7 @@ import torch
 
 from p828.config import DataConfig, ModelConfig, TrainConfig
 from p828.engine.interface import StepResult
+from p828.health.finding import Finding
 from p828.inference.evaluate import Evaluation, perplexity
 from p828.inference.tasks.tasks import Results, shown_metrics
 from p828.model.costs import training_flops
@@ -62,6 +63,7 @@ class Log:
         A number of the result that is not known here passes through to the record and to Weights & Biases as it is.
         """
         step, tokens_per_second = state.step, stats.tokens / seconds
+        is_whole = step == 1 or is_evaluated or self._is_turn_of_loads(step)
         self.recorder.write(
             "step",
             step,
@@ -69,7 +71,7 @@ class Log:
             epoch=stats.epoch,
             **self._data_record(state, stats),
             rows=f"{stats.hash:08x}",
-            **{name: shortened(n) if isinstance(n, list | dict) else n for name, n in result.numbers().items()},
+            **_engine_record(result, is_whole or self.is_measured(step)),
             perplexity=perplexity(result.loss),
             lr=learning_rate,
             tokens_per_second=tokens_per_second,
@@ -78,7 +80,7 @@ class Log:
             seconds=seconds,
             data_seconds=shortened(stats.wait_seconds),
             **self._machine_record(result.device_seconds, seconds),
-            **loads_record(result.loads, is_whole=step == 1 or is_evaluated or self._is_turn_of_loads(step)),
+            **loads_record(result.loads, is_whole),
         )
         self._report_mirror(step)
         self.console.step(step, loss=result.loss, tokens_per_second=tokens_per_second)
@@ -144,6 +146,13 @@ class Log:
         if text:
             self.console.event(text)
 
+    def finding(self, finding: Finding) -> None:
+        """Record and show what a rule of run health found."""
+        values = finding.to_json()
+        self.recorder.write("finding", values.pop("step"), **values)
+        show = self.console.print if finding.severity == "note" else self.console.event
+        show(finding.text())
+
     def rewind(self, step: int) -> None:
         """Drop the records of the steps after `step`, which come again."""
         if damage := self.recorder.rewind(step):
@@ -204,3 +213,11 @@ class Log:
         if self.train.hours and self.usage.seconds() + left > self.train.hours * 3600:
             text += f"; it ends after train.hours = {self.train.hours:g}"
         self.console.event(text) if left > A_DAY else self.console.print(text)
+
+
+def _engine_record(result: StepResult, is_long: bool) -> dict[str, Any]:
+    """What the engine found; of the gradients' norms by part only in a line that `is_long`."""
+    numbers = result.numbers()
+    if not is_long:
+        numbers.pop("grad_norms", None)
+    return {name: shortened(found) if isinstance(found, list | dict) else found for name, found in numbers.items()}
