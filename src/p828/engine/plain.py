@@ -49,7 +49,8 @@ class PlainEngine:
         config = self.config.optimizer
         groups = parameter_groups(self.model, config, self.dtype)
         moment_dtype = pick_moment_dtype(config.moment_dtype, self.dtype, self.device)
-        return AdamW(self.model, config, groups, self.masters, moment_dtype, self.gradients.sums)
+        parameters, sums = dict(self.model.named_parameters()), self.gradients.sums
+        return AdamW(parameters, config, groups, self.masters.by_parameter, moment_dtype, sums)
 
     @property
     def state_keys(self) -> tuple[str, ...]:
