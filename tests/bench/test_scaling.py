@@ -36,8 +36,8 @@ def test_what_two_ranks_pass_to_collective_operations(tmp_path: Path, stage: int
     path = write_toml(tmp_path, deepspeed={"config": str(tmp_path / "ds.json")})
     path.write_text('engine = "deepspeed"\n' + path.read_text())
     size = FLOAT32 * count_parameters(load(str(path)).model).total
-    shown, (result,) = scaling(path, "--systems", str(stage), "--gpus", "2")
-    assert f"| ZeRO {stage} | 2 |" in shown
+    shown, (result,) = scaling(path, "--systems", f"deepspeed-{stage}", "--gpus", "2")
+    assert f"| deepspeed-{stage} | 2 |" in shown
     passed = result["passed_bytes"]
     reduced, gathered = {
         0: ({"all_reduce": size}, 0),
