@@ -2,7 +2,7 @@
 
 usage: torchrun … sharded_worker.py DIRECTORY ACCUMULATION CASE…
 
-A case is a name, `STAGE[-tied][-auxiliary][-recomputed][-bfloat16]`. Rank 0 writes what it found to DIRECTORY/CASE.json.
+A case is `STAGE[-tied][-auxiliary][-recomputed][-bfloat16]`. Rank 0 writes what it found to DIRECTORY/CASE.json.
 """
 
 import dataclasses
