@@ -3,8 +3,8 @@
 usage: python benchmarks/scaling.py [--shape 800m] [--gpus 1 2 4] [--systems plain sharded-1 deepspeed-1] [--steps 10]
            [--gradient-accumulation N] [--micro-batch-size N] [--device cuda] [--check 60m] [--json FILE]
 
-A system is `plain`, an engine and a ZeRO stage as `sharded-3`, or `sharded-3-bfloat16`, which also sums gradients over
-ranks in bfloat16. `--gpus` is all GPUs unless given. A row that fails says why, and the others go on.
+A system is `plain`, or an engine and a ZeRO stage, as `sharded-3`. `--gpus` is all GPUs unless given. A row that fails
+says why, and the others go on.
 
 A row has: tokens a second, efficiency against one GPU of the plain engine and of the same system, memory, bytes that
 a rank passes to collective operations in a step, and of the step's time the communication and its part that nothing
@@ -109,13 +109,10 @@ class Failed(Exception):
 
 def with_engine(config: Config, system: str) -> Config:
     """The configuration for a system's name."""
-    engine, _, rest = system.partition("-")
-    stage, _, dtype = rest.partition("-")
+    engine, _, stage = system.partition("-")
     changes: dict[str, Any] = {"engine": engine}
     if engine != "plain":
         changes[engine] = dataclasses.replace(getattr(config, engine), stage=int(stage))
-    if dtype:
-        changes["sharded"] = dataclasses.replace(changes["sharded"], reduce_dtype=dtype)
     return dataclasses.replace(config, **changes)
 
 

@@ -99,10 +99,10 @@ def keep(config: Config, ranks: ProcessGroup, directory: Path) -> Found:
     for _ in range(2):
         step_of(engine, own, batches)
     before = snapshot(engine)
-    for batch in own:
-        engine.forward_backward(batch, 1)
     if ranks.rank == ranks.size - 1:
         next(iter(engine.gradients.small.values())).fill_(torch.inf)
+    for batch in own:
+        engine.forward_backward(batch, 1)
     applied = engine.step(RATE).applied
     found: Found = {"applied": applied, "unchanged": before == snapshot(engine)}
     path = checkpoint_writer.save(directory, 2, engine.state_dict(), {}, ranks)

@@ -191,8 +191,6 @@ def check_engine(config: Config) -> None:
 def check_sharded(sharded: ShardedConfig) -> None:
     if sharded.stage > 3:
         raise ConfigError(f"sharded.stage = {sharded.stage}: 1, 2 or 3 is accepted")
-    if sharded.reduce_dtype == "bfloat16" and sharded.stage < 2:
-        raise ConfigError('sharded.reduce_dtype = "bfloat16": at stage 1, "float32" is accepted')
 
 
 def remarks(config: Config) -> list[str]:

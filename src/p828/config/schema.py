@@ -317,8 +317,6 @@ class RollbackConfig:
 class ShardedConfig:
     stage: int = changeable(1, at_least=1)
     """ZeRO: 1 partitions the optimizer's state over the ranks, 2 the gradients too, 3 the weights too."""
-    reduce_dtype: Literal["float32", "bfloat16"] = changeable("float32")
-    """Dtype in which layers' gradients are summed over ranks; bfloat16 from stage 2 on, in a bfloat16 run."""
     timeout_seconds: int = changeable(1800, at_least=1)
     """Longest time without progress: then every rank's stack is written down and the run ended."""
 

@@ -157,6 +157,8 @@ def joined(config: Config) -> Iterator[ProcessGroup]:
         return
     device = _own_device(config.train.device, local_rank)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_OPERATIONS)
+    if config.engine == "sharded":  # collective operations beside kernels of a layer: at once, on all ranks
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     timeout = timedelta(seconds=config.timeout_seconds + AFTER_WATCHDOG)
     with _initialised(device, is_launched, timeout):
         ranks = ProcessGroup(rank, size, dist.new_group(backend="gloo", timeout=timeout), timeout=timeout)

@@ -8,7 +8,7 @@ The host does not wait for the device: the factor that clips the gradients is a 
 applied at all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -71,8 +71,17 @@ class AdamW:
         return optimizer
 
     @torch.no_grad()
-    def update(self, learning_rate: float, norm: Tensor, applied: Tensor) -> None:
-        """Clip gradients of global norm `norm` and update all parameters, if `applied`, a bool scalar, is true."""
+    def update(
+        self,
+        learning_rate: float,
+        norm: Tensor,
+        applied: Tensor,
+        when_updated: Callable[[Tensor], None] = lambda parameter: None,
+    ) -> None:
+        """Clip gradients of global norm `norm` and update all parameters, if `applied`, a bool scalar, is true.
+
+        `when_updated` gets each matrix with a master when the device has been given its update.
+        """
         config = self.config
         clip = clip_factor(norm, config.max_grad_norm)
         found_inf = (~applied).float()
@@ -85,6 +94,7 @@ class AdamW:
         update = Update(learning_rate, config.betas, config.eps, clip, found_inf, self._updates, corrections)
         for number, (parameter, state) in enumerate(self._matrices.items(), start=self._first_number):
             adamw_(state, update, config.weight_decay if parameter in self._decayed else 0.0, number)
+            when_updated(parameter)
         self._updates += applied
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The two collective operations of sharding, started and not waited for; on one rank there is nothing to do.
+"""The collective operations of sharding, started and not waited for; on one rank there is nothing to do.
 
 On a GPU an operation waits for what the current stream was given before it, and runs beside what it is given after it,
 until the current stream waits for the operation.
@@ -18,6 +18,14 @@ def start_gather(flat: Tensor, shard: Tensor) -> dist.Work | None:
         return getattr(dist, _GATHER)(flat, shard, async_op=True)
     if shard.data_ptr() != flat.data_ptr():
         flat.copy_(shard)
+    return None
+
+
+def start_exchange(received: Tensor, sent: Tensor) -> dist.Work | None:
+    """Begin to send rank r part r of `sent`, and to receive this rank's part of every rank's, end to end."""
+    if dist.get_world_size() > 1:
+        return dist.all_to_all_single(received, sent, async_op=True)
+    received.copy_(sent)
     return None
 
 

@@ -19,7 +19,7 @@ from p828.engine.cuda_graph import is_capturable
 from p828.engine.interface import StepResult, StepStats
 from p828.engine.many_ranks import over_ranks, random_states_of, restore_random_states_of
 from p828.engine.microbatch import prepare_layers
-from p828.engine.sharded.gradients import ShardedGradients
+from p828.engine.sharded.gradients import ShardedGradients, add_parts_
 from p828.engine.sharded.model import gathered_by_layer, give_parameters, meta_model, whole_twin
 from p828.engine.sharded.phases import PhasedPass
 from p828.engine.sharded.state import MOMENTS, ShardState, masters_of
@@ -31,7 +31,6 @@ from p828.model.transformer import Transformer
 from p828.optim.adamw import AdamW, pick_moment_dtype
 from p828.optim.balance import update_biases
 from p828.optim.groups import parameter_groups
-from p828.optim.interface import Optimizer
 from p828.runs.tensors import Saveable, Tensors
 from p828.runs.weights import SavedWeights, Weights
 from p828.system.device import compiles, pick_device, pick_dtype
@@ -61,18 +60,25 @@ class ShardedEngine:
         ]
         self.state = ShardState(self.units, self.weights.shards, low_bits, ranks.rank, ranks.size)
         self._initialise()
-        self.reduced_dtype = torch.bfloat16 if config.sharded.reduce_dtype == "bfloat16" else torch.float32
+        self.reduced_dtype = torch.float32 if self.stage < 2 else self.dtype
         self.reductions = 1 if self.stage < 2 else self._accumulation
         """How often gradients are reduced over ranks in a step."""
-        self.gradients = ShardedGradients(
-            self.units, self._small, self.stage, ranks.rank, ranks.size, self.reduced_dtype, self.device
-        )
+        add_parts = torch.compile(add_parts_) if compiles(config.train, self.device) else add_parts_
+        self.gradients = ShardedGradients(self.units, self._small, self.stage, ranks.rank, ranks.size, like, add_parts)
         is_captured = is_capturable(config.model, config.train, self.device, self.dtype)
         self._pass = PhasedPass(
-            self.model, config.balance, self.dtype, is_captured, self.gradients.places, self.gradients.small
+            self.model,
+            config.balance,
+            self.dtype,
+            is_captured,
+            self.gradients.places,
+            self.gradients.small,
+            self.gradients.sets_layers,
         )
         self._following = following([phase.reads for phase in self._pass.phases], self.weights.slots)
-        self.optimizer: Optimizer = self._make_optimizer(low_bits)
+        self._reads = [phase.reads for phase in self._pass.phases if phase.reads is not None]
+        self._number_of = {shard: number for number, shard in enumerate(self.weights.shards)}
+        self.optimizer = self._make_optimizer(low_bits)
 
     def _make_parameters(self) -> dict[str, Tensor]:
         """Give the model its weights' memory. Returns the parameters that are in no unit."""
@@ -101,7 +107,7 @@ class ShardedEngine:
         for name, parameter in self._small.items():
             initialise_slice(parameter.data, name, model, seed)
 
-    def _make_optimizer(self, low_bits: list[Tensor | None]) -> Optimizer:
+    def _make_optimizer(self, low_bits: list[Tensor | None]) -> AdamW:
         """AdamW for this rank's shards, each as one flat parameter by the unit's name, and for the small parameters."""
         config, groups, shards = self.config.optimizer, dict(self._groups), self.weights.shards
         parameters, sums = dict(self._small), {self._small[name]: total for name, total in self.gradients.small.items()}
@@ -118,14 +124,14 @@ class ShardedEngine:
         self._micro_batches += 1
         is_last = self._micro_batches == self._accumulation
         self._pass.scale.fill_(1 / num_targets)
-        phases, reduces = self._pass.phases, is_last or self.gradients.reduces_each
+        phases = self._pass.phases
         self._before(0)
-        for number, phase in enumerate(self._pass(batch, is_first or self.gradients.reduces_each)):
+        for number, phase in enumerate(self._pass(batch, is_first)):
             next_unit = self._following[number]
             if next_unit is not None and not (is_last and self._is_of_next(number)):
                 self.weights.gather(next_unit)
-            if reduces and phase.completes is not None:
-                self.gradients.reduce(phase.completes)
+            if phase.completes is not None:
+                self.gradients.reduce(phase.completes, is_last)
             if number + 1 < len(phases):
                 self._before(number + 1)
         if is_last:
@@ -153,15 +159,22 @@ class ShardedEngine:
             totals = over_ranks({"squared_norm": self.gradients.finish(), **self._pass.totals})
             norm = totals.pop("squared_norm").sqrt().float()
             applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
-            self.optimizer.update(learning_rate, norm, applied)
-        self.weights.forget()
-        self.weights.gather_first(phase.reads for phase in self._pass.phases if phase.reads is not None)
+            self.weights.forget()
+            self.optimizer.update(learning_rate, norm, applied, self._gather_updated)
+            self.weights.gather_first(self._reads)
         update_biases(self.model, totals["loads_LE"].long(), self.config.balance.update_rate, applied)
         stats = StepStats.of(self.model, totals, norm)
         self.gradients.begin_step()
         self._pass.begin_step()
         self._micro_batches = 0
         return stats.fetch()  # the step's one wait for the device
+
+    def _gather_updated(self, shard: Tensor) -> None:
+        """Begin to gather a unit that was updated, while others are, if the next forward pass begins with it."""
+        number = self._number_of[shard]
+        first = next(other for other in self._reads if self.weights.slots[other] == self.weights.slots[number])
+        if number == first:
+            self.weights.gather(number)
 
     @contextmanager
     def gathered_model(self) -> Iterator[Transformer]:

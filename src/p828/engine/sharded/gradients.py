@@ -1,19 +1,35 @@
 """A step's gradients, of which each rank keeps the sums of its shards in float32.
 
 At stage 1 a rank sums whole gradients over its micro-batches, in float32, and they are summed over ranks in the last
-one. From stage 2 on a unit's gradient of one micro-batch lies in a buffer that units take turns at; it is summed over
-ranks at once, and then added to the sums of this rank's shard.
+one. From stage 2 on, each micro-batch's gradient of a layer lies in one of two buffers that layers take turns at, in
+the dtype that autograd gives it. Every rank sends every other rank the numbers of that one's shard, and adds what it
+gets to its sums in float32, in the order of ranks. That is as exact as a reduction in float32, at half of its bytes.
+
+Embedding and head are summed as at stage 1 at any stage: their gradients are float32 from the start, which would be
+twice the bytes, and are dense only after several micro-batches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from p828.engine.sharded.collectives import start_scatter
+from p828.engine.sharded.collectives import start_exchange, start_scatter
 from p828.engine.sharded.units import Unit
-from p828.engine.sharded.weights import slot_of
+from p828.engine.sharded.weights import BUFFERS
+
+AddParts = Callable[[Tensor, Tensor], None]
+
+
+class _Buffer(NamedTuple):
+    """What layers take turns at."""
+
+    sent: Tensor
+    """A layer's whole gradient of one micro-batch, flat."""
+    received: Tensor
+    """Of the same length: every rank's gradient of this rank's shard, end to end."""
 
 
 class ShardedGradients:
@@ -24,56 +40,72 @@ class ShardedGradients:
         stage: int,
         rank: int,
         size: int,
-        reduce_dtype: torch.dtype,
-        device: torch.device,
+        like: Tensor,
+        add_parts: AddParts,
     ) -> None:
-        """`small` are the parameters that are in no unit. Layers' gradients are summed over ranks in `reduce_dtype`."""
-        self.size, self.reduces_each = size, stage >= 2
-        """Whether every micro-batch's gradients are summed over ranks, or only those of the whole step."""
-        self._slots = [slot_of(unit) if self.reduces_each else number for number, unit in enumerate(units)]
-        buffers: dict[int, Tensor] = {}
-        for slot, unit in zip(self._slots, units, strict=True):
-            # Products with the head, and rows of the embedding, are added in float32.
-            dtype = reduce_dtype if self.reduces_each and unit.layer is not None else torch.float32
-            if slot not in buffers or len(buffers[slot]) < unit.length:
-                buffers[slot] = torch.zeros(unit.length, dtype=dtype, device=device)
-        self._flats = [buffers[slot][: unit.length] for slot, unit in zip(self._slots, units, strict=True)]
-        self._own = [flat.chunk(size)[rank] for flat in self._flats]
-        keeps_all = not self.reduces_each
-        self.shards = self._own if keeps_all else [torch.zeros_like(own, dtype=torch.float32) for own in self._own]
-        """The sums of this rank's shard of each unit, complete after `finish`."""
-        self._small = torch.zeros(sum(p.numel() for p in small.values()), device=device)
-        pieces = self._small.split([p.numel() for p in small.values()])
-        self.small = {name: piece.view(p.shape) for (name, p), piece in zip(small.items(), pieces, strict=True)}
-        """The sums of the parameters that are in no unit, by name."""
+        """`small` are the parameters that are in no unit. `like` has the weights' dtype and device.
+
+        `add_parts` is `add_parts_` of this file, as it is or compiled.
+        """
+        self.size, self._add_parts = size, add_parts
+        self._slots = [unit.layer % BUFFERS if stage > 1 and unit.layer is not None else None for unit in units]
+        """The buffer that a unit's gradient takes; None for one that is summed whole."""
+        length = max(unit.length for unit in units if unit.layer is not None)
+        count = 0 if stage == 1 else BUFFERS
+        self._buffers = [_Buffer(like.new_zeros(length), like.new_zeros(length)) for _ in range(count)]
+        self._flats = [
+            torch.zeros(unit.length, device=like.device) if slot is None else self._buffers[slot].sent[: unit.length]
+            for unit, slot in zip(units, self._slots, strict=True)
+        ]
+        self.shards = [
+            flat.chunk(size)[rank] if slot is None else torch.zeros(unit.length // size, device=like.device)
+            for unit, flat, slot in zip(units, self._flats, self._slots, strict=True)
+        ]
+        """The sums of this rank's shard of each unit, float32, complete after `finish`."""
+        self._has_sums = [False] * len(units)  # of this step, where buffers are used
         self.places = {
             name: view for unit, flat in zip(units, self._flats, strict=True) for name, view in unit.views(flat).items()
         }
         """Where a micro-batch writes the gradients of the units' parameters, by name."""
-        self._scatters: dict[int, tuple[int, dist.Work | None]] = {}  # by buffer: unit and operation
+        numbers = [parameter.numel() for parameter in small.values()]
+        self._small = torch.zeros(sum(numbers), device=like.device)
+        pieces = zip(small.items(), self._small.split(numbers), strict=True)
+        self.small = {name: piece.view(parameter.shape) for (name, parameter), piece in pieces}
+        """The sums of the parameters that are in no unit, by name."""
+        self._exchanges: dict[int, tuple[int, dist.Work | None]] = {}  # by buffer: unit and operation
         self._reductions: list[dist.Work] = []
-        self._is_set = [False] * len(units)  # whether the shard has sums of this step
+
+    @property
+    def sets_layers(self) -> bool:
+        """Whether a micro-batch sets layers' gradients, and never adds to them."""
+        return bool(self._buffers)
 
     def make_room(self, number: int) -> None:
-        """Have the device wait until the unit's buffer may be written."""
-        self._collect(self._slots[number])
+        """Have the device wait until the unit's gradient may be written."""
+        slot = self._slots[number]
+        if slot is not None:
+            self._collect(slot)
 
-    def reduce(self, number: int) -> None:
-        """Begin to sum a unit's gradient over ranks."""
-        self._scatters[self._slots[number]] = number, start_scatter(self._flats[number])
+    def reduce(self, number: int, is_last: bool) -> None:
+        """Begin to sum a unit's gradient over ranks, if it is to be in this micro-batch, the step's last or not."""
+        slot, flat = self._slots[number], self._flats[number]
+        if slot is not None:
+            self._exchanges[slot] = number, start_exchange(self._received(number, slot), flat)
+        elif is_last:
+            self._started(start_scatter(flat))
 
     def reduce_small(self) -> None:
         """Begin to sum over ranks the gradients that are in no unit."""
         if self.size > 1:
-            self._reductions.append(dist.all_reduce(self._small, async_op=True))
+            self._started(dist.all_reduce(self._small, async_op=True))
 
     def finish(self) -> Tensor:
         """Wait for all sums. Returns this rank's term of the squared global norm, a float64 scalar.
 
         The sum of the terms over ranks is the squared norm.
         """
-        for slot in list(self._scatters):
-            self._collect(slot)
+        for place in list(self._exchanges):
+            self._collect(place)
         for reduction in self._reductions:
             reduction.wait()
         self._reductions.clear()
@@ -81,18 +113,32 @@ class ShardedGradients:
         return squares + torch.linalg.vector_norm(self._small).double().square() / self.size
 
     def begin_step(self) -> None:
-        """Forget the sums of the step before."""
+        """Forget the sums of the step before. The first micro-batch sets those that are not in `small`."""
         self._small.zero_()
-        self._is_set = [False] * len(self._is_set)
+        self._has_sums = [False] * len(self._has_sums)
+
+    def _started(self, reduction: dist.Work | None) -> None:
+        if reduction is not None:
+            self._reductions.append(reduction)
+
+    def _received(self, number: int, slot: int) -> Tensor:
+        return self._buffers[slot].received[: len(self._flats[number])]
 
     def _collect(self, slot: int) -> None:
-        """Wait for the operation on a buffer, and add what it gave to the sums."""
-        if slot not in self._scatters:
+        """Wait for the exchange of a buffer, and add what came to the sums."""
+        if slot not in self._exchanges:
             return
-        number, scatter = self._scatters.pop(slot)
-        if scatter is not None:
-            scatter.wait()
-        if self.reduces_each:
-            add = self.shards[number].add_ if self._is_set[number] else self.shards[number].copy_
-            add(self._own[number])
-            self._is_set[number] = True
+        number, exchange = self._exchanges.pop(slot)
+        if exchange is not None:
+            exchange.wait()
+        parts_NS = self._received(number, slot).view(self.size, -1)
+        if self._has_sums[number]:
+            self._add_parts(self.shards[number], parts_NS)
+        else:
+            torch.sum(parts_NS, 0, dtype=torch.float32, out=self.shards[number])
+            self._has_sums[number] = True
+
+
+def add_parts_(sum_S: Tensor, parts_NS: Tensor) -> None:
+    """Add each rank's part to a float32 sum, in float32."""
+    sum_S += parts_NS.sum(0, dtype=torch.float32)

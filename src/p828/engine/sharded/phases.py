@@ -62,11 +62,14 @@ class PhasedPass:
         is_captured: bool,
         places: Mapping[str, Tensor],
         small: Mapping[str, Tensor],
+        sets_layers: bool,
     ) -> None:
         """`dtype` is what the layers compute in. `is_captured`: phases run as CUDA graphs.
 
-        `places` are those of matrices' gradients, set or added to; `small` the sums of the others, always added to.
+        `places` are those of matrices' gradients. The step's first micro-batch sets them and later ones add, or, if
+        `sets_layers`, set those of layers too. `small` are the sums of the other parameters, always added to.
         """
+        self._sets_layers = sets_layers
         self.model, self.balance, self.dtype = model, balance, dtype
         self.device = model.head_weight.device
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -80,21 +83,18 @@ class PhasedPass:
         """The step's sums so far of `micro_batch_totals`, on this rank."""
         self._graphs = CudaGraphRunner(self._run, len(self.phases), self.device) if is_captured else None
 
-    def __call__(self, batch: Batch, is_set: bool) -> Iterator[Phase]:
-        """Start a micro-batch's phases on the device one by one; after each the caller gets it, and may start more.
-
-        `is_set`: matrices' gradients are set. Otherwise they are added to what is there.
-        """
+    def __call__(self, batch: Batch, is_first: bool) -> Iterator[Phase]:
+        """Start a micro-batch's phases on the device one by one; after each the caller gets it, and may start more."""
         if self._graphs is None:
-            return self._run(batch.to(self.device), is_set)
-        return self._graphs(batch, is_set)
+            return self._run(batch.to(self.device), is_first)
+        return self._graphs(batch, is_first)
 
     def begin_step(self) -> None:
         """Forget the totals of the step before."""
         for total in self.totals.values():
             total.zero_()
 
-    def _run(self, batch: Batch, is_set: bool) -> Iterator[Phase]:
+    def _run(self, batch: Batch, is_first: bool) -> Iterator[Phase]:
         model, phases = self.model, iter(self.phases)
         tokens_T, targets_T = batch.tokens_BS.flatten(), batch.targets_BS.flatten()
         valid_BS = batch.targets_BS != IGNORE
@@ -110,26 +110,27 @@ class PhasedPass:
             done.append(_Done(entered, (left[0], left[1]), statistics))
             stream = done[-1].left
             yield next(phases)
-        dstream = self._loss(stream, targets_T, stacked([one.statistics for one in done]), is_set)
+        dstream = self._loss(stream, targets_T, stacked([one.statistics for one in done]), is_first)
         del stream, left, statistics, entered
         yield next(phases)
         while done:
-            dstream = self._backward(done.pop(), self._parameters[len(done)], dstream, is_set)
+            parameters = self._parameters[len(done) - 1]
+            dstream = self._backward(done.pop(), parameters, dstream, is_first or self._sets_layers)
             yield next(phases)
         with record_function("embedding"):
             embedding = model.model.embed_tokens.weight
-            if is_set and embedding is not model.head_weight:
+            if is_first and embedding is not model.head_weight:
                 self._places[embedding].zero_()
             add_embedding_gradient_(self._places[embedding], tokens_T, dstream[0].flatten(0, 1))
         yield next(phases)
 
-    def _loss(self, stream: Pair, targets_T: Tensor, router: RouterStatistics, is_set: bool) -> Pair:
+    def _loss(self, stream: Pair, targets_T: Tensor, router: RouterStatistics, is_first: bool) -> Pair:
         """Norm, head and loss. Returns the gradient of the stream, and writes those of norm and head."""
         model, entered = self.model, _leaves(stream)
         _, hidden_BSH = model.model.norm(*entered)
         dhead_VH = self._places[model.head_weight]
         with record_function("CrossEntropy"):  # such labels tell a profiler what autograd does not
-            if is_set:
+            if is_first:
                 dhead_VH.zero_()
             loss, dhidden_TH = loss_and_gradients(
                 hidden_BSH.flatten(0, 1), model.head_weight, targets_T, self.scale, dhead_VH

@@ -67,7 +67,7 @@ class ShardedWeights:
 
 
 def slot_of(unit: Unit) -> int:
-    """The buffer that a unit shares with others: 0 that of embedding and head, the others those of layers."""
+    """The buffer that a unit shares with others at stage 3: 0 that of embedding and head, the others of layers."""
     return 0 if unit.layer is None else 1 + unit.layer % BUFFERS
 
 
