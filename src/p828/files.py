@@ -239,6 +239,27 @@ def locked(directory: Path, complaint: str) -> Iterator[None]:
             yield
 
 
+def is_locked(directory: Path) -> bool:
+    """Whether a process holds the directory's lock. It is looked at for a moment, and nothing is written.
+
+    Raises OSError where the lock's file cannot be read.
+    """
+    try:
+        with open_regular(directory / LOCK_FILE) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+    try:
+        return not _is_left_behind(read_limited(directory / OWNER_FILE, MEBIBYTE))
+    except (FileNotFoundError, ValueError):
+        return False
+
+
 @contextmanager
 def _owned(path: Path, complaint: str) -> Iterator[None]:
     """Hold the lock by a file that names this process. Raises ConfigError while another process holds it."""

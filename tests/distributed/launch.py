@@ -14,6 +14,7 @@ import torch
 
 import p828
 from p828.runs import checkpoint, file_names, records
+from p828.runs.compare import OF_THE_MACHINE
 from runs import start, wait_for_step, write_text, write_toml
 
 Stage = int | str | None
@@ -181,7 +182,7 @@ def final_state(run: Path) -> checkpoint.Checkpoint:
 
 def assert_same_bits(ours: Path, theirs: Path) -> None:
     """The same records and, at the end, weights, optimizer, random states and place in the data."""
-    timed = ("time", "seconds", "tokens_per_second", "memory_bytes")
+    timed = ("time", *OF_THE_MACHINE)
     for kind in ("step", "eval", "sample"):
         first, second = ([{**line, **dict.fromkeys(timed)} for line in records_of(run, kind)] for run in (ours, theirs))
         assert first == second

@@ -58,13 +58,13 @@ def with_more_numbers(tmp_path: Path) -> Path:
     biases = "torch.stack([layer.mlp.gate.e_score_correction_bias.abs().max() for layer in model.layers])"
     edit(
         source / "p828" / "engine" / "interface.py",
-        'return cls({**totals, "grad_norm": grad_norm})',
-        f'return cls({{**totals, "grad_norm": grad_norm, "largest_bias": {biases}}})',
+        'return cls({**further, "grad_norm": grad_norm,',
+        f'return cls({{**further, "grad_norm": grad_norm, "largest_bias": {biases},',
     )
     edit(
         source / "p828" / "engine" / "microbatch.py",
-        '"loads_LE": router.loads_LE}',
-        '"z_loss": router.z_loss_L.sum() * scale, "loads_LE": router.loads_LE}',
+        '"loads_LE": router.loads_LE,',
+        '"z_loss": router.z_loss_L.sum() * scale, "loads_LE": router.loads_LE,',
     )
     return source
 

@@ -14,7 +14,7 @@ from p828.engine.plain import PlainEngine
 from p828.inference.evaluate import evaluate
 from p828.kernels.adamw import join_float32
 from p828.model import backend
-from p828.optim.clipping import global_norm
+from p828.optim.clipping import global_norm, gradient_norms
 from p828.runs.tensors import Master
 from runs import run_config
 from tiny import joined
@@ -177,7 +177,7 @@ def test_the_update_does_not_wait_for_the_device(cuda: torch.device, tmp_path: P
     engine.forward_backward(batch_of(0), 64)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        norm = global_norm(engine.gradients.sums.values())
+        norm = global_norm(gradient_norms(engine.gradients.sums.values()))
         engine.optimizer.update(1e-3, norm, torch.isfinite(norm))
     finally:
         torch.cuda.set_sync_debug_mode("default")

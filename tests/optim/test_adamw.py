@@ -10,7 +10,7 @@ from p828.errors import ConfigError
 from p828.model.init import initialise
 from p828.model.transformer import Transformer
 from p828.optim.adamw import AdamW, pick_moment_dtype
-from p828.optim.clipping import global_norm
+from p828.optim.clipping import global_norm, gradient_norms
 from p828.optim.groups import parameter_groups
 from p828.optim.interface import Optimizer
 from p828.optim.masters import Masters
@@ -50,7 +50,7 @@ class Training:
             gradient.copy_(scale * torch.randn(gradient.shape, generator=generator))
 
     def update(self) -> None:
-        self.optimizer.update(0.1, global_norm(self.gradients.values()), YES)
+        self.optimizer.update(0.1, global_norm(gradient_norms(self.gradients.values())), YES)
 
     def step(self, seed: int, scale: float = 1.0) -> None:
         self.set_gradients(seed, scale)
@@ -106,7 +106,7 @@ def test_a_step_is_torchs_clipping_and_adamw(dtype: torch.dtype, moment_dtype: t
         for name, theirs in twin.named_parameters():
             theirs.grad = training.gradients[name].clone()
         norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
-        torch.testing.assert_close(global_norm(training.gradients.values()), norm)
+        torch.testing.assert_close(global_norm(gradient_norms(training.gradients.values())), norm)
         training.optimizer.update(0.1, norm, YES)
         expected.step()
     after = training.weights()

@@ -104,9 +104,14 @@ NEEDS = (
     ),
     Need(("evaluation.patience",), lambda c: c.evaluation.every > 0, "accepted with evaluation.every above 0"),
     Need(
-        ("rollback.spike_threshold", "rollback.limit"),
+        ("rollback.spike_threshold",),
         lambda c: c.rollback.after_steps > 0,
         "accepted with rollback.after_steps above 0",
+    ),
+    Need(
+        ("rollback.limit",),
+        lambda c: c.rollback.after_steps > 0 or c.health.on_critical == "roll_back",
+        'accepted with rollback.after_steps above 0 or health.on_critical = "roll_back"',
     ),
     Need(("train.upcycle",), lambda c: bool(c.train.init_from), "accepted with train.init_from"),
     Need(("wandb.project",), lambda c: c.wandb.mode != "off", 'accepted with wandb.mode = "online" or "offline"'),

@@ -322,6 +322,12 @@ class ShardedConfig:
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    on_critical: Literal["continue", "stop", "roll_back"] = changeable("continue")
+    """At a critical finding: go on, stop, or go back to a checkpoint before it where that helps."""
+
+
+@dataclass(frozen=True)
 class DeepSpeedConfig:
     config: str = changeable("")
     """A DeepSpeed configuration (a .json file, or zero1, zero2, zero3, zero3-offload) over the keys below."""
@@ -368,6 +374,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     rollback: RollbackConfig = field(default_factory=RollbackConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     sharded: ShardedConfig = field(default_factory=ShardedConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -7,7 +7,8 @@ nor an attribute of `StepResult` goes into the step's record under its own name.
 """
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,9 +20,12 @@ from p828.data.batch import Batch
 from p828.model.transformer import Transformer
 from p828.runs.tensors import Saveable, Tensors
 from p828.runs.weights import Weights
+from p828.system.timing import DeviceSpan
 
-Number = float | list[float]
-"""Of a step's record: a scalar, or a list with an entry a layer."""
+BY_PART = {"grad_norms", "weight_norms", "update_ratios", "changed"}  # what is told for each part of the model
+
+Number = float | list[float] | dict[str, float]
+"""Of a step's record: a scalar, a list with an entry a layer, or an entry for each of `optim.parts.PARTS`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class StepResult:
     """Per layer, the tokens that each expert received."""
     further: dict[str, Number] = field(default_factory=dict)
     """Every other number, by its name in the step's record."""
+    device_seconds: float | None = None
+    """How long a GPU was at work in the step, as far as it is known."""
 
     @property
     def applied(self) -> bool:
@@ -59,21 +65,42 @@ class StepStats:
         self._packed, self._shapes = pack(tensors), shapes_of(tensors)
 
     @classmethod
-    def of(cls, model: Transformer, totals: Mapping[str, Tensor], grad_norm: Tensor) -> "StepStats":
+    def of(
+        cls,
+        model: Transformer,
+        totals: Mapping[str, Tensor],
+        grad_norm: Tensor,
+        by_part: Mapping[str, Tensor],
+        measured: Mapping[str, Tensor] | None = None,
+    ) -> "StepStats":
         """From the sums of `microbatch.micro_batch_totals` over the step and the gradients' global norm.
 
-        Every engine calls this one after its update. At ZeRO stage 3 the weights of `model` are elsewhere; the
-        balance bias is there.
+        `by_part` has tensors (X,) of the model's parts, in every step; `measured`, what `UpdateNumbers.finish` gives,
+        or None in a step that is not measured. Every engine calls this one after its update. At ZeRO stage 3 the
+        weights of `model` are elsewhere; the balance bias is there.
         """
-        return cls({**totals, "grad_norm": grad_norm})
+        further = dict(totals)
+        entropy_L = further.pop("entropy_L")  # a mean over tokens, each of which counts in as many loads
+        if measured is not None:
+            choices_L = totals["loads_LE"].sum(dim=1).clamp_min(1)
+            further["router_entropy"] = entropy_L * model.config.num_experts_per_tok / choices_L
+        return cls({**further, "grad_norm": grad_norm, **by_part, **(measured or {})})
 
-    def fetch(self) -> StepResult:
-        """All of it on the host; waits for the device once."""
-        host = unpack(self._packed.cpu(), self._shapes)
+    def fetch(self, parts: Sequence[str] = (), span: DeviceSpan | None = None) -> StepResult:
+        """All of it on the host; waits for the device once.
+
+        `parts` names the X entries of what is told by part. `span` is that of the step, just ended.
+        """
+        started = time.perf_counter()
+        packed = self._packed.cpu()
+        busy = None if span is None else span.busy_seconds(time.perf_counter() - started)
+        host = unpack(packed, self._shapes)
         loads = [[int(load) for load in load_E] for load_E in host.pop("loads_LE").tolist()]
         loss, grad_norm = host.pop("loss").item(), host.pop("grad_norm").item()
         further: dict[str, Number] = {name: tensor.tolist() for name, tensor in host.items()}
-        return StepResult(loss, grad_norm, loads, further)
+        for name in BY_PART & further.keys():
+            further[name] = dict(zip(parts, host[name].tolist(), strict=True))
+        return StepResult(loss, grad_norm, loads, further, busy)
 
 
 def pack(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -98,6 +125,8 @@ class Engine(Protocol):
     device: torch.device
     dtype: torch.dtype
     """What the layers compute in."""
+    is_sharded: bool
+    """Whether a rank has all weights of a layer only while the layer is at work."""
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -107,10 +136,11 @@ class Engine(Protocol):
     def forward_backward(self, batch: Batch, num_targets: int) -> None:
         """Add the gradients of one micro-batch. `num_targets` counts the whole step's targets, on all ranks."""
 
-    def step(self, learning_rate: float) -> StepResult:
+    def step(self, learning_rate: float, is_measured: bool = False) -> StepResult:
         """Clip the gradients, update weights and balance bias, and begin the next step.
 
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite.
+        `is_measured`: also find what the update does to the weights and what the routers score, which takes longer.
         """
 
     def gathered_model(self) -> AbstractContextManager[Transformer]:

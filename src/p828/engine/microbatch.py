@@ -22,23 +22,26 @@ def prepare_layers(model: Transformer, train: TrainConfig, balance: BalanceConfi
         layer.auxiliary_losses = bool(balance.sequence_loss_weight or balance.z_loss_weight)
 
 
-def micro_batch_totals(loss: Tensor, router: RouterStatistics, scale: Tensor) -> dict[str, Tensor]:
+def micro_batch_totals(
+    loss: Tensor, auxiliary: Sequence[Tensor], router: RouterStatistics, scale: Tensor
+) -> dict[str, Tensor]:
     """What is summed over a step's micro-batches and over ranks, by name: scalars and tensors (L,), and the loads.
 
-    `loss` is the micro-batch's share of the step's mean loss. `scale` is 1 / targets of the step: times it, a sum over
-    the micro-batch's targets becomes its share of the step's mean. A further sum is a line here;
-    `interface.StepStats` passes it on to the step's record under its name.
+    `loss` is the micro-batch's share of the step's mean loss, `auxiliary` those of the auxiliary losses that are on.
+    `scale` is 1 / targets of the step: times it, a sum over the micro-batch's targets becomes its share of the step's
+    mean. A further sum is a line here; `interface.StepStats` passes it on to the step's record under its name.
     """
-    return {"loss": loss, "loads_LE": router.loads_LE}
+    totals = {"loss": loss, "loads_LE": router.loads_LE, "entropy_L": router.entropy_L}
+    return totals | {"aux_loss": sum(auxiliary, torch.zeros_like(scale))} if auxiliary else totals
 
 
-def zero_totals(model: ModelConfig, device: torch.device) -> dict[str, Tensor]:
+def zero_totals(model: ModelConfig, balance: BalanceConfig, device: torch.device) -> dict[str, Tensor]:
     """What a step's sums of `micro_batch_totals` begin with, in the same order."""
     layers, experts = model.num_hidden_layers, model.n_routed_experts
     loads_LE = torch.zeros(layers, experts, dtype=torch.int64, device=device)
-    others = (torch.zeros(layers, device=device) for _ in RouterStatistics._fields[1:])
     zero = torch.zeros((), device=device)
-    totals = micro_batch_totals(zero, RouterStatistics(loads_LE, *others), zero)
+    router = RouterStatistics(loads_LE, *(torch.zeros(layers, device=device) for _ in RouterStatistics._fields[1:]))
+    totals = micro_batch_totals(zero, auxiliary_losses(router, balance, zero), router, zero)
     return {name: torch.zeros_like(total) for name, total in totals.items()}
 
 
@@ -85,7 +88,7 @@ class GradientAccumulator:
         self._segments = _segments(model, 1 if has_auxiliary_losses else segments)
         self.scale = torch.zeros((), device=self.device)
         """Factor on the losses: 1 / targets of the step. Set before the step's first micro-batch."""
-        self.totals = zero_totals(model.config, self.device)
+        self.totals = zero_totals(model.config, balance, self.device)
         """The step's sums so far of `micro_batch_totals`, on this rank."""
         self._graphs = CudaGraphRunner(self._add, len(self._segments), self.device) if is_captured else None
         self._is_first = True  # of the step's micro-batches
@@ -129,8 +132,8 @@ class GradientAccumulator:
             loss, dhidden_TH = loss_and_gradients(
                 output.hidden_BSH.flatten(0, 1), self.model.head_weight, targets_T, self.scale, self._dhead_VH
             )
-        add_totals_(self.totals, micro_batch_totals(loss * self.scale, output.router, self.scale))
         auxiliary = auxiliary_losses(output.router, self.balance, self.scale)
+        add_totals_(self.totals, micro_batch_totals(loss * self.scale, auxiliary, output.router, self.scale))
         outputs: Sequence[Tensor] = [output.hidden_BSH, *auxiliary]
         gradients: Sequence[Tensor] = [dhidden_TH.view_as(output.hidden_BSH), *map(torch.ones_like, auxiliary)]
         boundaries = output.boundaries

@@ -17,17 +17,22 @@ from p828.model.init import initial_model
 from p828.model.transformer import Transformer
 from p828.optim.adamw import AdamW, pick_moment_dtype
 from p828.optim.balance import update_biases
-from p828.optim.clipping import global_norm
+from p828.optim.clipping import global_norm, gradient_norms
 from p828.optim.groups import parameter_groups
 from p828.optim.interface import Optimizer
 from p828.optim.masters import Masters
+from p828.optim.parts import ByPart, parts_of
+from p828.optim.update_numbers import Held, UpdateNumbers
 from p828.runs.tensors import Saveable, Tensors
 from p828.runs.weights import Weights
 from p828.system.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
+from p828.system.timing import DeviceSpan
 
 
 class PlainEngine:
     """float32 masters, layers that hold and compute in the run's dtype, AdamW."""
+
+    is_sharded = False
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -44,6 +49,11 @@ class PlainEngine:
         self.gradients = GradientAccumulator(self.model, config.balance, self.dtype, is_captured)
         self.masters = Masters(self.model, self.dtype)
         self.optimizer: Optimizer = self._make_optimizer()
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        self._parts = parts_of(self._names.values())
+        self._by_part = ByPart([self._names[p] for p in self.gradients.sums], self._parts, self.device)
+        self._update_numbers = UpdateNumbers(self.model, list(self._held()), self._parts)
+        self._span = DeviceSpan(self.device)
 
     def _make_optimizer(self) -> Optimizer:
         config = self.config.optimizer
@@ -58,24 +68,37 @@ class PlainEngine:
 
     def forward_backward(self, batch: Batch, num_targets: int) -> None:
         """Add the gradients of one micro-batch. `num_targets` counts the whole step's targets."""
+        self._span.begin()
         self.gradients.scale.fill_(1 / num_targets)
         self.gradients.add(batch)
 
-    def step(self, learning_rate: float) -> StepResult:
+    def step(self, learning_rate: float, is_measured: bool = False) -> StepResult:
         """Clip the gradients, update weights and balance bias, and begin the next step.
 
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite. All of it
-        is started on the device before the host asks for a number.
+        is started on the device before the host asks for a number. `is_measured`: also measure what the update does.
         """
         totals = self.gradients.totals
+        if is_measured:
+            self._update_numbers.begin()
         with record_function("Optimizer.step"):
-            norm = global_norm(self.gradients.sums.values())
+            norms_P = gradient_norms(self.gradients.sums.values())
+            norm = global_norm(norms_P)
             applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
             self.optimizer.update(learning_rate, norm, applied)
         update_biases(self.model, totals["loads_LE"], self.config.balance.update_rate, applied)
-        stats = StepStats.of(self.model, totals, norm)
+        grad_norms = self._by_part.sum(norms_P.square()).sqrt()
+        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
+        stats = StepStats.of(self.model, totals, norm, {"grad_norms": grad_norms}, measured)
         self.gradients.begin_step()
-        return stats.fetch()  # the step's one wait for the device
+        self._span.end()
+        return stats.fetch(self._parts, self._span)  # the step's one wait for the device
+
+    def _held(self) -> Iterator[Held]:
+        masters = self.masters.by_parameter
+        for parameter, name in self._names.items():
+            low_bits = masters[parameter].low_bits.view(-1) if parameter in masters else None
+            yield Held(name, parameter.data.view(-1), low_bits)
 
     def state_dict(self) -> dict[str, dict[str, Saveable]]:
         """What a checkpoint needs, by file and name. The tensors are the engine's own; masters are not joined."""

@@ -1,5 +1,6 @@
 """The router: which experts a token goes to, and with which weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,18 @@ def sequence_balance_loss(routing: Routing, sequences: int, valid_T: Tensor | No
     )
     valid_B1 = valid_T.view(sequences, -1).sum(dim=1, keepdim=True).clamp_min(1)
     return (chosen_BE * share_BE / valid_B1).sum() * experts / per_token
+
+
+def score_entropy(routing: Routing, valid_T: Tensor | None = None) -> Tensor:
+    """Σ over valid tokens of the entropy of their normalised scores, over its greatest value ln E: a scalar.
+
+    1 a token if a router does not tell the experts apart, 0 if it sees a single one. `valid_T` (bool) defaults to all.
+    It has no gradient.
+    """
+    scores_TE = routing.scores_TE.detach()
+    share_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    entropy_T = torch.special.entr(share_TE).sum(dim=-1) / max(math.log(scores_TE.shape[1]), 1e-20)
+    return (entropy_T if valid_T is None else entropy_T.where(valid_T, 0.0)).sum()
 
 
 def z_loss(routing: Routing, valid_T: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from p828.model.experts import Experts, SharedExperts, TokenPermutation
 from p828.model.linear import Linear
 from p828.model.norm import ResidualNorm
 from p828.model.rope import inverse_frequencies, rotary
-from p828.model.router import Router, sequence_balance_loss, z_loss
+from p828.model.router import Router, score_entropy, sequence_balance_loss, z_loss
 
 
 class LayerStatistics(NamedTuple):
@@ -23,6 +23,7 @@ class LayerStatistics(NamedTuple):
     loads_E: Tensor
     balance_loss: Tensor
     z_loss: Tensor
+    entropy: Tensor
 
 
 class RouterStatistics(NamedTuple):
@@ -34,6 +35,8 @@ class RouterStatistics(NamedTuple):
     """float32: sequence-wise auxiliary loss, summed over valid tokens; 0 for a layer without `auxiliary_losses`."""
     z_loss_L: Tensor
     """float32: router z-loss, summed over valid tokens; 0 likewise."""
+    entropy_L: Tensor
+    """float32: `score_entropy`, summed over the tokens that loads count."""
 
 
 class LayerInputs(NamedTuple):
@@ -113,7 +116,8 @@ class Layer(nn.Module):
             losses = sequence_balance_loss(routing, len(x_BSH), has_target_T), z_loss(routing, has_target_T)
         else:  # a compiled layer would compute the gradients of unused ones too
             losses = routing.scores_TE.new_zeros(()), routing.scores_TE.new_zeros(())
-        return x_BSH, mixed_BSH, LayerStatistics(permutation.loads_E, *losses)
+        entropy = score_entropy(routing, valid_token_T)
+        return x_BSH, mixed_BSH, LayerStatistics(permutation.loads_E, *losses, entropy)
 
     def _recomputed(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Call `function`, keeping only its inputs for the backward pass if gradient checkpointing is on."""

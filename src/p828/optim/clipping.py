@@ -1,4 +1,4 @@
-"""The global norm of a step's gradients, and how far it makes them shorter. The host waits for neither."""
+"""The norms of a step's gradients, and how far the global one makes them shorter. The host waits for neither."""
 
 from collections.abc import Iterable
 
@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 
 
-def global_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Root of the sum of squares over all gradients: a scalar of their dtype."""
-    return torch.nn.utils.get_total_norm(gradients)
+def gradient_norms(gradients: Iterable[Tensor]) -> Tensor:
+    """The norm of each gradient: float32 (P,), from one pass over them."""
+    gradients = list(gradients)
+    if not gradients:
+        return torch.zeros(0)
+    return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+
+
+def global_norm(norms_P: Tensor) -> Tensor:
+    """Root of the sum of squares over all gradients, from `gradient_norms`: a float32 scalar."""
+    return torch.linalg.vector_norm(norms_P)
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -12,7 +12,10 @@ import torch
 from p828.runs import checkpoint, records
 from p828.runs.file_names import RECORDS_FILE
 
-OF_THE_MACHINE = ("tokens_per_second", "mfu", "memory_bytes", "seconds")  # keys in which two equal runs differ
+OF_THE_MACHINE = (  # keys in which two equal runs differ
+    "tokens_per_second", "mfu", "memory_bytes", "rank_memory_bytes", "disk_free_bytes", "seconds", "data_seconds",
+    "host_seconds", "compilations",
+)  # fmt: skip
 
 
 def first_difference(first: Path, second: Path) -> str | None:
@@ -99,5 +102,5 @@ def _of_records(first: Path, second: Path) -> Iterator[str]:
 
 def _kept_records(run: Path) -> Iterator[dict[str, Any]]:
     for line in records.read(run / RECORDS_FILE):
-        if line["kind"] in records.REPEATED_KINDS:
+        if line["kind"] in records.REPEATED_KINDS and line["kind"] != "probe":  # which each start makes, too
             yield {key: value for key, value in line.items() if key not in OF_THE_MACHINE}

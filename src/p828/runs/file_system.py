@@ -1,4 +1,4 @@
-"""Whether the file system of a run's directory can do what a run needs, tried before anything is computed."""
+"""The file system of a run's directory: whether it can do what a run needs, and how much room it has."""
 
 import os
 import shutil
@@ -41,3 +41,11 @@ def try_out(directory: Path) -> None:
         raise ConfigError(f"{trial}: cannot be removed: {error.strerror}") from None
     finally:
         shutil.rmtree(trial, ignore_errors=True)
+
+
+def free_bytes(directory: Path) -> int | None:
+    """What this user may still write there; None where the file system does not say, as one that is away."""
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return None

@@ -13,7 +13,9 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, cast
@@ -23,12 +25,14 @@ from p828.files import fsync, open_appended, open_regular
 from p828.runs.file_names import DAMAGED_RECORDS_FILE, RECORDS_FILE
 
 LOADS_A_STEP = 32  # loads of experts that a step's line has on average at most, without those at evaluations
+MEASURED_EVERY = 10  # steps: what takes longer to find, or more room in a line
+DIGITS = 4  # of a number that is told by part or layer
 STARVED_UNDER = 0.1  # of the mean load of a layer's experts
 PIECE = 2**20  # bytes
 LONGEST_LINE = 16 * 2**20  # bytes; a step of a thousand layers of a thousand experts takes half of it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)  # a full disk, or one that fails for now
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-REPEATED_KINDS = ("step", "eval", "tasks", "sample")  # kinds that a resumed run writes again
+REPEATED_KINDS = ("step", "eval", "probe", "tasks", "sample")  # kinds that a resumed run writes again
 
 
 class Mirror(Protocol):
@@ -42,6 +46,12 @@ class Mirror(Protocol):
     def finish(self, exit_code: int) -> None: ...
 
 
+class Follower(Protocol):
+    """What looks at the records as they come, as the rules of run health."""
+
+    def add(self, record: Mapping[str, Any]) -> None: ...
+
+
 class Recorder:
     """Appends to `run_dir/metrics.jsonl`, and gives every record to the mirror, if there is one.
 
@@ -51,6 +61,7 @@ class Recorder:
 
     def __init__(self, run_dir: Path, is_quiet: bool = False, mirror: Mirror | None = None) -> None:
         self.is_quiet, self.mirror = is_quiet, mirror
+        self.follower: Follower | None = None
         self.waiting: list[bytes] = []
         """Lines for which the disk had no room; they are written as soon as it has."""
         self.path = run_dir / RECORDS_FILE
@@ -81,6 +92,8 @@ class Recorder:
             raise RecordsFailed(_unwritable(self.path, error)) from None
         if self.mirror is not None:
             self.mirror.write(kind, step, values)
+        if self.follower is not None:
+            self.follower.add({"kind": kind, "step": step, **values})
 
     def _append(self, line: bytes) -> bool:
         """Append the line, or nothing of it if the disk has no room. Returns whether it had."""
@@ -111,7 +124,7 @@ class Recorder:
             beside.unlink(missing_ok=True)  # what a killed process left
             with beside.open("xb") as file:
                 for line in _lines(self.path):
-                    record = _parsed(line)
+                    record = parsed(line)
                     if record is None:
                         with open_appended(damaged) as other:
                             other.write(line)
@@ -153,19 +166,94 @@ class Recorder:
                 raise error
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
+def read(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order. A partial last line, as a killed process leaves it, is left out.
 
-    Raises ConfigError for a file that cannot be read, and DataError naming any other line that is no record.
+    Raises ConfigError for a file that cannot be read, and DataError naming any other line that is no record, unless
+    `skip_damaged`.
     """
     try:
         for number, line in enumerate(_lines(path), start=1):
-            record = _parsed(line)
-            if record is None:
+            record = parsed(line)
+            if record is not None:
+                yield record
+            elif not skip_damaged:
                 raise DataError(f"{path}: line {number} is not a record; mend or remove that line")
-            yield record
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def is_measured(step: int) -> bool:
+    """Whether this step's line has the numbers that are not in every line."""
+    return step == 1 or step % MEASURED_EVERY == 0
+
+
+def shortened(number: Any) -> Any:
+    """The number, or those of a list or an object, with DIGITS digits."""
+    if isinstance(number, dict):
+        return {name: shortened(value) for name, value in number.items()}
+    if isinstance(number, list):
+        return [shortened(value) for value in number]
+    return float(f"{number:.{DIGITS}g}")
+
+
+def matching(path: Path, pattern: re.Pattern[bytes]) -> Iterator[dict[str, Any]]:
+    """The records, in order, in whose lines the pattern is found; other lines are not parsed. Raises ConfigError.
+
+    So records of a few steps are found among 500,000 in a second. A line that is no record is left out.
+    """
+    try:
+        for line in _lines(path):
+            if pattern.search(line) and (record := parsed(line)) is not None:
+                yield record
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def columns(path: Path, kind: str, keys: Sequence[str]) -> dict[str, list[Any]]:
+    """The values under some keys of all records of one kind, and their `step`, a list for each key; None where absent.
+
+    Reads 500,000 lines in some seconds, as only these values are decoded. A line that is no record is left out. Raises
+    ConfigError for a file that cannot be read.
+    """
+    found: dict[str, list[Any]] = {key: [] for key in ("step", *keys)}
+    pattern = re.compile(rb'"kind": ?"%s"' % kind.encode())
+    try:
+        for line in _lines(path):
+            if not pattern.search(line):
+                continue
+            with suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict) and record.get("kind") == kind and type(record.get("step")) is int:
+                    for key, values in found.items():
+                        values.append(_decode(record.get(key)))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    return found
+
+
+def tail(path: Path, most: int) -> list[bytes]:
+    """The whole lines in the last `most` bytes, in order, not parsed. Raises ConfigError."""
+    try:
+        with open_regular(path) as file:
+            start = max(os.fstat(file.fileno()).st_size - most, 0)
+            file.seek(start)
+            content = b"".join(iter(lambda: file.read(PIECE), b""))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    return content.split(b"\n")[1 if start else 0 : -1]  # the last one is partial, and the first if it is cut
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None if the line is no record."""
+    try:
+        record = json.loads(line)
+        if isinstance(record, dict) and record.get("kind") != "sample":  # of text, which may be "NaN"
+            record = _decode(record)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
+    return record if is_record else None
 
 
 def loads_every(layers: int, experts: int) -> int:
@@ -245,18 +333,6 @@ def _lines(path: Path) -> Iterator[bytes]:
             if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
                 return
             yield line
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None if the line is no record."""
-    try:
-        record = json.loads(line)
-        if isinstance(record, dict) and record.get("kind") != "sample":  # of text, which may be "NaN"
-            record = _decode(record)
-    except (ValueError, RecursionError):
-        return None
-    is_record = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
-    return record if is_record else None
 
 
 def _decode(value: Any) -> Any:

@@ -29,6 +29,10 @@ class BatchStats:
     """As `Batch.attended_pairs`."""
     bad_records: int = 0
     """Malformed records that the run has passed over so far, on all ranks."""
+    max_token: int = 0
+    """Largest token id."""
+    wait_seconds: float = 0.0
+    """How long the rank that waited longest waited for its micro-batches."""
 
     @property
     def tokens(self) -> int:
@@ -36,7 +40,7 @@ class BatchStats:
         return sum(self.by_source)
 
     @staticmethod
-    def of(batches: Sequence[Batch], sources: int) -> "BatchStats":
+    def of(batches: Sequence[Batch], sources: int, wait_seconds: float = 0.0) -> "BatchStats":
         by_source = [0] * sources
         for batch in batches:
             for source, tokens in enumerate(batch.source_tokens):
@@ -49,6 +53,8 @@ class BatchStats:
             tuple(by_source),
             max((batch.epoch for batch in batches), default=0),
             sum(batch.attended_pairs for batch in batches),
+            max_token=max((batch.max_token for batch in batches), default=0),
+            wait_seconds=wait_seconds,
         )
 
 

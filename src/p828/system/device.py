@@ -55,6 +55,12 @@ def compiles(train: TrainConfig, device: torch.device) -> bool:
     return train.compile == "on" or (train.compile == "auto" and device.type == "cuda")
 
 
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # which is imported by the first use of torch.compile
+    return 0 if dynamo is None else dynamo.counters["stats"]["unique_graphs"]
+
+
 def make_deterministic() -> None:
     """Only algorithms that repeat bit for bit; operations without one raise."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS wants for repeatable sums

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+LEAST_WAIT = 0.02  # of a step: what the host waits less for the GPU's end is the way of the last numbers
+
 
 def step_seconds(run: Callable[[], None], steps: int, device: torch.device) -> list[float]:
     """Seconds from the end of each call to the end of the next, `steps` of them, without waiting in between.
@@ -41,6 +43,21 @@ def matmul_flops(device: torch.device) -> float:
     return 2 * size**3 / min(step_seconds(product, 40, device))
 
 
+def host_copy_rates(device: torch.device) -> tuple[float, float]:
+    """Bytes a second from pinned memory of the host to a GPU, and back: the fastest of several copies of 256 MiB."""
+    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+
+    def forth() -> None:
+        there.copy_(host, non_blocking=True)
+
+    def back() -> None:
+        host.copy_(there, non_blocking=True)
+
+    to_device, from_device = (host.nbytes / min(step_seconds(work, 10, device)) for work in (forth, back))
+    return to_device, from_device
+
+
 def memory_rate(device: torch.device) -> float:
     """Bytes a second between the device and its memory, of numbers far more than its caches hold.
 
@@ -62,6 +79,37 @@ def memory_rate(device: torch.device) -> float:
 
     reading, multiplying, copying = (min(step_seconds(work, 20, device)) for work in (read, multiply, copy))
     return max(source.nbytes / min(reading, multiplying), 2 * source.nbytes / copying)
+
+
+class DeviceSpan:
+    """The seconds from a step's first work on a GPU to its last, by its own clock; on a CPU it does nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_gpu = device.type == "cuda"
+        self._begun: torch.cuda.Event | None = None
+        self._ended: torch.cuda.Event | None = None
+
+    def begin(self) -> None:
+        """Called before every micro-batch; the step's first call counts."""
+        if self._is_gpu and self._begun is None:
+            self._begun = _record()
+
+    def end(self) -> None:
+        if self._is_gpu:
+            self._ended = _record()
+
+    def busy_seconds(self, waited: float) -> float | None:
+        """How long the GPU was at work in the step, once the host has waited `waited` seconds for its end.
+
+        Where the host hardly had to wait, the GPU had caught up with it all along, as when kernels are launched one by
+        one too slowly, and idled in between, which no two marks show. Then the wait is all that is known of its work.
+        None on a CPU.
+        """
+        if self._begun is None or self._ended is None:
+            return None
+        span = self._begun.elapsed_time(self._ended) / 1e3
+        self._begun = self._ended = None
+        return span if waited > LEAST_WAIT * span else waited
 
 
 def _record() -> torch.cuda.Event:

@@ -37,6 +37,7 @@ from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.engine.sharded.engine import ShardedEngine
 from p828.errors import ConfigError
+from p828.health.facts import Facts
 from p828.inference.answer import prompt_ids
 from p828.inference.tasks.tasks import Tasks, open_all
 from p828.interchange.fit import check_shapes
@@ -52,12 +53,14 @@ from p828.system.device import check_room, make_deterministic, pick_device
 from p828.train.checkpointing import Checkpointing
 from p828.train.evaluation import Evaluator
 from p828.train.fetch import Fetcher
+from p828.train.health import HealthWatch
 from p828.train.init_from import load_weights, origin_of, take_tokenizer
 from p828.train.log.console import Console, say, waiting
 from p828.train.log.log import Log
-from p828.train.log.summary import banner, conclude, report_start
+from p828.train.log.summary import banner, conclude, recorded_end, report_start
 from p828.train.log.usage import Usage
 from p828.train.log.wandb import WandbMirror, open_mirror
+from p828.train.probes import Probes
 from p828.train.resume import RunDirectory, open_run, resume
 from p828.train.rollback import Rollback
 from p828.train.signals import graceful_shutdown, interruptible
@@ -254,7 +257,7 @@ def _run(
     about_data = [*template_lines(config.data, tokenizer), *held_out_lines(config.data, inputs.rules), *newer]
     report_start(config, run, trainer, tokenizer, about_data, changes)
     run.keep()
-    with graceful_shutdown(loader.cancel, console.event) as shutdown:
+    with recorded_end(trainer), graceful_shutdown(loader.cancel, console.event) as shutdown:
         trainer.run(shutdown)
     conclude(config, trainer, tokenizer)
 
@@ -271,6 +274,7 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
     checkpointing = Checkpointing(
         run.path / CHECKPOINTS, config, run.versions, fingerprint, enclosed, engine, loader, log, usage, ranks
     )
+    rollback = Rollback(config.rollback, checkpointing, loader, log, ranks)
     num_batches, num_sources = config.train.gradient_accumulation, len(config.data.source_names)
     return Trainer(
         config.train,
@@ -297,8 +301,10 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
             is_chat=_is_chat(config),
         ),
         _task_evaluator(inputs, engine, log, ranks),
+        Probes(config, inputs.validation, engine, log, ranks),
         checkpointing,
-        Rollback(config.rollback, checkpointing, loader, log, ranks),
+        rollback,
+        HealthWatch(config.health, Facts.of(config), log, rollback),
         usage,
         ranks,
     )

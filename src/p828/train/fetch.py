@@ -1,5 +1,6 @@
 """Fetching a step's micro-batches on every rank, and what the ranks have to agree on before each step."""
 
+import time
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -41,14 +42,14 @@ class Fetcher:
         When a rank cannot read its own, or finds them malformed, or is asked to stop, the run is saved, and RunFailed
         or RunPaused raised on all of them.
         """
-        position, batches, failure = self.loader.state_dict(), list[Batch](), ""
+        position, batches, failure, started = self.loader.state_dict(), list[Batch](), "", time.perf_counter()
         try:
             batches = [next(self.loader) for _ in range(self.num_batches)]
         except (ConfigError, DataError, TransientReadError) as error:
             failure = str(error)
-        own = BatchStats.of(batches, self.num_sources)
+        own = BatchStats.of(batches, self.num_sources, time.perf_counter() - started)
         about_ranks, stats = self._gather(own, bool(failure), bool(shutdown.reason))
-        self.usage.memory_bytes = max(about_ranks.memory_bytes)
+        self.usage.rank_memory_bytes = about_ranks.memory_bytes
         self.usage.trained_seconds = max(about_ranks.microseconds) / MICRO
         if all(about_ranks.is_written):
             self.checkpointing.finish(state)
@@ -66,9 +67,12 @@ class Fetcher:
         )
         sums = (own.attended_pairs, own.targets, own.documents, own.split_documents, own.hash, *own.by_source)
         bad = bad_records(self.loader.state_dict())  # so far, by stream: the rank that has read furthest knows most
-        numbers = [*about, own.epoch, *sums, *bad]
+        greatest = (own.epoch, own.max_token, own.wait_seconds * MICRO)
+        numbers = [*about, *greatest, *sums, *bad]
         columns = [[int(n) for n in column] for column in zip(*self.ranks.all_gather(numbers), strict=True)]
-        about_columns, (epochs, *rest) = columns[: len(about)], columns[len(about) :]
+        about_columns, rest = columns[: len(about)], columns[len(about) :]
+        epoch, max_token, wait_microseconds = map(max, rest[: len(greatest)])
+        rest = rest[len(greatest) :]
         pairs, targets, documents, split_documents, hash_sum, *by_source = map(sum, rest[: len(sums)])
         stats = BatchStats(
             targets,
@@ -76,9 +80,11 @@ class Fetcher:
             split_documents,
             hash_sum % HASHES,
             tuple(by_source),
-            epoch=max(epochs),
+            epoch=epoch,
             attended_pairs=pairs,
             bad_records=sum(map(max, rest[len(sums) :])),
+            max_token=max_token,
+            wait_seconds=wait_microseconds / MICRO,
         )
         return _AboutRanks(*about_columns), stats
 

@@ -21,7 +21,7 @@ from p828.config import Config, OptimizerConfig
 from p828.data.batch import Batch
 from p828.distributed.group import ProcessGroup
 from p828.engine.cuda_graph import is_capturable
-from p828.engine.deepspeed.partitions import Partition, flat_groups, partitions, sync_from_masters
+from p828.engine.deepspeed.partitions import Partition, flat_groups, gradient_pieces, partitions, sync_from_masters
 from p828.engine.deepspeed.reduce import GradientReducer
 from p828.engine.deepspeed.settings import DeepSpeedSettings, deepspeed_settings
 from p828.engine.deepspeed.training_loss import TrainingLoss
@@ -33,11 +33,14 @@ from p828.model.backend import check_widths
 from p828.model.init import initialise_slice
 from p828.model.transformer import Layer, Transformer
 from p828.optim.balance import update_biases
-from p828.optim.clipping import clip_factor
+from p828.optim.clipping import clip_factor, gradient_norms
 from p828.optim.groups import parameter_groups
+from p828.optim.parts import ByPart, parts_of
+from p828.optim.update_numbers import Held, UpdateNumbers
 from p828.runs.tensors import Saveable, Tensors
 from p828.runs.weights import SavedWeights, Weights
 from p828.system.device import compiles, pick_device, pick_dtype
+from p828.system.timing import DeviceSpan
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # without the number of updates, one for all
 
@@ -76,6 +79,7 @@ class DeepSpeedEngine:
         self.device = pick_device(config.train.device)
         self.dtype = pick_dtype(config.train.dtype, self.device)
         torch.manual_seed(config.train.seed + ranks.rank)  # for dropout; a resume brings the state back
+        self.is_sharded = self.stage == 3
         self._accumulation = config.train.gradient_accumulation
         self._micro_batches = 0  # of the step, so far
         self._updates = 0
@@ -89,7 +93,10 @@ class DeepSpeedEngine:
         """How often gradients are reduced over ranks in a step."""
         self.reduced_dtype = torch.float32 if self._reduces_itself else self.dtype
         self._scale = torch.zeros((), device=self.device)
-        self._totals = zero_totals(config.model, self.device)
+        self._totals = zero_totals(config.model, config.balance, self.device)
+        self._parts = parts_of(name for name, _ in self.model.named_parameters())
+        self._update_numbers = UpdateNumbers(self.model, list(self._held()), self._parts, over_ranks)
+        self._span = DeviceSpan(self.device)
 
     def _make_reducer(self, zero: Mapping[str, Any]) -> GradientReducer:
         config = self.config
@@ -106,6 +113,7 @@ class DeepSpeedEngine:
 
         Below stage 2 the step's last micro-batch also reduces the gradients over ranks; from stage 2 on, each does.
         """
+        self._span.begin()
         self._micro_batches += 1
         is_last = self._micro_batches == self._accumulation
         if self._reducer is not None:
@@ -121,23 +129,32 @@ class DeepSpeedEngine:
         self._engine.backward(loss, scale_wrt_gas=False)
         add_totals_(self._totals, dict(zip(self._totals, totals, strict=True)))
 
-    def step(self, learning_rate: float) -> StepResult:
+    def step(self, learning_rate: float, is_measured: bool = False) -> StepResult:
         """Clip the gradients, update weights and balance bias, and begin the next step.
 
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite.
+        `is_measured`: also find what the update does. From stage 2 on, and with offload, the gradients' norms by part
+        are found only then, as they take a pass over the gradients.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        stats = self._step_of_hooks() if self._reducer is None else self._step_of_reducer(self._reducer)
-        result = stats.fetch()
+        if is_measured:
+            self._update_numbers.begin()
+        if self._reducer is None:  # DeepSpeed waits for the device in between: no span says how long it worked
+            result = self._step_of_hooks(is_measured).fetch(self._parts)
+        else:
+            stats = self._step_of_reducer(self._reducer, is_measured)
+            self._span.end()
+            result = stats.fetch(self._parts, self._span)
         self._updates += result.applied
         self._micro_batches = 0
         return result
 
-    def _step_of_reducer(self, reducer: GradientReducer) -> StepStats:
+    def _step_of_reducer(self, reducer: GradientReducer, is_measured: bool) -> StepStats:
         """As the plain engine does it: all of it is started on the device before the host asks for a number."""
-        totals = over_ranks({"squared_norm": reducer.finish(), **reducer.gradients.totals})
-        norm = totals.pop("squared_norm").sqrt()
+        totals = over_ranks({"squared_norms": reducer.finish(), **reducer.gradients.totals})
+        squares_X = totals.pop("squared_norms")
+        norm = squares_X.sum().sqrt()
         applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
         clip = clip_factor(norm, self.config.optimizer.max_grad_norm)
         # What torch's AdamW divides gradients by, and whether it leaves everything as it is.
@@ -145,7 +162,8 @@ class DeepSpeedEngine:
         self._update(reducer)
         update_biases(self.model, totals["loads_LE"].long(), self.config.balance.update_rate, applied)
         reducer.gradients.begin_step()
-        return StepStats.of(self.model, totals, norm)
+        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
+        return StepStats.of(self.model, totals, norm, {"grad_norms": squares_X.sqrt()}, measured)
 
     def _update(self, reducer: GradientReducer) -> None:
         """Let AdamW update the masters, and set the weights to them."""
@@ -159,9 +177,11 @@ class DeepSpeedEngine:
             self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([share], share)
         self._engine.step()
 
-    def _step_of_hooks(self) -> StepStats:
+    def _step_of_hooks(self, is_measured: bool) -> StepStats:
         """DeepSpeed has reduced the gradients already; it computes their norm, and clips."""
-        totals = over_ranks(self._totals)
+        by_part: dict[str, Tensor] = {"squared_norms": self._squared_norms()} if is_measured else {}
+        totals = over_ranks({**by_part, **self._totals})
+        by_part = {"grad_norms": totals.pop("squared_norms").sqrt()} if is_measured else {}
         self._engine.step()
         applied = self._engine.was_step_applied()
         norm = self._engine.get_global_grad_norm() if applied else math.nan  # a tensor or a float, by the stage
@@ -173,7 +193,21 @@ class DeepSpeedEngine:
         )
         for total in self._totals.values():
             total.zero_()
-        return StepStats.of(self.model, totals, torch.as_tensor(norm, dtype=torch.float64, device=self.device))
+        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
+        norm = torch.as_tensor(norm, dtype=torch.float64, device=self.device)
+        return StepStats.of(self.model, totals, norm, by_part, measured)
+
+    def _squared_norms(self) -> Tensor:
+        """This rank's terms of the squares of the gradients' norms by part: float64 (X,). Before the update."""
+        found = list(gradient_pieces(self._optimizer, self.stage, self.partitions))
+        norms_P = gradient_norms([piece for _, piece in found])
+        return ByPart([name for name, _ in found], self._parts, self.device).sum(norms_P.square())
+
+    def _held(self) -> Iterator[Held]:
+        parameters = dict(self.model.named_parameters())
+        for partition in self._saved_partitions():
+            weight = partition.weight_in(parameters[partition.name], self.stage)
+            yield Held(partition.name, weight, partition.of(partition.flat).values)
 
     @contextmanager
     def gathered_model(self) -> Iterator[Transformer]:

@@ -9,7 +9,7 @@ The attributes read here are DeepSpeed 0.19's, the same that its universal check
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -34,6 +34,12 @@ class Partition(NamedTuple):
         """The partition's numbers in `flat`, or in a tensor of the optimizer's state that is laid out like it."""
         values = like_flat.detach().view(-1).narrow(0, self.offset, self.length)
         return TensorShard(values, self.start, self.shape)
+
+    def weight_in(self, parameter: Tensor, stage: int) -> Tensor:
+        """The same numbers as the layers compute with them, flat: of `parameter`, or of what stage 3 keeps of it."""
+        if stage == 3:
+            return cast(Tensor, parameter.ds_tensor).detach().view(-1)[: self.length]  # type: ignore[attr-defined]
+        return parameter.detach().view(-1)[self.start : self.start + self.length]
 
     def share(self, rank: int, size: int) -> "Partition":
         """The piece for `rank` of `size` nearly equal pieces of the partition; it may be empty."""
@@ -60,6 +66,24 @@ def flat_groups(optimizer: Any, stage: int) -> list[Tensor]:
     if stage:
         return list(optimizer.single_partition_of_fp32_groups)
     return [flat for group in optimizer.param_groups for flat in group["params"]]
+
+
+def gradient_pieces(optimizer: Any, stage: int, held: Iterable[Partition]) -> Iterator[tuple[str, Tensor]]:
+    """Name and gradient of what this rank updates of each parameter at stage 2 or 3, or with offload.
+
+    They are complete after the step's last micro-batch. With offload they lie like the masters, else in pieces.
+    """
+    if optimizer.cpu_offload if stage < 3 else optimizer.offload_optimizer:
+        for partition in held:
+            yield partition.name, partition.of(cast(Tensor, partition.flat.grad)).values
+        return
+    names = {(id(partition.flat), partition.offset): partition.name for partition in held}
+    for number, flat in enumerate(flat_groups(optimizer, stage)):
+        offset = 0
+        for piece in optimizer.averaged_gradients[number]:
+            if (name := names.get((id(flat), offset))) is not None:
+                yield name, piece.view(-1)
+            offset += piece.numel()
 
 
 def sync_from_masters(optimizer: Any, stage: int) -> None:

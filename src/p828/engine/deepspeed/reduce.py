@@ -17,6 +17,8 @@ from p828.config import BalanceConfig
 from p828.data.batch import Batch
 from p828.engine.microbatch import GradientAccumulator
 from p828.model.transformer import Transformer
+from p828.optim.clipping import gradient_norms
+from p828.optim.parts import ByPart, parts_of
 
 SEGMENTS = 4  # with more, less of the last reduction is waited for; but each is one more graph to launch
 
@@ -62,6 +64,8 @@ class GradientReducer:
         self.gradients = GradientAccumulator(model, balance, dtype, is_captured, sums, segments)
         self.shares = [flat.chunk(self.size)[self.rank] if self.stage else flat for flat in self._flats]
         """The share of every flat tensor that this rank updates, complete after `finish`."""
+        self._pieces = dict(self._own_pieces(model))
+        self._by_part = ByPart(list(self._pieces), parts_of(name for name, _ in model.named_parameters()), device)
         self._bucket = zero["reduce_bucket_size"]
         self._reductions: list[dist.Work] = []
 
@@ -73,15 +77,27 @@ class GradientReducer:
             self.gradients.add(batch)
 
     def finish(self) -> Tensor:
-        """Wait for the reductions. Returns this rank's term of the squared global norm, a float64 scalar.
+        """Wait for the reductions. Returns this rank's terms of the squares of the norms by part, float64 (X,).
 
-        The sum of the terms over ranks is the squared norm, at stage 0 too, where every rank has all sums.
+        Their sums over ranks are the squared norms, at stage 0 too, where every rank has all sums.
         """
         for reduction in self._reductions:
             reduction.wait()
         self._reductions.clear()
-        norms = torch.stack([torch.linalg.vector_norm(share) for share in self.shares]).double()
-        return norms.square().sum() / (1 if self.stage else self.size)
+        norms_P = gradient_norms(self._pieces.values())
+        return self._by_part.sum(norms_P.square()) / (1 if self.stage else self.size)
+
+    def _own_pieces(self, model: Transformer) -> Iterator[tuple[str, Tensor]]:
+        """Name and sums of what this rank's shares hold of each parameter; at stage 0 it is all of each."""
+        for name, parameter in model.named_parameters():
+            place, first = self._places[parameter], 0
+            last = len(self._flats[place.flat])
+            if self.stage:
+                length = last // self.size
+                first, last = self.rank * length, (self.rank + 1) * length
+            begin, end = max(place.start, first), min(place.end, last)
+            if begin < end:
+                yield name, self._flats[place.flat][begin:end]
 
     def _reduce(self, parameters: Sequence[Tensor]) -> None:
         for place in _joined(sorted(self._places[parameter] for parameter in parameters)):

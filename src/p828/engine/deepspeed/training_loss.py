@@ -28,7 +28,9 @@ class TrainingLoss(nn.Module):
         output = self.model(tokens_BS, positions_BS, document_ids_BS, dtype=self.dtype, valid_BS=valid_BS)
         cross_entropy = self.head_loss(output.hidden_BSH.flatten(0, 1), targets_BS.flatten(), scale)
         loss = cross_entropy + sum(auxiliary_losses(output.router, self.balance, scale))
-        totals = micro_batch_totals(cross_entropy.detach() / self.ranks, output.router, scale / self.ranks)
+        own_scale = scale / self.ranks
+        auxiliary = auxiliary_losses(output.router, self.balance, own_scale)
+        totals = micro_batch_totals(cross_entropy.detach() / self.ranks, auxiliary, output.router, own_scale)
         return loss, *totals.values()
 
 

@@ -31,9 +31,12 @@ from p828.model.transformer import Transformer
 from p828.optim.adamw import AdamW, pick_moment_dtype
 from p828.optim.balance import update_biases
 from p828.optim.groups import parameter_groups
+from p828.optim.parts import parts_of
+from p828.optim.update_numbers import Held, UpdateNumbers
 from p828.runs.tensors import Saveable, Tensors
 from p828.runs.weights import SavedWeights, Weights
 from p828.system.device import compiles, pick_device, pick_dtype
+from p828.system.timing import DeviceSpan
 
 
 class ShardedEngine:
@@ -48,6 +51,7 @@ class ShardedEngine:
         check_widths(config.model, self.device, self.dtype)
         torch.manual_seed(config.train.seed + ranks.rank)  # for dropout; a resume brings the state back
         self._accumulation, self._micro_batches = config.train.gradient_accumulation, 0
+        self.is_sharded = self.stage == 3
         self.model = meta_model(config.model)
         self._groups = parameter_groups(self.model, config.optimizer, self.dtype)
         self.units = units_of(self.model, ranks.size)
@@ -77,6 +81,9 @@ class ShardedEngine:
         )
         self._following = following([phase.reads for phase in self._pass.phases], self.weights.slots)
         self._reads = [phase.reads for phase in self._pass.phases if phase.reads is not None]
+        self._parts = parts_of(name for name, _ in self.model.named_parameters())
+        self._update_numbers = UpdateNumbers(self.model, list(self._held()), self._parts, over_ranks)
+        self._span = DeviceSpan(self.device)
         self._number_of = {shard: number for number, shard in enumerate(self.weights.shards)}
         self.optimizer = self._make_optimizer(low_bits)
 
@@ -120,6 +127,7 @@ class ShardedEngine:
 
     def forward_backward(self, batch: Batch, num_targets: int) -> None:
         """Add the gradients of one micro-batch. `num_targets` counts the whole step's targets, on all ranks."""
+        self._span.begin()
         is_first = self._micro_batches == 0
         self._micro_batches += 1
         is_last = self._micro_batches == self._accumulation
@@ -149,25 +157,37 @@ class ShardedEngine:
         """Whether what is gathered after a phase is for the next micro-batch."""
         return self._following[number] not in [phase.reads for phase in self._pass.phases[number + 1 :]]
 
-    def step(self, learning_rate: float) -> StepResult:
+    def step(self, learning_rate: float, is_measured: bool = False) -> StepResult:
         """Clip the gradients, update weights and balance bias, and begin the next step.
 
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite. All of it
         is started on the device before the host asks for a number; the weights are still gathered when it has it.
+        `is_measured`: also measure what the update does.
         """
+        if is_measured:
+            self._update_numbers.begin()
         with record_function("Optimizer.step"):
-            totals = over_ranks({"squared_norm": self.gradients.finish(), **self._pass.totals})
-            norm = totals.pop("squared_norm").sqrt().float()
+            totals = over_ranks({"squared_norms": self.gradients.finish(), **self._pass.totals})
+            squares_X = totals.pop("squared_norms")
+            norm = squares_X.sum().sqrt().float()
             applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
             self.weights.forget()
             self.optimizer.update(learning_rate, norm, applied, self._gather_updated)
             self.weights.gather_first(self._reads)
         update_biases(self.model, totals["loads_LE"].long(), self.config.balance.update_rate, applied)
-        stats = StepStats.of(self.model, totals, norm)
+        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
+        stats = StepStats.of(self.model, totals, norm, {"grad_norms": squares_X.sqrt()}, measured)
         self.gradients.begin_step()
         self._pass.begin_step()
         self._micro_batches = 0
-        return stats.fetch()  # the step's one wait for the device
+        self._span.end()
+        return stats.fetch(self._parts, self._span)  # the step's one wait for the device
+
+    def _held(self) -> Iterator[Held]:
+        """What this rank updates; of what every rank updates, rank 0 has it."""
+        yield from self.state.held()
+        if self.ranks.is_first:
+            yield from (Held(name, parameter.detach().view(-1)) for name, parameter in self._small.items())
 
     def _gather_updated(self, shard: Tensor) -> None:
         """Begin to gather a unit that was updated, while others are, if the next forward pass begins with it."""

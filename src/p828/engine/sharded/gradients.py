@@ -19,6 +19,8 @@ from torch import Tensor
 from p828.engine.sharded.collectives import start_exchange, start_scatter
 from p828.engine.sharded.units import Unit
 from p828.engine.sharded.weights import BUFFERS
+from p828.optim.clipping import gradient_norms
+from p828.optim.parts import ByPart, parts_of
 
 AddParts = Callable[[Tensor, Tensor], None]
 
@@ -72,6 +74,13 @@ class ShardedGradients:
         pieces = zip(small.items(), self._small.split(numbers), strict=True)
         self.small = {name: piece.view(parameter.shape) for (name, parameter), piece in pieces}
         """The sums of the parameters that are in no unit, by name."""
+        held = [
+            (piece, shard) for unit, shard in zip(units, self.shards, strict=True) for piece in unit.pieces(rank, size)
+        ]
+        self._summed = [*(piece.of(shard) for piece, shard in held), *self.small.values()]
+        names = [*(piece.name for piece, _ in held), *self.small]
+        parts = parts_of([*self.places, *self.small])
+        self._by_part = ByPart(names, parts, like.device)
         self._exchanges: dict[int, tuple[int, dist.Work | None]] = {}  # by buffer: unit and operation
         self._reductions: list[dist.Work] = []
 
@@ -100,17 +109,18 @@ class ShardedGradients:
             self._started(dist.all_reduce(self._small, async_op=True))
 
     def finish(self) -> Tensor:
-        """Wait for all sums. Returns this rank's term of the squared global norm, a float64 scalar.
+        """Wait for all sums. Returns this rank's terms of the squares of the norms by part, float64 (X,).
 
-        The sum of the terms over ranks is the squared norm.
+        Their sums over ranks are the squared norms; every rank has all sums that are in no unit.
         """
         for place in list(self._exchanges):
             self._collect(place)
         for reduction in self._reductions:
             reduction.wait()
         self._reductions.clear()
-        squares = torch.stack(torch._foreach_norm(self.shards)).double().square().sum()
-        return squares + torch.linalg.vector_norm(self._small).double().square() / self.size
+        squares_P = gradient_norms(self._summed).square()
+        squares_P[-len(self.small) :] /= self.size
+        return self._by_part.sum(squares_P)
 
     def begin_step(self) -> None:
         """Forget the sums of the step before. The first micro-batch sets those that are not in `small`."""

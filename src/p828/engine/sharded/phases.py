@@ -79,7 +79,7 @@ class PhasedPass:
         self.phases = phases_of(len(model.layers), model.lm_head is None)
         self.scale = torch.zeros((), device=self.device)
         """Factor on the losses: 1 / targets of the step. Set before the step's first micro-batch."""
-        self.totals = zero_totals(model.config, self.device)
+        self.totals = zero_totals(model.config, balance, self.device)
         """The step's sums so far of `micro_batch_totals`, on this rank."""
         self._graphs = CudaGraphRunner(self._run, len(self.phases), self.device) if is_captured else None
 
@@ -135,7 +135,8 @@ class PhasedPass:
             loss, dhidden_TH = loss_and_gradients(
                 hidden_BSH.flatten(0, 1), model.head_weight, targets_T, self.scale, dhead_VH
             )
-        add_totals_(self.totals, micro_batch_totals(loss * self.scale, router, self.scale))
+        auxiliary = auxiliary_losses(router, self.balance, self.scale)
+        add_totals_(self.totals, micro_batch_totals(loss * self.scale, auxiliary, router, self.scale))
         norm = model.model.norm.weight
         *dstream, dnorm = torch.autograd.grad([hidden_BSH], [*entered, norm], [dhidden_TH.view_as(hidden_BSH)])
         self._small[norm].add_(dnorm)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from p828.engine.sharded.units import Piece, Unit
 from p828.kernels.adamw import split_float32
+from p828.optim.update_numbers import Held
 from p828.runs.tensors import Master, Saveable, Tensors, TensorShard
 from p828.runs.weights import Weights
 
@@ -27,8 +28,8 @@ class ShardState:
         found: dict[str, Saveable] = {}
         for number, piece in self.pieces():
             low_bits = self.low_bits[number]
-            low = None if low_bits is None else _part(low_bits, piece)
-            found[piece.name] = TensorShard(_part(self.shards[number], piece), piece.start, piece.shape, low)
+            low = None if low_bits is None else piece.of(low_bits)
+            found[piece.name] = TensorShard(piece.of(self.shards[number]), piece.start, piece.shape, low)
         return found
 
     def load_masters(self, weights: Weights) -> None:
@@ -39,17 +40,23 @@ class ShardState:
         """Set the numbers of a unit's piece from float32 (n,)."""
         weight, low_bits = self.shards[number], self.low_bits[number]
         if low_bits is None:
-            _part(weight, piece).copy_(values)
+            piece.of(weight).copy_(values)
             return
         high, low = split_float32(values.to(weight.device))
-        _part(weight, piece).copy_(high)
-        _part(low_bits, piece).copy_(low)
+        piece.of(weight).copy_(high)
+        piece.of(low_bits).copy_(low)
+
+    def held(self) -> Iterator[Held]:
+        """What this rank updates of the units' parameters."""
+        for number, piece in self.pieces():
+            low_bits = self.low_bits[number]
+            yield Held(piece.name, piece.of(self.shards[number]), None if low_bits is None else piece.of(low_bits))
 
     def moments(self, optimizer: Mapping[str, Tensor]) -> dict[str, Saveable]:
         """Of the optimizer's state, which it names by unit: by parameter."""
         return {
             f"{key}/{piece.name}": TensorShard(
-                _part(optimizer[f"{key}/{self.units[number].name}"], piece), piece.start, piece.shape
+                piece.of(optimizer[f"{key}/{self.units[number].name}"]), piece.start, piece.shape
             )
             for key in MOMENTS
             for number, piece in self.pieces()
@@ -61,7 +68,7 @@ class ShardState:
         for key in MOMENTS:
             for number, piece in self.pieces():
                 if f"{key}/{piece.name}" in saved:
-                    own = _part(optimizer[f"{key}/{self.units[number].name}"], piece)
+                    own = piece.of(optimizer[f"{key}/{self.units[number].name}"])
                     own.copy_(tensors.shard("optimizer", f"{key}/{piece.name}", piece.start, piece.length))
 
     def pieces(self) -> Iterator[tuple[int, Piece]]:
@@ -74,7 +81,3 @@ class ShardState:
 def masters_of(shards: Sequence[Tensor], low_bits: Sequence[Tensor | None]) -> dict[Tensor, Master]:
     """Those of the shards that are bfloat16."""
     return {shard: Master(shard, low) for shard, low in zip(shards, low_bits, strict=True) if low is not None}
-
-
-def _part(shard: Tensor, piece: Piece) -> Tensor:
-    return shard[piece.offset : piece.offset + piece.length]

@@ -42,6 +42,10 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
     """Of the whole parameter."""
 
+    def of(self, shard: Tensor) -> Tensor:
+        """(n,): these numbers, in the shard or in a tensor laid out like it."""
+        return shard[self.offset : self.offset + self.length]
+
 
 class Unit(NamedTuple):
     name: str

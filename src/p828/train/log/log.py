@@ -1,6 +1,7 @@
 """What a run reports of itself: each record goes to `metrics.jsonl`, to the console and to Weights & Biases."""
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,15 +10,19 @@ import torch
 
 from p828.config import DataConfig, ModelConfig, TrainConfig
 from p828.engine.interface import StepResult
+from p828.health.finding import Finding
 from p828.inference.evaluate import Evaluation, perplexity
 from p828.inference.tasks.tasks import Results, shown_metrics
 from p828.model.costs import training_flops
-from p828.runs.records import Recorder, loads_every, loads_record
+from p828.runs.file_system import free_bytes
+from p828.runs.records import Recorder, loads_every, loads_record, shortened
 from p828.runs.train_state import BatchStats, TrainState
-from p828.system.device import compiles, peak_memory
+from p828.system.device import compiled_graphs, compiles, peak_memory
 from p828.system.gpus import peak_flops
 from p828.train.log.console import Console
 from p828.train.log.usage import A_DAY, Pace, Usage, how_long
+
+DISK_EVERY = 10.0  # seconds: asking a shared file system takes longer than a short step should
 
 
 class Log:
@@ -42,6 +47,7 @@ class Log:
         self.device, self.num_ranks = device, num_ranks
         self._compiles = compiles(train, device)
         self._is_first_step, self._pace = True, Pace()  # of this start
+        self._compiled_before, self._disk_due = 0, 0.0
 
     def step(
         self,
@@ -64,13 +70,15 @@ class Log:
             epoch=stats.epoch,
             **self._data_record(state, stats),
             rows=f"{stats.hash:08x}",
-            **result.numbers(),
+            **{name: shortened(n) if isinstance(n, list | dict) else n for name, n in result.numbers().items()},
             perplexity=perplexity(result.loss),
             lr=learning_rate,
             tokens_per_second=tokens_per_second,
             mfu=self._mfu(stats, seconds),
             memory_bytes=max(self.usage.memory_bytes, peak_memory(self.device)),
             seconds=seconds,
+            data_seconds=stats.wait_seconds,
+            **self._machine_record(result.device_seconds, seconds),
             **loads_record(result.loads, is_whole=step == 1 or is_evaluated or self._is_turn_of_loads(step)),
         )
         self._report_mirror(step)
@@ -83,6 +91,7 @@ class Log:
     @contextmanager
     def running_step(self, step: int) -> Iterator[None]:
         """Around a step's forward and backward passes and update: says that the first one is at work if it is long."""
+        self._compiled_before = compiled_graphs()
         if not self._is_first_step:
             yield
             return
@@ -106,6 +115,10 @@ class Log:
         if self.data.mixture:
             self.console.sources(self.data.source_names, state.source_tokens)
 
+    def probe(self, step: int, numbers: dict[str, float]) -> None:
+        """Record what the probes found."""
+        self.recorder.write("probe", step, **numbers)
+
     def tasks(self, step: int, results: Results) -> None:
         """Record what the model is worth at tasks, and show a line of each."""
         self.recorder.write("tasks", step, results=results)
@@ -128,6 +141,13 @@ class Log:
         if text:
             self.console.event(text)
 
+    def finding(self, finding: Finding) -> None:
+        """Record and show what a rule of run health found."""
+        values = finding.to_json()
+        self.recorder.write("finding", values.pop("step"), **values)
+        show = self.console.print if finding.severity == "note" else self.console.event
+        show(finding.text())
+
     def rewind(self, step: int) -> None:
         """Drop the records of the steps after `step`, which come again."""
         if damage := self.recorder.rewind(step):
@@ -138,14 +158,30 @@ class Log:
         flops, peak = training_flops(self.model, stats.tokens, stats.attended_pairs), peak_flops(self.device)
         return None if peak is None else flops / (seconds * peak * self.num_ranks)
 
+    def _machine_record(self, device_seconds: float | None, seconds: float) -> dict[str, Any]:
+        """What is said of the machine where there is something to say, of a step of so many seconds.
+
+        The seconds in which its GPU was not at work, graphs compiled, the ranks' memory, the disk's free bytes.
+        """
+        record: dict[str, Any] = {}
+        if device_seconds is not None:
+            record["host_seconds"] = max(seconds - device_seconds, 0.0)
+        if compiled := compiled_graphs() - self._compiled_before:
+            record["compilations"] = compiled
+        if self.num_ranks > 1:
+            record["rank_memory_bytes"] = self.usage.rank_memory_bytes
+        if time.monotonic() >= self._disk_due:
+            record["disk_free_bytes"] = free_bytes(self.recorder.path.parent)
+            self._disk_due = time.monotonic() + DISK_EVERY
+        return record
+
     def _data_record(self, state: TrainState, stats: BatchStats) -> dict[str, Any]:
         """What the run was trained on so far: documents, those of them that were split, tokens by source.
 
-        With conversations also the step's targets, fewer than its tokens.
+        And the step's targets, with conversations fewer than its tokens, and its largest token id.
         """
         record: dict[str, Any] = {"documents": state.documents, "cut_documents": state.cut_documents}
-        if self.data.has_conversations:
-            record["targets"] = stats.targets
+        record |= {"targets": stats.targets, "max_token": stats.max_token}
         if self.data.bad_records == "skip":
             record["bad_records"] = stats.bad_records
         if self.data.mixture:

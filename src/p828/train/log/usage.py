@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LONG_ENOUGH = 10.0  # seconds that are measured within a step
 STEPS = 2  # that are measured otherwise
@@ -16,8 +16,8 @@ class Usage:
 
     trained_seconds: float = 0.0
     """Over all starts, until the current step began; the longest of all ranks."""
-    memory_bytes: int = 0
-    """The most that a rank has held so far."""
+    rank_memory_bytes: list[int] = field(default_factory=list)
+    """The most that each rank has held so far."""
 
     def __post_init__(self) -> None:
         self.start()
@@ -25,6 +25,11 @@ class Usage:
     def start(self) -> None:
         """Measure from now on, on top of the seconds of earlier starts."""
         self._started, self._seconds_before = time.monotonic(), self.trained_seconds
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most that a rank has held so far."""
+        return max(self.rank_memory_bytes, default=0)
 
     @property
     def is_resumed(self) -> bool:

@@ -16,8 +16,11 @@ from p828.runs.file_names import WANDB_ID_FILE
 SECTIONS = {
     "step": "train",
     "eval": "validation",
+    "probe": "health",
     "tasks": "tasks",
 }  # the kinds of records that it sees, and its names for them
+FINDING = "finding"  # a record of this kind becomes an alert
+ALERT_LEVELS = {"critical": "ERROR", "warning": "WARN", "note": "INFO"}
 STEP = "step"
 LONGEST_ID = 128  # bytes
 FINISH_WITHIN = 60  # seconds to send what is left, or it stays on the disk
@@ -76,9 +79,12 @@ class WandbMirror:
             ) from None
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        if self._run is None or kind not in SECTIONS:
+        if self._run is None or kind not in (*SECTIONS, FINDING):
             return
         try:
+            if kind == FINDING:
+                self._alert(values)
+                return
             if step < self._newest or step + self._shift < self._row:
                 self._shift = self._row + 1 - step
             self._newest, self._row = step, step + self._shift
@@ -86,6 +92,11 @@ class WandbMirror:
         except self._errors as error:
             self.problem = f"Weights & Biases is left out from here on: {_line(error)}"
             self._leave()
+
+    def _alert(self, finding: dict[str, Any]) -> None:
+        """Tell of a finding as W&B tells its users: in the run's page, and by mail or Slack as they have set it."""
+        text = f"{finding['evidence']}\nCause: {finding['cause']}\nTo do: {finding['remedy']}"
+        self._run.alert(finding["rule"], text, level=ALERT_LEVELS[finding["severity"]], wait_duration=0)
 
     def update(self, config: Config) -> None:
         if self._run is None:

@@ -1,0 +1,84 @@
+"""A run's directory as a window, and what its records tell from the first step to the last."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from p828.config import load
+from p828.errors import ConfigError
+from p828.health.disk import look
+from p828.health.examine import examine, ordered
+from p828.health.facts import Facts
+from p828.health.finding import Finding, finding_of
+from p828.health.window import Window
+from p828.runs import records
+from p828.runs.file_names import CONFIG_FILE, RECORDS_FILE
+
+LOOKS = 400  # at most so many times the rules look at a run in the course of its steps
+STEPS_A_LOOK = 32  # and not more often than this
+
+
+def window_of(run: Path, now: float | None = None) -> Window:
+    """The window at the end of a run's records. Raises ConfigError for a directory that is no run."""
+    window = _empty(run)
+    for record in readable(run):
+        window.add(record)
+    _look_at(window, run, now)
+    return window
+
+
+def findings_of(run: Path, now: float | None = None) -> list[Finding]:
+    """What the rules find in the course of the run and at its end, the most probable cause first.
+
+    A finding that was gone again by the end is a finding still; its `step` is the last one at which it was found.
+    The findings that the run itself recorded are among them. `now` is the time, in seconds since the epoch. Raises
+    ConfigError for a directory that is no run.
+    """
+    now = time.time() if now is None else now
+    window, worst = _empty(run), dict[str, Finding]()
+    every, last = max(STEPS_A_LOOK, window.facts.steps // LOOKS), 0
+    for record in readable(run):
+        window.add(record)
+        if record.get("kind") == "finding" and (recorded := finding_of(record)) is not None:
+            merge(worst, [recorded])
+        if window.step - last >= every or window.step < last:
+            merge(worst, examine(window))
+            last = window.step
+    _look_at(window, run, now)
+    merge(worst, examine(window))
+    return ordered(worst.values())
+
+
+def merge(worst: dict[str, Finding], findings: list[Finding]) -> None:
+    """Keep the worst finding of each rule, and of equally bad ones the newest with the earliest `since`."""
+    for finding in findings:
+        before = worst.get(finding.rule)
+        if before is None or finding.is_worse_than(before):
+            worst[finding.rule] = finding
+        elif finding.severity == before.severity:
+            worst[finding.rule] = _since(finding, min(before.since, finding.since))
+
+
+def readable(run: Path) -> Iterator[dict[str, Any]]:
+    """The run's records; none if it has no file of them."""
+    path = run / RECORDS_FILE
+    if path.exists():
+        yield from records.read(path, skip_damaged=True)
+
+
+def _since(finding: Finding, since: int) -> Finding:
+    return Finding(**{**finding.to_json(), "since": since})
+
+
+def _empty(run: Path) -> Window:
+    if not (run / CONFIG_FILE).is_file():
+        raise ConfigError(f"{run} is not a run: it has no {CONFIG_FILE}")
+    return Window(Facts.of(load(str(run / CONFIG_FILE)), run))
+
+
+def _look_at(window: Window, run: Path, now: float | None) -> None:
+    try:
+        window.disk = look(run, now)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or run}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,131 @@
+"""Rules about where a step's time goes."""
+
+import math
+import statistics
+
+from p828.health.finding import Finding
+from p828.health.window import Window, number_of
+
+STEPS = 32
+STARVED = 0.2  # of the step's time; p828 reads up to eight micro-batches ahead, so that none is waited for
+STARVED_SECONDS = 0.01  # shorter waits are the thread's own
+HOST_BOUND = 0.3  # of the step's time in which the device is not busy
+COMPILING_STEPS = 3
+SETTLED_AFTER = 4  # steps of a start, in which layers are compiled for every shape
+SLOW_MFU = 0.01  # of the GPUs' peak; one GPU alone has 0.1 and more
+SLOW_SECONDS = 2.0  # a step
+ROW = "Project 828: two GPUs over NODE made 0.01 steps a second, one alone 12"
+
+
+def starved(window: Window) -> list[Finding]:
+    """The run waits for data."""
+    waits = _pairs(window, "data_seconds")
+    if len(waits) < STEPS:
+        return []
+    wait, share = statistics.median(wait for wait, _ in waits), statistics.median(wait / all_ for wait, all_ in waits)
+    if share < STARVED or wait < STARVED_SECONDS:
+        return []
+    return [
+        Finding(
+            "data_starved",
+            "warning",
+            window.step,
+            window.step - STEPS + 1,
+            f"{share:.0%} of a step is spent waiting for its batches ({wait * 1000:.0f} ms; median of {STEPS} steps)",
+            "reading or tokenizing is slower than training",
+            "prepare the data (p828 prepare), deal it to more data.streams, or move it to a faster disk",
+            "PyTorch's performance tuning guide: data is loaded while the device computes, so the "
+            "wait should be near 0",
+        )
+    ]
+
+
+def host_bound(window: Window) -> list[Finding]:
+    """The device waits for the host."""
+    gaps = _pairs(window, "host_seconds")
+    if len(gaps) < STEPS:
+        return []
+    share = statistics.median(gap / all_ for gap, all_ in gaps)
+    waits = _pairs(window, "data_seconds")
+    for_data = statistics.median(wait / all_ for wait, all_ in waits) if waits else 0.0
+    if share - for_data < HOST_BOUND:
+        return []
+    return [
+        Finding(
+            "host_bound",
+            "warning",
+            window.step,
+            window.step - STEPS + 1,
+            f"the device is idle for {share:.0%} of a step (median of {STEPS} steps), {for_data:.0%} of it for data",
+            "the host launches kernels more slowly than the device runs them: small micro-batches, no compilation, or "
+            "something slow in the loop",
+            'a larger train.micro_batch_size with less train.gradient_accumulation; train.compile = "on"',
+            "PyTorch's performance tuning guide; p828's own steps leave an H100 idle for a few percent",
+        )
+    ]
+
+
+def _pairs(window: Window, name: str) -> list[tuple[float, float]]:
+    """The number and the step's seconds, of the last steps of this start that have both."""
+    pairs = ((number_of(record, name), number_of(record, "seconds")) for record in window.since_resume()[-STEPS:])
+    return [(number, seconds) for number, seconds in pairs if number is not None and seconds]
+
+
+def recompiling(window: Window) -> list[Finding]:
+    """Graphs are compiled again and again."""
+    begun = (window.resumed_at or 0) + SETTLED_AFTER
+    found = [
+        (record["step"], count)
+        for record in window.since_resume()
+        if record["step"] > begun and (count := number_of(record, "compilations"))
+    ]
+    if len(found) < COMPILING_STEPS:
+        return []
+    return [
+        Finding(
+            "recompiling",
+            "warning",
+            window.step,
+            found[0][0],
+            f"{math.fsum(count for _, count in found):.0f} graphs were compiled in {len(found)} steps after the first "
+            f"{SETTLED_AFTER}, the last in step {found[-1][0]}",
+            "a shape or a Python value in the layers changes from step to step",
+            'keep shapes fixed, or train.compile = "off"; TORCH_LOGS=recompiles names what changed',
+            "torch.compile's documentation: every new shape or guard is a recompilation, and after 8 it gives up",
+        )
+    ]
+
+
+def links(window: Window) -> list[Finding]:
+    """Several GPUs are slowed down by the links between them."""
+    said = [event for event in window.events if event.get("event") == "slow_link"]
+    if said:
+        text = " ".join(str(event.get("text", "")) for event in said)
+        return [_slow(window, said[0]["step"], text)]
+    ranks = len(window.recent[-1].get("rank_memory_bytes") or ())
+    mfus, seconds = window.numbers("mfu", STEPS), window.numbers("seconds", STEPS)
+    if ranks < 2 or len(mfus) < STEPS // 2 or len(seconds) < STEPS // 2:
+        return []
+    mfu, step = statistics.median(mfus), statistics.median(seconds)
+    if mfu >= SLOW_MFU or step < SLOW_SECONDS:
+        return []
+    return [
+        _slow(
+            window,
+            window.step - STEPS + 1,
+            f"{ranks} GPUs compute at {mfu:.2%} of their peak, {step:.1f} s a step (median of {STEPS} steps)",
+        )
+    ]
+
+
+def _slow(window: Window, since: int, evidence: str) -> Finding:
+    return Finding(
+        "slow_links",
+        "warning",
+        window.step,
+        since,
+        evidence,
+        "summing the gradients over the links between the GPUs takes longer than computing them",
+        "train on one GPU, or raise train.gradient_accumulation; nvidia-smi topo -m shows the links",
+        ROW,
+    )

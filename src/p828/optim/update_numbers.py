@@ -1,0 +1,133 @@
+"""What an update does to the weights, from a sample of each parameter's numbers; and to the balance bias.
+
+A pass over all weights would take as long as the update itself. So the norms here are those of a fixed sample of every
+parameter, scaled to its size: exact for a parameter of up to SAMPLED numbers, else within a few percent. All of it
+stays on the device.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from p828.kernels.adamw import join_float32
+from p828.model.transformer import Transformer
+from p828.optim.balance import bias_numbers, stacked_biases
+from p828.optim.parts import ByPart
+
+SAMPLED = 2048  # numbers of a parameter, or of what a rank holds of it
+
+
+class Held(NamedTuple):
+    """What a rank updates of a parameter. The tensors always lie in the same place."""
+
+    name: str
+    weight: Tensor
+    """What the layers compute with, flat."""
+    master: Tensor | None = None
+    """The float32 master, or as int16 the low bits that it has beyond `weight`; None where the weight is the master."""
+
+
+class UpdateNumbers:
+    """Measures an update between `begin` and `finish`. X counts parts, L layers, P what is held, N sampled numbers."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        held: Sequence[Held],
+        parts: Sequence[str],
+        over_ranks: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda sums: sums,
+    ) -> None:
+        """`held` is what this rank updates; `over_ranks` adds the ranks' sums by name, where a rank has only some."""
+        self.model, self._over_ranks = model, over_ranks
+        self._device = model.layers[0].mlp.gate.e_score_correction_bias.device
+        kinds = {_kind(one) for one in held}
+        self._groups = [_Group([one for one in held if _kind(one) == kind]) for kind in sorted(kinds, key=str)]
+        names = [name for group in self._groups for name in group.names]
+        lengths_P = torch.tensor([n for group in self._groups for n in group.lengths], device=self._device)
+        self._by_part = ByPart(names, parts, self._device)
+        self._scale_P = lengths_P / lengths_P.clamp_max(SAMPLED)
+        self._numbers_X = self._by_part.sum(lengths_P)
+        layers = range(len(model.layers))
+        is_sink = [[name.endswith(f"layers.{layer}.self_attn.sinks") for name in names] for layer in layers]
+        self._is_sink_LP = torch.tensor(is_sink, dtype=torch.bool, device=self._device).view(len(layers), len(names))
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Remember the weights and biases of before the update."""
+        self._before, self._biases_LE = self._sample(), stacked_biases(self.model)
+
+    @torch.no_grad()
+    def finish(self, loads_LE: Tensor) -> dict[str, Tensor]:
+        """What the update did, by the names of a step's record: (X,) by part, (L,) by layer.
+
+        `loads_LE` counts the whole step: all micro-batches, all ranks.
+        """
+        (weights_PN, masters_PN), (before_PN, masters_before_PN) = self._sample(), self._before
+        by_parameter = {
+            "squares": masters_PN.square().sum(1),
+            "squares_of_change": (masters_PN - masters_before_PN).square().sum(1),
+            "changed": (weights_PN != before_PN).sum(1),
+        }
+        sums = {name: self._by_part.sum(values_P * self._scale_P) for name, values_P in by_parameter.items()}
+        sums["numbers"] = self._numbers_X
+        sums["sinks_L"] = masters_PN.sum(1).where(self._is_sink_LP, 0.0).sum(1)
+        sums = dict(self._over_ranks(sums))
+        norms_X = sums["squares"].sqrt()
+        found = {
+            "weight_norms": norms_X,
+            "update_ratios": sums["squares_of_change"].sqrt() / norms_X.clamp_min(torch.finfo(torch.float32).tiny),
+            "changed": sums["changed"] / sums["numbers"],
+            **bias_numbers(self._biases_LE, stacked_biases(self.model), loads_LE),
+        }
+        if self.model.config.attention_sinks:
+            found["sink_mean"] = sums["sinks_L"] / self.model.config.num_attention_heads
+        return found
+
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """Weights as the layers have them, and masters: float32 (P, N) each, 0 where a parameter has fewer numbers."""
+        samples = [group.sample(self._device) for group in self._groups]
+        if not samples:
+            nothing = torch.zeros(0, SAMPLED, device=self._device)
+            return nothing, nothing
+        weights, masters = zip(*samples, strict=True)
+        return torch.cat(weights), torch.cat(masters)
+
+
+class _Group:
+    """Parameters whose weights have one dtype and whose masters are of one kind: one concatenation takes them all."""
+
+    def __init__(self, held: Sequence[Held]) -> None:
+        self.names, self.lengths = [one.name for one in held], [one.weight.numel() for one in held]
+        self._weights = _views([one.weight for one in held])
+        self._masters = _views([one.master for one in held if one.master is not None])
+
+    def sample(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        weights_PN = torch.cat(self._weights).view(-1, SAMPLED).to(device)
+        if not self._masters:
+            return weights_PN.float(), weights_PN.float()
+        masters_PN = torch.cat(self._masters).view(-1, SAMPLED).to(device)
+        if masters_PN.dtype == torch.int16:
+            masters_PN = join_float32(weights_PN, masters_PN)
+        return weights_PN.float(), masters_PN
+
+
+def _kind(held: Held) -> tuple[torch.dtype, torch.dtype | None]:
+    return held.weight.dtype, None if held.master is None else held.master.dtype
+
+
+def _views(flats: Sequence[Tensor]) -> list[Tensor]:
+    """SAMPLED numbers of each tensor, evenly spaced; zeros follow where it has fewer.
+
+    The distance is odd, so that a sample of a matrix does not stay in one column.
+    """
+    views = []
+    for flat in flats:
+        count = min(len(flat), SAMPLED)
+        apart = len(flat) // count
+        apart -= (apart + 1) % 2
+        views.append(flat.detach()[: (count - 1) * apart + 1 : apart])
+        if count < SAMPLED:
+            views.append(flat.new_zeros(SAMPLED - count))
+    return views
