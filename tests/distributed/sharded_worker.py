@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from p828.bench.collectives import counted
 from p828.config import Config, ShardedConfig, from_dict
 from p828.data.batch import Batch
 from p828.distributed.group import ProcessGroup, joined
@@ -106,7 +107,10 @@ def keep(config: Config, ranks: ProcessGroup, directory: Path) -> Found:
     applied = engine.step(RATE).applied
     found: Found = {"applied": applied, "unchanged": before == snapshot(engine)}
     path = checkpoint_writer.save(directory, 2, engine.state_dict(), {}, ranks)
-    after = step_of(engine, own, batches)
+    with counted() as passed:
+        after = step_of(engine, own, batches)
+    found["passed"] = dict(passed)
+    found["unit_bytes"] = [unit.length * torch.float32.itemsize for unit in engine.units]
     found |= {"after": after, "resumed": []}
     for stage in (1, 2, 3):
         other = dataclasses.replace(config, sharded=ShardedConfig(stage=stage))

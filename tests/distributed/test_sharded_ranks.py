@@ -74,3 +74,21 @@ def test_every_stage_and_the_plain_engine_go_on(found: Any, ranks: int, accumula
     assert len(result["resumed"]) == 4
     for step in result["resumed"]:
         assert step == [pytest.approx(loss, abs=TOLERANCE), pytest.approx(norm, rel=TOLERANCE, abs=0), loads]
+
+
+@pytest.mark.parametrize("ranks, accumulation, case", CASES)
+def test_the_bytes_of_a_step(found: Any, ranks: int, accumulation: int, case: str) -> None:
+    """What docs/distributed.md has in its table. At stage 3 a layer that is still in a buffer is not gathered again."""
+    result = found(ranks, accumulation, case)
+    stage, layers, buffers = int(case[0]), 3, 2
+    layer, whole = result["unit_bytes"][1], sum(result["unit_bytes"])
+    vocabulary = whole - layers * layer
+    exchanged = 0 if stage == 1 else accumulation * layers * layer
+    gathered = whole
+    if stage == 3:
+        of_vocabulary = vocabulary if "tied" in case else accumulation * vocabulary
+        gathered = of_vocabulary + (buffers + accumulation * 2 * (layers - buffers)) * layer
+    expected = {"all_to_all": exchanged, "reduce_scatter": whole if stage == 1 else vocabulary, "all_gather": gathered}
+    passed = {key: sum(n for name, n in result["passed"].items() if name.startswith(key)) for key in expected}
+    assert passed == (expected if ranks > 1 else dict.fromkeys(expected, 0))
+    assert sum(result["passed"].values()) - sum(passed.values()) < 0.1 * whole, "norms, routers and loads are little"
