@@ -3,7 +3,8 @@
 usage: python benchmarks/scaling.py [--shape 800m] [--gpus 1 2 4] [--systems plain sharded-1 deepspeed-1] [--steps 10]
            [--gradient-accumulation N] [--micro-batch-size N] [--device cuda] [--check 60m] [--json FILE]
 
-A system is `plain`, or an engine and a ZeRO stage, as `sharded-3`. `--gpus` is all GPUs unless given. A row that fails
+A system is `plain`, an engine and a ZeRO stage, as `sharded-3`, or torchtitan's FSDP2 at what corresponds to the stage,
+`torchtitan-2` or `torchtitan-3` (`pip install 'p828[peers]'`). `--gpus` is all GPUs unless given. A row that fails
 says why, and the others go on.
 
 A row has: tokens a second, efficiency against one GPU of the plain engine and of the same system, memory, bytes that
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import tomli_w
@@ -39,13 +40,12 @@ from p828.config.values import to_dict
 from p828.data.batch import Batch
 from p828.distributed.group import ProcessGroup, joined
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
-from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.engine.sharded.engine import ShardedEngine
 from p828.model.costs import count_parameters, training_flops
 from p828.runs import file_names
 from p828.runs import records as metrics
-from p828.system.device import peak_memory
+from p828.system.device import peak_memory, pick_device
 from p828.system.gpus import peak_flops
 from p828.system.timing import step_seconds
 
@@ -97,7 +97,7 @@ def main() -> None:
     if given.check:
         shape = load_shape(given.check, given.device, given.micro_batch_size, 0)
         for system in given.systems:
-            if system != "plain":
+            if system.startswith(("sharded", "deepspeed")):
                 print(check(shape, system, max(gpus)))
     if given.json:
         given.json.write_text(json.dumps(results, indent=1))
@@ -110,6 +110,8 @@ class Failed(Exception):
 def with_engine(config: Config, system: str) -> Config:
     """The configuration for a system's name."""
     engine, _, stage = system.partition("-")
+    if engine == "torchtitan":  # in processes that are started as those of the sharded engine
+        return dataclasses.replace(config, engine="sharded")
     changes: dict[str, Any] = {"engine": engine}
     if engine != "plain":
         changes[engine] = dataclasses.replace(getattr(config, engine), stage=int(stage))
@@ -121,7 +123,7 @@ def measure(config: Config, system: str, gpus: int, steps: int) -> dict[str, Any
     config = dataclasses.replace(with_engine(config, system), name="scaling")
     with tempfile.TemporaryDirectory(prefix="p828-scaling-") as directory:
         job = Path(directory) / "job.json"
-        job.write_text(json.dumps({"config": to_dict(config), "steps": steps}))
+        job.write_text(json.dumps({"config": to_dict(config), "steps": steps, "system": system}))
         command = [sys.executable, __file__, "--worker", str(job)]
         if config.engine != "plain":
             command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
@@ -146,7 +148,7 @@ def run_within(seconds: float, command: list[str], environment: dict[str, str]) 
 def work(job: dict[str, Any], result: Path) -> None:
     config = from_dict(job["config"], "job")
     with counted() as passed, joined(config) as ranks:
-        engine: Engine = build(config, ranks)
+        engine = build(config, job["system"], ranks)
         seed = dataclasses.replace(config.train, seed=config.train.seed + ranks.rank)
         batches = rotate(random_batches(dataclasses.replace(config, train=seed), engine.device))
 
@@ -178,7 +180,21 @@ def work(job: dict[str, Any], result: Path) -> None:
             result.write_text(json.dumps(found))
 
 
-def build(config: Config, ranks: ProcessGroup) -> Engine:
+class Training(Protocol):
+    """What is timed: an engine, or another library's training."""
+
+    device: torch.device
+
+    def forward_backward(self, batch: Batch, num_targets: int) -> None: ...
+
+    def step(self, learning_rate: float) -> object: ...
+
+
+def build(config: Config, system: str, ranks: ProcessGroup) -> Training:
+    if system.startswith("torchtitan"):
+        from peers.torchtitan_fsdp import FsdpTraining
+
+        return FsdpTraining(config, pick_device(config.train.device), ranks.size, reshards=system.endswith("3"))
     if config.engine == "plain":
         return PlainEngine(config)
     if config.engine == "sharded":
@@ -186,7 +202,7 @@ def build(config: Config, ranks: ProcessGroup) -> Engine:
     return DeepSpeedEngine(config, ranks, check_deepspeed(config, ranks))
 
 
-def step(config: Config, engine: Engine, batches: Iterator[Batch], ranks: ProcessGroup) -> None:
+def step(config: Config, engine: Training, batches: Iterator[Batch], ranks: ProcessGroup) -> None:
     """What the training loop does."""
     own = [next(batches) for _ in range(config.train.gradient_accumulation)]
     num_targets = int(ranks.all_reduce([sum(batch.num_targets for batch in own)])[0])
