@@ -33,8 +33,15 @@ class Spike:
     """The last step at which the loss was not yet usual again."""
     recovered: int | None = None
     """The step at which the loss was usual again."""
+    early: float = 0.0
+    """The highest loss of its first steps."""
     after: float = 0.0
     """Mean of the newest losses since."""
+
+    @property
+    def is_abrupt(self) -> bool:
+        """Whether most of the rise came at once; else the loss climbs, and was noticed at this step."""
+        return self.early - self.usual >= (self.peak - self.usual) / 2
 
     @property
     def is_high(self) -> bool:
@@ -77,7 +84,7 @@ class Spikes:
         if len(self._usual) >= FEWEST:
             usual, sigma = self._usual_loss()
             if loss > usual + max(SIGMAS * sigma, LEAST_RISE):
-                self.found.append(Spike(step, usual, sigma, loss, step, self._highest(), step, after=loss))
+                self.found.append(Spike(step, usual, sigma, loss, step, self._highest(), step, early=loss, after=loss))
                 self._after.clear()
                 self._after.append(loss)
                 return
@@ -96,6 +103,8 @@ class Spikes:
     def _follow(self, spike: Spike, step: int, loss: float) -> None:
         if loss > spike.peak:
             spike.peak, spike.peak_step = loss, step
+        if step - spike.step < SETTLED:
+            spike.early = max(spike.early, loss)
         self._after.append(loss)
         spike.after = math.fsum(self._after) / len(self._after)
         if len(self._after) == SETTLED and spike.after <= spike.limit:
