@@ -10,7 +10,7 @@ SIGMAS = 6.0  # OLMo-core, SkipStepOptimizer: sigma_factor = 6
 FEWEST = 24  # steps before which nothing is called usual
 RECENT = 16  # of them, whose mean is the usual loss
 LEAST_RISE = 0.2  # nats; of a loss that hardly varies, 6 sigma are no event
-RANGE = 64  # steps before a spike among which its new level is looked for: data that is not shuffled well moves so far
+RANGE = 40  # steps before a spike among which its new level is looked for: data that is not shuffled well moves so far
 SETTLED = 8  # steps whose mean says whether the loss is back
 NEW_LEVEL = 512  # steps after which a loss that did not come back is the usual one
 KEPT = 64

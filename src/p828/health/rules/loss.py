@@ -94,8 +94,9 @@ def _recovered(window: Window, back: list[Spike]) -> Finding:
 
 def divergence(window: Window) -> list[Finding]:
     """The loss of the recent steps is far above that of the steps before, and validation does not deny it."""
-    means = _means(window)
-    if len(means) < DIVERGED_BEFORE + 1:
+    means, spike = _means(window), window.spikes.current
+    is_early = spike is not None and spike.is_abrupt and spike.last - spike.step < UNRECOVERED_STEPS
+    if len(means) < DIVERGED_BEFORE + 1 or is_early:
         return []
     (_, now), before = means[-1], means[-1 - max(DIVERGED_BEFORE, len(means) // 2) : -1]
     usual = statistics.median(mean for _, mean in before)
