@@ -14,6 +14,7 @@ import xxhash
 
 from p828.config import DataConfig, TrainConfig
 from p828.data.batch import HASHES, NO_TARGET, PADDING, Batch, Sample
+from p828.data.fingerprints import fingerprints
 from p828.data.order import SampleOrder, SampleShuffler, SampleSource, TextStreams, at_step, source_seed
 from p828.data.retry import Retry
 from p828.data.text.conversation_packing import open_packer, template_of
@@ -127,6 +128,7 @@ def make_batch(samples: Sequence[Sample], mask_documents: bool, sources: int = 1
         attended_pairs=int((positions_BS + 1).sum(where=document_ids_BS != PADDING)),
         max_token=int(tokens.max()),
         places=tuple((sample.source, sample.places) for sample in samples),
+        fingerprints=fingerprints(tokens[:, :-1], document_ids_BS != PADDING)[1],
     )
 
 

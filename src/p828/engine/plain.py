@@ -32,6 +32,8 @@ from p828.system.timing import DeviceSpan
 class PlainEngine:
     """float32 masters, layers that hold and compute in the run's dtype, AdamW."""
 
+    is_sharded = False
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = pick_device(config.train.device)
@@ -51,7 +53,7 @@ class PlainEngine:
         self._parts = parts_of(self._names.values())
         self._by_part = ByPart([self._names[p] for p in self.gradients.sums], self._parts, self.device)
         self._update_numbers = UpdateNumbers(self.model, list(self._held()), self._parts)
-        self._span = DeviceSpan(self.device)
+        self._span = DeviceSpan()
 
     def _make_optimizer(self) -> Optimizer:
         config = self.config.optimizer
@@ -84,11 +86,12 @@ class PlainEngine:
             applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
             self.optimizer.update(learning_rate, norm, applied)
         update_biases(self.model, totals["loads_LE"], self.config.balance.update_rate, applied)
-        grad_norms = self._by_part.sum(norms_P.square()).sqrt()
-        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
-        stats = StepStats.of(self.model, totals, norm, {"grad_norms": grad_norms}, measured)
+        measured = None
+        if is_measured:
+            grad_norms = self._by_part.sum(norms_P.square()).sqrt()
+            measured = {"grad_norms": grad_norms, **self._update_numbers.finish(totals["loads_LE"])}
+        stats = StepStats.of(self.model, totals, norm, measured)
         self.gradients.begin_step()
-        self._span.end()
         return stats.fetch(self._parts, self._span)  # the step's one wait for the device
 
     def _held(self) -> Iterator[Held]:
