@@ -22,7 +22,7 @@ SHORTEST, LONGEST = 200, 3000  # characters of a document
 
 
 def write_corpus(directory: Path, megabytes: int = MEGABYTES, is_prepared: bool = True) -> Path:
-    """`code.jsonl`, `few.jsonl`, `prose.jsonl`, `talk.jsonl`, `tokenizer.json` and `prepared/`, unless they are there."""
+    """Four .jsonl files, `tokenizer.json` and `prepared/`, unless they are there."""
     if (directory / "tokenizer.json").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
