@@ -14,6 +14,7 @@ import xxhash
 
 from p828.config import DataConfig, TrainConfig
 from p828.data.batch import HASHES, NO_TARGET, PADDING, Batch, Sample
+from p828.data.fingerprints import fingerprints
 from p828.data.order import SampleOrder, SampleShuffler, SampleSource, TextStreams, at_step, source_seed
 from p828.data.retry import Retry
 from p828.data.text.conversation_packing import open_packer, template_of
@@ -113,6 +114,7 @@ def make_batch(samples: Sequence[Sample], mask_documents: bool, sources: int = 1
         epoch=max(sample.epoch for sample in samples),
         attended_pairs=int((positions_BS + 1).sum(where=document_ids_BS != PADDING)),
         max_token=int(tokens.max()),
+        fingerprints=fingerprints(tokens[:, :-1], document_ids_BS != PADDING)[1],
     )
 
 

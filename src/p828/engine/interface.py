@@ -71,7 +71,7 @@ class StepStats:
         totals: Mapping[str, Tensor],
         grad_norm: Tensor,
         by_part: Mapping[str, Tensor],
-        measured: Mapping[str, Tensor] | None,
+        measured: Mapping[str, Tensor] | None = None,
     ) -> "StepStats":
         """From the sums of `microbatch.micro_batch_totals` over the step and the gradients' global norm.
 
@@ -125,6 +125,8 @@ class Engine(Protocol):
     device: torch.device
     dtype: torch.dtype
     """What the layers compute in."""
+    is_sharded: bool
+    """Whether a rank has all weights of a layer only while the layer is at work."""
 
     @property
     def state_keys(self) -> tuple[str, ...]:

@@ -32,6 +32,8 @@ from p828.system.timing import DeviceSpan
 class PlainEngine:
     """float32 masters, layers that hold and compute in the run's dtype, AdamW."""
 
+    is_sharded = False
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = pick_device(config.train.device)

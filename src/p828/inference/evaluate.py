@@ -6,10 +6,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from p828.data.batch import Batch
 from p828.errors import DataError
-from p828.model.loss import linear_cross_entropy
+from p828.model.loss import linear_cross_entropy, token_losses
 from p828.model.transformer import Layer, Transformer
 
 
@@ -61,6 +62,15 @@ def evaluate(
     if all_tokens == 0:
         raise DataError("nothing to evaluate: the rows hold no target token")
     return _evaluation(all_nats, int(all_tokens), None if all_unknown else int(all_bytes))
+
+
+def token_nats(model: Transformer, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Minus the log-probability of each target, as `evaluate` computes it: float32 (B, S), 0 where there is none."""
+    with evaluation_mode(model):
+        batch = batch.to(model.head_weight.device)
+        hidden_BSH = model(batch.tokens_BS, batch.positions_BS, batch.document_ids_BS, dtype=dtype).hidden_BSH
+        losses_T = token_losses(hidden_BSH.flatten(0, 1), model.head_weight, batch.targets_BS.flatten())
+        return losses_T.view_as(batch.targets_BS)
 
 
 @contextmanager

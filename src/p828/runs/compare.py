@@ -102,5 +102,5 @@ def _of_records(first: Path, second: Path) -> Iterator[str]:
 
 def _kept_records(run: Path) -> Iterator[dict[str, Any]]:
     for line in records.read(run / RECORDS_FILE):
-        if line["kind"] in records.REPEATED_KINDS:
+        if line["kind"] in records.REPEATED_KINDS and line["kind"] != "probe":  # which each start makes, too
             yield {key: value for key, value in line.items() if key not in OF_THE_MACHINE}

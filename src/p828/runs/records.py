@@ -30,7 +30,7 @@ PIECE = 2**20  # bytes
 LONGEST_LINE = 16 * 2**20  # bytes; a step of a thousand layers of a thousand experts takes half of it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)  # a full disk, or one that fails for now
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-REPEATED_KINDS = ("step", "eval", "tasks", "sample")  # kinds that a resumed run writes again
+REPEATED_KINDS = ("step", "eval", "probe", "tasks", "sample")  # kinds that a resumed run writes again
 
 
 class Mirror(Protocol):

@@ -59,6 +59,7 @@ from p828.train.log.log import Log
 from p828.train.log.summary import banner, conclude, report_start
 from p828.train.log.usage import Usage
 from p828.train.log.wandb import WandbMirror, open_mirror
+from p828.train.probes import Probes
 from p828.train.resume import RunDirectory, open_run, resume
 from p828.train.rollback import Rollback
 from p828.train.signals import graceful_shutdown, interruptible
@@ -299,6 +300,7 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
             is_chat=_is_chat(config),
         ),
         _task_evaluator(inputs, engine, log, ranks),
+        Probes(config, inputs.validation, engine, log, ranks),
         checkpointing,
         rollback,
         HealthWatch(config.health, Facts.of(config), log, rollback),

@@ -20,6 +20,7 @@ from p828.train.fetch import Fetcher
 from p828.train.health import HealthWatch
 from p828.train.log.log import Log
 from p828.train.log.usage import Usage
+from p828.train.probes import Probes
 from p828.train.rollback import Rollback
 from p828.train.signals import GracefulShutdown
 from p828.train.task_evaluation import TaskEvaluator
@@ -41,6 +42,7 @@ class Trainer:
     evaluator: Evaluator
     task_evaluator: TaskEvaluator | None
     """None where the run has no tasks."""
+    probes: Probes
     checkpointing: Checkpointing
     rollback: Rollback
     health: HealthWatch
@@ -73,6 +75,7 @@ class Trainer:
             self.state.update(result.loss, result.applied, self.rollback.config.spike_threshold)
             seconds, is_evaluated = time.perf_counter() - started, self.is_due(self.evaluation.every)
             self.log.step(self.state, result, stats, learning_rate, seconds, is_evaluated)
+            self.probes.after_step(self.state.step, result)
             finding = self.health.look(self.state)
             if finding is not None or self.rollback.is_due(self.state):
                 self.state = self.rollback.run(self.state, finding)
@@ -88,16 +91,21 @@ class Trainer:
     def step(self, batches: list[Batch], stats: BatchStats, learning_rate: float) -> StepResult:
         """Forward, backward and update over this rank's micro-batches of a step."""
         step, num_targets = self.state.step + 1, max(stats.targets, 1)  # a last row may have no target
+        with explain_out_of_memory(f"step {step}"):
+            self.probes.before_step(batches, stats.targets)
         with explain_out_of_memory(f"step {step}"), self.log.running_step(step):
             for number, batch in enumerate(batches, start=1):
                 self.engine.forward_backward(batch, num_targets)
                 self.log.micro_batch(step, number, len(batches))
+            self.probes.note(batches)  # while the device is at work
             return self.engine.step(learning_rate, is_measured(step))
 
     def evaluate(self) -> bool:
         """Whether the validation loss is the best so far."""
         with explain_out_of_memory(f"the evaluation of step {self.state.step}"):
-            return self.evaluator.run(self.state)
+            is_best = self.evaluator.run(self.state)
+            self.probes.run(self.state.step)
+            return is_best
 
     def is_done(self) -> bool:
         patience = self.evaluation.patience

@@ -78,6 +78,7 @@ class DeepSpeedEngine:
         self.device = pick_device(config.train.device)
         self.dtype = pick_dtype(config.train.dtype, self.device)
         torch.manual_seed(config.train.seed + ranks.rank)  # for dropout; a resume brings the state back
+        self.is_sharded = self.stage == 3
         self._accumulation = config.train.gradient_accumulation
         self._micro_batches = 0  # of the step, so far
         self._updates = 0

@@ -115,6 +115,10 @@ class Log:
         if self.data.mixture:
             self.console.sources(self.data.source_names, state.source_tokens)
 
+    def probe(self, step: int, numbers: dict[str, float]) -> None:
+        """Record what the probes found."""
+        self.recorder.write("probe", step, **numbers)
+
     def tasks(self, step: int, results: Results) -> None:
         """Record what the model is worth at tasks, and show a line of each."""
         self.recorder.write("tasks", step, results=results)

@@ -16,6 +16,7 @@ from p828.runs.file_names import WANDB_ID_FILE
 SECTIONS = {
     "step": "train",
     "eval": "validation",
+    "probe": "health",
     "tasks": "tasks",
 }  # the kinds of records that it sees, and its names for them
 FINDING = "finding"  # a record of this kind becomes an alert
