@@ -240,12 +240,10 @@ def locked(directory: Path, complaint: str) -> Iterator[None]:
 
 
 def is_locked(directory: Path) -> bool:
-    """Whether a process holds the directory's lock. Raises OSError.
+    """Whether a process holds the directory's lock. It is looked at for a moment, and nothing is written.
 
-    Where the system has locks, it is asked for a shared one, which is given back within microseconds.
+    Raises OSError where the lock's file cannot be read.
     """
-    if (directory / OWNER_FILE).exists():
-        return not _is_left_behind(read_limited(directory / OWNER_FILE, MEBIBYTE))
     try:
         with open_regular(directory / LOCK_FILE) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -256,7 +254,10 @@ def is_locked(directory: Path) -> bool:
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise
-    return False
+    try:
+        return not _is_left_behind(read_limited(directory / OWNER_FILE, MEBIBYTE))
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 @contextmanager

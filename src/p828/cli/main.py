@@ -21,6 +21,9 @@ COMMANDS = {
     "import": "a model of other libraries as a run",
     "evaluate": "loss, perplexity and bits per byte of a trained model",
     "export": "a trained model as a directory that transformers and other libraries load",
+    "runs": "the runs of a directory: how far they are and how well they go",
+    "compare": "what differs between two runs: settings, data, losses",
+    "batch": "the rows of a step of a run, and the documents that they are made of",
     "prove-resume": "whether a run that is killed and resumed is the run that was not",
     "bench": "how fast this machine trains, beside other libraries",
 }

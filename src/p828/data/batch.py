@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,17 @@ from torch import Tensor
 PADDING = -1  # in place of a document's number
 NO_TARGET = -100
 HASHES = 2**32  # a batch's hash is below it
+
+
+class DocumentPlace(NamedTuple):
+    """Where a document of a sample comes from."""
+
+    shard: str
+    """Path of the file or of the shard of prepared data, or name of the hub's shard."""
+    record: int
+    """Number of the document in it, from 0: of a line, a row, a piece of a large text file."""
+    start: int
+    """Tokens of the document that come before those in the sample."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,8 @@ class Sample:
     """[S+1]: bytes of UTF-8 text that each token stands for; 0 where padded. Validation samples have them if known."""
     is_target: npt.NDArray[np.bool_] | None = None
     """[S+1]: whether the token is to be predicted, where not all are; False where padded, and at a document's start."""
+    places: tuple[DocumentPlace, ...] = ()
+    """Of training samples one for each document, in the order of their ids."""
 
     def padded(self, length: int, eos_id: int) -> "Sample":
         """The sample with `length` tokens, the missing ones EOS of no document."""
@@ -86,6 +100,8 @@ class Batch:
     """Largest token id of the samples, targets included."""
     fingerprints: npt.NDArray[np.uint64] | None = None
     """Hashes of some of the rows' windows, as `data.fingerprints` finds them."""
+    places: tuple[tuple[int, tuple[DocumentPlace, ...]], ...] = ()
+    """Of training batches for each row the number of its source, and its documents' places."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting if it is pinned."""

@@ -49,6 +49,20 @@ def open_loader(
     """
     cancelled = threading.Event()
     retry = Retry(data.read_retries, cancelled.wait, report)
+    order = open_order(data, train, tokenizer, retry, rank, world_size, part)
+    return Loader(order, mask_documents, pin_memory, len(data.sources), cancelled, report)
+
+
+def open_order(
+    data: DataConfig,
+    train: TrainConfig,
+    tokenizer: Tokenizer,
+    retry: Retry,
+    rank: int = 0,
+    world_size: int = 1,
+    part: tuple[int, int] = (0, 1),
+) -> SampleOrder:
+    """A rank's micro-batches of samples from the beginning. Raises as `open_loader`."""
     sources = [
         _open_source(source, source_seed(train.seed, number), tokenizer, retry, part)
         for number, source in enumerate(data.sources)
@@ -56,8 +70,7 @@ def open_loader(
     weights = zip(*(mixed.weights for mixed in data.mixture), strict=True) if data.mixture else [(1.0,)]
     schedule = list(zip(data.mixture_steps, weights, strict=True))
     batches_per_step = train.gradient_accumulation * world_size
-    order = SampleOrder(sources, schedule, train.micro_batch_size, batches_per_step, rank, world_size)
-    return Loader(order, mask_documents, pin_memory, len(sources), cancelled, report)
+    return SampleOrder(sources, schedule, train.micro_batch_size, batches_per_step, rank, world_size)
 
 
 def _open_source(
@@ -115,6 +128,7 @@ def make_batch(samples: Sequence[Sample], mask_documents: bool, sources: int = 1
         attended_pairs=int((positions_BS + 1).sum(where=document_ids_BS != PADDING)),
         max_token=int(tokens.max()),
         fingerprints=fingerprints(tokens[:, :-1], document_ids_BS != PADDING)[1],
+        places=tuple((sample.source, sample.places) for sample in samples),
     )
 
 

@@ -226,6 +226,14 @@ class SampleOrder:
             self._batch += 1
         return own
 
+    def skip(self, batches: int) -> None:
+        """Leave the next micro-batches to no rank; text is read past them once a sample is asked for."""
+        for _ in range(batches):
+            chosen = self._choose()
+            for number, source in enumerate(self.sources):
+                source.skip(self._batch, chosen.count(number))
+            self._batch += 1
+
     def state_dict(self) -> dict[str, Any]:
         step, done = self._step()
         return {

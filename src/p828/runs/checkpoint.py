@@ -40,8 +40,8 @@ from p828.runs.file_names import (
     beside,
     step_of,
 )
+from p828.runs.manifest import DamagedCheckpoint as DamagedCheckpoint
 from p828.runs.manifest import describe, read_manifest, read_state, reading_file
-from p828.runs.tensors import DamagedCheckpoint as DamagedCheckpoint
 from p828.runs.tensors import Tensors, part_of
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)

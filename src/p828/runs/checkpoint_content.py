@@ -22,7 +22,8 @@ from p828.errors import ConfigError
 from p828.model.transformer import Transformer
 from p828.runs.checkpoint import OpenCheckpoint
 from p828.runs.file_names import STATE_FILE
-from p828.runs.tensors import DamagedCheckpoint, Kind, part_of
+from p828.runs.manifest import DamagedCheckpoint
+from p828.runs.tensors import Kind, part_of
 from p828.runs.train_state import TrainState, with_current_names
 
 MOST = 2**63 - 1  # of a whole number

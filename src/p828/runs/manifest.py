@@ -17,7 +17,6 @@ from typing import Any
 from p828.errors import DataError, TransientReadError
 from p828.files import MEBIBYTE, open_regular, read_limited
 from p828.runs.file_names import MANIFEST_FILE, STATE_FILE
-from p828.runs.tensors import DamagedCheckpoint
 
 FORMAT_VERSION = 3
 NON_FINITE = "$float"  # key of the object that stands for a float that JSON does not have
@@ -26,6 +25,10 @@ LARGEST_JSON = 64 * MEBIBYTE
 READ_BYTES = 8 * MEBIBYTE
 # What opening gives where something else than a regular file is: not for now, but for good.
 NO_FILE = (errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ELOOP)
+
+
+class DamagedCheckpoint(DataError):
+    """A checkpoint that is not what a run wrote: the message names the checkpoint, the file and what is wrong."""
 
 
 @contextmanager

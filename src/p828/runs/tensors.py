@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from p828.config.values import shown
-from p828.errors import DataError, reason
+from p828.errors import reason
 from p828.kernels.adamw import join_float32
+from p828.runs.manifest import DamagedCheckpoint
 
 ENDING = ".safetensors"
 PLACES = "fragments"  # key of the metadata of shards: JSON, name to [start, *shape of the whole tensor]
@@ -87,10 +88,6 @@ def with_tensors(value: Saveable, tensors: tuple[Tensor, ...]) -> Saveable:
     if isinstance(value, TensorShard):
         return value._replace(values=tensors[0])
     return Master(*tensors) if isinstance(value, Master) else tensors[0]
-
-
-class DamagedCheckpoint(DataError):
-    """A checkpoint that is not what a run wrote: the message names the checkpoint, the file and what is wrong."""
 
 
 def file_name(part: str, rank: int, size: int) -> str:

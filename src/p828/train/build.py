@@ -56,7 +56,7 @@ from p828.train.health import HealthWatch
 from p828.train.init_from import load_weights, origin_of, take_tokenizer
 from p828.train.log.console import Console, say, waiting
 from p828.train.log.log import Log
-from p828.train.log.summary import banner, conclude, report_start
+from p828.train.log.summary import banner, conclude, recorded_end, report_start
 from p828.train.log.usage import Usage
 from p828.train.log.wandb import WandbMirror, open_mirror
 from p828.train.probes import Probes
@@ -238,7 +238,7 @@ def _run(
         outputs.console,
     )
     with console.waiting("making the model"):
-        engine = _engine(config, ranks, settings, console)
+        engine = _engine(config, ranks, settings, outputs)
     if inputs.origin is not None:
         load_weights(config, inputs.origin, engine, console)
     trainer = _trainer(inputs, outputs, engine, ranks)
@@ -256,7 +256,7 @@ def _run(
     about_data = [*template_lines(config.data, tokenizer), *held_out_lines(config.data, inputs.rules), *newer]
     report_start(config, run, trainer, tokenizer, about_data, changes)
     run.keep()
-    with graceful_shutdown(loader.cancel, console.event) as shutdown:
+    with recorded_end(trainer), graceful_shutdown(loader.cancel, console.event) as shutdown:
         trainer.run(shutdown)
     conclude(config, trainer, tokenizer)
 
@@ -303,7 +303,7 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
         Probes(config, inputs.validation, engine, log, ranks),
         checkpointing,
         rollback,
-        HealthWatch(config.health, Facts.of(config), log, rollback),
+        HealthWatch(config.health, Facts.of(config), log, rollback, config.data.source_names, tokenizer),
         usage,
         ranks,
     )
@@ -334,15 +334,17 @@ def _introduce(
         log.event("repeated_data", step, line)
 
 
-def _engine(config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings | None, console: Console) -> Engine:
-    """The engine. Reports slow links between the ranks' devices."""
+def _engine(config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings | None, outputs: _Outputs) -> Engine:
+    """The engine. Reports and records slow links between the ranks' devices."""
     parameters = count_parameters(config.model).total
     if settings is None:
         check_room(parameters, pick_device(config.train.device))
         return PlainEngine(config)
     engine = DeepSpeedEngine(config, ranks, settings)
+    step = 0 if outputs.run.newest is None else file_names.step_of(outputs.run.newest)
     for line in check_topology(ranks, engine.device, parameters, engine.reduced_dtype, engine.reductions):
-        console.event(line)
+        outputs.recorder.write("event", step, event="slow_link", text=line)
+        outputs.console.event(line)
     return engine
 
 

@@ -64,7 +64,7 @@ class Rollback:
         self.ranks.on_rank_0(lambda: checkpoint.forget_after(self.checkpointing.directory, back))
         self.log.rewind(back)
         text = f"back to step {back}: {about}. The data of steps {back + 1} to {state.step} is left out"
-        self.log.event("rollback", back, text)
+        self.log.event("rollback", back, text, left_out=state.step - back)
         return restored
 
     def stop(self, state: TrainState, what: str, causes: str = CAUSES) -> NoReturn:

@@ -10,7 +10,7 @@ import numpy as np
 
 from p828.data.retry import NO_RETRY, Retry
 from p828.data.text.identities import Identities
-from p828.data.text.shard import BadRecord, EveryNth, Shard
+from p828.data.text.shard import BadRecord, EveryNth, Shard, record_of
 from p828.errors import ConfigError, DataError, TransientReadError
 
 BLOCK_CHARACTERS = 2**28  # after which a block ends, however few documents it has
@@ -71,6 +71,7 @@ class DocumentStream:
         self._bad_before = 0  # bad records before the block
         # What reading the block gave; all of it follows from those above.
         self._documents: list[str] | None = None
+        self._places: list[tuple[int, int]] = []  # of each document: number of its shard, and its own in there
         self._end = (0, 0)
         self._reader: Iterator[str | BadRecord] | None = None  # at `_end`
 
@@ -78,6 +79,11 @@ class DocumentStream:
     def epoch(self) -> int:
         """Epoch, from 0, of the document returned last; before any, of the first document."""
         return self._epoch
+
+    def place(self) -> tuple[str, int]:
+        """The shard's name and the number of the record that hold the document returned last."""
+        shard, record = self._places[self._consumed - 1]
+        return record_of(self.shards[shard], record)
 
     def fraction_read(self) -> float:
         """About how much of the epoch has been read, from 0 to 1: by bytes, else by shards."""
@@ -192,6 +198,7 @@ class DocumentStream:
         place, record = self._start
         order = self._order()
         documents: list[str] = []
+        places: list[tuple[int, int]] = []
         characters = 0
         self.bad_records = self._bad_before
         while place < len(order) and len(documents) < self.block_documents and characters < self._block_characters:
@@ -202,6 +209,7 @@ class DocumentStream:
                     record += 1
                     if kept := self._kept(text):
                         documents.append(kept)
+                        places.append((order[place], record - 1))
                         characters += len(kept)
                         if len(documents) == self.block_documents or characters >= self._block_characters:
                             break
@@ -214,7 +222,9 @@ class DocumentStream:
                 raise
         if documents and self._block == 0 and place == len(order) and all(map(str.isspace, documents)):
             raise DataError(f"no text in {self.source}: nothing but blank lines and spaces")
-        self._documents = [documents[i] for i in self._permutation(len(documents), self._epoch, self._block + 1)]
+        shuffled = self._permutation(len(documents), self._epoch, self._block + 1)
+        self._documents = [documents[i] for i in shuffled]
+        self._places = [places[i] for i in shuffled]
         self._end = (place, record)
 
     def _kept(self, text: str | BadRecord) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from p828.data.batch import Sample
+from p828.data.batch import DocumentPlace, Sample
 from p828.data.best_fit import Piece, best_fit
 from p828.data.text.documents import DocumentStream
 from p828.data.tokenizer.tokenizer import Tokenizer
@@ -55,6 +55,7 @@ class Packer:
         self._starts = np.zeros(0, dtype=np.int64)
         self._states = [self.stream.state_dict()]
         self._epochs: list[int] = []
+        self._places: list[tuple[str, int]] = []  # of each document: its shard and its number there
         self._at = 0
         self._consumed = consumed  # tokens of the next document to drop: they were consumed before a resume
 
@@ -98,8 +99,11 @@ class Packer:
         split = int(documents > 0 and self._starts[first] < start)
         document_ids = np.cumsum(steps, dtype=np.int32)
         text_bytes = self._text_bytes[start:end] if self.counts_bytes else None
+        before = [int(start - self._starts[first]), *([0] * (last - first))]  # tokens, of each document
+        parts = zip(self._places[first : last + 1], before, strict=True)
+        places = tuple(DocumentPlace(*place, n) for place, n in parts)
         tokens, epoch = self._tokens[start:end], self._epochs[first]
-        return Sample(tokens, document_ids, epoch, documents, split, text_bytes=text_bytes)
+        return Sample(tokens, document_ids, epoch, documents, split, text_bytes=text_bytes, places=places)
 
     def _document_at(self, position: int) -> int:
         """Number of the document that the token at `position` belongs to; past the end, the number of documents."""
@@ -110,10 +114,11 @@ class Packer:
     def _read(self) -> bool:
         """Tokenize the next documents, behind the tokens not yet consumed; False if the stream has ended."""
         texts, states, characters = [], [], 0
-        epochs = []
+        epochs, places = [], []
         for text in self.stream:
             texts.append(text)
             epochs.append(self.stream.epoch)
+            places.append(self.stream.place())
             states.append(self.stream.state_dict())
             characters += len(text)
             if len(texts) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
@@ -140,6 +145,7 @@ class Packer:
         self._starts = np.concatenate([self._starts[kept:] - self._at, starts - dropped + len(left)])
         self._states = self._states[kept:] + states
         self._epochs = self._epochs[kept:] + epochs
+        self._places = self._places[kept:] + places
         self._tokens = np.concatenate([left, new[dropped:]])
         if self.counts_bytes:
             self._text_bytes = np.concatenate([self._text_bytes[self._at :], np.concatenate(byte_counts)[dropped:]])
@@ -208,13 +214,20 @@ class BestFitPacker:
         self._begin, self._consumed, self._samples = state["stream"], state["rows"], None
 
     def _pack_block(self, skipped: int) -> Iterator[Sample]:
-        documents, epoch = self._read_block()
+        documents, places, epoch = self._read_block()
         packed = best_fit([len(document) for document in documents], self.sample_length, self.fills)
-        return (self._sample(pieces, documents, epoch) for pieces in packed[skipped:])
+        return (
+            replace(
+                self._sample(pieces, documents, epoch),
+                places=tuple(DocumentPlace(*places[piece.document], piece.start) for piece in pieces),
+            )
+            for pieces in packed[skipped:]
+        )
 
-    def _read_block(self) -> tuple[list[npt.NDArray[Any]], int]:
-        """The encoded documents of a block and their epoch."""
+    def _read_block(self) -> tuple[list[npt.NDArray[Any]], list[tuple[str, int]], int]:
+        """The encoded documents of a block, the shard and number of each, and their epoch."""
         documents: list[npt.NDArray[Any]] = []
+        places: list[tuple[str, int]] = []
         epoch: int | None = None
         tokens = 0
         while tokens < BLOCK_ROWS * self.sample_length:
@@ -227,6 +240,7 @@ class BestFitPacker:
                     break
                 epoch = self.stream.epoch
                 texts.append(text)
+                places.append(self.stream.place())
                 characters += len(text)
                 if len(texts) == BATCH_DOCUMENTS or characters >= MOST_CHARACTERS:
                     break
@@ -236,7 +250,7 @@ class BestFitPacker:
             tokens += sum(map(len, new))
             if len(texts) < BATCH_DOCUMENTS and characters < MOST_CHARACTERS:
                 break
-        return documents, epoch or 0
+        return documents, places, epoch or 0
 
     def _encoded(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Tokens of each text. Few texts are encoded at a time, since that takes a hundred times a text's memory."""

@@ -90,6 +90,13 @@ class EveryNth:
         return islice(self.shard.documents(self.part + start * self.parts), 0, None, self.parts)
 
 
+def record_of(shard: Shard, number: int) -> tuple[str, int]:
+    """The name of the file or hub shard that holds a shard's document of that number, and its number there."""
+    if isinstance(shard, EveryNth):
+        return shard.shard.name, shard.part + number * shard.parts
+    return shard.name, number
+
+
 def deal(shards: Sequence[Shard], part: int, parts: int) -> Sequence[Shard]:
     """One part of `parts` that have no document in common: whole shards, or of each some if they are too few."""
     if len(shards) >= parts:

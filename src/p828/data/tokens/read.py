@@ -8,13 +8,13 @@ in the shard where each document ends, plus one if it is a piece of a split docu
 import os
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from p828.data.batch import Sample
+from p828.data.batch import DocumentPlace, Sample
 from p828.data.retry import NO_RETRY, Retry
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.format import (
@@ -123,6 +123,7 @@ class TokenDataset:
         )
         self._indices: dict[int, Any] = {}  # by shard: every 512th of its ends
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
+        self._names = [str(name) for name in names]
         self._directory, self._eos_id, self._vocab_size = directory, eos_id, vocab_size
 
     def __len__(self) -> int:
@@ -136,19 +137,27 @@ class TokenDataset:
         end = min(start + length, len(self))
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         tokens, ends = [], []
+        places: list[DocumentPlace] = []
         begins_document = start == self._starts[shard]
         at = start
         while at < end:
             offset = int(self._starts[shard])
             stop = min(end, int(self._starts[shard + 1]))
             tokens.append(self._tokens.read(shard, at - offset, stop - offset))
-            before, inside = self._ends_between(shard, at - offset, stop - offset)
+            before, inside, number = self._ends_between(shard, at - offset, stop - offset)
             if at == start and before is not None:
                 begins_document |= int(before) // 2 == at - offset
             ends.append(inside.astype(np.int64) + 2 * (offset - start))
+            ended_before = 0 if before is None else int(before) // 2
+            num_documents = len(inside) + int(not len(inside) or int(inside[-1]) // 2 < stop - offset)
+            places += [
+                DocumentPlace(self._names[shard], number + i, 0 if i else at - offset - ended_before)
+                for i in range(num_documents)
+            ]
             shard, at = shard + 1, stop
         found = np.concatenate(tokens).astype(np.int64)
-        return self._sample(found, np.concatenate(ends), begins_document, epoch).padded(length, self._eos_id)
+        sample = self._sample(found, np.concatenate(ends), begins_document, epoch)
+        return replace(sample, places=tuple(places)).padded(length, self._eos_id)
 
     def split_documents(self, sample_length: int) -> int:
         """How many documents are in several samples. Raises TransientReadError."""
@@ -168,15 +177,17 @@ class TokenDataset:
                 last_end = int(ends[-1])
         return split
 
-    def _ends_between(self, shard: int, start: int, stop: int) -> tuple[Any, Any]:
-        """The marks of the documents that end at > start and <= stop, and the one before them, None if none is."""
+    def _ends_between(self, shard: int, start: int, stop: int) -> tuple[Any, Any, int]:
+        """The mark before those of the documents that end at > start and <= stop, None if none is; these; and the
+        number in the shard of the first of these documents.
+        """
         if shard not in self._indices:
             self._indices[shard] = self._index(shard)
         bounds = 2 * np.array([start, stop], np.uint64) + np.uint64(1)
         first, last = np.searchsorted(self._indices[shard], bounds, side="right").tolist()
         marks = self._ends.read(shard, max(first - 1, 0) * INDEXED, last * INDEXED)
         low, high = np.searchsorted(marks, bounds, side="right").tolist()
-        return (marks[low - 1] if low else None), marks[low:high]
+        return (marks[low - 1] if low else None), marks[low:high], max(first - 1, 0) * INDEXED + low
 
     def _index(self, shard: int) -> Any:
         numbers = range(0, self._ends.lengths[shard], COUNTED_TOGETHER)

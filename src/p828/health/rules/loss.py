@@ -63,7 +63,7 @@ def _unrecovered(window: Window, spike: Spike) -> Finding:
         window.step,
         spike.step,
         f"the loss rose from {spike.usual:.3f} (σ {spike.sigma:.3f}) to {spike.peak:.3f} at step {spike.peak_step} and "
-        f"is {spike.after:.3f} at step {window.step}. {_names_data(window, spike)}",
+        f"is {spike.after:.3f} at step {window.step}. {window.names_data(spike.step)}",
         "a batch of odd data or a too large update threw the weights off, and the loss did not come back",
         "go back to the checkpoint before the spike and leave that data out: rollback.after_steps = 3 does it; "
         "if it comes again, lower optimizer.learning_rate or optimizer.max_grad_norm",
@@ -80,15 +80,11 @@ def _recovered(window: Window, back: list[Spike]) -> Finding:
         window.step,
         worst.step,
         f"{many}the loss rose from {worst.usual:.3f} (σ {worst.sigma:.3f}) to {worst.peak:.3f} at step "
-        f"{worst.peak_step} and was back at step {worst.recovered}. {_names_data(window, worst)}",
+        f"{worst.peak_step} and was back at step {worst.recovered}. {window.names_data(worst.step)}",
         "odd data in the batch, or an update that was too large for the place",
         "look at the data of that step; if spikes become more frequent, lower optimizer.learning_rate",
         SPIKE_REFERENCE,
     )
-
-
-def _names_data(window: Window, spike: Spike) -> str:
-    return f"Its data: p828 batch {window.facts.run} --step {spike.step}"
 
 
 def divergence(window: Window) -> list[Finding]:

@@ -1,6 +1,7 @@
 """What a run shows before it starts, and when it is over."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from p828.config import Config, DataConfig, rules
 from p828.data.amount import Amount, describe, short
@@ -12,7 +13,7 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.distributed.group import ProcessGroup
 from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
-from p828.errors import ConfigError, DataError, TransientReadError
+from p828.errors import ConfigError, DataError, RecordsFailed, RunPaused, RunStopped, TransientReadError
 from p828.inference.evaluate import perplexity
 from p828.interchange.origin import Origin
 from p828.model import backend
@@ -23,6 +24,8 @@ from p828.train.log.wandb import WandbMirror
 from p828.train.resume import RunDirectory
 from p828.train.signals import interruptible
 from p828.train.trainer import Trainer
+
+OUT_OF_PATIENCE = "stopped early, out of patience,"
 
 
 def banner(
@@ -97,17 +100,42 @@ def conclude(config: Config, trainer: Trainer, tokenizer: Tokenizer) -> None:
             samples = trainer.evaluator.samples(state.step)
         if samples:
             console.samples(samples)
-    how = "stopped early, out of patience,"
-    if state.step >= config.train.steps:
-        how = "is complete"
-    elif trainer.is_out_of_time():
-        how = f"is complete after train.hours = {config.train.hours:g}"
-    console.print(f"{config.run_dir} {how} at step {state.step}")
+    console.print(f"{config.run_dir} {_how_it_ended(trainer)} at step {state.step}")
     if state.saved_best_step not in (None, state.step):
         best = trainer.checkpointing.directory / file_names.name_of(state.saved_best_step)
         is_best_of_all = state.best_step == state.saved_best_step
         with_loss = f", with validation loss {state.best_loss:.3f}," if is_best_of_all else ""
         console.print(f"the best checkpoint{with_loss} is {best}")
+
+
+def _how_it_ended(trainer: Trainer) -> str:
+    if trainer.state.step >= trainer.train.steps:
+        return "is complete"
+    if trainer.is_out_of_time():
+        return f"is complete after train.hours = {trainer.train.hours:g}"
+    return OUT_OF_PATIENCE
+
+
+@contextmanager
+def recorded_end(trainer: Trainer) -> Iterator[None]:
+    """Record how the run in the block ends, an event `ended`; a process that is killed leaves none.
+
+    Its `state` is complete, paused, stopped or failed. Errors of the block are raised as they are.
+    """
+
+    def end(state: str, why: str) -> None:
+        trainer.log.recorder.write("event", trainer.state.step, event="ended", state=state, why=why)
+
+    try:
+        yield
+        how = _how_it_ended(trainer)
+        end("stopped" if how == OUT_OF_PATIENCE else "complete", how)
+    except RecordsFailed:
+        raise
+    except Exception as error:
+        state = "paused" if isinstance(error, RunPaused) else "stopped" if isinstance(error, RunStopped) else "failed"
+        end(state, (str(error) or type(error).__name__).splitlines()[0])
+        raise
 
 
 def _compare_with_bigram(config: Config, trainer: Trainer, tokenizer: Tokenizer) -> None:
