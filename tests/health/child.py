@@ -26,12 +26,14 @@ def start(config: Path, name: str, strength: int | None, log: Path, flags: Seque
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["child"])
-    process = context.Process(target=_train, args=(str(config), name, strength, str(log), tuple(flags)))
+    arguments = (str(config), name, strength, str(log), tuple(flags))
+    process = context.Process(target=_train, args=arguments, daemon=True)  # ends with the proof
     process.start()
     return process
 
 
 def _train(config: str, name: str, strength: int | None, log: str, flags: tuple[str, ...]) -> None:
+    os.setsid()  # signals of the terminal end the proof, which ends its runs
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
