@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "what differs between two runs: settings, data, losses",
     "batch": "the rows of a step of a run, and the documents that they are made of",
     "prove-resume": "whether a run that is killed and resumed is the run that was not",
+    "doctor": "check the machine and a configuration before a run, or find what went wrong in one",
     "bench": "how fast this machine trains, beside other libraries",
 }
 LONGEST_LINE = 1200  # characters of a message; what is longer holds a value that goes on and on

@@ -146,8 +146,8 @@ class _Records:
                 # a rollback to an earlier step takes what later ones had left out with it
                 later = [left_out.pop(other) for other in list(left_out) if other >= back]
                 left_out[back] = record["left_out"] + sum(later)
-        last, _ = records.tail(path, records.PIECE)
-        last_step = max((record["step"] for record in last if record["kind"] == "step"), default=0)
+        last = (records.parsed(line) for line in records.tail(path, records.PIECE))
+        last_step = max((record["step"] for record in last if record and record["kind"] == "step"), default=0)
         own = tokens[step] - tokens[step - 1] if step in tokens and step - 1 in tokens else None
         return cls(rows, own, left_out, last_step)
 

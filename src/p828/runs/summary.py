@@ -28,6 +28,7 @@ LONGEST_WHY = 300  # characters
 SPEED_STEPS = 20  # whose median speed is shown
 SEVERITIES = ("critical", "warning", "note")
 LARGEST_CONFIG = 4 * MEBIBYTE
+OF_STEP, RARE = re.compile(rb'"kind": ?"step"'), re.compile(rb'"kind": ?"(?:eval|data|finding)"|"event": ?"ended"')
 STEPS = re.compile(r"^\[train\]\n(?:(?!\[).*\n)*?steps = (\d{1,18})\n", re.MULTILINE)
 HAS_HEALTH = re.compile(r"^\[health\]$", re.MULTILINE)
 
@@ -185,15 +186,23 @@ def _steps(text: str, run: Path) -> int | None:
 
 
 def _newest_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records at the end, and the bytes before them. Raises ConfigError if there is no record among many lines."""
+    """Of the records at the end those that are shown, in order; and the bytes before them.
+
+    Of steps it is the last ones only, since parsing takes most of the time. Raises ConfigError if there is no record
+    among many lines.
+    """
     if not path.exists():
         return [], 0
     size = path.stat().st_size
     for most in READ_BYTES:
-        found, damaged = records.tail(path, most)
-        if size <= most or any(record["kind"] == "step" for record in found):
+        lines = records.tail(path, most)
+        steps = [number for number, line in enumerate(lines) if OF_STEP.search(line)]
+        if size <= most or steps:
             break
-    if damaged and not found:
+    rare = [number for number, line in enumerate(lines) if RARE.search(line)]
+    chosen = sorted({*steps[-SPEED_STEPS:], *rare})
+    found = [record for number in chosen if (record := records.parsed(lines[number])) is not None]
+    if lines and not found and all(records.parsed(line) is None for line in lines[-SPEED_STEPS:]):
         raise ConfigError(f"{path}: no line at its end is a record")
     return found, max(size - most, 0)
 

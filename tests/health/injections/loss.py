@@ -154,5 +154,8 @@ FAULTS = (
     ),
     Fault(12, "experts' gradients scaled", ("expert_gradient_norm",), scaled_expert_gradients, (1 / 64, 16.0, 64.0)),
     Fault(12, "norm without experts", ("expert_gradient_norm",), norm_without_experts),
-    Fault(13, "wrong denominator", ("loss_normalisation",), wrong_denominator, ("sum of means", "mean of means")),
+    Fault(
+        13, "wrong denominator", ("loss_normalisation",), wrong_denominator,
+        ("sum of means", "mean of means"), settings=_accumulating,
+    ),
 )  # fmt: skip
