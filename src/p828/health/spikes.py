@@ -10,7 +10,7 @@ SIGMAS = 6.0  # OLMo-core, SkipStepOptimizer: sigma_factor = 6
 FEWEST = 24  # steps before which nothing is called usual
 RECENT = 16  # of them, whose mean is the usual loss
 LEAST_RISE = 0.2  # nats; of a loss that hardly varies, 6 sigma are no event
-RANGE = 64  # steps before a spike among which its new level is looked for: data that is not shuffled well moves so far
+RANGE = 40  # steps before a spike among which its new level is looked for: data that is not shuffled well moves so far
 SETTLED = 8  # steps whose mean says whether the loss is back
 NEW_LEVEL = 512  # steps after which a loss that did not come back is the usual one
 KEPT = 64
@@ -33,8 +33,15 @@ class Spike:
     """The last step at which the loss was not yet usual again."""
     recovered: int | None = None
     """The step at which the loss was usual again."""
+    early: float = 0.0
+    """The highest loss of its first steps."""
     after: float = 0.0
     """Mean of the newest losses since."""
+
+    @property
+    def is_abrupt(self) -> bool:
+        """Whether most of the rise came at once; else the loss climbs, and was noticed at this step."""
+        return self.early - self.usual >= (self.peak - self.usual) / 2
 
     @property
     def is_high(self) -> bool:
@@ -77,7 +84,7 @@ class Spikes:
         if len(self._usual) >= FEWEST:
             usual, sigma = self._usual_loss()
             if loss > usual + max(SIGMAS * sigma, LEAST_RISE):
-                self.found.append(Spike(step, usual, sigma, loss, step, self._highest(), step, after=loss))
+                self.found.append(Spike(step, usual, sigma, loss, step, self._highest(), step, early=loss, after=loss))
                 self._after.clear()
                 self._after.append(loss)
                 return
@@ -96,6 +103,8 @@ class Spikes:
     def _follow(self, spike: Spike, step: int, loss: float) -> None:
         if loss > spike.peak:
             spike.peak, spike.peak_step = loss, step
+        if step - spike.step < SETTLED:
+            spike.early = max(spike.early, loss)
         self._after.append(loss)
         spike.after = math.fsum(self._after) / len(self._after)
         if len(self._after) == SETTLED and spike.after <= spike.limit:

@@ -65,20 +65,21 @@ class UpdateNumbers:
         `loads_LE` counts the whole step: all micro-batches, all ranks.
         """
         (weights_PN, masters_PN), (before_PN, masters_before_PN) = self._sample(), self._before
-        by_parameter = {
-            "squares": masters_PN.square().sum(1),
-            "squares_of_change": (masters_PN - masters_before_PN).square().sum(1),
-            "changed": (weights_PN != before_PN).sum(1),
+        change_PN = masters_PN - masters_before_PN
+        is_changed_PN = (weights_PN != before_PN).float()
+        found_3PN = torch.stack((masters_PN * masters_PN, change_PN * change_PN, is_changed_PN))
+        sums = {
+            "by_part": self._by_part.sum(found_3PN.sum(dim=2) * self._scale_P),
+            "numbers_X": self._numbers_X,
+            "sinks_L": masters_PN.sum(dim=1).where(self._is_sink_LP, 0.0).sum(dim=1),
         }
-        sums = {name: self._by_part.sum(values_P * self._scale_P) for name, values_P in by_parameter.items()}
-        sums["numbers"] = self._numbers_X
-        sums["sinks_L"] = masters_PN.sum(1).where(self._is_sink_LP, 0.0).sum(1)
         sums = dict(self._over_ranks(sums))
-        norms_X = sums["squares"].sqrt()
+        squares_X, squares_of_change_X, changed_X = sums["by_part"]
+        norms_X = squares_X.sqrt()
         found = {
             "weight_norms": norms_X,
-            "update_ratios": sums["squares_of_change"].sqrt() / norms_X.clamp_min(torch.finfo(torch.float32).tiny),
-            "changed": sums["changed"] / sums["numbers"],
+            "update_ratios": squares_of_change_X.sqrt() / norms_X.clamp_min(torch.finfo(torch.float32).tiny),
+            "changed": changed_X / sums["numbers_X"],
             **bias_numbers(self._biases_LE, stacked_biases(self.model), loads_LE),
         }
         if self.model.config.attention_sinks:
