@@ -43,6 +43,10 @@ class Fault:
     """First step that is broken."""
     is_resumed: bool = False
     """Sound until it is ended by SIGTERM in the middle, and broken once it is started again."""
+    hangs: bool = False
+    """Judged while its process holds the run, and then killed."""
+    has_own_disk: bool = False
+    """On a disk of as many megabytes as the strength says, which only root can make."""
 
 
 @dataclass(frozen=True)

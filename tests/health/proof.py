@@ -13,7 +13,7 @@ from all_faults import FIRST_HALF
 from cases import Fault
 from corpus import write_corpus
 from judge import FIRST, Verdict, judged
-from proof_runs import ProofRun, proof_runs
+from proof_runs import FOUND, ProofRun, proof_runs
 from table import page
 
 
@@ -44,7 +44,8 @@ def prove(wanted: list[ProofRun], directory: Path, jobs: int | None, again: bool
     def proved(run: ProofRun) -> Verdict:
         if again or not (directory / f"{run.name}.log").exists():
             shutil.rmtree(directory / run.name, ignore_errors=True)
-            (directory / f"{run.name}.log").unlink(missing_ok=True)
+            for suffix in (".log", FOUND):
+                (directory / f"{run.name}{suffix}").unlink(missing_ok=True)
             run.make(corpus, directory)
         verdict = judged(run, directory)
         print(line(verdict), flush=True)

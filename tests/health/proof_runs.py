@@ -1,6 +1,12 @@
 """Makes the runs of the proof, each in a process of its own."""
 
+import json
 import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -11,11 +17,14 @@ from cases import STRIKES_AT, Fault, Healthy, Settings, Strength, base, joined
 from child import start
 from healthy import HEALTHY
 
+from p828.health.finding import Finding
+from p828.health.of_run import findings_of
 from p828.runs import records
 from p828.runs.file_names import RECORDS_FILE
 
 RUN_WITHIN = 600  # seconds
 LOOK_EVERY = 0.2  # seconds
+FOUND = ".found.json"  # beside a run that was judged while it hung
 
 
 @dataclass(frozen=True)
@@ -69,10 +78,19 @@ class ProofRun:
             wait_for_step(first, run, STRIKES_AT)
             first.terminate()
             first.join(RUN_WITHIN)
-        process = start(config, self.case.name, self.strength, log)
-        process.join(RUN_WITHIN)
-        process.kill()
+        with own_disk(run, self.strength_value) if self.has_own_disk else nullcontext():
+            process = start(config, self.case.name, self.strength, log)
+            if isinstance(self.case, Fault) and self.case.hangs:
+                wait_for_finding(process, run, self.case.rules)
+            else:
+                process.join(RUN_WITHIN)
+            process.kill()
+            process.join()
         return run
+
+    @property
+    def has_own_disk(self) -> bool:
+        return isinstance(self.case, Fault) and self.case.has_own_disk
 
 
 def wait_for_step(process: ForkServerProcess, run: Path, step: int) -> None:
@@ -82,6 +100,29 @@ def wait_for_step(process: ForkServerProcess, run: Path, step: int) -> None:
             return
         process.join(LOOK_EVERY)
     raise AssertionError(f"{run} ended before step {step}")
+
+
+def wait_for_finding(process: ForkServerProcess, run: Path, rules: Sequence[str]) -> None:
+    """Wait until the run's records tell one of the rules, and write down what is found while the process is there."""
+    end, found = time.monotonic() + RUN_WITHIN, list[Finding]()
+    while process.is_alive() and time.monotonic() < end and not any(finding.rule in rules for finding in found):
+        process.join(LOOK_EVERY * 10)
+        found = findings_of(run) if (run / RECORDS_FILE).exists() else []
+    run.with_name(run.name + FOUND).write_text(json.dumps([finding.to_json() for finding in found]))
+
+
+@contextmanager
+def own_disk(run: Path, megabytes: Strength) -> Iterator[None]:
+    """A disk of that size in place of the run's directory, whose content stays when it is gone."""
+    run.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes:g}m", "tmpfs", str(run)], check=True)
+    try:
+        yield
+        shutil.copytree(run, beside := run.with_name(f".{run.name}"))
+    finally:
+        subprocess.run(["umount", "-l", str(run)], check=True)
+    run.rmdir()
+    beside.rename(run)
 
 
 def proof_runs() -> list[ProofRun]:
