@@ -121,7 +121,8 @@ class _Step:
         """The first to be gone through, while all layers' activations are there."""
         head = BFLOAT16 * self._head if self.setup.reduces_by_hooks else 0
         activations = self._layers * sum(self._kept) + self._backward()
-        return self._micro_batch("last layer's backward pass", activations, 2, 0, head, is_backward=True)
+        ends = 0 if self.setup.is_sharded else 2  # the loss's hidden states and their gradient, else held until the end
+        return self._micro_batch("last layer's backward pass", activations, ends, 0, head, is_backward=True)
 
     def first_layer_backward(self) -> Memory:
         """The last to be gone through, while the gradients of the other layers' weights wait to be added."""
