@@ -40,6 +40,16 @@ def test_advised_ways(name: str, gpu: str, gpus: int, stage: int | None, recompu
     assert rows == preset(name).train.micro_batch_size * preset(name).train.gradient_accumulation
 
 
+def test_what_fits_is_not_offloaded() -> None:
+    config = preset("800m")
+    deepspeed = dataclasses.replace(config.deepspeed, config="zero3-offload")
+    config = dataclasses.replace(config, engine="deepspeed", deepspeed=deepspeed)
+    plan = make_plan(config, Machine(card("h100"), 2))
+    advice = advise(plan)
+    assert plan.configured.setup.offload_optimizer
+    assert advice.flags.startswith("--engine deepspeed --deepspeed.stage 1 --train.micro-batch-size")
+
+
 def test_what_fits_nowhere_is_told_how_many_gpus_it_takes() -> None:
     config = preset("planned")
     model = dataclasses.replace(config.model, hidden_size=4096, n_routed_experts=64, num_hidden_layers=48)

@@ -109,9 +109,10 @@ def _rows(plan: Plan) -> int:
 
 
 def _setups(plan: Plan) -> list[Setup]:
-    """The simplest first: plain on one GPU, else each stage."""
+    """The simplest first: plain on one GPU, else each stage; with nothing offloaded."""
     is_one = plan.machine.gpus == 1
-    return [engine.setup for engine in plan.engines if (engine.setup.stage is None) == is_one]
+    setups = [engine.setup for engine in plan.engines if (engine.setup.stage is None) == is_one]
+    return [setup._replace(offload_optimizer=False, offload_param=False) for setup in setups]
 
 
 def _offloaded(plan: Plan) -> list[Setup]:
