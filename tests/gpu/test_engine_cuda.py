@@ -47,7 +47,7 @@ def train(engine: PlainEngine, seeds: range) -> list[StepResult]:
     for seed in seeds:
         for part in range(2):
             engine.forward_backward(batch_of(10 * seed + part), 128)
-        results.append(engine.step(1e-2))
+        results.append(engine.step(1e-2, is_measured=True))
     return results
 
 
