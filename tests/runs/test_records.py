@@ -428,6 +428,8 @@ with suppress(error), Recorder(Path(sys.argv[1]), mirror=mirror) as recorder:
     recorder.write("eval", 1, loss=2.25)
     recorder.write("tasks", 1, results={"letters": {"acc": 0.25}})
     recorder.write("event", 1, text="hello")
+    texts = {"evidence": "12 at step 1", "cause": "the rate", "remedy": "a lower one", "reference": "a paper"}
+    recorder.write("finding", 1, rule="divergence", severity="critical", since=1, **texts)
     if error is errors.RunStopped:
         for step in range(2, 7):
             recorder.write("step", step, loss=1.0 * step)
@@ -450,6 +452,9 @@ def test_wandb_offline_gets_flat_names_the_configuration_and_one_id(tmp_path: Pa
     exit_codes = [record.exit.exit_code for path in runs for record in wandb_records(path) if record.HasField("exit")]
     assert exit_codes == [0, 1], "paused is no failure"
     check_rows_after_a_rewind(runs[1])
+    (alert,) = (record.alert for record in wandb_records(runs[0]) if record.HasField("alert"))
+    assert (alert.title, alert.level) == ("divergence", "ERROR")
+    assert alert.text == "12 at step 1\nCause: the rate\nTo do: a lower one"
     logged, config, name = read_wandb(runs[0])
     assert logged.pop("step") == 1
     assert {key: value for key, value in logged.items() if not key.startswith("_")} == {

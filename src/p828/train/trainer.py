@@ -75,7 +75,7 @@ class Trainer:
             seconds, is_evaluated = time.perf_counter() - started, self.is_due(self.evaluation.every)
             self.log.step(self.state, result, stats, learning_rate, seconds, is_evaluated)
             self.probes.after_step(self.state.step, result)
-            finding = self.health.look(self.state)
+            finding = self.health.look(self.state, batches)
             if finding is not None or self.rollback.is_due(self.state):
                 self.state = self.rollback.run(self.state, finding)
                 self.health.begin()
