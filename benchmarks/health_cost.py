@@ -24,7 +24,8 @@ from p828.bench.batches import random_batches
 from p828.bench.step import rotate
 from p828.bench.systems import load_shape
 from p828.config import Config
-from p828.data.batch import Batch
+from p828.data.batch import PADDING, Batch
+from p828.data.fingerprints import fingerprints
 from p828.engine import microbatch
 from p828.engine.interface import StepResult, StepStats
 from p828.engine.plain import PlainEngine
@@ -106,10 +107,14 @@ def compare(shape: str, device: str, rounds: int) -> None:
     milliseconds, *costs = (statistics.median(numbers) for numbers in (base, forward, update, measured))
     numbers = {name: shortened(found) for name, found in whole.result.further.items()}
     host = microseconds(lambda: json.dumps(encoded(numbers)))
+    batch = next(whole.batches)
+    tokens_BS, is_token_BS = batch.tokens_BS.numpy(), batch.document_ids_BS.numpy() != PADDING
+    loader = microseconds(lambda: fingerprints(tokens_BS, is_token_BS))
     print(
         f"{shape} on {whole.engine.device}: {milliseconds * 1e3:.3f} ms a step without; in the mean forward pass "
         f"{costs[0] * 1e6:+.0f} µs, update {costs[1] * 1e6:+.0f} µs ({costs[2] * 1e6:.0f} more in every "
-        f"{MEASURED_EVERY}th): {sum(costs[:2]) / milliseconds:+.2%}; a record's line takes the host {host:.0f} µs",
+        f"{MEASURED_EVERY}th): {sum(costs[:2]) / milliseconds:+.2%}; a record's line takes the host {host:.0f} µs, "
+        f"and a micro-batch's fingerprints the loader's thread {loader:.0f} µs",
         flush=True,
     )
 
