@@ -154,8 +154,12 @@ def tokens_case(place: Place, tokens: int, width: int) -> Pairs:
     arrivals_T = torch.zeros(slots, dtype=torch.int32, device=place.device)
     for _ in range(2):  # twice: the counts are zero again
         ours, theirs = ([x.to(device, copy=True) for x in (token_S, position_S)] for device in (place.device, "cpu"))
+        ours.append(torch.full((slots, length), -2, dtype=torch.int32, pin_memory=place.device.type == "cuda"))
+        theirs.append(ours[2].clone())
         yield from zip(
-            ops.embed(embedding_VH, slots_T, *ours), twin(plain.embed, embedding_VH, slots_T, *theirs), strict=True
+            ops.embed(embedding_VH, slots_T, *ours[:2]),
+            twin(plain.embed, embedding_VH, slots_T, *theirs[:2]),
+            strict=True,
         )
         yield (
             ops.choose_tokens(logits_TV, slots_T, temperature_S, uniform_SC, *ours, arrivals_T),

@@ -101,7 +101,7 @@ def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor, position_S: Te
 
 def choose_tokens(
     logits_TV: Tensor, slots_T: Tensor, temperature_S: Tensor, uniform_SC: Tensor, token_S: Tensor, position_S: Tensor,
-    arrivals_T: Tensor | None,
+    told_SC: Tensor, arrivals_T: Tensor | None,
 ) -> Tensor:  # fmt: skip
     position_T = (position_S[slots_T] + 1).clamp(max=uniform_SC.shape[1] - 1)
     temperature_T = temperature_S.flatten()[slots_T]
@@ -114,6 +114,7 @@ def choose_tokens(
     is_drawn_T = (temperature_T > 0) & (drawn_T < logits_TV.shape[1])
     token_T = drawn_T.where(is_drawn_T, likeliest_T).where(logits_TV.isfinite().all(dim=-1), -1)
     token_S[slots_T], position_S[slots_T] = token_T.clamp(min=0), position_T
+    told_SC[slots_T, position_T] = token_T.int()
     return token_T
 
 

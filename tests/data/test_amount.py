@@ -8,7 +8,8 @@ from data_samples import text, write_jsonl
 
 from p828.cli.main import dispatch
 from p828.config import Config, DataConfig, MixedSource, TrainConfig, ValidationConfig
-from p828.data.amount import Amount, amounts, describe, planned_fractions, repeated
+from p828.data.amount import Amount, amounts, describe, repeated
+from p828.data.fractions import planned_fractions
 from p828.data.order import SampleOrder
 from p828.data.text.open import open_training
 from p828.data.tokenizer.tokenizer import Tokenizer

@@ -144,3 +144,17 @@ def test_a_run_without_a_readable_checkpoint_goes_from_the_one_before(rolled_bac
     assert found.hash == hashes(run)[20]
     assert found.start is not None
     assert found.start != newest
+
+
+def test_losses_say_which_documents_are_hard(rolled_back: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["batch", str(rolled_back), "--step", "9", "--losses", "--device", "cpu", "--json"]
+    assert dispatch(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["loss"] for row in rows] == sorted((row["loss"] for row in rows), reverse=True)
+    assert sorted(row["row"] for row in rows) == [1, 2, 3, 4]
+    own = next(line for line in records.read(rolled_back / "metrics.jsonl") if line.get("rows") and line["step"] == 9)
+    # of the checkpoint of step 8, which is the model that made step 9
+    assert sum(row["loss"] for row in rows) / 4 == pytest.approx(own["loss"], abs=1e-4)
+    assert dispatch(["batch", str(rolled_back), "--step", "1", "--losses"]) == 2
+    assert "no checkpoint before step 1 is left" in capsys.readouterr().err
+    assert dispatch(["batch", str(rolled_back), "--step", "1", "--device", "cpu"]) == 2

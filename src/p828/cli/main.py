@@ -14,6 +14,7 @@ from p828.distributed.launcher import Process, launched, tell_launcher
 from p828.errors import INTERRUPTED, ConfigError, LocalRankError, P828Error, did_you_mean, warn
 
 COMMANDS = {
+    "plan": "what a run takes before it starts: memory, time, links, and how best to train it",
     "train": "train a model; a run that has checkpoints goes on from the newest",
     "prepare": "tokenize a source once, into files that training reads",
     "generate": "continue prompts with a trained model",
@@ -25,6 +26,7 @@ COMMANDS = {
     "compare": "what differs between two runs: settings, data, losses",
     "batch": "the rows of a step of a run, and the documents that they are made of",
     "prove-resume": "whether a run that is killed and resumed is the run that was not",
+    "doctor": "check the machine and a configuration before a run, or find what went wrong in one",
     "bench": "how fast this machine trains, beside other libraries",
 }
 LONGEST_LINE = 1200  # characters of a message; what is longer holds a value that goes on and on

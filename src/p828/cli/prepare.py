@@ -17,8 +17,8 @@ from rich.text import Text
 from p828.cli.configuration import ConfigArguments, read_configuration
 from p828.config import Config, DataConfig
 from p828.config.files import preset_names
-from p828.data.amount import short
 from p828.data.build import training_documents
+from p828.data.fractions import short
 from p828.data.retry import Retry
 from p828.data.text.held_out import trained_on_too, unused_text_field
 from p828.data.text.open import open_in_order

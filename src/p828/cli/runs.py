@@ -30,7 +30,7 @@ COLUMNS = ("run", "state", "step", "loss", "val", "best", "tok/s", "health", "ag
 DROPPED = ("best", "tok/s", "val", "age", "health", "loss")  # in this order, where a terminal is narrow
 SHORTEST_NAME = 12
 MOST_OTHERS = 5  # names that are shown
-SECONDS_BETWEEN_LINES = 2.0
+FIRST_LINE_AFTER, NEXT_LINE_AFTER = 2.0, 10.0  # seconds
 WITH_REASON = ("damaged", "failed", "stopped", "paused", "interrupted")
 
 
@@ -45,13 +45,13 @@ class Arguments:
 def run(arguments: list[str]) -> None:
     given = parse(Arguments, arguments, prog="p828 runs", default=Arguments(), description=DESCRIPTION)
     check_path("DIR", given.directory)
-    shown = time.monotonic()
+    due = time.monotonic() + FIRST_LINE_AFTER
 
     def report(done: int, of: int) -> None:
-        nonlocal shown
-        if time.monotonic() - shown > SECONDS_BETWEEN_LINES:
+        nonlocal due
+        if time.monotonic() > due and done < of:
             warn(f"{given.directory}: {done:,} of {of:,} runs are read")
-            shown = time.monotonic()
+            due = time.monotonic() + NEXT_LINE_AFTER
 
     listing = list_runs(Path(given.directory), report)
     if given.json:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from p828.config import Config, DataConfig
+from p828.data.fractions import MANY_EPOCHS, planned_fractions, short
 from p828.data.order import source_seed
 from p828.data.text.conversation_packing import template_of
 from p828.data.text.open import open_training
@@ -14,7 +15,6 @@ from p828.errors import ConfigError, DataError, TransientReadError
 
 SAMPLE_DOCUMENTS = 256  # of those that the loader reads first
 SAMPLE_CHARACTERS = 1000  # of each that are tokenized
-MANY_EPOCHS = 4  # up to which repeated text is worth nearly as much as new (arXiv 2305.16264)
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,6 @@ def amounts(config: Config, tokenizer: Tokenizer, ranks: int) -> list[Amount]:
     return found
 
 
-def planned_fractions(config: Config) -> list[float]:
-    """The fraction of the whole run's tokens that comes from each source."""
-    data, steps = config.data, config.train.steps
-    if not data.mixture:
-        return [1.0]
-    fractions = [0.0] * len(data.mixture)
-    for number, begin in enumerate(data.mixture_steps):
-        end = data.mixture_steps[number + 1] if number + 1 < len(data.mixture_steps) else steps
-        weights = [mixed.weights[number] for mixed in data.mixture]
-        for source, weight in enumerate(weights):
-            fractions[source] += weight / sum(weights) * max(min(end, steps) - begin, 0) / steps
-    return fractions
-
-
 def _estimated(data: DataConfig, seed: int, tokenizer: Tokenizer) -> int | None:
     """Tokens of an epoch: those of the first documents by the fraction of the files' bytes that these are."""
     if data.source == "hf":  # which has no sizes
@@ -105,12 +91,3 @@ def repeated(found: Sequence[Amount]) -> list[str]:
         for amount in found
         if amount.tokens and amount.epochs is not None and amount.epochs > MANY_EPOCHS
     ]
-
-
-def short(count: float) -> str:
-    """`512`, `1.5 k`, `1.2 M`, `3 B`: three digits."""
-    for unit in ("", " k", " M", " B"):
-        if abs(count) < 999.5:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g} T"

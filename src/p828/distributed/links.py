@@ -4,7 +4,6 @@ Every step all-reduces the gradient. Over a slow link that can take longer than 
 GPU would be faster. So p828 reads the kinds of links, times an all-reduce, and warns of what it costs a step.
 """
 
-import re
 import subprocess
 import time
 from collections.abc import Sequence
@@ -13,10 +12,8 @@ import torch
 import torch.distributed as dist
 
 from p828.distributed.group import ProcessGroup
+from p828.distributed.topology import KINDS, NVLINKS, Links, Topology, read_topology
 from p828.system.device import machine
-
-# The name that `nvidia-smi topo -m` gives the link of two GPUs, by their indices there, the lower one first.
-Links = dict[tuple[int, int], str]
 
 # GB/s, by kind of link: the numbers with which NCCL plans (src/graph/topo.h), of several generations the lowest. One
 # NVLink of an RTX 3090 and PCIe 3.0 x16 have 12, the link between processors 6.
@@ -24,7 +21,7 @@ NVLINK = 12.0
 PCIE = 12.0
 FAR = 6.0
 EXPECTED = {"PIX": PCIE, "PXB": PCIE, "PHB": PCIE, "NODE": FAR, "SYS": FAR}
-SLOW = {"NODE": "between host bridges of a processor", "SYS": "between processors"}
+SLOW = {kind: KINDS[kind] for kind in ("NODE", "SYS")}
 FAR_UNDER = 1 / 3  # of the expected bandwidth; PCIe through main memory, or with half of its lanes, is above it
 LATENCY = 1e-3  # seconds; the time of a shorter all-reduce says nothing of the bandwidth
 NAMED = 3  # pairs of GPUs in a message
@@ -57,27 +54,25 @@ def check_topology(
 
 def links_between(uuids: Sequence[str]) -> Links:
     """The links between these GPUs of this machine; empty where nvidia-smi is missing, fails or does not know them."""
-    # PyTorch's indices depend on CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER, so the GPUs are found by their UUIDs.
-    rows = (line.split(", ") for line in _nvidia_smi("--query-gpu=index,uuid", "--format=csv,noheader").splitlines())
+    return topology_of(uuids).links
+
+
+def topology_of(uuids: Sequence[str]) -> Topology:
+    """The links of these GPUs, by their indices in nvidia-smi; empty where it is missing, fails or does not know them.
+
+    The GPUs are found by their UUIDs, as PyTorch's indices depend on CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER.
+    """
+    rows = (line.split(", ") for line in nvidia_smi("--query-gpu=index,uuid", "--format=csv,noheader").splitlines())
     numbers = {row[1].strip().removeprefix("GPU-"): int(row[0]) for row in rows if row[0].isdigit()}
     wanted = {numbers.get(uuid.removeprefix("GPU-")) for uuid in uuids}
     if None in wanted:
-        return {}
-    return {pair: kind for pair, kind in read_links(_nvidia_smi("topo", "-m")).items() if wanted.issuperset(pair)}
+        return Topology()
+    return read_topology(nvidia_smi("topo", "-m")).among({number for number in wanted if number is not None})
 
 
 def read_links(text: str) -> Links:
     """The links between GPUs in what `nvidia-smi topo -m` prints; empty if there are none."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)  # the header is underlined
-    lines = (words for line in plain.splitlines() if (words := line.split()))
-    header = next((words for words in lines if words[0] == "GPU0"), [])
-    links = {}
-    for row, *cells in lines:
-        for column, kind in zip(header, cells, strict=False):  # the GPUs' columns come first
-            first, second = _number(row), _number(column)
-            if first is not None and second is not None and first < second:
-                links[first, second] = kind
-    return links
+    return read_topology(text).links
 
 
 def time_all_reduce(
@@ -124,7 +119,7 @@ def advice(links: Links, seconds: float, gradient_bytes: int, world_size: int, r
     if kind not in SLOW and not is_far_under:
         return []
     if kind in SLOW:
-        lines = [f"slow link: {_named(links, kind)} by {kind} ({SLOW[kind]})"]
+        lines = [f"slow link: {named_pairs(links, kind)} by {kind} ({SLOW[kind]})"]
     else:
         lines = [f"slow link: far less than is usual {f'over {kind}' if kind else 'between GPUs or hosts'}"]
     times = f", {reductions} times a step" if reductions > 1 else ""
@@ -133,7 +128,7 @@ def advice(links: Links, seconds: float, gradient_bytes: int, world_size: int, r
         f"({bandwidth:.3g} GB/s; at least {expected:.3g} is usual): up to {cost:.3g} s of every step, "
         "less what overlaps with the backward pass"
     )
-    lines.append(f"try {_fewer_reductions(reductions)}; {_variables(kind)}")
+    lines.append(f"try {_fewer_reductions(reductions)}; {nccl_settings(kind)}")
     # In one step and its all-reduces, n ranks do the work of n steps of one GPU.
     limit = cost / (world_size - 1)
     lines.append(
@@ -159,12 +154,12 @@ def slowest_needed(links: Links) -> str:
 
 def expected_bandwidth(kind: str) -> float:
     """GB/s that an all-reduce over such a link reaches at least; a kind that is not known counts as `FAR`."""
-    if bonded := re.fullmatch(r"NV(\d+)", kind):
+    if bonded := NVLINKS.fullmatch(kind):
         return NVLINK * int(bonded[1])
     return EXPECTED.get(kind, FAR)
 
 
-def _named(links: Links, kind: str) -> str:
+def named_pairs(links: Links, kind: str) -> str:
     """The pairs of GPUs with this kind of link, at most `NAMED` of them, and the verb."""
     pairs = [f"GPU{first}-GPU{second}" for (first, second), found in sorted(links.items()) if found == kind]
     more = f" and {len(pairs) - NAMED} more pairs" if len(pairs) > NAMED else ""
@@ -176,12 +171,12 @@ def _fewer_reductions(reductions: int) -> str:
     if reductions == 1:
         return "a higher --train.gradient-accumulation (one sum for more tokens)"
     return (
-        f"--deepspeed.stage 1 (one sum a step instead of {reductions}) if it fits, a lower "
-        "--deepspeed.reduce-bucket-size (sums begin earlier in the backward pass)"
+        f"--sharded.stage 1 or --deepspeed.stage 1 (one sum a step instead of {reductions}) if it fits, through "
+        "DeepSpeed a lower --deepspeed.reduce-bucket-size (sums begin earlier in the backward pass)"
     )
 
 
-def _variables(kind: str) -> str:
+def nccl_settings(kind: str) -> str:
     """The environment variables of NCCL to set."""
     if not kind:
         return "NCCL_SOCKET_IFNAME=<the fastest interface between hosts>; NCCL_DEBUG=INFO tells what NCCL uses"
@@ -201,12 +196,7 @@ def _all_reduce(tensor: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _number(name: str) -> int | None:
-    found = re.fullmatch(r"GPU(\d+)", name)
-    return int(found[1]) if found else None
-
-
-def _nvidia_smi(*arguments: str) -> str:
+def nvidia_smi(*arguments: str) -> str:
     """The output of nvidia-smi; empty where it is missing or fails."""
     try:
         return subprocess.run(

@@ -124,7 +124,7 @@ class Recorder:
             beside.unlink(missing_ok=True)  # what a killed process left
             with beside.open("xb") as file:
                 for line in _lines(self.path):
-                    record = _parsed(line)
+                    record = parsed(line)
                     if record is None:
                         with open_appended(damaged) as other:
                             other.write(line)
@@ -174,7 +174,7 @@ def read(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
     """
     try:
         for number, line in enumerate(_lines(path), start=1):
-            record = _parsed(line)
+            record = parsed(line)
             if record is not None:
                 yield record
             elif not skip_damaged:
@@ -199,7 +199,7 @@ def matching(path: Path, pattern: re.Pattern[bytes]) -> Iterator[dict[str, Any]]
     """
     try:
         for line in _lines(path):
-            if pattern.search(line) and (record := _parsed(line)) is not None:
+            if pattern.search(line) and (record := parsed(line)) is not None:
                 yield record
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
@@ -227,8 +227,8 @@ def columns(path: Path, kind: str, keys: Sequence[str]) -> dict[str, list[Any]]:
     return found
 
 
-def tail(path: Path, most: int) -> tuple[list[dict[str, Any]], int]:
-    """The records in the last `most` bytes, in order, and how many lines there are none. Raises ConfigError."""
+def tail(path: Path, most: int) -> list[bytes]:
+    """The whole lines in the last `most` bytes, in order, not parsed. Raises ConfigError."""
     try:
         with open_regular(path) as file:
             start = max(os.fstat(file.fileno()).st_size - most, 0)
@@ -236,9 +236,25 @@ def tail(path: Path, most: int) -> tuple[list[dict[str, Any]], int]:
             content = b"".join(iter(lambda: file.read(PIECE), b""))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    lines = content.split(b"\n")[1 if start else 0 : -1]  # the last one is partial, and the first if it is cut
-    found = [record for line in lines if (record := _parsed(line)) is not None]
-    return found, len(lines) - len(found)
+    return content.split(b"\n")[1 if start else 0 : -1]  # the last one is partial, and the first if it is cut
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None if the line is no record."""
+    try:
+        record = json.loads(line)
+        if isinstance(record, dict) and record.get("kind") != "sample":  # of text, which may be "NaN"
+            record = _decode(record)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
+    return record if is_record else None
+
+
+def number(value: Any) -> float | None:
+    """A value of a record as a float; None if it is no number, or none that a run writes."""
+    is_number = type(value) is float or (type(value) is int and abs(value) < 2**63)
+    return float(value) if is_number else None
 
 
 def loads_every(layers: int, experts: int) -> int:
@@ -323,18 +339,6 @@ def _lines(path: Path) -> Iterator[bytes]:
             if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
                 return
             yield line
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None if the line is no record."""
-    try:
-        record = json.loads(line)
-        if isinstance(record, dict) and record.get("kind") != "sample":  # of text, which may be "NaN"
-            record = _decode(record)
-    except (ValueError, RecursionError):
-        return None
-    is_record = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
-    return record if is_record else None
 
 
 def _decode(value: Any) -> Any:

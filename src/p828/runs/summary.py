@@ -28,6 +28,7 @@ LONGEST_WHY = 300  # characters
 SPEED_STEPS = 20  # whose median speed is shown
 SEVERITIES = ("critical", "warning", "note")
 LARGEST_CONFIG = 4 * MEBIBYTE
+OF_STEP, RARE = re.compile(rb'"kind": ?"step"'), re.compile(rb'"kind": ?"(?:eval|data|finding)"|"event": ?"ended"')
 STEPS = re.compile(r"^\[train\]\n(?:(?!\[).*\n)*?steps = (\d{1,18})\n", re.MULTILINE)
 HAS_HEALTH = re.compile(r"^\[health\]$", re.MULTILINE)
 
@@ -75,12 +76,12 @@ def summary(run: Path) -> RunSummary:
     is_training = _noted(damage, lambda: is_locked(run), False)
     of_steps = [record for record in found if record["kind"] == "step"]
     newest = of_steps[-1] if of_steps else {}
-    step = newest.get("step", saved.step)
+    step = newest["step"] if newest else saved.step
     state, why = _state(found, step, steps, saved, damage)
     evaluations = [record for record in found if record["kind"] == "eval"]
     best_loss, best_step = _best(evaluations, saved.progress)
     validation = evaluations[-1].get("loss") if evaluations else saved.progress.get("validation_loss")
-    speeds = [_number(record.get("tokens_per_second")) for record in of_steps[-SPEED_STEPS:]]
+    speeds = [records.number(record.get("tokens_per_second")) for record in of_steps[-SPEED_STEPS:]]
     health, finding = _health(found, bool(HAS_HEALTH.search(text)))
     return RunSummary(
         name=run.name or str(run),
@@ -88,8 +89,8 @@ def summary(run: Path) -> RunSummary:
         why="" if is_training else why,
         step=step,
         steps=steps,
-        loss=_number(newest.get("loss", saved.progress.get("loss"))),
-        validation_loss=_number(validation),
+        loss=records.number(newest.get("loss", saved.progress.get("loss"))),
+        validation_loss=records.number(validation),
         best_loss=best_loss,
         best_step=best_step,
         tokens_per_second=median(known) if (known := [speed for speed in speeds if speed]) else None,
@@ -141,7 +142,7 @@ def _best(evaluations: Sequence[Mapping[str, Any]], progress: Mapping[str, Any])
     found = [
         (loss, at)
         for value, at in [*pairs, (progress.get("best_loss"), progress.get("best_step"))]
-        if (loss := _number(value)) is not None and math.isfinite(loss) and isinstance(at, int)
+        if (loss := records.number(value)) is not None and math.isfinite(loss) and type(at) is int
     ]
     return min(found, default=(None, None))
 
@@ -153,10 +154,6 @@ def _health(found: Sequence[Mapping[str, Any]], is_watched: bool) -> tuple[str |
         return ("ok" if is_watched else None), ""
     worst = min((record["severity"] for record in findings), key=SEVERITIES.index)
     return worst, next(str(record.get("rule")) for record in reversed(findings) if record["severity"] == worst)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) else None
 
 
 def _age(run: Path) -> float | None:
@@ -185,15 +182,23 @@ def _steps(text: str, run: Path) -> int | None:
 
 
 def _newest_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records at the end, and the bytes before them. Raises ConfigError if there is no record among many lines."""
+    """Of the records at the end those that are shown, in order; and the bytes before them.
+
+    Of steps it is the last ones only, since parsing takes most of the time. Raises ConfigError if there is no record
+    among many lines.
+    """
     if not path.exists():
         return [], 0
     size = path.stat().st_size
     for most in READ_BYTES:
-        found, damaged = records.tail(path, most)
-        if size <= most or any(record["kind"] == "step" for record in found):
+        lines = records.tail(path, most)
+        steps = [number for number, line in enumerate(lines) if OF_STEP.search(line)]
+        if size <= most or steps:
             break
-    if damaged and not found:
+    rare = [number for number, line in enumerate(lines) if RARE.search(line)]
+    chosen = sorted({*steps[-SPEED_STEPS:], *rare})
+    found = [record for number in chosen if (record := records.parsed(lines[number])) is not None]
+    if lines and not found and all(records.parsed(line) is None for line in lines[-SPEED_STEPS:]):
         raise ConfigError(f"{path}: no line at its end is a record")
     return found, max(size - most, 0)
 

@@ -43,6 +43,21 @@ def matmul_flops(device: torch.device) -> float:
     return 2 * size**3 / min(step_seconds(product, 40, device))
 
 
+def host_copy_rates(device: torch.device) -> tuple[float, float]:
+    """Bytes a second from pinned memory of the host to a GPU, and back: the fastest of several copies of 256 MiB."""
+    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+
+    def forth() -> None:
+        there.copy_(host, non_blocking=True)
+
+    def back() -> None:
+        host.copy_(there, non_blocking=True)
+
+    to_device, from_device = (host.nbytes / min(step_seconds(work, 10, device)) for work in (forth, back))
+    return to_device, from_device
+
+
 def memory_rate(device: torch.device) -> float:
     """Bytes a second between the device and its memory, of numbers far more than its caches hold.
 

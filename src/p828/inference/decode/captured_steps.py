@@ -69,6 +69,10 @@ class CapturedSteps(PlainSteps):
         self._arrivals_TG = torch.zeros(
             2 * cache.slots, model.config.num_key_value_heads, dtype=torch.int32, device=self.device
         )
+        self._told_SC = torch.zeros(
+            cache.slots + 1, cache.max_length, dtype=torch.int32, pin_memory=self.device.type == "cuda"
+        )
+        """On the host: the tokens that kernels chose, by slot and position. A copy after each graph takes longer."""
         self._pool = torch.cuda.graph_pool_handle()
 
     @torch.no_grad()
@@ -84,7 +88,7 @@ class CapturedSteps(PlainSteps):
         return self.flight([sequence], token_1, logits_1V, None)
 
     @torch.no_grad()
-    def continue_(self, sequences: Sequence[DecodedSequence], used: int) -> Flight:
+    def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:
         size = min(_power_of_two(len(sequences)), self.cache.slots)
         drawing = drawing_of(sequences)
         step = self._step(size, drawing if drawing.has_filters else DRAWN)
@@ -95,8 +99,15 @@ class CapturedSteps(PlainSteps):
             self.rows.position_S[-1:].zero_()  # of the scratch slot, which would read ever more keys
             self._slots_of[size] = slots
         step.graph.replay()
+        wants = [sequence.wants for sequence in sequences]
+        if not drawing.has_filters and not any(want.probability or want.likeliest or want.experts for want in wants):
+            arrival = torch.cuda.Event()
+            arrival.record()
+            context = self.cache.max_length
+            places = [slot * context + length for slot, length in zip(slots, lengths, strict=True)]
+            return Flight(sequences, self._told_SC.view(-1), None, None, arrival, places)
         rows, experts_LTK = slice(len(sequences)), None
-        if any(sequence.wants.experts for sequence in sequences):
+        if any(want.experts for want in wants):
             experts_LTK = torch.stack(step.experts_LTJ)[:, rows, : self.model.config.num_experts_per_tok]
         return self.flight(sequences, step.token_T[rows], step.logits_TV[rows], experts_LTK)
 
@@ -167,7 +178,7 @@ class CapturedSteps(PlainSteps):
                 return logits_TV, rows.choose(logits_TV, slots_T, drawing), experts_LTJ
             token_T = ops.choose_tokens(
                 logits_TV, slots_T, rows.settings_S.temperature, rows.uniform_SC, rows.token_S, rows.position_S,
-                self._arrivals_TG,
+                self._told_SC, self._arrivals_TG,
             )  # fmt: skip
             return logits_TV, token_T, experts_LTJ
 

@@ -81,7 +81,7 @@ class CpuSteps(PlainSteps):
         self.sharing = self.config.num_attention_heads // self.config.num_key_value_heads
 
     @torch.inference_mode()
-    def continue_(self, sequences: Sequence[DecodedSequence], used: int) -> Flight:
+    def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:
         slots = [sequence.slot for sequence in sequences]
         slots_T = torch.tensor(slots)
         places = self._places(slots, self.rows.position_S[slots_T])

@@ -118,8 +118,7 @@ class Decoder:
             self._read_piece()
         rows = [sequence for sequence in self._decoding if not self._is_complete(sequence)]
         if rows:
-            used = max(map(self._tokens, rows))
-            self._start(self._steps.continue_(rows, used), rows)
+            self._start(self._steps.continue_(rows, [self._tokens(sequence) for sequence in rows]), rows)
         keep = len(self._flights) - waiting if self._steps.runs_behind and self._flights else 0
         tokens: list[NewToken] = []
         while len(self._flights) > keep:

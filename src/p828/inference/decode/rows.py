@@ -36,6 +36,7 @@ class Rows:
         self.uniform_SC = torch.zeros(slots + 1, max_length, device=device)
         self.seen_SV: Tensor | None = None
         """bool: tokens under the repetition penalty; made for the first sequence that has one."""
+        self._true = torch.ones((), dtype=torch.bool, device=device)  # a CUDA graph takes no number of the host's
 
     def begin(self, sequence: DecodedSequence, prompt: Sequence[int]) -> None:
         """Note how a sequence draws. The EOS that stands for a document's beginning is under no penalty."""
@@ -77,7 +78,7 @@ class Rows:
         else:
             token_T = likeliest_tokens(logits_TV)
         if drawing.has_penalty and self.seen_SV is not None:
-            self.seen_SV[slots_T, token_T.clamp(min=0)] = True
+            self.seen_SV.index_put_((slots_T, token_T.clamp(min=0)), self._true)
         self.token_S[slots_T] = token_T.clamp(min=0)
         self.position_S[slots_T] = position_T
         return token_T

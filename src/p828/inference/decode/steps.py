@@ -49,6 +49,8 @@ class Flight(NamedTuple):
     experts_LTK: Tensor | None
     arrival: torch.cuda.Event | None
     """When these tensors, on the host, are filled."""
+    places: Sequence[int] | None = None
+    """Where in `token_T` the sequences' tokens lie; None: one after another."""
 
     def results(
         self,
@@ -56,7 +58,7 @@ class Flight(NamedTuple):
         """Each sequence's token, with what it wants beside it. Waits for the device."""
         if self.arrival is not None:
             self.arrival.synchronize()
-        tokens = self.token_T.tolist()
+        tokens = (self.token_T if self.places is None else self.token_T[self.places]).tolist()
         counts = [sequence.wants.likeliest for sequence in self.sequences]
         found = None if self.probabilities is None else self.probabilities.list(counts)
         experts = None if self.experts_LTK is None else self.experts_LTK.transpose(0, 1).tolist()
@@ -114,12 +116,12 @@ class PlainSteps:
         return self.flight([sequence], self.rows.choose(logits_1V, slots_1, drawing_of([sequence])), logits_1V, None)
 
     @torch.no_grad()
-    def continue_(self, sequences: Sequence[DecodedSequence], used: int) -> Flight:
-        """A step of sequences that are read, of which the longest has `used` tokens."""
+    def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:
+        """A step of sequences that are read, and have `lengths` tokens, those on their way among them."""
         slots = [sequence.slot for sequence in sequences]
         slots_T = torch.tensor(slots, device=self.device)
         positions_T = self.rows.position_S[slots_T]
-        attended = CachedAttention(self.cache, self.backend, self.device, slots, positions_T[:, None], used)
+        attended = CachedAttention(self.cache, self.backend, self.device, slots, positions_T[:, None], max(lengths))
         hidden_T1H, experts_LTK = cached_hidden(
             self.model, self.rows.token_S[slots_T][:, None], positions_T[:, None], attended, self.dtype
         )

@@ -19,11 +19,12 @@ from p828.kernels.decode.dependent_launch_triton import (
 )
 
 PAIR_TOKENS = 4
-PAIR_GATE_UP = {"elements": 8192, "warps": 4}  # weights that a program holds, gate and up together
+PAIR_GATE_UP = {"elements": 4096, "warps": 2}  # weights that a program holds, gate and up together
 PAIR_DOWN = {"elements": 8192, "warps": 4}
 GROUP_GATE_UP = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
 GROUP_DOWN = {"rows": 64, "columns": 64, "warps": 4, "stages": 4}
 GROUP_TOKENS = 32  # at most, of a program
+GROUP_TOKENS_OF_MANY = 64  # for more than 64 tokens; with four matrices at a time they do not fit
 GROUP_WARPS = 4
 
 
@@ -253,7 +254,7 @@ def _gate_up_of_groups(
     inner_TJI: Tensor, of_product: bool,
 ) -> None:  # fmt: skip
     (tokens, hidden), (_, choices, width) = x_TH.shape, inner_TJI.shape
-    rows, block = GROUP_GATE_UP["rows"], _token_block(tokens)
+    rows, block = GROUP_GATE_UP["rows"], _token_block(tokens, matrices=4 if of_product else 2)
     gate_up_of_group[(triton.cdiv(width, rows), triton.cdiv(tokens, block), len(counts_E))](
         x_TH, pairs_ER, counts_E, routed_EXH, shared_SXH, inner_TJI, hidden, width, len(routed_EXH), pairs_ER.shape[1],
         choices, of_product, block, rows, GROUP_GATE_UP["columns"],
@@ -266,7 +267,7 @@ def _down_of_groups(
     shared_SHI: Tensor | None, parts_TJH: Tensor,
 ) -> None:  # fmt: skip
     (tokens, _, hidden), width = parts_TJH.shape, inner_TJI.shape[2]
-    rows, block = GROUP_DOWN["rows"], _token_block(tokens)
+    rows, block = GROUP_DOWN["rows"], _token_block(tokens, matrices=1)
     down_of_group[(triton.cdiv(hidden, rows), triton.cdiv(tokens, block), len(counts_E))](
         inner_TJI, pairs_ER, counts_E, weights_TJ, routed_EHI, shared_SHI, parts_TJH, hidden, width, len(routed_EHI),
         pairs_ER.shape[1], block, rows, GROUP_DOWN["columns"],
@@ -274,5 +275,7 @@ def _down_of_groups(
     )  # fmt: skip
 
 
-def _token_block(tokens: int) -> int:
-    return min(max(triton.next_power_of_2(tokens), 16), GROUP_TOKENS)
+def _token_block(tokens: int, matrices: int) -> int:
+    """Pairs of a program that multiplies them by rows of so many matrices."""
+    most = GROUP_TOKENS_OF_MANY if tokens > 64 and matrices <= 2 else GROUP_TOKENS
+    return min(max(triton.next_power_of_2(tokens), 16), most)

@@ -113,14 +113,17 @@ def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor, position_S: Te
 
 def choose_tokens(
     logits_TV: Tensor, slots_T: Tensor, temperature_S: Tensor, uniform_SC: Tensor, token_S: Tensor, position_S: Tensor,
-    arrivals_T: Tensor,
+    told_SC: Tensor, arrivals_T: Tensor,
 ) -> Tensor:  # fmt: skip
     """The next token of each row, int64 (T,), without filters or penalties; −1 where a logit is no finite number.
 
     `logits_TV` is float32. A slot with temperature 0 takes its likeliest token, of equal ones the lowest. Another draws
     as `p828.inference.sampling.draw` does, by `uniform_SC` (float32) at the next position, which C limits. `token_S`
-    and `position_S` (int64) get the next token, 0 for −1, and its position. `arrivals_T`: as for `attention`.
+    and `position_S` (int64) get the next token, 0 for −1, and its position; `told_SC` (int32, which may be pinned
+    memory of the host) gets the result at this position. `arrivals_T`: as for `attention`.
     """
     from p828.kernels.decode import tokens_triton
 
-    return tokens_triton.choose_tokens(logits_TV, slots_T, temperature_S, uniform_SC, token_S, position_S, arrivals_T)
+    return tokens_triton.choose_tokens(
+        logits_TV, slots_T, temperature_S, uniform_SC, token_S, position_S, told_SC, arrivals_T
+    )

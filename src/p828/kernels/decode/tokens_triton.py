@@ -52,7 +52,7 @@ def drawn_token(logits_at, maxima, sums, likeliest, temperature, uniform, V, par
 
 @triton.jit
 def choose(
-    logits, slots, temperature_of_slot, uniform, token_of_slot, position_of_slot, out, block_maxima, block_sums,
+    logits, slots, temperature_of_slot, uniform, token_of_slot, position_of_slot, told, out, block_maxima, block_sums,
     block_places, arrivals, V, C, BLOCKS, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_earlier_kernels(PDL)
@@ -85,6 +85,7 @@ def choose(
             token = drawn_token(logits + row * V, maxima, sums, token, temperature, number, V, part, BLOCK)
         token = tl.where(tl.min(places, 0) < 0, -1, token)
         tl.store(out + row, token.to(tl.int64))
+        tl.store(told + slot * C + position, token.to(tl.int32))
         tl.store(token_of_slot + slot, tl.maximum(token, 0).to(tl.int64))
         tl.store(position_of_slot + slot, position)
         tl.store(arrivals + row, 0)
@@ -103,7 +104,7 @@ def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor, position_S: Te
 
 def choose_tokens(
     logits_TV: Tensor, slots_T: Tensor, temperature_S: Tensor, uniform_SC: Tensor, token_S: Tensor, position_S: Tensor,
-    arrivals_T: Tensor,
+    told_SC: Tensor, arrivals_T: Tensor,
 ) -> Tensor:  # fmt: skip
     tokens, width = logits_TV.shape
     blocks = triton.cdiv(width, BLOCK)
@@ -111,8 +112,8 @@ def choose_tokens(
     maxima, sums = (logits_TV.new_empty(tokens, blocks) for _ in range(2))
     places = torch.empty(tokens, blocks, dtype=torch.int32, device=logits_TV.device)
     choose[(blocks, tokens)](
-        logits_TV, slots_T, temperature_S, uniform_SC, token_S, position_S, token_T, maxima, sums, places, arrivals_T,
-        width, uniform_SC.shape[1], blocks, max(triton.next_power_of_2(blocks), 2), BLOCK,
+        logits_TV, slots_T, temperature_S, uniform_SC, token_S, position_S, told_SC, token_T, maxima, sums, places,
+        arrivals_T, width, uniform_SC.shape[1], blocks, max(triton.next_power_of_2(blocks), 2), BLOCK,
         **launch_options(logits_TV.device, tokens, WARPS),
     )  # fmt: skip
     return token_T

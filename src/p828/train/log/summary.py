@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from p828.config import Config, DataConfig, rules
-from p828.data.amount import Amount, describe, short
+from p828.data.amount import Amount, describe
 from p828.data.bigram import bigram_loss
 from p828.data.build import training_rows
+from p828.data.fractions import short
 from p828.data.order import held_out_rules
 from p828.data.text.held_out import trained_on_too
 from p828.data.tokenizer.tokenizer import Tokenizer
@@ -42,6 +43,8 @@ def banner(
     device = str(engine.device) if ranks.size == 1 else f"{ranks.size} x {engine.device.type}"
     if settings is not None:
         device += f" through DeepSpeed, ZeRO stage {settings.stage},"
+    elif config.engine == "sharded":
+        device += f", ZeRO stage {config.sharded.stage},"
     sources = [
         ("data", (f"{amount.name}: " if config.data.mixture else "") + _source(data, amount))
         for data, amount in zip(config.data.sources, amounts, strict=True)

@@ -1,0 +1,31 @@
+"""What a check found."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["ok", "warning", "failure"]
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    """Of what was looked at, as `disk`."""
+    status: Status
+    """`failure`: a run cannot begin, or would compute something else. `warning`: it would be slower, or do without."""
+    text: str
+    """What was found, with its numbers."""
+    remedy: str = ""
+    """What to do about it; empty where nothing is to be done."""
+
+
+def size(count: float) -> str:
+    """Bytes in three digits or more: `64.0 MB`, `1,234.5 GB`."""
+    unit, divisor = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
+    return f"{count / divisor:,.1f} {unit}"
+
+
+def worst(checks: Sequence[Check]) -> Status:
+    """`ok` of no checks."""
+    found = {check.status for check in checks}
+    return "failure" if "failure" in found else "warning" if "warning" in found else "ok"

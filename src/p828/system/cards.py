@@ -1,0 +1,58 @@
+"""GPUs by their vendors' datasheets, without PyTorch: what a card can do at most, whether or not one is here."""
+
+from typing import NamedTuple
+
+from p828.errors import ConfigError, did_you_mean
+
+GIB = 2**30
+
+
+class Card(NamedTuple):
+    """One GPU. Rates are peaks that no program reaches."""
+
+    name: str
+    """What a user calls it."""
+    device_name: str
+    """Part of what the driver calls it."""
+    peak_flops: float
+    """Dense bfloat16 FLOP/s, summed in float32."""
+    memory_bytes: int
+    """What the driver shows to programs, a little less than on the box."""
+    memory_rate: float
+    """Bytes a second to and from its memory."""
+    link_rate: float
+    """Bytes a second to another GPU of its host, one way: NVLink where the card has it, else PCIe."""
+    watts: int
+    """Power limit of the board."""
+
+
+# A device's name is looked for in this order: "GH200" comes before "H200", "H100 PCIe" before "H100".
+CARDS = (
+    Card("gh200", "GH200", 989e12, int(94.5 * GIB), 4.0e12, 450e9, 900),
+    Card("b200", "B200", 2250e12, int(178.3 * GIB), 8.0e12, 900e9, 1000),
+    Card("h200", "H200", 989e12, int(139.8 * GIB), 4.8e12, 450e9, 700),
+    Card("h100-pcie", "H100 PCIe", 756e12, int(79.1 * GIB), 2.0e12, 64e9, 350),
+    Card("h100-nvl", "H100 NVL", 835e12, int(93.0 * GIB), 3.9e12, 300e9, 400),
+    Card("h100", "H100", 989e12, int(79.1 * GIB), 3.35e12, 450e9, 700),
+    Card("a100-40gb", "A100-SXM4-40GB", 312e12, int(39.4 * GIB), 1.555e12, 300e9, 400),
+    Card("a100", "A100", 312e12, int(79.1 * GIB), 2.04e12, 300e9, 400),
+    Card("l40s", "L40S", 362e12, int(44.3 * GIB), 0.864e12, 32e9, 350),
+    Card("5090", "RTX 5090", 209.5e12, int(31.3 * GIB), 1.79e12, 64e9, 575),
+    Card("4090", "RTX 4090", 165.2e12, int(23.5 * GIB), 1.008e12, 32e9, 450),
+    Card("3090", "RTX 3090", 71e12, int(23.5 * GIB), 0.936e12, 32e9, 350),
+)
+
+
+def card(name: str) -> Card:
+    """The card of that name, as `h100` or `RTX-4090`. Raises ConfigError naming those that are known."""
+    wanted = name.lower().replace(" ", "-").removeprefix("rtx-")
+    for found in CARDS:
+        if found.name == wanted:
+            return found
+    names = [one.name for one in CARDS]
+    raise ConfigError(f"--gpu {name[:40]}{did_you_mean(wanted[:40], names)} Accepted: {', '.join(names)}")
+
+
+def card_of_device(device_name: str) -> Card | None:
+    """The card that a driver's name belongs to, as "NVIDIA H100 80GB HBM3"; None where it is not known."""
+    return next((one for one in CARDS if one.device_name in device_name), None)

@@ -1,0 +1,94 @@
+"""The proof as a page: a row a run, and what it comes to."""
+
+from collections.abc import Sequence
+
+from cases import Fault, Healthy
+from judge import FIRST, Verdict
+
+COMMAND = "python tests/health/proof.py DIRECTORY --write docs/health_proof.md"
+WARNINGS_IN = 5  # healthy runs may one warning come
+
+
+def page(first_half: Sequence[Verdict], second_half: Sequence[Verdict], healthy: Sequence[Verdict]) -> str:
+    """The whole of docs/health_proof.md."""
+    return "\n".join([
+        "# Proof of the rules",
+        "",
+        "Each run trains a small real model on a CPU with one thing broken in p828's own code",
+        "(`tests/health/injections`), or with nothing broken. The rules of [health.md](health.md) read what the run",
+        "recorded: live, and afterwards from its directory. A fault is named if a rule for its cause is among the",
+        f"first {FIRST} findings afterwards. *Live* is the step at which the run itself named it, and *from* the first",
+        "step that was broken.",
+        "",
+        f"`{COMMAND}` makes all runs that are not in",
+        "the directory yet, and writes this page. `make test-health` makes all of them, and fails where a run comes",
+        "out otherwise than here.",
+        "",
+        "| | runs | named | named live | |",
+        "|---|---|---|---|---|",
+        _summary("faults before the thresholds were fixed", first_half),
+        _summary("faults written after it", second_half),
+        _healthy_summary(healthy),
+        "",
+        "## Faults before the thresholds were fixed",
+        "",
+        *_rows(first_half),
+        "",
+        "## Faults written after the thresholds were fixed",
+        "",
+        *_rows(second_half),
+        "",
+        "## Healthy runs",
+        "",
+        "| run | critical findings | warnings | notes |",
+        "|---|---|---|---|",
+        *map(_healthy_row, healthy),
+        "",
+    ])  # fmt: skip
+
+
+def _summary(what: str, verdicts: Sequence[Verdict]) -> str:
+    right = sum(verdict.is_right for verdict in verdicts)
+    live = sum(verdict.found_live is not None for verdict in verdicts)
+    faults = {verdict.run.case.name for verdict in verdicts}
+    whole = {verdict.run.case.name for verdict in verdicts if not verdict.is_right}
+    always = f"{len(faults) - len(whole)} of {len(faults)} faults are named at every strength and seed"
+    return f"| {what} | {len(verdicts)} | {right} | {live} | {always} |"
+
+
+def _healthy_summary(verdicts: Sequence[Verdict]) -> str:
+    clean = sum(verdict.is_clean for verdict in verdicts)
+    warned = sum(bool(verdict.warnings) for verdict in verdicts)
+    return (
+        f"| healthy | {len(verdicts)} | | | {len(verdicts) - clean} with a critical finding, {warned} with a warning |"
+    )
+
+
+def _rows(verdicts: Sequence[Verdict]) -> list[str]:
+    head = [
+        "| | fault | strength | seed | first two findings | named | from | live |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    return head + [_row(verdict) for verdict in verdicts]
+
+
+def _row(verdict: Verdict) -> str:
+    run, case = verdict.run, verdict.run.case
+    assert isinstance(case, Fault)
+    found = ", ".join(f"`{finding.rule}`" for finding in verdict.afterwards[:FIRST]) or "none"
+    wanted = "" if verdict.is_right else f"no: `{case.rules[0]}`"
+    live = "" if verdict.found_live is None else str(verdict.found_live)
+    return (
+        f"| {case.number} | {case.name} | {run.shown_strength} | {run.seed} | {found} | {wanted or 'yes'} | "
+        f"{case.strikes_at} | {live} |"
+    )
+
+
+def _healthy_row(verdict: Verdict) -> str:
+    assert isinstance(verdict.run.case, Healthy)
+
+    def of(severity: str) -> str:
+        found = dict.fromkeys(f.rule for f in (*verdict.afterwards, *verdict.live) if f.severity == severity)
+        return ", ".join(f"`{rule}`" for rule in found)
+
+    return f"| {verdict.run.case.name} | {of('critical')} | {of('warning')} | {of('note')} |"
