@@ -3,6 +3,7 @@
 #
 #   bash launch_distributed.sh CONFIG [--section.key VALUE ...]
 #
+# through DeepSpeed, or with another --engine.
 # GPUS sets how many of those that PyTorch sees. For several machines run it on each, with the same NNODES and MASTER_ADDR (the
 # first one's name) and a NODE_RANK of its own from 0 on; `srun bash launch_distributed.sh ...` with one task a node
 # takes all three from SLURM. PYTHON names the interpreter that has p828; without it, it is that of the .venv beside this
@@ -30,5 +31,7 @@ if [ "$nodes" -gt 1 ]; then
 else
     where=(--standalone)
 fi
+engine=(--engine deepspeed)
+case " $*" in *" --engine"*) engine=() ;; esac
 exec "$python" -m p828.distributed.torchrun "${where[@]}" --nproc-per-node "$gpus" \
-    -m p828 train "$@" --engine deepspeed
+    -m p828 train "$@" "${engine[@]}"

@@ -1,9 +1,13 @@
-"""Time a training step on 1, 2, 4, … GPUs of this machine at each ZeRO stage.
+"""Time a training step on several GPUs of this machine at each ZeRO stage, beside one GPU of the plain engine.
 
-usage: python benchmarks/scaling.py [--shape 800m] [--gpus 1 2 4] [--systems plain 1 2 3] [--steps 10]
+usage: python benchmarks/scaling.py [--shape 800m] [--gpus 1 2 4] [--systems plain sharded-1 deepspeed-1] [--steps 10]
            [--gradient-accumulation N] [--micro-batch-size N] [--device cuda] [--check 60m] [--json FILE]
 
-A row each: tokens a second, efficiency against one GPU of the plain engine and of the same system, memory, bytes that
+A system is `plain`, an engine and a ZeRO stage, as `sharded-3`, or torchtitan's FSDP2 at what corresponds to the stage,
+`torchtitan-2` or `torchtitan-3` (`pip install 'p828[peers]'`). `--gpus` is all GPUs unless given. A row that fails
+says why, and the others go on.
+
+A row has: tokens a second, efficiency against one GPU of the plain engine and of the same system, memory, bytes that
 a rank passes to collective operations in a step, and of the step's time the communication and its part that nothing
 else covers. MFU is a share of the GPU's datasheet, and counts matrix products and attention within documents. With
 `--check` a shape is also trained on text at each stage, on one GPU and on all of them, there with a rank killed on the
@@ -21,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import tomli_w
@@ -31,21 +35,23 @@ from p828.bench.batches import attended_pairs, random_batches
 from p828.bench.collectives import counted, occupation
 from p828.bench.step import rotate
 from p828.bench.systems import load_shape
-from p828.config import Config, from_dict
+from p828.config import Config, from_dict, validate
 from p828.config.values import to_dict
 from p828.data.batch import Batch
 from p828.distributed.group import ProcessGroup, joined
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
-from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
+from p828.engine.sharded.engine import ShardedEngine
 from p828.model.costs import count_parameters, training_flops
 from p828.runs import file_names
 from p828.runs import records as metrics
-from p828.system.device import peak_memory
+from p828.system.device import peak_memory, pick_device
 from p828.system.gpus import peak_flops
 from p828.system.timing import step_seconds
 
 WARM_UP = 3
+ROW_SECONDS = 240
+SYSTEMS = ["plain", "sharded-1", "sharded-2", "sharded-3"]
 COLUMNS = (
     "system", "GPUs", "ms a step", "tokens/s", "of plain", "of its own", "MFU", "memory, GB", "passed, GB",
     "communication, ms", "exposed, ms",
@@ -57,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="800m")
     parser.add_argument("--gpus", type=int, nargs="+")
-    parser.add_argument("--systems", nargs="+", default=["plain", "1", "2", "3"], help="plain, or a ZeRO stage")
+    parser.add_argument("--systems", nargs="+", default=SYSTEMS, metavar="SYSTEM")
     parser.add_argument("--steps", type=int, default=10, help="0: only what --check does")
     parser.add_argument("--micro-batch-size", type=int, default=0)
     parser.add_argument("--gradient-accumulation", type=int, default=0)
@@ -70,56 +76,79 @@ def main() -> None:
         work(json.loads(given.worker.read_text()), given.worker.with_suffix(".result"))
         return
     config = load_shape(given.shape, given.device, given.micro_batch_size, given.gradient_accumulation)
-    gpus = given.gpus or list(doubling(torch.cuda.device_count() if given.device == "cuda" else 2))
-    results = []
+    gpus = given.gpus or [torch.cuda.device_count() if given.device == "cuda" else 2]
+    for system in given.systems:
+        validate(with_engine(config, system))
+    results: list[dict[str, Any]] = []
     for system in given.systems:
         for count in gpus if system != "plain" else [1]:
             if not given.steps:
                 continue
+            started = time.perf_counter()
             try:
                 results.append(measure(config, system, count, given.steps))
-            except subprocess.CalledProcessError as error:
-                print(f"{system} on {count} failed:\n{error.stderr[-4000:]}", file=sys.stderr, flush=True)
+            except Failed as error:
+                print(f"{system} on {count} failed:\n{error}", flush=True)
                 continue
-            print(f"{system} on {count}: {results[-1]['seconds'] * 1e3:.1f} ms", file=sys.stderr, flush=True)
-    if results:
-        print(table(config, results))
+            if len(results) == 1:
+                print(heading(config, results[0]["device"]))
+            print(row(config, results), flush=True)
+            print(f"{system} on {count}: {time.perf_counter() - started:.0f} s in all", file=sys.stderr, flush=True)
     if given.check:
         shape = load_shape(given.check, given.device, given.micro_batch_size, 0)
         for system in given.systems:
-            if system != "plain":
+            if system.startswith(("sharded", "deepspeed")):
                 print(check(shape, system, max(gpus)))
     if given.json:
         given.json.write_text(json.dumps(results, indent=1))
 
 
-def doubling(most: int) -> Iterator[int]:
-    count = 1
-    while count <= most:
-        yield count
-        count *= 2
+class Failed(Exception):
+    """A row's processes ended with an error, or not in time; the end of what they said."""
+
+
+def with_engine(config: Config, system: str) -> Config:
+    """The configuration for a system's name."""
+    engine, _, stage = system.partition("-")
+    if engine == "torchtitan":  # in processes that are started as those of the sharded engine
+        return dataclasses.replace(config, engine="sharded")
+    changes: dict[str, Any] = {"engine": engine}
+    if engine != "plain":
+        changes[engine] = dataclasses.replace(getattr(config, engine), stage=int(stage))
+    return dataclasses.replace(config, **changes)
 
 
 def measure(config: Config, system: str, gpus: int, steps: int) -> dict[str, Any]:
-    """Run a system on so many processes. Raises CalledProcessError with what they said."""
-    engine = "plain" if system == "plain" else "deepspeed"
-    deepspeed = dataclasses.replace(config.deepspeed, stage=0 if system == "plain" else int(system))
-    config = dataclasses.replace(config, name="scaling", engine=engine, deepspeed=deepspeed)
+    """Run a system on so many processes. Raises Failed."""
+    config = dataclasses.replace(with_engine(config, system), name="scaling")
     with tempfile.TemporaryDirectory(prefix="p828-scaling-") as directory:
         job = Path(directory) / "job.json"
-        job.write_text(json.dumps({"config": to_dict(config), "steps": steps}))
+        job.write_text(json.dumps({"config": to_dict(config), "steps": steps, "system": system}))
         command = [sys.executable, __file__, "--worker", str(job)]
-        if engine == "deepspeed":
+        if config.engine != "plain":
             command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        run_within(ROW_SECONDS, command, environment)
         return {"system": system, "gpus": gpus, **json.loads(job.with_suffix(".result").read_text())}
+
+
+def run_within(seconds: float, command: list[str], environment: dict[str, str]) -> None:
+    """Run a command to its end, or kill all its processes. Raises Failed."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.kill()
+        said = process.communicate()[0] + f"\nnot done in {seconds:.0f} s"
+    if process.returncode:
+        raise Failed(said[-6000:])
 
 
 def work(job: dict[str, Any], result: Path) -> None:
     config = from_dict(job["config"], "job")
     with counted() as passed, joined(config) as ranks:
-        engine: Engine = build(config, ranks)
+        engine = build(config, job["system"], ranks)
         seed = dataclasses.replace(config.train, seed=config.train.seed + ranks.rank)
         batches = rotate(random_batches(dataclasses.replace(config, train=seed), engine.device))
 
@@ -151,13 +180,29 @@ def work(job: dict[str, Any], result: Path) -> None:
             result.write_text(json.dumps(found))
 
 
-def build(config: Config, ranks: ProcessGroup) -> Engine:
+class Training(Protocol):
+    """What is timed: an engine, or another library's training."""
+
+    device: torch.device
+
+    def forward_backward(self, batch: Batch, num_targets: int) -> None: ...
+
+    def step(self, learning_rate: float) -> object: ...
+
+
+def build(config: Config, system: str, ranks: ProcessGroup) -> Training:
+    if system.startswith("torchtitan"):
+        from peers.torchtitan_fsdp import FsdpTraining
+
+        return FsdpTraining(config, pick_device(config.train.device), ranks.size, reshards=system.endswith("3"))
     if config.engine == "plain":
         return PlainEngine(config)
+    if config.engine == "sharded":
+        return ShardedEngine(config, ranks)
     return DeepSpeedEngine(config, ranks, check_deepspeed(config, ranks))
 
 
-def step(config: Config, engine: Engine, batches: Iterator[Batch], ranks: ProcessGroup) -> None:
+def step(config: Config, engine: Training, batches: Iterator[Batch], ranks: ProcessGroup) -> None:
     """What the training loop does."""
     own = [next(batches) for _ in range(config.train.gradient_accumulation)]
     num_targets = int(ranks.all_reduce([sum(batch.num_targets for batch in own)])[0])
@@ -166,64 +211,63 @@ def step(config: Config, engine: Engine, batches: Iterator[Batch], ranks: Proces
     engine.step(config.optimizer.learning_rate)
 
 
-def table(config: Config, results: list[dict[str, Any]]) -> str:
-    """In Markdown."""
+def heading(config: Config, device: str) -> str:
+    """The head of the table, in Markdown."""
     parameters = count_parameters(config.model).total / 1e6
+    return (
+        f"{config.name}: {parameters:.0f} M parameters, {config.train.gradient_accumulation} x "
+        f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens a step and GPU, {device}\n\n"
+        f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|"
+    )
+
+
+def row(config: Config, results: list[dict[str, Any]]) -> str:
+    """The row of the last result."""
     micro_batch = config.train.micro_batch_size * config.data.sequence_length
     flops = training_flops(config.model, micro_batch, attended_pairs(config)) / micro_batch
-    lines = [
-        f"{config.name}: {parameters:.0f} M parameters, {config.train.gradient_accumulation} x "
-        f"{config.train.micro_batch_size} x {config.data.sequence_length} tokens a step and GPU, "
-        + results[0]["device"],
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        "|---" * len(COLUMNS) + "|",
-    ]
     rates = {(result["system"], result["gpus"]): config.tokens_per_step / result["seconds"] for result in results}
-    for result in results:
-        system, gpus, rate = result["system"], result["gpus"], rates[result["system"], result["gpus"]]
-        efficiencies = [f"{rate / rates[one, 1]:.1%}" if (one, 1) in rates else "" for one in ("plain", system)]
-        mfu = "" if result["peak_flops"] is None else f"{flops * rate / result['peak_flops']:.1%}"
-        busy = [f"{1e3 * seconds:.1f}" for seconds in result["occupation"] or ()] or ["", ""]
-        cells = (
-            system if system == "plain" else f"ZeRO {system}", str(gpus), f"{result['seconds'] * 1e3:.1f}",
-            f"{rate * gpus:,.0f}", *efficiencies, mfu, f"{result['memory_bytes'] / 1e9:.2f}",
-            f"{sum(result['passed_bytes'].values()) / 1e9:.2f}", *busy,
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    result = results[-1]
+    system, gpus, rate = result["system"], result["gpus"], rates[result["system"], result["gpus"]]
+    efficiencies = [f"{rate / rates[one, 1]:.1%}" if (one, 1) in rates else "" for one in ("plain", system)]
+    mfu = "" if result["peak_flops"] is None else f"{flops * rate / result['peak_flops']:.1%}"
+    busy = [f"{1e3 * seconds:.1f}" for seconds in result["occupation"] or ()] or ["", ""]
+    cells = (
+        system, str(gpus), f"{result['seconds'] * 1e3:.1f}", f"{rate * gpus:,.0f}", *efficiencies, mfu,
+        f"{result['memory_bytes'] / 1e9:.2f}", f"{sum(result['passed_bytes'].values()) / 1e9:.2f}", *busy,
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
 
 
-def check(config: Config, stage: str, gpus: int) -> str:
+def check(config: Config, system: str, gpus: int) -> str:
     """Losses of one GPU, and of several with a rank killed on the way and the rest of the steps on half as many."""
     with tempfile.TemporaryDirectory(prefix="p828-scaling-") as directory:
         losses = []
         for name, counts in (("one", [1]), ("several", [gpus, max(gpus // 2, 1)])):
             for number, count in enumerate(counts):
-                process = start_training(config, stage, name, count, gpus // count, directory)
+                process = start_training(config, system, name, count, gpus // count, directory)
                 if len(counts) > 1 and number == 0:
                     kill_a_rank(process, Path(directory) / "runs" / name / file_names.RECORDS_FILE)
                 elif process.wait():
-                    raise SystemExit(f"stage {stage} on {count} failed; the log: {Path(directory, 'log').read_text()}")
+                    raise SystemExit(f"{system} on {count} failed; the log: {Path(directory, 'log').read_text()}")
             records = metrics.read(Path(directory) / "runs" / name / file_names.RECORDS_FILE)
             losses.append([line["loss"] for line in records if line["kind"] == "step"])
     assert len(losses[0]) == len(losses[1]) == CHECKED_STEPS
     distance = max(abs(first - second) for first, second in zip(*losses, strict=True))
     return (
-        f"ZeRO {stage}: {CHECKED_STEPS} steps of {config.name} on 1 GPU, and on {gpus} with the last rank killed after "
+        f"{system}: {CHECKED_STEPS} steps of {config.name} on 1 GPU, and on {gpus} with the last rank killed after "
         f"step {KILLED_AFTER} and the rest on {max(gpus // 2, 1)}: losses at most {distance:.2g} nats apart, "
         f"{losses[0][0]:.3f} to {losses[0][-1]:.3f}"
     )
 
 
 def start_training(
-    config: Config, stage: str, name: str, gpus: int, accumulation: int, directory: str
+    config: Config, system: str, name: str, gpus: int, accumulation: int, directory: str
 ) -> subprocess.Popen[bytes]:
     """`p828 train` on this interpreter's standard library, with the shape's sizes."""
     train = dataclasses.replace(config.train, steps=CHECKED_STEPS, gradient_accumulation=accumulation)
     tokens = min(config.model.vocab_size, 4096)
     config = dataclasses.replace(
-        Config(), name=name, model=config.model, train=train,
+        with_engine(Config(), system), name=name, model=config.model, train=train,
         data=dataclasses.replace(Config().data, sequence_length=config.data.sequence_length),
         tokenizer=dataclasses.replace(Config().tokenizer, vocab_size=tokens, training_megabytes=2),
         schedule=dataclasses.replace(config.schedule, kind="constant", warmup_steps=2),
@@ -233,9 +277,8 @@ def start_training(
     path = Path(directory) / f"{name}.toml"
     path.write_text(tomli_w.dumps(to_dict(config)))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), "-m", "p828"]
-    flags = ["train", str(path), "--engine", "deepspeed", "--deepspeed.stage", stage]
     log = open(Path(directory) / "log", "wb")  # noqa: SIM115 (the process has it)
-    return subprocess.Popen([sys.executable, *launcher, *flags], cwd=directory, stdout=log, stderr=log)
+    return subprocess.Popen([sys.executable, *launcher, "train", str(path)], cwd=directory, stdout=log, stderr=log)
 
 
 def kill_a_rank(launcher: subprocess.Popen[bytes], records: Path) -> None:

@@ -30,11 +30,9 @@ from peers.routing import GivenTorchtitanRouter
 def build(system: System, device: torch.device, given_experts: list[Tensor]) -> Peer:
     has_float32_weights = system.options.get("has_float32_weights", False)
     is_compiled = system.options.get("is_compiled", True)
-    distributed_utils.set_spmd_backend("partial_dtensor")  # one device: no types of sharding are to be checked
-    # Its own is deterministic and slower; p828's time is without `train.deterministic`, too.
-    token_dispatcher.deterministic_scatter_add = lambda out, index, src: out.scatter_add(0, index, src)
+    set_up()
     with torch.device("meta"), set_default_dtype(torch.float32 if has_float32_weights else torch.bfloat16):
-        model = _model_config(system.config).build()
+        model = model_config(system.config).build()
     compile_config = CompileConfig(enable=is_compiled)
     if is_compiled:
         apply_compile(model, compile_config=compile_config, parallel_dims=SimpleNamespace(tp_enabled=False))
@@ -62,7 +60,15 @@ def build(system: System, device: torch.device, given_experts: list[Tensor]) -> 
     return Peer(model, captured, has_cuda_graph=True)
 
 
-def _model_config(config: Config) -> Any:
+def set_up() -> None:
+    """What is asked of torchtitan as a whole."""
+    distributed_utils.set_spmd_backend("partial_dtensor")  # no types of sharding are to be checked
+    # Its own is deterministic and slower; p828's time is without `train.deterministic`, too.
+    token_dispatcher.deterministic_scatter_add = lambda out, index, src: out.scatter_add(0, index, src)
+
+
+def model_config(config: Config) -> Any:
+    """The model's configuration in torchtitan's terms."""
     if not hasattr(torch.distributed.fsdp, "DataParallelMeshDims"):
         # Named, and not used on one device, by its modules; PyTorch has it since 2.12.
         torch.distributed.fsdp.DataParallelMeshDims = type("DataParallelMeshDims", (), {})

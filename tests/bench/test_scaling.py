@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from p828.config import load
-from p828.model.costs import count_parameters
+from p828.model.costs import count_parameters, parameters_by_part
 from runs import write_toml
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
@@ -36,8 +36,8 @@ def test_what_two_ranks_pass_to_collective_operations(tmp_path: Path, stage: int
     path = write_toml(tmp_path, deepspeed={"config": str(tmp_path / "ds.json")})
     path.write_text('engine = "deepspeed"\n' + path.read_text())
     size = FLOAT32 * count_parameters(load(str(path)).model).total
-    shown, (result,) = scaling(path, "--systems", str(stage), "--gpus", "2")
-    assert f"| ZeRO {stage} | 2 |" in shown
+    shown, (result,) = scaling(path, "--systems", f"deepspeed-{stage}", "--gpus", "2")
+    assert f"| deepspeed-{stage} | 2 |" in shown
     passed = result["passed_bytes"]
     reduced, gathered = {
         0: ({"all_reduce": size}, 0),
@@ -50,3 +50,35 @@ def test_what_two_ranks_pass_to_collective_operations(tmp_path: Path, stage: int
     for name, expected in {**reduced, "all_gather_into_tensor": gathered}.items():
         assert passed.get(name, 0) == pytest.approx(expected, abs=small), name
     assert sum(passed.values()) == pytest.approx(sum(reduced.values()) + gathered, abs=2 * small)
+
+
+@pytest.mark.long
+def test_what_the_sharded_engine_passes_to_collective_operations(tmp_path: Path) -> None:
+    """On two ranks, at all stages, by the command. `test_sharded_ranks.py` has the same to the byte."""
+    layers, buffers = 5, 2
+    path = write_toml(tmp_path, model={"num_hidden_layers": layers})
+    parts = parameters_by_part(load(str(path)).model)
+    vocabulary = FLOAT32 * (parts.embedding + parts.head)
+    layer = FLOAT32 * (parts.attention + parts.routed_experts + parts.shared_experts) / layers
+    whole = vocabulary + layers * layer
+    systems = [f"sharded-{stage}" for stage in (1, 2, 3)]
+    _, results = scaling(path, "--systems", *systems, "--gpus", "2")
+    exchanged = {"all_to_all": ACCUMULATION * layers * layer, "reduce_scatter": vocabulary}
+    gathered = ACCUMULATION * (vocabulary + 2 * (layers - buffers) * layer) + buffers * layer
+    expected = {
+        "sharded-1": {"reduce_scatter": whole, "all_gather": whole},
+        "sharded-2": {**exchanged, "all_gather": whole},
+        "sharded-3": {**exchanged, "all_gather": gathered},
+    }
+    for result in results:
+        passed = result["passed_bytes"]
+        assert isinstance(passed, dict)
+        found = {
+            name: sum(n for key, n in passed.items() if key.startswith(name))
+            for name in ("all_to_all", "reduce_scatter", "all_gather")
+        }
+        for name, amount in expected[str(result["system"])].items():
+            assert found[name] == pytest.approx(amount, rel=0.02), (result["system"], name)
+        # Norms, routers, loads and what fills up to equal shards are little.
+        assert sum(passed.values()) == pytest.approx(sum(found.values()), rel=0.05)
+        assert {name for name, amount in found.items() if amount} == expected[str(result["system"])].keys()

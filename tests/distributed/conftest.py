@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from launch import Run, train, train_and_kill, write_config
+from launch import Run, Stage, train, train_and_kill, write_config
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def whole(config: Path) -> Run:
     """A run's directory after all of its steps, undisturbed; to be read only."""
 
     @cache
-    def trained(stage: int | None, ranks: int) -> Path:
+    def trained(stage: Stage, ranks: int) -> Path:
         run = config.parent / "runs" / f"whole-{stage}-{ranks}"
         train(config, run, stage, ranks)
         return run
@@ -32,7 +32,7 @@ def killed(config: Path) -> Run:
     """A run's directory after a `kill -9` soon after its step 9; to be read only."""
 
     @cache
-    def trained(stage: int | None, ranks: int) -> Path:
+    def trained(stage: Stage, ranks: int) -> Path:
         run = config.parent / "runs" / f"killed-{stage}-{ranks}"
         train_and_kill(config, run, stage, ranks, 9)
         return run

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from launch import assert_same_training, train
+from launch import SHARDED, Stage, assert_same_training, train
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.long]
 SHORT = ("--train.steps", "4", "--schedule.warmup-steps", "1")
@@ -18,8 +18,8 @@ def dense(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_the_same_first_weights(config: Path, dense: Path, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("stage", [*range(4), *SHARDED])
+def test_the_same_first_weights(config: Path, dense: Path, tmp_path: Path, stage: Stage) -> None:
     """Upcycled to experts in slices, of which each rank reads its own."""
     experts = ("--train.upcycle", "--model.n-routed-experts", "8", "--model.num-experts-per-tok", "4")
     flags = ("--train.init-from", str(dense), *experts, "--model.moe-intermediate-size", "16", *SHORT)

@@ -9,24 +9,41 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from launch import ENDLESS, Launch, cases, config_that_reads_on, launched, messages, the_message, torchrun
+from launch import (
+    ENDLESS,
+    Launch,
+    Stage,
+    cases,
+    config_that_reads_on,
+    engine_of,
+    launched,
+    messages,
+    the_message,
+    torchrun,
+)
 
 from p828.runs.file_names import HANG_FILE
 from shim import Shim
 
 pytestmark = pytest.mark.xdist_group("ranks")
 A_MINUTE = 60
-IMPATIENT = ("--deepspeed.timeout-seconds", "12")  # longer than to import DeepSpeed on a busy machine
+SECONDS = "12"  # longer than to import DeepSpeed on a busy machine
 PLACE = r"\w+\.py:\d+ in \w+ < .+"
+
+
+def impatient(stage: Stage) -> tuple[str, str]:
+    return f"--{engine_of(stage)[0]}.timeout-seconds", SECONDS
 
 
 def has_stack(report: str, rank: int) -> bool:
     return re.search(rf"^rank {rank}\n(Thread|Current thread) 0x", report, re.MULTILINE) is not None
 
 
-@pytest.mark.parametrize("stage, ranks, rank", cases([*product((1, 3), (2, 4), (0, 1))], short=[(1, 2, 1)]))
+@pytest.mark.parametrize(
+    "stage, ranks, rank", cases([*product((1, 3, "sharded-1", "sharded-3"), (2, 4), (0, 1))], short=[(1, 2, 1)])
+)
 def test_a_dead_rank_is_named_and_ends_the_others(
-    config: Path, tmp_path: Path, stage: int, ranks: int, rank: int
+    config: Path, tmp_path: Path, stage: Stage, ranks: int, rank: int
 ) -> None:
     with launched(config, tmp_path / "runs" / "dead", stage, ranks, *ENDLESS) as launch:
         launch.wait_for_step(1)
@@ -55,12 +72,15 @@ def freeze_one_of(launch: Launch, rank: int) -> str:
     return err
 
 
-@pytest.mark.parametrize("stage, ranks, rank", cases([(1, 2, 1), (3, 2, 1), (3, 4, 2)], short=[(1, 2, 1)]))
+@pytest.mark.parametrize(
+    "stage, ranks, rank",
+    cases([(1, 2, 1), (3, 2, 1), (3, 4, 2), ("sharded-1", 2, 1), ("sharded-3", 4, 2)], short=[(1, 2, 1)]),
+)
 def test_a_hang_is_reported_with_every_ranks_stack(
-    config: Path, tmp_path: Path, stage: int, ranks: int, rank: int
+    config: Path, tmp_path: Path, stage: Stage, ranks: int, rank: int
 ) -> None:
     run = tmp_path / "runs" / "hangs"
-    with launched(config, run, stage, ranks, *ENDLESS, *IMPATIENT) as launch:
+    with launched(config, run, stage, ranks, *ENDLESS, *impatient(stage)) as launch:
         launch.wait_for_step(1)
         said = freeze_one_of(launch, rank)
     assert "p828: no progress for 12 s; the run ends." in said
@@ -74,7 +94,7 @@ def test_a_hang_is_reported_with_every_ranks_stack(
 @pytest.mark.long
 def test_when_rank_0_hangs_the_others_say_so(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "hangs"
-    with launched(config, run, 1, 4, *ENDLESS, *IMPATIENT) as launch:
+    with launched(config, run, 1, 4, *ENDLESS, *impatient(1)) as launch:
         launch.wait_for_step(1)
         said = freeze_one_of(launch, 0)
     assert "p828: no progress for 12 s, and no answer from rank 0 (" in said
@@ -89,7 +109,7 @@ def test_where_all_ranks_wait_for_data_that_does_not_come(tmp_path: Path, shim: 
     config, text = config_that_reads_on(tmp_path)
     shim(file="/slow/", delay=900_000_000)
     run = tmp_path / "runs" / "hangs"
-    with launched(config, run, 3, 2, *ENDLESS, *IMPATIENT) as launch:
+    with launched(config, run, 3, 2, *ENDLESS, *impatient(1)) as launch:
         launch.wait_for_step(1)
         shutil.copytree(text, tmp_path / "slow")
         for path in text.iterdir():

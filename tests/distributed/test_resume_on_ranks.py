@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from launch import (
+    SHARDED,
     Run,
+    Stage,
     assert_same_bits,
     assert_same_training,
     cases,
@@ -35,13 +37,17 @@ Copy = Callable[[Path], Path]
 
 PLAIN = (None, 1)
 RESUMED = re.compile(r"resumed from step \d+$", re.M)  # which depends on what was complete at the kill
-OTHER_RANKS = [((stage, before), (stage, after)) for stage in range(4) for before, after in ((2, 1), (1, 2), (2, 4))]
+STAGES = (*range(4), *SHARDED)
+OTHER_RANKS = [((stage, before), (stage, after)) for stage in STAGES for before, after in ((2, 1), (1, 2), (2, 4))]
 OTHER_STAGE = [((before, 2), (after, 2)) for before, after in ((1, 3), (3, 1), (2, 0), (0, 2))]
+OTHER_STAGE += [((f"sharded-{before}", 2), (f"sharded-{after}", 2)) for before, after in ((1, 3), (3, 2), (2, 1))]
 OTHER_ENGINE = [(PLAIN, (1, 2)), (PLAIN, (3, 2)), ((1, 2), PLAIN), ((3, 2), PLAIN)]
+OTHER_ENGINE += [(PLAIN, ("sharded-3", 2)), (("sharded-3", 2), PLAIN), (("sharded-1", 2), PLAIN)]
+OTHER_ENGINE += [((3, 2), ("sharded-1", 2)), (("sharded-2", 2), (1, 2)), ((0, 2), ("sharded-3", 4))]
 
 
-@pytest.mark.parametrize("stage", cases(product(range(4)), short=[(3,)]))
-def test_the_same_ranks_go_on_bit_for_bit(config: Path, whole: Run, killed: Run, copied: Copy, stage: int) -> None:
+@pytest.mark.parametrize("stage", cases(product(STAGES), short=[(3,)]))
+def test_the_same_ranks_go_on_bit_for_bit(config: Path, whole: Run, killed: Run, copied: Copy, stage: Stage) -> None:
     run = copied(killed(stage, 2))
     assert RESUMED.search(train(config, run, stage, 2))
     assert_same_bits(run, whole(stage, 2))
@@ -49,7 +55,7 @@ def test_the_same_ranks_go_on_bit_for_bit(config: Path, whole: Run, killed: Run,
 
 @pytest.mark.parametrize("before, after", cases(OTHER_RANKS + OTHER_STAGE + OTHER_ENGINE, short=[((3, 2), PLAIN)]))
 def test_others_go_on(
-    config: Path, whole: Run, killed: Run, copied: Copy, before: tuple[int | None, int], after: tuple[int | None, int]
+    config: Path, whole: Run, killed: Run, copied: Copy, before: tuple[Stage, int], after: tuple[Stage, int]
 ) -> None:
     run = copied(killed(*before))
     assert RESUMED.search(train(config, run, *after))
@@ -57,12 +63,12 @@ def test_others_go_on(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", range(4))
-def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path, stage: Stage) -> None:
     """Each rank's dropout goes on where it was, too."""
     config = write_config(tmp_path, model={"dropout": 0.1})
     train(config, tmp_path / "runs" / "whole", stage, 2)
-    draw, run = random.Random(stage), tmp_path / "runs" / "killed"
+    draw, run = random.Random(str(stage)), tmp_path / "runs" / "killed"
     for moment in (draw.randint(1, 3), draw.randint(5, 9), draw.randint(10, 15)):  # before any checkpoint, too
         train_and_kill(config, run, stage, 2, moment)
     train(config, run, stage, 2)

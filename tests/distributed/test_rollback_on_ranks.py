@@ -4,15 +4,15 @@ import random
 from pathlib import Path
 
 import pytest
-from launch import TOLERANCE, records_of, steps, train, write_config
+from launch import SHARDED, TOLERANCE, Stage, records_of, steps, train, write_config
 
 from runs import write_text
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.long]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_ranks_are_rolled_back_as_one_device_is(tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, *SHARDED])
+def test_ranks_are_rolled_back_as_one_device_is(tmp_path: Path, stage: Stage) -> None:
     text = write_text(tmp_path / "text", documents=30)
     noise = random.Random(3).choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=1100)
     (text / "noise.txt").write_text("".join(noise))

@@ -5,19 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import Run, assert_same_training, cases, final_state, steps, train, write_config
+from launch import SHARDED, Run, Stage, assert_same_training, cases, final_state, steps, train, write_config
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
-@pytest.mark.parametrize("stage, ranks", cases(product(range(4), (1, 2, 4)), short=[(1, 2), (3, 2)]))
-def test_ranks_train_as_one_device_does(whole: Run, stage: int, ranks: int) -> None:
+@pytest.mark.parametrize(
+    "stage, ranks", cases(product((*range(4), *SHARDED), (1, 2, 4)), short=[(1, 2), (3, 2), ("sharded-2", 2)])
+)
+def test_ranks_train_as_one_device_does(whole: Run, stage: Stage, ranks: int) -> None:
     assert_same_training(whole(stage, ranks), whole(None, 1))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bfloat16_learns_and_keeps_the_bias_in_float32(tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, *SHARDED])
+def test_bfloat16_learns_and_keeps_the_bias_in_float32(tmp_path: Path, stage: Stage) -> None:
     rate = 2.0**-10  # sums of it are exact
     config = write_config(tmp_path, train={"dtype": "bfloat16"}, balance={"update_rate": rate})
     run = tmp_path / "runs" / "bfloat16"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import cases, records_of, train, write_config
+from launch import Stage, cases, records_of, train, write_config
 
 from p828.cli.main import dispatch
 
@@ -26,9 +26,9 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
 
 
-@pytest.mark.parametrize("stage, ranks", cases([(1, 2), (3, 2), (3, 4)], short=[]))
+@pytest.mark.parametrize("stage, ranks", cases([(1, 2), (3, 2), (3, 4), ("sharded-1", 2), ("sharded-3", 2)], short=[]))
 def test_a_run_of_ranks_finds_the_numbers_of_one_process(
-    tmp_path: Path, stage: int, ranks: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, stage: Stage, ranks: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": "ab" * n, "wanted": "y"}) + "\n" for n in range(1, 8)))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import assert_same_training, final_state, steps, train, write_config
+from launch import SHARDED, Stage, assert_same_training, final_state, steps, train, write_config
 
 from p828.inference.load import load_model
 from runs import write_text
@@ -54,8 +54,8 @@ def alone(uneven: Path) -> Path:
     return run
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_all_tokens_of_a_rank_to_one_expert(uneven: Path, alone: Path, stage: int) -> None:
+@pytest.mark.parametrize("stage", [*range(4), *SHARDED])
+def test_all_tokens_of_a_rank_to_one_expert(uneven: Path, alone: Path, stage: Stage) -> None:
     run = uneven.parent / "runs" / f"stage-{stage}"
     train(uneven, run, stage, 2)
     assert_same_training(run, alone)

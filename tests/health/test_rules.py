@@ -90,7 +90,7 @@ FAULTS: dict[str, tuple[list[Record], Facts]] = {
     "load_imbalance": (steps(lambda r: {"max_share": [1.3, 3.1], "balance": [0.97, 0.85]}, 60), FACTS),
     "bias_not_balancing": (steps(lambda r: {"bias_load_correlation": [0.9, -0.9]}), FACTS),
     "aux_loss_without_gradient": ([*healthy(STEPS), probe(STEPS, aux_gradient=0.0)], SEQUENCE),
-    "aux_loss_gamed": (steps(lambda r: {"router_entropy": [0.9, 0.999], **pair(0.6)}, 60), SEQUENCE),
+    "aux_loss_gamed": (steps(lambda r: {"aux_loss": 2.02e-3, **pair(math.log(2) / math.log(8))}, 60), SEQUENCE),
     "load_miscounted": (steps(lambda r: {"load": [[64] * 8] * 2}, 150), FACTS),
     "recomputation_reroutes": (probed(reroute=0.02), facts(recomputes=True)),
     "divergence": (trained(lambda r: {"loss": loss(r["step"]) + 0.05 * (r["step"] - 140)}, 140), FACTS),

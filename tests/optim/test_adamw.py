@@ -35,7 +35,9 @@ class Training:
         self.gradients = {name: sums[parameter] for name, parameter in self.model.named_parameters()}
         self.masters = Masters(self.model, dtype)
         groups = parameter_groups(self.model, config, dtype)
-        self.optimizer: Optimizer = AdamW(self.model, config, groups, self.masters, moment_dtype, sums)
+        self.optimizer: Optimizer = AdamW(
+            dict(self.model.named_parameters()), config, groups, self.masters.by_parameter, moment_dtype, sums
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """All in float32."""

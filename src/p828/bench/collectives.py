@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 COUNTED = (
     "all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor",
-    "reduce_scatter_single",
+    "reduce_scatter_single", "all_to_all_single",
 )  # fmt: skip
 
 

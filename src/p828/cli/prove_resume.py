@@ -30,7 +30,7 @@ class Arguments(ConfigArguments):
     seed: str = ""
     """A whole number that draws when the kills come, the same ones each time; else one is drawn, and printed."""
     ranks: int = 0
-    """Processes that train each run together, with --engine deepspeed; 0 starts no launcher."""
+    """Processes that train each run together, with --engine sharded or deepspeed; 0 starts no launcher."""
     resume_ranks: str = ""
     """Processes after each kill in turn, as 2,4."""
 
@@ -41,8 +41,8 @@ def run(arguments: list[str]) -> None:
     ranks_after = [_number("--resume-ranks", text, 1) for text in given.resume_ranks.split(",") if text]
     if ranks_after and not ranks:
         raise ConfigError("--resume-ranks: accepted with --ranks")
-    if ranks and config.engine != "deepspeed":
-        raise ConfigError(f'--ranks {ranks}: accepted with --engine deepspeed; engine = "{config.engine}"')
+    if ranks and config.engine == "plain":
+        raise ConfigError(f'--ranks {ranks}: accepted with --engine sharded or deepspeed; engine = "plain"')
     micro_batches = config.train.gradient_accumulation * ranks
     for number in ranks_after:
         if micro_batches % number:
@@ -137,7 +137,7 @@ def _describe(default: Config) -> str:
         f"{USAGE}\n\nCONFIG is a preset ({', '.join(preset_names())}), a .toml file or a run's "
         f"directory. Trains a short run at once, and again through kills (--kills, {KILLS} unless given) at random "
         "moments, which --seed draws again, resumed after each; then compares every bit of weights, optimizer, bias, "
-        "random states, place in the data and records. With --ranks and --engine deepspeed both run on that "
+        "random states, place in the data and records. With --ranks and --engine sharded both run on that "
         "number of processes; resumed on other numbers of them (--resume-ranks), data is compared exactly and losses "
         "within a tolerance. Exit code 1 if they differ."
     )

@@ -28,6 +28,7 @@ class Need:
 
 
 NEEDS = (
+    Need(("sharded.",), lambda c: c.engine == "sharded", 'accepted with engine = "sharded"'),
     Need(("deepspeed.",), lambda c: c.engine == "deepspeed", 'accepted with engine = "deepspeed"'),
     Need(("schedule.decay_steps",), lambda c: c.schedule.kind == "wsd", 'accepted with schedule.kind = "wsd"'),
     Need(

@@ -7,7 +7,15 @@ from typing import Any
 
 from p828.config.facts import LARGEST_INT, Facts, facts_by_key, facts_of
 from p828.config.resolve import with_steps
-from p828.config.schema import Config, DataConfig, DeepSpeedConfig, ModelConfig, ScheduleConfig, TokenizerConfig
+from p828.config.schema import (
+    Config,
+    DataConfig,
+    DeepSpeedConfig,
+    ModelConfig,
+    ScheduleConfig,
+    ShardedConfig,
+    TokenizerConfig,
+)
 from p828.config.values import flatten, shown
 from p828.errors import ConfigError
 
@@ -167,7 +175,7 @@ def check_schedule(schedule: ScheduleConfig, steps: int) -> None:
 
 
 def check_engine(config: Config) -> None:
-    if config.deepspeed.config and config.engine == "plain":
+    if config.deepspeed.config and config.engine != "deepspeed":
         raise ConfigError(f'deepspeed.config = "{config.deepspeed.config}": accepted with engine = "deepspeed"')
     if config.engine == "deepspeed":
         facts = facts_by_key(Config)
@@ -177,6 +185,12 @@ def check_engine(config: Config) -> None:
                 words = " or ".join(f'"{one}"' for one in accepted)
                 raise ConfigError(f'{key} = "{value}": with engine = "deepspeed", {words} is accepted')
     check_deepspeed(config.deepspeed)
+    check_sharded(config.sharded)
+
+
+def check_sharded(sharded: ShardedConfig) -> None:
+    if sharded.stage > 3:
+        raise ConfigError(f"sharded.stage = {sharded.stage}: 1, 2 or 3 is accepted")
 
 
 def remarks(config: Config) -> list[str]:

@@ -216,7 +216,7 @@ class OptimizerConfig:
     max_grad_norm: float = changeable(1.0, above=0)
     """Gradients are scaled down to this global norm."""
     moment_dtype: Literal["auto", "float32", "bfloat16"] = changeable("auto", with_deepspeed=("auto", "float32"))
-    """Dtype of AdamW's moments. bfloat16 needs a bfloat16 run of the plain engine; `auto` takes it there on CUDA."""
+    """Dtype of AdamW's moments. bfloat16 needs a bfloat16 run without DeepSpeed; `auto` takes it there on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -314,6 +314,14 @@ class RollbackConfig:
 
 
 @dataclass(frozen=True)
+class ShardedConfig:
+    stage: int = changeable(1, at_least=1)
+    """ZeRO: 1 partitions the optimizer's state over the ranks, 2 the gradients too, 3 the weights too."""
+    timeout_seconds: int = changeable(1800, at_least=1)
+    """Longest time without progress: then every rank's stack is written down and the run ended."""
+
+
+@dataclass(frozen=True)
 class HealthConfig:
     on_critical: Literal["continue", "stop", "roll_back"] = changeable("continue")
     """At a critical finding: go on, stop, or go back to a checkpoint before it where that helps."""
@@ -353,8 +361,8 @@ class Config:
     """The run's name; empty means the configuration's."""
     runs_dir: str = changeable("runs")
     """Directory that holds the runs."""
-    engine: Literal["plain", "deepspeed"] = changeable("plain")
-    """`plain` trains on one device; `deepspeed` on one or more, each with a process of its own."""
+    engine: Literal["plain", "sharded", "deepspeed"] = changeable("plain")
+    """`plain` trains on one device; `sharded` and `deepspeed` on one or more, each with a process of its own."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
@@ -367,12 +375,18 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     rollback: RollbackConfig = field(default_factory=RollbackConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    sharded: ShardedConfig = field(default_factory=ShardedConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def timeout_seconds(self) -> int:
+        """Longest time that ranks go without progress."""
+        return self.deepspeed.timeout_seconds if self.engine == "deepspeed" else self.sharded.timeout_seconds
 
     @property
     def tokens_per_step(self) -> int:

@@ -98,10 +98,10 @@ class Batch:
     document of L tokens in a sample, or for each sample without document masking."""
     max_token: int = 0
     """Largest token id of the samples, targets included."""
-    places: tuple[tuple[int, tuple[DocumentPlace, ...]], ...] = ()
-    """Of training batches for each row the number of its source, and its documents' places."""
     fingerprints: npt.NDArray[np.uint64] | None = None
     """Hashes of some of the rows' windows, as `data.fingerprints` finds them."""
+    places: tuple[tuple[int, tuple[DocumentPlace, ...]], ...] = ()
+    """Of training batches for each row the number of its source, and its documents' places."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting if it is pinned."""

@@ -127,8 +127,8 @@ def make_batch(samples: Sequence[Sample], mask_documents: bool, sources: int = 1
         epoch=max(sample.epoch for sample in samples),
         attended_pairs=int((positions_BS + 1).sum(where=document_ids_BS != PADDING)),
         max_token=int(tokens.max()),
-        places=tuple((sample.source, sample.places) for sample in samples),
         fingerprints=fingerprints(tokens[:, :-1], document_ids_BS != PADDING)[1],
+        places=tuple((sample.source, sample.places) for sample in samples),
     )
 
 

@@ -152,19 +152,19 @@ def joined(config: Config) -> Iterator[ProcessGroup]:
     rank, size, local_rank, is_launched = launched()
     if config.engine == "plain":
         if size > 1:
-            raise ConfigError(
-                f'engine = "plain" trains on one device, and WORLD_SIZE = {size}: give --engine deepspeed'
-            )
+            raise ConfigError(f'engine = "plain" trains on one device, and WORLD_SIZE = {size}: give --engine sharded')
         yield ProcessGroup()
         return
     device = _own_device(config.train.device, local_rank)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_OPERATIONS)
-    timeout = timedelta(seconds=config.deepspeed.timeout_seconds + AFTER_WATCHDOG)
+    if config.engine == "sharded":  # collective operations beside kernels of a layer: at once, on all ranks
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    timeout = timedelta(seconds=config.timeout_seconds + AFTER_WATCHDOG)
     with _initialised(device, is_launched, timeout):
         ranks = ProcessGroup(rank, size, dist.new_group(backend="gloo", timeout=timeout), timeout=timeout)
         if size > 1:
             ranks.watchdog = connect_watchdog(
-                rank, size, ranks.all_gather_object, config.deepspeed.timeout_seconds, config.run_dir
+                rank, size, ranks.all_gather_object, config.timeout_seconds, config.run_dir
             )
         with closed_after(ranks.watchdog.close if ranks.watchdog is not None else lambda: None):
             try:

@@ -171,8 +171,8 @@ def _fewer_reductions(reductions: int) -> str:
     if reductions == 1:
         return "a higher --train.gradient-accumulation (one sum for more tokens)"
     return (
-        f"--deepspeed.stage 1 (one sum a step instead of {reductions}) if it fits, a lower "
-        "--deepspeed.reduce-bucket-size (sums begin earlier in the backward pass)"
+        f"--sharded.stage 1 or --deepspeed.stage 1 (one sum a step instead of {reductions}) if it fits, through "
+        "DeepSpeed a lower --deepspeed.reduce-bucket-size (sums begin earlier in the backward pass)"
     )
 
 

@@ -70,20 +70,21 @@ class StepStats:
         model: Transformer,
         totals: Mapping[str, Tensor],
         grad_norm: Tensor,
+        by_part: Mapping[str, Tensor] | None = None,
         measured: Mapping[str, Tensor] | None = None,
     ) -> "StepStats":
         """From the sums of `microbatch.micro_batch_totals` over the step and the gradients' global norm.
 
-        `measured` has `grad_norms`, (X,) of the model's parts, and what `UpdateNumbers.finish` gives; it is None in a
-        step that is not measured. Every engine calls this one after its update. At ZeRO stage 3 the weights of `model`
-        are elsewhere; the balance bias is there.
+        `by_part` has `grad_norms`, (X,) of the model's parts, if they were found. `measured` is what
+        `UpdateNumbers.finish` gives, None in a step that is not measured. Every engine calls this one after its update.
+        At ZeRO stage 3 the weights of `model` are elsewhere; the balance bias is there.
         """
         further = dict(totals)
         entropy_L = further.pop("entropy_L")  # a mean over tokens, each of which counts in as many loads
         if measured is not None:
             choices_L = totals["loads_LE"].sum(dim=1).clamp_min(1)
             further["router_entropy"] = entropy_L * model.config.num_experts_per_tok / choices_L
-        return cls({**further, "grad_norm": grad_norm, **(measured or {})})
+        return cls({**further, "grad_norm": grad_norm, **(by_part or {}), **(measured or {})})
 
     def fetch(self, parts: Sequence[str] = (), span: DeviceSpan | None = None) -> StepResult:
         """All of it on the host; waits for the device once.
@@ -140,7 +141,7 @@ class Engine(Protocol):
         """Clip the gradients, update weights and balance bias, and begin the next step.
 
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite.
-        `is_measured`: also find the norms by part, what the update does to the weights, and what the routers score.
+        `is_measured`: also find what the update does to the weights, and what the routers score.
         """
 
     def gathered_model(self) -> AbstractContextManager[Transformer]:

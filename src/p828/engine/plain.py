@@ -59,7 +59,8 @@ class PlainEngine:
         config = self.config.optimizer
         groups = parameter_groups(self.model, config, self.dtype)
         moment_dtype = pick_moment_dtype(config.moment_dtype, self.dtype, self.device)
-        return AdamW(self.model, config, groups, self.masters, moment_dtype, self.gradients.sums)
+        parameters, sums = dict(self.model.named_parameters()), self.gradients.sums
+        return AdamW(parameters, config, groups, self.masters.by_parameter, moment_dtype, sums)
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -86,16 +87,14 @@ class PlainEngine:
             applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
             self.optimizer.update(learning_rate, norm, applied)
         update_biases(self.model, totals["loads_LE"], self.config.balance.update_rate, applied)
-        measured = None
-        if is_measured:
-            grad_norms = self._by_part.sum(norms_P.square()).sqrt()
-            measured = {"grad_norms": grad_norms, **self._update_numbers.finish(totals["loads_LE"])}
-        stats = StepStats.of(self.model, totals, norm, measured)
+        by_part = {"grad_norms": self._by_part.sum(norms_P.square()).sqrt()}
+        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
+        stats = StepStats.of(self.model, totals, norm, by_part, measured)
         self.gradients.begin_step()
         return stats.fetch(self._parts, self._span)  # the step's one wait for the device
 
     def _held(self) -> Iterator[Held]:
-        masters = dict(self.masters.items())
+        masters = self.masters.by_parameter
         for parameter, name in self._names.items():
             low_bits = masters[parameter].low_bits.view(-1) if parameter in masters else None
             yield Held(name, parameter.data.view(-1), low_bits)

@@ -1,6 +1,6 @@
 """The decoder: embedding, layers of attention and experts, final norm, output head."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -37,6 +37,15 @@ class RouterStatistics(NamedTuple):
     """float32: router z-loss, summed over valid tokens; 0 likewise."""
     entropy_L: Tensor
     """float32: `score_entropy`, summed over the tokens that loads count."""
+
+
+class LayerInputs(NamedTuple):
+    """What a forward pass gives every layer beside the residual stream; `Layer.forward` says what each is."""
+
+    angles: tuple[Tensor, Tensor]
+    mask: AttentionMask
+    valid_token_T: Tensor | None
+    has_target_T: Tensor | None
 
 
 class Output(NamedTuple):
@@ -172,12 +181,7 @@ class Transformer(nn.Module):
         autograd graph is detached, for a backward pass in several segments. `valid_BS` (bool) marks the tokens that
         have a target: auxiliary losses are sums over these, as the loss is. It defaults to those that are not padding.
         """
-        if positions_BS is None:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        mask = self._attention_mask(tokens_BS, document_ids_BS, dtype)
-        valid_token_T = None if document_ids_BS is None else document_ids_BS.flatten() >= 0
-        has_target_T = valid_token_T if valid_BS is None else valid_BS.flatten()
-        angles = rotary(positions_BS, self.frequencies, self.config.rope_scaling.factor)
+        inputs = self.layer_inputs(tokens_BS, positions_BS, document_ids_BS, dtype, valid_BS)
         x_BSH = self.embed(tokens_BS, dtype) if embedded_BSH is None else embedded_BSH
         delta_BSH = torch.zeros_like(x_BSH)
         statistics, boundaries = [], []
@@ -185,11 +189,27 @@ class Transformer(nn.Module):
             if index in detach_before:
                 boundaries.append(Boundary((x_BSH, delta_BSH), (_leaf(x_BSH), _leaf(delta_BSH))))
                 x_BSH, delta_BSH = boundaries[-1].after
-            x_BSH, delta_BSH, layer_statistics = layer(x_BSH, delta_BSH, angles, mask, valid_token_T, has_target_T)
+            x_BSH, delta_BSH, layer_statistics = layer(x_BSH, delta_BSH, *inputs)
             statistics.append(layer_statistics)
         _, normed_BSH = self.model.norm(x_BSH, delta_BSH)
-        router = RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True)))
-        return Output(normed_BSH, router, boundaries)
+        return Output(normed_BSH, stacked(statistics), boundaries)
+
+    def layer_inputs(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor | None,
+        document_ids_BS: Tensor | None,
+        dtype: torch.dtype,
+        valid_BS: Tensor | None,
+    ) -> LayerInputs:
+        """What all layers are given for a batch; arguments as `forward` has them."""
+        if positions_BS is None:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+        mask = self._attention_mask(tokens_BS, document_ids_BS, dtype)
+        valid_token_T = None if document_ids_BS is None else document_ids_BS.flatten() >= 0
+        has_target_T = valid_token_T if valid_BS is None else valid_BS.flatten()
+        angles = rotary(positions_BS, self.frequencies, self.config.rope_scaling.factor)
+        return LayerInputs(angles, mask, valid_token_T, has_target_T)
 
     def embed(self, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, S) token ids to (B, S, H) in `dtype`."""
@@ -209,6 +229,11 @@ class Transformer(nn.Module):
             return AttentionMask(backend)
         same_BSC = documents[:, :, None] == documents[:, None, :]
         return AttentionMask(backend, same_BSC.tril())
+
+
+def stacked(statistics: Sequence[LayerStatistics]) -> RouterStatistics:
+    """Those of layers, in their order, as tensors with one entry a layer."""
+    return RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True)))
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ The host does not wait for the device: the factor that clips the gradients is a 
 applied at all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from p828.config import OptimizerConfig
 from p828.errors import ConfigError
@@ -20,7 +20,6 @@ from p828.kernels.adamw_state import MatrixState, Update
 from p828.model.backend import uses_triton
 from p828.optim.clipping import clip_factor
 from p828.optim.groups import Group
-from p828.optim.masters import Masters
 from p828.runs.tensors import Master
 
 
@@ -31,27 +30,30 @@ class AdamW:
 
     def __init__(
         self,
-        model: nn.Module,
+        parameters: Mapping[str, Tensor],
         config: OptimizerConfig,
         groups: Mapping[str, Group],
-        masters: Masters,
+        masters: Mapping[Tensor, Master],
         moment_dtype: torch.dtype,
         sums: Mapping[Tensor, Tensor],
+        first_number: int = 0,
     ) -> None:
-        """For the parameters of `model`, whose groups by name are `groups`, and whose masters are `masters`.
+        """For `parameters` by name, whose groups are `groups`; those stored in bfloat16 have `masters`.
 
         `moment_dtype` is that of the matrices with masters; all other moments are float32. `sums` holds every
-        parameter's gradient, float32, always in the same place.
+        parameter's gradient, float32, always in the same place. Matrices are numbered from `first_number` on, and their
+        numbers keep the noise of their moments apart.
         """
         self.config = config
-        self._parameters = dict(model.named_parameters())
+        self._parameters = dict(parameters)
         self._decayed = {parameter for name, parameter in self._parameters.items() if groups[name].decays}
         self._matrices = {p: _matrix_state(master, sums[p], moment_dtype) for p, master in masters.items()}
-        self._updates = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+        self._updates = torch.zeros((), dtype=torch.int64, device=next(iter(sums.values())).device)
         others = [parameter for parameter in self._parameters.values() if parameter not in masters]
+        self._first_number = first_number
         self._others = self._torch_adamw(others, sums)
 
-    def _torch_adamw(self, parameters: list[nn.Parameter], sums: Mapping[Tensor, Tensor]) -> torch.optim.AdamW:
+    def _torch_adamw(self, parameters: list[Tensor], sums: Mapping[Tensor, Tensor]) -> torch.optim.AdamW:
         config = self.config
         groups = [
             {"params": [p for p in parameters if p in self._decayed], "weight_decay": config.weight_decay},
@@ -69,8 +71,17 @@ class AdamW:
         return optimizer
 
     @torch.no_grad()
-    def update(self, learning_rate: float, norm: Tensor, applied: Tensor) -> None:
-        """Clip gradients of global norm `norm` and update all parameters, if `applied`, a bool scalar, is true."""
+    def update(
+        self,
+        learning_rate: float,
+        norm: Tensor,
+        applied: Tensor,
+        when_updated: Callable[[Tensor], None] = lambda parameter: None,
+    ) -> None:
+        """Clip gradients of global norm `norm` and update all parameters, if `applied`, a bool scalar, is true.
+
+        `when_updated` gets each matrix with a master when the device has been given its update.
+        """
         config = self.config
         clip = clip_factor(norm, config.max_grad_norm)
         found_inf = (~applied).float()
@@ -81,8 +92,9 @@ class AdamW:
 
         corrections = bias_corrections(config.betas, self._updates)
         update = Update(learning_rate, config.betas, config.eps, clip, found_inf, self._updates, corrections)
-        for number, (parameter, state) in enumerate(self._matrices.items()):
+        for number, (parameter, state) in enumerate(self._matrices.items(), start=self._first_number):
             adamw_(state, update, config.weight_decay if parameter in self._decayed else 0.0, number)
+            when_updated(parameter)
         self._updates += applied
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ A master is the bfloat16 weight, which the layers compute with, and the low bits
 the two take 4 bytes a parameter, as the float32 number would by itself.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +24,14 @@ class Masters:
             self._by_parameter[parameter] = Master(parameter.data, low_bits)
             self._names[parameter] = name
 
-    def __contains__(self, parameter: Tensor) -> bool:
-        """Whether a parameter is stored in bfloat16. Every other one is its own float32 master."""
-        return parameter in self._by_parameter
-
-    def items(self) -> Iterator[tuple[Tensor, Master]]:
-        """Parameters and their masters, in the model's order."""
-        yield from self._by_parameter.items()
+    @property
+    def by_parameter(self) -> Mapping[Tensor, Master]:
+        """Those of the parameters that are stored in bfloat16. Every other one is its own float32 master."""
+        return self._by_parameter
 
     def state_dict(self) -> dict[str, Master]:
         """Masters by the parameter's name, not joined; the tensors are the ones that training goes on with."""
-        return {self._names[parameter]: master for parameter, master in self.items()}
+        return {self._names[parameter]: master for parameter, master in self._by_parameter.items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Set all masters from float32 tensors by name. `tensors` may hold more than these."""

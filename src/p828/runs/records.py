@@ -251,6 +251,12 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     return record if is_record else None
 
 
+def number(value: Any) -> float | None:
+    """A value of a record as a float; None if it is no number, or none that a run writes."""
+    is_number = type(value) is float or (type(value) is int and abs(value) < 2**63)
+    return float(value) if is_number else None
+
+
 def loads_every(layers: int, experts: int) -> int:
     """n, where every n-th step's line has the loads of all experts. In a small model n is 1."""
     return math.ceil(layers * experts / LOADS_A_STEP)

@@ -47,11 +47,13 @@ class TensorShard(NamedTuple):
     """One rank's consecutive numbers of a tensor that is spread over ranks."""
 
     values: Tensor
-    """(n,), a view of the memory in which the rank keeps them."""
+    """(n,), a view of the memory in which the rank keeps them; bfloat16 if there are `low_bits`."""
     start: int
     """Index of the first of them in the flattened whole tensor."""
     shape: tuple[int, ...]
     """The whole tensor's shape."""
+    low_bits: Tensor | None = None
+    """int16 (n,), as in a `Master`: the numbers are float32."""
 
 
 class Master(NamedTuple):
@@ -79,14 +81,14 @@ def tensors_of(value: Saveable) -> tuple[Tensor, ...]:
     if isinstance(value, Unread):
         return (value.like,)
     if isinstance(value, TensorShard):
-        return (value.values,)
+        return (value.values,) if value.low_bits is None else (value.values, value.low_bits)
     return tuple(value) if isinstance(value, Master) else (value,)
 
 
 def with_tensors(value: Saveable, tensors: tuple[Tensor, ...]) -> Saveable:
     """The same kind of value, made of other tensors."""
     if isinstance(value, TensorShard):
-        return value._replace(values=tensors[0])
+        return TensorShard(tensors[0], value.start, value.shape, *tensors[1:])
     return Master(*tensors) if isinstance(value, Master) else tensors[0]
 
 
@@ -152,7 +154,8 @@ def _write_hashed(file: BinaryIO, data: memoryview, digest: "hashlib._Hash") -> 
 
 def _kind(value: Saveable) -> torch.dtype:
     """The dtype of its numbers in the file."""
-    return torch.float32 if isinstance(value, Master) else tensors_of(value)[0].dtype
+    tensors = tensors_of(value)
+    return torch.float32 if len(tensors) > 1 else tensors[0].dtype
 
 
 def _code(name: str, dtype: torch.dtype) -> str:

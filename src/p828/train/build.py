@@ -35,6 +35,7 @@ from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
 from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
+from p828.engine.sharded.engine import ShardedEngine
 from p828.errors import ConfigError
 from p828.health.facts import Facts
 from p828.inference.answer import prompt_ids
@@ -85,7 +86,7 @@ def train(config: Config) -> None:
         _check_data(config, ranks, report)
         tasks = _open_tasks(config.evaluation, ranks, report)
         configure_torch(config)
-        if settings is None:  # before hours are spent on a tokenizer; again once its size is known
+        if config.engine == "plain":  # before hours are spent on a tokenizer; again once its size is known
             check_room(count_parameters(config.model).total, pick_device(config.train.device))
         outputs = _open_outputs(config, ranks, report, stack)
         inputs = _open_inputs(config, ranks, outputs, tasks)
@@ -337,10 +338,10 @@ def _introduce(
 def _engine(config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings | None, outputs: _Outputs) -> Engine:
     """The engine. Reports and records slow links between the ranks' devices."""
     parameters = count_parameters(config.model).total
-    if settings is None:
+    if config.engine == "plain":
         check_room(parameters, pick_device(config.train.device))
         return PlainEngine(config)
-    engine = DeepSpeedEngine(config, ranks, settings)
+    engine = ShardedEngine(config, ranks) if settings is None else DeepSpeedEngine(config, ranks, settings)
     step = 0 if outputs.run.newest is None else file_names.step_of(outputs.run.newest)
     for line in check_topology(ranks, engine.device, parameters, engine.reduced_dtype, engine.reductions):
         outputs.recorder.write("event", step, event="slow_link", text=line)

@@ -25,7 +25,8 @@ from p828.engine.deepspeed.partitions import Partition, flat_groups, gradient_pi
 from p828.engine.deepspeed.reduce import GradientReducer
 from p828.engine.deepspeed.settings import DeepSpeedSettings, deepspeed_settings
 from p828.engine.deepspeed.training_loss import TrainingLoss
-from p828.engine.interface import StepResult, StepStats, pack, shapes_of, unpack
+from p828.engine.interface import StepResult, StepStats
+from p828.engine.many_ranks import over_ranks, random_states_of, restore_random_states_of
 from p828.engine.microbatch import add_totals_, prepare_layers, zero_totals
 from p828.errors import ConfigError
 from p828.model.backend import check_widths
@@ -38,7 +39,7 @@ from p828.optim.parts import ByPart, parts_of
 from p828.optim.update_numbers import Held, UpdateNumbers
 from p828.runs.tensors import Saveable, Tensors
 from p828.runs.weights import SavedWeights, Weights
-from p828.system.device import compiles, pick_device, pick_dtype, random_states, restore_random_states
+from p828.system.device import compiles, pick_device, pick_dtype
 from p828.system.timing import DeviceSpan
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # without the number of updates, one for all
@@ -94,7 +95,7 @@ class DeepSpeedEngine:
         self._scale = torch.zeros((), device=self.device)
         self._totals = zero_totals(config.model, config.balance, self.device)
         self._parts = parts_of(name for name, _ in self.model.named_parameters())
-        self._update_numbers = UpdateNumbers(self.model, list(self._held()), self._parts, _over_ranks)
+        self._update_numbers = UpdateNumbers(self.model, list(self._held()), self._parts, over_ranks)
         self._span = DeviceSpan()
 
     def _make_reducer(self, zero: Mapping[str, Any]) -> GradientReducer:
@@ -132,7 +133,8 @@ class DeepSpeedEngine:
         """Clip the gradients, update weights and balance bias, and begin the next step.
 
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite.
-        `is_measured`: also find the norms by part, what the update does to the weights, and what the routers score.
+        `is_measured`: also find what the update does to the weights, and what the routers score. From stage 2 on, and
+        with offload, the gradients' norms by part are found only then.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -148,7 +150,7 @@ class DeepSpeedEngine:
 
     def _step_of_reducer(self, reducer: GradientReducer, is_measured: bool) -> StepStats:
         """As the plain engine does it: all of it is started on the device before the host asks for a number."""
-        totals = _over_ranks({"squared_norms": reducer.finish(), **reducer.gradients.totals})
+        totals = over_ranks({"squared_norms": reducer.finish(), **reducer.gradients.totals})
         squares_X = totals.pop("squared_norms")
         norm = squares_X.sum().sqrt()
         applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
@@ -158,7 +160,8 @@ class DeepSpeedEngine:
         self._update(reducer)
         update_biases(self.model, totals["loads_LE"].long(), self.config.balance.update_rate, applied)
         reducer.gradients.begin_step()
-        return StepStats.of(self.model, totals, norm, self._measured(squares_X, totals) if is_measured else None)
+        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
+        return StepStats.of(self.model, totals, norm, {"grad_norms": squares_X.sqrt()}, measured)
 
     def _update(self, reducer: GradientReducer) -> None:
         """Let AdamW update the masters, and set the weights to them."""
@@ -175,7 +178,7 @@ class DeepSpeedEngine:
     def _step_of_hooks(self, is_measured: bool) -> StepStats:
         """DeepSpeed has reduced the gradients already; it computes their norm, and clips."""
         by_part = {"squared_norms": self._squared_norms()} if is_measured else {}
-        totals = _over_ranks({**by_part, **self._totals})
+        totals = over_ranks({**by_part, **self._totals})
         squares_X = totals.pop("squared_norms", None)
         self._engine.step()
         applied = self._engine.was_step_applied()
@@ -188,14 +191,10 @@ class DeepSpeedEngine:
         )
         for total in self._totals.values():
             total.zero_()
-        measured = None if squares_X is None else self._measured(squares_X, totals)
-        return StepStats.of(
-            self.model, totals, torch.as_tensor(norm, dtype=torch.float64, device=self.device), measured
-        )
-
-    def _measured(self, squares_X: Tensor, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """After the update; `squares_X` are the squares of the gradients' norms by part."""
-        return {"grad_norms": squares_X.sqrt(), **self._update_numbers.finish(totals["loads_LE"])}
+        found = {} if squares_X is None else {"grad_norms": squares_X.sqrt()}
+        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
+        norm = torch.as_tensor(norm, dtype=torch.float64, device=self.device)
+        return StepStats.of(self.model, totals, norm, found, measured)
 
     def _squared_norms(self) -> Tensor:
         """This rank's terms of the squares of the gradients' norms by part: float64 (X,). Before the update."""
@@ -249,14 +248,11 @@ class DeepSpeedEngine:
             for key in MOMENTS
             for partition in held
         }
-        random: dict[str, Saveable] = {}
-        for name, state in random_states(self.device).items():
-            random[name if self.ranks.is_first else f"{name}/{self.ranks.rank}"] = state
         if self.ranks.is_first:
             parameters = dict(self.model.named_parameters())
             model |= {name: value for name, value in self.model.state_dict().items() if name not in parameters}
             optimizer |= {f"step/{name}": torch.tensor(float(self._updates)) for name in parameters}
-        return {"model": model, "optimizer": optimizer, "random": random}
+        return {"model": model, "optimizer": optimizer, "random": random_states_of(self.ranks.rank, self.device)}
 
     def load_weights(self, weights: Weights) -> None:
         """Begin from these weights and balance biases, with the optimizer as it is. A rank reads what it holds."""
@@ -281,9 +277,7 @@ class DeepSpeedEngine:
         ]
         self._updates = int(counts[0].item()) if counts else 0
         self._set_updates()
-        own = {name.partition("/")[0]: name for name in tensors.names("random") if _rank_of(name) == self.ranks.rank}
-        if own:  # with more ranks than before, the new ones draw from seeds of their own
-            restore_random_states({name: tensors.tensor("random", key) for name, key in own.items()}, self.device)
+        restore_random_states_of(self.ranks.rank, tensors, self.device)
 
     def _saved_partitions(self) -> list[Partition]:
         """What this rank writes to a checkpoint. At stage 0 every rank holds everything, and writes its share of it."""
@@ -375,13 +369,6 @@ class DeepSpeedEngine:
             self._adamw.state[flat]["step"] = count
 
 
-def _over_ranks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over ranks, by name, in float64, from one collective operation."""
-    packed = pack(tensors)
-    dist.all_reduce(packed)
-    return unpack(packed, shapes_of(tensors))
-
-
 def _make_adamw(model: Transformer, config: OptimizerConfig, on_cpu: bool) -> torch.optim.Optimizer:
     with torch.device("meta"):  # whole weights: those that stage 3 has cut up lack their dimensions
         groups = parameter_groups(Transformer(model.config), config, torch.float32)
@@ -395,8 +382,3 @@ def _make_adamw(model: Transformer, config: OptimizerConfig, on_cpu: bool) -> to
 
         return DeepSpeedCPUAdam(param_groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
     return torch.optim.AdamW(param_groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
-
-
-def _rank_of(name: str) -> int:
-    """The rank whose random state has this name: "cuda" is that of rank 0, "cuda/3" that of rank 3."""
-    return int(name.partition("/")[2] or 0)

@@ -63,6 +63,7 @@ class Log:
         A number of the result that is not known here passes through to the record and to Weights & Biases as it is.
         """
         step, tokens_per_second = state.step, stats.tokens / seconds
+        is_whole = step == 1 or is_evaluated or self._is_turn_of_loads(step)
         self.recorder.write(
             "step",
             step,
@@ -70,7 +71,7 @@ class Log:
             epoch=stats.epoch,
             **self._data_record(state, stats),
             rows=f"{stats.hash:08x}",
-            **{name: shortened(n) if isinstance(n, list | dict) else n for name, n in result.numbers().items()},
+            **_engine_record(result, is_whole or self.is_measured(step)),
             perplexity=perplexity(result.loss),
             lr=learning_rate,
             tokens_per_second=tokens_per_second,
@@ -79,7 +80,7 @@ class Log:
             seconds=seconds,
             data_seconds=shortened(stats.wait_seconds),
             **self._machine_record(result.device_seconds, seconds),
-            **loads_record(result.loads, is_whole=step == 1 or is_evaluated or self._is_turn_of_loads(step)),
+            **loads_record(result.loads, is_whole),
         )
         self._report_mirror(step)
         self.console.step(step, loss=result.loss, tokens_per_second=tokens_per_second)
@@ -212,3 +213,11 @@ class Log:
         if self.train.hours and self.usage.seconds() + left > self.train.hours * 3600:
             text += f"; it ends after train.hours = {self.train.hours:g}"
         self.console.event(text) if left > A_DAY else self.console.print(text)
+
+
+def _engine_record(result: StepResult, is_long: bool) -> dict[str, Any]:
+    """What the engine found; of the gradients' norms by part only in a line that `is_long`."""
+    numbers = result.numbers()
+    if not is_long:
+        numbers.pop("grad_norms", None)
+    return {name: shortened(found) if isinstance(found, list | dict) else found for name, found in numbers.items()}

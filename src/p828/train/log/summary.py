@@ -43,6 +43,8 @@ def banner(
     device = str(engine.device) if ranks.size == 1 else f"{ranks.size} x {engine.device.type}"
     if settings is not None:
         device += f" through DeepSpeed, ZeRO stage {settings.stage},"
+    elif config.engine == "sharded":
+        device += f", ZeRO stage {config.sharded.stage},"
     sources = [
         ("data", (f"{amount.name}: " if config.data.mixture else "") + _source(data, amount))
         for data, amount in zip(config.data.sources, amounts, strict=True)

@@ -1,0 +1,154 @@
+"""A step's gradients, of which each rank keeps the sums of its shards in float32.
+
+At stage 1 a rank sums whole gradients over its micro-batches, in float32, and they are summed over ranks in the last
+one. From stage 2 on, each micro-batch's gradient of a layer lies in one of two buffers that layers take turns at, in
+the dtype that autograd gives it. Every rank sends every other rank the numbers of that one's shard, and adds what it
+gets to its sums in float32, in the order of ranks. That is as exact as a reduction in float32, at half of its bytes.
+
+Embedding and head are summed as at stage 1 at any stage: their gradients are float32 from the start, which would be
+twice the bytes, and are dense only after several micro-batches.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from p828.engine.sharded.collectives import start_exchange, start_scatter
+from p828.engine.sharded.units import Unit
+from p828.engine.sharded.weights import BUFFERS
+from p828.optim.clipping import gradient_norms
+from p828.optim.parts import ByPart, parts_of
+
+AddParts = Callable[[Tensor, Tensor], None]
+
+
+class _Buffer(NamedTuple):
+    """What layers take turns at."""
+
+    sent: Tensor
+    """A layer's whole gradient of one micro-batch, flat."""
+    received: Tensor
+    """Of the same length: every rank's gradient of this rank's shard, end to end."""
+
+
+class ShardedGradients:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        small: Mapping[str, Tensor],
+        stage: int,
+        rank: int,
+        size: int,
+        like: Tensor,
+        add_parts: AddParts,
+    ) -> None:
+        """`small` are the parameters that are in no unit. `like` has the weights' dtype and device.
+
+        `add_parts` is `add_parts_` of this file, as it is or compiled.
+        """
+        self.size, self._add_parts = size, add_parts
+        self._slots = [unit.layer % BUFFERS if stage > 1 and unit.layer is not None else None for unit in units]
+        """The buffer that a unit's gradient takes; None for one that is summed whole."""
+        length = max(unit.length for unit in units if unit.layer is not None)
+        count = 0 if stage == 1 else BUFFERS
+        self._buffers = [_Buffer(like.new_zeros(length), like.new_zeros(length)) for _ in range(count)]
+        self._flats = [
+            torch.zeros(unit.length, device=like.device) if slot is None else self._buffers[slot].sent[: unit.length]
+            for unit, slot in zip(units, self._slots, strict=True)
+        ]
+        self.shards = [
+            flat.chunk(size)[rank] if slot is None else torch.zeros(unit.length // size, device=like.device)
+            for unit, flat, slot in zip(units, self._flats, self._slots, strict=True)
+        ]
+        """The sums of this rank's shard of each unit, float32, complete after `finish`."""
+        self._has_sums = [False] * len(units)  # of this step, where buffers are used
+        self.places = {
+            name: view for unit, flat in zip(units, self._flats, strict=True) for name, view in unit.views(flat).items()
+        }
+        """Where a micro-batch writes the gradients of the units' parameters, by name."""
+        numbers = [parameter.numel() for parameter in small.values()]
+        self._small = torch.zeros(sum(numbers), device=like.device)
+        pieces = zip(small.items(), self._small.split(numbers), strict=True)
+        self.small = {name: piece.view(parameter.shape) for (name, parameter), piece in pieces}
+        """The sums of the parameters that are in no unit, by name."""
+        held = [
+            (piece, shard) for unit, shard in zip(units, self.shards, strict=True) for piece in unit.pieces(rank, size)
+        ]
+        self._summed = [*(piece.of(shard) for piece, shard in held), *self.small.values()]
+        names = [*(piece.name for piece, _ in held), *self.small]
+        parts = parts_of([*self.places, *self.small])
+        self._by_part = ByPart(names, parts, like.device)
+        self._exchanges: dict[int, tuple[int, dist.Work | None]] = {}  # by buffer: unit and operation
+        self._reductions: list[dist.Work] = []
+
+    @property
+    def sets_layers(self) -> bool:
+        """Whether a micro-batch sets layers' gradients, and never adds to them."""
+        return bool(self._buffers)
+
+    def make_room(self, number: int) -> None:
+        """Have the device wait until the unit's gradient may be written."""
+        slot = self._slots[number]
+        if slot is not None:
+            self._collect(slot)
+
+    def reduce(self, number: int, is_last: bool) -> None:
+        """Begin to sum a unit's gradient over ranks, if it is to be in this micro-batch, the step's last or not."""
+        slot, flat = self._slots[number], self._flats[number]
+        if slot is not None:
+            self._exchanges[slot] = number, start_exchange(self._received(number, slot), flat)
+        elif is_last:
+            self._started(start_scatter(flat))
+
+    def reduce_small(self) -> None:
+        """Begin to sum over ranks the gradients that are in no unit."""
+        if self.size > 1:
+            self._started(dist.all_reduce(self._small, async_op=True))
+
+    def finish(self) -> Tensor:
+        """Wait for all sums. Returns this rank's terms of the squares of the norms by part, float64 (X,).
+
+        Their sums over ranks are the squared norms; every rank has all sums that are in no unit.
+        """
+        for place in list(self._exchanges):
+            self._collect(place)
+        for reduction in self._reductions:
+            reduction.wait()
+        self._reductions.clear()
+        squares_P = gradient_norms(self._summed).square()
+        squares_P[-len(self.small) :] /= self.size
+        return self._by_part.sum(squares_P)
+
+    def begin_step(self) -> None:
+        """Forget the sums of the step before. The first micro-batch sets those that are not in `small`."""
+        self._small.zero_()
+        self._has_sums = [False] * len(self._has_sums)
+
+    def _started(self, reduction: dist.Work | None) -> None:
+        if reduction is not None:
+            self._reductions.append(reduction)
+
+    def _received(self, number: int, slot: int) -> Tensor:
+        return self._buffers[slot].received[: len(self._flats[number])]
+
+    def _collect(self, slot: int) -> None:
+        """Wait for the exchange of a buffer, and add what came to the sums."""
+        if slot not in self._exchanges:
+            return
+        number, exchange = self._exchanges.pop(slot)
+        if exchange is not None:
+            exchange.wait()
+        parts_NS = self._received(number, slot).view(self.size, -1)
+        if self._has_sums[number]:
+            self._add_parts(self.shards[number], parts_NS)
+        else:
+            torch.sum(parts_NS, 0, dtype=torch.float32, out=self.shards[number])
+            self._has_sums[number] = True
+
+
+def add_parts_(sum_S: Tensor, parts_NS: Tensor) -> None:
+    """Add each rank's part to a float32 sum, in float32."""
+    sum_S += parts_NS.sum(0, dtype=torch.float32)

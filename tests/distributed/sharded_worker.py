@@ -1,0 +1,163 @@
+"""What `test_sharded_ranks.py` starts on several ranks: engines at each stage beside the plain one on rank 0.
+
+usage: torchrun … sharded_worker.py DIRECTORY ACCUMULATION CASE…
+
+A case is `STAGE[-tied][-auxiliary][-recomputed][-bfloat16]`. Rank 0 writes what it found to DIRECTORY/CASE.json.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from p828.bench.collectives import counted
+from p828.config import Config, ShardedConfig, from_dict
+from p828.data.batch import Batch
+from p828.distributed.group import ProcessGroup, joined
+from p828.engine.interface import Engine
+from p828.engine.plain import PlainEngine
+from p828.engine.sharded.engine import ShardedEngine
+from p828.inference.evaluate import evaluate
+from p828.kernels.adamw import join_float32
+from p828.runs import checkpoint
+from p828.runs.tensors import tensors_of
+from p828.train import checkpoint_writer
+
+STEPS, ROWS, LENGTH, VOCABULARY, RATE = 20, 2, 16, 61, 0.002
+Found = dict[str, Any]
+
+
+def main() -> None:
+    directory, accumulation, *cases = sys.argv[1:]
+    with joined(config_of("1", int(accumulation))) as ranks:
+        for case in cases:
+            config = config_of(case, int(accumulation))
+            found = train(config, ranks) | keep(config, ranks, Path(directory, case))
+            if ranks.is_first:
+                Path(directory, f"{case}.json").write_text(json.dumps(found))
+
+
+def config_of(case: str, accumulation: int) -> Config:
+    stage, *options = case.split("-")
+    weight = 0.01 if "auxiliary" in options else 0.0
+    values: dict[str, Any] = {
+        "name": "sharded",
+        "engine": "sharded",
+        "model": {
+            "vocab_size": VOCABULARY, "hidden_size": 16, "moe_intermediate_size": 24, "num_hidden_layers": 3,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": LENGTH,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": "tied" in options,
+            "use_qk_norm": True,
+        },
+        # By a larger eps than usual, numbers whose gradient is next to nothing do not make steps of the rounding error.
+        "optimizer": {"moment_dtype": "bfloat16" if "bfloat16" in options else "auto", "eps": 1e-6},
+        "balance": {"sequence_loss_weight": weight, "z_loss_weight": weight},
+        "train": {
+            "device": "cpu", "dtype": "bfloat16" if "bfloat16" in options else "float32",
+            "gradient_accumulation": accumulation, "gradient_checkpointing": "recomputed" in options,
+        },
+        "sharded": {"stage": int(stage)},
+    }  # fmt: skip
+    return from_dict(values, "sharded")
+
+
+def train(config: Config, ranks: ProcessGroup) -> Found:
+    """Losses, norms and loads of both engines on the same micro-batches; then an evaluation, and samples' weights."""
+    engine = ShardedEngine(config, ranks)
+    plain = PlainEngine(dataclasses.replace(config, engine="plain")) if ranks.is_first else None
+    accumulation = config.train.gradient_accumulation
+    ours, theirs = [], []
+    for step in range(STEPS):
+        batches = [batch_of(step * 100 + number) for number in range(accumulation * ranks.size)]
+        ours.append(step_of(engine, batches[ranks.rank :: ranks.size], batches))
+        if plain is not None:
+            theirs.append(step_of(plain, batches, batches))
+    with engine.model_for_evaluation() as model:
+        ours.append(evaluate(model, [batch_of(1), batch_of(2)], engine.dtype).loss)
+    with engine.gathered_model() as model:
+        weights = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    found = {"ours": ours, "theirs": theirs}
+    if plain is not None:
+        theirs.append(evaluate(plain.model, [batch_of(1), batch_of(2)], plain.dtype).loss)
+        distances = [float((weights[name] - p.float()).abs().max()) for name, p in plain.model.named_parameters()]
+        found["weights"] = max(distances)
+        found["bias_is_equal"] = all(
+            torch.equal(own.mlp.gate.e_score_correction_bias, other.mlp.gate.e_score_correction_bias)
+            for own, other in zip(engine.model.layers, plain.model.layers, strict=True)
+        )
+    return found
+
+
+def keep(config: Config, ranks: ProcessGroup, directory: Path) -> Found:
+    """A step that is not finite; and a checkpoint, read at every stage and by the plain engine."""
+    engine = ShardedEngine(config, ranks)
+    batches = [batch_of(number) for number in range(config.train.gradient_accumulation * ranks.size)]
+    own = batches[ranks.rank :: ranks.size]
+    for _ in range(2):
+        step_of(engine, own, batches)
+    before = snapshot(engine)
+    if ranks.rank == ranks.size - 1:
+        next(iter(engine.gradients.small.values())).fill_(torch.inf)
+    for batch in own:
+        engine.forward_backward(batch, 1)
+    applied = engine.step(RATE).applied
+    found: Found = {"applied": applied, "unchanged": before == snapshot(engine)}
+    path = checkpoint_writer.save(directory, 2, engine.state_dict(), {}, ranks)
+    with counted() as passed:
+        after = step_of(engine, own, batches)
+    found["passed"] = dict(passed)
+    found["unit_bytes"] = [unit.length * torch.float32.itemsize for unit in engine.units]
+    found |= {"after": after, "resumed": []}
+    for stage in (1, 2, 3):
+        other = dataclasses.replace(config, sharded=ShardedConfig(stage=stage))
+        resumed = ShardedEngine(other, ranks)
+        with checkpoint.opened(path) as saved:
+            resumed.load_state_dict(saved.tensors)
+        found["resumed"].append(step_of(resumed, own, batches))
+        if stage == config.sharded.stage:
+            found["same_bits"] = found["resumed"][-1] == after and snapshot(resumed) == snapshot(engine)
+    if ranks.is_first:
+        plain = PlainEngine(dataclasses.replace(config, engine="plain"))
+        with checkpoint.opened(path) as saved:
+            plain.load_state_dict(saved.tensors)
+        found["resumed"].append(step_of(plain, batches, batches))
+    return found
+
+
+def batch_of(seed: int) -> Batch:
+    """Random tokens in documents; the last ones of a row are padding, more or fewer of them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=generator)
+    documents = torch.arange(LENGTH, dtype=torch.int32).expand(ROWS, -1).contiguous() // 5
+    positions = torch.arange(LENGTH).expand(ROWS, -1).contiguous() % 5
+    targets, padding = tokens[:, 1:].clone(), 1 + seed % 4
+    targets[:, -padding:] = -100
+    documents[:, -padding:] = -1
+    return Batch(tokens[:, :-1].contiguous(), targets, positions, documents, ROWS * (LENGTH - padding))
+
+
+def step_of(engine: Engine, own: list[Batch], all_of_them: list[Batch]) -> tuple[float, float, list[list[int]]]:
+    num_targets = sum(batch.num_targets for batch in all_of_them)
+    for batch in own:
+        engine.forward_backward(batch, num_targets)
+    result = engine.step(RATE)
+    return result.loss, result.grad_norm, result.loads
+
+
+def snapshot(engine: ShardedEngine) -> dict[str, list[float]]:
+    """This rank's weights, bias and optimizer state."""
+    state = engine.state_dict()
+    values = {f"{part}/{name}": value for part in ("model", "optimizer") for name, value in state[part].items()}
+    return {name: _joined(tensors_of(value)).flatten().tolist() for name, value in values.items()}
+
+
+def _joined(tensors: tuple[Tensor, ...]) -> Tensor:
+    return join_float32(*tensors) if len(tensors) > 1 else tensors[0]
+
+
+if __name__ == "__main__":
+    main()
