@@ -23,11 +23,11 @@ NO_GRADIENT_STEPS = 16  # in a row with a norm of exactly 0
 
 def non_finite(window: Window) -> list[Finding]:
     """Steps whose loss or gradient was no finite number, and whether such a gradient was applied."""
-    if not window.num_non_finite:
-        return []
     applied = _applied(window)
     if applied is not None:
         return [applied]
+    if not window.num_non_finite:
+        return []
     last = window.non_finite[-1]
     in_a_row = _in_a_row(window)
     first = window.non_finite[-in_a_row]
@@ -67,15 +67,14 @@ def _in_a_row(window: Window) -> int:
 
 def _applied(window: Window) -> Finding | None:
     """A non-finite gradient that was applied: the weights are not finite, or moved at a step that was to be skipped."""
-    records = {record["step"]: record for record in window.recent}
-    for step in window.non_finite:
-        if step not in records or (what := _how_applied(records, step)) is None:
+    for record in window.odd:
+        if (what := _how_applied(window, record)) is None:
             continue
         return Finding(
             "non_finite_applied",
             "critical",
             window.step,
-            step,
+            record["step"],
             what,
             "the optimizer took a gradient that is not finite, and the weights are lost",
             "go back to a checkpoint before that step; an update must be skipped on all ranks where the loss or the "
@@ -85,11 +84,14 @@ def _applied(window: Window) -> Finding | None:
     return None
 
 
-def _how_applied(records: dict[int, Record], step: int) -> str | None:
-    record = records[step]
-    broken = [part for part, norm in parts_of(record, "weight_norms").items() if not math.isfinite(norm)]
+def _how_applied(window: Window, record: Record) -> str | None:
+    """What shows that the step's gradient was not finite and was applied; None if nothing does."""
+    step, norm = record["step"], record.get("grad_norm")
+    broken = _not_finite(record, "weight_norms")
     if broken:
-        return f"the weights of {', '.join(broken)} are not finite after step {step}"
+        return f"the weights of {broken} are not finite after step {step}"
+    if (parts := _not_finite(record, "grad_norms")) and number_of(record, "grad_norm") is not None:
+        return f"the gradient of {parts} is not finite at step {step}, and the global norm, {norm:.4g}, leaves it out"
     moved = {
         part: value
         for name in ("update_ratios", "changed")
@@ -98,19 +100,21 @@ def _how_applied(records: dict[int, Record], step: int) -> str | None:
     }
     if moved:
         part, value = next(iter(moved.items()))
-        return (
-            f"step {step} had a gradient norm of {record.get('grad_norm')}, and the weights "
-            f"changed ({part}: {value:.3g})"
-        )
+        return f"step {step} had a gradient norm of {norm}, and the weights changed ({part}: {value:.3g})"
     # without these numbers: a gradient that is not finite beside a finite loss, after which every loss is lost
-    after = [later for number, later in records.items() if number > step]
+    after = [later for later in window.recent if later["step"] > step]
     has_loss = number_of(record, "loss") is not None
     if has_loss and len(after) >= 2 and all(number_of(later, "loss") is None for later in after):
         return (
-            f"step {step} had a finite loss and a gradient norm of {record.get('grad_norm')}; "
-            f"all {len(after)} steps after it have no finite loss"
+            f"step {step} had a finite loss and a gradient norm of {norm}; all {len(after)} steps after it have no "
+            "finite loss"
         )
     return None
+
+
+def _not_finite(record: Record, name: str) -> str:
+    """The parts whose number is not finite, in words."""
+    return ", ".join(part for part, value in parts_of(record, name).items() if not math.isfinite(value))
 
 
 def large_norm(window: Window) -> list[Finding]:

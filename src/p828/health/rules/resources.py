@@ -5,7 +5,7 @@ import math
 import statistics
 
 from p828.health.finding import Finding
-from p828.health.window import Window
+from p828.health.window import Record, Window
 
 FEWEST = 48  # steps
 SETTLED = 0.25  # first part of the run, in which caches and the allocator fill
@@ -83,22 +83,42 @@ def _ranks(window: Window) -> list[Finding]:
 
 
 def disk(window: Window) -> list[Finding]:
-    """A disk that will be full before the run ends, or has no room for the next checkpoint."""
+    """A disk that will be full before the run ends, or has no room for the next checkpoints."""
+    failed = [event for event in window.events if event.get("event") == "not_saved" and _has_no_room(event)]
+    if failed:
+        return [_filling(window, failed[-1]["step"], f"a checkpoint was not saved: {failed[-1].get('text')}")]
     found = window.disk
     needed = ROOM * found.checkpoint_bytes if found is not None else 0.0
     values = [(block.last, block.newest["disk_free_bytes"]) for block, _ in window.history.means("disk_free_bytes")]
-    free = values[-1][1] if values else None
+    known = [free for _, free in values[-1:]]
     if found is not None and found.free_bytes is not None and found.is_locked:
-        free = float(found.free_bytes)
-    failed = [
-        event for event in window.events if event.get("event") == "not_saved" and "space" in str(event.get("text"))
-    ]
-    if failed:
-        return [_filling(window, failed[-1]["step"], f"a checkpoint was not saved: {failed[-1].get('text')}")]
-    if free is not None and needed and free < needed:
-        what = f"{_size(free)} are free at step {window.step}, and the next checkpoint takes {_size(needed)}"
+        known.append(float(found.free_bytes))
+    if not known or window.facts.steps <= window.step:
+        return []
+    if needed and min(known) < needed:
+        what = f"{_size(min(known))} are free at step {window.step}, and the next checkpoint takes {_size(needed)}"
         return [_filling(window, window.step, what)]
-    if len(values) < 3 or window.facts.steps <= window.step:
+    more = _checkpoints_to_come(window)
+    if needed and min(known) < more * needed:
+        what = f"{_size(min(known))} are free, and {more} more checkpoints that are kept take {_size(more * needed)}"
+        return [_filling(window, window.step, what, is_full=False)]
+    return _trend(window, values, needed)
+
+
+def _has_no_room(event: Record) -> bool:
+    return "space" in str(event.get("text")) or "quota" in str(event.get("text")).lower()
+
+
+def _checkpoints_to_come(window: Window) -> int:
+    """How many checkpoints there will be on the disk beyond those that there are, at most at a time."""
+    facts, have = window.facts, len(window.disk.checkpoints) if window.disk is not None else 0
+    saves = (facts.steps - window.step) // max(facts.checkpoint_every, 1) + 1
+    return max(min(facts.keep_last + 1, have + saves) - have, 0)
+
+
+def _trend(window: Window, values: list[tuple[int, float]], needed: float) -> list[Finding]:
+    """What a straight line through the free bytes says of the steps to come."""
+    if len(values) < 2:
         return []
     (begin, first), (end, last) = values[0], values[-1]
     used, left = first - last, window.facts.steps - window.step
@@ -109,9 +129,8 @@ def disk(window: Window) -> list[Finding]:
         return []
     full = end + (last - needed) / per_step
     what = (
-        f"{_size(first)} were free at step {begin} and {_size(last)} at step {end}: at "
-        f"{_size(per_step)} a step there is "
-        f"no room from step {full:,.0f} on, before the last step {window.facts.steps:,}"
+        f"{_size(first)} were free at step {begin} and {_size(last)} at step {end}: at {_size(per_step)} a step there "
+        f"is no room from step {full:,.0f} on, before the last step {window.facts.steps:,}"
     )
     return [_filling(window, begin, what, is_full=False)]
 

@@ -26,7 +26,7 @@ HIGH_REFERENCE = (
 )
 
 LOW_STEPS = 128  # at the peak
-LOW_FALL = 0.03  # of the first loss that is gained by then; a rate in range gains a quarter
+LOW_FALL = 0.08  # of the first loss that is gained by then; a rate in range gains a quarter
 HIGH_RATIO = 1e-2  # update over weight, at which a rate is not too low
 LOW_REFERENCE = f"update-to-weight ratio: {USUAL_RATIO}; a hundredth of it learns a hundredth as fast"
 
