@@ -25,7 +25,7 @@ def page(first_half: Sequence[Verdict], second_half: Sequence[Verdict], healthy:
         "out otherwise than here.",
         "",
         "The second half of the faults was first tried once the thresholds of the rules were fixed. Who wrote it had",
-        "read the rules. Two injections that broke nothing were mended afterwards: a causal mask that a kernel does not",
+        "read the rules. Two injections that broke nothing were mended: a causal mask that a kernel does not",
         "ask for, and a spike that a run recovers from at once. Some of the list needs what a CPU has not, and is",
         "not here: a host-bound step and slow links (24), and one rank's memory (23).",
         "",
