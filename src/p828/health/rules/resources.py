@@ -7,12 +7,13 @@ import statistics
 from p828.health.finding import Finding
 from p828.health.window import Record, Window
 
-FEWEST = 48  # steps
+FEWEST = 128  # steps of a start, in whose first ones caches fill
 SETTLED = 0.25  # first part of the run, in which caches and the allocator fill
 GROUPS = 8
 RISES = 6  # of the steps from group to group, of which there are 7: by chance in 6 % of runs that do not grow
 GROWTH, GROWTH_BYTES = 0.1, 64e6  # since the settled part began; what a process of any size gains while caches fill
 RANK_GROWTH = 0.2  # of one rank, over that of the median rank
+LATE = 0.15  # of it in the last third: what has filled stays
 MEMORY_REFERENCE = "Mann 1945, Kendall: a trend test on the order of groups; peak memory of equal steps stays the same"
 
 ROOM = 1.1  # of a checkpoint: files beside it
@@ -35,7 +36,8 @@ def _growth(window: Window) -> list[Finding]:
     ends = [values[min(math.ceil((group + 1) * size), len(values)) - 1][1] for group in range(GROUPS)]
     begin, end = values[0][1], ends[-1]
     rises = sum(later > earlier for earlier, later in itertools.pairwise(ends))
-    if rises < RISES or ends[-1] <= ends[-2] or end - begin < max(GROWTH * begin, GROWTH_BYTES):
+    late = (end - ends[GROUPS * 2 // 3]) / max(end - begin, 1)
+    if rises < RISES or late < LATE or end - begin < max(GROWTH * begin, GROWTH_BYTES):
         return []
     steps = window.step - values[0][0]
     return [
@@ -58,7 +60,7 @@ def _ranks(window: Window) -> list[Finding]:
     """One rank's memory grows, and the others' does not."""
     rows = [record for record in window.since_resume() if isinstance(record.get("rank_memory_bytes"), list)]
     rows = rows[int(SETTLED * len(rows)) :]
-    if len(rows) < FEWEST // 2:
+    if len(rows) < FEWEST // 4:
         return []
     before, after = rows[0]["rank_memory_bytes"], rows[-1]["rank_memory_bytes"]
     if len(before) != len(after) or len(before) < 2 or min(before) <= 0:

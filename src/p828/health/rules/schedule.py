@@ -213,7 +213,8 @@ def rate_low(window: Window) -> list[Finding]:
     first, now = losses[0], math.fsum(recent) / len(recent)
     rows = [parts_of(record, "update_ratios") for record in list(window.measured)[-FEWEST_MEASURED:]]
     ratios = [row[part] for row in rows for part in ("attention", "routed_experts") if part in row]
-    if not -LOW_FALL * first < first - now < LOW_FALL * first:
+    lowest = min(mean for _, mean in window.history.means("loss"))
+    if not -LOW_FALL * first < first - now < LOW_FALL * first or first - lowest > 2 * LOW_FALL * first:
         return []
     if ratios and max(ratios) > HIGH_RATIO:
         return []
