@@ -16,7 +16,7 @@ LARGE_SHARE = 0.5  # of these steps
 NORM_TOLERANCE = (
     0.02  # of the global norm, which is the root of the sum of the parts' squares; float32 and bfloat16 sums
 )
-NORM_STEPS, FEWEST_NORMS = 8, 4
+NORM_STEPS, FEWEST_NORMS, NORMS_WITHIN = 8, 4, 80  # ZeRO stage 2 has the parts' norms in every tenth step
 
 NO_GRADIENT_STEPS = 16  # in a row with a norm of exactly 0
 
@@ -146,7 +146,7 @@ def expert_norm(window: Window) -> list[Finding]:
     """The experts' gradient does not add up with the others to the global norm, or is of another order."""
     pairs = [
         (record, parts, norm)
-        for record in window.since_resume()
+        for record in window.since_resume()[-NORMS_WITHIN:]
         if (parts := parts_of(record, "grad_norms")) and (norm := number_of(record, "grad_norm")) is not None
     ]
     pairs = pairs[-NORM_STEPS:]
