@@ -130,6 +130,11 @@ def _one_in_ten(form: Strength, corpus: Path) -> Settings:
     return {"checkpoint": {"every": 10, "keep_last": 100}}
 
 
+def _short(form: Strength, corpus: Path) -> Settings:
+    """A run that mostly waits."""
+    return {"train": {"steps": 100}}
+
+
 def _compiled(every: Strength, corpus: Path) -> Settings:
     return {"train": {"compile": "on"}}
 
@@ -147,6 +152,6 @@ FAULTS = (
     ),
     Fault(22, "hang", ("hang",), hanging, ("step", "data", "stopped"), strikes_at=STRIKES_AT, hangs=True),
     Fault(23, "memory kept, in MB a step", ("memory_growth",), leak, (1.0, 3.0)),
-    Fault(24, "slow data, in ms a micro-batch", ("data_starved",), slow_data, (20.0, 60.0)),
+    Fault(24, "slow data, in ms a micro-batch", ("data_starved",), slow_data, (150.0, 300.0), settings=_short),
     Fault(24, "recompiled after steps", ("recompiling",), changing_constant, (1, 8), settings=_compiled),
 )  # fmt: skip

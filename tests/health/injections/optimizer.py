@@ -36,7 +36,7 @@ def without_low_bits(rate: Strength) -> Iterator[None]:
     """What float32 masters have beyond bfloat16 is dropped after every update."""
 
     def drop(engine: PlainEngine, step: int) -> None:
-        for _, master in engine.masters.items():
+        for master in engine.masters.by_parameter.values():
             master.low_bits.zero_()
 
     with after_update(drop):
