@@ -205,6 +205,15 @@ def test_what_is_wrong_with_the_experts_norm_is_said(norm: float, words: str) ->
     assert words in finding.cause
 
 
+@pytest.mark.parametrize("times", [1 / 64, 16])
+def test_gradients_of_experts_that_are_scaled_are_of_another_order(times: float) -> None:
+    parts = {**dict.fromkeys(PARTS, 0.3), "routed_experts": 0.25 * times}
+    norm = math.sqrt(sum(part**2 for part in parts.values()))
+    findings = found(steps(lambda r: {"grad_norm": norm, "grad_norms": parts}))
+    assert [finding.rule for finding in findings] == ["expert_gradient_norm"]
+    assert "times that of the other matrices" in findings[0].evidence
+
+
 def test_loads_are_recovering_or_not() -> None:
     """A fresh router that comes back is left alone, one that does not is named."""
     least = math.log(2) / math.log(8)
