@@ -1,6 +1,6 @@
 """Runs whose fault the rules are known not to name, and why."""
 
-_ROUNDED = "what is left of the updates has the usual size; a bias that swings about 0 is named instead"
+_ROUNDED = "of the numbers that still move each moves by all of its rounding, so the updates have the usual size"
 _TWICE = "the hash of a step's rows tells rows that come again in a later step, and not those that are in a step twice"
 
 MISSED = {
