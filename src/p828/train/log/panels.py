@@ -1,0 +1,67 @@
+"""The numbers of a record under the names that trackers show them by: a group of panels, a slash, the record's key.
+
+The groups are `train/`, `val/`, `moe/` (router and experts), `perf/` (speed, memory, disk) and `health/` (what the
+rules of run health look at). W&B, TensorBoard and trackio each make a section of what is before the slash.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+GROUPS = {"step": "train", "eval": "val", "tasks": "val", "probe": "health"}
+"""The group of a record's kind, for keys that have none of their own. Records of other kinds have no numbers of a step.
+"""
+PERF = frozenset({
+    "tokens_per_second", "mfu", "seconds", "data_seconds", "host_seconds", "compilations", "memory_bytes",
+    "rank_memory_bytes", "disk_free_bytes",
+})  # fmt: skip
+HEALTH = frozenset({"grad_norms", "weight_norms", "update_ratios", "changed", "sink_mean", "max_token"})
+MOE = frozenset({"aux_loss"})
+OVER_LAYERS: dict[str, Callable[[Sequence[Any]], float]] = {
+    "balance": min,
+    "min_share": min,
+    "max_share": max,
+    "starved": sum,
+    "router_entropy": min,
+    "bias_max": max,
+    "bias_load_correlation": min,
+}
+"""Of what has an entry a layer: which number tells most about all layers. It is `moe/min_share`, a layer's own
+`moe/min_share/layer_0`."""
+LEFT_OUT = frozenset({"load"})
+"""A series for each expert of each layer, which is too much for a page; `metrics.jsonl` has it."""
+
+
+def panels(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """The record's numbers by `group/key`, `group/key/entry` for an object, and `group/key/layer_0` for a list.
+
+    Empty for a record that has no numbers of a step. Texts, missing numbers and `LEFT_OUT` are left out.
+    """
+    if kind not in GROUPS:
+        return {}
+    if kind == "tasks":
+        values = values["results"]
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in LEFT_OUT:
+            continue
+        name = f"{_group(kind, key, value)}/{key}"
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{entry}": number for entry, number in value.items()}
+        elif isinstance(value, list):
+            entry = "rank" if key == "rank_memory_bytes" else "layer"
+            if key in OVER_LAYERS and value:
+                found[name] = OVER_LAYERS[key](value)
+            found |= {f"{name}/{entry}_{index}": number for index, number in enumerate(value)}
+        else:
+            found[name] = value
+    return {name: +number for name, number in found.items() if isinstance(number, int | float)}
+
+
+def _group(kind: str, key: str, value: Any) -> str:
+    if kind != "step":
+        return GROUPS[kind]
+    if key in PERF:
+        return "perf"
+    if key in HEALTH:
+        return "health"
+    return "moe" if key in MOE or isinstance(value, list) else GROUPS[kind]

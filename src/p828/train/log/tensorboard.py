@@ -1,0 +1,84 @@
+"""TensorBoard's event files of a run, written by TensorBoard's own library."""
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from p828.config import Config
+from p828.config.values import to_dict
+from p828.errors import ConfigError
+
+DIRECTORY = "tensorboard"
+VERSION = "brain.Event:2"  # of its files: the one in which a start takes back the steps from its own on
+
+
+class TensorBoardTracker:
+    """An event file of this start in `run_dir/tensorboard`, beside those of earlier starts: TensorBoard joins them.
+
+    A rewind is written as a start of the session at the next step, at which TensorBoard drops that step and all later
+    ones of before. A row is flushed as it is written.
+    """
+
+    key, name = "tensorboard", "TensorBoard"
+
+    def __init__(self, run_dir: Path) -> None:
+        self.directory = run_dir / DIRECTORY
+        self.where = f"tensorboard --logdir {run_dir.parent}"
+        self.problem = ""
+        self._writer: Any = None
+
+    def start(self) -> None:
+        try:
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError:
+            raise ConfigError(
+                "trackers.tensorboard = true: TensorBoard is not installed; pip install 'p828[tensorboard]'"
+            ) from None
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        try:
+            self.directory.mkdir(exist_ok=True)
+            self._writer = RecordWriter((self.directory / name).open("xb"))
+        except OSError as error:
+            raise ConfigError(f"{self.directory}: cannot be written: {error.strerror or error}") from None
+        self._add(0, file_version=VERSION)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=float(number)) for name, number in numbers.items()]
+        self._add(step, summary=Summary(value=values))
+
+    def alert(self, step: int, finding: Mapping[str, Any]) -> None:
+        lines = (finding["evidence"], f"Cause: {finding['cause']}", f"To do: {finding['remedy']}")
+        self._text(step, f"health/{finding['rule']}", "\n\n".join((f"**{finding['severity']}**", *lines)))
+
+    def rewind(self, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def update(self, config: Config) -> None:
+        text = tomli_w.dumps(to_dict(config))
+        self._text(0, "config", "\n".join(f"    {line}" for line in text.splitlines()))  # indented: code in Markdown
+
+    def finish(self, exit_code: int) -> None:
+        self._writer.close()
+
+    def abandon(self) -> None:
+        """Nothing of it outlives its thread."""
+
+    def _text(self, step: int, tag: str, text: str) -> None:
+        from torch.utils.tensorboard import summary  # the layout of a text
+
+        self._add(step, summary=summary.text(tag, text))
+
+    def _add(self, step: int, **what: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
+        self._writer.flush()

@@ -1,0 +1,83 @@
+"""What trackio gets of a run's records, through its own library."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from p828.config import Config
+from p828.config.values import to_dict
+from p828.errors import ConfigError
+from p828.runs.file_names import TRACKIO_ID_FILE
+from p828.train.log.board_id import board_id
+
+ALERT_LEVELS = {"critical": "ERROR", "warning": "WARN", "note": "INFO"}
+
+
+class TrackioTracker:
+    """The trackio run, begun or continued, of a run's directory, which holds the id that is a part of its name.
+
+    trackio finds a run by its name, and names of runs come again in other directories. It keeps runs on this machine,
+    or sends them to where its variables TRACKIO_SPACE_ID and TRACKIO_SERVER_URL say. It keeps every row that it is
+    given: of steps that come again after a rewind, both are there.
+    """
+
+    key, name = "trackio", "trackio"
+
+    def __init__(self, run_dir: Path, config: Config) -> None:
+        self.config = config
+        self.project = config.trackers.trackio_project
+        self.run_name = f"{config.name}-{board_id(run_dir / TRACKIO_ID_FILE, self.name)}"
+        self.where = f'trackio show --project "{self.project}", run {self.run_name}'
+        self.problem = ""
+        self._run: Any = None
+
+    def start(self) -> None:
+        try:
+            import trackio
+            import trackio.run
+        except ImportError:
+            raise ConfigError(
+                "trackers.trackio = true: trackio is not installed; pip install 'p828[trackio]'"
+            ) from None
+        for module in (trackio, trackio.run, trackio.utils):
+            vars(module)["print"] = _nothing  # it prints through the progress bar otherwise
+        try:
+            self._run = trackio.init(
+                project=self.project,
+                name=self.run_name,
+                config=to_dict(self.config),
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f'trackers.trackio_project = "{self.project}", or a variable TRACKIO_… of the environment, '
+                f"is not taken by trackio: {error}"
+            ) from None
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def alert(self, step: int, finding: Mapping[str, Any]) -> None:
+        from trackio import AlertLevel
+
+        text = f"{finding['evidence']}\nCause: {finding['cause']}\nTo do: {finding['remedy']}"
+        self._run.alert(finding["rule"], text, level=AlertLevel[ALERT_LEVELS[finding["severity"]]], step=step)
+
+    def rewind(self, step: int) -> None:
+        """Nothing: trackio has no way to take rows back."""
+
+    def update(self, config: Config) -> None:
+        self._run.config.update(to_dict(config))  # which trackio sends with the first row
+
+    def finish(self, exit_code: int) -> None:
+        self._run.finish()
+
+    def abandon(self) -> None:
+        """Nothing: its threads end with the process."""
+
+
+def _nothing(*text: Any, **options: Any) -> None:
+    """In place of trackio's `print`."""

@@ -1,0 +1,397 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p828.config import Config
+from p828.errors import ConfigError
+from p828.optim.parts import PARTS
+from p828.runs import records
+from p828.runs.records import Recorder
+from p828.train.log.panels import panels
+from p828.train.log.tracker import QueuedTracker
+from p828.train.log.trackers import Trackers
+from runs import p828, write_toml
+
+FINDING = {
+    "rule": "divergence", "severity": "critical", "since": 1, "evidence": "12 at step 1", "cause": "the rate",
+    "remedy": "a lower one", "reference": "a paper",
+}  # fmt: skip
+A_SECOND = 1.0
+
+
+class StandIn:
+    """A tracker that keeps what it is given, waits at `gate` before each row, and raises at some rows."""
+
+    key, name, where, problem = "stand_in", "Stand-in", "here", ""
+
+    def __init__(self, fails_at: int = 0, refused: Exception | None = None) -> None:
+        self.fails_at, self.refused = fails_at, refused
+        self.calls: list[tuple[str, Any]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.is_abandoned = False
+
+    def start(self) -> None:
+        self.gate.wait()
+        if self.refused is not None:
+            raise self.refused
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self.gate.wait()
+        if step == self.fails_at:
+            raise OSError(28, "No space left on device")
+        self.calls.append(("write", step))
+
+    def alert(self, step: int, finding: Mapping[str, Any]) -> None:
+        self.calls.append(("alert", finding["rule"]))
+
+    def rewind(self, step: int) -> None:
+        self.calls.append(("rewind", step))
+
+    def update(self, config: Config) -> None:
+        self.calls.append(("update", config.name))
+
+    def finish(self, exit_code: int) -> None:
+        self.calls.append(("finish", exit_code))
+
+    def abandon(self) -> None:
+        self.is_abandoned = True
+
+
+def written(run_dir: Path, queued: QueuedTracker, steps: int) -> list[int]:
+    """The steps in metrics.jsonl after a run of so many was recorded, with this tracker beside the file."""
+    with Recorder(run_dir, mirror=Trackers([queued])) as recorder:
+        for step in range(1, steps + 1):
+            recorder.write("step", step, loss=1.0)
+    return [record["step"] for record in records.read(run_dir / "metrics.jsonl")]
+
+
+def test_records_reach_a_tracker_in_their_order(tmp_path: Path) -> None:
+    tracker = StandIn()
+    queued = QueuedTracker(tracker)
+    queued.start()
+    mirror = Trackers([queued])
+    mirror.update(Config(name="run"))
+    with Recorder(tmp_path, mirror=mirror) as recorder:
+        recorder.write("step", 1, loss=1.0)
+        recorder.write("event", 1, event="saved")
+        recorder.write("finding", 1, **FINDING)
+        recorder.write("step", 2, loss=1.0)
+        recorder.rewind(1)
+        recorder.write("step", 2, loss=0.5)
+    assert tracker.calls == [
+        ("update", "run"), ("write", 1), ("alert", "divergence"), ("write", 2), ("rewind", 1), ("write", 2),
+        ("finish", 0),
+    ]  # fmt: skip
+    assert mirror.shown() == [("Stand-in", "here")]
+
+
+def test_a_tracker_that_fails_is_told_of_once_and_left_out(tmp_path: Path) -> None:
+    tracker = StandIn(fails_at=3)
+    queued = QueuedTracker(tracker)
+    queued.start()
+    with Recorder(tmp_path, mirror=Trackers([queued])) as recorder:
+        for step in range(1, 6):
+            recorder.write("step", step, loss=1.0)
+        queued._thread.join()
+        assert recorder.mirror is not None
+        text = "Stand-in is left out from here on: [Errno 28] No space left on device"
+        assert recorder.mirror.problems() == [("stand_in", text)]
+        for step in range(6, 9):
+            recorder.write("step", step, loss=1.0)
+        assert recorder.mirror.problems() == []
+    assert [record["step"] for record in records.read(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+    assert tracker.calls == [("write", 1), ("write", 2)]
+    assert tracker.is_abandoned
+
+
+def test_a_tracker_that_blocks_gets_what_waits_up_to_a_bound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = StandIn()
+    queued = QueuedTracker(tracker, most_rows=4)
+    queued.start()
+    tracker.gate.clear()
+    with Recorder(tmp_path, mirror=Trackers([queued])) as recorder:
+        recorder.write("step", 1, loss=1.0)
+        while queued._calls.qsize():  # until the tracker is at its first row
+            time.sleep(0.001)
+        for step in range(2, 11):
+            recorder.write("step", step, loss=1.0)  # nothing that would end this wait comes from elsewhere
+        recorder.rewind(9)
+        assert recorder.mirror is not None
+        ((_, text),) = recorder.mirror.problems()
+        assert text == "Stand-in does not keep up: rows are left out there; metrics.jsonl has them all"
+        tracker.gate.set()
+    steps = [*range(1, 6)]
+    assert tracker.calls == [*(("write", step) for step in steps), ("rewind", 9), ("finish", 0)]
+    assert capsys.readouterr().err == "p828: Stand-in did not keep up: 5 rows are missing there\n"
+
+
+def test_a_tracker_that_never_answers_does_not_keep_a_run_from_ending(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = StandIn()
+    queued = QueuedTracker(tracker, finish_within=0.2)
+    queued.start()
+    tracker.gate.clear()
+    assert written(tmp_path, queued, 3) == [1, 2, 3]
+    assert "Stand-in does not answer and is left as it is" in capsys.readouterr().err
+    assert tracker.is_abandoned
+    tracker.gate.set()
+
+
+def test_a_tracker_that_does_not_start_in_time_gets_its_rows_later(tmp_path: Path) -> None:
+    tracker = StandIn()
+    tracker.gate.clear()
+    queued = QueuedTracker(tracker)
+    queued.start(within=0.1)
+    (text,) = queued.problems()
+    assert text.startswith("Stand-in has not started in 0.1 seconds")
+    threading.Timer(0.1, tracker.gate.set).start()
+    assert written(tmp_path, queued, 3) == [1, 2, 3]
+    assert tracker.calls == [("write", 1), ("write", 2), ("write", 3), ("finish", 0)]
+
+
+def test_what_the_user_has_to_mend_ends_the_start_and_other_errors_do_not(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no key"):
+        QueuedTracker(StandIn(refused=ConfigError("no key"))).start()
+    queued = QueuedTracker(StandIn(refused=RuntimeError("its database is locked")))
+    queued.start()
+    assert queued.problems() == ["Stand-in does not start, and is left out: its database is locked"]
+    assert written(tmp_path, queued, 2) == [1, 2]
+
+
+def test_numbers_are_grouped() -> None:
+    values: dict[str, Any] = {
+        "loss": 2.0, "mfu": None, "tokens_per_second": 10, "rank_memory_bytes": [5, 6], "load": [[1, 2]],
+        "balance": [0.5, 0.25], "sink_mean": [0.1], "grad_norms": dict.fromkeys(PARTS[:2], 1.0), "rows": "0a",
+        "source_tokens": {"web": 7}, "aux_loss": 0.5, "loss_of_tomorrow": 3.0,
+    }  # fmt: skip
+    assert panels("step", values) == {
+        "train/loss": 2.0, "perf/tokens_per_second": 10, "perf/rank_memory_bytes/rank_0": 5,
+        "perf/rank_memory_bytes/rank_1": 6, "moe/balance": 0.25, "moe/balance/layer_0": 0.5,
+        "moe/balance/layer_1": 0.25, "health/sink_mean/layer_0": 0.1, "health/grad_norms/embedding": 1.0,
+        "health/grad_norms/attention": 1.0, "train/source_tokens/web": 7, "moe/aux_loss": 0.5,
+        "train/loss_of_tomorrow": 3.0,
+    }  # fmt: skip
+    assert panels("eval", {"loss": 1.0, "best": True}) == {"val/loss": 1.0, "val/best": 1}
+    assert panels("probe", {"future_leak": 0.0}) == {"health/future_leak": 0.0}
+    assert panels("tasks", {"results": {"letters": {"acc": 0.5}}}) == {"val/letters/acc": 0.5}
+    assert panels("event", {"seconds": 1.0}) == panels("finding", {"since": 1}) == panels("sample", {}) == {}
+
+
+def run(tmp_path: Path, *flags: str) -> str:
+    code, said, error = p828("train", "tiny.toml", *flags, cwd=tmp_path)
+    assert code == 0, error
+    assert "Traceback" not in error
+    return said
+
+
+def flat(run_dir: Path, prefix: str = "") -> dict[int, dict[str, float]]:
+    """What metrics.jsonl has, by step, in the form in which trackers get it."""
+    found: dict[int, dict[str, float]] = {}
+    for record in records.read(run_dir / "metrics.jsonl"):
+        found.setdefault(record["step"], {}).update(panels(record["kind"], record))
+    return {step: {k: v for k, v in row.items() if k.startswith(prefix)} for step, row in found.items() if row}
+
+
+def tensorboard_rows(run_dir: Path) -> dict[int, dict[str, float]]:
+    """What TensorBoard shows of the run."""
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    shown = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={SCALARS: 0}).Reload()
+    found: dict[int, dict[str, float]] = {}
+    for tag in shown.Tags()["scalars"]:
+        for scalar in shown.Scalars(tag):
+            assert tag not in found.setdefault(scalar.step, {}), "a step that came again has one value"
+            found[scalar.step][tag] = scalar.value
+    return found
+
+
+def test_tensorboard_shows_what_metrics_jsonl_has_also_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    write_toml(tmp_path, trackers={"tensorboard": True}, train={"steps": 6})
+    run_dir = tmp_path / "runs" / "tiny"
+    assert f"tensorboard --logdir {Path('runs')}" in run(tmp_path)
+    run(tmp_path, "--train.steps", "10")
+    shown, recorded = tensorboard_rows(run_dir), flat(run_dir)
+    assert sorted(shown) == sorted(recorded) == [*range(1, 11)]
+    for step, row in recorded.items():
+        row = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        assert shown[step] == pytest.approx(row, rel=1e-6, nan_ok=True)  # TensorBoard's are float32
+    assert len(list((run_dir / "tensorboard").iterdir())) == 2
+
+
+def test_tensorboard_drops_the_steps_before_a_rewind(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from p828.train.log.tensorboard import TensorBoardTracker
+
+    queued = QueuedTracker(TensorBoardTracker(tmp_path))
+    queued.start()
+    with Recorder(tmp_path, mirror=Trackers([queued])) as recorder:
+        for step in range(1, 7):
+            recorder.write("step", step, loss=1.0 * step)
+        recorder.write("eval", 6, loss=9.0)
+        recorder.write("finding", 6, **FINDING)
+        recorder.rewind(3)
+        for step in range(4, 6):
+            recorder.write("step", step, loss=0.5 * step)
+    assert queued.problems() == []
+    losses = {step: row["train/loss"] for step, row in tensorboard_rows(tmp_path).items()}
+    assert losses == {1: 1.0, 2: 2.0, 3: 3.0, 4: 2.0, 5: 2.5}
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from p828.train.log.tensorboard import TensorBoardTracker
+from p828.train.log.tracker import QueuedTracker
+from p828.train.log.trackers import Trackers
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+queued = QueuedTracker(TensorBoardTracker(Path(sys.argv[1])))
+queued.start()
+trackers = Trackers([queued])
+for step in range(1000):
+    trackers.write("step", step, {"loss": 1.0})
+queued._thread.join(5)
+print(queued.problems())
+trackers.finish(0)
+"""
+
+
+def script(text: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "TRACKIO"))}
+    command = [sys.executable, "-c", text, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**clean, **environment})
+
+
+def test_tensorboard_whose_disk_is_full_is_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    child = script(FULL, str(tmp_path))
+    assert (child.returncode, child.stderr) == (0, "")
+    assert child.stdout == "['TensorBoard is left out from here on: [Errno 27] File too large']\n"
+
+
+def test_a_library_that_is_not_installed_is_named_before_anything_begins(tmp_path: Path) -> None:
+    for name in ("tensorboard", "trackio"):
+        block = (
+            "import sys; from pathlib import Path\n"
+            f"sys.modules[{name!r}] = None\n"
+            "from p828.config import from_dict; from p828.train.log.trackers import open_trackers\n"
+            f"config = from_dict({{'name': 'run', 'trackers': {{{name!r}: True}}}}, 'test')\n"
+            "open_trackers(Path(sys.argv[1]), config, print)"
+        )
+        child = script(block, str(tmp_path))
+        assert child.returncode == 1
+        assert f"trackers.{name} = true: " in child.stderr
+        assert f"is not installed; pip install 'p828[{name}]'" in child.stderr
+
+
+@pytest.fixture
+def trackio_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("trackio")
+    for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    return tmp_path / "trackio"
+
+
+TRACKIO_LOGS = """
+import json, sys
+from trackio.sqlite_storage import SQLiteStorage
+runs = SQLiteStorage.get_runs("p828")
+print(json.dumps([runs, SQLiteStorage.get_logs("p828", sys.argv[1])]))
+"""
+
+
+def test_trackio_goes_on_with_the_same_run(tmp_path: Path, trackio_home: Path) -> None:
+    write_toml(tmp_path, trackers={"trackio": True}, train={"steps": 6})
+    said = run(tmp_path) + run(tmp_path, "--train.steps", "10")
+    run_dir = tmp_path / "runs" / "tiny"
+    name = f"tiny-{(run_dir / 'trackio_id').read_text().strip()}"
+    assert f"run {name}" in " ".join(said.split())
+    assert "* " not in said, "what trackio prints itself"
+    child = script(TRACKIO_LOGS, name, TRACKIO_DIR=str(trackio_home))
+    names, logs = json.loads(child.stdout)
+    assert names == [name]
+    rows: dict[int, dict[str, float]] = {}
+    for log in logs:
+        rows.setdefault(log["step"], {}).update({key: log[key] for key in log if "/" in key})
+    recorded = flat(run_dir)
+    assert sorted(rows) == sorted(recorded)
+    assert {step: row["train/loss"] for step, row in rows.items()} == {
+        step: row["train/loss"] for step, row in recorded.items()
+    }
+    assert {frozenset(row) for row in rows.values()} == {frozenset(row) for row in recorded.values()}
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """The address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+SILENT_TRACKIO = """
+import sys, time
+from pathlib import Path
+from p828.config import from_dict
+from p828.train.log.tracker import QueuedTracker
+from p828.train.log.trackers import Trackers
+from p828.train.log.trackio import TrackioTracker
+config = from_dict({"name": "run", "trackers": {"trackio": True}}, "test")
+queued = QueuedTracker(TrackioTracker(Path(sys.argv[1]), config), finish_within=1)
+queued.start(within=1)
+trackers = Trackers([queued])
+started = time.monotonic()
+for step in range(3):
+    trackers.write("step", step, {"loss": 1.0})
+assert time.monotonic() - started < 1
+trackers.finish(0)
+"""
+
+
+def test_trackio_whose_server_never_answers_is_left(tmp_path: Path, trackio_home: Path, silent_server: str) -> None:
+    environment = {"TRACKIO_DIR": str(trackio_home), "TRACKIO_SERVER_URL": f"{silent_server}/?write_token=x"}
+    child = script(SILENT_TRACKIO, str(tmp_path), **environment)
+    assert child.returncode == 0, child.stderr
+    assert "trackio does not answer and is left as it is" in child.stderr
+
+
+STOPPED_WANDB = """
+import os, signal, sys
+from pathlib import Path
+import psutil
+from p828.config import Config, WandbConfig
+from p828.train.log.tracker import QueuedTracker
+from p828.train.log.trackers import Trackers
+from p828.train.log.wandb import CORE, WandbTracker
+queued = QueuedTracker(WandbTracker(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mode="offline"))),
+                       most_rows=50, finish_within=1)
+queued.start()
+(core,) = (child for child in psutil.Process().children() if child.name() == CORE)
+core.send_signal(signal.SIGSTOP)
+trackers = Trackers([queued])
+for step in range(5000):
+    trackers.write("step", step, {f"number_{index}": 1.0 for index in range(50)})
+print(queued.problems())
+trackers.finish(0)
+"""
+
+
+def test_wandb_whose_process_hangs_is_left_and_does_not_outlive_the_run(tmp_path: Path) -> None:
+    child = script(STOPPED_WANDB, str(tmp_path))
+    assert child.returncode == 0, child.stderr
+    assert "Weights & Biases does not keep up" in child.stdout
+    assert "Weights & Biases does not answer and is left as it is" in child.stderr
+    assert "Traceback" not in child.stderr
