@@ -348,7 +348,7 @@ def started_wandb(run_dir: Path, mode: str, **environment: str) -> subprocess.Co
         "from p828.config import Config, WandbConfig; from p828.errors import ConfigError\n"
         "from p828.train.log.trackers import open_trackers\n"
         "config = Config(name='run', wandb=WandbConfig(mode=sys.argv[2]))\n"
-        "try: open_trackers(Path(sys.argv[1]), config, print).finish(0)\n"
+        "try: open_trackers(Path(sys.argv[1]), config, lambda text: None).finish(0)\n"
         "except ConfigError as error: print(error); sys.exit(2)\n"
     )
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}

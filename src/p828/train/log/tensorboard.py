@@ -31,14 +31,17 @@ class TensorBoardTracker:
         self.where = f"tensorboard --logdir {run_dir.parent}"
         self.problem = ""
         self._writer: Any = None
+        self._summary: Any = None  # PyTorch's module of that name, which knows the layout of a text
 
     def start(self) -> None:
         try:
             from tensorboard.summary.writer.record_writer import RecordWriter
+            from torch.utils.tensorboard import summary
         except ImportError:
             raise ConfigError(
                 "trackers.tensorboard = true: TensorBoard is not installed; pip install 'p828[tensorboard]'"
             ) from None
+        self._summary = summary
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         try:
             self.directory.mkdir(exist_ok=True)
@@ -73,9 +76,7 @@ class TensorBoardTracker:
         """Nothing of it outlives its thread."""
 
     def _text(self, step: int, tag: str, text: str) -> None:
-        from torch.utils.tensorboard import summary  # the layout of a text
-
-        self._add(step, summary=summary.text(tag, text))
+        self._add(step, summary=self._summary.text(tag, text))
 
     def _add(self, step: int, **what: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
