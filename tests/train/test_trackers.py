@@ -171,6 +171,24 @@ def test_what_the_user_has_to_mend_ends_the_start_and_other_errors_do_not(tmp_pa
     assert written(tmp_path, queued, 2) == [1, 2]
 
 
+def test_a_tracker_that_is_refused_late_is_told_of(tmp_path: Path) -> None:
+    tracker = StandIn(refused=ConfigError("no key"))
+    tracker.gate.clear()
+    queued = QueuedTracker(tracker)
+    queued.start(within=0.1)
+    tracker.gate.set()
+    queued._thread.join()
+    assert queued.problems()[1:] == ["Stand-in does not start: no key"]
+    assert written(tmp_path, queued, 2) == [1, 2]
+
+
+def test_trackers_that_have_started_are_finished_where_another_one_is_refused() -> None:
+    first, second = StandIn(), StandIn(refused=ConfigError("no key"))
+    with pytest.raises(ConfigError, match="no key"):
+        Trackers([QueuedTracker(first), QueuedTracker(second)]).start(lambda text: None)
+    assert first.calls == [("finish", 1)]
+
+
 def test_numbers_are_grouped() -> None:
     values: dict[str, Any] = {
         "loss": 2.0, "mfu": None, "tokens_per_second": 10, "rank_memory_bytes": [5, 6], "load": [[1, 2]],

@@ -62,7 +62,8 @@ class QueuedTracker:
         self._calls: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._problems: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._refused: ConfigError | None = None
-        self._has_started, self._has_failed = threading.Event(), False
+        self._has_started = threading.Event()
+        self._is_late, self._has_failed = False, False
         self._busy_since: float | None = None
         self._left_out = 0  # rows
         self._thread = threading.Thread(target=self._work, name=f"p828 {tracker.key}", daemon=True)
@@ -71,8 +72,9 @@ class QueuedTracker:
         """Start the tracker, and wait for it, but not longer than `within` seconds. Raises ConfigError as it does."""
         self._thread.start()
         if not self._has_started.wait(within):
+            self._is_late = True
             self._report(f"has not started in {within:g} seconds; the run goes on, and it gets the rows when it has")
-        elif self._refused is not None:
+        if self._refused is not None:
             raise self._refused
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -127,13 +129,13 @@ class QueuedTracker:
             self._busy_since = time.monotonic()
             self.tracker.start()
         except ConfigError as error:
-            self._refused = error
-            if self._has_started.is_set():
+            self._refused, self._has_failed = error, True
+            if self._is_late:
                 self._report(f"does not start: {error}")
         except Exception as error:  # any of its own, of a library that the run does not depend on
             self._fail("does not start, and is left out", error)
         self._has_started.set()
-        while not self._has_failed and self._refused is None:
+        while not self._has_failed:
             self._busy_since = None
             call = self._calls.get()
             if call is None:

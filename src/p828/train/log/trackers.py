@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from p828.config import Config
-from p828.errors import warn
+from p828.errors import ConfigError, warn
 from p828.train.log.console import waiting
 from p828.train.log.panels import panels
 from p828.train.log.tensorboard import TensorBoardTracker
@@ -24,9 +24,13 @@ class Trackers:
 
     def start(self, report: Callable[[str], None]) -> None:
         """Raises ConfigError for a tracker whose library is not there, or does not take what it is given."""
-        for queued in self.queued:
-            with waiting(f"starting {queued.tracker.name}", report):
-                queued.start()
+        for index, queued in enumerate(self.queued):
+            try:
+                with waiting(f"starting {queued.tracker.name}", report):
+                    queued.start()
+            except ConfigError:
+                Trackers(self.queued[:index]).finish(exit_code=1)
+                raise
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if kind == FINDING:
