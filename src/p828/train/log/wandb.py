@@ -100,7 +100,7 @@ class WandbTracker:
             for child in psutil.Process(os.getpid()).children():
                 if child.name() == CORE:
                     child.kill()
-        with suppress(wandb.errors.Error, OSError):
+        with suppress(wandb.errors.Error, OSError, SystemExit):  # it would exit with the killed process's code
             wandb.teardown()
 
     def _start(self, mode: str) -> None:
