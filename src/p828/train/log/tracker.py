@@ -1,5 +1,6 @@
 """A tracker behind a queue: whatever its library does, the run neither stops nor waits for it."""
 
+import math
 import queue
 import threading
 import time
@@ -65,6 +66,7 @@ class QueuedTracker:
         self._has_started = threading.Event()
         self._is_late, self._has_failed = False, False
         self._busy_since: float | None = None
+        self._end = math.inf
         self._left_out = 0  # rows
         self._thread = threading.Thread(target=self._work, name=f"p828 {tracker.key}", daemon=True)
 
@@ -104,13 +106,14 @@ class QueuedTracker:
         return found
 
     def begin_to_finish(self, exit_code: int) -> None:
+        """Have the tracker take what is left, for which it has `finish_within` seconds from now."""
+        self._end = time.monotonic() + self._finish_within
         self.call(self.tracker.finish, exit_code)
         self._calls.put(None)
 
     def finish(self) -> None:
         """Wait until the tracker has taken what is left, unless that takes too long."""
-        end = time.monotonic() + self._finish_within
-        while self._thread.is_alive() and not self._is_stuck() and time.monotonic() < end:
+        while self._thread.is_alive() and not self._is_stuck() and time.monotonic() < self._end:
             self._thread.join(LOOK_EVERY)
         if self._thread.is_alive():
             self._has_failed = True
