@@ -1,4 +1,4 @@
-"""What trackers cost of a run: of the run's own thread for a step's row, and of the thread that feeds each tracker.
+"""What a tracker's thread takes of a processor for a step: for the names of its numbers, and for the library's call.
 
 usage: python benchmarks/tracker_cost.py [--layers N] [--rows N]
 
@@ -36,7 +36,7 @@ def main() -> None:
     numbers = panels("step", values)
     print(f"{len(numbers)} numbers a step, {arguments.layers} layers")
     took = milliseconds(lambda step: panels("step", values), arguments.rows)
-    print(f"{'run':12} {took:.3f} ms a step", flush=True)
+    print(f"{'names':12} {took:.3f} ms a step", flush=True)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         os.environ["TRACKIO_DIR"] = str(directory / "trackio")  # before trackio is imported

@@ -16,7 +16,7 @@ from p828.errors import ConfigError
 from p828.optim.parts import PARTS
 from p828.runs import records
 from p828.runs.records import Recorder
-from p828.train.log.panels import panels
+from p828.train.log.panels import GROUPS, panels
 from p828.train.log.tracker import QueuedTracker
 from p828.train.log.trackers import Trackers
 from runs import p828, write_toml
@@ -204,7 +204,7 @@ def test_numbers_are_grouped() -> None:
     assert panels("eval", {"loss": 1.0, "best": True}) == {"val/loss": 1.0, "val/best": 1}
     assert panels("probe", {"future_leak": 0.0}) == {"health/future_leak": 0.0}
     assert panels("tasks", {"results": {"letters": {"acc": 0.5}}}) == {"val/letters/acc": 0.5}
-    assert panels("event", {"seconds": 1.0}) == panels("finding", {"since": 1}) == panels("sample", {}) == {}
+    assert panels("step", {"bias_max": [None, 1.0]}) == {"moe/bias_max": 1.0, "moe/bias_max/layer_1": 1.0}
 
 
 def run(tmp_path: Path, *flags: str) -> str:
@@ -219,8 +219,9 @@ def flat(run_dir: Path) -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = {}
     for record in records.read(run_dir / "metrics.jsonl"):
         step, kind = record.pop("step"), record.pop("kind")
-        found.setdefault(step, {}).update(panels(kind, record))
-    return {step: row for step, row in found.items() if row}
+        if kind in GROUPS:
+            found.setdefault(step, {}).update(panels(kind, record))
+    return found
 
 
 def tensorboard_rows(run_dir: Path) -> dict[int, dict[str, float]]:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 GROUPS = {"step": "train", "eval": "val", "tasks": "val", "probe": "health"}
-"""The group of a record's kind, for keys that have none of their own. Records of other kinds have no numbers of a step.
-"""
+"""The group of a record's kind, for keys that have none of their own. Records of other kinds are not shown."""
 PERF = frozenset({
     "tokens_per_second", "mfu", "seconds", "data_seconds", "host_seconds", "compilations", "memory_bytes",
     "rank_memory_bytes", "disk_free_bytes",
@@ -34,10 +33,8 @@ LEFT_OUT = frozenset({"load"})
 def panels(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
     """The record's numbers by `group/key`, `group/key/entry` for an object, and `group/key/layer_0` for a list.
 
-    Empty for a record that has no numbers of a step. Texts, missing numbers and `LEFT_OUT` are left out.
+    `kind` is one of `GROUPS`. Texts, missing numbers and `LEFT_OUT` are left out.
     """
-    if kind not in GROUPS:
-        return {}
     if kind == "tasks":
         values = values["results"]
     found: dict[str, Any] = {}
@@ -49,8 +46,8 @@ def panels(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
             found |= {f"{name}/{entry}": number for entry, number in value.items()}
         elif isinstance(value, list):
             entry = "rank" if key == "rank_memory_bytes" else "layer"
-            if key in OVER_LAYERS and value:
-                found[name] = OVER_LAYERS[key](value)
+            if key in OVER_LAYERS and (known := [number for number in value if number is not None]):
+                found[name] = OVER_LAYERS[key](known)
             found |= {f"{name}/{entry}_{index}": number for index, number in enumerate(value)}
         else:
             found[name] = value

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from p828.config import Config
 from p828.errors import ConfigError
+from p828.train.log.panels import panels
 
 QUEUED_ROWS = 1000  # some 20 MB in a model of 24 layers
 START_WITHIN = 120.0  # seconds; W&B itself gives up after 90
@@ -79,7 +80,8 @@ class QueuedTracker:
         if self._refused is not None:
             raise self._refused
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Have the tracker show a record's numbers. The values must not change any more."""
         if self._has_failed:
             return
         if self._calls.qsize() >= self._most_rows:
@@ -87,7 +89,7 @@ class QueuedTracker:
             if self._left_out == 1:
                 self._report("does not keep up: rows are left out there; metrics.jsonl has them all")
             return
-        self._calls.put((self.tracker.write, (step, numbers)))
+        self._calls.put((self._write, (kind, step, values)))
 
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Have the thread make one of the rare calls of the tracker, which are never left out."""
@@ -122,6 +124,9 @@ class QueuedTracker:
             self.tracker.abandon()
         elif self._left_out:
             self._report(f"did not keep up: {self._left_out} rows are missing there")
+
+    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self.tracker.write(step, panels(kind, values))
 
     def _is_stuck(self) -> bool:
         since = self._busy_since

@@ -7,7 +7,7 @@ from typing import Any
 from p828.config import Config
 from p828.errors import ConfigError, warn
 from p828.train.log.console import waiting
-from p828.train.log.panels import panels
+from p828.train.log.panels import GROUPS
 from p828.train.log.tensorboard import TensorBoardTracker
 from p828.train.log.tracker import QueuedTracker, Tracker
 from p828.train.log.trackio import TrackioTracker
@@ -36,9 +36,9 @@ class Trackers:
         if kind == FINDING:
             for queued in self.queued:
                 queued.call(queued.tracker.alert, step, values)
-        elif numbers := panels(kind, values):
+        elif kind in GROUPS:
             for queued in self.queued:
-                queued.write(step, numbers)
+                queued.write(kind, step, values)
 
     def rewind(self, step: int) -> None:
         for queued in self.queued:
