@@ -1,11 +1,18 @@
+import json
 import signal
+import sqlite3
 from pathlib import Path
 
 import psutil
 import pytest
 
 from p828.runs import records
-from runs import start, wait_for_step, write_toml
+from runs import p828, start, wait_for_step, write_toml
+
+
+def steps_of(tmp_path: Path) -> list[int]:
+    found = records.read(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+    return [record["step"] for record in found if record["kind"] == "step"]
 
 
 @pytest.mark.long
@@ -19,11 +26,25 @@ def test_a_run_whose_wandb_process_hangs_ends_as_it_would(tmp_path: Path) -> Non
     core.send_signal(signal.SIGSTOP)
     said, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
-    assert "is complete at step 300" in " ".join(said.split())
+    assert f"is complete at step {steps}" in " ".join(said.split())
     assert "Weights & Biases does not answer and is left as it is" in error
     assert "Traceback" not in error
-    found = [
-        record["step"] for record in records.read(tmp_path / "runs/tiny/metrics.jsonl") if record["kind"] == "step"
-    ]
-    assert found == [*range(1, steps + 1)]
+    assert steps_of(tmp_path) == [*range(1, steps + 1)]
     assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.long
+def test_rows_for_a_trackio_server_that_cannot_be_reached_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trackio")
+    monkeypatch.delenv("TRACKIO_SPACE_ID", raising=False)
+    monkeypatch.setenv("TRACKIO_SERVER_URL", "http://127.0.0.1:9/?write_token=x")  # connections are refused
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    write_toml(tmp_path, trackers={"trackio": True})
+    code, _, error = p828("train", "tiny.toml", cwd=tmp_path)
+    assert code == 0, error
+    assert "Traceback" not in error
+    with sqlite3.connect(tmp_path / "trackio" / "p828.db") as kept:
+        rows = kept.execute("SELECT step, metrics FROM metrics").fetchall()
+    assert sorted(step for step, metrics in rows if "train/loss" in json.loads(metrics)) == steps_of(tmp_path)
