@@ -34,13 +34,12 @@ from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.inference.evaluate import evaluate
 from p828.plan.peak import peak
-from p828.plan.state import Setup
+from p828.plan.setup import deepspeed_setup, plain_setup
 from p828.system.device import peak_memory
 
-STEPS, ACCUMULATION = 3, 2  # the second step captures both kinds of micro-batch, the third replays them
-AT_ONCE = 4
-CONTEXT = 10**9  # bytes of a process on the GPU that are not PyTorch's, at most
-USED = 0.94  # of the GPU's memory, by all processes at once
+STEPS, ACCUMULATION = 2, 2  # the second step captures both kinds of micro-batch
+AT_ONCE = 6
+USED = 0.97  # of the GPU's memory, by all processes at once
 
 # A preset and what is changed of it.
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -122,12 +121,18 @@ def make_job(name: str, stage: int | None, ranks: int, is_tiny: bool) -> dict[st
         values |= {"engine": "deepspeed", "deepspeed.stage": stage}
     config = changed(config, values)
     validate(config)
-    memory = peak(config, Setup(stage, ranks), config.train.micro_batch_size)
+    setup = plain_setup(config) if stage is None else deepspeed_setup(config, stage, ranks)
+    memory = peak(config, setup, config.train.micro_batch_size)
     return {
         "name": name if stage is None else f"{name}, ZeRO {stage} on {ranks}",
         "config": to_dict(config),
         "ranks": ranks,
-        "predicted": {**dataclasses.asdict(memory), "allocated": memory.allocated, "reserved": memory.reserved},
+        "predicted": {
+            **dataclasses.asdict(memory),
+            "allocated": memory.allocated,
+            "reserved": memory.reserved,
+            "needed": memory.total - (memory.evaluation if ranks > 1 else 0),
+        },
     }
 
 
@@ -137,13 +142,13 @@ def run_all(jobs: list[dict[str, Any]], is_measured: bool, out: Path | None) -> 
     waiting, running = list(jobs), dict[Future[dict[str, Any]], dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="p828-planned-") as directory, ThreadPoolExecutor(AT_ONCE) as pool:
         while waiting or running:
-            taken = sum(job["predicted"]["reserved"] + CONTEXT for job in running.values())
+            taken = sum(job["predicted"]["needed"] for job in running.values())
             for job in list(waiting):
-                needs = job["predicted"]["reserved"] + CONTEXT
-                is_free = len(running) < (1 if job["ranks"] > 1 else AT_ONCE) and taken + needs <= room
-                if is_free or not running:
+                needs = job["predicted"]["needed"]
+                if not running or (len(running) < AT_ONCE and taken + needs <= room):
                     waiting.remove(job)
-                    job["shares_gpu"] = bool(running) or job["ranks"] > 1
+                    for other in running.values():
+                        other["shares_gpu"] = job["shares_gpu"] = True
                     running[pool.submit(measured, job, is_measured, Path(directory))] = job
                     taken += needs
             for future in [future for future in running if future.done()]:
@@ -189,11 +194,12 @@ def work(job: dict[str, Any], result: Path) -> None:
         found["allocated"] = max(peak_memory(engine.device), found["making"])
         found["reserved"] = torch.cuda.max_memory_reserved() if is_gpu else 0
         found["still_reserved"] = torch.cuda.memory_reserved() if is_gpu else 0
-        with engine.model_for_evaluation() as model:
-            evaluate(model, [next(batches)], engine.dtype)
-        found["reserved_with_evaluation"] = torch.cuda.memory_reserved() if is_gpu else 0
+        if ranks.size == 1:
+            with engine.model_for_evaluation() as model:
+                evaluate(model, [next(batches)], engine.dtype)
+            found["reserved_with_evaluation"] = torch.cuda.memory_reserved() if is_gpu else 0
         free, total = torch.cuda.mem_get_info() if is_gpu else (0, 0)
-        found["device"] = 0 if job["shares_gpu"] else total - free
+        found["device"] = total - free
         found["seconds"] = time.monotonic() - started
         most = [int(max(values)) for values in zip(*ranks.all_gather([*found.values()]), strict=True)]
         if ranks.is_first:
@@ -213,6 +219,8 @@ def report(row: dict[str, Any], out: Path | None) -> None:
         print("  failed: " + row["failed"].replace("\n", "\n    "), flush=True)
     if "measured" in row:
         found = row["measured"]
+        if row.get("shares_gpu"):
+            del found["device"]  # other processes' memory is in it
         print(
             "  measured GB: " + ", ".join(f"{name} {value / 1e9:.3f}" for name, value in found.items() if value > 1e4)
         )

@@ -14,6 +14,7 @@ from p828.distributed.launcher import Process, launched, tell_launcher
 from p828.errors import INTERRUPTED, ConfigError, LocalRankError, P828Error, did_you_mean, warn
 
 COMMANDS = {
+    "plan": "what a run takes before it starts: memory, time, links, and how best to train it",
     "train": "train a model; a run that has checkpoints goes on from the newest",
     "prepare": "tokenize a source once, into files that training reads",
     "generate": "continue prompts with a trained model",

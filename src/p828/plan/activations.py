@@ -118,24 +118,23 @@ def forward(sizes: Sizes) -> int:
 def backward(sizes: Sizes, kept: Kept, recomputes: bool) -> int:
     """Most that a layer's backward pass needs at once beside what the layer kept.
 
-    It goes through shared experts, routed experts and attention, in this order. What a part kept is free behind it,
-    and the gradients of its weights, bfloat16, are there until the backward pass of all layers ends.
+    `torch.compile` orders it so: routed experts, shared experts, attention; with recomputation the shared experts come
+    first, and the two gradients of their input wait to be added. What a part kept is free behind it, and the gradients
+    of its weights, bfloat16, are there until the backward pass of all layers ends.
     """
-    recomputed_routed = sizes.routed if recomputes else 0
+    incoming, gradient = sizes.residual, sizes.residual
     shared_gradients = BFLOAT16 * sizes.H * (sizes.shared_I + 2 * sizes.shared_P)
     routed_gradients = BFLOAT16 * sizes.E * sizes.H * (sizes.I + 2 * sizes.P)
-    freed = 0
-    moments = [sizes.residual + (sizes.shared if recomputes else 0) + _shared_backward(sizes)]
-    freed += kept.shared
-    before = 2 * sizes.residual + shared_gradients - freed
     if recomputes:
-        moments.append(before + sizes.routed + forward(sizes))
-    moments.append(before + recomputed_routed + _routed_backward(sizes))
-    freed += kept.routed
-    before = 3 * sizes.residual + shared_gradients + routed_gradients - freed
-    recomputed_attention = sizes.qkv + sizes.attended if recomputes else 0
-    moments.append(before + recomputed_attention + _attention_backward(sizes))
-    return max(moments)
+        shared = incoming + sizes.shared + _shared_backward(sizes)
+        before = incoming + 2 * gradient + shared_gradients + sizes.routed
+        routed = before + max(forward(sizes), _routed_backward(sizes))
+    else:
+        routed = incoming + _routed_backward(sizes)
+        shared = incoming + gradient + routed_gradients + _shared_backward(sizes) - kept.routed
+    attention = incoming + 2 * gradient + shared_gradients + routed_gradients + _attention_backward(sizes)
+    attention += sizes.qkv + sizes.attended if recomputes else -kept.shared - kept.routed
+    return max(routed, shared, attention)
 
 
 def _shared_backward(sizes: Sizes) -> int:

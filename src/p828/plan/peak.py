@@ -1,161 +1,225 @@
-"""When in a step most memory is taken, and by what."""
+"""When in a step most memory is taken, and by what.
 
-from dataclasses import dataclass, replace
+While a micro-batch goes forward, each layer adds what it keeps; on the way back each lets go of that, and adds its
+weights' gradients, which `engine/microbatch.py` adds to the step's sums when the backward pass has ended. Both are even
+over the layers, so the most is taken at one of four moments: in the last layer's forward pass, in the loss, in the last
+layer's backward pass or in the first layer's.
+"""
+
+from dataclasses import dataclass, fields, replace
 
 from p828.config import Config
+from p828.model.costs import count_parameters
 from p828.plan.activations import INT32, INT64, Kept, Sizes, backward, forward, kept, weight_gradients
-from p828.plan.state import BFLOAT16, FLOAT32, Setup, State, training_state
+from p828.plan.setup import Setup
+from p828.plan.state import BFLOAT16, FLOAT32, State, training_state
+from p828.plan.tensors import layer_shapes
 
 LOSS_CHUNK_TOKENS, LOSS_COLUMNS = 4096, 64  # model/backend.py's, on a GPU
 SEGMENTS = 4  # engine/deepspeed/reduce.py's
+SUB_GROUP = 10**9  # numbers that DeepSpeed's stage 3 updates together
 WORKSPACE = 32 * 2**20  # cuBLAS's on Hopper and later, for each thread that starts products and each stream
-FRAGMENTATION = 0.05  # of a micro-batch's memory: gaps between the allocator's blocks, see docs/plan.md
+FRAGMENTATION, HOLES = 0.065, 500 * 10**6  # of a micro-batch's memory, and bytes besides: measured, see docs/plan.md
+EVALUATED_LOGIT = BFLOAT16 + 2 * FLOAT32  # bytes of a logit in model/loss.py's linear_cross_entropy
+CONTEXT = 750 * 2**20  # of the driver and compiled kernels, outside PyTorch's count: measured
+GRAPHS, KERNELS, GRAPH_NODE = 2, 50, 64 * 2**10  # captured graphs, kernels of a layer, and bytes of one in a graph
+COMMUNICATION = 2**30  # of NCCL with several GPUs, likewise
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the moment of a step when most is taken, by part."""
+    """Bytes on one GPU when most is taken, by part."""
 
-    weights: int
-    masters: int
-    gradients: int
-    """The float32 sums over a step; and DeepSpeed's buckets, in which they are reduced."""
-    moments: int
-    activations: int
+    weights: int = 0
+    masters: int = 0
+    gradients: int = 0
+    """The float32 sums over a step."""
+    moments: int = 0
+    activations: int = 0
     """What the layers keep for the backward pass, and what the moment's operation needs beside it."""
-    weight_gradients: int
-    """Of one micro-batch, in bfloat16, not added to the sums yet."""
-    logits: int
-    """A chunk of them, and what is formed beside it."""
-    gathered: int
-    """Weights that ZeRO stage 3 has gathered for the moment."""
-    workspace: int
+    weight_gradients: int = 0
+    """Of one micro-batch, in bfloat16, before they are added to the sums."""
+    logits: int = 0
+    """A chunk of the loss, and what is formed beside it."""
+    buckets: int = 0
+    """In which DeepSpeed reduces gradients, from stage 2 on."""
+    gathered: int = 0
+    """Weights that stage 3 has gathered."""
+    workspace: int = 0
     """cuBLAS's."""
-    recordings: int
-    """CUDA graphs' own tensors: the batches that they read."""
-    fragmentation: int
+    recordings: int = 0
+    """CUDA graphs of the two kinds of micro-batch, outside PyTorch's count. Their tensors are counted above."""
+    fragmentation: int = 0
     """Gaps that PyTorch's allocator has reserved and cannot use."""
-    moment: str
-    """When it is."""
+    evaluation: int = 0
+    """Beside a captured graph, whose memory stays reserved: what an evaluation takes."""
+    context: int = 0
+    """Outside PyTorch: the driver's, compiled kernels, and NCCL's."""
+    moment: str = ""
+    """When in a step it is."""
 
     @property
     def allocated(self) -> int:
-        """As `torch.cuda.max_memory_allocated`."""
+        """As `torch.cuda.max_memory_allocated` of training steps."""
         return self.reserved - self.fragmentation
 
     @property
     def reserved(self) -> int:
-        """As `torch.cuda.max_memory_reserved`."""
-        return sum(value for value in vars(self).values() if isinstance(value, int))
+        """As `torch.cuda.max_memory_reserved` of training steps."""
+        return self.total - self.evaluation - self.context - self.recordings
+
+    @property
+    def total(self) -> int:
+        """Of a run on the GPU."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "moment"}
 
 
 def peak(config: Config, setup: Setup, micro_batch_size: int) -> Memory:
     """The memory of training with micro-batches of this size. `config.model.vocab_size` is the model's, not 0."""
+    step = _Step(config, setup, Sizes.of(config, micro_batch_size))
+    moments = [step.forward(), step.loss(), step.last_layer_backward(), step.first_layer_backward(), step.update()]
+    most = max(moments, key=lambda memory: memory.total)
     state = training_state(config.model, config.optimizer, setup)
-    step = _MicroBatch(config, setup, Sizes.of(config, micro_batch_size))
-    found = max((step.forward(), step.loss(), step.first_backward(), step.last_backward()), key=lambda m: m.reserved)
-    return _with_state(found, state, config, setup)
-
-
-def _with_state(memory: Memory, state: State, config: Config, setup: Setup) -> Memory:
-    bucket = config.deepspeed.reduce_bucket_size * BFLOAT16
-    buckets = bucket * (3 if config.deepspeed.overlap_comm else 2) if reduces_by_hooks(setup) else 0
-    micro_batch = memory.reserved
     return replace(
-        memory,
-        weights=state.weights,
-        masters=state.masters,
-        gradients=state.gradients + buckets,
-        moments=state.moments,
-        fragmentation=round(FRAGMENTATION * micro_batch),
+        most,
+        **state._asdict(),
+        fragmentation=round(FRAGMENTATION * most.total) + HOLES,
+        evaluation=step.evaluation(),
+        recordings=step.recordings(),
+        context=CONTEXT + (COMMUNICATION if setup.ranks > 1 else 0),
     )
 
 
-def reduces_by_hooks(setup: Setup) -> bool:
-    """Whether DeepSpeed's hooks reduce every micro-batch's gradients, in place of p828 a step's sums."""
-    return setup.stage is not None and (setup.stage >= 2 or setup.offload_optimizer)
+def copy_for_saving(state: State) -> int:
+    """Bytes of the copy that a checkpoint is written from beside the training, where there is room for it."""
+    return state.weights + state.masters + state.moments
 
 
 @dataclass(frozen=True)
-class _MicroBatch:
-    """One micro-batch on its way; each method is a moment of it, without the state."""
+class _Step:
+    """A step's moments, each as what it takes beside the state."""
 
     config: Config
     setup: Setup
     sizes: Sizes
 
     def forward(self) -> Memory:
-        """In the routed experts of the last layer."""
-        others = (self._layers - 1) * sum(self._kept)
+        """In the last layer's routed experts, which need most; the shared ones come after them."""
         whole = kept(self.sizes, recomputes=False, has_auxiliary_losses=self._has_auxiliary_losses)
         layer = sum(whole) - whole.shared + forward(self.sizes)
-        return self._memory("forward pass of the last layer", others + layer + self._ends(1))
+        return self._micro_batch("last layer's forward pass", (self._layers - 1) * sum(self._kept) + layer, 1)
 
     def loss(self) -> Memory:
-        """In a chunk of the loss: the layers have kept all, and the gradient of their output is being made."""
-        return self._memory(
-            "loss", self._layers * sum(self._kept) + self._ends(3), logits=self._logits()
-        )  # fmt: skip
+        """In a chunk of the loss: beside its logits are the last sum and norm, and the gradient that is being made."""
+        return self._micro_batch("loss", self._layers * sum(self._kept), 3, logits=self._logits())
 
-    def first_backward(self) -> Memory:
-        """In the backward pass of the last layer, the first to be gone through."""
-        activations = self._layers * sum(self._kept) + self._ends(2) + self._backward()
-        head = BFLOAT16 * self._vocabulary if reduces_by_hooks(self.setup) else 0
-        return self._memory("backward pass of the last layer", activations, weight_gradients=head)
+    def last_layer_backward(self) -> Memory:
+        """The first to be gone through, while all layers' activations are there."""
+        head = BFLOAT16 * self._head if self.setup.reduces_by_hooks else 0
+        activations = self._layers * sum(self._kept) + self._backward()
+        return self._micro_batch("last layer's backward pass", activations, 2, 0, head, is_backward=True)
 
-    def last_backward(self) -> Memory:
-        """In the backward pass of the first layer, when the others' weight gradients have all been made."""
-        activations = sum(self._kept) + self._ends(2) + self._backward()
-        if reduces_by_hooks(self.setup):
-            gradients = weight_gradients(self.config) + BFLOAT16 * self._vocabulary  # and the embedding's
-        else:
-            is_in_segments = self.setup.stage is not None and self.setup.ranks > 1 and not self._has_auxiliary_losses
-            layers = -(-self._layers // SEGMENTS) if is_in_segments else self._layers
-            gradients = (layers - 1) * weight_gradients(self.config)
-        return self._memory("backward pass of the first layer", activations, weight_gradients=gradients)
+    def first_layer_backward(self) -> Memory:
+        """The last to be gone through, while the gradients of the other layers' weights wait to be added."""
+        gradients = (self._layers_in_a_segment() - 1) * weight_gradients(self.config)
+        if self.setup.reduces_by_hooks:  # then those of one layer, and the embedding's
+            gradients = weight_gradients(self.config) + BFLOAT16 * self._head
+        activations = sum(self._kept) + self._backward()
+        return self._micro_batch("first layer's backward pass", activations, 2, 0, gradients, is_backward=True)
 
-    def _memory(self, moment: str, activations: int, logits: int = 0, weight_gradients: int = 0) -> Memory:
-        tokens = INT64 * 3 * self.sizes.T + INT32 * self.sizes.T
-        angles = FLOAT32 * self.sizes.T * self.sizes.D
+    def update(self) -> Memory:
+        """Stage 3 copies the gradients that it updates with."""
+        if self.setup.stage != 3 or self.setup.offload_optimizer:
+            return Memory()
+        numbers = min(count_parameters(self.config.model).total // self.setup.ranks, SUB_GROUP)
+        return Memory(activations=FLOAT32 * numbers, buckets=self._buckets(is_backward=False), moment="update")
+
+    def evaluation(self) -> int:
+        """A layer's forward pass, then the loss of one row, without a graph; 0 where the micro-batch's memory serves.
+
+        The loss of a row makes float32 logits and their log-softmax beside the bfloat16 ones. It uses what the layer
+        left to the allocator if one of its blocks is large enough for them.
+        """
+        if not self._is_captured:
+            return 0
+        layer = self.sizes.routed + forward(self.sizes)
+        rows = min(LOSS_CHUNK_TOKENS, self.config.data.sequence_length)
+        logits = rows * self.config.model.vocab_size
+        loss = EVALUATED_LOGIT * logits
+        is_reused = self.sizes.routed >= FLOAT32 * logits
+        return (max(layer, loss) if is_reused else layer + loss) + 4 * self.sizes.residual
+
+    def recordings(self) -> int:
+        """A graph of the step's first micro-batch, and one of all others."""
+        layers = self.config.model.num_hidden_layers + 1  # and all that is around them
+        return GRAPHS * layers * KERNELS * GRAPH_NODE if self._is_captured else 0
+
+    def _micro_batch(
+        self,
+        moment: str,
+        activations: int,
+        residuals: int,
+        logits: int = 0,
+        weight_gradients: int = 0,
+        is_backward: bool = False,
+    ) -> Memory:
+        """Beside the layers are `residuals` (T, H) tensors, the batch, rotary angles, and bounds and flags of tokens.
+
+        And the embedded tokens, which wait for their gradient where p828 adds it up.
+        """
+        batch = (3 * INT64 + INT32) * self.sizes.T
+        residuals += not self.setup.reduces_by_hooks
+        beside = residuals * self.sizes.residual + FLOAT32 * self.sizes.T * self.sizes.D
         bounds = (2 * INT32 + 2) * self.sizes.T
-        is_captured = not (self.config.train.gradient_checkpointing or reduces_by_hooks(self.setup))
+        graph_batches = GRAPHS * batch if self._is_captured else batch
         return Memory(
-            weights=0,
-            masters=0,
-            gradients=0,
-            moments=0,
-            activations=activations + tokens + angles + bounds,
+            activations=activations + graph_batches + beside + bounds,
             weight_gradients=weight_gradients,
             logits=logits,
+            buckets=self._buckets(is_backward),
             gathered=self._gathered(),
-            workspace=WORKSPACE * (4 if is_captured else 2),
-            recordings=tokens if is_captured else 0,
-            fragmentation=0,
+            workspace=WORKSPACE * (4 if self._is_captured else 2),
             moment=moment,
         )
 
-    def _ends(self, more: int) -> int:
-        """(T, H) tensors outside the layers: the embedded tokens, which wait for their gradient, and `more` others."""
-        return (more + 1) * self.sizes.residual
-
     def _logits(self) -> int:
-        rows = min(LOSS_CHUNK_TOKENS, self.sizes.T)
-        vocabulary = self.config.model.vocab_size
+        """The head's weight is filled up with rows of zeros to whole columns, if need be."""
+        rows, vocabulary = min(LOSS_CHUNK_TOKENS, self.sizes.T), self.config.model.vocab_size
         columns = -(-vocabulary // LOSS_COLUMNS) * LOSS_COLUMNS
         chunk = BFLOAT16 * rows * columns
-        if columns > vocabulary:  # the head's weight filled up with rows of zeros, and the last rows' gradient
+        if columns > vocabulary:
             chunk += self.sizes.H * (BFLOAT16 * columns + FLOAT32 * LOSS_COLUMNS)
-        if reduces_by_hooks(self.setup):  # the head's gradient: summed in float32, then rounded
-            return FLOAT32 * self._vocabulary + max(chunk, BFLOAT16 * self._vocabulary)
+        if self.setup.reduces_by_hooks:  # the head's gradient is summed in float32, then rounded
+            return FLOAT32 * self._head + max(chunk, BFLOAT16 * self._head)
         return chunk
 
-    def _gathered(self) -> int:
-        if self.setup.stage != 3 or self.setup.ranks == 1:
+    def _buckets(self, is_backward: bool) -> int:
+        """Stage 3 has one all the time, and what it scatters beside it. Others have theirs in the backward pass alone,
+        one or two, and a copy of what is being reduced.
+        """
+        if not self.setup.reduces_by_hooks:
             return 0
-        most = STAGE_3_LIVE
-        from p828.model.costs import count_parameters
+        if self.setup.stage == 3:
+            count = 2 if is_backward else 1
+        else:
+            count = (3 if self.setup.has_two_buckets else 2) if is_backward else 0
+        return BFLOAT16 * self.setup.bucket_numbers * count
 
-        return BFLOAT16 * min(count_parameters(self.config.model).total, most)
+    def _gathered(self) -> int:
+        """All weights, or as many as may be live beside the layer that is at work."""
+        if self.setup.stage != 3 or (self.setup.ranks == 1 and not self.setup.offload_param):
+            return 0
+        layer = sum(one.numbers for one in layer_shapes(self.config.model))
+        numbers = min(count_parameters(self.config.model).total, self.setup.live_numbers + layer)
+        return self.setup.computed_bytes * numbers
+
+    def _layers_in_a_segment(self) -> int:
+        """Of the backward pass, after which gradients are added to the sums."""
+        is_whole = self.setup.stage is None or self.setup.ranks == 1 or self._has_auxiliary_losses
+        return self._layers if is_whole else -(-self._layers // SEGMENTS)
 
     def _backward(self) -> int:
         return backward(self.sizes, self._kept, self._recomputes)
@@ -169,6 +233,10 @@ class _MicroBatch:
         return self.config.train.gradient_checkpointing
 
     @property
+    def _is_captured(self) -> bool:
+        return not (self._recomputes or self.setup.reduces_by_hooks or self.config.train.compile == "off")
+
+    @property
     def _has_auxiliary_losses(self) -> bool:
         return bool(self.config.balance.sequence_loss_weight or self.config.balance.z_loss_weight)
 
@@ -177,9 +245,6 @@ class _MicroBatch:
         return self.config.model.num_hidden_layers
 
     @property
-    def _vocabulary(self) -> int:
+    def _head(self) -> int:
         """Numbers of the output head."""
         return self.config.model.vocab_size * self.config.model.hidden_size
-
-
-STAGE_3_LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters

@@ -1,0 +1,130 @@
+"""`p828 plan` as a user calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from p828.cli.plan import run
+from p828.data.tokens.format import open_manifest
+from p828.errors import ConfigError
+from runs import write_toml
+
+OLD = Path(__file__).parents[1] / "data_of_old_versions"
+OLD_RUNS, OLD_PREPARED = OLD / "runs", OLD / "prepared"
+WIDTH = 80
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    run(list(arguments))
+    return capsys.readouterr().out
+
+
+def test_it_needs_no_pytorch() -> None:
+    program = (
+        "import sys; from p828.cli.main import dispatch; dispatch(sys.argv[1:]); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "plan", "800m", "--gpus", "8"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ZeRO 3" in done.stdout
+
+
+def test_planned_is_told_to_be_4_4_billion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "4.38 B parameters, 1.66 B active" in shown(capsys, "planned")
+
+
+def test_the_documented_plan_is_today_s(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
+    documented = text.partition("$ p828 plan 800m --gpus 2\n")[2].partition("\n```")[0]
+    assert documented + "\n" == shown(capsys, "800m", "--gpus", "2")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("800m",),
+        ("planned", "--gpus", "1000000", "--gpu", "4090"),
+        ("quickstart", "--gpu", "rtx-5090", "--train.micro_batch_size", "8", "--kilowatt-hour-price", "0.3"),
+        ("fine-grained", "--model.hidden_size", "8192", "--model.num-hidden-layers", "96"),
+    ],
+)
+def test_it_fits_a_terminal(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    lines = shown(capsys, *arguments).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert any("advice" in line for line in lines)
+
+
+def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = json.loads(shown(capsys, "800m", "--gpus", "2", "--gpu-hour-price", "2", "--json"))
+    assert [engine["stage"] for engine in plan["engines"]] == [None, 1, 2, 3]
+    for engine in plan["engines"]:
+        memory = engine["memory_bytes"]
+        assert memory.pop("total") == sum(memory.values())
+    assert plan["cost"] == pytest.approx(2 * 2 * plan["hours"])
+    assert plan["advice"]["setup"]["stage"] == 1
+    assert "2e-3" in plan["advice"]["sentence"] or "0.002" in plan["advice"]["sentence"]
+    assert sum(plan["parameters"]["by_part"].values()) == plan["parameters"]["total"]
+
+
+def test_epochs_of_local_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_toml(tmp_path, train={"device": "auto"})
+    size = sum(file.stat().st_size for file in (tmp_path / "text").iterdir())
+    (source,) = json.loads(shown(capsys, str(path), "--json"))["sources"]
+    assert source["tokens"] == pytest.approx(0.8 * size / 2.7)
+    assert source["epochs"] == pytest.approx(12 * 2 * 2 * 32 / source["tokens"])
+    path = write_toml(tmp_path, train={"device": "auto"}, data={"files": ["nowhere/*.txt"]})
+    (source,) = json.loads(shown(capsys, str(path), "--json"))["sources"]
+    assert source["tokens"] is None
+    assert "nowhere" in source["how"]
+
+
+def test_epochs_of_prepared_data(capsys: pytest.CaptureFixture[str]) -> None:
+    (source,) = json.loads(shown(capsys, "quickstart", "--data.prepared", str(OLD_PREPARED), "--json"))["sources"]
+    counted = sum(shard.tokens for shard in open_manifest(OLD_PREPARED).training)
+    assert (source["tokens"], source["how"]) == (counted, "counted when prepared")
+    assert source["epochs"] == 3000 * 1024 / counted
+
+
+@pytest.mark.parametrize("directory", sorted(OLD_RUNS.iterdir()), ids=lambda directory: directory.name)
+def test_a_run_of_an_older_version(capsys: pytest.CaptureFixture[str], directory: Path) -> None:
+    text = shown(capsys, str(directory), "--train.device", "auto", "--train.dtype", "auto")
+    assert "advice" in text
+
+
+def test_a_run_s_measured_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The median of its last hundred steps."""
+    path = write_toml(tmp_path, train={"device": "auto"})
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "config.toml").write_text(path.read_text())
+    records = [{"kind": "step", "step": step, "mfu": 0.1 if step < 50 else 0.33} for step in range(1, 151)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rate = json.loads(shown(capsys, str(directory), "--json"))["rate"]
+    assert rate == {"share_of_datasheet": 0.33, "from": "measured in this run"}
+    rate = json.loads(shown(capsys, str(directory), "--json", "--mfu", "0.5"))["rate"]
+    assert rate == {"share_of_datasheet": 0.5, "from": "as given"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("800m", "--gpu", "h10"), r"--gpu h10; did you mean h100\?"),
+        (("800m", "--gpus", "0"), "--gpus 0: a whole number from 1 is accepted"),
+        (("800m", "--mfu", "47"), r"--mfu 47.0: a share between 0 and 1 is accepted"),
+        (("800m", "--gpu-hour-price", "-1"), "--gpu-hour-price -1.0: a number of at least 0"),
+        (("800m", "--gpus", "2", "--engine", "plain"), "--engine plain trains on one GPU, not 2"),
+        (("800m", "--model.head_dim", "66"), "model.head_dim = 66: in bfloat16 on a GPU, a multiple of 8"),
+        (("800m", "--train.device", "cpu"), 'train.device = "cpu": p828 plan is about GPUs'),
+        (("800m", "--train.dtype", "float32"), 'train.dtype = "float32": p828 plan is about bfloat16'),
+        (("800m", "--gpu-count", "2"), "unknown flag --gpu-count"),
+        (("80m",), "no preset '80m'"),
+        ((), "no configuration given. Usage: p828 plan CONFIG"),
+    ],
+)
+def test_wrong_input(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(list(arguments))

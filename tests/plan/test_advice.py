@@ -1,0 +1,103 @@
+"""The recommendation: it fits, keeps the step, and is the simplest of the fast ways."""
+
+import dataclasses
+
+import pytest
+
+from p828.config import Config, load, with_vocabulary
+from p828.model.costs import flops_per_token
+from p828.plan.advice import ADVISED_SHARE, advise
+from p828.plan.learning_rate import caveat, learning_rate
+from p828.plan.links import link_bytes
+from p828.plan.plan import Machine, make_plan
+from p828.plan.setup import Setup
+from p828.plan.speed import BETWEEN_STEPS, LARGE_EXPERTS, step_time
+from p828.system.cards import card
+
+
+def preset(name: str) -> Config:
+    return with_vocabulary(load(name))
+
+
+@pytest.mark.parametrize(
+    "name, gpu, gpus, stage, recomputes",
+    [
+        ("800m", "h100", 1, None, False),
+        ("800m", "h100", 4, 1, False),
+        ("800m", "4090", 1, None, False),
+        ("planned", "h100", 1, None, True),
+        ("planned", "4090", 8, 2, True),
+        ("planned", "4090", 1, 3, True),
+    ],
+)
+def test_advised_ways(name: str, gpu: str, gpus: int, stage: int | None, recomputes: bool) -> None:
+    plan = make_plan(preset(name), Machine(card(gpu), gpus))
+    advice = advise(plan)
+    assert advice.setup is not None
+    assert (advice.setup.stage, advice.gradient_checkpointing) == (stage, recomputes)
+    assert advice.memory_bytes <= ADVISED_SHARE * card(gpu).memory_bytes
+    rows = advice.micro_batch_size * advice.gradient_accumulation * gpus
+    assert rows == preset(name).train.micro_batch_size * preset(name).train.gradient_accumulation
+
+
+def test_what_fits_nowhere_is_told_how_many_gpus_it_takes() -> None:
+    config = preset("planned")
+    model = dataclasses.replace(config.model, hidden_size=8192, n_routed_experts=64)
+    advice = advise(make_plan(dataclasses.replace(config, model=model), Machine(card("h100"), 8)))
+    assert advice.setup is None
+    assert advice.gpus_needed > 8
+
+
+def test_the_step_keeps_its_tokens_on_several_gpus() -> None:
+    one, eight = (make_plan(preset("800m"), Machine(card("h100"), gpus)) for gpus in (1, 8))
+    assert eight.tokens_per_step == one.tokens_per_step
+    assert eight.config.train.gradient_accumulation == 2
+    assert eight.remarks == [
+        'on 8 GPUs with engine = "deepspeed", train.gradient_accumulation 2 on each in place of 16'
+    ]
+    assert one.hours / 8 < eight.hours < one.hours / 6
+
+
+def test_a_step_that_cannot_be_divided_is_told_of() -> None:
+    plan = make_plan(preset("800m"), Machine(card("h100"), 3))
+    assert plan.tokens_per_step == 3 * 5 * 8 * 2048 == 245_760
+    assert plan.remarks[0].endswith(": a step has 245,760 tokens in place of 262,144")
+
+
+def test_a_run_of_some_hours_ends_with_them() -> None:
+    config = preset("800m")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, hours=10))
+    plan = make_plan(config, Machine(card("h100")))
+    assert plan.hours == pytest.approx(10, rel=1e-3)
+    assert plan.sources[0].planned == plan.tokens == plan.config.train.steps * 262_144
+    assert plan.remarks == [f"train.hours = 10 ends the run after about {plan.config.train.steps:,} of 500,000 steps"]
+
+
+def test_the_law_of_the_learning_rate() -> None:
+    assert learning_rate(275_000_000) == 2e-3
+    assert learning_rate(550_000_000) == pytest.approx(1e-3)
+    assert learning_rate(57_000_000) == 2e-3
+    assert caveat(300_000_000, 262_144) == ""
+    assert caveat(57_000_000, 262_144) == "this one has 57 M"
+    assert caveat(300_000_000, 1024) == "these steps have 1k"
+
+
+def test_bytes_over_the_links() -> None:
+    """The table of docs/distributed.md, for a model of 1,000 parameters on 4 GPUs in steps of 8 micro-batches."""
+    share = 3 / 4 * 1000
+    expected = {0: 4 * 2 * share, 1: (4 + 2) * share, 2: (8 * 2 + 2) * share, 3: (8 * 2 + 8 * 2) * share}
+    for stage, size in expected.items():
+        assert link_bytes(Setup(stage, 4), 1000, 8).total == size
+    assert link_bytes(Setup(3, 4, live_numbers=10), 1000, 8).total == (8 * 2 + 2 * 8 * 2) * share
+    assert link_bytes(Setup(), 1000, 8).total == link_bytes(Setup(1, 1), 1000, 8).total == 0
+
+
+def test_a_step_takes_its_flops_at_the_rate() -> None:
+    config, h100 = preset("800m"), card("h100")
+    none = link_bytes(Setup(), 1, 1)
+    time = step_time(config, Setup(), h100, none, 8, 16, LARGE_EXPERTS)
+    flops = 16 * 8 * 2048 * flops_per_token(config.model, 2048)
+    assert time.computing == pytest.approx(flops / (LARGE_EXPERTS * h100.peak_flops))
+    assert time.starting == BETWEEN_STEPS
+    assert time.links == 0
+    assert step_time(config, Setup(2, 2), h100, none, 8, 16, LARGE_EXPERTS).starting > 16 * BETWEEN_STEPS
