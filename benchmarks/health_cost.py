@@ -30,7 +30,7 @@ from p828.model import transformer
 from p828.model.router import Routing
 from p828.optim.balance import update_biases
 from p828.optim.clipping import global_norm, gradient_norms
-from p828.runs.records import MEASURED_EVERY, encoded, is_measured, shortened
+from p828.runs.records import MEASURED_EVERY, encoded, shortened
 
 WARM_UP = 12  # steps: compiled, captured, and with one that is measured
 
@@ -80,7 +80,7 @@ class Turns:
         found = []
         for _ in range(steps):
             self.count += 1
-            started, measured = time.perf_counter(), is_measured(self.count)
+            started, measured = time.perf_counter(), self.count % MEASURED_EVERY == 0
             batch = next(self.batches)
             self.engine.forward_backward(batch, batch.num_targets)
             self.result = self.engine.step(self.config.optimizer.learning_rate, measured)

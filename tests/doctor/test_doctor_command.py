@@ -4,11 +4,13 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from p828.cli.doctor import run_of
 from p828.cli.main import dispatch
@@ -20,25 +22,22 @@ from runs import run_config, write_toml
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_BASE_URL": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
 
 
-def doctor(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "p828", "doctor", *arguments], cwd=cwd, env={**os.environ, **OFFLINE},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-
-
-def test_a_sound_configuration_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_a_sound_configuration_passes_and_nothing_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write_toml(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("WANDB_BASE_URL", OFFLINE["WANDB_BASE_URL"])
     before = sorted(tmp_path.rglob("*"))
-    done = doctor(str(config), "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    assert dispatch(["doctor", str(config), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
     checks = {check["name"]: check for check in found["checks"]}
     assert found["status"] == "warning"
     assert {name for name, check in checks.items() if check["status"] != "ok"} <= {"weights & biases", "run directory"}
     assert {"python", "pytorch", "packages", "memory", "disk", "lock", "writing", "cpu matmul", "cpu memory",
-            "kernel attention", "kernel routed experts", "hugging face hub", "tokenizer", "data files", "epochs",
-            "validation"} <= set(checks)  # fmt: skip
+            "kernel attention", "kernel routed experts", "hugging face hub", "model", "tokenizer", "data files",
+            "epochs", "validation"} <= set(checks)  # fmt: skip
     assert all(set(check) == {"name", "status", "text", "remedy"} for check in found["checks"])
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -66,6 +65,23 @@ def test_a_failure_is_told_in_a_narrow_terminal_with_exit_code_1(tmp_path: Path)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", out.decode())
     assert max(map(len, plain.splitlines())) <= 40
     assert "failure  tokenizer: " in plain
+
+
+def test_a_missing_package_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-m", "p828", "doctor", "--json"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert found["pytorch"]["status"] == found["all else"]["status"] == "failure"
+    assert "no torch here" in found["pytorch"]["text"]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -188,3 +204,56 @@ def test_packages_that_are_too_old_are_named(monkeypatch: pytest.MonkeyPatch) ->
     assert check.text.startswith("torch 2.")
     assert check.text.endswith("is not >=99; nothing-of-this-name is missing")
     assert "pip install" in check.remedy
+
+
+def test_a_runs_findings_are_told_with_cause_and_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real run at thirty times the rate that it can bear."""
+    monkeypatch.chdir(tmp_path)
+    changes = {"optimizer": {"learning_rate": 5.0}, "train": {"steps": 50}, "schedule": {"warmup_steps": 0}}
+    config = write_toml(tmp_path, evaluation={"every": 0, "rows": 2}, checkpoint={"every": 50}, **changes)
+    assert dispatch(["train", str(config), "--name", "bad"]) == 0
+    capsys.readouterr()
+    assert dispatch(["doctor", "bad"]) == 1
+    out, err = capsys.readouterr()
+    assert "learning_rate_high" in out
+    for word in ("→ cause: ", "→ to do: ", "→ rule: "):
+        assert word in out
+    assert "p828: runs/bad: " in err
+    assert dispatch(["doctor", "runs/bad", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run"], found["state"], found["step"]) == ("runs/bad", "complete", 50)
+    assert "learning_rate_high" in [finding["rule"] for finding in found["findings"]]
+    assert {"rule", "severity", "step", "since", "evidence", "cause", "remedy", "reference"} <= set(
+        found["findings"][0]
+    )
+
+
+@pytest.mark.parametrize("name", ["two-ranks", "whole-tensors"])
+def test_sound_runs_of_earlier_versions_have_nothing_to_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = tmp_path / name
+    shutil.copytree(Path(__file__).parents[1] / "data_of_old_versions" / "runs" / name, run)
+    assert dispatch(["doctor", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{run}: interrupted, step 7 of 12 (")
+    assert out.endswith("; no finding\n")
+    assert dispatch(["doctor", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["findings"] == []
+
+
+def test_a_run_is_looked_at_without_pytorch(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(Path(__file__).parents[1] / "data_of_old_versions" / "runs" / "two-ranks", run)
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-m", "p828", "doctor", str(run)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

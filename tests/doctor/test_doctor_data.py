@@ -77,6 +77,18 @@ def test_text_that_does_not_come_back_is_measured(tmp_path: Path, unknown: int, 
     assert _judged("data", replace(found, repeated=0), "documents").status == status
 
 
+def test_conversations_are_counted_and_their_messages_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "talk.jsonl"
+    questions = [f"say <|endoftext|> {number} times" for number in range(200)]
+    answer = {"role": "assistant", "content": "I would rather not, é"}
+    talks = [{"messages": [{"role": "user", "content": question}, answer]} for question in questions]
+    path.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    data = {"files": [str(path)], "messages_field": "messages"}
+    found = checks_of(run_config(tmp_path, data=data, train={"steps": 1}))
+    assert {check.status for check in found.values()} == {"ok"}
+    assert "0 repeated; all of the text survives decoding" in found["data files"].text
+
+
 def test_a_vocabulary_that_the_model_has_no_rows_for_is_a_failure(tmp_path: Path) -> None:
     name = word_tokenizer(tmp_path, [f"w{number}" for number in range(500)])
     tokenizer, check = check_tokenizer(run_config(tmp_path, tokenizer={"name": name, "vocab_size": 300}))

@@ -37,13 +37,16 @@ class Fault:
     """Rules that name the cause: one of them has to be among the first two findings."""
     inject: Injection = unbroken
     strengths: tuple[Strength, ...] = ("on",)
-    seeds: tuple[int, ...] = (0, 1)
     settings: Callable[[Strength, Path], Settings] = lambda strength, corpus: {}
     """Changes to `base`, given the strength and where the corpus is."""
     strikes_at: int = 1
     """First step that is broken."""
-    starts: tuple[tuple[str, ...], ...] = ((),)
-    """Flags of each start of the run; the injection is at work in the last one alone if there are several."""
+    is_resumed: bool = False
+    """Sound until it is ended by SIGTERM in the middle, and broken once it is started again."""
+    hangs: bool = False
+    """Judged while its process holds the run, and then killed."""
+    has_own_disk: bool = False
+    """On a disk of as many megabytes as the strength says, which only root can make."""
 
 
 @dataclass(frozen=True)

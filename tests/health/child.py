@@ -1,23 +1,48 @@
-"""`p828 train` in this process with one thing broken: python child.py CONFIG FAULT STRENGTH [FLAG ...].
+"""A process that trains with one thing broken. It is forked from a server that has imported PyTorch already."""
 
-STRENGTH is the strength's number among those of the fault; FAULT is the name of a fault or of a healthy run.
-"""
-
+import os
 import sys
+from collections.abc import Sequence
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 
+import torch
 from all_faults import FAULTS
 from cases import Fault, Healthy
 from healthy import HEALTHY
 
+import p828.train.build  # so that no child needs to
 from p828.cli.main import dispatch
 
-
-def main(config: str, name: str, strength: str, *flags: str) -> int:
-    case: Fault | Healthy = next(case for case in (*FAULTS, *HEALTHY) if case.name == name)
-    value = case.strengths[int(strength)] if isinstance(case, Fault) else "on"
-    with case.inject(value):
-        return dispatch(["train", config, *flags])
+CASES: dict[str, Fault | Healthy] = {case.name: case for case in (*FAULTS, *HEALTHY)}
+assert p828.train.build
 
 
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+def start(config: Path, name: str, strength: int | None, log: Path, flags: Sequence[str] = ()) -> ForkServerProcess:
+    """`p828 train CONFIG FLAGS` with the case's injection at work, or with a strength of None without it.
+
+    `strength` is the number of one of the fault's. All that is printed is added to `log`.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["child"])
+    arguments = (str(config), name, strength, str(log), tuple(flags))
+    process = context.Process(target=_train, args=arguments, daemon=True)  # ends with the proof
+    process.start()
+    return process
+
+
+def _train(config: str, name: str, strength: int | None, log: str, flags: tuple[str, ...]) -> None:
+    os.setsid()  # signals of the terminal end the proof, which ends its runs
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    os.chdir(Path(config).parent)
+    torch.set_num_threads(1)
+    case = CASES[name]
+    arguments = ["train", config, *flags]
+    if strength is None:
+        sys.exit(dispatch(arguments))
+    with case.inject(case.strengths[strength] if isinstance(case, Fault) else ""):
+        sys.exit(dispatch(arguments))

@@ -22,7 +22,7 @@ SHORTEST, LONGEST = 200, 3000  # characters of a document
 
 
 def write_corpus(directory: Path, megabytes: int = MEGABYTES, is_prepared: bool = True) -> Path:
-    """`code.jsonl`, `few.jsonl`, `prose.jsonl`, `talk.jsonl`, `tokenizer.json` and `prepared/`, unless they are there."""
+    """Four .jsonl files, `tokenizer.json` and `prepared/`, unless they are there."""
     if (directory / "tokenizer.json").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def _definitions(size: int) -> Iterator[tuple[str, str, str]]:
     library = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(path for path in library.rglob("*.py") if "site-packages" not in path.parts)
     random.Random(0).shuffle(paths)
-    total = 0
+    total, texts = 0, set[str]()
     for path in paths:
         try:
             source = path.read_text()
@@ -72,12 +72,20 @@ def _definitions(size: int) -> Iterator[tuple[str, str, str]]:
         except (UnicodeDecodeError, SyntaxError):  # tests of the library's own parser
             continue
         lines = source.splitlines(keepends=True)
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
-                continue
+        for node in _parts(tree):
             text = "".join(lines[node.lineno - 1 : node.end_lineno])
-            if SHORTEST <= len(text) <= LONGEST:
+            if SHORTEST <= len(text) <= LONGEST and text not in texts:
+                texts.add(text)
                 total += len(text)
                 yield node.name, text, ast.get_docstring(node) or ""
         if total > size:
             return
+
+
+def _parts(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """Functions and classes, none of which is in another one; of a class that is too long its methods."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and (node.end_lineno or 0) - node.lineno > LONGEST // 40:
+            yield from _parts(node)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node

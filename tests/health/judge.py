@@ -1,9 +1,10 @@
 """What the rules found in a run: afterwards from its directory, and live, as the run itself recorded it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from proof_runs import ProofRun
+from proof_runs import FOUND, ProofRun
 
 from p828.health.finding import Finding, finding_of
 from p828.health.of_run import findings_of, readable
@@ -40,5 +41,7 @@ class Verdict:
 
 def judged(run: ProofRun, directory: Path) -> Verdict:
     path = directory / run.name
+    found = path.with_name(path.name + FOUND)
+    afterwards = findings_of(path) if not found.exists() else list(map(finding_of, json.loads(found.read_text())))
     live = [finding_of(record) for record in readable(path) if record["kind"] == "finding"]
-    return Verdict(run, findings_of(path), [finding for finding in live if finding is not None])
+    return Verdict(run, afterwards, [finding for finding in live if finding is not None])

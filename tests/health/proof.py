@@ -6,17 +6,14 @@ python tests/health/proof.py DIRECTORY [--only WORDS] [--again] [--jobs N] [--wr
 import argparse
 import os
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `runs`
 
 from all_faults import FIRST_HALF
 from cases import Fault
 from corpus import write_corpus
 from judge import FIRST, Verdict, judged
-from proof_runs import ProofRun, proof_runs
+from proof_runs import FOUND, ProofRun, proof_runs
 from table import page
 
 
@@ -40,11 +37,15 @@ def main() -> None:
 
 def prove(wanted: list[ProofRun], directory: Path, jobs: int | None, again: bool = False) -> list[Verdict]:
     """Make the runs that are missing, and judge each; prints a line of each as it ends."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # several runs share the cores
+    directory.mkdir(parents=True, exist_ok=True)
     corpus = write_corpus(directory / "corpus")
 
     def proved(run: ProofRun) -> Verdict:
         if again or not (directory / f"{run.name}.log").exists():
             shutil.rmtree(directory / run.name, ignore_errors=True)
+            for suffix in (".log", FOUND):
+                (directory / f"{run.name}{suffix}").unlink(missing_ok=True)
             run.make(corpus, directory)
         verdict = judged(run, directory)
         print(line(verdict), flush=True)

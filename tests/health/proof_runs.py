@@ -1,20 +1,30 @@
 """Makes the runs of the proof, each in a process of its own."""
 
+import json
 import re
-import signal
-from collections.abc import Iterator
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import tomli_w
 from all_faults import FAULTS
 from cases import STRIKES_AT, Fault, Healthy, Settings, Strength, base, joined
+from child import start
 from healthy import HEALTHY
 
-from runs import start, wait_for_step
+from p828.health.finding import Finding
+from p828.health.of_run import findings_of
+from p828.runs import records
+from p828.runs.file_names import RECORDS_FILE
 
-CHILD = str(Path(__file__).with_name("child.py"))
 RUN_WITHIN = 600  # seconds
+LOOK_EVERY = 0.2  # seconds
+FOUND = ".found.json"  # beside a run that was judged while it hung
 
 
 @dataclass(frozen=True)
@@ -46,17 +56,6 @@ class ProofRun:
         strength = self.strength_value
         return strength if isinstance(strength, str) else f"{strength:.3g}"
 
-    def make(self, corpus: Path, directory: Path) -> Path:
-        """The run's directory, once the run has ended. What it printed is beside it, in NAME.log."""
-        settings = joined(base(corpus), self.changes(corpus), {"train": {"seed": self.seed}})
-        directory.mkdir(parents=True, exist_ok=True)
-        config = directory / f"{self.name}.toml"
-        config.write_text(tomli_w.dumps({"name": self.name, "runs_dir": str(directory), **settings}))
-        with (directory / f"{self.name}.log").open("w") as log:
-            for text in self._starts(config, directory):
-                log.write(text)
-        return directory / self.name
-
     @property
     def strength_value(self) -> Strength:
         return "" if isinstance(self.case, Healthy) else self.case.strengths[self.strength]
@@ -66,30 +65,73 @@ class ProofRun:
         case = self.case
         return case.settings(corpus) if isinstance(case, Healthy) else case.settings(self.strength_value, corpus)
 
-    def _starts(self, config: Path, directory: Path) -> Iterator[str]:
-        """Start the run once or several times, and give what each start printed."""
-        case = self.case
-        if isinstance(case, Healthy) and case.is_resumed:
-            first = start(str(config), case.name, "0", cwd=directory, launcher=(CHILD,))
-            wait_for_step(first, STRIKES_AT)
-            first.send_signal(signal.SIGTERM)
-            yield "".join(first.communicate(timeout=RUN_WITHIN))
-        starts = case.starts if isinstance(case, Fault) else ((),)
-        for number, flags in enumerate(starts, start=1):
-            broken = (CHILD, str(config), case.name, str(self.strength))
-            sound = ("-m", "p828", "train", str(config))
-            launcher = broken if number == len(starts) else sound
-            process = start(*flags, cwd=directory, launcher=launcher)
-            out, error = process.communicate(timeout=RUN_WITHIN)
-            yield f"{out}{error}exit code {process.returncode}\n"
+    def make(self, corpus: Path, directory: Path) -> Path:
+        """The run's directory, once the run has ended. What it printed is beside it, in NAME.log."""
+        settings = joined(base(corpus), self.changes(corpus), {"train": {"seed": self.seed}})
+        directory.mkdir(parents=True, exist_ok=True)
+        config = directory / f"{self.name}.toml"
+        config.write_text(tomli_w.dumps({"name": self.name, "runs_dir": str(directory), **settings}))
+        log, run = directory / f"{self.name}.log", directory / self.name
+        if self.case.is_resumed:
+            sound = None if isinstance(self.case, Fault) else 0
+            first = start(config, self.case.name, sound, log)
+            wait_for_step(first, run, STRIKES_AT)
+            first.terminate()
+            first.join(RUN_WITHIN)
+        with own_disk(run, self.strength_value) if self.has_own_disk else nullcontext():
+            process = start(config, self.case.name, self.strength, log)
+            if isinstance(self.case, Fault) and self.case.hangs:
+                wait_for_finding(process, run, self.case.rules)
+            else:
+                process.join(RUN_WITHIN)
+            process.kill()
+            process.join()
+        return run
+
+    @property
+    def has_own_disk(self) -> bool:
+        return isinstance(self.case, Fault) and self.case.has_own_disk
+
+
+def wait_for_step(process: ForkServerProcess, run: Path, step: int) -> None:
+    """Wait until the run has recorded a step."""
+    while process.is_alive():
+        if (run / RECORDS_FILE).exists() and any(record["step"] >= step for record in records.read(run / RECORDS_FILE)):
+            return
+        process.join(LOOK_EVERY)
+    raise AssertionError(f"{run} ended before step {step}")
+
+
+def wait_for_finding(process: ForkServerProcess, run: Path, rules: Sequence[str]) -> None:
+    """Wait until the run's records tell one of the rules, and write down what is found while the process is there."""
+    end, found = time.monotonic() + RUN_WITHIN, list[Finding]()
+    while process.is_alive() and time.monotonic() < end and not any(finding.rule in rules for finding in found):
+        process.join(LOOK_EVERY * 10)
+        found = findings_of(run) if (run / RECORDS_FILE).exists() else []
+    run.with_name(run.name + FOUND).write_text(json.dumps([finding.to_json() for finding in found]))
+
+
+@contextmanager
+def own_disk(run: Path, megabytes: Strength) -> Iterator[None]:
+    """A disk of that size in place of the run's directory, whose content stays when it is gone."""
+    run.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes:g}m", "tmpfs", str(run)], check=True)
+    try:
+        yield
+        shutil.copytree(run, beside := run.with_name(f".{run.name}"))
+    finally:
+        subprocess.run(["umount", "-l", str(run)], check=True)
+    run.rmdir()
+    beside.rename(run)
 
 
 def proof_runs() -> list[ProofRun]:
     """All of them: the faults in their order, then the healthy runs."""
-    broken = [
-        ProofRun(fault, strength, seed)
-        for fault in FAULTS
-        for strength in range(len(fault.strengths))
-        for seed in fault.seeds
-    ]
+    broken = [ProofRun(fault, strength, seed) for fault in FAULTS for strength, seed in _strengths_and_seeds(fault)]
     return broken + [ProofRun(case, 0, case.seed) for case in HEALTHY]
+
+
+def _strengths_and_seeds(fault: Fault) -> list[tuple[int, int]]:
+    """Every strength with a seed of its own; one that has no strengths with two seeds."""
+    count = len(fault.strengths)
+    return [(strength, strength) for strength in range(count)] if count > 1 else [(0, 0), (0, 1)]

@@ -4,8 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from all_faults import FAULTS
-from cases import Fault, Healthy, base, config_of, joined
+from cases import base, config_of, joined
 from corpus import write_corpus
 from healthy import HEALTHY
 from judge import Verdict, judged
@@ -17,7 +16,7 @@ from p828.api import train_run
 
 MISSED: set[str] = set()
 """Runs whose fault is not named."""
-SHORT = {"train": {"steps": 80}, "schedule": {"warmup_steps": 12}, "evaluation": {"every": 40}}
+SHORT = {"train": {"steps": 40}, "schedule": {"warmup_steps": 10}, "evaluation": {"every": 20}}
 
 
 @pytest.fixture(scope="module")
@@ -25,26 +24,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"), megabytes=1, is_prepared=False)
 
 
-def verdict_of(case: Fault | Healthy, corpus: Path, directory: Path) -> Verdict:
-    """A short run of the case in this process, at the fault's greatest strength."""
-    run = ProofRun(
-        case, len(case.strengths) - 1 if isinstance(case, Fault) else 0, case.seed if isinstance(case, Healthy) else 0
-    )
+def verdict_of(run: ProofRun, corpus: Path, directory: Path) -> Verdict:
+    """A short form of the run, in this process."""
     settings = joined(base(corpus), run.changes(corpus), SHORT)
-    with case.inject(run.strength_value):
+    with run.case.inject(run.strength_value):
         train_run(config_of(settings, directory, run.name, run.seed))
     return judged(run, directory)
 
 
-@pytest.mark.parametrize("name", ["auxiliary loss with the wrong sign", "wrong denominator"])
+@pytest.mark.parametrize("name", ["balance-bias-wrong-sign-1", "wrong-denominator-sum-of-means-0"])
 def test_a_fault_is_named(corpus: Path, tmp_path: Path, name: str) -> None:
-    verdict = verdict_of(next(fault for fault in FAULTS if fault.name == name), corpus, tmp_path)
+    verdict = verdict_of(next(run for run in proof_runs() if run.name == name), corpus, tmp_path)
     assert verdict.is_right, verdict.afterwards
     assert verdict.found_live is not None
 
 
 def test_a_healthy_run_is_left_alone(corpus: Path, tmp_path: Path) -> None:
-    verdict = verdict_of(HEALTHY[0], corpus, tmp_path)
+    verdict = verdict_of(ProofRun(HEALTHY[0], 0, 0), corpus, tmp_path)
     assert not [finding for finding in (*verdict.afterwards, *verdict.live) if finding.severity != "note"]
 
 

@@ -18,8 +18,17 @@ from p828 import config as configuration
 from p828.cli.main import dispatch
 from p828.config import Config, WandbConfig
 from p828.errors import ConfigError, DataError, RunStopped, closed_after
+from p828.optim.parts import PARTS
 from p828.runs import records
-from p828.runs.records import LOADS_A_STEP, Recorder, load_entropy, loads_every, loads_record
+from p828.runs.records import (
+    LOADS_A_STEP,
+    Recorder,
+    load_entropy,
+    loads_every,
+    loads_record,
+    measured_every,
+    shortened,
+)
 from p828.train.log.wandb import _run_id
 from runs import p828, start, wait_for_step, write_toml
 
@@ -163,16 +172,30 @@ def test_the_loads_of_a_large_model_are_recorded_now_and_then() -> None:
         assert (every - 1) * LOADS_A_STEP < layers * experts <= every * LOADS_A_STEP
 
 
+OF_UPDATES = ("grad_norms", "weight_norms", "update_ratios", "changed")
+OF_LAYERS = ("router_entropy", "bias_max", "bias_load_correlation", "sink_mean")
+
+
 def test_a_step_of_fine_grained_takes_less_than_a_kilobyte(tmp_path: Path) -> None:
     model, draw, steps = configuration.load("fine-grained").model, random.Random(0), 180
     layers, experts = model.num_hidden_layers, model.n_routed_experts
     numbers = ("perplexity", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
+
+    def by_part() -> dict[str, float]:
+        return {part: shortened(draw.random()) for part in PARTS}
+
+    def by_layer() -> list[float]:
+        return [shortened(draw.random()) for _ in range(layers)]
+
     with Recorder(tmp_path) as recorder:
         for step in range(1, steps + 1):
             loads_LE = [[draw.randrange(2 * 65536 * 6 // experts) for _ in range(experts)] for _ in range(layers)]
             recorder.write(
                 "step", 400_000 + step, tokens=65536 * (400_000 + step), documents=10**8, cut_documents=10**8,
-                rows="00000000", loss=draw.random() * 1e-5, memory_bytes=10**11,
+                rows="00000000", loss=draw.random() * 1e-5, memory_bytes=10**11, targets=65536, max_token=49151,
+                data_seconds=shortened(draw.random() * 1e-5), host_seconds=shortened(draw.random() * 1e-5),
+                **{name: by_part() for name in OF_UPDATES if step % measured_every(layers, experts) == 0},
+                **{name: by_layer() for name in OF_LAYERS if step % measured_every(layers, experts) == 0},
                 **{key: draw.random() * 1e-5 for key in numbers},
                 **loads_record(loads_LE, is_whole=step % loads_every(layers, experts) == 0),
             )  # fmt: skip
@@ -399,10 +422,14 @@ mirror = WandbMirror(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mod
 with suppress(error), Recorder(Path(sys.argv[1]), mirror=mirror) as recorder:
     assert mirror.url is None
     loads = loads_record([[1, 2, 0, 1], [3, 1, 0, 0]], is_whole=True)
-    recorder.write("step", 1, loss=2.5, perplexity=12.2, **loads | {"balance": [0.5, 0.25]})
+    by_part = {"router": 0.5, "head": 1.5}
+    more = {"balance": [0.5, 0.25], "router_entropy": [0.25, 0.5], "grad_norms": by_part}
+    recorder.write("step", 1, loss=2.5, perplexity=12.2, **loads | more)
     recorder.write("eval", 1, loss=2.25)
     recorder.write("tasks", 1, results={"letters": {"acc": 0.25}})
     recorder.write("event", 1, text="hello")
+    texts = {"evidence": "12 at step 1", "cause": "the rate", "remedy": "a lower one", "reference": "a paper"}
+    recorder.write("finding", 1, rule="divergence", severity="critical", since=1, **texts)
     if error is errors.RunStopped:
         for step in range(2, 7):
             recorder.write("step", step, loss=1.0 * step)
@@ -425,6 +452,9 @@ def test_wandb_offline_gets_flat_names_the_configuration_and_one_id(tmp_path: Pa
     exit_codes = [record.exit.exit_code for path in runs for record in wandb_records(path) if record.HasField("exit")]
     assert exit_codes == [0, 1], "paused is no failure"
     check_rows_after_a_rewind(runs[1])
+    (alert,) = (record.alert for record in wandb_records(runs[0]) if record.HasField("alert"))
+    assert (alert.title, alert.level) == ("divergence", "ERROR")
+    assert alert.text == "12 at step 1\nCause: the rate\nTo do: a lower one"
     logged, config, name = read_wandb(runs[0])
     assert logged.pop("step") == 1
     assert {key: value for key, value in logged.items() if not key.startswith("_")} == {
@@ -435,6 +465,9 @@ def test_wandb_offline_gets_flat_names_the_configuration_and_one_id(tmp_path: Pa
         "load/min_share": 0,
         "load/max_share": 3,
         "load/starved": 3,
+        "load/router_entropy": 0.25,
+        "train/grad_norms/head": 1.5,
+        "train/grad_norms/router": 0.5,
         "balance/layer_0": 0.5,
         "balance/layer_1": 0.25,
     }

@@ -102,6 +102,7 @@ def _as_json(run: str, found: StepBatch, rows: Rows, numbers: dict[int, int]) ->
         "hash": found.hash,
         "recorded_hash": found.recorded,
         "is_as_recorded": None if found.recorded is None else found.hash == found.recorded,
+        "notes": found.notes,
         "rows": shown,
     }
 
@@ -116,6 +117,7 @@ def _as_lines(found: StepBatch, rows: Rows, numbers: dict[int, int]) -> list[str
     ]
     if any(loss is not None for _, loss in rows):
         lines.append("losses  by the model of that checkpoint, in nats per token; the hardest rows first")
+    lines += [f"source  {note}" for note in found.notes]
     return lines + [line for row, loss in rows for line in _row(numbers[id(row)], row, loss)]
 
 

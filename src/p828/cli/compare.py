@@ -45,7 +45,10 @@ def run(arguments: list[str]) -> None:
     with waiting("reading the records of both runs", warn):
         found = side_by_side(Path(given.first), Path(given.second))
     if given.json:
-        print(json.dumps({"first": given.first, "second": given.second, **found.to_json()}, indent=1), flush=True)
+        print(
+            json.dumps({"first": given.first, "second": given.second, **found.to_json()}, indent=1, default=str),
+            flush=True,
+        )
     else:
         print(printable("\n".join(as_lines(found, given.first, given.second))), flush=True)
 

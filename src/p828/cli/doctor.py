@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from p828.cli.configuration import ConfigArguments, read_configuration
+from p828.cli.findings import show_findings
 from p828.cli.flags import HELP, parse_given
 from p828.cli.status_lines import show_status
 from p828.config import Config
@@ -41,7 +42,7 @@ def run(arguments: list[str]) -> None:
             raise ConfigError(
                 f"{others[0]}: accepted with a configuration; {directory} is a run, whose records are read"
             )
-        _show_findings(directory, own.json)
+        show_findings(directory, own.json)
         return
     if others and not own.config:
         raise ConfigError(f"{others[0]} changes a configuration, and none is named. Usage: {USAGE}")
@@ -86,10 +87,6 @@ def _show_checks(config: Config | None, as_json: bool) -> None:
         raise RunFailed(f"{len(failures)} of {len(checks)} checks failed: {', '.join(failures)}")
     if not as_json:
         print(f"\n{len(checks)} checks: no failure, {len(warnings)} warning{'' if len(warnings) == 1 else 's'}")
-
-
-def _show_findings(directory: Path, as_json: bool) -> None:
-    raise ConfigError(f"{directory} is a run")
 
 
 def _checks(config: Config | None) -> Iterator[Check]:

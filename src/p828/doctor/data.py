@@ -13,6 +13,7 @@ from p828.data.loader import open_prepared
 from p828.data.order import source_seed
 from p828.data.text.conversation_packing import template_of
 from p828.data.text.open import open_training
+from p828.data.tokenizer.chat_template import ChatTemplate
 from p828.data.tokenizer.of_run import SAMPLED_CHARACTERS, lost_fraction
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.doctor.check import Check
@@ -57,15 +58,17 @@ def check_data(config: Config, tokenizer: Tokenizer | None) -> list[Check]:
     return checks
 
 
-def sample_of(documents: Iterable[str], tokenizer: Tokenizer | None, is_chat: bool = False) -> DocumentSample:
+def sample_of(
+    documents: Iterable[str], tokenizer: Tokenizer | None, template: ChatTemplate | None = None
+) -> DocumentSample:
     """Count documents, up to a number of them, of characters and of seconds. Raises what reading them raises.
 
-    Of conversations, which are marked text, decoding is not looked at.
+    With a `template` they are conversations as marked text, of which the messages are to come back from their tokens.
     """
     begun, seen, texts, count, characters = time.monotonic(), set[bytes](), list[str](), 0, 0
     for text in documents:
         if kept := text[: max(SAMPLED_CHARACTERS - characters, 0)]:
-            texts.append(kept if not is_chat else text)
+            texts.append(kept if template is None else text)
         count, characters = count + 1, characters + len(text)
         seen.add(hashlib.blake2b(text.encode(), digest_size=16).digest())
         is_late = time.monotonic() - begun > MOST_SECONDS
@@ -74,9 +77,10 @@ def sample_of(documents: Iterable[str], tokenizer: Tokenizer | None, is_chat: bo
     found = DocumentSample(count, count - len(seen), characters)
     if tokenizer is None or not texts:
         return found
-    encoded = tokenizer.encode_marked(texts) if is_chat else tokenizer.encode_documents(texts)
+    encoded = tokenizer.encode_documents(texts) if template is None else tokenizer.encode_marked(texts)
     tokens = sum(map(len, encoded)) * characters / sum(map(len, texts))
-    return replace(found, tokens=tokens, lost=None if is_chat else lost_fraction(tokenizer, texts))
+    plain = texts if template is None else map(template.control.plain, texts)
+    return replace(found, tokens=tokens, lost=lost_fraction(tokenizer, plain))
 
 
 def _source(name: str, data: DataConfig, seed: int, tokenizer: Tokenizer | None) -> Check:
@@ -89,7 +93,7 @@ def _source(name: str, data: DataConfig, seed: int, tokenizer: Tokenizer | None)
         else:
             template = None if tokenizer is None else template_of(data, tokenizer)
             stream = open_training(replace(data, block_documents=1), seed, epochs=1, template=template)
-            found, what = sample_of(stream, tokenizer, is_chat=template is not None), "documents"
+            found, what = sample_of(stream, tokenizer, template), "documents"
     except P828Error as error:
         first, _, rest = str(error).partition("\n")
         return Check(name, "failure", first, rest or "mend or leave out what is named, or give other data")
@@ -134,7 +138,8 @@ def _amount(config: Config, tokenizer: Tokenizer) -> Check:
     except P828Error as error:
         return Check(name, "warning", str(error).partition("\n")[0])
     if lines := repeated(found):
-        return Check(name, "warning", "; ".join(lines), "give more text, or train fewer steps")
+        often = "; ".join(line.partition(". ")[0] for line in lines)
+        return Check(name, "warning", often, lines[0].partition(". ")[2])
     return Check(name, "ok", "; ".join(f"{one.name}: {describe(one)}{_epochs(one)}" for one in found))
 
 

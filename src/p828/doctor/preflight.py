@@ -29,6 +29,7 @@ from p828.errors import P828Error, RunFailed
 from p828.train.log.console import waiting
 
 Report = Callable[[str], None]
+LONGEST_CAUSE = 300  # characters of what PyTorch says
 
 
 def preflight(config: Config | None, report: Report) -> Iterator[Check]:
@@ -56,19 +57,23 @@ def preflight(config: Config | None, report: Report) -> Iterator[Check]:
 
 
 def _made(doing: str, report: Report, check: Callable[[], Iterable[Check]]) -> Iterable[Check]:
-    """What `check` finds; what keeps it from looking is a warning of its own."""
+    """What `check` finds. What keeps it from looking is a warning, and what PyTorch or the driver raises a failure."""
     with waiting(doing, report):
         try:
             return list(check())
         except P828Error as error:
             first, _, rest = str(error).partition("\n")
             return [Check(doing, "warning", f"not done: {first}", rest)]
+        except RuntimeError as error:  # as of a device that has failed, or a driver that does not fit
+            text = " ".join(str(error).split())[:LONGEST_CAUSE]
+            return [Check(doing, "failure", text, "nvidia-smi and dmesg may say more; start the machine again")]
 
 
 def _links(config: Config | None, gpus: int, report: Report) -> Iterator[Check]:
     """The links as nvidia-smi names them, beside what an all-reduce over them measures."""
     uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(gpus)]
-    topology, seconds = topology_of(uuids), None
+    with waiting("reading nvidia-smi topo -m", report):
+        topology, seconds = topology_of(uuids), None
     if gpus > 1:
         with waiting(f"measuring an all-reduce among {gpus} GPUs", report):
             seconds, found = _all_reduce(config, gpus, topology)

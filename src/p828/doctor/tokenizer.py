@@ -58,4 +58,4 @@ def _tokenizer(config: Config) -> tuple[Tokenizer, str]:
         return load_tokenizer(config.tokenizer, tuple, config.model.vocab_size, None, is_chat), config.tokenizer.name
     megabytes = min(config.tokenizer.training_megabytes, TRIAL_MEGABYTES)
     trial = replace(config, tokenizer=replace(config.tokenizer, training_megabytes=megabytes))
-    return tokenizer_of(trial), f"trained here on {megabytes} MB of the run's text"
+    return tokenizer_of(trial), f"trained here on up to {megabytes} MB of the run's text"

@@ -70,30 +70,31 @@ class StepStats:
         model: Transformer,
         totals: Mapping[str, Tensor],
         grad_norm: Tensor,
-        by_part: Mapping[str, Tensor],
+        by_part: Mapping[str, Tensor] | None = None,
         measured: Mapping[str, Tensor] | None = None,
     ) -> "StepStats":
         """From the sums of `microbatch.micro_batch_totals` over the step and the gradients' global norm.
 
-        `by_part` has tensors (X,) of the model's parts, in every step; `measured`, what `UpdateNumbers.finish` gives,
-        or None in a step that is not measured. Every engine calls this one after its update. At ZeRO stage 3 the
-        weights of `model` are elsewhere; the balance bias is there.
+        `by_part` has `grad_norms`, (X,) of the model's parts, if they were found. `measured` is what
+        `UpdateNumbers.finish` gives, None in a step that is not measured. Every engine calls this one after its update.
+        At ZeRO stage 3 the weights of `model` are elsewhere; the balance bias is there.
         """
         further = dict(totals)
         entropy_L = further.pop("entropy_L")  # a mean over tokens, each of which counts in as many loads
         if measured is not None:
             choices_L = totals["loads_LE"].sum(dim=1).clamp_min(1)
             further["router_entropy"] = entropy_L * model.config.num_experts_per_tok / choices_L
-        return cls({**further, "grad_norm": grad_norm, **by_part, **(measured or {})})
+        return cls({**further, "grad_norm": grad_norm, **(by_part or {}), **(measured or {})})
 
     def fetch(self, parts: Sequence[str] = (), span: DeviceSpan | None = None) -> StepResult:
         """All of it on the host; waits for the device once.
 
-        `parts` names the X entries of what is told by part. `span` is that of the step, just ended.
+        `parts` names the X entries of what is told by part. `span` began with the step and ends here.
         """
         started = time.perf_counter()
         packed = self._packed.cpu()
-        busy = None if span is None else span.busy_seconds(time.perf_counter() - started)
+        is_gpu = self._packed.is_cuda
+        busy = span.end(time.perf_counter() - started) if span is not None and is_gpu else None
         host = unpack(packed, self._shapes)
         loads = [[int(load) for load in load_E] for load_E in host.pop("loads_LE").tolist()]
         loss, grad_norm = host.pop("loss").item(), host.pop("grad_norm").item()
@@ -140,7 +141,7 @@ class Engine(Protocol):
         """Clip the gradients, update weights and balance bias, and begin the next step.
 
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite.
-        `is_measured`: also find what the update does to the weights and what the routers score, which takes longer.
+        `is_measured`: also find what the update does to the weights, and what the routers score.
         """
 
     def gathered_model(self) -> AbstractContextManager[Transformer]:

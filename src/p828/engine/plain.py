@@ -53,7 +53,7 @@ class PlainEngine:
         self._parts = parts_of(self._names.values())
         self._by_part = ByPart([self._names[p] for p in self.gradients.sums], self._parts, self.device)
         self._update_numbers = UpdateNumbers(self.model, list(self._held()), self._parts)
-        self._span = DeviceSpan(self.device)
+        self._span = DeviceSpan()
 
     def _make_optimizer(self) -> Optimizer:
         config = self.config.optimizer
@@ -87,11 +87,10 @@ class PlainEngine:
             applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
             self.optimizer.update(learning_rate, norm, applied)
         update_biases(self.model, totals["loads_LE"], self.config.balance.update_rate, applied)
-        grad_norms = self._by_part.sum(norms_P.square()).sqrt()
+        by_part = {"grad_norms": self._by_part.sum(norms_P.square()).sqrt()}
         measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
-        stats = StepStats.of(self.model, totals, norm, {"grad_norms": grad_norms}, measured)
+        stats = StepStats.of(self.model, totals, norm, by_part, measured)
         self.gradients.begin_step()
-        self._span.end()
         return stats.fetch(self._parts, self._span)  # the step's one wait for the device
 
     def _held(self) -> Iterator[Held]:

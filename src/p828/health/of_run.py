@@ -1,5 +1,6 @@
 """A run's directory as a window, and what its records tell from the first step to the last."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from p828.runs.file_names import CONFIG_FILE, RECORDS_FILE
 
 LOOKS = 400  # at most so many times the rules look at a run in the course of its steps
 STEPS_A_LOOK = 32  # and not more often than this
+OF_A_SCHEDULE = ("schedule_restart", "no_warmup", "learning_rate_high", "learning_rate_low")
 
 
 def window_of(run: Path, now: float | None = None) -> Window:
@@ -36,17 +38,20 @@ def findings_of(run: Path, now: float | None = None) -> list[Finding]:
     ConfigError for a directory that is no run.
     """
     now = time.time() if now is None else now
-    window, worst = _empty(run), dict[str, Finding]()
+    window, worst, recorded = _empty(run), dict[str, Finding](), list[Finding]()
     every, last = max(STEPS_A_LOOK, window.facts.steps // LOOKS), 0
     for record in readable(run):
         window.add(record)
-        if record.get("kind") == "finding" and (recorded := finding_of(record)) is not None:
-            merge(worst, [recorded])
+        if record.get("kind") == "finding" and (finding := finding_of(record)) is not None:
+            recorded.append(finding)
+        if record.get("event") == "resume":  # config.toml has the settings of the last start only
+            worst = {rule: finding for rule, finding in worst.items() if rule not in OF_A_SCHEDULE}
         if window.step - last >= every or window.step < last:
             merge(worst, examine(window))
             last = window.step
     _look_at(window, run, now)
     merge(worst, examine(window))
+    merge(worst, recorded)
     return ordered(worst.values())
 
 
@@ -57,7 +62,8 @@ def merge(worst: dict[str, Finding], findings: list[Finding]) -> None:
         if before is None or finding.is_worse_than(before):
             worst[finding.rule] = finding
         elif finding.severity == before.severity:
-            worst[finding.rule] = _since(finding, min(before.since, finding.since))
+            newest = finding if finding.step >= before.step else before
+            worst[finding.rule] = dataclasses.replace(newest, since=min(before.since, finding.since))
 
 
 def readable(run: Path) -> Iterator[dict[str, Any]]:
@@ -65,10 +71,6 @@ def readable(run: Path) -> Iterator[dict[str, Any]]:
     path = run / RECORDS_FILE
     if path.exists():
         yield from records.read(path, skip_damaged=True)
-
-
-def _since(finding: Finding, since: int) -> Finding:
-    return Finding(**{**finding.to_json(), "since": since})
 
 
 def _empty(run: Path) -> Window:

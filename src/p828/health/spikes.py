@@ -10,7 +10,8 @@ SIGMAS = 6.0  # OLMo-core, SkipStepOptimizer: sigma_factor = 6
 FEWEST = 24  # steps before which nothing is called usual
 RECENT = 16  # of them, whose mean is the usual loss
 LEAST_RISE = 0.2  # nats; of a loss that hardly varies, 6 sigma are no event
-RANGE = 64  # steps before a spike among which its new level is looked for: data that is not shuffled well moves so far
+CLIMBED = 0.3  # nats above the lowest mean before: the loss was climbing already
+RANGE = 40  # steps before a spike among which its new level is looked for: data that is not shuffled well moves so far
 SETTLED = 8  # steps whose mean says whether the loss is back
 NEW_LEVEL = 512  # steps after which a loss that did not come back is the usual one
 KEPT = 64
@@ -27,14 +28,23 @@ class Spike:
     peak: float
     """The highest loss since."""
     peak_step: int
+    lowest: float
+    """The lowest mean of some steps in a row before."""
     highest: float
     """The highest mean of some steps in a row among those not long before: the range in which the loss moves."""
     last: int
     """The last step at which the loss was not yet usual again."""
     recovered: int | None = None
     """The step at which the loss was usual again."""
+    early: float = 0.0
+    """The highest loss of its first steps."""
     after: float = 0.0
     """Mean of the newest losses since."""
+
+    @property
+    def is_abrupt(self) -> bool:
+        """Whether most of the rise came at once; else the loss climbs, and was noticed at this step."""
+        return self.early - self.usual >= (self.peak - self.usual) / 2 and self.usual - self.lowest <= CLIMBED
 
     @property
     def is_high(self) -> bool:
@@ -77,7 +87,7 @@ class Spikes:
         if len(self._usual) >= FEWEST:
             usual, sigma = self._usual_loss()
             if loss > usual + max(SIGMAS * sigma, LEAST_RISE):
-                self.found.append(Spike(step, usual, sigma, loss, step, self._highest(), step, after=loss))
+                self.found.append(Spike(step, usual, sigma, loss, step, *self._range(), step, early=loss, after=loss))
                 self._after.clear()
                 self._after.append(loss)
                 return
@@ -89,16 +99,23 @@ class Spikes:
         squares = math.fsum((later - before) ** 2 for before, later in pairwise(losses))
         return math.fsum(losses[-RECENT:]) / RECENT, math.sqrt(squares / 2 / (len(losses) - 1))
 
-    def _highest(self) -> float:
-        losses = list(self._usual)[-RANGE:]
-        return max(math.fsum(losses[i : i + SETTLED]) / SETTLED for i in range(len(losses) - SETTLED + 1))
+    def _range(self) -> tuple[float, float]:
+        """The lowest mean of `RECENT` steps in a row, and the highest of `SETTLED` steps not long before."""
+        losses = list(self._usual)
+        return min(_means(losses, RECENT)), max(_means(losses[-RANGE:], SETTLED))
 
     def _follow(self, spike: Spike, step: int, loss: float) -> None:
         if loss > spike.peak:
             spike.peak, spike.peak_step = loss, step
+        if step - spike.step < SETTLED:
+            spike.early = max(spike.early, loss)
         self._after.append(loss)
         spike.after = math.fsum(self._after) / len(self._after)
         if len(self._after) == SETTLED and spike.after <= spike.limit:
             spike.recovered = step
         else:
             spike.last = step
+
+
+def _means(losses: list[float], steps: int) -> list[float]:
+    return [math.fsum(losses[i : i + steps]) / steps for i in range(len(losses) - steps + 1)]

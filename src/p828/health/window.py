@@ -54,6 +54,8 @@ class Window:
         self.gaps: deque[Gap] = deque(maxlen=OTHERS)
         self.probes: deque[Record] = deque(maxlen=OTHERS)
         self.events: deque[Record] = deque(maxlen=OTHERS)
+        self.data_of: dict[int, str] = {}
+        """The documents of some odd steps' batches, in words, by step."""
         self.history = History()
         self.spikes = Spikes()
         self.repeats = Repeats()
@@ -96,6 +98,11 @@ class Window:
         """The recent records of the run's last start."""
         return [record for record in self.recent if record["step"] > (self.resumed_at or 0)]
 
+    def names_data(self, step: int) -> str:
+        """A sentence on the data of a step's batch."""
+        command = f"p828 batch {self.facts.run} --step {step}"
+        return f"Its data: {self.data_of[step]} ({command})" if step in self.data_of else f"Its data: {command}"
+
     @property
     def is_finite(self) -> bool:
         """Whether the last step's loss and gradient norm were finite."""
@@ -125,6 +132,11 @@ class Window:
         self.repeats.add(step, record)
 
     def _add_event(self, step: int, record: Record) -> None:
+        if record.get("event") == "odd_batch":
+            self.data_of[step] = str(record.get("data", ""))
+            if len(self.data_of) > OTHERS:
+                del self.data_of[min(self.data_of)]
+            return
         self.events.append(record)
         if record.get("event") == "resume" and str(record.get("text", "")).startswith("resumed from step"):
             self.resumed_at = step

@@ -39,5 +39,6 @@ class ByPart:
         self._belongs_XP = torch.tensor(belongs, dtype=torch.bool, device=device).view(len(parts), len(names))
 
     def sum(self, values_P: Tensor) -> Tensor:
-        """(P,) to float64 (X,). What is not finite stays in its part."""
-        return values_P.to(self._belongs_XP.device, torch.float64).where(self._belongs_XP, 0.0).sum(dim=1)
+        """(…, P) to float64 (…, X). What is not finite stays in its part."""
+        values_1P = values_P.to(self._belongs_XP.device, torch.float64).unsqueeze(-2)
+        return values_1P.where(self._belongs_XP, 0.0).sum(dim=-1)

@@ -45,9 +45,10 @@ class UpdateNumbers:
         kinds = {_kind(one) for one in held}
         self._groups = [_Group([one for one in held if _kind(one) == kind]) for kind in sorted(kinds, key=str)]
         names = [name for group in self._groups for name in group.names]
-        lengths_P = torch.tensor([n for group in self._groups for n in group.lengths], device=self._device)
+        lengths = [length for group in self._groups for length in group.lengths]
+        lengths_P, counts_P = (torch.tensor(n, device=self._device) for n in (lengths, [*map(_count, lengths)]))
         self._by_part = ByPart(names, parts, self._device)
-        self._scale_P = lengths_P / lengths_P.clamp_max(SAMPLED)
+        self._scale_P = lengths_P / counts_P
         self._numbers_X = self._by_part.sum(lengths_P)
         layers = range(len(model.layers))
         is_sink = [[name.endswith(f"layers.{layer}.self_attn.sinks") for name in names] for layer in layers]
@@ -65,20 +66,21 @@ class UpdateNumbers:
         `loads_LE` counts the whole step: all micro-batches, all ranks.
         """
         (weights_PN, masters_PN), (before_PN, masters_before_PN) = self._sample(), self._before
-        by_parameter = {
-            "squares": masters_PN.square().sum(1),
-            "squares_of_change": (masters_PN - masters_before_PN).square().sum(1),
-            "changed": (weights_PN != before_PN).sum(1),
+        change_PN = masters_PN - masters_before_PN
+        is_changed_PN = (weights_PN != before_PN).float()
+        found_3PN = torch.stack((masters_PN * masters_PN, change_PN * change_PN, is_changed_PN))
+        sums = {
+            "by_part": self._by_part.sum(found_3PN.sum(dim=2) * self._scale_P),
+            "numbers_X": self._numbers_X,
+            "sinks_L": masters_PN.sum(dim=1).where(self._is_sink_LP, 0.0).sum(dim=1),
         }
-        sums = {name: self._by_part.sum(values_P * self._scale_P) for name, values_P in by_parameter.items()}
-        sums["numbers"] = self._numbers_X
-        sums["sinks_L"] = masters_PN.sum(1).where(self._is_sink_LP, 0.0).sum(1)
         sums = dict(self._over_ranks(sums))
-        norms_X = sums["squares"].sqrt()
+        squares_X, squares_of_change_X, changed_X = sums["by_part"]
+        norms_X = squares_X.sqrt()
         found = {
             "weight_norms": norms_X,
-            "update_ratios": sums["squares_of_change"].sqrt() / norms_X.clamp_min(torch.finfo(torch.float32).tiny),
-            "changed": sums["changed"] / sums["numbers"],
+            "update_ratios": squares_of_change_X.sqrt() / norms_X.clamp_min(torch.finfo(torch.float32).tiny),
+            "changed": changed_X / sums["numbers_X"],
             **bias_numbers(self._biases_LE, stacked_biases(self.model), loads_LE),
         }
         if self.model.config.attention_sinks:
@@ -117,17 +119,21 @@ def _kind(held: Held) -> tuple[torch.dtype, torch.dtype | None]:
     return held.weight.dtype, None if held.master is None else held.master.dtype
 
 
-def _views(flats: Sequence[Tensor]) -> list[Tensor]:
-    """SAMPLED numbers of each tensor, evenly spaced; zeros follow where it has fewer.
+def _distance(numbers: int) -> int:
+    """From one sampled number to the next: odd, so that a sample of a matrix does not stay in one column."""
+    apart = -(-numbers // SAMPLED)
+    return apart + (apart + 1) % 2
 
-    The distance is odd, so that a sample of a matrix does not stay in one column.
-    """
+
+def _count(numbers: int) -> int:
+    return -(-numbers // _distance(numbers))
+
+
+def _views(flats: Sequence[Tensor]) -> list[Tensor]:
+    """Up to SAMPLED numbers of each tensor, evenly spaced; zeros follow where there are fewer."""
     views = []
     for flat in flats:
-        count = min(len(flat), SAMPLED)
-        apart = len(flat) // count
-        apart -= (apart + 1) % 2
-        views.append(flat.detach()[: (count - 1) * apart + 1 : apart])
-        if count < SAMPLED:
-            views.append(flat.new_zeros(SAMPLED - count))
+        views.append(flat.detach()[:: _distance(len(flat))])
+        if (missing := SAMPLED - _count(len(flat))) > 0:
+            views.append(flat.new_zeros(missing))
     return views

@@ -25,8 +25,8 @@ from p828.files import fsync, open_appended, open_regular
 from p828.runs.file_names import DAMAGED_RECORDS_FILE, RECORDS_FILE
 
 LOADS_A_STEP = 32  # loads of experts that a step's line has on average at most, without those at evaluations
-MEASURED_EVERY = 10  # steps: what takes longer to find, or more room in a line
-DIGITS = 4  # of a number that is told by part or layer
+MEASURED_EVERY = 10  # steps, at least: what takes longer to find, or more room in a line
+DIGITS = 4  # of a number that is told by part or layer, and of seconds
 STARVED_UNDER = 0.1  # of the mean load of a layer's experts
 PIECE = 2**20  # bytes
 LONGEST_LINE = 16 * 2**20  # bytes; a step of a thousand layers of a thousand experts takes half of it
@@ -183,11 +183,6 @@ def read(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def is_measured(step: int) -> bool:
-    """Whether this step's line has the numbers that are not in every line."""
-    return step == 1 or step % MEASURED_EVERY == 0
-
-
 def shortened(number: Any) -> Any:
     """The number, or those of a list or an object, with DIGITS digits."""
     if isinstance(number, dict):
@@ -256,9 +251,20 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     return record if is_record else None
 
 
+def number(value: Any) -> float | None:
+    """A value of a record as a float; None if it is no number, or none that a run writes."""
+    is_number = type(value) is float or (type(value) is int and abs(value) < 2**63)
+    return float(value) if is_number else None
+
+
 def loads_every(layers: int, experts: int) -> int:
     """n, where every n-th step's line has the loads of all experts. In a small model n is 1."""
     return math.ceil(layers * experts / LOADS_A_STEP)
+
+
+def measured_every(layers: int, experts: int) -> int:
+    """n, where the first and every n-th step's line has what is told by part of the model, and of each router."""
+    return max(MEASURED_EVERY, loads_every(layers, experts))
 
 
 def loads_record(loads_LE: Sequence[Sequence[int]], is_whole: bool) -> dict[str, list[Any]]:

@@ -30,6 +30,7 @@ SMOOTHED = 20  # steps over whose mean losses are compared
 APART = 0.05  # nats between these means from which two curves are told to part
 POINTS = 4  # of a curve that are shown
 FIRST_STEPS = 10  # left out of the speed: they compile and warm up
+MOST_STEPS = 2**53
 LONGEST_HEADER = 1000  # bytes
 ABSENT = "(absent)"
 
@@ -102,10 +103,10 @@ class _Run:
     versions: dict[str, str]
     state: dict[str, Any]
     """Of the newest checkpoint that can be read."""
-    steps: dict[str, np.ndarray[Any, Any]]
+    steps: dict[str, list[Any]]
     evaluations: dict[int, float]
-    last_data: dict[str, Any]
-    """The newest `data` record."""
+    sources: Any
+    """Of the newest `data` record: name and tokens of each."""
 
     @classmethod
     def read(cls, run: Path) -> "_Run":
@@ -117,7 +118,7 @@ class _Run:
         path, state = run / RECORDS_FILE, _newest_state(run / CHECKPOINTS)
         if not (run / CONFIG_FILE).is_file() and not state and not path.is_file():
             raise ConfigError(f"{run}: no run: it holds no {CONFIG_FILE}, no checkpoint and no {RECORDS_FILE}")
-        given: Mapping[str, Any] = state.get("config", {})
+        given = _table(state, "config")
         if (run / CONFIG_FILE).is_file():
             given = read_toml(run / CONFIG_FILE)
         settings = _flat(renamed(Config, given, str(run))[0])
@@ -127,12 +128,22 @@ class _Run:
         sources = records.columns(path, "data", ("sources",)) if is_recorded else {"sources": []}
         return cls(
             settings,
-            _versions(run / CONFIG_FILE) or state.get("versions", {}),
+            _versions(run / CONFIG_FILE) or _table(state, "versions"),
             state,
-            {key: np.array(values) for key, values in steps.items()},
-            {at: loss for at, loss in zip(*evaluations.values(), strict=True) if isinstance(loss, int | float)},
-            {"sources": (sources["sources"] or [[]])[-1]},
+            _sound(steps),
+            {at: loss for at, loss in zip(*_sound(evaluations).values(), strict=True) if loss is not None},
+            (sources["sources"] or [[]])[-1],
         )
+
+
+def _sound(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Without records of impossible steps; None in place of a value that is none of its key."""
+    kept = [number for number, step in enumerate(columns["step"]) if 0 < step < MOST_STEPS]
+    found: dict[str, list[Any]] = {key: [records.number(values[i]) for i in kept] for key, values in columns.items()}
+    found["step"] = [columns["step"][i] for i in kept]
+    if "rows" in columns:
+        found["rows"] = [rows if isinstance(rows := columns["rows"][i], str) else None for i in kept]
+    return found
 
 
 def side_by_side(first: Path, second: Path) -> Comparison:
@@ -152,7 +163,7 @@ def side_by_side(first: Path, second: Path) -> Comparison:
         same_data=[name for name in names if prints[0][name] == prints[1][name]],
         first_other_rows=rows,
         rows_compared=compared,
-        curves=_curves(ours, theirs) if len(ours.steps["step"]) and len(theirs.steps["step"]) else None,
+        curves=_curves(ours, theirs) if ours.steps["step"] and theirs.steps["step"] else None,
         speed=_differences(_speed(ours.steps), _speed(theirs.steps)),
     )
 
@@ -184,11 +195,12 @@ def _fingerprints(state: Mapping[str, Any]) -> dict[str, str]:
         found["tokenizer"] = state["tokenizer"][:12]
     position = state.get("data")
     sources = position.get("sources", []) if isinstance(position, dict) else []
+    sources = sources if isinstance(sources, list) else []
     for number, source in enumerate(sources, start=1):
         name = "data" if len(sources) == 1 else f"data of source {number}"
         try:
             if "prepared" in source:
-                found[name] = source["prepared"][:12]
+                found[name] = str(source["prepared"])[:12]
             else:
                 streams = [stream["rows"]["packer"]["stream"] for stream in source["streams"]]
                 files = [stream.get("shards", stream.get("source")) for stream in streams]
@@ -202,10 +214,10 @@ def _amounts(run: _Run) -> dict[str, Any]:
     """How much it was trained on, and how much there is."""
     found: dict[str, Any] = {}
     for key, name in (("tokens", "tokens trained on"), ("epoch", "epoch, from 0")):
-        known = [value for value in run.steps.get(key, []) if value is not None]
+        known = [value for value in run.steps.get(key, []) if value is not None and math.isfinite(value)]
         if known:
             found[name] = int(known[-1])
-    for source in run.last_data["sources"] if isinstance(run.last_data["sources"], list) else []:
+    for source in run.sources if isinstance(run.sources, list) else []:
         if isinstance(source, dict):
             found[f"tokens of {source.get('name')}"] = source.get("tokens")
     return found
@@ -244,17 +256,18 @@ def _curves(ours: _Run, theirs: _Run) -> Curves:
 def _curve(steps: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """Steps, losses and tokens of a run, as arrays."""
     losses = np.array([math.nan if loss is None else loss for loss in steps["loss"]], dtype=float)
-    tokens = np.array([0 if count is None else count for count in steps["tokens"]], dtype=np.int64)
-    return steps["step"].astype(np.int64), losses, tokens
+    tokens = np.array([0 if count is None else count for count in steps["tokens"]], dtype=float)
+    return np.array(steps["step"], dtype=np.int64), losses, tokens
 
 
 def _by_tokens(ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> list[Point]:
     """The losses at equal parts of the tokens that both have seen."""
-    last = min(int(ours[0][-1]), int(theirs[0][-1]))
+    counts = [float(tokens[-1]) for tokens, _ in (ours, theirs)]
+    last = int(min(counts)) if all(map(math.isfinite, counts)) else 0
     found = []
     for part in range(1, POINTS + 1):
         at = last * part // POINTS
-        values = [float(losses[np.searchsorted(tokens, at)]) for tokens, losses in (ours, theirs)]
+        values = [float(losses[min(np.searchsorted(tokens, at), len(losses) - 1)]) for tokens, losses in (ours, theirs)]
         found.append(Point(at, *values))
     return found
 
@@ -283,7 +296,7 @@ def _speed(steps: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _known(values: Sequence[Any]) -> list[float]:
-    return [value for value in values if value is not None]
+    return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -309,6 +322,12 @@ def _versions(path: Path) -> dict[str, str]:
         return {}
     pairs = [part.strip().partition(" ") for part in line.removeprefix("#").split(",")]
     return {name: value for name, _, value in pairs if value} if line.startswith("# p828 ") else {}
+
+
+def _table(state: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A table in a checkpoint's state; empty where it has none."""
+    value = state.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _newest_state(directory: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ step's rows, which its record has, says whether they are what was trained on.
 import dataclasses
 import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from p828.data.loader import make_batch, open_order
 from p828.data.order import SampleOrder, at_step
 from p828.data.retry import Retry
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.tokens.format import open_manifest
 from p828.data.trace import TracedRow, traced_rows
 from p828.errors import ConfigError, P828Error
 from p828.files import directory_near
@@ -28,6 +30,8 @@ from p828.runs.checkpoint_content import config_of, reading_position
 from p828.runs.file_names import CHECKPOINTS, CONFIG_FILE, RECORDS_FILE, STEP_NAME, TOKENIZER_FILE, step_of
 from p828.runs.manifest import read_state
 
+MOST_RANKS, MOST_LEFT_OUT = 2**16, 2**20  # processes, and steps of a rollback, that are believed of damaged records
+MOST_TOKENS = 2**30  # of a step, that are held at once
 WEIGHTS = re.compile(r"data\.mixture(_steps|\[\d+\]\.weights)")  # keys that say which source comes when
 
 
@@ -51,6 +55,16 @@ class StepBatch:
         """Of these rows, spelled as in records."""
         return f"{sum(batch.hash for batch in self.batches) % HASHES:08x}"
 
+    @property
+    def notes(self) -> list[str]:
+        """A line on what each source of prepared data was made from, as its documents are numbered in its shards."""
+        sources = zip(self.config.data.source_names, self.config.data.sources, strict=True)
+        return [
+            f"{name}: {data.prepared} was prepared from {open_manifest(Path(data.prepared)).source}"
+            for name, data in sources
+            if data.prepared
+        ]
+
     @cached_property
     def rows(self) -> list[TracedRow]:
         """The rows with their documents."""
@@ -69,6 +83,8 @@ def documents_of_step(run: Path, step: int, report: Callable[[str], None] = lamb
         raise ConfigError(f"{run}: no such directory; {advice}")
     about = _Records.read(run, step)
     saved = _positions(run)
+    if not (saved or about.last_step or (run / CONFIG_FILE).is_file()):
+        raise ConfigError(f"{run}: no run: it holds no {CONFIG_FILE}, no {RECORDS_FILE} and no checkpoint")
     last_step = max([about.last_step, *map(step_of, saved)])
     if not 1 <= step <= last_step:
         steps = f"steps 1 to {last_step:,} are accepted" if last_step else "it has made none"
@@ -78,18 +94,22 @@ def documents_of_step(run: Path, step: int, report: Callable[[str], None] = lamb
     ranks = about.ranks(config) or (_ranks_of(saved[start]) if start else 1)
     train = dataclasses.replace(config.train, gradient_accumulation=config.train.gradient_accumulation * ranks)
     config = dataclasses.replace(config, train=train)
+    if config.tokens_per_step > MOST_TOKENS:
+        raise ConfigError(
+            f"{run}: a step of {config.tokens_per_step:,} tokens; at most {MOST_TOKENS:,} are held at once"
+        )
     tokenizer = _tokenizer_of(run, saved, config)
     order = open_order(config.data, train, tokenizer, Retry(config.data.read_retries, report=report))
     first = 0
-    if start is not None:
-        first = step_of(start)
-        with reading_position(start):
+    with reading_position(start) if start is not None else nullcontext():
+        if start is not None:
+            first = step_of(start)
             order.load_state_dict(at_step(saved[start]["data"], first))
-    _go_to(order, first, step - 1, about.left_out, train.gradient_accumulation)
-    batches = [
-        make_batch(next(order), config.model.mask_documents, len(config.data.sources))
-        for _ in range(train.gradient_accumulation)
-    ]
+        _go_to(order, first, step - 1, about.left_out, train.gradient_accumulation)
+        batches = [
+            make_batch(next(order), config.model.mask_documents, len(config.data.sources))
+            for _ in range(train.gradient_accumulation)
+        ]
     return StepBatch(step, batches, config, tokenizer, start, about.rows)
 
 
@@ -139,9 +159,9 @@ class _Records:
         rows, left_out = None, dict[int, int]()
         for record in records.matching(path, re.compile(wanted)):
             if record["kind"] == "step":
-                tokens[record["step"]] = record.get("tokens", 0)
-                rows = record.get("rows") if record["step"] == step else rows
-            elif isinstance(record.get("left_out"), int):
+                tokens[record["step"]] = int(records.number(record.get("tokens")) or 0)
+                rows = str(record.get("rows")) if record["step"] == step else rows
+            elif type(record.get("left_out")) is int and 0 < record["left_out"] <= MOST_LEFT_OUT:
                 back = record["step"]
                 # a rollback to an earlier step takes what later ones had left out with it
                 later = [left_out.pop(other) for other in list(left_out) if other >= back]
@@ -153,7 +173,8 @@ class _Records:
 
     def ranks(self, config: Config) -> int | None:
         """How many ranks trained the step, by its tokens; padding may be missing in these. None if they are unknown."""
-        return None if self.tokens is None else max(-(-self.tokens // config.tokens_per_step), 1)
+        ranks = None if self.tokens is None else max(-(-self.tokens // config.tokens_per_step), 1)
+        return ranks if ranks is not None and ranks <= MOST_RANKS else None
 
 
 def _positions(run: Path) -> dict[Path, dict[str, Any]]:

@@ -76,12 +76,12 @@ def summary(run: Path) -> RunSummary:
     is_training = _noted(damage, lambda: is_locked(run), False)
     of_steps = [record for record in found if record["kind"] == "step"]
     newest = of_steps[-1] if of_steps else {}
-    step = newest.get("step", saved.step)
+    step = newest["step"] if newest else saved.step
     state, why = _state(found, step, steps, saved, damage)
     evaluations = [record for record in found if record["kind"] == "eval"]
     best_loss, best_step = _best(evaluations, saved.progress)
     validation = evaluations[-1].get("loss") if evaluations else saved.progress.get("validation_loss")
-    speeds = [_number(record.get("tokens_per_second")) for record in of_steps[-SPEED_STEPS:]]
+    speeds = [records.number(record.get("tokens_per_second")) for record in of_steps[-SPEED_STEPS:]]
     health, finding = _health(found, bool(HAS_HEALTH.search(text)))
     return RunSummary(
         name=run.name or str(run),
@@ -89,8 +89,8 @@ def summary(run: Path) -> RunSummary:
         why="" if is_training else why,
         step=step,
         steps=steps,
-        loss=_number(newest.get("loss", saved.progress.get("loss"))),
-        validation_loss=_number(validation),
+        loss=records.number(newest.get("loss", saved.progress.get("loss"))),
+        validation_loss=records.number(validation),
         best_loss=best_loss,
         best_step=best_step,
         tokens_per_second=median(known) if (known := [speed for speed in speeds if speed]) else None,
@@ -142,7 +142,7 @@ def _best(evaluations: Sequence[Mapping[str, Any]], progress: Mapping[str, Any])
     found = [
         (loss, at)
         for value, at in [*pairs, (progress.get("best_loss"), progress.get("best_step"))]
-        if (loss := _number(value)) is not None and math.isfinite(loss) and isinstance(at, int)
+        if (loss := records.number(value)) is not None and math.isfinite(loss) and type(at) is int
     ]
     return min(found, default=(None, None))
 
@@ -154,10 +154,6 @@ def _health(found: Sequence[Mapping[str, Any]], is_watched: bool) -> tuple[str |
         return ("ok" if is_watched else None), ""
     worst = min((record["severity"] for record in findings), key=SEVERITIES.index)
     return worst, next(str(record.get("rule")) for record in reversed(findings) if record["severity"] == worst)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) else None
 
 
 def _age(run: Path) -> float | None:

@@ -82,33 +82,26 @@ def memory_rate(device: torch.device) -> float:
 
 
 class DeviceSpan:
-    """The seconds from a step's first work on a GPU to its last, by its own clock; on a CPU it does nothing."""
+    """The seconds of a step in which a GPU was at work, as far as the host's clock tells them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._is_gpu = device.type == "cuda"
-        self._begun: torch.cuda.Event | None = None
-        self._ended: torch.cuda.Event | None = None
+    def __init__(self) -> None:
+        self._begun: float | None = None
 
     def begin(self) -> None:
         """Called before every micro-batch; the step's first call counts."""
-        if self._is_gpu and self._begun is None:
-            self._begun = _record()
+        if self._begun is None:
+            self._begun = time.perf_counter()
 
-    def end(self) -> None:
-        if self._is_gpu:
-            self._ended = _record()
+    def end(self, waited: float) -> float | None:
+        """How long the GPU was at work in the step, now that the host has waited `waited` seconds for its end.
 
-    def busy_seconds(self, waited: float) -> float | None:
-        """How long the GPU was at work in the step, once the host has waited `waited` seconds for its end.
-
-        Where the host hardly had to wait, the GPU had caught up with it all along, as when kernels are launched one by
-        one too slowly, and idled in between, which no two marks show. Then the wait is all that is known of its work.
-        None on a CPU.
+        A host that runs ahead of the GPU keeps it busy from the first work on. Where it hardly had to wait, the GPU had
+        caught up with it all along, as when kernels are launched one by one too slowly, and idled in between; then the
+        wait is all that is known of its work. None without a call of `begin`.
         """
-        if self._begun is None or self._ended is None:
+        if self._begun is None:
             return None
-        span = self._begun.elapsed_time(self._ended) / 1e3
-        self._begun = self._ended = None
+        span, self._begun = time.perf_counter() - self._begun, None
         return span if waited > LEAST_WAIT * span else waited
 
 

@@ -245,7 +245,7 @@ def _run(
         outputs.console,
     )
     with console.waiting("making the model"):
-        engine = _engine(config, ranks, settings, console)
+        engine = _engine(config, ranks, settings, outputs)
     if inputs.origin is not None:
         load_weights(config, inputs.origin, engine, console)
     trainer = _trainer(inputs, outputs, engine, ranks)
@@ -310,7 +310,7 @@ def _trainer(inputs: _Inputs, outputs: _Outputs, engine: Engine, ranks: ProcessG
         Probes(config, inputs.validation, engine, log, ranks),
         checkpointing,
         rollback,
-        HealthWatch(config.health, Facts.of(config), log, rollback),
+        HealthWatch(config.health, Facts.of(config), log, rollback, config.data.source_names, tokenizer),
         usage,
         ranks,
     )
@@ -341,15 +341,17 @@ def _introduce(
         log.event("repeated_data", step, line)
 
 
-def _engine(config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings | None, console: Console) -> Engine:
-    """The engine. Reports slow links between the ranks' devices."""
+def _engine(config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings | None, outputs: _Outputs) -> Engine:
+    """The engine. Reports and records slow links between the ranks' devices."""
     parameters = count_parameters(config.model).total
     if config.engine == "plain":
         check_room(parameters, pick_device(config.train.device))
         return PlainEngine(config)
     engine = ShardedEngine(config, ranks) if settings is None else DeepSpeedEngine(config, ranks, settings)
+    step = 0 if outputs.run.newest is None else file_names.step_of(outputs.run.newest)
     for line in check_topology(ranks, engine.device, parameters, engine.reduced_dtype, engine.reductions):
-        console.event(line)
+        outputs.recorder.write("event", step, event="slow_link", text=line)
+        outputs.console.event(line)
     return engine
 
 

@@ -2,9 +2,13 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from p828.config import HealthConfig
+from p828.data.batch import Batch
+from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.data.trace import named, traced_rows
 from p828.errors import P828Error
 from p828.health.disk import look
 from p828.health.examine import examine
@@ -33,6 +37,8 @@ class HealthWatch:
     facts: Facts
     log: Log
     rollback: Rollback
+    source_names: Sequence[str]
+    tokenizer: Tokenizer
     window: Window = field(init=False)
     told: dict[str, Finding] = field(default_factory=dict)
     """What was told, by rule, with the step at which it was last found."""
@@ -61,11 +67,15 @@ class HealthWatch:
         if record["kind"] in ("eval", "probe") or not self.window.is_finite:
             self._next_look = 0.0
 
-    def look(self, state: TrainState) -> Finding | None:
+    def look(self, state: TrainState, batches: Sequence[Batch]) -> Finding | None:
         """Have the rules look at the records, if it is time, and stop the run at what is critical if so configured.
 
-        Returns the finding for which the run is to be rolled back, if any. Raises RunStopped.
+        `batches` are this rank's of the last step. Returns the finding for which the run is to be rolled back, if any.
+        Raises RunStopped.
         """
+        if self._is_odd(state.step):
+            named_rows = named(traced_rows(batches, self.source_names, self.tokenizer))
+            self.log.event("odd_batch", state.step, data=named_rows)
         new = self.tell()
         if self.config.on_critical == "continue":
             return None
@@ -99,6 +109,14 @@ class HealthWatch:
         ended = time.monotonic()
         self._next_look = ended + (ended - started) / SHARE
         return new
+
+    def _is_odd(self, step: int) -> bool:
+        """Whether the step began a spike, or was the first of some that were not finite: its data is named."""
+        if self.log.recorder.is_quiet:
+            return False
+        spike, before = self.window.spikes.current, list(self.window.non_finite)[-2:-1]
+        is_first = not self.window.is_finite and before != [step - 1]
+        return is_first or (spike is not None and spike.step == step)
 
     def _is_new(self, finding: Finding) -> bool:
         """Whether it is worse than when it was told, or had been gone since."""

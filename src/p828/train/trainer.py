@@ -11,7 +11,6 @@ from p828.data.batch import Batch
 from p828.distributed.group import ProcessGroup
 from p828.engine.interface import Engine, StepResult
 from p828.errors import ConfigError, DataError, P828Error, RecordsFailed, RunFailed
-from p828.runs.records import is_measured
 from p828.runs.train_state import BatchStats, TrainState
 from p828.system.device import explain_out_of_memory
 from p828.train.checkpointing import Checkpointing
@@ -76,7 +75,7 @@ class Trainer:
             seconds, is_evaluated = time.perf_counter() - started, self.is_due(self.evaluation.every)
             self.log.step(self.state, result, stats, learning_rate, seconds, is_evaluated)
             self.probes.after_step(self.state.step, result)
-            finding = self.health.look(self.state)
+            finding = self.health.look(self.state, batches)
             if finding is not None or self.rollback.is_due(self.state):
                 self.state = self.rollback.run(self.state, finding)
                 self.health.begin()
@@ -98,7 +97,7 @@ class Trainer:
                 self.engine.forward_backward(batch, num_targets)
                 self.log.micro_batch(step, number, len(batches))
             self.probes.note(batches)  # while the device is at work
-            return self.engine.step(learning_rate, is_measured(step))
+            return self.engine.step(learning_rate, self.log.is_measured(step))
 
     def evaluate(self) -> bool:
         """Whether the validation loss is the best so far."""

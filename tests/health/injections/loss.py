@@ -145,7 +145,7 @@ def _accumulating(form: Strength, corpus: Path) -> Settings:
 
 FAULTS = (
     Fault(8, "weights grow", ("divergence",), growing_weights, (0.01, 0.02, 0.04), strikes_at=STRIKES_AT),
-    Fault(8, "noise in every update", ("divergence",), noisy_updates, (0.1, 0.2), strikes_at=STRIKES_AT),
+    Fault(8, "noise in every update", ("divergence",), noisy_updates, (0.2, 0.4), strikes_at=STRIKES_AT),
     Fault(9, "one bad update", ("spike_unrecovered",), bad_update, (1.0, 2.0, 4.0), strikes_at=BAD_UPDATE_AT),
     Fault(10, "NaN in the loss", ("non_finite",), nan_loss, (1, 2, 5), strikes_at=STRIKES_AT),
     Fault(
@@ -154,5 +154,8 @@ FAULTS = (
     ),
     Fault(12, "experts' gradients scaled", ("expert_gradient_norm",), scaled_expert_gradients, (1 / 64, 16.0, 64.0)),
     Fault(12, "norm without experts", ("expert_gradient_norm",), norm_without_experts),
-    Fault(13, "wrong denominator", ("loss_normalisation",), wrong_denominator, ("sum of means", "mean of means")),
+    Fault(
+        13, "wrong denominator", ("loss_normalisation",), wrong_denominator,
+        ("sum of means", "mean of means"), settings=_accumulating,
+    ),
 )  # fmt: skip

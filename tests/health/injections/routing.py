@@ -105,6 +105,21 @@ def aux_of_flat_scores(temperature: Strength) -> Iterator[None]:
 
 
 @contextmanager
+def uniform_scores(experts: Strength) -> Iterator[None]:
+    """The scores are nearly equal, as the auxiliary loss wants them, and a constant decides for the first experts."""
+
+    def make(original: Callable[..., Routing]) -> Callable[..., Routing]:
+        def routing_of(config: ModelConfig, logits_TE: Tensor, bias_E: Tensor) -> Routing:
+            is_preferred_E = torch.arange(config.n_routed_experts) < int(experts)
+            return original(config, 0.02 * logits_TE, bias_E + 0.05 * is_preferred_E)
+
+        return routing_of
+
+    with replaced(p828.model.router, "routing_of", make):
+        yield
+
+
+@contextmanager
 def loads_counted(form: Strength) -> Iterator[None]:
     """`recomputation`: every micro-batch twice; `evaluation`: validation rows too; `padding`: padding too."""
     with {"recomputation": _twice, "evaluation": _in_evaluation, "padding": _with_padding}[str(form)]():
@@ -170,6 +185,8 @@ def recomputed_routing(noise: Strength) -> Iterator[None]:
 
     def make_router(original: Callable[..., Routing]) -> Callable[..., Routing]:
         def forward(router: Router, x_TH: Tensor) -> Routing:
+            if not torch.is_grad_enabled():
+                return original(router, x_TH)
             # As another order of sums would, in a dtype with fewer bits.
             return original(router, x_TH * (1 + float(noise) * torch.randn(x_TH.shape, generator=generator)))
 
@@ -233,6 +250,7 @@ FAULTS = (
         5, "auxiliary loss of flat scores", ("aux_loss_gamed",), aux_of_flat_scores, (10.0, 100.0),
         settings=_softmax_by_aux_loss,
     ),
+    Fault(5, "uniform scores", ("aux_loss_gamed",), uniform_scores, (1, 2), settings=_softmax_by_aux_loss),
     Fault(
         6, "counted as load", ("load_miscounted",), loads_counted, ("recomputation", "evaluation", "padding"),
         settings=_counting,

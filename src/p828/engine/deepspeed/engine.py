@@ -96,7 +96,7 @@ class DeepSpeedEngine:
         self._totals = zero_totals(config.model, config.balance, self.device)
         self._parts = parts_of(name for name, _ in self.model.named_parameters())
         self._update_numbers = UpdateNumbers(self.model, list(self._held()), self._parts, over_ranks)
-        self._span = DeviceSpan(self.device)
+        self._span = DeviceSpan()
 
     def _make_reducer(self, zero: Mapping[str, Any]) -> GradientReducer:
         config = self.config
@@ -133,8 +133,8 @@ class DeepSpeedEngine:
         """Clip the gradients, update weights and balance bias, and begin the next step.
 
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite.
-        `is_measured`: also find what the update does. From stage 2 on, and with offload, the gradients' norms by part
-        are found only then, as they take a pass over the gradients.
+        `is_measured`: also find what the update does to the weights, and what the routers score. From stage 2 on, and
+        with offload, the gradients' norms by part are found only then.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -143,9 +143,7 @@ class DeepSpeedEngine:
         if self._reducer is None:  # DeepSpeed waits for the device in between: no span says how long it worked
             result = self._step_of_hooks(is_measured).fetch(self._parts)
         else:
-            stats = self._step_of_reducer(self._reducer, is_measured)
-            self._span.end()
-            result = stats.fetch(self._parts, self._span)
+            result = self._step_of_reducer(self._reducer, is_measured).fetch(self._parts, self._span)
         self._updates += result.applied
         self._micro_batches = 0
         return result
@@ -179,9 +177,9 @@ class DeepSpeedEngine:
 
     def _step_of_hooks(self, is_measured: bool) -> StepStats:
         """DeepSpeed has reduced the gradients already; it computes their norm, and clips."""
-        by_part: dict[str, Tensor] = {"squared_norms": self._squared_norms()} if is_measured else {}
+        by_part = {"squared_norms": self._squared_norms()} if is_measured else {}
         totals = over_ranks({**by_part, **self._totals})
-        by_part = {"grad_norms": totals.pop("squared_norms").sqrt()} if is_measured else {}
+        squares_X = totals.pop("squared_norms", None)
         self._engine.step()
         applied = self._engine.was_step_applied()
         norm = self._engine.get_global_grad_norm() if applied else math.nan  # a tensor or a float, by the stage
@@ -193,9 +191,10 @@ class DeepSpeedEngine:
         )
         for total in self._totals.values():
             total.zero_()
+        found = {} if squares_X is None else {"grad_norms": squares_X.sqrt()}
         measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
         norm = torch.as_tensor(norm, dtype=torch.float64, device=self.device)
-        return StepStats.of(self.model, totals, norm, by_part, measured)
+        return StepStats.of(self.model, totals, norm, found, measured)
 
     def _squared_norms(self) -> Tensor:
         """This rank's terms of the squares of the gradients' norms by part: float64 (X,). Before the update."""

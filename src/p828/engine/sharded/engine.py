@@ -83,7 +83,7 @@ class ShardedEngine:
         self._reads = [phase.reads for phase in self._pass.phases if phase.reads is not None]
         self._parts = parts_of(name for name, _ in self.model.named_parameters())
         self._update_numbers = UpdateNumbers(self.model, list(self._held()), self._parts, over_ranks)
-        self._span = DeviceSpan(self.device)
+        self._span = DeviceSpan()
         self._number_of = {shard: number for number, shard in enumerate(self.weights.shards)}
         self.optimizer = self._make_optimizer(low_bits)
 
@@ -180,7 +180,6 @@ class ShardedEngine:
         self.gradients.begin_step()
         self._pass.begin_step()
         self._micro_batches = 0
-        self._span.end()
         return stats.fetch(self._parts, self._span)  # the step's one wait for the device
 
     def _held(self) -> Iterator[Held]:

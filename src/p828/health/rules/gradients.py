@@ -30,6 +30,7 @@ def non_finite(window: Window) -> list[Finding]:
         return [applied]
     last = window.non_finite[-1]
     in_a_row = _in_a_row(window)
+    first = window.non_finite[-in_a_row]
     record = next((record for record in window.recent if record["step"] == last), {})
     critical = in_a_row >= CRITICAL_IN_A_ROW
     shown = f"loss {record.get('loss')}, gradient norm {record.get('grad_norm')}" if record else "no finite number"
@@ -40,8 +41,8 @@ def non_finite(window: Window) -> list[Finding]:
             "critical" if critical else "warning",
             window.step,
             window.non_finite[-in_a_row] if critical else window.non_finite[0],
-            f"{window.num_non_finite} steps were not applied{row}; the last is step {last}: {shown}. Its data: "
-            f"p828 batch {window.facts.run} --step {last}",
+            f"{window.num_non_finite} steps were not applied{row}; the last is step {last}: {shown}. "
+            + window.names_data(first),
             _non_finite_cause(window, record),
             "lower optimizer.learning_rate or lengthen the warm-up; rollback.after_steps = 3 leaves the data out",
             NON_FINITE_REFERENCE,

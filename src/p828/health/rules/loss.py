@@ -37,13 +37,18 @@ GAP_WORSE = 0.1  # nats that the last one is above the best: the gap opens on bo
 def spikes(window: Window) -> list[Finding]:
     """`spike_unrecovered` for a spike that did not come back, else `spike` for those that did."""
     current, found = window.spikes.current, []
-    is_late = current is not None and current.last - current.step >= UNRECOVERED_STEPS
-    if current is not None and is_late and current.is_high and not validates(window, current.step + UNRECOVERED_STEPS):
+    if current is not None and _is_lasting(window, current):
         found.append(_unrecovered(window, current))
     back = [spike for spike in window.spikes.found if spike.recovered is not None]
     if back:
         found.append(_recovered(window, back))
     return found
+
+
+def _is_lasting(window: Window, spike: Spike) -> bool:
+    """Whether the loss rose at once, and is not expected back: a climb is a divergence."""
+    is_late = spike.last - spike.step >= UNRECOVERED_STEPS
+    return is_late and spike.is_abrupt and spike.is_high and not validates(window, spike.step + UNRECOVERED_STEPS)
 
 
 def validates(window: Window, since: int) -> bool:
@@ -63,7 +68,7 @@ def _unrecovered(window: Window, spike: Spike) -> Finding:
         window.step,
         spike.step,
         f"the loss rose from {spike.usual:.3f} (σ {spike.sigma:.3f}) to {spike.peak:.3f} at step {spike.peak_step} and "
-        f"is {spike.after:.3f} at step {window.step}. {_names_data(window, spike)}",
+        f"is {spike.after:.3f} at step {window.step}. {window.names_data(spike.step)}",
         "a batch of odd data or a too large update threw the weights off, and the loss did not come back",
         "go back to the checkpoint before the spike and leave that data out: rollback.after_steps = 3 does it; "
         "if it comes again, lower optimizer.learning_rate or optimizer.max_grad_norm",
@@ -80,21 +85,18 @@ def _recovered(window: Window, back: list[Spike]) -> Finding:
         window.step,
         worst.step,
         f"{many}the loss rose from {worst.usual:.3f} (σ {worst.sigma:.3f}) to {worst.peak:.3f} at step "
-        f"{worst.peak_step} and was back at step {worst.recovered}. {_names_data(window, worst)}",
+        f"{worst.peak_step} and was back at step {worst.recovered}. {window.names_data(worst.step)}",
         "odd data in the batch, or an update that was too large for the place",
         "look at the data of that step; if spikes become more frequent, lower optimizer.learning_rate",
         SPIKE_REFERENCE,
     )
 
 
-def _names_data(window: Window, spike: Spike) -> str:
-    return f"Its data: p828 batch {window.facts.run} --step {spike.step}"
-
-
 def divergence(window: Window) -> list[Finding]:
     """The loss of the recent steps is far above that of the steps before, and validation does not deny it."""
-    means = _means(window)
-    if len(means) < DIVERGED_BEFORE + 1:
+    means, spike = _means(window), window.spikes.current
+    is_early = spike is not None and spike.is_abrupt and spike.last - spike.step < UNRECOVERED_STEPS
+    if len(means) < DIVERGED_BEFORE + 1 or is_early:
         return []
     (_, now), before = means[-1], means[-1 - max(DIVERGED_BEFORE, len(means) // 2) : -1]
     usual = statistics.median(mean for _, mean in before)

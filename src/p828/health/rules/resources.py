@@ -11,7 +11,7 @@ FEWEST = 48  # steps
 SETTLED = 0.25  # first part of the run, in which caches and the allocator fill
 GROUPS = 8
 RISES = 6  # of the steps from group to group, of which there are 7: by chance in 6 % of runs that do not grow
-GROWTH = 0.05  # since the settled part began
+GROWTH, GROWTH_BYTES = 0.1, 64e6  # since the settled part began; what a process of any size gains while caches fill
 RANK_GROWTH = 0.2  # of one rank, over that of the median rank
 MEMORY_REFERENCE = "Mann 1945, Kendall: a trend test on the order of groups; peak memory of equal steps stays the same"
 
@@ -35,7 +35,7 @@ def _growth(window: Window) -> list[Finding]:
     ends = [values[min(math.ceil((group + 1) * size), len(values)) - 1][1] for group in range(GROUPS)]
     begin, end = values[0][1], ends[-1]
     rises = sum(later > earlier for earlier, later in itertools.pairwise(ends))
-    if rises < RISES or end - begin < GROWTH * begin:
+    if rises < RISES or ends[-1] <= ends[-2] or end - begin < max(GROWTH * begin, GROWTH_BYTES):
         return []
     steps = window.step - values[0][0]
     return [

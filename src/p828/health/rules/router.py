@@ -34,7 +34,7 @@ NO_GRADIENT = 1e-12  # norm; float32 has no smaller gradient that matters
 AUX_REFERENCE = "Switch (arXiv 2101.03961, 2.2): the router learns balance from the loss's gradient alone"
 
 UNIFORM = 0.99  # entropy of a token's normalised scores over ln E
-GAMED_BALANCE = 0.85  # normalised load entropy: uneven, though the scores are not
+LEAST_AUX = (0.9, 1.05)  # times the loss of even loads, 1 a layer; less than that has another sign or another formula
 GAMED_REFERENCE = (
     "DeepSeek-V3 (arXiv 2412.19437, eq. 17-20): the loss is the sum of f_e P_e, least for uniform "
     "mean scores P whatever "
@@ -85,6 +85,9 @@ def _collapse_cause(window: Window) -> str:
     facts = window.facts
     if not facts.balance_rate and not facts.sequence_loss_weight:
         return "nothing balances the experts: balance.update_rate and balance.sequence_loss_weight are 0"
+    auxiliary = _auxiliary(window)
+    if auxiliary is not None and auxiliary < LEAST_AUX[0]:
+        return f"the auxiliary loss is {auxiliary:.3g} a layer, and 1 is its least: its sign or its formula is wrong"
     return (
         "the router prefers a few experts by more than the balancing corrects: its logits grew too fast, as with a "
         "learning rate that is too high for it"
@@ -195,32 +198,50 @@ def auxiliary_loss(window: Window) -> list[Finding]:
 def gamed(window: Window) -> list[Finding]:
     """The auxiliary loss is at its least, and the loads are uneven all the same."""
     facts = window.facts
-    if not facts.sequence_loss_weight or window.step < GRACE or facts.experts <= facts.experts_per_token:
+    if not facts.sequence_loss_weight:
         return []
-    measured = _columns(list(window.measured)[-MEASURED:], "router_entropy")
-    entropies = [math.fsum(values) / len(values) for values in measured]
-    balances = [_two_means(values) for values in _by_layer(window, "balance")]
-    for layer, (entropy, (balance, before)) in enumerate(zip(entropies, balances, strict=False)):
-        if entropy >= UNIFORM and balance <= GAMED_BALANCE and balance - before < RECOVERING:
-            return [
-                Finding(
-                    "aux_loss_gamed",
-                    "critical",
-                    window.step,
-                    max(window.step - 2 * SPAN + 1, 1),
-                    f"layer {layer}: the scores are nearly uniform (entropy {entropy:.3f} of 1), so that the auxiliary "
-                    f"loss is at its least{_aux(window)}, but the loads are not even (entropy {balance:.2f} of 1)",
-                    "the router learned to please the auxiliary loss with equal scores, between which a hair decides",
-                    "lower balance.sequence_loss_weight and balance by the bias (balance.update_rate = 1e-3)",
-                    GAMED_REFERENCE,
-                )
-            ]
-    return []
+    uneven = collapse(window) or imbalance(window)
+    evidence = _least_loss(window) or _uniform_scores(window)
+    if not uneven or not evidence:
+        return []
+    return [
+        Finding(
+            "aux_loss_gamed",
+            "critical",
+            window.step,
+            uneven[0].since,
+            f"{evidence}, but the loads are not even: {uneven[0].evidence}",
+            "the router learned to please the auxiliary loss with equal scores, between which a hair decides",
+            "lower balance.sequence_loss_weight and balance by the bias (balance.update_rate = 1e-3)",
+            GAMED_REFERENCE,
+        )
+    ]
 
 
-def _aux(window: Window) -> str:
-    values = window.numbers("aux_loss", SPAN)
-    return f", {math.fsum(values) / len(values):.4g}" if values else ""
+def _least_loss(window: Window) -> str:
+    """Whether the recorded loss is the least that even loads would give, in words."""
+    loss = _auxiliary(window)
+    is_least = loss is not None and LEAST_AUX[0] <= loss <= LEAST_AUX[1]
+    return f"the auxiliary loss is {loss:.3f}, and 1 is its least" if is_least else ""
+
+
+def _auxiliary(window: Window) -> float | None:
+    """The sequence-wise loss of a layer without its weight, which is 1 for even loads; None if it is not known."""
+    facts, values = window.facts, window.numbers("aux_loss", SPAN)
+    if not facts.sequence_loss_weight or facts.z_loss_weight or len(values) < SPAN // 2:
+        return None
+    return math.fsum(values) / len(values) / facts.sequence_loss_weight / facts.layers
+
+
+def _uniform_scores(window: Window) -> str:
+    """Whether the scores of a layer tell the experts hardly apart, in words."""
+    columns = _columns(list(window.measured)[-MEASURED:], "router_entropy")
+    entropies = [math.fsum(values) / len(values) for values in columns]
+    if not entropies or max(entropies) < UNIFORM:
+        return ""
+    return (
+        f"the scores are nearly uniform (entropy {max(entropies):.3f} of 1), so that the auxiliary loss is at its least"
+    )
 
 
 def miscounted(window: Window) -> list[Finding]:

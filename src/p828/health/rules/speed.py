@@ -98,7 +98,8 @@ def recompiling(window: Window) -> list[Finding]:
 
 def links(window: Window) -> list[Finding]:
     """Several GPUs are slowed down by the links between them."""
-    said = [event for event in window.events if event.get("event") == "slow_link"]
+    started = window.resumed_at or 0
+    said = [event for event in window.events if event.get("event") == "slow_link" and event["step"] >= started]
     if said:
         text = " ".join(str(event.get("text", "")) for event in said)
         return [_slow(window, said[0]["step"], text)]

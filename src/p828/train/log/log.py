@@ -15,7 +15,7 @@ from p828.inference.evaluate import Evaluation, perplexity
 from p828.inference.tasks.tasks import Results, shown_metrics
 from p828.model.costs import training_flops
 from p828.runs.file_system import free_bytes
-from p828.runs.records import Recorder, loads_every, loads_record, shortened
+from p828.runs.records import Recorder, loads_every, loads_record, measured_every, shortened
 from p828.runs.train_state import BatchStats, TrainState
 from p828.system.device import compiled_graphs, compiles, peak_memory
 from p828.system.gpus import peak_flops
@@ -63,6 +63,7 @@ class Log:
         A number of the result that is not known here passes through to the record and to Weights & Biases as it is.
         """
         step, tokens_per_second = state.step, stats.tokens / seconds
+        is_whole = step == 1 or is_evaluated or self._is_turn_of_loads(step)
         self.recorder.write(
             "step",
             step,
@@ -70,16 +71,16 @@ class Log:
             epoch=stats.epoch,
             **self._data_record(state, stats),
             rows=f"{stats.hash:08x}",
-            **{name: shortened(n) if isinstance(n, list | dict) else n for name, n in result.numbers().items()},
+            **_engine_record(result, is_whole or self.is_measured(step)),
             perplexity=perplexity(result.loss),
             lr=learning_rate,
             tokens_per_second=tokens_per_second,
             mfu=self._mfu(stats, seconds),
             memory_bytes=max(self.usage.memory_bytes, peak_memory(self.device)),
             seconds=seconds,
-            data_seconds=stats.wait_seconds,
+            data_seconds=shortened(stats.wait_seconds),
             **self._machine_record(result.device_seconds, seconds),
-            **loads_record(result.loads, is_whole=step == 1 or is_evaluated or self._is_turn_of_loads(step)),
+            **loads_record(result.loads, is_whole),
         )
         self._report_mirror(step)
         self.console.step(step, loss=result.loss, tokens_per_second=tokens_per_second)
@@ -87,6 +88,10 @@ class Log:
         if not result.applied:
             text = f"step {step} was not applied: loss {result.loss}, gradient norm {result.grad_norm}"
             self.event("non_finite", step, text)
+
+    def is_measured(self, step: int) -> bool:
+        """Whether this step's line has the numbers by part and of the routers."""
+        return step == 1 or step % measured_every(self.model.num_hidden_layers, self.model.n_routed_experts) == 0
 
     @contextmanager
     def running_step(self, step: int) -> Iterator[None]:
@@ -165,7 +170,7 @@ class Log:
         """
         record: dict[str, Any] = {}
         if device_seconds is not None:
-            record["host_seconds"] = max(seconds - device_seconds, 0.0)
+            record["host_seconds"] = shortened(max(seconds - device_seconds, 0.0))
         if compiled := compiled_graphs() - self._compiled_before:
             record["compilations"] = compiled
         if self.num_ranks > 1:
@@ -208,3 +213,11 @@ class Log:
         if self.train.hours and self.usage.seconds() + left > self.train.hours * 3600:
             text += f"; it ends after train.hours = {self.train.hours:g}"
         self.console.event(text) if left > A_DAY else self.console.print(text)
+
+
+def _engine_record(result: StepResult, is_long: bool) -> dict[str, Any]:
+    """What the engine found; of the gradients' norms by part only in a line that `is_long`."""
+    numbers = result.numbers()
+    if not is_long:
+        numbers.pop("grad_norms", None)
+    return {name: shortened(found) if isinstance(found, list | dict) else found for name, found in numbers.items()}

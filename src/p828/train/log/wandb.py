@@ -166,9 +166,9 @@ def _run_id(path: Path) -> str:
 
 
 def _flat_names(section: str, values: dict[str, Any]) -> dict[str, float]:
-    """`train/loss` for single numbers, and `tasks/NAME/accuracy` for those of tasks; of the loads `load/min_share`,
-    `load/max_share` and `load/starved` over all layers, and `balance/layer_0` and so on. Texts are left out, and what
-    has a number an expert, which is too much.
+    """`train/loss` for single numbers, `train/grad_norms/router` for those by part, and `tasks/NAME/accuracy` for those
+    of tasks; of the loads and routers `load/min_share` and so on, the most telling of all layers, and `balance/layer_0`
+    and so on. Texts are left out, and what has a number an expert, which is too much.
     """
     flat = {f"{section}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
     flat |= {
@@ -176,6 +176,12 @@ def _flat_names(section: str, values: dict[str, Any]) -> dict[str, float]:
         for task, metrics in values.get("results", {}).items()
         for metric, value in metrics.items()
     }
-    over_layers = (("min_share", min), ("max_share", max), ("starved", sum))
+    for key, by_part in values.items():
+        if isinstance(by_part, dict):
+            flat |= {f"{section}/{key}/{part}": n for part, n in by_part.items() if isinstance(n, int | float)}
+    over_layers = (
+        ("min_share", min), ("max_share", max), ("starved", sum), ("router_entropy", min), ("bias_max", max),
+        ("bias_load_correlation", min),
+    )  # fmt: skip
     flat |= {f"load/{key}": function(values[key]) for key, function in over_layers if values.get(key)}
     return flat | {f"balance/layer_{layer}": score for layer, score in enumerate(values.get("balance", ()))}

@@ -1,0 +1,49 @@
+"""A run's findings as a table, or as JSON for a program."""
+
+import json
+from pathlib import Path
+
+from p828.cli.output import printable
+from p828.cli.status_lines import show_status
+from p828.errors import RunFailed, warn
+from p828.health.finding import Finding
+from p828.health.of_run import findings_of
+from p828.runs.summary import RunSummary, summary
+from p828.train.log.console import waiting
+
+
+def show_findings(directory: Path, as_json: bool) -> None:
+    """What the rules find in the records of a run. Raises RunFailed, at the end, if a finding is critical.
+
+    Raises ConfigError where the run's configuration or its records cannot be read.
+    """
+    with waiting(f"reading the records of {directory}", warn):
+        findings, run = findings_of(directory), summary(directory)
+    if as_json:
+        found = {"run": str(directory), **run.to_json(), "findings": [finding.to_json() for finding in findings]}
+        print(json.dumps(found, indent=2))
+    else:
+        print(printable(f"{directory}: {_state(run)}{'' if findings else '; no finding'}"))
+        for finding in findings:
+            _show(finding)
+    critical = [finding.rule for finding in findings if finding.severity == "critical"]
+    if critical:
+        raise RunFailed(f"{directory}: {', '.join(critical)}")
+
+
+def _state(run: RunSummary) -> str:
+    """`complete, step 50 of 50`, and why where the run did not come to its end."""
+    step = "no step yet" if run.step is None else f"step {run.step:,}"
+    of = "" if run.steps is None else f" of {run.steps:,}"
+    why = f" ({run.why})" if run.why and run.state != "complete" else ""
+    return f"{run.state}, {step}{of}{why}"
+
+
+def _show(finding: Finding) -> None:
+    steps = (
+        f"step {finding.since:,}" if finding.since == finding.step else f"steps {finding.since:,} to {finding.step:,}"
+    )
+    show_status(
+        finding.severity, finding.rule, f"{steps}: {finding.evidence}", f"cause: {finding.cause}",
+        f"to do: {finding.remedy}", f"rule: {finding.reference}",
+    )  # fmt: skip

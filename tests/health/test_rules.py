@@ -1,0 +1,332 @@
+"""Each rule against records in which one thing is wrong, and none against records in which nothing is."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+from windows import (
+    FACTS,
+    PARTS,
+    Record,
+    changed,
+    evaluation,
+    event,
+    facts,
+    found,
+    healthy,
+    loss,
+    noise,
+    only,
+    probe,
+    rules,
+    step_record,
+    window,
+)
+
+from p828.config import ScheduleConfig
+from p828.health.disk import Disk, Saved
+from p828.health.examine import CONSEQUENCES, examine
+from p828.health.facts import Facts
+
+NAN = math.nan
+STEPS = 200
+
+
+def steps(change: Callable[[Record], Record], since: int = 1, of: Facts = FACTS) -> list[Record]:
+    return changed(healthy(STEPS, of), since, change)
+
+
+def trained(change: Callable[[Record], Record], since: int = 1, of: Facts = FACTS) -> list[Record]:
+    """The same without evaluations, which would deny what the training loss says."""
+    return [record for record in steps(change, since, of) if record["kind"] != "eval"]
+
+
+def without(records: list[Record], *names: str) -> list[Record]:
+    """As an earlier version wrote them."""
+    return [{key: value for key, value in record.items() if key not in names} for record in records]
+
+
+def probed(**numbers: float) -> list[Record]:
+    return [*healthy(STEPS), probe(STEPS, **numbers)]
+
+
+def restarted(record: Record) -> Record:
+    return {"lr": FACTS.learning_rate(record["step"] - 120)}
+
+
+def resumed(record: Record) -> Record:
+    """What is measured after a resume that trains nothing."""
+    return {"update_ratios": dict.fromkeys(PARTS, 0.0)} if "update_ratios" in record else {}
+
+
+def skipped(record: Record, **numbers: float) -> Record:
+    """A step that was not applied, with what was not finite."""
+    still = dict.fromkeys(PARTS, 0.0)
+    measured = {"update_ratios": still, "changed": still} if "changed" in record else {}
+    return {"grad_norm": NAN, "grad_norms": dict.fromkeys(PARTS, NAN), **measured, **numbers}
+
+
+def silent(part: str) -> Callable[[Record], Record]:
+    """One part gets no gradient."""
+    norms = {**dict.fromkeys(PARTS, 1.0), part: 0.0}
+    return lambda record: {"grad_norm": math.sqrt(len(PARTS) - 1), "grad_norms": norms}
+
+
+def pair(share: float) -> dict[str, list[float]]:
+    return {"balance": [0.97, share]}
+
+
+SEQUENCE = facts(sequence_loss_weight=1e-3)
+BFLOAT16 = facts(dtype="bfloat16")
+FAST = facts(peak_rate=0.3)
+NO_WARMUP = facts(schedule=ScheduleConfig(kind="cosine", warmup_steps=0))
+SLOW = facts(peak_rate=1e-6)
+TWO_RANKS = {"rank_memory_bytes": [10**9, 10**9]}
+RESUME = event("resume", 100, "resumed from step 100")
+
+# By the rule that must come first: records in which one thing is wrong, and what the configuration says.
+FAULTS: dict[str, tuple[list[Record], Facts]] = {
+    "router_collapse": (steps(lambda r: pair(math.log(2) / math.log(8)), 60), FACTS),
+    "load_imbalance": (steps(lambda r: {"max_share": [1.3, 3.1], "balance": [0.97, 0.85]}, 60), FACTS),
+    "bias_not_balancing": (steps(lambda r: {"bias_load_correlation": [0.9, -0.9]}), FACTS),
+    "aux_loss_without_gradient": ([*healthy(STEPS), probe(STEPS, aux_gradient=0.0)], SEQUENCE),
+    "aux_loss_gamed": (steps(lambda r: {"aux_loss": 2.02e-3, **pair(math.log(2) / math.log(8))}, 60), SEQUENCE),
+    "load_miscounted": (steps(lambda r: {"load": [[64] * 8] * 2}, 150), FACTS),
+    "recomputation_reroutes": (probed(reroute=0.02), facts(recomputes=True)),
+    "divergence": (trained(lambda r: {"loss": loss(r["step"]) + 0.05 * (r["step"] - 140)}, 140), FACTS),
+    "spike_unrecovered": (trained(lambda r: {"loss": 4.5 + noise(r["step"])}, 150), FACTS),
+    "non_finite": (steps(lambda r: skipped(r, loss=NAN), 198), FACTS),
+    "expert_gradient_norm": (steps(only("routed_experts", 2.0, "grad_norms"), 100), FACTS),
+    "loss_normalisation": (probed(loss_difference=loss(STEPS) / 2), FACTS),
+    "attention_leak": (probed(row_leak=0.4), FACTS),
+    "token_out_of_vocabulary": (steps(lambda r: {"max_token": 300}, 150), FACTS),
+    "validation_leak": (probed(validation_overlap=0.5), FACTS),
+    "evaluation_not_deterministic": (probed(evaluation_difference=0.01), facts(dropout=0.1)),
+    "data_repeats": (steps(lambda r: {"rows": step_record(r["step"] - 100)["rows"]}, 150), FACTS),
+    "schedule_restart": (steps(restarted, 121), FACTS),
+    "no_warmup": (steps(lambda r: {"lr": 3e-3} if r["step"] <= 20 else {}), FACTS),
+    "learning_rate_high": (trained(lambda r: {"loss": 17.0 if r["step"] > 3 else loss(1)}, of=FAST), FAST),
+    "learning_rate_low": (trained(lambda r: {"loss": 5.7 + noise(r["step"])}, of=SLOW), SLOW),
+    "resume_without_training": ([*healthy(100), RESUME, *steps(resumed)[104:]], FACTS),
+    "memory_growth": (steps(lambda r: {"memory_bytes": 400_000_000 + 10**6 * r["step"]}), FACTS),
+    "host_bound": (steps(lambda r: {"host_seconds": 0.008}), FACTS),
+    "data_starved": (steps(lambda r: {"data_seconds": 0.05, "seconds": 0.08}), FACTS),
+    "recompiling": (steps(lambda r: {"compilations": 1}, 100), FACTS),
+    "slow_links": ([*healthy(STEPS), event("slow_link", 0, "slow link: GPU0-GPU1 is connected by NODE")], FACTS),
+    "frozen_part": (steps(only("head", 0.0, "update_ratios")), FACTS),
+    "updates_lost": (steps(lambda r: {"changed": dict.fromkeys(PARTS, 0.1)} if "changed" in r else {}), FACTS),
+    "no_gradient": (steps(silent("sinks"), 100), FACTS),
+    "update_ratio": (steps(only("attention", 30.0, "update_ratios")), FACTS),
+    "large_gradient_norm": (
+        steps(lambda r: {"grad_norm": 12.0, "grad_norms": dict.fromkeys(PARTS, 12 / math.sqrt(8))}),
+        FACTS,
+    ),
+}  # fmt: skip
+
+
+def test_a_healthy_run_is_quiet() -> None:
+    assert found(healthy(400)) == []
+    assert found(healthy(400, SEQUENCE), SEQUENCE) == []
+
+
+@pytest.mark.parametrize("rule", FAULTS)
+def test_a_fault_is_named_first(rule: str) -> None:
+    records, of = FAULTS[rule]
+    findings = found(records, of)
+    assert findings, rule
+    first = findings[0]
+    assert first.rule == rule
+    assert 0 <= first.since <= first.step == STEPS or rule == "non_finite"
+    assert all((first.evidence, first.cause, first.remedy, first.reference))
+
+
+@pytest.mark.parametrize("rule", FAULTS)
+def test_records_of_earlier_versions_and_of_few_steps_raise_nothing(rule: str) -> None:
+    records, of = FAULTS[rule]
+    new = ("targets", "data_seconds", "max_token", "grad_norms", "weight_norms", "update_ratios", "changed")
+    old = without(records, *new, "router_entropy", "bias_max", "bias_load_correlation", "load", "epoch", "seconds")
+    for count in (0, 1, 2, 3, 10, 30, len(old)):
+        examine(window(old[:count], of))
+        examine(window(records[:count], of))
+
+
+def test_a_cause_hides_what_follows_from_it() -> None:
+    """A rate that is far too high, a loss that is not finite after it, and nothing else."""
+    blown = trained(lambda r: {"loss": 17.0 if r["step"] > 3 else loss(1)}, of=FAST)
+    records = changed(blown, 198, lambda r: skipped(r, loss=NAN))
+    assert rules(records, FAST) == ["learning_rate_high"]
+    assert all(rule not in consequences for rule, consequences in CONSEQUENCES.items())
+
+
+@pytest.mark.parametrize("rise, expected", [(0.1, []), (2.0, ["spike"])])
+def test_a_spike_that_comes_back_is_a_note(rise: float, expected: list[str]) -> None:
+    records = steps(lambda r: {"loss": loss(r["step"]) + rise} if r["step"] < 153 else {}, 150)
+    findings = found(records)
+    assert [finding.rule for finding in findings] == expected
+    if expected:
+        assert (findings[0].severity, findings[0].since) == ("note", 150)
+        assert "p828 batch runs/made-up --step 150" in findings[0].evidence
+
+
+def test_a_spike_names_its_data_where_the_run_has_named_it() -> None:
+    records = trained(lambda r: {"loss": 6.0}, 150)
+    named = {"kind": "event", "step": 150, "event": "odd_batch", "data": "web, a.txt, document 3: “aaa”"}
+    (first, *_) = found([*records[:160], named, *records[160:]])
+    assert "web, a.txt, document 3: “aaa” (p828 batch runs/made-up --step 150)" in first.evidence
+
+
+def test_validation_may_deny_that_a_run_has_diverged() -> None:
+    """Data that is not well shuffled moves the training loss alone."""
+    records = trained(lambda r: {"loss": 4.5 + noise(r["step"])}, 120)
+    assert rules(records)[0] == "spike_unrecovered"
+    first, second = (evaluation(step, 2.5) for step in (100, 180))
+    assert "spike_unrecovered" not in rules([*records[:102], first, *records[102:], second])
+
+
+def test_a_skipped_step_is_a_warning_and_an_applied_one_is_critical() -> None:
+    once = steps(lambda r: skipped(r) if r["step"] == 150 else {})
+    (finding,) = found(once)
+    assert (finding.rule, finding.severity, finding.since) == ("non_finite", "warning", 150)
+    broken = changed(once, 150, only("head", NAN, "weight_norms"))
+    assert rules(broken)[0] == "non_finite_applied"
+    unmeasured = without(changed(once, 151, lambda r: skipped(r, loss=NAN)), "weight_norms")
+    (finding,) = found(unmeasured)
+    assert (finding.rule, finding.since) == ("non_finite_applied", 150)
+
+
+@pytest.mark.parametrize(
+    "norm, words",
+    [(math.sqrt(3), "leaves the experts out"), (math.sqrt(3 + 16), "counts the experts' gradient 4.00 times")],
+)
+def test_what_is_wrong_with_the_experts_norm_is_said(norm: float, words: str) -> None:
+    parts = {"attention": 1.0, "head": 1.0, "embedding": 1.0, "routed_experts": 1.0}
+    (finding,) = found(steps(lambda r: {"grad_norm": norm, "grad_norms": parts}))
+    assert finding.rule == "expert_gradient_norm"
+    assert words in finding.cause
+
+
+def test_loads_are_recovering_or_not() -> None:
+    """A fresh router that comes back is left alone, one that does not is named."""
+    least = math.log(2) / math.log(8)
+    rising = steps(lambda r: pair(min(least + 0.05 + 0.005 * max(r["step"] - 40, 0), 0.97)))
+    for count in range(90, len(rising)):
+        assert not found(rising[:count])
+    stuck = steps(lambda r: pair(least + 0.05))
+    assert rules(stuck)[0] == "router_collapse"
+
+
+def test_the_first_loss_is_that_of_guessing() -> None:
+    records = without(steps(lambda r: {"loss": 2 * loss(r["step"])}), "loss_difference")
+    assert rules(records)[0] == "loss_normalisation"
+    assert "loss_normalisation" not in rules(records, facts(is_from_scratch=False))
+
+
+def test_a_rate_without_warm_up_is_a_note_until_it_harms() -> None:
+    (note,) = found(healthy(STEPS, NO_WARMUP), NO_WARMUP)
+    assert (note.rule, note.severity) == ("no_warmup", "note")
+    harmed = steps(lambda r: {"loss": 6.4} if 1 < r["step"] < 5 else {}, of=NO_WARMUP)
+    assert [(f.rule, f.severity) for f in found(harmed, NO_WARMUP)] == [("no_warmup", "warning")]
+
+
+@pytest.mark.parametrize("share, expected", [(0.9, []), (0.05, ["updates_lost"])])
+def test_bfloat16_numbers_change_now_and_then(share: float, expected: list[str]) -> None:
+    """A share c of updates that are not rounded away has √c of the size of all of them."""
+    small = 0.3 * math.sqrt(share)
+
+    def change(record: Record) -> Record:
+        if "changed" not in record:
+            return {}
+        ratio = small * record["lr"] * math.sqrt(10_000) / 10
+        return {"changed": dict.fromkeys(PARTS, share), "update_ratios": dict.fromkeys(PARTS, ratio)}
+
+    assert rules(steps(change), BFLOAT16) == expected
+
+
+def test_loss_that_rises_over_5000_steps() -> None:
+    of = facts(steps=20_000, schedule=ScheduleConfig(kind="constant", warmup_steps=20))
+    flat = [step_record(step, of) for step in range(1, 12_001)]
+    assert found(flat, of) == []
+    rising = changed(flat, 6_000, lambda r: {"loss": r["loss"] + 2e-5 * (r["step"] - 6_000)})
+    assert rules(rising, of) == ["loss_rising"]
+
+
+def test_a_validation_loss_far_above_training() -> None:
+    records = [record for record in healthy(STEPS) if record["kind"] == "step"]
+    records = [*records[:100], evaluation(100, 4.0), *records[100:150], evaluation(150, 4.1), *records[150:]]
+    assert rules([*records, evaluation(200, 4.3)]) == ["validation_gap"]
+    assert rules([*records, evaluation(200, 2.3)]) == []
+
+
+def test_a_disk_is_told_of_before_it_is_full() -> None:
+    saved = (Saved(100, 10**9, ""),)
+    filling = window(
+        steps(lambda r: {"disk_free_bytes": 10**10 - 3 * 10**7 * r["step"]} if r["step"] % 10 == 0 else {})
+    )
+    filling.disk = Disk(checkpoints=saved)
+    (finding,) = examine(filling)
+    assert (finding.rule, finding.severity) == ("disk_filling", "warning")
+    assert "no room from step 297 on, before the last step 400" in finding.evidence  # (10 GB - 1.1 GB) / 30 MB
+    full = window(steps(lambda r: {"disk_free_bytes": 10**9}))
+    full.disk = Disk(checkpoints=saved)
+    assert [(f.rule, f.severity) for f in examine(full)] == [("disk_filling", "critical")]
+    slow = window(steps(lambda r: {"disk_free_bytes": 10**10 - 10**7 * r["step"]}))
+    slow.disk = Disk(checkpoints=saved)
+    assert examine(slow) == []  # 4 GB in all
+
+
+@pytest.mark.parametrize(
+    "disk, severity",
+    [
+        (Disk(checkpoints=(Saved(100, 10, ""), Saved(200, 10, "step_00000200: a has 1 bytes of 2"))), "critical"),
+        (Disk(checkpoints=(Saved(100, 10, "step_00000100: a has 1 bytes of 2"), Saved(200, 10, ""))), "warning"),
+        (Disk(quarantined=("damaged_step_00000100",)), "critical"),
+        (Disk(unfinished=(".step_00000200.tmp",)), "note"),
+    ],
+)
+def test_checkpoints_that_are_not_whole(disk: Disk, severity: str) -> None:
+    view = window(healthy(STEPS))
+    view.disk = disk
+    assert [(f.rule, f.severity) for f in examine(view)] == [("half_written_state", severity)]
+
+
+def test_a_resume_that_does_not_go_on_where_the_run_was() -> None:
+    records = [*healthy(100), RESUME, *healthy(STEPS)[104:]]
+    assert found(records) == []
+    jumped = changed(records, 101, lambda r: {"loss": r["loss"] + 1.5})
+    assert rules(jumped)[0] == "half_written_state"
+
+
+@pytest.mark.parametrize(
+    "disk, is_hanging",
+    [
+        (Disk(is_locked=True, silent_seconds=30), False),
+        (Disk(is_locked=True, silent_seconds=300), True),
+        (Disk(is_locked=False, silent_seconds=300), False),
+        (Disk(hang="no progress for 60 s; the run ends. Where each rank is:"), True),
+    ],
+)
+def test_a_run_that_hangs(disk: Disk, is_hanging: bool) -> None:
+    view = window(healthy(STEPS))
+    view.disk = disk
+    assert [f.rule for f in examine(view)] == ["hang"] * is_hanging
+
+
+def test_one_rank_of_several_may_grow() -> None:
+    even = steps(lambda r: {"rank_memory_bytes": [10**9 + 10**6 * r["step"]] * 4})
+    one = steps(lambda r: {"rank_memory_bytes": [10**9, 10**9, 10**9 + 3 * 10**6 * r["step"], 10**9]})
+    assert found(even) == []
+    (finding,) = found(one)
+    assert finding.rule == "memory_growth"
+    assert "rank 2" in finding.evidence
+
+
+def test_several_gpus_that_compute_next_to_nothing() -> None:
+    records = steps(lambda r: {"mfu": 0.0004, "seconds": 100.0, **TWO_RANKS})
+    assert rules(records) == ["slow_links"]
+    assert rules(steps(lambda r: {"mfu": 0.3, "seconds": 100.0, **TWO_RANKS})) == []
+
+
+def test_one_expert_a_token_has_a_known_reason_for_a_router_without_gradient() -> None:
+    of = facts(experts_per_token=1)
+    records = steps(lambda r: {"load": [[16] * 8] * 2, **silent("router")(r)})
+    assert [(f.rule, f.severity) for f in found(records, of)] == [("no_gradient", "warning")]

@@ -1,0 +1,121 @@
+"""A run that looks at its own records: what it says, when it says it, and what it does about it."""
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p828.cli.main import dispatch
+from p828.health.of_run import findings_of
+from p828.health.window import Window
+from p828.runs import records
+from p828.train import health
+from runs import write_text, write_toml
+
+Sections = dict[str, Any]
+
+
+def train(directory: Path, name: str, *flags: str, **sections: Sections) -> int:
+    path = write_toml(
+        directory,
+        evaluation=sections.pop("evaluation", {"every": 0, "prompts": []}),
+        train={"steps": 40, **sections.pop("train", {})},
+        **sections,
+    )
+    return dispatch(["train", str(path), "--name", name, "--runs_dir", str(directory / "runs"), *flags])
+
+
+def recorded(run: Path) -> list[tuple[str, str]]:
+    lines = (line for line in records.read(run / "metrics.jsonl") if line["kind"] == "finding")
+    return [(line["rule"], line["severity"]) for line in lines]
+
+
+def test_a_healthy_run_says_nothing_and_a_sick_one_says_it_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "SHARE", 1e9)  # looks after every step
+    assert train(tmp_path, "well") == 0
+    assert recorded(tmp_path / "runs" / "well") == []
+    assert "cause:" not in capsys.readouterr().out
+
+    assert train(tmp_path, "sick", "--optimizer.learning-rate", "1") == 0
+    run = tmp_path / "runs" / "sick"
+    found = recorded(run)
+    assert found == [("learning_rate_high", "warning"), ("learning_rate_high", "critical")]
+    out = capsys.readouterr().out
+    assert out.count("critical: learning_rate_high since step") == 1
+    assert "cause: optimizer.learning_rate = 1 is too high" in out
+    assert "critical: learning_rate_high" in (run / "log.txt").read_text()
+
+    assert train(tmp_path, "sick", "--optimizer.learning-rate", "1", train={"steps": 60}) == 0
+    assert recorded(run) == found, "a run that is resumed has told it before"
+    assert [finding.rule for finding in findings_of(run)] == ["learning_rate_high"]
+
+
+def test_a_critical_finding_stops_a_run_that_is_to_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--optimizer.learning-rate", "1", "--health.on-critical", "stop")
+    assert train(tmp_path, "stopped", *flags) == 1
+    error = capsys.readouterr().err
+    assert "learning_rate_high at step" in error
+    assert 'health.on_critical = "stop"' in error
+    assert "the run stops here" in error
+    assert "To do: a tenth of the rate" in error
+    steps = [line["step"] for line in records.read(tmp_path / "runs" / "stopped" / "metrics.jsonl")]
+    assert max(steps) < 40
+
+
+def test_a_run_goes_back_before_the_data_from_which_it_did_not_recover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long noise, to which the loss stays far above that of text; afterwards it is as if there had been none."""
+    monkeypatch.setattr(health, "SHARE", 1e9)
+    text = write_text(tmp_path / "text", documents=150)
+    noise = random.Random(3).choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=9000)
+    (text / "149.txt").write_text("".join(noise))
+    sections: dict[str, Sections] = {
+        "data": {"shuffle_rows": 1, "block_documents": 1},
+        "train": {"steps": 220, "seed": 6},
+        "checkpoint": {"every": 25, "keep_last": 20},
+    }
+    assert train(tmp_path, "back", "--health.on-critical", "roll_back", **sections) == 0
+    lines = list(records.read(tmp_path / "runs" / "back" / "metrics.jsonl"))
+    (event,) = (line for line in lines if line.get("event") == "rollback")
+    assert "spike_unrecovered since step" in event["text"]
+    (finding,) = (line for line in lines if line["kind"] == "finding" and line["rule"] == "spike_unrecovered")
+    assert event["step"] < finding["since"] <= event["step"] + 25
+    assert "149.txt, document 0" in finding["evidence"], "the noise is named"
+    steps = [line["step"] for line in lines if line["kind"] == "step"]
+    assert steps == list(range(1, 221))
+
+
+def test_a_rule_that_fails_is_told_and_ends_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def examine(window: Window) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(health, "examine", examine)
+    assert train(tmp_path, "run", train={"steps": 12}) == 0
+    assert capsys.readouterr().out.count("the rules of run health failed and are left out from here on") == 1
+    (event,) = (
+        line
+        for line in records.read(tmp_path / "runs" / "run" / "metrics.jsonl")
+        if line.get("event") == "health_failed"
+    )
+    assert "ZeroDivisionError: division by zero" in event["text"]
+
+
+def test_records_are_enough_afterwards(tmp_path: Path) -> None:
+    """The run itself said nothing: its records come from an earlier version, and a checkpoint was cut short since."""
+    assert train(tmp_path, "run", train={"steps": 30}) == 0
+    run = tmp_path / "runs" / "run"
+    assert findings_of(run) == []
+    (weights,) = (run / "checkpoints" / "step_00000030").glob("model*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (finding,) = findings_of(run)
+    assert (finding.rule, finding.severity) == ("half_written_state", "critical")
+    assert weights.name in finding.evidence
+    shutil.rmtree(run / "checkpoints")
+    assert findings_of(run) == []
