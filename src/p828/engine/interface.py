@@ -40,7 +40,7 @@ class StepResult:
     """Per layer, the tokens that each expert received."""
     further: dict[str, Number] = field(default_factory=dict)
     """Every other number, by its name in the step's record."""
-    device_seconds: float | None = None
+    device_seconds: float | None = field(default=None, compare=False)
     """How long a GPU was at work in the step, as far as it is known."""
 
     @property
