@@ -52,9 +52,11 @@ def test_the_step_keeps_its_tokens_on_several_gpus() -> None:
     one, eight = (make_plan(preset("800m"), Machine(card("h100"), gpus)) for gpus in (1, 8))
     assert eight.tokens_per_step == one.tokens_per_step
     assert eight.config.train.gradient_accumulation == 2
-    assert eight.remarks == [
+    assert eight.remarks[0] == (
         'on 8 GPUs with engine = "deepspeed", train.gradient_accumulation 2 on each in place of 16'
-    ]
+    )
+    assert eight.remarks[1].startswith('engine = "sharded" takes about ')
+    assert len(eight.remarks) == 2
     assert one.hours / 8 < eight.hours < one.hours / 6
 
 

@@ -71,4 +71,6 @@ def configured_stage(config: Config, ranks: int) -> int | None:
     """The stage that the configuration asks for; None where it asks for the plain engine."""
     if config.engine == "plain":
         return None
+    if config.engine == "sharded":
+        return config.sharded.stage
     return deepspeed_settings(config, "bfloat16", ranks).stage
