@@ -103,7 +103,7 @@ def _memory(number: int, config: Config | None) -> Check:
             return Check(
                 name, "failure",
                 f"{text}; {parameters / 1e6:,.0f} M parameters take more than {size(least)} to train",
-                "take a smaller model or spread it: engine deepspeed with --deepspeed.stage 2 or 3",
+                "take a smaller model or spread it: --engine sharded with --sharded.stage 2 or 3",
             )  # fmt: skip
     taken = total - free - torch.cuda.memory_reserved(number)
     if taken > A_PART * total:
