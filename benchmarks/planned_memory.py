@@ -5,8 +5,8 @@ usage: python benchmarks/planned_memory.py [--only NAME ...] [--out FILE] [--ran
 Trains a few steps of eight configurations on made-up text, each in a process of its own, several at once where they
 fit beside each other, and prints a row for each as it ends: the parts that are predicted, and predicted and measured
 peaks, allocated (what tensors took at most) and reserved (what PyTorch took from the GPU). With `--ranks` two of them
-are trained by DeepSpeed on so many GPUs at ZeRO stages 1 to 3. `--tiny` trains small versions on the CPU, which shows
-that the script runs and nothing else. Without a GPU there are predictions alone.
+are trained on so many GPUs at ZeRO stages 1 to 3, by the sharded engine and by DeepSpeed. `--tiny` trains small ones on
+the CPU, which shows that the script runs and nothing else. Without a GPU there are predictions alone.
 """
 
 import argparse
@@ -26,15 +26,16 @@ import torch
 from p828.bench.batches import random_batches
 from p828.bench.step import rotate
 from p828.bench.systems import load_shape
-from p828.config import from_dict, validate
+from p828.config import Config, from_dict, validate
 from p828.config.values import changed, to_dict
-from p828.distributed.group import joined
+from p828.distributed.group import ProcessGroup, joined
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
+from p828.engine.sharded.engine import ShardedEngine
 from p828.inference.evaluate import evaluate
 from p828.plan.peak import peak
-from p828.plan.setup import deepspeed_setup, plain_setup
+from p828.plan.setup import plain_setup, setup_of
 from p828.system.device import peak_memory
 
 STEPS, ACCUMULATION = 2, 2  # the second step captures both kinds of micro-batch
@@ -76,6 +77,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "800m, 60 rows": ("800m", {"train.micro_batch_size": 60}),
 }  # fmt: skip
 ON_RANKS = ("800m", "odd heads, tied")
+SYSTEMS = [(engine, stage) for engine in ("sharded", "deepspeed") for stage in (1, 2, 3)]
 TINY = {
     "model.hidden_size": 64, "model.moe_intermediate_size": 32, "model.num_hidden_layers": 2,
     "model.num_attention_heads": 2, "model.num_key_value_heads": 1, "model.head_dim": 16, "model.vocab_size": 512,
@@ -95,8 +97,8 @@ def main() -> None:
         work(json.loads(given.worker.read_text()), given.worker.with_suffix(".result"))
         return
     names = given.only or (CONFIGURATIONS if given.ranks == 1 else ON_RANKS)
-    stages = [None] if given.ranks == 1 else [1, 2, 3]
-    jobs = [make_job(name, stage, given.ranks, given.tiny) for name in names for stage in stages]
+    systems = SYSTEMS if given.ranks > 1 else [("plain", None)]
+    jobs = [make_job(name, *system, given.ranks, given.tiny) for system in systems for name in names]
     for number, job in enumerate(jobs):
         job["number"] = number
     started = time.monotonic()
@@ -112,19 +114,19 @@ def machine() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 
-def make_job(name: str, stage: int | None, ranks: int, is_tiny: bool) -> dict[str, Any]:
+def make_job(name: str, engine: str, stage: int | None, ranks: int, is_tiny: bool) -> dict[str, Any]:
     """What a process measures, and the prediction."""
     base, changes = CONFIGURATIONS[name]
     config = load_shape(base, "cpu" if is_tiny else "cuda", 0, ACCUMULATION)
     values = {**changes, **(TINY if is_tiny else {}), "name": "planned-memory"}
     if stage is not None:
-        values |= {"engine": "deepspeed", "deepspeed.stage": stage}
+        values |= {"engine": engine, f"{engine}.stage": stage}
     config = changed(config, values)
     validate(config)
-    setup = plain_setup(config) if stage is None else deepspeed_setup(config, stage, ranks)
+    setup = plain_setup(config) if stage is None else setup_of(config, stage, ranks)
     memory = peak(config, setup, config.train.micro_batch_size)
     return {
-        "name": name if stage is None else f"{name}, ZeRO {stage} on {ranks}",
+        "name": name if stage is None else f"{name}, {engine} {stage} on {ranks}",
         "config": to_dict(config),
         "ranks": ranks,
         "predicted": {
@@ -162,7 +164,7 @@ def measured(job: dict[str, Any], is_measured: bool, directory: Path) -> dict[st
     path = directory / f"{job['number']}.json"
     path.write_text(json.dumps(job))
     command = [sys.executable, __file__, "--worker", str(path)]
-    if "ZeRO" in job["name"]:
+    if job["ranks"] > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job["ranks"])]
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(directory / "inductor"), "TRITON_CACHE_DIR": str(directory / "triton")}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **caches})
@@ -176,8 +178,7 @@ def work(job: dict[str, Any], result: Path) -> None:
     config = from_dict(job["config"], "job")
     started = time.monotonic()
     with joined(config) as ranks:
-        settings = check_deepspeed(config, ranks) if config.engine == "deepspeed" else None
-        engine: Engine = PlainEngine(config) if settings is None else DeepSpeedEngine(config, ranks, settings)
+        engine = build(config, ranks)
         is_gpu = engine.device.type == "cuda"
         found = {"state": torch.cuda.memory_allocated() if is_gpu else 0, "making": peak_memory(engine.device)}
         if is_gpu:
@@ -204,6 +205,12 @@ def work(job: dict[str, Any], result: Path) -> None:
         most = [int(max(values)) for values in zip(*ranks.all_gather([*found.values()]), strict=True)]
         if ranks.is_first:
             result.write_text(json.dumps(dict(zip(found, most, strict=True))))
+
+
+def build(config: Config, ranks: ProcessGroup) -> Engine:
+    if config.engine == "deepspeed":
+        return DeepSpeedEngine(config, ranks, check_deepspeed(config, ranks))
+    return ShardedEngine(config, ranks) if config.engine == "sharded" else PlainEngine(config)
 
 
 def report(row: dict[str, Any], out: Path | None) -> None:

@@ -57,6 +57,7 @@ def test_the_sizes_in_the_help_are_of_the_configuration_given(capsys: pytest.Cap
         ("prepare", ["CONFIG", "--data.prepared"]),
         ("prove-resume", ["CONFIG", "--kills", "--ranks", "--resume-ranks"]),
         ("generate", ["CHECKPOINT", "--prompt", "--interactive", "--stop", "--seed"]),
+        ("doctor", ["CONFIG|RUN", "--json", "--model.hidden-size"]),
         ("evaluate", ["CHECKPOINT", "--rows", "--data.files"]),
         ("export", ["CHECKPOINT", "DIR", "--dtype", "--native-only"]),
         ("bench train", ["--shape", "--peers", "--breakdown", "--json"]),

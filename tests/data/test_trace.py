@@ -9,9 +9,9 @@ from data_samples import open_run_loader, text, write_jsonl
 
 from conversations import chat_config
 from p828.config import Config, DataConfig, PrepareConfig, TrainConfig, ValidationConfig
-from p828.data.batch import PADDING, Batch
+from p828.data.batch import PADDING, Batch, DocumentPlace, Sample
 from p828.data.build import tokenizer_of
-from p828.data.loader import open_loader
+from p828.data.loader import make_batch, open_loader
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokens.prepare import prepare
 from p828.data.trace import TracedRow, longest_repeat, named, traced_rows
@@ -110,12 +110,26 @@ def test_a_row_is_told_in_words(tmp_path: Path, tokenizer: Tokenizer) -> None:
         first = tokenizer.decode(tokens_S[ids_S == 0].tolist())
         assert " ".join(first.split()).startswith(row.documents[0].text)
     assert f"{rows[0].documents[0].shard}, document {rows[0].documents[0].record}" in rows[0].in_words()
-    assert "and 2 rows more" in named(rows, most=1)
 
 
-def test_rows_that_repeat_themselves_are_named_first(tokenizer: Tokenizer) -> None:
-    plain, odd = TracedRow("web", (), repeats=1), TracedRow("code", (), repeats=90)
-    assert named([plain, odd, plain], most=1).startswith("1 of its 3 rows repeat an n-gram 32 times or more")
+def traced(tokens: list[list[int]], tokenizer: Tokenizer) -> list[TracedRow]:
+    """Rows of a document each, `file0` and so on."""
+    samples = [
+        Sample(np.array(row), np.zeros(len(row), np.int32), places=(DocumentPlace(f"file{i}", 0, 0),))
+        for i, row in enumerate(tokens)
+    ]
+    return traced_rows([make_batch(samples[:2], True), make_batch(samples[2:], True)], ["files"], tokenizer)
+
+
+def test_what_is_odd_is_named_first(tokenizer: Tokenizer) -> None:
+    """A row that repeats itself, then the tokens that no other row has."""
+    plain = [7, 8, 9, 10] * 10
+    rows = traced([plain, plain, [*plain[:-6], 30, 31, 32, 33, 34, 35], [7] * 40, [*plain[:-2], 36, 36]], tokenizer)
+    assert [row.documents[0].rare_tokens for row in rows] == [0, 0, 5, 0, 1]  # the last token is only predicted
+    assert [row.repeats for row in rows] == [9, 9, 8, 39, 9]
+    said = named(rows, most=3)
+    assert said.startswith("1 of 5 rows repeat an n-gram 32 times or more; files: file3, document 0")
+    assert said.index("file3") < said.index("file2") < said.index("file4") < said.index("and 2 documents more")
 
 
 @pytest.mark.parametrize("seed", range(20))

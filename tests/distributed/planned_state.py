@@ -1,4 +1,4 @@
-"""One of two ranks: what DeepSpeed keeps of a model's parameters at each ZeRO stage, in bytes, as JSON on a line."""
+"""One of two ranks: what an engine keeps of a model's parameters at each ZeRO stage, in bytes, as JSON on a line."""
 
 import dataclasses
 import json
@@ -11,12 +11,14 @@ from p828.config import Config, load
 from p828.distributed.group import ProcessGroup, joined
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
 from p828.engine.deepspeed.partitions import flat_groups
+from p828.engine.sharded.engine import ShardedEngine
 
 
 def main() -> None:
     config = load(sys.argv[1])
     with joined(config) as ranks:
-        found = {stage: kept(config, stage, ranks) for stage in range(4)}
+        found = {f"deepspeed {stage}": kept(config, stage, ranks) for stage in range(4)}
+        found |= {f"sharded {stage}": kept_sharded(config, stage, ranks) for stage in (1, 2, 3)}
         if ranks.is_first:
             print(json.dumps(found))
 
@@ -32,6 +34,23 @@ def kept(config: Config, stage: int, ranks: ProcessGroup) -> dict[str, int]:
         "masters": size(flats),
         "gradients": size(sums(engine, stage)),
         "moments": size(moments),
+    }
+
+
+def kept_sharded(config: Config, stage: int, ranks: ProcessGroup) -> dict[str, int]:
+    config = dataclasses.replace(config, engine="sharded", sharded=dataclasses.replace(config.sharded, stage=stage))
+    engine = ShardedEngine(config, ranks)
+    weights, gradients, small = engine.weights, engine.gradients, [*engine._small.values()]
+    sums = [*(gradients._flats if stage == 1 else ()), gradients._small]
+    if stage > 1:  # of embedding and head every rank sums the whole
+        kinds = zip(gradients._slots, gradients._flats, gradients.shards, strict=True)
+        sums += [flat if slot is None else shard for slot, flat, shard in kinds]
+    state = engine.optimizer.state_dict()
+    return {
+        "weights": size([*(weights.shards if stage == 3 else weights.flats), *small]),
+        "masters": size([low for low in engine.state.low_bits if low is not None]),
+        "gradients": size(sums),
+        "moments": size([tensor for name, tensor in state.items() if not name.startswith("step/")]),
     }
 
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 )
 def test_ranks_train_as_one_device_does(whole: Run, stage: Stage, ranks: int) -> None:
     assert_same_training(whole(stage, ranks), whole(None, 1))
+    assert all(len(line.get("rank_memory_bytes", [0])) == ranks for line in steps(whole(stage, ranks)))
 
 
 @pytest.mark.long

@@ -244,6 +244,17 @@ def test_sound_runs_of_earlier_versions_have_nothing_to_tell(
     assert json.loads(capsys.readouterr().out)["findings"] == []
 
 
+def test_damaged_records_are_told_and_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(Path(__file__).parents[1] / "data_of_old_versions" / "runs" / "two-ranks", run)
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join([*lines[:2], b"\xff no record\n", *lines[2:]]))
+    assert dispatch(["doctor", str(run), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["step"] == 7
+    assert "line 3 is not a record" in err
+
+
 def test_a_run_is_looked_at_without_pytorch(tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(Path(__file__).parents[1] / "data_of_old_versions" / "runs" / "two-ranks", run)

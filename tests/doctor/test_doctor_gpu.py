@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from p828.config import load
-from p828.doctor.gpu import _runs_on, check_gpus
+from p828.config import Config, load
+from p828.doctor.gpu import _runs_on, check_gpus, judged_memory, planned_bytes
 from p828.doctor.model import check_model
 from p828.doctor.rates import against
 
@@ -65,3 +65,29 @@ def test_a_model_that_the_cpu_computes_is_told_with_its_sizes() -> None:
     assert check.status == "ok"
     assert "60.8 M parameters" in check.text
     assert "float32" in check.text
+
+
+def test_memory_is_judged_by_what_the_run_is_planned_to_take() -> None:
+    config, total = load("800m"), 80 * 10**9
+    planned = planned_bytes(config, 1)
+    assert planned is not None
+    assert 10e9 < planned < 40e9
+
+    def status(free: float, taken: float = 0.0, of: Config | None = config) -> str:
+        return judged_memory(0, int(free), total, int(taken), of, 1).status
+
+    assert status(total) == "ok"
+    assert status(1.05 * planned) == "warning"
+    assert status(0.99 * planned) == "failure"
+    assert status(0.9 * total, 0.1 * total) == "warning"
+    assert status(1.0, of=None) == "ok"
+
+
+def test_partitions_take_less_of_each_gpu_and_float32_is_not_planned() -> None:
+    config = load("800m")
+    sharded = replace(config, engine="deepspeed", deepspeed=replace(config.deepspeed, stage=2))
+    alone, eighth = planned_bytes(sharded, 1), planned_bytes(sharded, 8)
+    assert alone is not None
+    assert eighth is not None
+    assert eighth < alone
+    assert planned_bytes(replace(config, train=replace(config.train, dtype="float32")), 1) is None

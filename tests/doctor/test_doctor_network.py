@@ -116,10 +116,12 @@ def test_offline_is_a_warning_with_what_still_works(config: Config | None, words
     assert check_network(with_wandb("online"))[1].text.endswith("the run would be recorded offline")
 
 
-def test_offline_on_purpose_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_on_purpose_the_hub_is_not_asked_and_wandb_is(online: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "ENDPOINT", "nonsense")
-    assert check_network(None)[0].status == "ok"
+    hub, wandb = check_network(None)
+    assert (hub.status, wandb.status) == ("ok", "ok")
+    assert wandb.text == f"{online} answers"
 
 
 def test_a_setting_that_wandb_does_not_take_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

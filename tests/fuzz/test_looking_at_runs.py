@@ -23,7 +23,7 @@ from p828.runs.step_batch import documents_of_step
 from p828.runs.summary import summary
 
 OLD = Path(__file__).parents[1] / "data_of_old_versions"
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "30"))
 STATE = Path("checkpoints") / "step_00000005" / "state.json"
 
 

@@ -5,7 +5,7 @@ import torch
 
 from p828.config import load
 from p828.doctor.gpu import check_gpus
-from p828.doctor.kernels.self_tests import EVERYWHERE, IN_TRITON, check_kernels, tried
+from p828.doctor.kernels.self_tests import EVERYWHERE, IN_TRITON, check_all_kernels, check_kernels, tried
 from p828.doctor.model import check_model
 from p828.doctor.rates import check_rates
 
@@ -14,6 +14,12 @@ def test_every_kernel_passes(cuda: torch.device) -> None:
     found = list(check_kernels(cuda))
     assert len(found) == len(EVERYWHERE) + len(IN_TRITON)
     assert [check for check in found if check.status != "ok"] == []
+
+
+def test_they_pass_on_every_further_gpu(cuda: torch.device) -> None:
+    for number in range(torch.cuda.device_count()):
+        (check,) = check_all_kernels(torch.device("cuda", number))
+        assert (check.name, check.status) == (f"gpu {number} kernels", "ok")
 
 
 def test_a_missing_sink_gradient_is_named(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def train(engine: PlainEngine, seeds: range) -> list[StepResult]:
     for seed in seeds:
         for part in range(2):
             engine.forward_backward(batch_of(10 * seed + part), 128)
-        results.append(engine.step(1e-2))
+        results.append(engine.step(1e-2, is_measured=True))
     return results
 
 
@@ -183,7 +183,8 @@ def test_the_update_does_not_wait_for_the_device(cuda: torch.device, tmp_path: P
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_step_waits_for_the_device_once(cuda: torch.device, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_a_step_waits_for_the_device_once(cuda: torch.device, tmp_path: Path, is_measured: bool) -> None:
     engine = make_engine(tmp_path)
     train(engine, range(1))  # compiles the kernels
     engine.forward_backward(batch_of(0), 64)
@@ -191,7 +192,7 @@ def test_a_step_waits_for_the_device_once(cuda: torch.device, tmp_path: Path) ->
     try:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            engine.step(1e-3)
+            engine.step(1e-3, is_measured)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([warning for warning in found if "synchronizing CUDA operation" in str(warning.message)]) == 1

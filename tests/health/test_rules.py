@@ -205,6 +205,24 @@ def test_what_is_wrong_with_the_experts_norm_is_said(norm: float, words: str) ->
     assert words in finding.cause
 
 
+@pytest.mark.parametrize("times", [1 / 64, 16])
+def test_gradients_of_experts_that_are_scaled_are_of_another_order(times: float) -> None:
+    parts = {**dict.fromkeys(PARTS, 0.3), "routed_experts": 0.25 * times}
+    norm = math.sqrt(sum(part**2 for part in parts.values()))
+    findings = found(steps(lambda r: {"grad_norm": norm, "grad_norms": parts}))
+    assert [finding.rule for finding in findings] == ["expert_gradient_norm"]
+    assert "times that of the other matrices" in findings[0].evidence
+
+
+def test_a_bias_that_is_back_at_zero_is_no_bias_that_stands_still() -> None:
+    """It swings by its rate, and every measured step is an even one."""
+    swinging = steps(lambda r: {"bias_max": [0.0, 0.0]} if "bias_max" in r else {})
+    assert found(swinging) == []
+    still = changed(swinging, 1, lambda r: {"bias_load_correlation": [0.9, 0.0]} if "bias_max" in r else {})
+    (finding,) = found(still)
+    assert (finding.rule, finding.cause) == ("bias_not_balancing", "the bias is never updated")
+
+
 def test_loads_are_recovering_or_not() -> None:
     """A fresh router that comes back is left alone, one that does not is named."""
     least = math.log(2) / math.log(8)

@@ -1,5 +1,6 @@
 """Records of a run that exists in numbers only, for rules to look at."""
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from p828.health.examine import examine
 from p828.health.facts import Facts
 from p828.health.finding import Finding
 from p828.health.window import Window
+from p828.runs.records import encoded
 
 Record = dict[str, Any]
 PARTS = ("embedding", "attention", "sinks", "router", "routed_experts", "shared_experts", "norms", "head")
@@ -31,6 +33,13 @@ FACTS = Facts(
     evaluation_every=50,
 )
 """Of a run in float32."""
+CONFIG = """
+name = "made-up"
+model = { vocab_size = 300, num_hidden_layers = 2, n_routed_experts = 8, num_experts_per_tok = 2 }
+optimizer = { learning_rate = 3e-3 }
+schedule = { warmup_steps = 20 }
+train = { steps = 400, gradient_accumulation = 2, dtype = "float32" }
+"""
 
 
 def facts(**changes: Any) -> Facts:
@@ -137,13 +146,10 @@ def rules(records: Iterable[Record], of: Facts = FACTS) -> list[str]:
 
 
 def write_run(directory: Path, records: Iterable[Record]) -> Path:
-    """A run's directory with these records and a small configuration."""
-    import json
-
-    from p828.runs.records import encoded
-
+    """A run's directory with these records and the configuration of `FACTS`, without the norms of its weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.toml").write_text('name = "made-up"\n[train]\nsteps = 400\n')
-    lines = (json.dumps(encoded(record), allow_nan=False) for record in records)
+    (directory / "config.toml").write_text(CONFIG)
+    kept = ({key: value for key, value in record.items() if key != "weight_norms"} for record in records)
+    lines = (json.dumps(encoded(record), allow_nan=False) for record in kept)
     (directory / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return directory

@@ -40,9 +40,19 @@ def test_advised_ways(name: str, gpu: str, gpus: int, stage: int | None, recompu
     assert rows == preset(name).train.micro_batch_size * preset(name).train.gradient_accumulation
 
 
+def test_what_fits_is_not_offloaded() -> None:
+    config = preset("800m")
+    deepspeed = dataclasses.replace(config.deepspeed, config="zero3-offload")
+    config = dataclasses.replace(config, engine="deepspeed", deepspeed=deepspeed)
+    plan = make_plan(config, Machine(card("h100"), 2))
+    advice = advise(plan)
+    assert plan.configured.setup.offload_optimizer
+    assert advice.flags.startswith("--engine deepspeed --deepspeed.stage 1 --train.micro-batch-size")
+
+
 def test_what_fits_nowhere_is_told_how_many_gpus_it_takes() -> None:
     config = preset("planned")
-    model = dataclasses.replace(config.model, hidden_size=8192, n_routed_experts=64)
+    model = dataclasses.replace(config.model, hidden_size=4096, n_routed_experts=64, num_hidden_layers=48)
     advice = advise(make_plan(dataclasses.replace(config, model=model), Machine(card("h100"), 8)))
     assert advice.setup is None
     assert advice.gpus_needed > 8
@@ -52,11 +62,7 @@ def test_the_step_keeps_its_tokens_on_several_gpus() -> None:
     one, eight = (make_plan(preset("800m"), Machine(card("h100"), gpus)) for gpus in (1, 8))
     assert eight.tokens_per_step == one.tokens_per_step
     assert eight.config.train.gradient_accumulation == 2
-    assert eight.remarks[0] == (
-        'on 8 GPUs with engine = "deepspeed", train.gradient_accumulation 2 on each in place of 16'
-    )
-    assert eight.remarks[1].startswith('engine = "sharded" takes about ')
-    assert len(eight.remarks) == 2
+    assert eight.remarks == ['on 8 GPUs with engine = "sharded", train.gradient_accumulation 2 on each in place of 16']
     assert one.hours / 8 < eight.hours < one.hours / 6
 
 
@@ -85,8 +91,10 @@ def test_the_law_of_the_learning_rate() -> None:
 
 
 def test_bytes_over_the_links() -> None:
-    """The table of docs/distributed.md, for a model of 1,000 parameters on 4 GPUs in steps of 8 micro-batches."""
+    """The tables of docs/distributed.md, for a model of 1,000 parameters on 4 GPUs in steps of 8 micro-batches."""
     share = 3 / 4 * 1000
+    for stage, size in {1: (4 + 2) * share, 2: (8 * 2 + 2) * share, 3: (8 * 2 + 8 * 4) * share}.items():
+        assert link_bytes(Setup(stage, 4, is_sharded=True), 1000, 8).total == size
     expected = {0: 4 * 2 * share, 1: (4 + 2) * share, 2: (8 * 2 + 2) * share, 3: (8 * 2 + 8 * 2) * share}
     for stage, size in expected.items():
         assert link_bytes(Setup(stage, 4), 1000, 8).total == size

@@ -11,12 +11,14 @@ import pytest
 from p828.config import Config, load, with_vocabulary
 from p828.plan.peak import Memory, peak
 from p828.plan.room import largest_micro_batch, recomputing
-from p828.plan.setup import Setup, deepspeed_setup, plain_setup
+from p828.plan.setup import Setup, deepspeed_setup, plain_setup, sharded_setup
 from p828.system.cards import card
 
 ROOT = Path(__file__).parents[2]
 NUMBER = r"\*?([\d.]+)\*?"
-ROW = re.compile(rf"\| ([^|]+?)(?:, ZeRO (\d) on (\d))? \| {NUMBER} \| {NUMBER} \| [^|]+ \| {NUMBER} \| {NUMBER} \|")
+ROW = re.compile(
+    rf"\| ([^|]+?)(?:, (sharded|deepspeed) (\d) on (\d))? \| {NUMBER} \| {NUMBER} \| [^|]+ \| {NUMBER} \| {NUMBER} \|"
+)
 ROWS = [found.groups() for found in map(ROW.match, (ROOT / "docs" / "plan.md").read_text().splitlines()) if found]
 WITHIN = 0.1
 
@@ -36,13 +38,13 @@ def test_there_are_rows() -> None:
     assert len([row for row in ROWS if row[1] is None]) == 8
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}-{row[1]}")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}-{row[1]}-{row[2]}")
 def test_the_documented_predictions_are_today_s_and_near_what_was_measured(
     script: ModuleType, row: tuple[str, ...]
 ) -> None:
-    name, stage, ranks, *gigabytes = row
+    name, engine, stage, ranks, *gigabytes = row
     allocated, measured, reserved, measured_reserved = map(float, gigabytes)
-    job = script.make_job(name, int(stage) if stage else None, int(ranks or 1), is_tiny=False)
+    job = script.make_job(name, engine or "plain", int(stage) if stage else None, int(ranks or 1), is_tiny=False)
     assert job["predicted"]["allocated"] / 1e9 == pytest.approx(allocated, abs=0.006)
     assert job["predicted"]["reserved"] / 1e9 == pytest.approx(reserved, abs=0.006)
     assert allocated == pytest.approx(measured, rel=WITHIN)
@@ -54,7 +56,8 @@ def preset(name: str) -> Config:
 
 
 def setups(config: Config) -> list[Setup]:
-    return [plain_setup(config), *(deepspeed_setup(config, stage, 2) for stage in (0, 1, 2, 3))]
+    of_ranks = [deepspeed_setup(config, stage, 2) for stage in (0, 1, 2, 3)]
+    return [plain_setup(config), *(sharded_setup(config, stage, 2) for stage in (1, 2, 3)), *of_ranks]
 
 
 @pytest.mark.parametrize("name", ["60m", "fine-grained", "planned"])

@@ -9,12 +9,14 @@ import torch
 
 from p828.config import OptimizerConfig
 from p828.engine.plain import PlainEngine
+from p828.engine.sharded import units, weights
 from p828.model.precision import is_matrix
 from p828.model.transformer import Transformer
 from p828.optim.groups import parameter_groups
 from p828.plan.setup import Setup
 from p828.plan.state import numbers_of_deepspeed, training_state
 from p828.plan.tensors import parameter_shapes
+from p828.plan.units import ALIGNMENT, BUFFERS, units_of
 from runs import run_config
 from tiny import tiny_config
 
@@ -57,13 +59,13 @@ def test_the_plain_engine_keeps_what_is_planned(tmp_path: Path, dtype: str, mome
     setup = Setup(is_bfloat16=dtype == "bfloat16", has_bfloat16_moments=moments == "bfloat16")
     planned = training_state(config.model, config.optimizer, setup)
     assert planned.weights == sum(parameter.nbytes for parameter in engine.model.parameters())
-    assert planned.masters == sum(master.low_bits.nbytes for _, master in engine.masters.items())
+    assert planned.masters == sum(master.low_bits.nbytes for master in engine.masters.by_parameter.values())
     assert planned.gradients == sum(total.nbytes for total in engine.gradients.sums.values())
     assert planned.moments == sum(tensor.nbytes for tensor in state.values())
     assert planned.total == sum(planned)
 
 
-def test_deepspeed_s_parts_add_up_to_the_whole() -> None:
+def test_the_ranks_parts_add_up_to_the_whole() -> None:
     """Whatever fills them up to equal shares is less than a share's alignment for each that is filled up."""
     config, optimizer = tiny_config(), OptimizerConfig()
     parameters = parameter_shapes(config)
@@ -74,6 +76,23 @@ def test_deepspeed_s_parts_add_up_to_the_whole() -> None:
         assert 0 <= numbers_of_deepspeed(parameters, optimizer, 3, ranks) - whole < len(parameters) * ranks
         states = [training_state(config, optimizer, Setup(stage, ranks)) for stage in range(4)]
         assert [state.total for state in states] == sorted((state.total for state in states), reverse=True)
+        sharded = [training_state(config, optimizer, Setup(stage, ranks, is_sharded=True)) for stage in (1, 2, 3)]
+        assert [state.total for state in sharded] == sorted((state.total for state in sharded), reverse=True)
+        cut = units_of(parameters, ranks)
+        filled_up = cut.total + cut.small - whole
+        assert 0 <= filled_up < ALIGNMENT * (len(parameters) + ranks * (len(cut.layers) + len(cut.ends)))
     offloaded = training_state(config, optimizer, Setup(3, 2, offload_optimizer=True, offload_param=True))
     assert offloaded.total == 0
     assert dataclasses.asdict(optimizer)["decay_embeddings"] is False
+
+
+def test_units_are_the_engine_s() -> None:
+    assert (ALIGNMENT, BUFFERS) == (units.ALIGNMENT, weights.BUFFERS)
+    for ranks in (1, 2, 3):
+        for changes in ({}, {"tie_word_embeddings": True}, {"n_shared_experts": 0, "head_dim": 24}):
+            config = tiny_config(**changes)
+            with torch.device("meta"):
+                found = units.units_of(Transformer(config), ranks)
+            planned = units_of(parameter_shapes(config), ranks)
+            assert planned.layers == tuple(unit.length for unit in found if unit.layer is not None)
+            assert planned.ends == tuple(unit.length for unit in found if unit.layer is None)

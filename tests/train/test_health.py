@@ -38,7 +38,7 @@ def test_a_healthy_run_says_nothing_and_a_sick_one_says_it_once(
     monkeypatch.setattr(health, "SHARE", 1e9)  # looks after every step
     assert train(tmp_path, "well") == 0
     assert recorded(tmp_path / "runs" / "well") == []
-    assert "cause:" not in capsys.readouterr().out
+    assert "since step" not in capsys.readouterr().out
 
     assert train(tmp_path, "sick", "--optimizer.learning-rate", "1") == 0
     run = tmp_path / "runs" / "sick"
@@ -46,7 +46,8 @@ def test_a_healthy_run_says_nothing_and_a_sick_one_says_it_once(
     assert found == [("learning_rate_high", "warning"), ("learning_rate_high", "critical")]
     out = capsys.readouterr().out
     assert out.count("critical: learning_rate_high since step") == 1
-    assert "cause: optimizer.learning_rate = 1 is too high" in out
+    assert "\n  cause  optimizer.learning_rate = 1 is too high for this model and batch\n" in out
+    assert max(map(len, out.split("critical: ")[1].split("\nstep")[0].split("\n"))) <= 80
     assert "critical: learning_rate_high" in (run / "log.txt").read_text()
 
     assert train(tmp_path, "sick", "--optimizer.learning-rate", "1", train={"steps": 60}) == 0

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from p828.cli.output import printable
 from p828.cli.status_lines import show_status
-from p828.errors import RunFailed, warn
+from p828.errors import DataError, RunFailed, warn
 from p828.health.finding import Finding
 from p828.health.of_run import findings_of
+from p828.runs import records
+from p828.runs.file_names import RECORDS_FILE
 from p828.runs.summary import RunSummary, summary
 from p828.train.log.console import waiting
 
@@ -19,6 +21,7 @@ def show_findings(directory: Path, as_json: bool) -> None:
     """
     with waiting(f"reading the records of {directory}", warn):
         findings, run = findings_of(directory), summary(directory)
+        _warn_of_damage(directory)
     if as_json:
         found = {"run": str(directory), **run.to_json(), "findings": [finding.to_json() for finding in findings]}
         print(json.dumps(found, indent=2))
@@ -29,6 +32,15 @@ def show_findings(directory: Path, as_json: bool) -> None:
     critical = [finding.rule for finding in findings if finding.severity == "critical"]
     if critical:
         raise RunFailed(f"{directory}: {', '.join(critical)}")
+
+
+def _warn_of_damage(directory: Path) -> None:
+    """A line on the first line of the records that is none: the rules pass such lines over."""
+    try:
+        for _ in records.read(directory / RECORDS_FILE):
+            pass
+    except DataError as error:
+        warn(f"{error}. It is passed over")
 
 
 def _state(run: RunSummary) -> str:

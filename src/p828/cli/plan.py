@@ -40,11 +40,9 @@ class Arguments(ConfigArguments):
 def run(arguments: list[str]) -> None:
     config, given = read_configuration(arguments, Arguments, USAGE, _describe, reads_prepared=True)
     machine = _machine(given)
-    config = with_vocabulary(with_steps(config, machine.gpus if config.engine == "deepspeed" else 1))
+    config = with_vocabulary(with_steps(config, 1 if config.engine == "plain" else machine.gpus))
     if config.engine == "plain" and machine.gpus > 1 and _asks_for_engine(arguments):
-        raise ConfigError(
-            f'--engine plain trains on one GPU, not {machine.gpus}; "deepspeed" is accepted, or leave it out'
-        )
+        raise ConfigError(f'--engine plain trains on one GPU, not {machine.gpus}; "sharded" or "deepspeed" is accepted')
     plan = make_plan(config, machine)
     advice = advise(plan)
     if given.json:

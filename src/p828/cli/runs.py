@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.cells import cell_len, set_cell_size
 
 from p828.cli.flags import parse
 from p828.cli.output import printable
 from p828.config.rules import check_path
+from p828.config.values import shown_path
 from p828.errors import warn
 from p828.runs.listing import Listing, list_runs
 from p828.runs.summary import RunSummary
@@ -31,7 +33,7 @@ DROPPED = ("best", "tok/s", "val", "age", "health", "loss")  # in this order, wh
 SHORTEST_NAME = 12
 MOST_OTHERS = 5  # names that are shown
 FIRST_LINE_AFTER, NEXT_LINE_AFTER = 2.0, 10.0  # seconds
-WITH_REASON = ("damaged", "failed", "stopped", "paused", "interrupted")
+WITH_REASON = ("damaged", "failed", "stopped")
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,14 @@ def run(arguments: list[str]) -> None:
 def as_lines(listing: Listing, directory: str, width: int | None = None) -> list[str]:
     """The table in at most `width` columns, and lines on what it does not show."""
     lines = _table(listing.runs, width) if listing.runs else [f"no runs in {directory}"]
-    reasons = [f"{run.name}: {run.why}" for run in listing.runs if run.why and run.state in WITH_REASON]
+    reasons = [f"{shown_path(run.name)}: {run.why}" for run in listing.runs if run.why and run.state in WITH_REASON]
     lines += ["", *reasons] if reasons else []
     unread = sum(run.unread_bytes > 0 for run in listing.runs)
     if unread:
         lines += ["", f"Of {unread:,} runs only the end of the records was read: earlier findings are not counted."]
     if listing.others:
         more = f" and {len(listing.others) - MOST_OTHERS:,} more" if len(listing.others) > MOST_OTHERS else ""
-        lines += ["", f"No runs: {', '.join(listing.others[:MOST_OTHERS])}{more}"]
+        lines += ["", f"No runs: {', '.join(map(shown_path, listing.others[:MOST_OTHERS]))}{more}"]
     return lines
 
 
@@ -85,7 +87,7 @@ def _table(runs: Sequence[RunSummary], width: int | None) -> list[str]:
         if width is None or _width(rows, columns, SHORTEST_NAME) <= width:
             break
         columns.remove(column)
-    longest = max(len(row["run"]) for row in rows)
+    longest = max(cell_len(row["run"]) for row in rows)
     if width is not None:
         others = _width(rows, columns, 0)
         longest = max(min(longest, width - others), SHORTEST_NAME)
@@ -99,8 +101,8 @@ def _width(rows: Sequence[dict[str, str]], columns: Sequence[str], of_name: int)
 
 
 def _line(row: dict[str, str], rows: Sequence[dict[str, str]], columns: Sequence[str], longest: int) -> str:
-    name = row["run"] if len(row["run"]) <= longest else row["run"][: longest - 1] + "…"
-    cells = [f"{name:<{longest}}"]
+    name = row["run"] if cell_len(row["run"]) <= longest else set_cell_size(row["run"], longest - 1) + "…"
+    cells = [set_cell_size(name, longest)]
     for column in columns[1:]:
         size = max(len(other[column]) for other in rows)
         cells.append(f"{row[column]:<{size}}" if column in ("state", "health") else f"{row[column]:>{size}}")
@@ -110,7 +112,7 @@ def _line(row: dict[str, str], rows: Sequence[dict[str, str]], columns: Sequence
 def _cells(run: RunSummary) -> dict[str, str]:
     steps = "" if run.steps is None else f"/{run.steps:,}"
     cells = (
-        run.name,
+        shown_path(run.name),
         run.state,
         f"{'–' if run.step is None else format(run.step, ',')}{steps}",
         _loss(run.loss),

@@ -4,7 +4,8 @@ The packers note with each sample where its documents come from (`batch.Document
 while the run trains, and nothing need be read again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ class TracedDocument:
     """Tokens of it before those in the row."""
     tokens: int
     """Of it in the row."""
+    rare_tokens: int
+    """Those of them that no other row of the step has."""
     text: str
     """The first words of it in the row, in one line."""
 
@@ -58,37 +61,40 @@ class TracedRow:
 
 def traced_rows(batches: Sequence[Batch], source_names: Sequence[str], tokenizer: Tokenizer) -> list[TracedRow]:
     """The rows of training batches, in their order. Takes some milliseconds a row, and reads no data."""
-    return [row for batch in batches for row in _rows_of(batch, source_names, tokenizer)]
+    rows_with = Counter(token for batch in batches for row in batch.tokens_BS.numpy() for token in set(row.tolist()))
+    return [row for batch in batches for row in _rows_of(batch, source_names, tokenizer, rows_with)]
 
 
 def named(rows: Sequence[TracedRow], most: int = 3) -> str:
-    """The rows that are likeliest to have made a loss jump, in a few sentences, with their documents' first words.
+    """The documents that are likeliest to have made a loss jump, in a line, with their first words.
 
-    Those with repeated n-grams come first; where no row has many, the first rows are examples.
+    Those in rows with a repeated n-gram come first, then those with the most tokens that no other row has. The loss of
+    each row is not known here: `p828 batch RUN --step N --losses` computes it.
     """
-    odd = sorted((row for row in rows if row.repeats >= MANY_REPEATS), key=lambda row: -row.repeats)
-    chosen = (odd or list(rows))[:most]
-    what = f"{len(odd)} of its {len(rows)} rows repeat an n-gram {MANY_REPEATS} times or more" if odd else ""
-    lines = [
-        (f"{row.source}, {row.repeats} repeats, " if odd else f"{row.source}, ")
-        + max(row.documents, key=lambda document: document.tokens).in_words()
-        for row in chosen
-        if row.documents
-    ]
-    left = len(rows) - len(chosen)
-    more = f"and {left} rows more" if left else ""
-    return "; ".join(filter(None, (what, *lines, more)))
+    odd = {id(row): row.repeats for row in rows if row.repeats >= MANY_REPEATS}
+    pairs = [(row, document) for row in rows for document in row.documents]
+    pairs.sort(key=lambda pair: (-odd.get(id(pair[0]), 0), -pair[1].rare_tokens))
+    ranked: dict[tuple[str, int], str] = {}  # a document may be in several rows
+    for row, document in pairs:
+        ranked.setdefault((document.shard, document.record), f"{row.source}: {document.in_words()}")
+    words = [f"{len(odd)} of {len(rows)} rows repeat an n-gram {MANY_REPEATS} times or more"] if odd else []
+    words += list(ranked.values())[:most]
+    left = len(ranked) - most
+    return "; ".join([*words, *([f"and {left} documents more"] if left > 0 else [])])
 
 
-def _rows_of(batch: Batch, source_names: Sequence[str], tokenizer: Tokenizer) -> Iterator[TracedRow]:
+def _rows_of(
+    batch: Batch, source_names: Sequence[str], tokenizer: Tokenizer, rows_with: Mapping[int, int]
+) -> Iterator[TracedRow]:
     tokens_BS, document_ids_BS = batch.tokens_BS.numpy(), batch.document_ids_BS.numpy()
     for (source, places), tokens_S, ids_S in zip(batch.places, tokens_BS, document_ids_BS, strict=True):
         documents = []
         for number, place in enumerate(places):
-            own = tokens_S[ids_S == number]
-            if len(own):  # else it begins with the row's last token, which is only predicted
-                text = " ".join(tokenizer.decode(own[:FIRST_TOKENS].tolist()).split())
-                documents.append(TracedDocument(*place, len(own), text[:FIRST_CHARACTERS]))
+            own = tokens_S[ids_S == number].tolist()
+            if own:  # else it begins with the row's last token, which is only predicted
+                text = " ".join(tokenizer.decode(own[:FIRST_TOKENS]).split())
+                rare = sum(rows_with[token] == 1 for token in own)
+                documents.append(TracedDocument(*place, len(own), rare, text[:FIRST_CHARACTERS]))
         yield TracedRow(source_names[source], tuple(documents), longest_repeat(tokens_S[ids_S != PADDING]))
 
 

@@ -8,9 +8,12 @@ from p828.config import Config, with_vocabulary
 from p828.distributed.links import nvidia_smi
 from p828.doctor.check import Check, size
 from p828.model.costs import count_parameters
-from p828.system.device import LEAST_BYTES, lacks_bfloat16
+from p828.plan.peak import peak
+from p828.plan.setup import configured_stage, deepspeed_setup, plain_setup
+from p828.system.device import lacks_bfloat16
 
 LARGE_ON_A_CPU = 10**7  # parameters: a CPU of 8 cores trains on a few thousand tokens a second then
+SURELY_FITS = 0.9  # of the free memory: plans are within a tenth of what was measured (docs/plan.md)
 A_PART = 0.05  # of a GPU's memory: what is taken above it is another process's, not the driver's
 
 
@@ -20,7 +23,7 @@ def check_gpus(config: Config | None) -> list[Check]:
         return [_without(config)]
     checks = [_driver()]
     for number in range(torch.cuda.device_count()):
-        checks += [_capability(number), _memory(number, config)]
+        checks += [_capability(number), _memory(number, config, torch.cuda.device_count())]
     return checks
 
 
@@ -91,22 +94,39 @@ def _runs_on(arch: str, major: int, minor: int) -> bool:
     return own_major == major and own_minor <= minor
 
 
-def _memory(number: int, config: Config | None) -> Check:
-    """What is free, who has the rest, and whether the parameters alone would fit."""
-    name = f"gpu {number} memory"
+def _memory(number: int, config: Config | None, gpus: int) -> Check:
     free, total = torch.cuda.mem_get_info(number)
-    text = f"{size(free)} of {size(total)} are free"
-    if config is not None:
-        parameters = count_parameters(with_vocabulary(config).model).total
-        least = parameters * LEAST_BYTES
-        if least > free:
-            return Check(
-                name, "failure",
-                f"{text}; {parameters / 1e6:,.0f} M parameters take more than {size(least)} to train",
-                "take a smaller model or spread it: --engine sharded with --sharded.stage 2 or 3",
-            )  # fmt: skip
-    taken = total - free - torch.cuda.memory_reserved(number)
+    return judged_memory(number, free, total, total - free - torch.cuda.memory_reserved(number), config, gpus)
+
+
+def judged_memory(number: int, free: int, total: int, taken: int, config: Config | None, gpus: int) -> Check:
+    """What is free of a GPU beside what the run is planned to take, and what others have `taken`. All in bytes."""
+    name, text = f"gpu {number} memory", f"{size(free)} of {size(total)} are free"
+    planned = None if config is None else planned_bytes(config, gpus)
+    if planned is not None:
+        text += f"; the run takes about {size(planned)}"
+    if planned is not None and planned > free:
+        return Check(
+            name, "failure", text,
+            "p828 plan CONFIG says which micro-batch fits; or give --train.gradient-checkpointing, or several GPUs",
+        )  # fmt: skip
+    if planned is not None and planned > SURELY_FITS * free:
+        return Check(
+            name, "warning", f"{text}, which may not fit", "lower --train.micro-batch-size; see p828 plan CONFIG"
+        )
     if taken > A_PART * total:
         remedy = "nvidia-smi names the processes that have it (outside a container); end them, or take another GPU"
         return Check(name, "warning", f"{text}; {size(taken)} are taken already", remedy)
     return Check(name, "ok", text)
+
+
+def planned_bytes(config: Config, gpus: int) -> int | None:
+    """What a run takes on each GPU when most is taken; None of a run that is not planned: in float32.
+
+    Raises ConfigError for a DeepSpeed file that is not accepted.
+    """
+    if config.train.dtype == "float32":
+        return None
+    stage = configured_stage(config, gpus)
+    setup = plain_setup(config) if stage is None else deepspeed_setup(config, stage, gpus)
+    return peak(with_vocabulary(config), setup, config.train.micro_batch_size).total

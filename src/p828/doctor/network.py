@@ -95,11 +95,11 @@ def problem_at(address: str, within: float = WITHIN) -> str:
 
 
 def _asked(address: str) -> str:
-    """By the HTTP client that huggingface_hub uses, with its proxies and certificates."""
-    from huggingface_hub.utils import get_session, httpx  # type: ignore[attr-defined]  # httpx or httpx2, as it uses
+    """By the HTTP library that huggingface_hub uses, with the proxies and certificates of the environment."""
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, as it uses
 
     try:
-        answer = get_session().get(address, timeout=ANSWER_WITHIN)
+        answer = httpx.get(address, timeout=ANSWER_WITHIN, follow_redirects=True)
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError) as error:  # of a proxy of another kind
         text = " ".join(str(error).split()) or type(error).__name__
         return f"cannot be reached ({text[:LONGEST_CAUSE]})"

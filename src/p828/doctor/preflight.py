@@ -17,7 +17,7 @@ from p828.doctor.all_reduce import check_all_reduce, measured_all_reduce
 from p828.doctor.check import Check
 from p828.doctor.data import check_data
 from p828.doctor.gpu import check_gpus
-from p828.doctor.kernels.self_tests import check_kernels
+from p828.doctor.kernels.self_tests import check_all_kernels, check_kernels
 from p828.doctor.links import check_links
 from p828.doctor.model import check_model
 from p828.doctor.network import check_network
@@ -50,6 +50,9 @@ def preflight(config: Config | None, report: Report) -> Iterator[Check]:
         yield from _links(config, gpus, report)
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
     yield from _kernels(device, report)
+    for number in range(1, gpus):
+        further = torch.device("cuda", number)
+        yield from _made(f"trying out the kernels on GPU {number}", report, partial(check_all_kernels, further))
     yield from _made("asking the hub and Weights & Biases", report, lambda: check_network(config))
     if config is not None:
         yield check_model(config, device)

@@ -54,10 +54,10 @@ _OF_A_RATE = (*_OF_THE_CURVE, "non_finite", "router_collapse", "load_imbalance",
 _OF_THE_LOADS = ("router_collapse", "load_imbalance")
 
 CONSEQUENCES: dict[str, tuple[str, ...]] = {
+    "non_finite_applied": (*_OF_THE_CURVE, "non_finite", *_OF_THE_LOADS, "update_ratio", "expert_gradient_norm"),
     "token_out_of_vocabulary": (*_OF_THE_CURVE, "non_finite"),
     "attention_leak": ("divergence", "loss_rising", "large_gradient_norm", "validation_gap"),
     "loss_normalisation": ("large_gradient_norm", "validation_gap", "validation_leak"),
-    "non_finite_applied": (*_OF_THE_CURVE, "non_finite"),
     "half_written_state": _OF_THE_CURVE,
     "schedule_restart": (*_OF_A_RATE, "learning_rate_high", "no_warmup"),
     "learning_rate_high": (*_OF_A_RATE, "no_warmup"),

@@ -52,6 +52,8 @@ class Facts:
     has_tasks: bool = False
     """Whether the run stops now and then to be measured at tasks, which takes minutes."""
     checkpoint_every: int = 0
+    keep_last: int = 0
+    """Checkpoints that are kept, the best one besides."""
     hang_seconds: float = 1800.0
     """Time without progress after which the run's watchdog ends it."""
     rollback_after: int = 0
@@ -88,6 +90,7 @@ class Facts:
             evaluation_every=config.evaluation.every,
             has_tasks=bool(config.evaluation.tasks),
             checkpoint_every=config.checkpoint.every,
+            keep_last=config.checkpoint.keep_last,
             hang_seconds=float(config.deepspeed.timeout_seconds),
             rollback_after=config.rollback.after_steps,
         )

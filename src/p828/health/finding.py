@@ -32,10 +32,8 @@ class Finding:
     def is_worse_than(self, other: "Finding") -> bool:
         return SEVERITIES.index(self.severity) < SEVERITIES.index(other.severity)
 
-    def text(self) -> str:
-        """What a console shows: three lines."""
-        head = f"{self.severity}: {self.rule} since step {self.since}: {self.evidence}"
-        return f"{head}\n  cause: {self.cause}\n  to do: {self.remedy}"
+    def title(self) -> str:
+        return f"{self.severity}: {self.rule} since step {self.since}"
 
 
 def finding_of(record: dict[str, Any]) -> Finding | None:

@@ -17,6 +17,8 @@ RECENT = 256  # steps whose whole records are kept
 FIRST = 64  # first steps of a run whose records are kept
 GAP_STEPS, LATEST_STEPS = 64, 8  # whose mean loss an evaluation is compared with
 MEASURED = 64  # of the steps with measurements that are not made in every step
+ODD = 64  # of steps that were not finite
+BY_PART = ("grad_norms", "weight_norms")
 OTHERS = 256  # of evaluations, probes and events each
 
 
@@ -62,6 +64,8 @@ class Window:
         self.non_finite: deque[int] = deque(maxlen=OTHERS)
         """Steps whose loss or gradient norm was not finite."""
         self.num_non_finite = 0
+        self.odd: list[Record] = []
+        """The records of these steps, and of those that were not finite in a part of the model only; the first ones."""
         self.resumed_at: int | None = None
         """The step from which the run's last start went on; None in its first."""
         self.disk: Disk | None = None
@@ -126,10 +130,17 @@ class Window:
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in (loss, norm)):
             self.non_finite.append(step)
             self.num_non_finite += 1
+            self._keep_odd(record)
+        elif not all(math.isfinite(x) for name in BY_PART for x in parts_of(record, name).values()):
+            self._keep_odd(record)
         if (finite := number_of(record, "loss")) is not None:
             self.spikes.add(step, finite)
         self.history.add(step, record)
         self.repeats.add(step, record)
+
+    def _keep_odd(self, record: Record) -> None:
+        if len(self.odd) < ODD:
+            self.odd.append(record)
 
     def _add_event(self, step: int, record: Record) -> None:
         if record.get("event") == "odd_batch":

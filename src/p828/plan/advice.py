@@ -10,7 +10,7 @@ from p828.plan.links import link_bytes
 from p828.plan.peak import peak
 from p828.plan.plan import Plan
 from p828.plan.room import largest_micro_batch, recomputing
-from p828.plan.setup import Setup, deepspeed_setup
+from p828.plan.setup import Setup, deepspeed_setup, setup_of
 from p828.plan.speed import step_time
 from p828.plan.state import BFLOAT16, FLOAT32
 
@@ -45,7 +45,8 @@ class Advice:
     def flags(self) -> str:
         """For `p828 train`."""
         assert self.setup is not None
-        found = [] if self.setup.stage is None else ["--engine deepspeed", f"--deepspeed.stage {self.setup.stage}"]
+        engine, stage = self.setup.engine, self.setup.stage
+        found = [] if stage is None else [f"--engine {engine}", f"--{engine}.stage {stage}"]
         if self.setup.offload_optimizer:
             found.append("--deepspeed.offload-optimizer cpu --deepspeed.offload-param cpu")
         if self.gradient_checkpointing:
@@ -108,9 +109,10 @@ def _rows(plan: Plan) -> int:
 
 
 def _setups(plan: Plan) -> list[Setup]:
-    """The simplest first: plain on one GPU, else each stage."""
+    """The simplest first: plain on one GPU, else each stage; with nothing offloaded."""
     is_one = plan.machine.gpus == 1
-    return [engine.setup for engine in plan.engines if (engine.setup.stage is None) == is_one]
+    setups = [engine.setup for engine in plan.engines if (engine.setup.stage is None) == is_one]
+    return [setup._replace(offload_optimizer=False, offload_param=False) for setup in setups]
 
 
 def _offloaded(plan: Plan) -> list[Setup]:
@@ -141,7 +143,7 @@ def _micro_batch_size(plan: Plan, is_host_bound: bool, rows: int, largest: int) 
 def _gpus_needed(plan: Plan, room: float) -> int:
     gpus = 2 * plan.machine.gpus
     while gpus <= MOST_GPUS:
-        if largest_micro_batch(recomputing(plan.config), deepspeed_setup(plan.config, 3, gpus), room):
+        if largest_micro_batch(recomputing(plan.config), setup_of(plan.config, 3, gpus), room):
             return gpus
         gpus *= 2
     return 0

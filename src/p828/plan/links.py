@@ -24,6 +24,9 @@ def link_bytes(setup: Setup, parameters: int, accumulation: int) -> LinkBytes:
         return LinkBytes(0, 0)
     share = (setup.ranks - 1) / setup.ranks * parameters
     weights = setup.computed_bytes
+    if setup.is_sharded:  # embedding and head, which are reduced once a step in float32, are not told apart
+        reduced = FLOAT32 if setup.stage == 1 else weights * accumulation
+        return LinkBytes(reduced * share, weights * share * (2 * accumulation if setup.stage == 3 else 1))
     if setup.stage == 0:
         return LinkBytes(2 * FLOAT32 * share, 0)
     reduced = weights * accumulation if setup.reduces_by_hooks else FLOAT32

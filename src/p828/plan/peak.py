@@ -13,7 +13,8 @@ from p828.model.costs import count_parameters
 from p828.plan.activations import INT32, INT64, Kept, Sizes, backward, forward, kept, weight_gradients
 from p828.plan.setup import Setup
 from p828.plan.state import BFLOAT16, FLOAT32, State, training_state
-from p828.plan.tensors import layer_shapes
+from p828.plan.tensors import layer_shapes, parameter_shapes
+from p828.plan.units import Units, units_of
 
 LOSS_CHUNK_TOKENS, LOSS_COLUMNS = 4096, 64  # model/backend.py's, on a GPU
 SEGMENTS = 4  # engine/deepspeed/reduce.py's
@@ -42,7 +43,7 @@ class Memory:
     logits: int = 0
     """A chunk of the loss, and what is formed beside it."""
     buckets: int = 0
-    """In which DeepSpeed reduces gradients, from stage 2 on."""
+    """In which gradients are reduced over ranks, from stage 2 on."""
     gathered: int = 0
     """Weights that stage 3 has gathered."""
     workspace: int = 0
@@ -120,7 +121,8 @@ class _Step:
         """The first to be gone through, while all layers' activations are there."""
         head = BFLOAT16 * self._head if self.setup.reduces_by_hooks else 0
         activations = self._layers * sum(self._kept) + self._backward()
-        return self._micro_batch("last layer's backward pass", activations, 2, 0, head, is_backward=True)
+        ends = 0 if self.setup.is_sharded else 2  # the loss's hidden states and their gradient, else held until the end
+        return self._micro_batch("last layer's backward pass", activations, ends, 0, head, is_backward=True)
 
     def first_layer_backward(self) -> Memory:
         """The last to be gone through, while the gradients of the other layers' weights wait to be added."""
@@ -132,7 +134,7 @@ class _Step:
 
     def update(self) -> Memory:
         """Stage 3 copies the gradients that it updates with."""
-        if self.setup.stage != 3 or self.setup.offload_optimizer:
+        if self.setup.engine != "deepspeed" or self.setup.stage != 3 or self.setup.offload_optimizer:
             return Memory()
         numbers = min(count_parameters(self.config.model).total // self.setup.ranks, SUB_GROUP)
         return Memory(activations=FLOAT32 * numbers, buckets=self._buckets(is_backward=False), moment="update")
@@ -172,6 +174,8 @@ class _Step:
         """
         batch = (3 * INT64 + INT32) * self.sizes.T
         residuals += not self.setup.reduces_by_hooks
+        if self.setup.is_sharded:  # autograd's graph is cut between layers, where what a layer adds is kept too
+            residuals += self._layers + 1
         beside = residuals * self.sizes.residual + FLOAT32 * self.sizes.T * self.sizes.D
         bounds = (2 * INT32 + 2) * self.sizes.T
         graph_batches = GRAPHS * batch if self._is_captured else batch
@@ -197,20 +201,28 @@ class _Step:
         return chunk
 
     def _buckets(self, is_backward: bool) -> int:
-        """Stage 3 has one all the time, and what it scatters beside it. Others have theirs in the backward pass alone,
-        one or two, and a copy of what is being reduced.
+        """Of the sharded engine: what layers send and receive, in turns.
+
+        Of DeepSpeed: stage 3 has one all the time, and what it scatters beside it; others have one or two in the
+        backward pass alone, and a copy of what is reduced.
         """
-        if not self.setup.reduces_by_hooks:
-            return 0
-        if self.setup.stage == 3:
-            count = 2 if is_backward else 1
+        if self.setup.is_sharded:
+            numbers = 2 * self._units.layer_buffers if (self.setup.stage or 0) >= 2 else 0
+        elif not self.setup.reduces_by_hooks:
+            numbers = 0
+        elif self.setup.stage == 3:
+            numbers = self.setup.bucket_numbers * (2 if is_backward else 1)
         else:
-            count = (3 if self.setup.has_two_buckets else 2) if is_backward else 0
-        return BFLOAT16 * self.setup.bucket_numbers * count
+            numbers = self.setup.bucket_numbers * ((3 if self.setup.has_two_buckets else 2) if is_backward else 0)
+        return BFLOAT16 * numbers
 
     def _gathered(self) -> int:
-        """All weights, or as many as may be live beside the layer that is at work."""
-        if self.setup.stage != 3 or (self.setup.ranks == 1 and not self.setup.offload_param):
+        """Of the sharded engine: its buffers. Of DeepSpeed: all weights, or as many as may be live beside a layer."""
+        if self.setup.stage != 3:
+            return 0
+        if self.setup.is_sharded:
+            return self.setup.computed_bytes * (self._units.layer_buffers + max(self._units.ends))
+        if self.setup.ranks == 1 and not self.setup.offload_param:
             return 0
         layer = sum(one.numbers for one in layer_shapes(self.config.model))
         numbers = min(count_parameters(self.config.model).total, self.setup.live_numbers + layer)
@@ -218,11 +230,17 @@ class _Step:
 
     def _layers_in_a_segment(self) -> int:
         """Of the backward pass, after which gradients are added to the sums."""
+        if self.setup.is_sharded:
+            return 1
         is_whole = self.setup.stage is None or self.setup.ranks == 1 or self._has_auxiliary_losses
         return self._layers if is_whole else -(-self._layers // SEGMENTS)
 
     def _backward(self) -> int:
         return backward(self.sizes, self._kept, self._recomputes)
+
+    @property
+    def _units(self) -> Units:
+        return units_of(parameter_shapes(self.config.model), self.setup.ranks)
 
     @property
     def _kept(self) -> Kept:

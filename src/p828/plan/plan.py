@@ -11,8 +11,7 @@ from p828.plan.amount import SourceAmount, source_amounts
 from p828.plan.links import LinkBytes, link_bytes
 from p828.plan.peak import Memory, copy_for_saving, peak
 from p828.plan.room import largest_micro_batch, recomputing
-from p828.plan.setup import STAGES, Setup, configured_stage, deepspeed_setup, plain_setup
-from p828.plan.sharded import sharded_total
+from p828.plan.setup import STAGES, Setup, configured_stage, deepspeed_setup, plain_setup, setup_of
 from p828.plan.speed import StepTime, assumed_rate, step_time
 from p828.plan.state import training_state
 from p828.system.cards import Card
@@ -49,7 +48,7 @@ class EnginePlan:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "engine": "plain" if self.setup.stage is None else "deepspeed",
+            "engine": self.setup.engine,
             "stage": self.setup.stage,
             "gpus": self.setup.ranks,
             "fits": self.fits,
@@ -145,10 +144,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         machine = machine._replace(rate=assumed_rate(config), rate_from="p828's on an H100")
     config, divided = _on_all(config, machine.gpus)
     remarks += divided
-    if machine.gpus > 1:
-        remarks.append(_of_sharded(config, machine.gpus))
     stage = configured_stage(config, machine.gpus)
-    setups = [plain_setup(config), *(deepspeed_setup(config, number, machine.gpus) for number in STAGES)]
+    setups = [plain_setup(config), *(setup_of(config, number, machine.gpus) for number in STAGES)]
     engines = [engine_plan(config, setup, machine) for setup in setups]
     if stage == 0:
         configured = engine_plan(config, deepspeed_setup(config, 0, machine.gpus), machine)
@@ -179,21 +176,15 @@ def engine_plan(config: Config, setup: Setup, machine: Machine) -> EnginePlan:
     )
 
 
-def _of_sharded(config: Config, gpus: int) -> str:
-    """A line on the memory of our own engine, which takes other bytes than DeepSpeed does."""
-    totals = " / ".join(f"{sharded_total(config, stage, gpus) / 1e9:.1f}" for stage in STAGES)
-    return f'engine = "sharded" takes about {totals} GB a GPU at stages 1 / 2 / 3 (the table is of DeepSpeed)'
-
-
 def _on_all(config: Config, gpus: int) -> tuple[Config, list[str]]:
-    """A configuration of the plain engine as ZeRO on several GPUs, with the same tokens a step, and a line on it."""
+    """A configuration of the plain engine sharded over several GPUs, with the same tokens a step, and a line on it."""
     if gpus == 1 or config.engine != "plain":
         return config, []
     before = config.train.gradient_accumulation
     train = dataclasses.replace(config.train, gradient_accumulation=max(round(before / gpus), 1))
-    divided = dataclasses.replace(config, engine="deepspeed", train=train)
+    divided = dataclasses.replace(config, engine="sharded", train=train)
     line = (
-        f'on {gpus} GPUs with engine = "deepspeed", train.gradient_accumulation {train.gradient_accumulation} on each '
+        f'on {gpus} GPUs with engine = "sharded", train.gradient_accumulation {train.gradient_accumulation} on each '
         f"in place of {before}"
     )
     if divided.tokens_per_step * gpus != config.tokens_per_step:

@@ -14,10 +14,12 @@ class Setup(NamedTuple):
     stage: int | None = None
     """ZeRO stage; None for the plain engine."""
     ranks: int = 1
+    is_sharded: bool = False
+    """By p828's own engine for several GPUs; else, with a stage, by DeepSpeed."""
     is_bfloat16: bool = True
     """What the layers compute in; else float32."""
     has_bfloat16_moments: bool = True
-    """Of the plain engine's matrices; all other moments are float32."""
+    """Of matrices, without DeepSpeed; all other moments are float32."""
     offload_optimizer: bool = False
     """Masters, moments and the step's gradients are in main memory."""
     offload_param: bool = False
@@ -34,9 +36,16 @@ class Setup(NamedTuple):
         return "plain" if self.stage is None else f"ZeRO {self.stage}"
 
     @property
+    def engine(self) -> str:
+        """As the configuration has it."""
+        if self.stage is None:
+            return "plain"
+        return "sharded" if self.is_sharded else "deepspeed"
+
+    @property
     def reduces_by_hooks(self) -> bool:
-        """Whether DeepSpeed's hooks reduce each micro-batch's gradients, in place of p828 a step's sums."""
-        return self.stage is not None and (self.stage >= 2 or self.offload_optimizer)
+        """Whether DeepSpeed's hooks reduce each micro-batch's gradients, in place of p828 its own sums."""
+        return self.engine == "deepspeed" and ((self.stage or 0) >= 2 or self.offload_optimizer)
 
     @property
     def computed_bytes(self) -> int:
@@ -47,6 +56,11 @@ class Setup(NamedTuple):
 def plain_setup(config: Config) -> Setup:
     """One GPU, in bfloat16."""
     return Setup(has_bfloat16_moments=config.optimizer.moment_dtype != "float32")
+
+
+def sharded_setup(config: Config, stage: int, ranks: int) -> Setup:
+    """By p828's own engine for several GPUs, in bfloat16."""
+    return plain_setup(config)._replace(stage=stage, ranks=ranks, is_sharded=True)
 
 
 def deepspeed_setup(config: Config, stage: int, ranks: int) -> Setup:
@@ -67,10 +81,13 @@ def deepspeed_setup(config: Config, stage: int, ranks: int) -> Setup:
     )
 
 
+def setup_of(config: Config, stage: int, ranks: int) -> Setup:
+    """At a stage, by the engine that the configuration has for several GPUs: DeepSpeed if it asks for that."""
+    return (deepspeed_setup if config.engine == "deepspeed" else sharded_setup)(config, stage, ranks)
+
+
 def configured_stage(config: Config, ranks: int) -> int | None:
     """The stage that the configuration asks for; None where it asks for the plain engine."""
-    if config.engine == "plain":
-        return None
-    if config.engine == "sharded":
-        return config.sharded.stage
-    return deepspeed_settings(config, "bfloat16", ranks).stage
+    if config.engine == "deepspeed":
+        return deepspeed_settings(config, "bfloat16", ranks).stage
+    return config.sharded.stage if config.engine == "sharded" else None

@@ -59,7 +59,9 @@ def step_time(
     host = config.model.num_hidden_layers * _host_seconds(config, setup)
     starting = max(host - computing, 0.0)
     per_byte = 1 / (card.link_rate * LINK_SHARE)
-    if setup.reduces_by_hooks:  # each micro-batch reduces, and stage 3 gathers, beside the computing
+    if (
+        setup.stage or 0
+    ) >= 2 or setup.reduces_by_hooks:  # each micro-batch reduces, stage 3 gathers, beside the computing
         links = max(link.total * per_byte - accumulation * max(computing, host), 0.0)
     else:  # the last micro-batch's backward pass covers what it can of the reduction, nothing the gathering
         links = max(link.reduced * per_byte - BACKWARD * computing, 0.0) + link.gathered * per_byte

@@ -4,7 +4,9 @@ The plain engine (`optim/masters.py`, `optim/adamw.py`), P numbers of matrices i
 
     2 P weights + 2 P low bits of the masters + 4 P sums of gradients + 4 P moments (8 P in float32)
 
-and 16 bytes for each number of router, norms and sinks, which are their own float32 masters. DeepSpeed on n ranks, in
+and 16 bytes for each number of router, norms and sinks, which are their own float32 masters. The sharded engine keeps
+the same of a rank's shard, 1 / n of each flat unit (`plan/units.py`): at stage 1 all but weights and sums, at stage 2
+all but weights, at stage 3 everything; of embedding and head every rank sums whole gradients. DeepSpeed on n ranks, in
 bfloat16, with 4 P of masters and 8 P of moments:
 
     stage 0: 2 P + 12 P + 4 P of sums      stage 2: 2 P + 12 P / n + 4 P / n
@@ -20,6 +22,7 @@ from typing import NamedTuple
 from p828.config import ModelConfig, OptimizerConfig
 from p828.plan.setup import Setup
 from p828.plan.tensors import ParameterShape, parameter_shapes
+from p828.plan.units import Units, units_of
 
 FLOAT32, BFLOAT16, INT16 = 4, 2, 2  # bytes of a number
 MOMENTS = 2  # of AdamW
@@ -47,6 +50,8 @@ def training_state(model: ModelConfig, optimizer: OptimizerConfig, setup: Setup)
     parameters = parameter_shapes(model)
     if setup.stage is None:
         return _plain(parameters, setup)
+    if setup.is_sharded:
+        return _sharded(units_of(parameters, setup.ranks), setup)
     return _deepspeed(parameters, optimizer, setup)
 
 
@@ -59,6 +64,19 @@ def _plain(parameters: Sequence[ParameterShape], setup: Setup) -> State:
         masters=split * INT16,
         gradients=(split + whole) * FLOAT32,
         moments=MOMENTS * (split * moment + whole * FLOAT32),
+    )
+
+
+def _sharded(units: Units, setup: Setup) -> State:
+    stage, shard = setup.stage or 0, units.total // setup.ranks
+    summed = units.total if stage == 1 else sum(units.ends) + sum(units.layers) // setup.ranks
+    low_bits = INT16 if setup.is_bfloat16 else 0
+    moment = BFLOAT16 if setup.has_bfloat16_moments else FLOAT32
+    return State(
+        weights=setup.computed_bytes * (shard if stage == 3 else units.total) + FLOAT32 * units.small,
+        masters=low_bits * shard,
+        gradients=FLOAT32 * (summed + units.small),
+        moments=MOMENTS * (moment * shard + FLOAT32 * units.small),
     )
 
 

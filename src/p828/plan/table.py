@@ -11,6 +11,7 @@ from p828.plan.plan import EnginePlan, Plan
 
 WIDTH, LABEL, COLUMN = 80, 32, 12
 TITLE = 14  # columns before a paragraph
+NAMES = {"sharded": "the sharded engine", "deepspeed": "DeepSpeed"}
 SAME_RATE = 0.1  # a learning rate is not told to be another within this share
 SHOWN = 5e6  # bytes: what is less in every column is left out
 PARTS = {
@@ -58,6 +59,7 @@ def _engines(plan: Plan) -> list[str]:
     lines = [_paragraph("memory", f"in GB on each {card.name}, which has {card.memory_bytes / 1e9:.1f}; {rows}"), ""]
     engines = plan.engines
     lines.append(_line("", [engine.setup.name for engine in engines]))
+    lines.append(_line("engine", [engine.setup.engine for engine in engines]))
     lines.append(_line("GPUs", [str(engine.setup.ranks) for engine in engines]))
     for part, label in PARTS.items():
         values = [engine.memory.parts()[part] for engine in engines]
@@ -123,7 +125,7 @@ def sentence(plan: Plan, advice: Advice) -> str:
         more = f"with ZeRO 3 on {advice.gpus_needed} it would" if advice.gpus_needed else "nor on more of them"
         return f"it does not fit on {gpus}, not even recomputing or offloaded; {more}. {_law(plan, advice)}"
     setup = advice.setup
-    engine = "the plain engine" if setup.stage is None else f"DeepSpeed at ZeRO stage {setup.stage}"
+    engine = "the plain engine" if setup.stage is None else f"{NAMES[setup.engine]} at ZeRO stage {setup.stage}"
     step = "" if setup.offload_optimizer else f", {advice.step_seconds:.3g} s a step"
     if setup.offload_optimizer:
         engine += f" (slow: {offloaded_bytes(plan) / 1e9:,.0f} GB are in main memory)"

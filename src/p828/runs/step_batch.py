@@ -7,7 +7,6 @@ step's rows, which its record has, says whether they are what was trained on.
 import dataclasses
 import re
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,17 +77,7 @@ def documents_of_step(run: Path, step: int, report: Callable[[str], None] = lamb
     failed read is repeated. Raises ConfigError for what is no run or no step of it, and where the data is
     not that of the checkpoint; DataError and TransientReadError as reading it does.
     """
-    if not run.is_dir():
-        advice = directory_near(run) or "a run's directory is accepted"
-        raise ConfigError(f"{run}: no such directory; {advice}")
-    about = _Records.read(run, step)
-    saved = _positions(run)
-    if not (saved or about.last_step or (run / CONFIG_FILE).is_file()):
-        raise ConfigError(f"{run}: no run: it holds no {CONFIG_FILE}, no {RECORDS_FILE} and no checkpoint")
-    last_step = max([about.last_step, *map(step_of, saved)])
-    if not 1 <= step <= last_step:
-        steps = f"steps 1 to {last_step:,} are accepted" if last_step else "it has made none"
-        raise ConfigError(f"{run}: there is no step {step:,} of it; {steps}")
+    about, saved = _opened(run, step)
     start = max((path for path in saved if step_of(path) < step), key=step_of, default=None)
     config = _config_at(run, step, saved)
     ranks = about.ranks(config) or (_ranks_of(saved[start]) if start else 1)
@@ -100,17 +89,40 @@ def documents_of_step(run: Path, step: int, report: Callable[[str], None] = lamb
         )
     tokenizer = _tokenizer_of(run, saved, config)
     order = open_order(config.data, train, tokenizer, Retry(config.data.read_retries, report=report))
-    first = 0
-    with reading_position(start) if start is not None else nullcontext():
-        if start is not None:
-            first = step_of(start)
-            order.load_state_dict(at_step(saved[start]["data"], first))
-        _go_to(order, first, step - 1, about.left_out, train.gradient_accumulation)
-        batches = [
-            make_batch(next(order), config.model.mask_documents, len(config.data.sources))
-            for _ in range(train.gradient_accumulation)
-        ]
+    if start is None:
+        batches = _replayed(order, 0, step, about.left_out, config)
+    else:
+        with reading_position(start):
+            order.load_state_dict(at_step(saved[start]["data"], step_of(start)))
+            batches = _replayed(order, step_of(start), step, about.left_out, config)
     return StepBatch(step, batches, config, tokenizer, start, about.rows)
+
+
+def _opened(run: Path, step: int) -> tuple["_Records", dict[Path, dict[str, Any]]]:
+    """What the records say, and the states of the checkpoints. Raises ConfigError if it is no run, or no step of it."""
+    if not run.is_dir():
+        advice = directory_near(run) or "a run's directory is accepted"
+        raise ConfigError(f"{run}: no such directory; {advice}")
+    about, saved = _Records.read(run, step), _positions(run)
+    if not (saved or about.last_step or (run / CONFIG_FILE).is_file()):
+        raise ConfigError(f"{run}: no run: it holds no {CONFIG_FILE}, no {RECORDS_FILE} and no checkpoint")
+    last_step = max([about.last_step, *map(step_of, saved)])
+    if not 1 <= step <= last_step:
+        steps = f"steps 1 to {last_step:,} are accepted" if last_step else "it has made none"
+        raise ConfigError(f"{run}: there is no step {step:,} of it; {steps}")
+    return about, saved
+
+
+def _replayed(order: SampleOrder, first: int, step: int, left_out: dict[int, int], config: Config) -> list[Batch]:
+    """The micro-batches of `step`, past the steps after `first` and what rollbacks between them left out."""
+    per_step, at = config.train.gradient_accumulation, first
+    for back in sorted(number for number in left_out if first < number < step):
+        order.skip((back - at + left_out[back]) * per_step)
+        order.load_state_dict(at_step(order.state_dict(), back))
+        at = back
+    order.skip((step - 1 - at) * per_step)
+    sources = len(config.data.sources)
+    return [make_batch(next(order), config.model.mask_documents, sources) for _ in range(per_step)]
 
 
 def _ranks_of(state: dict[str, Any]) -> int:
@@ -126,16 +138,6 @@ def _tokenizer_of(run: Path, saved: Iterable[Path], config: Config) -> Tokenizer
     if file is None:
         raise ConfigError(f"{run}: holds no {TOKENIZER_FILE}, which its rows were made with")
     return tokenizer_of(config, file)
-
-
-def _go_to(order: SampleOrder, first: int, last: int, left_out: dict[int, int], batches_per_step: int) -> None:
-    """Pass over the steps after `first` up to `last`, and what rollbacks between them left out."""
-    at = first
-    for back in sorted(step for step in left_out if first < step <= last):
-        order.skip((back - at + left_out[back]) * batches_per_step)
-        order.load_state_dict(at_step(order.state_dict(), back))
-        at = back
-    order.skip((last - at) * batches_per_step)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Probes that take a backward pass, beside the training's own, over a single row."""
+"""Probes that take a backward pass, beside the training's own, over the beginning of a row.
+
+It is not compiled, so it keeps more of each token than training does, and takes few tokens.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +18,11 @@ from p828.model.router import Router, Routing
 from p828.model.transformer import Output, Transformer
 from p828.system.device import random_states, restore_random_states
 
+TOKENS = 512  # of the row
+
 
 def auxiliary_gradient(model: Transformer, batch: Batch, balance: BalanceConfig, dtype: torch.dtype) -> float:
-    """The norm of all routers' gradients from the auxiliary losses alone, per target of the row."""
+    """The norm of all routers' gradients from the auxiliary losses alone, per target."""
     weights = [layer.mlp.gate.weight for layer in model.layers]
     with _beside_training(model):
         output, valid_BS = _forward(model, batch, dtype)
@@ -43,7 +48,7 @@ def rerouted_share(model: Transformer, batch: Batch, dtype: torch.dtype) -> floa
     handles = [gate.register_forward_hook(note) for gate in chosen]
     try:
         with _beside_training(model):
-            embedded_BSH = model.embed(batch.tokens_BS[:1].to(model.head_weight.device), dtype)
+            embedded_BSH = model.embed(batch.tokens_BS[:1, :TOKENS].to(model.head_weight.device), dtype)
             embedded_BSH = embedded_BSH.detach().requires_grad_()
             output, _ = _forward(model, batch, dtype, embedded_BSH)
             torch.autograd.grad(output.hidden_BSH.float().square().sum(), embedded_BSH)
@@ -59,9 +64,9 @@ def rerouted_share(model: Transformer, batch: Batch, dtype: torch.dtype) -> floa
 def _forward(
     model: Transformer, batch: Batch, dtype: torch.dtype, embedded_BSH: Tensor | None = None
 ) -> tuple[Output, Tensor]:
-    """The model's output for the batch's first row, and which tokens of the row have a target."""
+    """The model's output for the beginning of the batch's first row, and which tokens of it have a target."""
     tokens_BS, targets_BS, positions_BS, ids_BS = (
-        tensor[:1].to(model.head_weight.device)
+        tensor[:1, :TOKENS].to(model.head_weight.device)
         for tensor in (batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.document_ids_BS)
     )
     valid_BS = targets_BS != IGNORE

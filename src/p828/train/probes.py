@@ -19,6 +19,7 @@ from p828.distributed.group import ProcessGroup
 from p828.engine.interface import Engine, StepResult
 from p828.inference.evaluate import evaluate, token_nats
 from p828.model.transformer import Transformer
+from p828.system.device import explain_out_of_memory
 from p828.train.gradient_probes import auxiliary_gradient, rerouted_share
 from p828.train.log.log import Log
 
@@ -69,6 +70,7 @@ class Probes:
         self._made_at = step
         batch = next((batch for batch in self.validation if batch.num_targets), self.validation[0])
         with (
+            explain_out_of_memory(f"the probes of step {step}"),
             self.log.console.waiting(f"step {step}: probing the model"),
             self.engine.model_for_evaluation() as model,
         ):

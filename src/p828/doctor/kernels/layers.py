@@ -12,7 +12,7 @@ from p828.doctor.kernels.comparison import FLOAT32, Comparison, Place, gradients
 from p828.model.attention import Attention, AttentionMask
 from p828.model.backend import attention_backend
 from p828.model.experts import Experts, SharedExperts, activate
-from p828.model.norm import ResidualNorm
+from p828.model.norm import ResidualNorm, RMSNorm
 from p828.model.rope import inverse_frequencies, rotary
 from p828.model.router import Router
 from p828.model.transformer import document_bounds
@@ -27,7 +27,7 @@ DOCUMENTS = [[1, 37, 64, 98], [172, 27, 1]]  # lengths, by sequence: single toke
 
 
 def norm(place: Place) -> list[Comparison]:
-    """RMSNorm of the sum x + delta, and the sum."""
+    """RMSNorm of the sum x + delta, and the sum; and RMSNorm alone."""
     x_TH, delta_TH, grad_sum_TH, grad_normed_TH = (place.randn(333, MODEL.hidden_size) for _ in range(4))
     twin = ResidualNorm(MODEL.hidden_size, 1e-5).double()
     _fill(twin, place)
@@ -36,7 +36,9 @@ def norm(place: Place) -> list[Comparison]:
     actual, expected = ours(*leaves), twin(*twins)
     torch.autograd.backward(actual, [place.leaf(grad_sum_TH), place.leaf(grad_normed_TH)])
     torch.autograd.backward(expected, [grad_sum_TH, grad_normed_TH])
+    alone = RMSNorm.forward(ours, place.leaf(x_TH)), RMSNorm.forward(twin, x_TH)
     return [
+        Comparison("norm alone", *alone, place.tolerance),
         Comparison("sum", actual[0], expected[0], place.tolerance),
         Comparison("norm", actual[1], expected[1], place.tolerance),
         *gradients(("input", "weight"), (leaves[0], ours.weight), (twins[0], twin.weight), place.tolerance),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from p828.doctor.check import Check
+from p828.doctor.check import Check, worst
 from p828.doctor.kernels import decode, layers, update
 from p828.doctor.kernels.comparison import REMEDY, Comparison, Place, judged
 from p828.model.backend import uses_triton
@@ -40,6 +40,15 @@ def check_kernels(device: torch.device) -> Iterator[Check]:
     tests = {**EVERYWHERE, **IN_TRITON} if uses_triton(device, dtype) else EVERYWHERE
     for name, test in tests.items():
         yield tried(f"kernel {name}", test, device, dtype)
+
+
+def check_all_kernels(device: torch.device) -> list[Check]:
+    """All families on a further GPU, for which they are compiled already, in one check: the card may be damaged."""
+    with torch.cuda.device(device):
+        found = list(check_kernels(device))
+    wrong = [f"{one.name}: {one.text}" for one in found if one.status != "ok"]
+    text = "; ".join(wrong) or f"{len(found)} families as on the first"
+    return [Check(f"gpu {device.index} kernels", worst(found), text, REMEDY if wrong else "")]
 
 
 def tried(name: str, test: SelfTest, device: torch.device, dtype: torch.dtype) -> Check:

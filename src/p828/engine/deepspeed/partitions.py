@@ -11,6 +11,7 @@ The attributes read here are DeepSpeed 0.19's, the same that its universal check
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from p828.runs.tensors import TensorShard
@@ -74,6 +75,8 @@ def gradient_pieces(optimizer: Any, stage: int, held: Iterable[Partition]) -> It
     They are complete after the step's last micro-batch. With offload they lie like the masters, else in pieces.
     """
     if optimizer.cpu_offload if stage < 3 else optimizer.offload_optimizer:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # they may be on their way to the host; DeepSpeed waits for them, too
         for partition in held:
             yield partition.name, partition.of(cast(Tensor, partition.flat.grad)).values
         return

@@ -145,7 +145,7 @@ def ratio(window: Window) -> list[Finding]:
 
 def _records(window: Window) -> list[Record]:
     """The last measured steps that were applied at a rate above 0."""
-    return [record for record in window.measured if _should_move(record)][-MEASURED:]
+    return [record for record in list(window.measured)[-2 * MEASURED :] if _should_move(record)][-MEASURED:]
 
 
 def _should_move(record: Record) -> bool:

@@ -5,14 +5,15 @@ import math
 import statistics
 
 from p828.health.finding import Finding
-from p828.health.window import Window
+from p828.health.window import Record, Window
 
-FEWEST = 48  # steps
+FEWEST = 128  # steps of a start, in whose first ones caches fill
 SETTLED = 0.25  # first part of the run, in which caches and the allocator fill
 GROUPS = 8
 RISES = 6  # of the steps from group to group, of which there are 7: by chance in 6 % of runs that do not grow
 GROWTH, GROWTH_BYTES = 0.1, 64e6  # since the settled part began; what a process of any size gains while caches fill
 RANK_GROWTH = 0.2  # of one rank, over that of the median rank
+LATE = 0.15  # of it in the last third: what has filled stays
 MEMORY_REFERENCE = "Mann 1945, Kendall: a trend test on the order of groups; peak memory of equal steps stays the same"
 
 ROOM = 1.1  # of a checkpoint: files beside it
@@ -35,7 +36,8 @@ def _growth(window: Window) -> list[Finding]:
     ends = [values[min(math.ceil((group + 1) * size), len(values)) - 1][1] for group in range(GROUPS)]
     begin, end = values[0][1], ends[-1]
     rises = sum(later > earlier for earlier, later in itertools.pairwise(ends))
-    if rises < RISES or ends[-1] <= ends[-2] or end - begin < max(GROWTH * begin, GROWTH_BYTES):
+    late = (end - ends[GROUPS * 2 // 3]) / max(end - begin, 1)
+    if rises < RISES or late < LATE or end - begin < max(GROWTH * begin, GROWTH_BYTES):
         return []
     steps = window.step - values[0][0]
     return [
@@ -58,7 +60,7 @@ def _ranks(window: Window) -> list[Finding]:
     """One rank's memory grows, and the others' does not."""
     rows = [record for record in window.since_resume() if isinstance(record.get("rank_memory_bytes"), list)]
     rows = rows[int(SETTLED * len(rows)) :]
-    if len(rows) < FEWEST // 2:
+    if len(rows) < FEWEST // 4:
         return []
     before, after = rows[0]["rank_memory_bytes"], rows[-1]["rank_memory_bytes"]
     if len(before) != len(after) or len(before) < 2 or min(before) <= 0:
@@ -83,22 +85,42 @@ def _ranks(window: Window) -> list[Finding]:
 
 
 def disk(window: Window) -> list[Finding]:
-    """A disk that will be full before the run ends, or has no room for the next checkpoint."""
+    """A disk that will be full before the run ends, or has no room for the next checkpoints."""
+    failed = [event for event in window.events if event.get("event") == "not_saved" and _has_no_room(event)]
+    if failed:
+        return [_filling(window, failed[-1]["step"], f"a checkpoint was not saved: {failed[-1].get('text')}")]
     found = window.disk
     needed = ROOM * found.checkpoint_bytes if found is not None else 0.0
     values = [(block.last, block.newest["disk_free_bytes"]) for block, _ in window.history.means("disk_free_bytes")]
-    free = values[-1][1] if values else None
+    known = [free for _, free in values[-1:]]
     if found is not None and found.free_bytes is not None and found.is_locked:
-        free = float(found.free_bytes)
-    failed = [
-        event for event in window.events if event.get("event") == "not_saved" and "space" in str(event.get("text"))
-    ]
-    if failed:
-        return [_filling(window, failed[-1]["step"], f"a checkpoint was not saved: {failed[-1].get('text')}")]
-    if free is not None and needed and free < needed:
-        what = f"{_size(free)} are free at step {window.step}, and the next checkpoint takes {_size(needed)}"
+        known.append(float(found.free_bytes))
+    if not known or window.facts.steps <= window.step:
+        return []
+    if needed and min(known) < needed:
+        what = f"{_size(min(known))} are free at step {window.step}, and the next checkpoint takes {_size(needed)}"
         return [_filling(window, window.step, what)]
-    if len(values) < 3 or window.facts.steps <= window.step:
+    more = _checkpoints_to_come(window)
+    if needed and min(known) < more * needed:
+        what = f"{_size(min(known))} are free, and {more} more checkpoints that are kept take {_size(more * needed)}"
+        return [_filling(window, window.step, what, is_full=False)]
+    return _trend(window, values, needed)
+
+
+def _has_no_room(event: Record) -> bool:
+    return "space" in str(event.get("text")) or "quota" in str(event.get("text")).lower()
+
+
+def _checkpoints_to_come(window: Window) -> int:
+    """How many checkpoints there will be on the disk beyond those that there are, at most at a time."""
+    facts, have = window.facts, len(window.disk.checkpoints) if window.disk is not None else 0
+    saves = (facts.steps - window.step) // max(facts.checkpoint_every, 1) + 1
+    return max(min(facts.keep_last + 1, have + saves) - have, 0)
+
+
+def _trend(window: Window, values: list[tuple[int, float]], needed: float) -> list[Finding]:
+    """What a straight line through the free bytes says of the steps to come."""
+    if len(values) < 2:
         return []
     (begin, first), (end, last) = values[0], values[-1]
     used, left = first - last, window.facts.steps - window.step
@@ -109,9 +131,8 @@ def disk(window: Window) -> list[Finding]:
         return []
     full = end + (last - needed) / per_step
     what = (
-        f"{_size(first)} were free at step {begin} and {_size(last)} at step {end}: at "
-        f"{_size(per_step)} a step there is "
-        f"no room from step {full:,.0f} on, before the last step {window.facts.steps:,}"
+        f"{_size(first)} were free at step {begin} and {_size(last)} at step {end}: at {_size(per_step)} a step there "
+        f"is no room from step {full:,.0f} on, before the last step {window.facts.steps:,}"
     )
     return [_filling(window, begin, what, is_full=False)]
 

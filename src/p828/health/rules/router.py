@@ -140,15 +140,15 @@ def bias(window: Window) -> list[Finding]:
     records = [record for record in window.measured if _is_applied(record)][-MEASURED:]
     if len(records) < FEWEST_MEASURED or records[-1]["step"] < UNMOVED_STEPS:
         return []
-    for layer, largest in enumerate(_columns(records, "bias_max")):
-        if largest[-1] == 0.0:
-            what = f"the balance bias of layer {layer} is 0 after step {window.step}, {facts.balance_rate:g} a step"
-            return [_not_balancing(window, records, what, "the bias is never updated")]
+    largest = _columns(records, "bias_max")
     for layer, correlations in enumerate(_columns(records, "bias_load_correlation")):
         mean = math.fsum(correlations) / len(correlations)
-        if not any(correlations):
+        if not any(correlations):  # a bias that is balanced may be back at 0 in every measured step, but it moves
+            is_zero = layer < len(largest) and not any(largest[layer])
             what = f"the balance bias of layer {layer} did not change in {len(correlations)} measured steps"
-            return [_not_balancing(window, records, what, "the bias is not updated any more")]
+            what += f" and is 0, with balance.update_rate = {facts.balance_rate:g}" if is_zero else ""
+            cause = "the bias is never updated" if is_zero else "the bias is not updated any more"
+            return [_not_balancing(window, records, what, cause)]
         if mean < WRONG_SIGN:
             what = f"the updates of layer {layer}'s bias have a correlation of {mean:.2f} with mean load − load"
             cause = "the bias is updated with the wrong sign: busy experts get busier"

@@ -26,7 +26,7 @@ HIGH_REFERENCE = (
 )
 
 LOW_STEPS = 128  # at the peak
-LOW_FALL = 0.03  # of the first loss that is gained by then; a rate in range gains a quarter
+LOW_FALL = 0.08  # of the first loss that is gained by then; a rate in range gains a quarter
 HIGH_RATIO = 1e-2  # update over weight, at which a rate is not too low
 LOW_REFERENCE = f"update-to-weight ratio: {USUAL_RATIO}; a hundredth of it learns a hundredth as fast"
 
@@ -213,7 +213,8 @@ def rate_low(window: Window) -> list[Finding]:
     first, now = losses[0], math.fsum(recent) / len(recent)
     rows = [parts_of(record, "update_ratios") for record in list(window.measured)[-FEWEST_MEASURED:]]
     ratios = [row[part] for row in rows for part in ("attention", "routed_experts") if part in row]
-    if not -LOW_FALL * first < first - now < LOW_FALL * first:
+    lowest = min(mean for _, mean in window.history.means("loss"))
+    if not -LOW_FALL * first < first - now < LOW_FALL * first or first - lowest > 2 * LOW_FALL * first:
         return []
     if ratios and max(ratios) > HIGH_RATIO:
         return []

@@ -22,7 +22,9 @@ def starved(window: Window) -> list[Finding]:
     waits = _pairs(window, "data_seconds")
     if len(waits) < STEPS:
         return []
-    wait, share = statistics.median(wait for wait, _ in waits), statistics.median(wait / all_ for wait, all_ in waits)
+    waits = sorted(waits)[:-1]  # the longest may be that of the start, or of a shard that is opened
+    total = math.fsum(wait for wait, _ in waits)
+    wait, share = total / len(waits), total / math.fsum(seconds for _, seconds in waits)
     if share < STARVED or wait < STARVED_SECONDS:
         return []
     return [
@@ -31,7 +33,7 @@ def starved(window: Window) -> list[Finding]:
             "warning",
             window.step,
             window.step - STEPS + 1,
-            f"{share:.0%} of a step is spent waiting for its batches ({wait * 1000:.0f} ms; median of {STEPS} steps)",
+            f"{share:.0%} of a step is spent waiting for its batches ({wait * 1000:.0f} ms; mean of {STEPS} steps)",
             "reading or tokenizing is slower than training",
             "prepare the data (p828 prepare), deal it to more data.streams, or move it to a faster disk",
             "PyTorch's performance tuning guide: data is loaded while the device computes, so the "

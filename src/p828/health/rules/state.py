@@ -8,7 +8,7 @@ from p828.health.window import Window, number_of
 BEFORE = 16  # steps before a resume whose mean loss is compared
 AFTER = 8  # steps after it
 RANGE = 32  # steps before it in which no mean loss was as high: data that is not shuffled well moves so far
-JUMP = 0.5  # nats
+JUMP = 0.4  # nats
 JUMP_SIGMAS = 6.0  # of the losses before; as a spike
 RATE_REFERENCE = (
     "a run that is resumed goes on as if it had not been interrupted; p828 prove-resume shows it bit for bit"

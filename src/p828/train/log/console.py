@@ -119,15 +119,15 @@ class Console:
         """Like `print`, for what a user should not miss."""
         self._show(text, Style(color="yellow"))
 
-    def block(self, title: str, entries: Sequence[tuple[str, str]]) -> None:
-        """Show what belongs together: a line `key  value` for each entry, wrapped at the width."""
+    def block(self, title: str, entries: Sequence[tuple[str, str]], is_event: bool = False) -> None:
+        """Show what belongs together: a line `key  value` for each entry, wrapped at the width; as `event` if so."""
         keys = max(len(key) for key, _ in entries) + 2
         width = max(min(self._output.width, WIDEST_BLOCK) - 2 - keys, 16)
         lines = [title]
         for key, value in entries:
             parts = textwrap.wrap(_escape(value), width, replace_whitespace=False, break_on_hyphens=False) or [""]
             lines += [f"  {key if number == 0 else '':<{keys}}{part}" for number, part in enumerate(parts)]
-        self._show("\n".join(lines))
+        self._show("\n".join(lines), Style(color="yellow") if is_event else None)
 
     @contextmanager
     def waiting(self, text: str, after: float = A_WAIT) -> Iterator[None]:

@@ -150,8 +150,8 @@ class Log:
         """Record and show what a rule of run health found."""
         values = finding.to_json()
         self.recorder.write("finding", values.pop("step"), **values)
-        show = self.console.print if finding.severity == "note" else self.console.event
-        show(finding.text())
+        entries = [("", finding.evidence), ("cause", finding.cause), ("to do", finding.remedy)]
+        self.console.block(finding.title(), entries, is_event=finding.severity != "note")
 
     def rewind(self, step: int) -> None:
         """Drop the records of the steps after `step`, which come again."""
