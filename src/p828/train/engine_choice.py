@@ -18,28 +18,28 @@ def for_processes(config: Config) -> Config:
 
 
 def with_fitting_stage(config: Config, ranks: ProcessGroup) -> tuple[Config, str]:
-    """With the lowest stage that every rank's GPU has room for by estimate, and a line about it.
+    """With the stage that every rank's GPU has room for, and a line about it; on CPUs with stage 1.
 
-    On CPUs it is stage 1. All ranks must call it, and choose the same.
+    All ranks must call it, and choose the same.
     """
-    device = pick_device(config.train.device)
-    begun = f'{ranks.size} processes: engine = "sharded", ZeRO stage '
-    if device.type != "cuda":
-        return _with_stage(config, 1), f"{begun}1"
-    free = min(int(room) for (room,) in ranks.all_gather([torch.cuda.mem_get_info(device)[0]]))
-    planned = {stage: _planned_bytes(config, stage, ranks.size) for stage in STAGES}
-    fitting = [stage for stage in STAGES if planned[stage] <= free]
+    device, stage, estimate = pick_device(config.train.device), STAGES[0], ""
+    if device.type == "cuda":
+        free = min(int(room) for (room,) in ranks.all_gather([torch.cuda.mem_get_info(device)[0]]))
+        stage, estimate = fitting_stage(config, ranks.size, free)
+    line = f'{ranks.size} processes: engine = "sharded", ZeRO stage {stage}{estimate}'
+    return replace(config, sharded=replace(config.sharded, stage=stage)), line
+
+
+def fitting_stage(config: Config, ranks: int, free_bytes: int) -> tuple[int, str]:
+    """The lowest stage that takes no more than that of each GPU, else the last one; and what it takes, in words."""
+    planned = {stage: planned_bytes(config, stage, ranks) for stage in STAGES}
+    fitting = [stage for stage in STAGES if planned[stage] <= free_bytes]
     stage = fitting[0] if fitting else STAGES[-1]
-    line = f"{begun}{stage}: about {planned[stage] / 1e9:.1f} GB of {free / 1e9:.1f} GB free on each GPU"
-    if not fitting:
-        line += "; lower train.micro_batch_size, or set train.gradient_checkpointing"
-    return _with_stage(config, stage), line
+    words = f": about {planned[stage] / 1e9:.1f} GB of {free_bytes / 1e9:.1f} GB free on each GPU"
+    remedy = "" if fitting else "; lower train.micro_batch_size, or set train.gradient_checkpointing"
+    return stage, words + remedy
 
 
-def _planned_bytes(config: Config, stage: int, ranks: int) -> int:
-    """Of a run on each GPU."""
+def planned_bytes(config: Config, stage: int, ranks: int) -> int:
+    """Of a run on each GPU, by the plan."""
     return peak(with_vocabulary(config), sharded_setup(config, stage, ranks), config.train.micro_batch_size).total
-
-
-def _with_stage(config: Config, stage: int) -> Config:
-    return replace(config, sharded=replace(config.sharded, stage=stage))
