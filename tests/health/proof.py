@@ -48,7 +48,7 @@ def prove(wanted: list[ProofRun], directory: Path, jobs: int | None, again: bool
                 (directory / f"{run.name}{suffix}").unlink(missing_ok=True)
             run.make(corpus, directory)
         verdict = judged(run, directory)
-        print(line(verdict), flush=True)
+        print(f"{line(verdict)}\n", end="", flush=True)  # in one piece, as several threads print
         return verdict
 
     with ThreadPoolExecutor(jobs) as pool:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from cases import Fault, Healthy
 from judge import FIRST, Verdict
+from missed import MISSED
 
 COMMAND = "python tests/health/proof.py DIRECTORY --write docs/health_proof.md"
 WARNINGS_IN = 5  # healthy runs may one warning come
@@ -24,19 +25,30 @@ def page(first_half: Sequence[Verdict], second_half: Sequence[Verdict], healthy:
         "the directory yet, and writes this page. `make test-health` makes all of them, and fails where a run comes",
         "out otherwise than here.",
         "",
+        "The second half of the faults was first tried once the thresholds of the rules were fixed. Who wrote it had",
+        "read the rules. Injections that broke nothing, or ended the run at once, were mended and tried again: the",
+        "causal mask (a CPU's kernel is causal without it), slow data (the machine was slower), and the masters.",
+        "The threshold of 12 for scaled gradients came after, with the first half's runs.",
+        "Some of the list needs what a CPU has not, and is not here: a host-bound step and slow links (24), and one",
+        "rank's memory (23).",
+        "",
         "| | runs | named | named live | |",
         "|---|---|---|---|---|",
-        _summary("faults before the thresholds were fixed", first_half),
-        _summary("faults written after it", second_half),
+        _summary("faults of the first half", first_half),
+        _summary("faults of the second half", second_half),
         _healthy_summary(healthy),
         "",
-        "## Faults before the thresholds were fixed",
+        "## First half: faults that the thresholds were chosen with",
         "",
         *_rows(first_half),
         "",
-        "## Faults written after the thresholds were fixed",
+        "## Second half: faults first tried once the thresholds were fixed",
         "",
         *_rows(second_half),
+        "",
+        "What is missed:",
+        "",
+        *(f"- `{name}`: {why}" for name, why in MISSED.items()),
         "",
         "## Healthy runs",
         "",

@@ -145,8 +145,8 @@ def _accumulating(form: Strength, corpus: Path) -> Settings:
 
 FAULTS = (
     Fault(8, "weights grow", ("divergence",), growing_weights, (0.01, 0.02, 0.04), strikes_at=STRIKES_AT),
-    Fault(8, "noise in every update", ("divergence",), noisy_updates, (0.2, 0.4), strikes_at=STRIKES_AT),
-    Fault(9, "one bad update", ("spike_unrecovered",), bad_update, (1.0, 2.0, 4.0), strikes_at=BAD_UPDATE_AT),
+    Fault(8, "noise in every update", ("divergence",), noisy_updates, (0.2, 0.25), strikes_at=STRIKES_AT),
+    Fault(9, "one bad update", ("spike_unrecovered",), bad_update, (2.0, 3.0, 4.0), strikes_at=BAD_UPDATE_AT),
     Fault(10, "NaN in the loss", ("non_finite",), nan_loss, (1, 2, 5), strikes_at=STRIKES_AT),
     Fault(
         11, "infinite gradient applied", ("non_finite_applied",), infinite_gradient_applied,
