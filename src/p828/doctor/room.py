@@ -32,7 +32,7 @@ def checkpoint_bytes(config: Config, has_gpu: bool) -> int:
     parameters = count_parameters(with_vocabulary(config).model).total
     moment = config.optimizer.moment_dtype
     if moment == "auto":
-        is_small = has_gpu and config.engine == "plain" and config.train.dtype != "float32"
+        is_small = has_gpu and config.engine != "deepspeed" and config.train.dtype != "float32"
         moment = "bfloat16" if is_small else "float32"
     return parameters * (MASTER_BYTES + 2 * MOMENT_BYTES[moment])
 
