@@ -16,6 +16,7 @@ SPIKE_REFERENCE = (
 )
 
 DIVERGED_STEPS = 24  # whose mean counts
+DIVERGED_LATEST = 8  # the last of them, whose mean counts too: of a spike that is over the 24 steps tell still
 DIVERGED_BEFORE = 3  # stretches of as many steps at least that are compared with, or half of the run
 DIVERGED_RISE = 0.5  # nats above their median
 DIVERGED_SPREADS = 3.0  # and times the median difference between two of them: data that is not shuffled well moves so
@@ -101,10 +102,14 @@ def divergence(window: Window) -> list[Finding]:
     (_, now), before = means[-1], means[-1 - max(DIVERGED_BEFORE, len(means) // 2) : -1]
     usual = statistics.median(mean for _, mean in before)
     spread = statistics.median(abs(later - early) for (_, early), (_, later) in pairwise(before))
-    if now - usual < max(DIVERGED_RISE, DIVERGED_SPREADS * spread):
+    latest = window.numbers("loss", DIVERGED_LATEST)
+    lower = min(now, math.fsum(latest) / len(latest)) if latest else now
+    if lower - usual < max(DIVERGED_RISE, DIVERGED_SPREADS * spread):
         return []
     best, step = min((mean, first) for first, mean in means)
     since = next((first for first, mean in reversed(means) if mean <= usual), step) + DIVERGED_STEPS
+    if spike is not None and spike.is_abrupt and spike.last == window.step:
+        since = spike.step
     if validates(window, since):
         return []
     return [
