@@ -41,3 +41,19 @@ def test_a_divergence_that_begins_with_a_spike_begins_at_the_spike() -> None:
     records = steps(lambda step: 4 if step >= 160 else 2 + noise(step) + 0.02 * (step >= 100), 240)
     (finding,) = divergence(window(records, LONG))
     assert finding.since == 160
+
+
+@pytest.mark.parametrize("mixture_steps, expected", [((0, 310), set()), ((0,), {"spike_unrecovered"})])
+def test_another_mixture_has_another_loss(mixture_steps: tuple[int, ...], expected: set[str]) -> None:
+    of = facts(steps=2000, mixture_steps=mixture_steps)
+    records = steps(lambda step: loss(step) + 0.8 * (step > 310), 420)
+    assert {rule for rule, _ in found_on_the_way(records, of)} == expected
+
+
+def test_what_goes_wrong_under_another_mixture_is_seen() -> None:
+    of = facts(steps=2000, mixture_steps=(0, 310))
+    records = steps(lambda step: loss(step) + 0.8 * (step > 310) + 2 * (step >= 350), 420)
+    found = examine(window(records, of))
+    assert [(finding.rule, finding.severity, finding.since) for finding in found] == [
+        ("spike_unrecovered", "critical", 350)
+    ]

@@ -132,11 +132,13 @@ def _means(window: Window) -> list[tuple[int, float]]:
     """The first step and the mean loss of stretches of `DIVERGED_STEPS` steps or more, the last one up to now.
 
     The blocks of the history and the recent steps are cut from behind. Steps before the last half of the run's are
-    left out where the loss still falls fast.
+    left out where the loss still falls fast, and those of another mixture of data.
     """
     found: list[tuple[int, float]] = []
     total, count = 0.0, 0
     for block, mean in reversed(window.history.means("loss")):
+        if block.first <= window.mixture_step:
+            break
         total += mean * block.counts["loss"]
         count += block.counts["loss"]
         if count >= DIVERGED_STEPS:
