@@ -214,6 +214,15 @@ def test_gradients_of_experts_that_are_scaled_are_of_another_order(times: float)
     assert "times that of the other matrices" in findings[0].evidence
 
 
+def test_gradients_of_odd_data_say_nothing_of_the_experts() -> None:
+    parts = {**dict.fromkeys(PARTS, 0.3), "routed_experts": 0.25 * 16}
+    norm = math.sqrt(sum(part**2 for part in parts.values()))
+    odd = {"grad_norm": norm, "grad_norms": parts}
+    noisy = trained(lambda r: {**odd, "loss": 4.5} if r["step"] < 180 else {}, 160)
+    for count in range(160, STEPS):
+        assert {"expert_gradient_norm"}.isdisjoint(rules(noisy[: count + 1]))
+
+
 def test_a_bias_that_is_back_at_zero_is_no_bias_that_stands_still() -> None:
     """It swings by its rate, and every measured step is an even one."""
     swinging = steps(lambda r: {"bias_max": [0.0, 0.0]} if "bias_max" in r else {})

@@ -179,8 +179,11 @@ def _scaled(window: Window, pairs: list[tuple[Record, dict[str, float]]]) -> lis
     for _, parts in pairs:
         others = math.sqrt(math.fsum(parts.get(part, 0.0) ** 2 for part in OTHER_MATRICES))
         shares.append(parts["routed_experts"] / others if others > 0 else 1.0)
+    spikes, first = window.spikes.found, pairs[0][0]["step"]
+    if first <= SETTLED_STEPS or (spikes and spikes[-1].last >= first):  # odd data has odd gradients
+        return []
     is_off = all(share > MOST_SHARE for share in shares) or all(share < LEAST_SHARE for share in shares)
-    if not is_off or pairs[0][0]["step"] <= SETTLED_STEPS:
+    if not is_off:
         return []
     mean = math.fsum(shares) / len(shares)
     return [
