@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from p828.cli.main import dispatch
+from p828.health.finding import Finding
 from p828.health.of_run import findings_of
 from p828.health.window import Window
 from p828.runs import records
@@ -55,7 +56,10 @@ def test_a_healthy_run_says_nothing_and_a_sick_one_says_it_once(
     assert [finding.rule for finding in findings_of(run)] == ["learning_rate_high"]
 
 
-def test_a_critical_finding_stops_a_run_that_is_to_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_critical_finding_stops_a_run_that_is_to_stop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "SHARE", 1e9)
     flags = ("--optimizer.learning-rate", "1", "--health.on-critical", "stop")
     assert train(tmp_path, "stopped", *flags) == 1
     error = capsys.readouterr().err
@@ -66,15 +70,32 @@ def test_a_critical_finding_stops_a_run_that_is_to_stop(tmp_path: Path, capsys: 
     steps = [line["step"] for line in records.read(tmp_path / "runs" / "stopped" / "metrics.jsonl")]
     assert max(steps) < 40
 
+    assert train(tmp_path, "stopped", *flags) == 1, "the same command again"
+    assert 'health.on_critical = "continue" goes on in spite of it' in capsys.readouterr().err
+    assert train(tmp_path, "stopped", *flags[:2]) == 0
+
+
+def test_what_the_last_evaluation_shows_stops_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rule(window: Window) -> list[Finding]:
+        texts = ("it was evaluated", "a cause", "a remedy", "a reference")
+        return [Finding("evaluated", "critical", window.step, 1, *texts)] if window.evaluations else []
+
+    monkeypatch.setattr("p828.health.examine.RULES", (rule,))
+    assert train(tmp_path, "run", "--health.on-critical", "stop", train={"steps": 12}) == 1
+    assert "evaluated at step 12" in capsys.readouterr().err
+
 
 def test_a_run_goes_back_before_the_data_from_which_it_did_not_recover(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Long noise, to which the loss stays far above that of text; afterwards it is as if there had been none."""
+    """Long noise, twice, to which the loss stays far above that of text; afterwards it is as if there had been none."""
     monkeypatch.setattr(health, "SHARE", 1e9)
     text = write_text(tmp_path / "text", documents=150)
-    noise = random.Random(3).choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=9000)
-    (text / "149.txt").write_text("".join(noise))
+    for seed, name in ((3, "149.txt"), (4, "090.txt")):
+        noise = random.Random(seed).choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=9000)
+        (text / name).write_text("".join(noise))
     sections: dict[str, Sections] = {
         "data": {"shuffle_rows": 1, "block_documents": 1},
         "train": {"steps": 220, "seed": 6},
@@ -82,11 +103,15 @@ def test_a_run_goes_back_before_the_data_from_which_it_did_not_recover(
     }
     assert train(tmp_path, "back", "--health.on-critical", "roll_back", **sections) == 0
     lines = list(records.read(tmp_path / "runs" / "back" / "metrics.jsonl"))
-    (event,) = (line for line in lines if line.get("event") == "rollback")
-    assert "spike_unrecovered since step" in event["text"]
-    (finding,) = (line for line in lines if line["kind"] == "finding" and line["rule"] == "spike_unrecovered")
-    assert event["step"] < finding["since"] <= event["step"] + 25
-    assert "149.txt, document 0" in finding["evidence"], "the noise is named"
+    events = [line for line in lines if line.get("event") == "rollback"]
+    findings = [line for line in lines if line["kind"] == "finding" and line["rule"] == "spike_unrecovered"]
+    assert len(events) == len(findings) == 2
+    for event, finding in zip(events, findings, strict=True):
+        assert "spike_unrecovered since step" in event["text"]
+        assert event["step"] < finding["since"] <= event["step"] + 25
+        assert any(f"{name}, document 0" in finding["evidence"] for name in ("149.txt", "090.txt")), (
+            "the noise is named"
+        )
     steps = [line["step"] for line in lines if line["kind"] == "step"]
     assert steps == list(range(1, 221))
 

@@ -48,7 +48,7 @@ class HealthWatch:
 
     def begin(self) -> None:
         """Take in the records that there are: of a run that is resumed, or was rolled back."""
-        self.window = Window(self.facts)
+        self.window, self.told = Window(self.facts), {}
         recorder = self.log.recorder
         if recorder.is_quiet:
             return
@@ -57,6 +57,9 @@ class HealthWatch:
                 self.window.add(record)
                 if record["kind"] == "finding" and (finding := finding_of(record)) is not None:
                     self._remember(finding)
+                if record.get("event") in ("rollback", "resume"):
+                    self._forget_after(record["step"])
+            self._forget_after(self.window.step)
         recorder.follower = self
 
     def add(self, record: Record) -> None:
@@ -71,22 +74,32 @@ class HealthWatch:
         """Have the rules look at the records, if it is time, and stop the run at what is critical if so configured.
 
         `batches` are this rank's of the last step. Returns the finding for which the run is to be rolled back, if any.
-        Raises RunStopped.
+        What is critical counts whether it was told before or not. Raises RunStopped.
         """
         if self._is_odd(state.step):
             named_rows = named(traced_rows(batches, self.source_names, self.tokenizer))
             self.log.event("odd_batch", state.step, data=named_rows)
-        new = self.tell()
+        return self._act(state, self._tell())
+
+    def end(self, state: TrainState) -> None:
+        """Look a last time, after the last evaluation. Raises RunStopped."""
+        self._act(state, self._tell(is_last=True))
+
+    def _act(self, state: TrainState, found: Sequence[Finding]) -> Finding | None:
+        """Stop the run at a critical finding if so configured, or return the one for which it is to be rolled back."""
         if self.config.on_critical == "continue":
             return None
-        critical = self.rollback.ranks.on_rank_0(lambda: next((f for f in new if f.severity == "critical"), None))
-        if critical is not None and self.config.on_critical == "stop":
+        is_stopping = self.config.on_critical == "stop"
+        bad = (f for f in found if f.severity == "critical" and (is_stopping or f.rule in ROLLED_BACK))
+        critical = self.rollback.ranks.on_rank_0(lambda: next(bad, None))
+        if critical is not None and is_stopping:
             what = f'{critical.rule} at step {critical.step} (health.on_critical = "stop"): {critical.evidence}'
-            self.rollback.stop(state, what, f"To do: {critical.remedy}")
-        return critical if critical is not None and critical.rule in ROLLED_BACK else None
+            way_on = 'health.on_critical = "continue" goes on in spite of it'
+            self.rollback.stop(state, what, f"To do: {critical.remedy}\n{way_on}")
+        return critical
 
-    def tell(self, is_last: bool = False) -> list[Finding]:
-        """Record and show what is found and was not told yet, and return it; nothing if it is not time to look."""
+    def _tell(self, is_last: bool = False) -> list[Finding]:
+        """Return what is found, and record and show what was not told yet; nothing if it is not time to look."""
         started = time.monotonic()
         if self.log.recorder.is_quiet or self._is_broken or (started < self._next_look and not is_last):
             return []
@@ -108,7 +121,7 @@ class HealthWatch:
             self.log.finding(finding)
         ended = time.monotonic()
         self._next_look = ended + (ended - started) / SHARE
-        return new
+        return findings
 
     def _is_odd(self, step: int) -> bool:
         """Whether the step began a spike, or was the first of some that were not finite: its data is named."""
@@ -122,6 +135,10 @@ class HealthWatch:
         """Whether it is worse than when it was told, or had been gone since."""
         before = self.told.get(finding.rule)
         return before is None or finding.is_worse_than(before) or finding.step - before.step > GONE_STEPS
+
+    def _forget_after(self, step: int) -> None:
+        """Count what was told of later steps as not told: these steps come again, or others in their place."""
+        self.told = {rule: finding for rule, finding in self.told.items() if finding.step <= step}
 
     def _remember(self, finding: Finding) -> None:
         """Keep the step at which it was last found, with the worst that was told of it."""
