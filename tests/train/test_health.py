@@ -3,13 +3,14 @@
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from p828.cli.main import dispatch
 from p828.health.finding import Finding
 from p828.health.of_run import findings_of
+from p828.health.rules import loss
 from p828.health.window import Window
 from p828.runs import records
 from p828.train import health
@@ -116,21 +117,36 @@ def test_a_run_goes_back_before_the_data_from_which_it_did_not_recover(
     assert steps == list(range(1, 221))
 
 
-def test_a_rule_that_fails_is_told_and_ends_no_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def examine(window: Window) -> None:
-        raise ZeroDivisionError("division by zero")
+def fail(*_: object) -> NoReturn:
+    raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(health, "examine", examine)
+
+@pytest.mark.parametrize(
+    "place, part",
+    [
+        ("", "the rule "),
+        ("p828.train.health.Window.add", "the watch over run health"),
+        ("p828.train.health.readable", "the watch over run health"),
+        ("p828.train.health.look", "the watch over run health"),
+        ("p828.train.health.HealthWatch._is_odd", "the naming of odd data"),
+    ],
+)
+def test_what_fails_is_told_once_and_ends_no_run(
+    place: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = f"{part} failed, and is left out from here on: ZeroDivisionError: division by zero"
+    if part == "the rule ":
+        monkeypatch.setattr("p828.health.examine.RULES", (fail, loss.divergence))
+        said = said.replace(part, "the rule test_health.fail")
+    else:
+        monkeypatch.setattr(place, fail)
     assert train(tmp_path, "run", train={"steps": 12}) == 0
-    assert capsys.readouterr().out.count("the rules of run health failed and are left out from here on") == 1
-    (event,) = (
-        line
-        for line in records.read(tmp_path / "runs" / "run" / "metrics.jsonl")
-        if line.get("event") == "health_failed"
-    )
-    assert "ZeroDivisionError: division by zero" in event["text"]
+    shown = capsys.readouterr().out
+    assert "Traceback" not in shown
+    events = records.read(tmp_path / "runs" / "run" / "metrics.jsonl")
+    (event,) = (line for line in events if line.get("event") == "health_failed")
+    assert event["text"] == said
+    assert 'raise ZeroDivisionError("division by zero")' in event["traceback"]
 
 
 def test_records_are_enough_afterwards(tmp_path: Path) -> None:

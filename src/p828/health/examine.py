@@ -89,11 +89,28 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
 """The most probable cause first, and with each what follows from it and is left out where it was found itself."""
 
 
-def examine(window: Window) -> list[Finding]:
-    """What the rules find: at most one finding a rule's name, without those that follow from another one."""
+def name_of(rule: Rule) -> str:
+    """The file's and the function's name, as in `loss.spikes`."""
+    return f"{rule.__module__.rpartition('.')[2]}.{rule.__name__}"
+
+
+def examine(window: Window, failed: dict[str, Exception] | None = None) -> list[Finding]:
+    """What the rules find: at most one finding a rule's name, without those that follow from another one.
+
+    A rule that raises is put into `failed`, if it is given, by its name, and rules that are in there are left out.
+    """
     worst: dict[str, Finding] = {}
     for rule in RULES if window.step else ():
-        for finding in rule(window):
+        if failed is not None and name_of(rule) in failed:
+            continue
+        try:
+            findings = rule(window)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name_of(rule)] = error
+            continue
+        for finding in findings:
             if finding.rule not in worst or finding.is_worse_than(worst[finding.rule]):
                 worst[finding.rule] = finding
     return ordered(worst.values())
