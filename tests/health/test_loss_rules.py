@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import pytest
-from windows import Record, facts, loss, noise, step_record, window
+from windows import Record, evaluation, facts, loss, noise, step_record, window
 
 from p828.health.examine import examine
 from p828.health.facts import Facts
@@ -57,3 +57,16 @@ def test_what_goes_wrong_under_another_mixture_is_seen() -> None:
     assert [(finding.rule, finding.severity, finding.since) for finding in found] == [
         ("spike_unrecovered", "critical", 350)
     ]
+
+
+def test_a_hard_shard_is_a_warning() -> None:
+    records = steps(lambda step: loss(step) + (310 <= step < 350), 420)
+    assert found_on_the_way(records) == {("spike_unrecovered", "warning"), ("spike", "note")}
+
+
+def test_a_loss_that_stays_or_that_an_evaluation_confirms_is_critical() -> None:
+    records = steps(lambda step: loss(step) + (step >= 310), 400)
+    bad = [evaluation(300, 2.0), evaluation(345, 3.0)]
+    confirmed = [*records[:300], bad[0], *records[300:345], bad[1]]
+    for found in (examine(window(records, LONG)), examine(window(confirmed, LONG))):
+        assert [(finding.rule, finding.severity) for finding in found] == [("spike_unrecovered", "critical")]

@@ -10,6 +10,7 @@ from p828.health.spikes import Spike
 from p828.health.window import Window, number_of
 
 UNRECOVERED_STEPS = 32  # PaLM (arXiv 2204.02311, 5.1): most spikes come back by themselves, within some dozens of steps
+SURE_STEPS, SURE_RISE = 64, 2.0  # a shard of another kind of text costs less, in nats, and is over by then
 SPIKE_REFERENCE = (
     "OLMo-core, SkipStepOptimizer: a loss above mean + 6 standard deviations of the last 128 steps; here around its "
     "trend"
@@ -62,10 +63,16 @@ def validates(window: Window, since: int) -> bool:
     return losses[-1][1] < min(loss for _, loss in losses[:-1]) + VALIDATION_RISE
 
 
+def _is_sure(window: Window, spike: Spike) -> bool:
+    """Whether the loss is not that of hard data: it is too high for too long, or an evaluation is as bad."""
+    is_evaluated = any(record["step"] >= spike.step + UNRECOVERED_STEPS for record in window.evaluations)
+    return is_evaluated or spike.last - spike.step >= SURE_STEPS or spike.after - spike.usual >= SURE_RISE
+
+
 def _unrecovered(window: Window, spike: Spike) -> Finding:
     return Finding(
         "spike_unrecovered",
-        "critical",
+        "critical" if _is_sure(window, spike) else "warning",
         window.step,
         spike.step,
         f"the loss rose from {spike.usual:.3f} (σ {spike.sigma:.3f}) to {spike.peak:.3f} at step {spike.peak_step} and "
@@ -96,7 +103,8 @@ def _recovered(window: Window, back: list[Spike]) -> Finding:
 def divergence(window: Window) -> list[Finding]:
     """The loss of the recent steps is far above that of the steps before, and validation does not deny it."""
     means, spike = _means(window), window.spikes.current
-    is_early = spike is not None and spike.is_abrupt and spike.last - spike.step < UNRECOVERED_STEPS
+    is_early = spike is not None and spike.is_abrupt and not _is_sure(window, spike)
+    is_early |= spike is not None and spike.is_abrupt and spike.last - spike.step < UNRECOVERED_STEPS
     if len(means) < DIVERGED_BEFORE + 1 or is_early:
         return []
     (_, now), before = means[-1], means[-1 - max(DIVERGED_BEFORE, len(means) // 2) : -1]
