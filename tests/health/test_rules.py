@@ -98,7 +98,7 @@ FAULTS: dict[str, tuple[list[Record], Facts]] = {
     "non_finite": (steps(lambda r: skipped(r, loss=NAN), 198), FACTS),
     "expert_gradient_norm": (steps(only("routed_experts", 2.0, "grad_norms"), 100), FACTS),
     "loss_normalisation": (probed(loss_difference=loss(STEPS) / 2), FACTS),
-    "attention_leak": (probed(row_leak=0.4), FACTS),
+    "attention_leak": (probed(batch_leak=0.4), FACTS),
     "token_out_of_vocabulary": (steps(lambda r: {"max_token": 300}, 150), FACTS),
     "validation_leak": (probed(validation_overlap=0.5), FACTS),
     "evaluation_not_deterministic": (probed(evaluation_difference=0.01), facts(dropout=0.1)),
