@@ -260,6 +260,21 @@ def test_bfloat16_numbers_change_now_and_then(share: float, expected: list[str])
     assert rules(steps(change), BFLOAT16) == expected
 
 
+@pytest.mark.parametrize("compiling, expected", [(2, []), (3, ["recompiling"])])
+@pytest.mark.parametrize("start", [0, 100])
+def test_a_start_that_goes_on_compiling(start: int, compiling: int, expected: list[str]) -> None:
+    """PyTorch gives up before the steps in which a sound start does not compile any more."""
+    records = steps(lambda r: {"compilations": 2} if start < r["step"] <= start + compiling else {})
+    resumed = [*records[:104], RESUME, *records[104:]] if start else records
+    assert rules(resumed) == expected
+
+
+@pytest.mark.parametrize("steps_of_it, expected", [(7, []), (8, ["data_repeats"])])
+def test_rows_that_are_twice_in_a_step(steps_of_it: int, expected: list[str]) -> None:
+    records = steps(lambda r: {"repeated_rows": 0.125}, STEPS - steps_of_it + 1)
+    assert rules(records) == expected
+
+
 def test_loss_that_rises_over_5000_steps() -> None:
     of = facts(steps=20_000, schedule=ScheduleConfig(kind="constant", warmup_steps=20))
     flat = [step_record(step, of) for step in range(1, 12_001)]

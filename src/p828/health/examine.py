@@ -15,6 +15,7 @@ RULES: tuple[Rule, ...] = (
     probes.evaluation,
     data.token_ids,
     data.repeats,
+    data.repeats_within,
     data.epochs,
     gradients.non_finite,
     gradients.expert_norm,
