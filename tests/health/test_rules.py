@@ -260,6 +260,20 @@ def test_bfloat16_numbers_change_now_and_then(share: float, expected: list[str])
     assert rules(steps(change), BFLOAT16) == expected
 
 
+@pytest.mark.parametrize("share, expected", [(1.0, []), (0.0, ["updates_lost"])])
+def test_bfloat16_masters_have_bits_of_their_own(share: float, expected: list[str]) -> None:
+    """At a low rate few numbers change, and updates of the usual size say nothing of what is dropped after them."""
+    low_bits = {"changed": dict.fromkeys(PARTS, 0.1), "low_bits": {"attention": share, "norms": 0.0}}
+    assert rules(steps(lambda r: low_bits if "changed" in r else {}), BFLOAT16) == expected
+
+
+def test_small_updates_are_the_cause_of_a_loss_that_stands_still() -> None:
+    """Of a rate that is as it should be: a large eps makes the optimizer's steps small."""
+    flat = trained(lambda r: {"loss": 5.7 + noise(r["step"])}, of=SLOW)
+    small = changed(flat, 1, lambda r: {"update_ratios": dict.fromkeys(PARTS, 1e-9)} if "update_ratios" in r else {})
+    assert rules(small, SLOW) == ["update_ratio"]
+
+
 @pytest.mark.parametrize("compiling, expected", [(2, []), (3, ["recompiling"])])
 @pytest.mark.parametrize("start", [0, 100])
 def test_a_start_that_goes_on_compiling(start: int, compiling: int, expected: list[str]) -> None:

@@ -13,8 +13,8 @@ STARVED_SECONDS = 0.01  # shorter waits are the thread's own
 HOST_BOUND = 0.3  # of the step's time in which the device is not busy
 COMPILING_STEPS = 3
 SETTLED_AFTER = 4  # steps of a start, in which layers are compiled for every shape
-# Steps from a start's first one on, each of which compiles: the first makes all graphs, and the second may make one again
-# for a number that has changed, which is a variable from then on. A third is of something else that changes each step.
+# Steps from a start's first one on, each of which compiles: the first makes all graphs, and the second may make some
+# again for a number that has changed, a variable from then on. A third one's number changes in every step.
 BEGUN_COMPILING = 3
 SLOW_MFU = 0.01  # of the GPUs' peak; one GPU alone has 0.1 and more
 SLOW_SECONDS = 2.0  # a step
