@@ -99,13 +99,18 @@ def test_a_rule_that_fails_is_told_and_ends_no_run(
 
     monkeypatch.setattr(health, "examine", examine)
     assert train(tmp_path, "run", train={"steps": 12}) == 0
-    assert capsys.readouterr().out.count("the rules of run health failed and are left out from here on") == 1
+    shown = capsys.readouterr().out
+    assert shown.count("the rules of run health failed and are left out from here on") == 1
+    assert "Traceback" not in shown
     (event,) = (
         line
         for line in records.read(tmp_path / "runs" / "run" / "metrics.jsonl")
         if line.get("event") == "health_failed"
     )
     assert "ZeroDivisionError: division by zero" in event["text"]
+    last, log = 'raise ZeroDivisionError("division by zero")', (tmp_path / "runs" / "run" / "log.txt").read_text()
+    assert last in event["traceback"]
+    assert last in log
 
 
 def test_records_are_enough_afterwards(tmp_path: Path) -> None:

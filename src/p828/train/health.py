@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -99,7 +100,9 @@ class HealthWatch:
         except Exception as error:  # a rule that cannot deal with a number must not end a run of weeks
             self._is_broken = True
             text = f"the rules of run health failed and are left out from here on: {type(error).__name__}: {error}"
-            self.log.event("health_failed", self.window.step, text)
+            where = "".join(traceback.format_exception(error)).rstrip()
+            self.log.event("health_failed", self.window.step, text, traceback=where)
+            self.log.console.log(where)
             return []
         new = [finding for finding in findings if self._is_new(finding)]
         for finding in findings:
