@@ -146,7 +146,9 @@ def test_what_fails_is_told_once_and_ends_no_run(
     events = records.read(tmp_path / "runs" / "run" / "metrics.jsonl")
     (event,) = (line for line in events if line.get("event") == "health_failed")
     assert event["text"] == said
-    assert 'raise ZeroDivisionError("division by zero")' in event["traceback"]
+    last, log = 'raise ZeroDivisionError("division by zero")', (tmp_path / "runs" / "run" / "log.txt").read_text()
+    assert last in event["traceback"]
+    assert last in log
 
 
 def test_records_are_enough_afterwards(tmp_path: Path) -> None:

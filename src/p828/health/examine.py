@@ -15,6 +15,7 @@ RULES: tuple[Rule, ...] = (
     probes.evaluation,
     data.token_ids,
     data.repeats,
+    data.repeats_within,
     data.epochs,
     gradients.non_finite,
     gradients.expert_norm,
@@ -62,7 +63,7 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
     "schedule_restart": (*_OF_A_RATE, "learning_rate_high", "no_warmup"),
     "learning_rate_high": (*_OF_A_RATE, "no_warmup"),
     "no_warmup": ("spike_unrecovered", "divergence", "spike", "large_gradient_norm", "non_finite"),
-    "learning_rate_low": ("update_ratio",),
+    "learning_rate_low": (),
     "expert_gradient_norm": ("large_gradient_norm",),
     "resume_without_training": ("updates_lost", "frozen_part", "learning_rate_low", "update_ratio"),
     "updates_lost": ("frozen_part", "learning_rate_low", "update_ratio", "bias_not_balancing"),
@@ -85,6 +86,7 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
     "slow_links": (),
     "recompiling": ("host_bound",),
     "data_starved": ("host_bound",),
+    "update_ratio": ("learning_rate_low",),
 }
 """The most probable cause first, and with each what follows from it and is left out where it was found itself."""
 

@@ -148,6 +148,7 @@ class HealthWatch:
         text = f"{part} failed, and is left out from here on: {type(error).__name__}: {error}"
         where = "".join(traceback.format_exception(error)).rstrip()
         self.log.event("health_failed", self.window.step, text, traceback=where)
+        self.log.console.log(where)
 
     def _is_odd(self, step: int) -> bool:
         """Whether the step began a spike, or was the first of some that were not finite: its data is named."""
