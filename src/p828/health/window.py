@@ -68,6 +68,8 @@ class Window:
         """The records of these steps, and of those that were not finite in a part of the model only; the first ones."""
         self.resumed_at: int | None = None
         """The step from which the run's last start went on; None in its first."""
+        self.mixture_step = 0
+        """The step after which the weights of the data's sources changed last."""
         self.disk: Disk | None = None
         """What the run's directory holds; None if nobody has looked."""
 
@@ -133,6 +135,9 @@ class Window:
             self._keep_odd(record)
         elif not all(math.isfinite(x) for name in BY_PART for x in parts_of(record, name).values()):
             self._keep_odd(record)
+        if step - 1 in self.facts.mixture_steps:
+            self.mixture_step = step - 1
+            self.spikes.begin_anew()
         if (finite := number_of(record, "loss")) is not None:
             self.spikes.add(step, finite)
         self.history.add(step, record)
