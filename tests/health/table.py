@@ -36,7 +36,7 @@ def page(first_half: Sequence[Verdict], second_half: Sequence[Verdict], healthy:
         "After the first verdict of the second half the rules that had missed a fault were mended with these very",
         "runs, so that what they see now is no proof of other runs. Both verdicts are here. All runs that were missed,",
         "all healthy ones and a part of the others were made again with the mended rules; the rest are the first",
-        "verdict's runs, judged again. The healthy run `compiled` came with the mended `recompiling`. Its warning is of",
+        "verdict's runs, judged again. The healthy run `compiled` came with the mended `recompiling`; it warns of",
         "memory that does grow, with graphs that are run as they are (506 MB at step 20, 1,076 MB at step 200).",
         "",
         "A host-bound step and slow links (24) need GPUs and are not here. One rank's memory (23) needs none: it is",
