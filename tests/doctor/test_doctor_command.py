@@ -225,6 +225,9 @@ def test_a_runs_findings_are_told_with_cause_and_remedy(
     found = json.loads(capsys.readouterr().out)
     assert (found["run"], found["state"], found["step"]) == ("runs/bad", "complete", 50)
     assert "learning_rate_high" in [finding["rule"] for finding in found["findings"]]
+    worst = next(finding for finding in found["findings"] if finding["severity"] == "critical")
+    assert (found["health"], found["finding"]) == ("critical", worst["rule"])
+    assert "unread_bytes" not in found
     assert {"rule", "severity", "step", "since", "evidence", "cause", "remedy", "reference"} <= set(
         found["findings"][0]
     )
@@ -268,3 +271,13 @@ def test_a_run_is_looked_at_without_pytorch(tmp_path: Path) -> None:
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_runs_health_is_that_of_the_findings_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the run's own rules found nothing, or could not look."""
+    make_run(tmp_path / "run")
+    said = {"kind": "event", "step": 1, "event": "health_failed"}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(said) + "\n")
+    assert dispatch(["doctor", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["findings"], found["health"], found["finding"]) == ([], "ok", "")

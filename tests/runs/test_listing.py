@@ -137,6 +137,10 @@ def test_health_is_the_worst_finding(copy: Path) -> None:
     assert summary(copy).health is None, "nobody has watched it"
     config.write_text(config.read_text() + '\n[health]\non_critical = "continue"\n')
     assert summary(copy).health == "ok"
+    append(copy, {"kind": "event", "step": 9, "event": "health_failed", "text": "the rules failed"})
+    assert summary(copy).health == "failed"
+    append(copy, {"kind": "data", "step": 9, "sources": []})
+    assert summary(copy).health == "ok", "its next start has rules again"
     append(copy, FINDING)
     assert (summary(copy).health, summary(copy).finding) == ("warning", "load_imbalance")
     append(copy, {**FINDING, "severity": "critical", "rule": "divergence"}, {**FINDING, "severity": "note"})

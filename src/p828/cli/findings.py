@@ -1,12 +1,14 @@
 """A run's findings as a table, or as JSON for a program."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from p828.cli.output import printable
 from p828.cli.status_lines import show_status
 from p828.errors import DataError, RunFailed, warn
-from p828.health.finding import Finding
+from p828.health.finding import SEVERITIES, Finding
 from p828.health.of_run import findings_of
 from p828.runs import records
 from p828.runs.file_names import RECORDS_FILE
@@ -23,8 +25,7 @@ def show_findings(directory: Path, as_json: bool) -> None:
         findings, run = findings_of(directory), summary(directory)
         _warn_of_damage(directory)
     if as_json:
-        found = {"run": str(directory), **run.to_json(), "findings": [finding.to_json() for finding in findings]}
-        print(json.dumps(found, indent=2))
+        print(json.dumps(_as_json(directory, run, findings), indent=2))
     else:
         print(printable(f"{directory}: {_state(run)}{'' if findings else '; no finding'}"))
         for finding in findings:
@@ -32,6 +33,15 @@ def show_findings(directory: Path, as_json: bool) -> None:
     critical = [finding.rule for finding in findings if finding.severity == "critical"]
     if critical:
         raise RunFailed(f"{directory}: {', '.join(critical)}")
+
+
+def _as_json(directory: Path, run: RunSummary, findings: Sequence[Finding]) -> dict[str, Any]:
+    """With the health that these findings tell: the run itself may have stored others, or none."""
+    worst = min(findings, key=lambda finding: SEVERITIES.index(finding.severity), default=None)
+    health = {"health": worst.severity if worst else "ok", "finding": worst.rule if worst else ""}
+    found = {"run": str(directory), **run.to_json(), **health, "findings": [one.to_json() for one in findings]}
+    del found["unread_bytes"]  # the rules have read all of them
+    return found
 
 
 def _warn_of_damage(directory: Path) -> None:
