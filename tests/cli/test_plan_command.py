@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from p828.cli.plan import run
+from p828.cli.plan import _rate_of_run, run
 from p828.data.tokens.format import open_manifest
 from p828.errors import ConfigError
 from runs import write_toml
@@ -128,3 +128,15 @@ def test_a_run_s_measured_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_wrong_input(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(list(arguments))
+
+
+def test_the_rate_of_a_damaged_run_is_that_of_the_numbers_it_has(tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [{"kind": "step", "step": 1, "mfu": 0.9}]  # before the last steps
+    records += [{"kind": "step", "step": step, "mfu": 0.25} for step in range(2, 102)]
+    odd = [{}, {"mfu": "NaN"}, {"mfu": "text"}, {"mfu": [0.1]}, {"mfu": None}, {"mfu": 1e300}, {"mfu": -1}, {"mfu": 0}]
+    records += [{"kind": "step", "step": step, **values} for step, values in enumerate(odd, start=102)]
+    lines = [json.dumps(record) for record in records]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:50], "no record", *lines[50:]]) + "\n")
+    assert _rate_of_run(tmp_path) == 0.25
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "step", "step": 1}) + "\n")
+    assert _rate_of_run(tmp_path) == 0.0

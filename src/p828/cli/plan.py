@@ -18,6 +18,7 @@ from p828.system.cards import CARDS, card
 
 USAGE = "p828 plan CONFIG [--gpus N] [--gpu NAME] [--json] [--section.key VALUE ...]"
 LAST_STEPS = 100  # of a run, whose median is its rate
+READ_BYTES = 2**26  # of the end of its records
 MOST_GPUS = 2**20
 
 
@@ -74,10 +75,18 @@ def _rate_of_run(path: Path) -> float:
     """The MFU that the last steps of a run's directory had in the median; 0 for no run, and for one on a CPU."""
     if not (path / RECORDS_FILE).is_file():
         return 0.0
-    found = [
-        record["mfu"] for record in records.read(path / RECORDS_FILE) if record["kind"] == "step" and record["mfu"]
-    ]
-    return statistics.median(found[-LAST_STEPS:]) if found else 0.0
+    found: list[float] = []
+    steps = 0
+    for line in reversed(records.tail(path / RECORDS_FILE, READ_BYTES)):
+        record = records.parsed(line) or {}
+        if record.get("kind") != "step":
+            continue
+        rate, steps = records.number(record.get("mfu")), steps + 1
+        if rate is not None and 0 < rate <= 1:  # false for NaN
+            found.append(rate)
+        if steps == LAST_STEPS:
+            break
+    return statistics.median(found) if found else 0.0
 
 
 def _asks_for_engine(arguments: list[str]) -> bool:
