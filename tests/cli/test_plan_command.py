@@ -1,6 +1,7 @@
 """`p828 plan` as a user calls it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,19 @@ def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["advice"]["setup"]["stage"] == 1
     assert "2e-3" in plan["advice"]["sentence"] or "0.002" in plan["advice"]["sentence"]
     assert sum(plan["parameters"]["by_part"].values()) == plan["parameters"]["total"]
+
+
+def test_a_rate_outside_the_fit_is_not_in_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--optimizer.learning-rate" not in shown(capsys, "quickstart")
+    within = ("800m", "--train.micro_batch_size", "8", "--train.gradient-accumulation", "32")
+    assert "--optimizer.learning-rate" in shown(capsys, *within, "--data.sequence-length", "1024")
+
+
+def test_a_short_time_is_not_told_to_be_none(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, "quickstart", "--train.steps", "1", "--schedule.warmup-steps", "0")
+    seconds = re.search(r"^time +(\S+) seconds", out, re.MULTILINE)
+    assert seconds is not None, out
+    assert 0 < float(seconds[1]) < 1
 
 
 def test_epochs_of_local_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

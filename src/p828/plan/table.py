@@ -196,4 +196,4 @@ def _duration(hours: float) -> str:
         return f"{hours / 24:,.1f} days"
     if hours >= 2:
         return f"{hours:.1f} hours"
-    return f"{hours * 60:.0f} minutes" if hours >= 1 / 30 else f"{hours * 3600:.0f} seconds"
+    return f"{hours * 60:.0f} minutes" if hours >= 1 / 30 else f"{_rounded(hours * 3600)} seconds"
