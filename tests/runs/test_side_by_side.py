@@ -97,6 +97,15 @@ def test_where_rows_and_losses_part(whole: Path, other: Path) -> None:
     assert found.curves.apart_from_step == 9, "0.75 nats in the mean of nine steps"
 
 
+def test_a_damaged_line_makes_no_difference(whole: Path, other: Path) -> None:
+    """The means are over the steps that both have."""
+    change(other, lambda record: None if record["kind"] == "step" and record["step"] == 3 else record)
+    curves = side_by_side(whole, other).curves
+    assert curves is not None
+    assert (curves.first_unequal_step, curves.apart_from_step) == (None, None)
+    assert all(point.first == point.second for point in curves.by_step)
+
+
 def test_losses_that_are_not_finite_hide_nothing(whole: Path, other: Path) -> None:
     change(other, lambda record: {**record, "loss": "NaN"} if record["step"] == 3 and "rows" in record else record)
     curves = side_by_side(whole, other).curves
