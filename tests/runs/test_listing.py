@@ -67,6 +67,7 @@ def test_its_numbers_are_those_of_the_records(whole: Path) -> None:
     assert (found.best_loss, found.best_step) == (best["loss"], best["step"])
     assert found.tokens_per_second == median(line["tokens_per_second"] for line in steps)
     assert found.unread_bytes == 0
+    assert found.why == "", "the state says it"
 
 
 def test_only_the_end_of_long_records_is_read(copy: Path) -> None:
@@ -81,7 +82,7 @@ def test_only_the_end_of_long_records_is_read(copy: Path) -> None:
     )
     assert (found.loss, found.best_loss, found.best_step) == (before.loss, before.best_loss, before.best_step)
     lines = as_lines(Listing([found], []), "runs")
-    assert "Of 1 runs only the end of the records was read: earlier findings are not counted." in lines
+    assert "Of 1 run only the end of the records was read: earlier findings are not counted." in lines
 
 
 def test_a_run_that_is_trained_killed_and_paused(tmp_path: Path) -> None:

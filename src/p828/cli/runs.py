@@ -71,7 +71,8 @@ def as_lines(listing: Listing, directory: str, width: int | None = None) -> list
     lines += ["", *reasons] if reasons else []
     unread = sum(run.unread_bytes > 0 for run in listing.runs)
     if unread:
-        lines += ["", f"Of {unread:,} runs only the end of the records was read: earlier findings are not counted."]
+        of = "1 run" if unread == 1 else f"{unread:,} runs"
+        lines += ["", f"Of {of} only the end of the records was read: earlier findings are not counted."]
     if listing.others:
         more = f" and {len(listing.others) - MOST_OTHERS:,} more" if len(listing.others) > MOST_OTHERS else ""
         lines += ["", f"No runs: {', '.join(map(shown_path, listing.others[:MOST_OTHERS]))}{more}"]

@@ -125,7 +125,7 @@ def _state(
         return "damaged", damage[0]
     of_state = [record for record in found if record["kind"] in ("data", "step") or _is_end(record)]
     if of_state and _is_end(last := of_state[-1]):
-        return last["state"], str(last.get("why", ""))[:LONGEST_WHY]
+        return last["state"], "" if last["state"] == "complete" else str(last.get("why", ""))[:LONGEST_WHY]
     if saved.is_imported:
         return "imported", ""
     if not step:
