@@ -281,3 +281,12 @@ def test_a_runs_health_is_that_of_the_findings_shown(tmp_path: Path, capsys: pyt
     assert dispatch(["doctor", str(tmp_path / "run"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["findings"], found["health"], found["finding"]) == ([], "ok", "")
+
+
+def test_lines_that_are_no_records_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        '{"kind": "data", "step": 0}\nodd\n{"kind": "data", "step": 0}\n[]\n'
+    )
+    assert dispatch(["doctor", str(tmp_path / "run")]) == 0
+    assert "line 2 is not a record, and 1 more are none. They are passed over" in capsys.readouterr().err

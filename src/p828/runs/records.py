@@ -169,18 +169,20 @@ class Recorder:
                 raise error
 
 
-def read(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
+def read(path: Path, passed_over: list[int] | None = None) -> Iterator[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order. A partial last line, as a killed process leaves it, is left out.
 
-    Raises ConfigError for a file that cannot be read, and DataError naming any other line that is no record, unless
-    `skip_damaged`.
+    Raises ConfigError for a file that cannot be read, and DataError naming any other line that is no record. With a
+    list `passed_over` such lines are left out, and it gets their numbers, from 1.
     """
     try:
         for number, line in enumerate(_lines(path), start=1):
             record = parsed(line)
             if record is not None:
                 yield record
-            elif not skip_damaged:
+            elif passed_over is not None:
+                passed_over.append(number)
+            else:
                 raise DataError(f"{path}: line {number} is not a record; mend or remove that line")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
