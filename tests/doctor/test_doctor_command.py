@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from p828.cli.doctor import run_of
 from p828.cli.main import dispatch
+from p828.cli.run_name import run_of
 from p828.cli.status_lines import status_lines
 from p828.doctor import room, run_directory, versions
 from p828.files import locked
@@ -135,14 +135,14 @@ def test_a_run_is_known_by_its_directory_and_by_its_name(
         make_run(Path(name))
     (Path("runs/new")).mkdir()
     Path("runs/new/config.toml").write_text("")
-    assert run_of("mine") == Path("runs/mine")
-    assert run_of("runs/mine") == Path("runs/mine")
-    assert run_of("elsewhere") == Path("elsewhere")
-    assert run_of("runs/new") is None  # without records it is a configuration
+    assert run_of("mine", "doctor") == Path("runs/mine")
+    assert run_of("runs/mine", "doctor") == Path("runs/mine")
+    assert run_of("elsewhere", "doctor") == Path("elsewhere")
+    assert run_of("runs/new", "doctor") is None  # without records it is a configuration
     for name in ("", "mine.toml", "nothing", "quickstart", "\0", "x" * 5000):
-        assert run_of(name) is None
+        assert run_of(name, "doctor") is None
     assert capsys.readouterr().err == ""
-    assert run_of("60m") is None
+    assert run_of("60m", "doctor") is None
     assert "p828 doctor runs/60m is about the run" in capsys.readouterr().err
 
 

@@ -153,6 +153,16 @@ def test_the_command(whole: Path, other: Path, capsys: pytest.CaptureFixture[str
     assert found["settings"] == [{"name": "optimizer.weight_decay", "first": 0.01, "second": 0.1, "default": 0.01}]
 
 
+def test_every_command_knows_a_run_by_its_name(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(whole.parents[1])
+    for arguments in (["compare", "whole", "runs/whole"], ["doctor", "whole"], ["batch", "whole", "--step", "3"]):
+        assert dispatch(arguments) == 0, arguments
+    assert dispatch(["plan", "whole", "--train.device", "auto"]) == 0, capsys.readouterr().err
+    assert dispatch(["batch", "whale", "--step", "3"]) == 2
+
+
 def test_wrong_input(whole: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["compare", str(whole)]) == 2
     assert "no RUN given. Usage: p828 compare RUN RUN" in capsys.readouterr().err

@@ -5,13 +5,13 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from p828.cli.flags import parse_given
 from p828.cli.output import printable
+from p828.cli.run_name import run_named
 from p828.config.rules import check_path
 from p828.data.trace import MANY_REPEATS, TracedRow
 from p828.errors import ConfigError, RunFailed, warn
@@ -36,7 +36,7 @@ WIDEST = 120
 @dataclass(frozen=True)
 class Arguments:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run's directory."""
+    """A run's directory, or its name under runs/."""
     step: Annotated[int, tyro.conf.arg(metavar="N", help_behavior_hint="(required)")] = 0
     """The step, counted from 1."""
     losses: bool = False
@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> None:
     if "device" in flags and not given.losses:
         raise ConfigError("--device: accepted with --losses")
     with waiting(f"reading {given.run} and its data up to step {given.step:,}", warn):
-        found = interruptible(lambda: documents_of_step(Path(given.run), given.step, warn))
+        found = interruptible(lambda: documents_of_step(run_named(given.run), given.step, warn))
         rows = list(zip(found.rows, _losses(found, given), strict=True))
     if given.losses:
         rows.sort(key=lambda row: -(row[1].loss or 0.0) if row[1] else 0.0)

@@ -6,13 +6,13 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from p828.cli.flags import parse
 from p828.cli.output import printable
+from p828.cli.run_name import run_named
 from p828.config.rules import check_path
 from p828.config.values import shown
 from p828.errors import warn
@@ -31,7 +31,7 @@ WIDEST = 120
 @dataclass(frozen=True)
 class Arguments:
     first: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run's directory."""
+    """A run's directory, or its name under runs/."""
     second: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Another's."""
     json: bool = False
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> None:
     for path in (given.first, given.second):
         check_path("RUN", path)
     with waiting("reading the records of both runs", warn):
-        found = side_by_side(Path(given.first), Path(given.second))
+        found = side_by_side(run_named(given.first), run_named(given.second))
     if given.json:
         print(
             json.dumps({"first": given.first, "second": given.second, **found.to_json()}, indent=1, default=str),

@@ -39,7 +39,7 @@ class Arguments(ConfigArguments):
 
 
 def run(arguments: list[str]) -> None:
-    config, given = read_configuration(arguments, Arguments, USAGE, _describe, reads_prepared=True)
+    config, given = read_configuration(arguments, Arguments, USAGE, _describe, reads_prepared=True, run_command="plan")
     machine = _machine(given)
     config = with_vocabulary(with_steps(config, 1 if config.engine == "plain" else machine.gpus))
     if config.engine == "plain" and machine.gpus > 1 and _asks_for_engine(arguments):
@@ -97,6 +97,6 @@ def _describe(default: Config) -> str:
     return (
         f"{USAGE}\n\nWhat a run takes on GPUs that need not be here: parameters, FLOPs, memory by part for each "
         "engine, time, bytes over the links, epochs, energy, and how it had best be trained. "
-        f"CONFIG is a preset ({', '.join(preset_names())}), a .toml file or a run's directory. "
+        f"CONFIG is a preset ({', '.join(preset_names())}), a .toml file, or a run's directory or name. "
         f"GPUs: {', '.join(one.name for one in CARDS)}."
     )
