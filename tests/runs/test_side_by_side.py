@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from p828.cli.compare import _pairs
 from p828.cli.main import dispatch
 from p828.config import Config
-from p828.runs.side_by_side import APART, SMOOTHED, Comparison, side_by_side
+from p828.runs.side_by_side import APART, SMOOTHED, Comparison, Difference, side_by_side
 from runs import write_text, write_toml
 
 OLD = Path(__file__).parents[1] / "data_of_old_versions" / "runs"
@@ -161,6 +162,37 @@ def test_every_command_knows_a_run_by_its_name(
         assert dispatch(arguments) == 0, arguments
     assert dispatch(["plan", "whole", "--train.device", "auto"]) == 0, capsys.readouterr().err
     assert dispatch(["batch", "whale", "--step", "3"]) == 2
+
+
+@pytest.mark.parametrize("columns", [46, 60, 100])
+def test_what_is_told_of_runs_fits_the_terminal(
+    whole: Path, other: Path, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(whole.parents[1])
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shutil.copytree(whole, other / "runs" / "failed")
+    ended = {"kind": "event", "event": "ended", "step": 12, "state": "failed", "why": "a long reason, " * 9}
+    path = other / "runs" / "failed" / "metrics.jsonl"
+    path.write_text(path.read_text() + json.dumps(ended) + "\n")
+    change(other, lambda record: {**record, "loss": 9.0} if record["kind"] == "step" else record)
+    shutil.copytree(other, "other", dirs_exist_ok=True)
+    told: dict[str, str] = {}
+    for arguments in (
+        ["compare", "whole", "other"], ["batch", "whole", "--step", "3"], ["runs", "other/runs"],
+        ["doctor", "other"], ["plan", "whole", "--train.device", "auto", "--gpus", "1"],
+    ):  # fmt: skip
+        dispatch(arguments)
+        told[arguments[0]] = capsys.readouterr().out
+    shard = str(next((whole.parents[1] / "text").iterdir()).parent)
+    for command, out in told.items():
+        longest = [line for line in out.splitlines() if len(line) > columns and shard not in line]
+        assert out, command
+        assert longest == [], command
+
+
+def test_a_short_value_beside_a_long_one_takes_a_line_each() -> None:
+    one = Difference("data.files", "a.txt", "b" * 40)
+    assert len(_pairs([one])) == 2
 
 
 def test_wrong_input(whole: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

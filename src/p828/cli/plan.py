@@ -1,6 +1,7 @@
 """`p828 plan`: what a run takes before it is started."""
 
 import json
+import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ USAGE = "p828 plan CONFIG [--gpus N] [--gpu NAME] [--json] [--section.key VALUE 
 LAST_STEPS = 100  # of a run, whose median is its rate
 READ_BYTES = 2**26  # of the end of its records
 MOST_GPUS = 2**20
+WIDEST = 80
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def run(arguments: list[str]) -> None:
         advised = {**advice.to_json(), "sentence": sentence(plan, advice)}
         print(json.dumps({**plan.to_json(), "advice": advised}, indent=1))
     else:
-        print(show(plan, advice))
+        print(show(plan, advice, min(shutil.get_terminal_size().columns, WIDEST)))
 
 
 def _machine(given: Arguments) -> Machine:
