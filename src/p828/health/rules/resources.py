@@ -124,7 +124,7 @@ def _trend(window: Window, values: list[tuple[int, float]], needed: float) -> li
         return []
     (begin, first), (end, last) = values[0], values[-1]
     used, left = first - last, window.facts.steps - window.step
-    if end == begin or used < FALLEN * first:
+    if end == begin or used <= 0 or used < FALLEN * first:
         return []
     per_step = used / (end - begin)
     if per_step * left < last - needed:

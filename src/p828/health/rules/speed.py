@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 
 from p828.health.finding import Finding
-from p828.health.window import Record, Window, number_of
+from p828.health.window import Record, Window, list_of, number_of
 
 STEPS = 32
 STARVED = 0.2  # of the step's time; p828 reads up to eight micro-batches ahead, so that none is waited for
@@ -115,7 +115,7 @@ def links(window: Window) -> list[Finding]:
     if said:
         text = " ".join(str(event.get("text", "")) for event in said)
         return [_slow(window, said[0]["step"], text)]
-    ranks = len(window.recent[-1].get("rank_memory_bytes") or ())
+    ranks = len(list_of(window.recent[-1], "rank_memory_bytes"))
     mfus, seconds = window.numbers("mfu", STEPS), window.numbers("seconds", STEPS)
     if ranks < 2 or len(mfus) < STEPS // 2 or len(seconds) < STEPS // 2:
         return []
