@@ -78,7 +78,8 @@ def _ranks(window: Window) -> list[Finding]:
             window.step,
             rows[0]["step"],
             f"the peak memory of rank {rank} grew from {shown_bytes(before[rank])} to {shown_bytes(after[rank])} "
-            f"between steps {rows[0]['step']} and {rows[-1]['step']}, that of the others by {statistics.median_low(growth):.0%}",
+            f"between steps {rows[0]['step']} and {rows[-1]['step']}, "
+            f"that of the others by {statistics.median_low(growth):.0%}",
             "this rank gets more of the load: longer rows, or experts that more tokens choose",
             "balance the experts (balance.update_rate), and give the ranks rows of equal length",
             "ranks with equal work use equal memory; the largest decides whether the run fits",
