@@ -428,6 +428,7 @@ with suppress(error), Recorder(Path(sys.argv[1]), mirror=mirror) as recorder:
     recorder.write("step", 1, loss=2.5, perplexity=12.2, **loads | more)
     recorder.write("eval", 1, loss=2.25)
     recorder.write("tasks", 1, results={"letters": {"acc": 0.25}})
+    recorder.write("sample", 1, samples=[["ab", "cd"]])
     recorder.write("event", 1, text="hello")
     texts = {"evidence": "12 at step 1", "cause": "the rate", "remedy": "a lower one", "reference": "a paper"}
     recorder.write("finding", 1, rule="divergence", severity="critical", since=1, **texts)
@@ -458,7 +459,12 @@ def test_wandb_offline_gets_flat_names_the_configuration_and_one_id(tmp_path: Pa
     assert alert.text == "12 at step 1\nCause: the rate\nTo do: a lower one"
     logged, config, name = read_wandb(runs[0])
     assert logged.pop("step") == 1
-    assert {key: value for key, value in logged.items() if not key.startswith("_")} == {
+    (table,) = runs[0].parent.glob("files/" + logged["val/samples/path"])
+    shown = json.loads(table.read_text())
+    assert (shown["columns"], shown["data"]) == (["prompt", "continuation"], [["ab", "cd"]])
+    assert [logged[f"moe/load/layer_0/{key}"] for key in ("values", "bins")] == [[1, 2, 0, 1], [0, 1, 2, 3, 4]]
+    assert logged["moe/load/layer_1/values"] == [3, 1, 0, 0]
+    assert {key: value for key, value in logged.items() if not key.startswith(("_", "val/samples", "moe/load"))} == {
         "train/loss": 2.5,
         "train/perplexity": 12.2,
         "val/loss": 2.25,

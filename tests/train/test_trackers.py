@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from p828.errors import ConfigError
 from p828.optim.parts import PARTS
 from p828.runs import records
 from p828.runs.records import Recorder
-from p828.train.log.panels import GROUPS, panels
+from p828.train.log.panels import GROUPS, SAMPLES, expert_loads, panels
 from p828.train.log.tracker import QueuedTracker
 from p828.train.log.trackers import Trackers
 from runs import p828, write_toml
@@ -44,11 +44,14 @@ class StandIn:
         if self.refused is not None:
             raise self.refused
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+    def write(self, step: int, numbers: Mapping[str, float], loads: Mapping[str, Sequence[int]]) -> None:
         self.gate.wait()
         if step == self.fails_at:
             raise OSError(28, "No space left on device")
         self.calls.append(("write", step))
+
+    def samples(self, step: int, samples: Sequence[Sequence[str]]) -> None:
+        self.calls.append(("samples", samples))
 
     def alert(self, step: int, finding: Mapping[str, Any]) -> None:
         self.calls.append(("alert", finding["rule"]))
@@ -85,11 +88,12 @@ def test_records_reach_a_tracker_in_their_order(tmp_path: Path) -> None:
         recorder.write("event", 1, event="saved")
         recorder.write("finding", 1, **FINDING)
         recorder.write("step", 2, loss=1.0)
+        recorder.write("sample", 2, samples=[["a", "b"]])
         recorder.rewind(1)
         recorder.write("step", 2, loss=0.5)
     assert tracker.calls == [
-        ("update", "run"), ("write", 1), ("alert", "divergence"), ("write", 2), ("rewind", 1), ("write", 2),
-        ("finish", 0),
+        ("update", "run"), ("write", 1), ("alert", "divergence"), ("write", 2), ("samples", [["a", "b"]]),
+        ("rewind", 1), ("write", 2), ("finish", 0),
     ]  # fmt: skip
     assert mirror.shown() == [("Stand-in", "here")]
 
@@ -214,27 +218,45 @@ def run(tmp_path: Path, *flags: str) -> str:
     return said
 
 
-def flat(run_dir: Path) -> dict[int, dict[str, float]]:
-    """What metrics.jsonl has, by step, in the form in which trackers get it."""
-    found: dict[int, dict[str, float]] = {}
+Rows = dict[int, dict[str, Any]]
+"""By step and name: a number, or the list of experts' loads or of samples."""
+
+
+def recorded(run_dir: Path) -> Rows:
+    """What metrics.jsonl has, in the form in which trackers get it."""
+    found: Rows = {}
     for record in records.read(run_dir / "metrics.jsonl"):
         step, kind = record.pop("step"), record.pop("kind")
         if kind in GROUPS:
-            found.setdefault(step, {}).update(panels(kind, record))
+            found.setdefault(step, {}).update(panels(kind, record) | expert_loads(record))
+        elif kind == "sample":
+            found.setdefault(step, {})[SAMPLES] = record["samples"]
     return found
 
 
-def tensorboard_rows(run_dir: Path) -> dict[int, dict[str, float]]:
-    """What TensorBoard shows of the run."""
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+def tensorboard_rows(run_dir: Path) -> Rows:
+    """What TensorBoard shows of the run, texts as they are."""
+    from tensorboard.backend.event_processing import plugin_event_accumulator as events
+    from tensorboard.util.tensor_util import make_ndarray
 
-    shown = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={SCALARS: 0}).Reload()
-    found: dict[int, dict[str, float]] = {}
-    for tag in shown.Tags()["scalars"]:
-        for scalar in shown.Scalars(tag):
-            assert tag not in found.setdefault(scalar.step, {}), "a step that came again has one value"
-            found[scalar.step][tag] = scalar.value
+    every = dict.fromkeys(("scalars", "histograms", "text"), 0)
+    shown = events.EventAccumulator(str(run_dir / "tensorboard"), {events.TENSORS: 0}, every).Reload()
+    found: Rows = {}
+    for tag in shown.Tags()["tensors"]:
+        name = tag.removesuffix("/text_summary")
+        for event in shown.Tensors(tag):
+            row = found.setdefault(event.step, {})
+            assert name not in row or name == "config", "a step that came again has one value"
+            row[name] = shown_value(make_ndarray(event.tensor_proto))
     return found
+
+
+def shown_value(tensor: Any) -> Any:
+    """A number, a text, or of a histogram the bars with something in them, by their left ends."""
+    if tensor.ndim == 2:
+        assert (tensor[:, 1] - tensor[:, 0] == 1).all()
+        return {left: count for left, _, count in tensor.tolist() if count}
+    return tensor.item() if tensor.ndim == 0 else tensor[0].decode()
 
 
 @pytest.fixture(scope="module")
@@ -258,10 +280,19 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tensorboard_shows_what_metrics_jsonl_has_also_after_a_resume(resumed: Path) -> None:
-    shown, recorded = tensorboard_rows(resumed), flat(resumed)
-    assert sorted(shown) == sorted(recorded) == [*range(1, 11)]
-    for step, row in recorded.items():
-        assert shown[step] == pytest.approx(row, rel=1e-6, nan_ok=True)  # TensorBoard's are float32
+    shown, rows = tensorboard_rows(resumed), recorded(resumed)
+    config = shown.pop(0)["config"]
+    assert "    vocab_size = 300" in config
+    assert sorted(shown) == sorted(rows) == [*range(1, 11)]
+    for step, row in rows.items():
+        for prompt, continuation in row.pop(SAMPLES, ()):
+            first = (continuation.splitlines() or [""])[0]
+            assert shown[step].pop(SAMPLES).startswith(f"Prompt\n\n    {prompt}\n\nContinuation\n\n    {first}")
+        assert shown[step].keys() == row.keys()
+        for name, value in row.items():
+            if isinstance(value, list):
+                value = {expert: load for expert, load in enumerate(value) if load}
+            assert shown[step][name] == pytest.approx(value, rel=1e-6), name  # TensorBoard's are float32
     assert len(list((resumed / "tensorboard").iterdir())) == 2
 
 
@@ -327,7 +358,8 @@ def test_a_library_that_is_not_installed_is_named_before_anything_begins(tmp_pat
         child = script(block, str(tmp_path))
         assert child.returncode == 1
         assert f"trackers.{name} = true: " in child.stderr
-        assert f"is not installed; pip install 'p828[{name}]'" in child.stderr
+        assert "cannot be imported: " in child.stderr
+        assert f"\npip install 'p828[{name}]'" in child.stderr
 
 
 @pytest.fixture
@@ -352,10 +384,20 @@ def test_trackio_goes_on_with_the_same_run(resumed: Path) -> None:
     child = script(TRACKIO_LOGS, name, TRACKIO_DIR=str(resumed.parents[1] / "trackio"))
     names, logs = json.loads(child.stdout)
     assert names == [name]
-    shown: dict[int, dict[str, float]] = {}
+    shown: Rows = {}
     for log in logs:
-        shown.setdefault(log["step"], {}).update({key: log[key] for key in log if "/" in key})
-    assert shown == flat(resumed)
+        shown.setdefault(log["step"], {}).update({key: plain(log[key]) for key in log if "/" in key})
+    assert shown == recorded(resumed)
+
+
+def plain(value: Any) -> Any:
+    """trackio's histogram as its bars, and a table as its rows."""
+    if not isinstance(value, dict):
+        return value
+    if value["_type"] == "trackio.table":
+        return [list(row.values()) for row in value["_value"]]
+    assert (value["_type"], value["bins"]) == ("trackio.histogram", list(range(len(value["values"]) + 1)))
+    return value["values"]
 
 
 @pytest.fixture

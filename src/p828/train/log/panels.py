@@ -26,20 +26,20 @@ OVER_LAYERS: dict[str, Callable[[Sequence[Any]], float]] = {
 }
 """Of what has an entry a layer: which number tells most about all layers. It is `moe/min_share`, a layer's own
 `moe/min_share/layer_0`."""
-LEFT_OUT = frozenset({"load"})
-"""A series for each expert of each layer, which is too much for a page; `metrics.jsonl` has it."""
+SAMPLES = "val/samples"  # the name of the continued prompts
+LOAD = "load"  # of each expert of each layer: a series of each would be too much for a page
 
 
 def panels(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
     """The record's numbers by `group/key`, `group/key/entry` for an object, and `group/key/layer_0` for a list.
 
-    `kind` is one of `GROUPS`. Texts, missing numbers and `LEFT_OUT` are left out.
+    `kind` is one of `GROUPS`. Texts, missing numbers and the experts' loads are left out.
     """
     if kind == "tasks":
         values = values["results"]
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if key in LEFT_OUT:
+        if key == LOAD:
             continue
         name = f"{_group(kind, key, value)}/{key}"
         if isinstance(value, Mapping):
@@ -52,6 +52,14 @@ def panels(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
         else:
             found[name] = value
     return {name: +number for name, number in found.items() if isinstance(number, int | float)}
+
+
+def expert_loads(values: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The tokens that each expert got, by `moe/load/layer_0` and so on: a heat map of experts over steps.
+
+    Empty for a record without them.
+    """
+    return {f"moe/{LOAD}/layer_{layer}": load_E for layer, load_E in enumerate(values.get(LOAD, ()))}
 
 
 def _group(kind: str, key: str, value: Any) -> str:

@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import tomli_w
 from p828.config import Config
 from p828.config.values import to_dict
 from p828.errors import ConfigError
+from p828.train.log.panels import SAMPLES
 
 DIRECTORY = "tensorboard"
 VERSION = "brain.Event:2"  # of its files: the one in which a start takes back the steps from its own on
@@ -37,24 +38,32 @@ class TensorBoardTracker:
         try:
             from tensorboard.summary.writer.record_writer import RecordWriter
             from torch.utils.tensorboard import summary
-        except ImportError:
+        except ImportError as error:
             raise ConfigError(
-                "trackers.tensorboard = true: TensorBoard is not installed; pip install 'p828[tensorboard]'"
+                f"trackers.tensorboard = true: TensorBoard cannot be imported: {error}\npip install 'p828[tensorboard]'"
             ) from None
         self._summary = summary
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         try:
             self.directory.mkdir(exist_ok=True)
+            is_new = not os.listdir(self.directory)
             self._writer = RecordWriter((self.directory / name).open("xb"))
         except OSError as error:
             raise ConfigError(f"{self.directory}: cannot be written: {error.strerror or error}") from None
         self._add(0, file_version=VERSION)
+        if is_new:
+            self.rewind(-1)  # the first session's start, which takes nothing back; only further ones do
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+    def write(self, step: int, numbers: Mapping[str, float], loads: Mapping[str, Sequence[int]]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=float(number)) for name, number in numbers.items()]
+        values += [Summary.Value(tag=name, histo=_by_expert(load_E)) for name, load_E in loads.items()]
         self._add(step, summary=Summary(value=values))
+
+    def samples(self, step: int, samples: Sequence[Sequence[str]]) -> None:
+        shown = (f"Prompt\n\n{_code(prompt)}\n\nContinuation\n\n{_code(text)}" for prompt, text in samples)
+        self._text(step, SAMPLES, "\n\n".join(shown))
 
     def alert(self, step: int, finding: Mapping[str, Any]) -> None:
         lines = (finding["evidence"], f"Cause: {finding['cause']}", f"To do: {finding['remedy']}")
@@ -66,8 +75,7 @@ class TensorBoardTracker:
         self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def update(self, config: Config) -> None:
-        text = tomli_w.dumps(to_dict(config))
-        self._text(0, "config", "\n".join(f"    {line}" for line in text.splitlines()))  # indented: code in Markdown
+        self._text(0, "config", _code(tomli_w.dumps(to_dict(config))))
 
     def finish(self, exit_code: int) -> None:
         self._writer.close()
@@ -83,3 +91,17 @@ class TensorBoardTracker:
 
         self._writer.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
         self._writer.flush()
+
+
+def _by_expert(load_E: Sequence[int]) -> Any:
+    """A histogram over the experts' numbers, whose bar n has what expert n got."""
+    from tensorboard.compat.proto.summary_pb2 import HistogramProto
+
+    ends = range(1, len(load_E) + 1)  # of the bars; TensorBoard cuts off those that are empty, at either end
+    used = [expert for expert, load in enumerate(load_E) if load] or [0]
+    return HistogramProto(min=used[0], max=used[-1] + 1, num=sum(load_E), bucket_limit=ends, bucket=load_E)
+
+
+def _code(text: str) -> str:
+    """In Markdown."""
+    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -4,13 +4,13 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
 from p828.config import Config
 from p828.errors import ConfigError
-from p828.train.log.panels import panels
+from p828.train.log.panels import expert_loads, panels
 
 QUEUED_ROWS = 1000  # some 20 MB in a model of 24 layers
 START_WITHIN = 120.0  # seconds; W&B itself gives up after 90
@@ -33,8 +33,11 @@ class Tracker(Protocol):
     def start(self) -> None:
         """Begin or continue the run's board. Raises ConfigError for what the user has to set otherwise."""
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Show the numbers, by the names that `panels` gives them."""
+    def write(self, step: int, numbers: Mapping[str, float], loads: Mapping[str, Sequence[int]]) -> None:
+        """Show the numbers and each layer's `loads` of experts, by the names that `panels.py` gives them."""
+
+    def samples(self, step: int, samples: Sequence[Sequence[str]]) -> None:
+        """Show the continued prompts, as `panels.SAMPLES`: pairs of a prompt and its continuation."""
 
     def alert(self, step: int, finding: Mapping[str, Any]) -> None:
         """Tell of a finding of the rules of run health, as its record has it."""
@@ -81,7 +84,7 @@ class QueuedTracker:
             raise self._refused
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Have the tracker show a record's numbers. The values must not change any more."""
+        """Have the tracker show a record's numbers or samples. The values must not change any more."""
         if self._has_failed:
             return
         if self._calls.qsize() >= self._most_rows:
@@ -126,7 +129,10 @@ class QueuedTracker:
             self._report(f"did not keep up: {self._left_out} rows are missing there")
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        self.tracker.write(step, panels(kind, values))
+        if kind == "sample":
+            self.tracker.samples(step, values["samples"])
+        else:
+            self.tracker.write(step, panels(kind, values), expert_loads(values))
 
     def _is_stuck(self) -> bool:
         since = self._busy_since
@@ -140,7 +146,7 @@ class QueuedTracker:
             self._refused, self._has_failed = error, True
             if self._is_late:
                 self._report(f"does not start: {error}")
-        except Exception as error:  # any of its own, of a library that the run does not depend on
+        except (Exception, SystemExit) as error:  # any of its own, of a library that the run does not depend on
             self._fail("does not start, and is left out", error)
         self._has_started.set()
         while not self._has_failed:
@@ -152,10 +158,10 @@ class QueuedTracker:
             try:
                 function, arguments = call
                 function(*arguments)
-            except Exception as error:  # as above
+            except (Exception, SystemExit) as error:  # as above
                 self._fail("is left out from here on", error)
 
-    def _fail(self, what: str, error: Exception) -> None:
+    def _fail(self, what: str, error: BaseException) -> None:
         text = " ".join(str(error).split()) or type(error).__name__
         self._has_failed = True
         self._report(f"{what}: {text}")

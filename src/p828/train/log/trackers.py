@@ -14,6 +14,7 @@ from p828.train.log.trackio import TrackioTracker
 from p828.train.log.wandb import WandbTracker
 
 FINDING = "finding"  # a record of this kind becomes an alert
+SHOWN = (*GROUPS, "sample")  # kinds of which a record becomes numbers or texts
 
 
 class Trackers:
@@ -36,7 +37,7 @@ class Trackers:
         if kind == FINDING:
             for queued in self.queued:
                 queued.call(queued.tracker.alert, step, values)
-        elif kind in GROUPS:
+        elif kind in SHOWN:
             for queued in self.queued:
                 queued.write(kind, step, values)
 

@@ -1,6 +1,6 @@
 """What trackio gets of a run's records, through its own library."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from p828.config.values import to_dict
 from p828.errors import ConfigError
 from p828.runs.file_names import TRACKIO_ID_FILE
 from p828.train.log.board_id import board_id
+from p828.train.log.panels import SAMPLES
 
 ALERT_LEVELS = {"critical": "ERROR", "warning": "WARN", "note": "INFO"}
 
@@ -35,12 +36,14 @@ class TrackioTracker:
         try:
             import trackio
             import trackio.run
-        except ImportError:
+            import trackio.sqlite_storage
+        except ImportError as error:
             raise ConfigError(
-                "trackers.trackio = true: trackio is not installed; pip install 'p828[trackio]'"
+                f"trackers.trackio = true: trackio cannot be imported: {error}\npip install 'p828[trackio]'"
             ) from None
-        for module in (trackio, trackio.run, trackio.utils):
-            vars(module)["print"] = _nothing  # it prints through the progress bar otherwise
+        for module in (trackio, trackio.run, trackio.sqlite_storage, trackio.utils):
+            # it prints and warns through the progress bar otherwise, and raises nothing
+            vars(module).update(print=_nothing, _emit_nonfatal_warning=self._take_warning)
         try:
             self._run = trackio.init(
                 project=self.project,
@@ -57,8 +60,18 @@ class TrackioTracker:
                 f"is not taken by trackio: {error}"
             ) from None
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log(dict(numbers), step=step)
+    def write(self, step: int, numbers: Mapping[str, float], loads: Mapping[str, Sequence[int]]) -> None:
+        from trackio import Histogram
+
+        by_expert = {  # bar n has what expert n got
+            name: Histogram(np_histogram=(load_E, range(len(load_E) + 1))) for name, load_E in loads.items()
+        }
+        self._run.log({**numbers, **by_expert}, step=step)
+
+    def samples(self, step: int, samples: Sequence[Sequence[str]]) -> None:
+        from trackio import Table
+
+        self._run.log({SAMPLES: Table(["prompt", "continuation"], [list(sample) for sample in samples])}, step=step)
 
     def alert(self, step: int, finding: Mapping[str, Any]) -> None:
         from trackio import AlertLevel
@@ -77,6 +90,10 @@ class TrackioTracker:
 
     def abandon(self) -> None:
         """Nothing: its threads end with the process."""
+
+    def _take_warning(self, message: str, *options: Any, **further: Any) -> None:
+        """In place of `warnings.warn`, in any of trackio's threads."""
+        self.problem = f"trackio: {' '.join(message.split()).removeprefix('* ')}"
 
 
 def _nothing(*text: Any, **options: Any) -> None:

@@ -1,7 +1,7 @@
 """What Weights & Biases gets of a run's records, through its own library."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from p828.config.values import to_dict
 from p828.errors import ConfigError
 from p828.runs.file_names import WANDB_ID_FILE
 from p828.train.log.board_id import board_id
+from p828.train.log.panels import SAMPLES
 
 ALERT_LEVELS = {"critical": "ERROR", "warning": "WARN", "note": "INFO"}
 STEP = "step"
@@ -72,11 +73,20 @@ class WandbTracker:
                 f"Weights & Biases does not take a setting, maybe a variable WANDB_… of the environment: {_line(error)}"
             ) from None
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        if step < self._newest or step + self._shift < self._row:
-            self._shift = self._row + 1 - step
-        self._newest, self._row = step, step + self._shift
-        self._run.log({STEP: step, **numbers}, step=self._row)
+    def write(self, step: int, numbers: Mapping[str, float], loads: Mapping[str, Sequence[int]]) -> None:
+        import wandb
+
+        by_expert = {
+            name: wandb.Histogram(np_histogram=(load_E, [*range(len(load_E) + 1)]))  # bar n has what expert n got
+            for name, load_E in loads.items()
+            if len(load_E) <= wandb.Histogram.MAX_LENGTH
+        }
+        self._log(step, {**numbers, **by_expert})
+
+    def samples(self, step: int, samples: Sequence[Sequence[str]]) -> None:
+        import wandb
+
+        self._log(step, {SAMPLES: wandb.Table(["prompt", "continuation"], [list(sample) for sample in samples])})
 
     def alert(self, step: int, finding: Mapping[str, Any]) -> None:
         """Tell of a finding as W&B tells its users: in the run's page, and by mail or Slack as they have set it."""
@@ -102,6 +112,12 @@ class WandbTracker:
                     child.kill()
         with suppress(wandb.errors.Error, OSError, SystemExit):  # it would exit with the killed process's code
             wandb.teardown()
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        if step < self._newest or step + self._shift < self._row:
+            self._shift = self._row + 1 - step
+        self._newest, self._row = step, step + self._shift
+        self._run.log({STEP: step, **values}, step=self._row)
 
     def _start(self, mode: str) -> None:
         import wandb
