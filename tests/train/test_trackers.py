@@ -32,6 +32,8 @@ class StandIn:
 
     key, name, where, problem = "stand_in", "Stand-in", "here", ""
 
+    def import_library(self) -> None: ...
+
     def __init__(self, fails_at: int = 0, refused: Exception | None = None) -> None:
         self.fails_at, self.refused = fails_at, refused
         self.calls: list[tuple[str, Any]] = []

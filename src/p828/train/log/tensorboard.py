@@ -32,17 +32,20 @@ class TensorBoardTracker:
         self.where = f"tensorboard --logdir {run_dir.parent}"
         self.problem = ""
         self._writer: Any = None
-        self._summary: Any = None  # PyTorch's module of that name, which knows the layout of a text
 
-    def start(self) -> None:
+    def import_library(self) -> None:
         try:
-            from tensorboard.summary.writer.record_writer import RecordWriter
-            from torch.utils.tensorboard import summary
+            import tensorboard.summary.writer.record_writer  # noqa: F401
+            import torch.utils.tensorboard.summary  # noqa: F401
         except ImportError as error:
             raise ConfigError(
                 f"trackers.tensorboard = true: TensorBoard cannot be imported: {error}\npip install 'p828[tensorboard]'"
             ) from None
-        self._summary = summary
+
+    def start(self) -> None:
+        self.import_library()
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         try:
             self.directory.mkdir(exist_ok=True)
@@ -84,7 +87,9 @@ class TensorBoardTracker:
         """Nothing of it outlives its thread."""
 
     def _text(self, step: int, tag: str, text: str) -> None:
-        self._add(step, summary=self._summary.text(tag, text))
+        from torch.utils.tensorboard import summary
+
+        self._add(step, summary=summary.text(tag, text))
 
     def _add(self, step: int, **what: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

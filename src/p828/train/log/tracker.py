@@ -30,6 +30,9 @@ class Tracker(Protocol):
     problem: str
     """What the run should report of a tracker that works; empty without it, and once it is reported."""
 
+    def import_library(self) -> None:
+        """Raises ConfigError where that fails, with what to do in its second line."""
+
     def start(self) -> None:
         """Begin or continue the run's board. Raises ConfigError for what the user has to set otherwise."""
 

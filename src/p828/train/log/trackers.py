@@ -69,8 +69,8 @@ class Trackers:
         return [(queued.tracker.name, queued.tracker.where or "not started yet") for queued in self.queued]
 
 
-def open_trackers(run_dir: Path, config: Config, report: Callable[[str], None]) -> Trackers | None:
-    """The trackers of a run's directory, started; None if the configuration asks for none. Raises ConfigError."""
+def asked_for(run_dir: Path, config: Config) -> list[Tracker]:
+    """The trackers that the configuration asks for, not started."""
     asked: list[Tracker] = []
     if config.wandb.mode != "off":
         asked.append(WandbTracker(run_dir, config))
@@ -78,6 +78,12 @@ def open_trackers(run_dir: Path, config: Config, report: Callable[[str], None]) 
         asked.append(TensorBoardTracker(run_dir))
     if config.trackers.trackio:
         asked.append(TrackioTracker(run_dir, config))
+    return asked
+
+
+def open_trackers(run_dir: Path, config: Config, report: Callable[[str], None]) -> Trackers | None:
+    """The trackers of a run's directory, started; None if the configuration asks for none. Raises ConfigError."""
+    asked = asked_for(run_dir, config)
     if not asked:
         return None
     trackers = Trackers([QueuedTracker(tracker) for tracker in asked])

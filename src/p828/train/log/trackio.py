@@ -25,35 +25,46 @@ class TrackioTracker:
     key, name = "trackio", "trackio"
 
     def __init__(self, run_dir: Path, config: Config) -> None:
-        self.config = config
-        self.project = config.trackers.trackio_project
-        self.run_name = f"{config.name}-{board_id(run_dir / TRACKIO_ID_FILE, self.name)}"
-        self.where = f'trackio show --project "{self.project}", run {self.run_name}'
-        self.problem = ""
+        self.config, self.project = config, config.trackers.trackio_project
+        self.id_file = run_dir / TRACKIO_ID_FILE
+        self.where, self.problem = "", ""
         self._run: Any = None
 
-    def start(self) -> None:
+    def import_library(self) -> None:
         try:
-            import trackio
-            import trackio.run
-            import trackio.sqlite_storage
+            import trackio.run  # noqa: F401  # a module of it: a directory of runs may be named trackio
         except ImportError as error:
             raise ConfigError(
                 f"trackers.trackio = true: trackio cannot be imported: {error}\npip install 'p828[trackio]'"
             ) from None
+
+    def start(self) -> None:
+        """Raises ConfigError for what trackio does not take, and where it has no token for a space."""
+        self.import_library()
+        import trackio.run
+        import trackio.sqlite_storage
+        from huggingface_hub.errors import LocalTokenNotFoundError
+
         for module in (trackio, trackio.run, trackio.sqlite_storage, trackio.utils):
             # it prints and warns through the progress bar otherwise, and raises nothing
             vars(module).update(print=_nothing, _emit_nonfatal_warning=self._take_warning)
+        name = f"{self.config.name}-{board_id(self.id_file, self.name)}"
+        self.where = f'trackio show --project "{self.project}", run {name}'
         try:
             self._run = trackio.init(
                 project=self.project,
-                name=self.run_name,
+                name=name,
                 config=to_dict(self.config),
                 resume="allow",
                 embed=False,
                 auto_log_gpu=False,
                 auto_log_cpu=False,
             )
+        except LocalTokenNotFoundError:
+            raise ConfigError(
+                "TRACKIO_SPACE_ID is set, and there is no token for the hub\n"
+                "run `hf auth login`, set HF_TOKEN, or unset the variable"
+            ) from None
         except ValueError as error:
             raise ConfigError(
                 f'trackers.trackio_project = "{self.project}", or a variable TRACKIO_… of the environment, '

@@ -33,21 +33,30 @@ class WandbTracker:
     key, name = "wandb", "Weights & Biases"
 
     def __init__(self, run_dir: Path, config: Config) -> None:
-        """Raises ConfigError when the file with the id holds none, or cannot be written."""
         self.run_dir, self.config = run_dir, config
         self.where, self.problem = "", ""
         self._run: Any = None
         self._newest = 0  # step of the run in the last row
         self._shift = 0  # what is added to a step of the run for a step of W&B's, which never goes back
         self._row = 0  # step of W&B's in the last row
-        self._id = board_id(run_dir / WANDB_ID_FILE, self.name)
+        self._id = ""
+
+    def import_library(self) -> None:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f'wandb.mode = "{self.config.wandb.mode}": wandb cannot be imported: {error}\npip install wandb'
+            ) from None
 
     def start(self) -> None:
-        """Raises ConfigError when W&B refuses the key, or has none, or a setting, and when the directory cannot be
-        written.
+        """Raises ConfigError when W&B refuses the key, or has none, or a setting, when the file with the id holds none,
+        and when the directory cannot be written.
         """
+        self.import_library()
         import wandb
 
+        self._id = board_id(self.run_dir / WANDB_ID_FILE, self.name)
         mode = self.config.wandb.mode
         try:
             try:
