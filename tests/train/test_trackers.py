@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -151,6 +152,19 @@ def test_a_tracker_that_never_answers_does_not_keep_a_run_from_ending(
     tracker.gate.clear()
     assert written(tmp_path, queued, 3) == [1, 2, 3]
     assert "Stand-in does not answer and is left as it is" in capsys.readouterr().err
+    assert tracker.is_abandoned
+    tracker.gate.set()
+
+
+def test_an_interrupt_at_the_end_leaves_a_tracker_that_never_answers(tmp_path: Path) -> None:
+    tracker = StandIn()
+    queued = QueuedTracker(tracker)
+    queued.start()
+    tracker.gate.clear()
+    queued.write("step", 1, {"loss": 1.0})
+    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        Trackers([queued]).finish(0)
     assert tracker.is_abandoned
     tracker.gate.set()
 
@@ -320,17 +334,16 @@ def test_tensorboard_drops_the_steps_before_a_rewind(tmp_path: Path) -> None:
 FULL = """
 import resource, sys
 from pathlib import Path
-from p828.train.log.tensorboard import TensorBoardTracker
+from p828.config import from_dict
 from p828.train.log.tracker import QueuedTracker
-from p828.train.log.trackers import Trackers
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-queued = QueuedTracker(TensorBoardTracker(Path(sys.argv[1])))
+from p828.train.log.trackers import Trackers, asked_for
+config = from_dict({"name": "run", "trackers": {sys.argv[2]: True}}, "test")
+queued = QueuedTracker(asked_for(Path(sys.argv[1]), config)[0])
 queued.start()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 trackers = Trackers([queued])
 for step in range(1000):
-    trackers.write("step", step, {"loss": 1.0})
-queued._thread.join(5)
-print(queued.problems())
+    trackers.write("step", step, {f"number_{index}": 1.0 * step for index in range(100)})
 trackers.finish(0)
 """
 
@@ -341,11 +354,19 @@ def script(text: str, *arguments: str, **environment: str) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**clean, **environment})
 
 
-def test_tensorboard_whose_disk_is_full_is_left_out(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    child = script(FULL, str(tmp_path))
-    assert (child.returncode, child.stderr) == (0, "")
-    assert child.stdout == "['TensorBoard is left out from here on: [Errno 27] File too large']\n"
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("tensorboard", "TensorBoard is left out from here on: [Errno 27] File too large"),
+        ("trackio", "trackio: failed to flush metric logs"),
+    ],
+)
+def test_a_tracker_that_fills_its_disk_is_told_of(tmp_path: Path, name: str, says: str) -> None:
+    pytest.importorskip(name)
+    child = script(FULL, str(tmp_path), name, TRACKIO_DIR=str(tmp_path / "trackio"))
+    assert child.returncode == 0, child.stderr
+    assert child.stderr.startswith(f"p828: {says}")
+    assert "Traceback" not in child.stderr
 
 
 def test_a_library_that_is_not_installed_is_named_before_anything_begins(tmp_path: Path) -> None:

@@ -70,12 +70,12 @@ class QueuedTracker:
         self._calls: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._problems: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._refused: ConfigError | None = None
-        self._has_started = threading.Event()
+        self._has_started, self._has_ended = threading.Event(), threading.Event()
         self._is_late, self._has_failed = False, False
         self._busy_since: float | None = None
         self._end = math.inf
         self._left_out = 0  # rows
-        self._thread = threading.Thread(target=self._work, name=f"p828 {tracker.key}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"p828 {tracker.key}", daemon=True)
 
     def start(self, within: float = START_WITHIN) -> None:
         """Start the tracker, and wait for it, but not longer than `within` seconds. Raises ConfigError as it does."""
@@ -121,15 +121,20 @@ class QueuedTracker:
 
     def finish(self) -> None:
         """Wait until the tracker has taken what is left, unless that takes too long."""
-        while self._thread.is_alive() and not self._is_stuck() and time.monotonic() < self._end:
-            self._thread.join(LOOK_EVERY)
-        if self._thread.is_alive():
-            self._has_failed = True
+        while not (self._has_ended.wait(LOOK_EVERY) or self._is_stuck() or time.monotonic() > self._end):
+            pass
+        if not self._has_ended.is_set():
             left = self._calls.qsize()
             self._report(f"does not answer and is left as it is; about {left} rows are missing there")
-            self.tracker.abandon()
+            self.abandon()
         elif self._left_out:
             self._report(f"did not keep up: {self._left_out} rows are missing there")
+
+    def abandon(self) -> None:
+        """Leave the tracker as it is, if it has not finished."""
+        self._has_failed = True
+        if not self._has_ended.is_set():
+            self.tracker.abandon()
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if kind == "sample":
@@ -140,6 +145,13 @@ class QueuedTracker:
     def _is_stuck(self) -> bool:
         since = self._busy_since
         return since is not None and time.monotonic() - since > self._finish_within
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            # beside the thread's own state: an interrupted `join` takes a thread at work for an ended one (Python 3.11)
+            self._has_ended.set()
 
     def _work(self) -> None:
         try:

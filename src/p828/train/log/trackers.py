@@ -25,13 +25,18 @@ class Trackers:
 
     def start(self, report: Callable[[str], None]) -> None:
         """Raises ConfigError for a tracker whose library is not there, or does not take what it is given."""
-        for index, queued in enumerate(self.queued):
-            try:
+        started: list[QueuedTracker] = []
+        try:
+            for queued in self.queued:
                 with waiting(f"starting {queued.tracker.name}", report):
                     queued.start()
-            except ConfigError:
-                Trackers(self.queued[:index]).finish(exit_code=1)
-                raise
+                started.append(queued)
+        except ConfigError:
+            Trackers(started).finish(exit_code=1)
+            raise
+        except KeyboardInterrupt:
+            self.abandon()
+            raise
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if kind == FINDING:
@@ -58,11 +63,20 @@ class Trackers:
         """Wait for the trackers to take what is left, side by side, and say on standard error what they did not."""
         for queued in self.queued:
             queued.begin_to_finish(exit_code)
-        for queued in self.queued:
-            with waiting(f"sending the last rows to {queued.tracker.name}", warn):
-                queued.finish()
+        try:
+            for queued in self.queued:
+                with waiting(f"sending the last rows to {queued.tracker.name}", warn):
+                    queued.finish()
+        except KeyboardInterrupt:
+            self.abandon()
+            raise
         for _, text in self.problems():
             warn(text)
+
+    def abandon(self) -> None:
+        """Leave those that have not finished as they are, so that this process can end."""
+        for queued in self.queued:
+            queued.abandon()
 
     def shown(self) -> list[tuple[str, str]]:
         """Name of each tracker, and where the run is to be seen."""

@@ -104,7 +104,7 @@ class TrackioTracker:
 
     def _take_warning(self, message: str, *options: Any, **further: Any) -> None:
         """In place of `warnings.warn`, in any of trackio's threads."""
-        self.problem = f"trackio: {' '.join(message.split()).removeprefix('* ')}"
+        self.problem = f"trackio: {' '.join(message.split()).removeprefix('* ').removeprefix('trackio ')}"
 
 
 def _nothing(*text: Any, **options: Any) -> None:
