@@ -48,3 +48,18 @@ def test_rows_for_a_trackio_server_that_cannot_be_reached_are_kept(
     with sqlite3.connect(tmp_path / "trackio" / "p828.db") as kept:
         rows = kept.execute("SELECT step, metrics FROM metrics").fetchall()
     assert sorted(step for step, metrics in rows if "train/loss" in json.loads(metrics)) == steps_of(tmp_path)
+
+
+@pytest.mark.long
+def test_of_two_processes_one_writes(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    path = write_toml(tmp_path, trackers={"tensorboard": True})
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "p828")
+    code, _, error = p828("train", str(path), cwd=tmp_path, launcher=launcher)
+    assert code == 0, error
+    (file,) = (tmp_path / "runs" / "tiny" / "tensorboard").iterdir()
+    tagged = [(event.step, value.tag) for event in EventFileLoader(str(file)).Load() for value in event.summary.value]
+    assert [step for step, tag in tagged if tag == "train/loss"] == steps_of(tmp_path)
+    assert {"perf/rank_memory_bytes/rank_0", "perf/rank_memory_bytes/rank_1"} <= {tag for _, tag in tagged}

@@ -116,7 +116,7 @@ def suggestion(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
     found = list(spelt)
     if not found:
         names = (*OTHER_NAMES.get(word, ()), *OTHER_NAMES.get(word.rpartition(".")[2], ()))
-        found = [flag for flag in names if flag in known][:1]
+        found = [flag for flag in dict.fromkeys(names) if flag in known]
     if not found:
         found = [flag for flag in known if flag.rpartition(".")[2] == word and "." in flag]
     if not found and cutoff < 0.85:
