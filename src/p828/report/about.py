@@ -1,0 +1,134 @@
+"""What a run was: its settings, the command that trains it, versions, machine, and what the planner says of it."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from p828.config import Config, load
+from p828.config.files import read_toml
+from p828.config.values import flatten
+from p828.errors import P828Error
+from p828.files import MEBIBYTE, read_limited
+from p828.plan.plan import Machine, make_plan
+from p828.runs.file_names import CONFIG_FILE, LOG_FILE
+from p828.system.cards import CARDS, Card, card_of_device
+
+LONGEST_LOG = 4 * MEBIBYTE  # of which the first lines are read; a longer one is left out
+DEVICE = re.compile(r"^.{19}   device +(\S.*)$", re.MULTILINE)
+RANKS = re.compile(r"^(\d+) x ")
+FIRST_STEPS = 10  # left out of the speed: they compile and warm up
+
+
+def settings(run: Path) -> dict[str, str]:
+    """Dotted key to value of the run's `config.toml`, in its order, as texts; empty without one."""
+    if not (run / CONFIG_FILE).is_file():
+        return {}
+    return {key: _text(value) for key, value in _flat(read_toml(run / CONFIG_FILE)).items()}
+
+
+def changed_settings(given: Mapping[str, str]) -> list[str]:
+    """The keys whose values are not this version's defaults."""
+    defaults = {key: _text(value) for key, value in flatten(Config()).items()}
+    return [key for key, value in given.items() if defaults.get(key) != value]
+
+
+def about(run: Path) -> dict[str, str]:
+    """Name to text: command, versions with the commit, and machine, as far as the run's files tell."""
+    found = {"directory": str(run), "command": f"p828 train {shlex.quote(str(run / CONFIG_FILE))}"}
+    if versions := _first_line(run / CONFIG_FILE):
+        found["versions"] = versions
+    if device := _device(run):
+        found["device"] = device
+    return found
+
+
+def planned(run: Path, medians: Mapping[str, float]) -> tuple[list[dict[str, str]], str]:
+    """Rows of what was planned and what came, and why there is no plan.
+
+    `medians` has what the records tell: `seconds` of a step, greatest `memory_bytes`, `steps` and `tokens` trained, and
+    `card`'s place is taken by the device that the log names.
+    """
+    try:
+        config, (card, gpus) = load(str(run / CONFIG_FILE)), _cards(run)
+        if card is None:
+            return [], "The planner is about GPUs, and the log names none that it knows."
+        plan = make_plan(config, Machine(card, gpus))
+    except P828Error as error:
+        return [], f"No plan: {error}"
+    one = plan.configured
+    pairs = [
+        ("seconds a step", f"{one.time.seconds:.3g}", _shown(medians.get("seconds"), 1.0)),
+        ("memory a GPU, GB", f"{one.memory.allocated / 1e9:.2f}", _shown(medians.get("memory_bytes"), 1e-9)),
+        ("steps", f"{plan.config.train.steps:,}", _count(medians.get("steps"))),
+        ("tokens", f"{plan.tokens:,}", _count(medians.get("tokens"))),
+        ("hours in steps", f"{plan.hours:.3g}", _shown(medians.get("hours"), 1.0)),
+    ]
+    rows = [{"name": name, "planned": plan_of, "real": real} for name, plan_of, real in pairs]
+    return rows, f"Planned for {gpus} × {card.name}."
+
+
+def measured(columns: Mapping[str, Any], last: Mapping[str, float]) -> dict[str, float]:
+    """`planned`'s second argument, of the columns of steps and the last place on each axis."""
+    found = dict(last)
+    seconds = [value for value in columns.get("seconds", ())[FIRST_STEPS:] if value == value]
+    memory = [value for value in columns.get("memory_bytes", ()) if value == value]
+    if seconds:
+        found["seconds"] = median(seconds)
+    if memory:
+        found["memory_bytes"] = max(memory)
+    return found
+
+
+def _shown(value: float | None, unit: float) -> str:
+    return "–" if value is None else f"{value * unit:.3g}"
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{int(value):,}"
+
+
+def _cards(run: Path) -> tuple[Card | None, int]:
+    """The GPUs that the run's log names; `cuda` alone says no name, and None is returned."""
+    device = _device(run)
+    ranks = RANKS.match(device)
+    known = card_of_device(device) or next((card for card in CARDS if card.name in device.lower()), None)
+    return known, int(ranks[1]) if ranks else 1
+
+
+def _device(run: Path) -> str:
+    """What the last start's lines in the log say of the device; empty if they say nothing."""
+    try:
+        text = read_limited(run / LOG_FILE, LONGEST_LOG).decode("utf-8", "replace")
+    except (OSError, ValueError):
+        return ""
+    found = DEVICE.findall(text)
+    return found[-1] if found else ""
+
+
+def _first_line(path: Path) -> str:
+    """`p828 0.1.0, torch …, git …` of a config.toml; empty in a file that p828 did not write."""
+    try:
+        line = read_limited(path, LONGEST_LOG).decode("utf-8", "replace").partition("\n")[0]
+    except (OSError, ValueError):
+        return ""
+    return line.removeprefix("# ") if line.startswith("# p828 ") else ""
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            for number, item in enumerate(value):
+                found |= _flat(item, f"{prefix}{name}[{number}].")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _text(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple | list) else str(value)

@@ -1,0 +1,60 @@
+"""The page: one HTML file with its code, its style, a charting library and the numbers in it.
+
+The library is uPlot 1.6.32 (MIT; its licence lies beside it and is in the page). Text from a run gets into the page as
+JSON and is shown as text only.
+"""
+
+import html
+import json
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+
+from p828.health.rules.gradients import EXPLODING, LARGE
+from p828.report.run import ReportedRun
+
+STYLES = ("uPlot.min.css", "page.css")
+SCRIPTS = (
+    "uPlot.iife.min.js", "numbers.js", "run.js", "charts.js", "marks.js", "chart.js", "heat_map.js", "findings.js",
+    "samples.js", "about.js", "csv.js", "page.js",
+)  # fmt: skip
+
+
+def page(runs: Sequence[ReportedRun], is_live: bool = False) -> Iterator[str]:
+    """The page in pieces. A live one asks its server for news, and for the numbers of all steps."""
+    template = _file("index.html")
+    head, _, rest = template.partition("<!-- styles -->")
+    middle, _, end = rest.partition("<!-- scripts -->")
+    title = html.escape(", ".join(run.path.name or str(run.path) for run in runs))
+    yield head.replace("<!-- title -->", title)
+    for name in STYLES:
+        yield f"<style>\n{_file(name)}</style>\n"
+    yield middle
+    yield f'<script type="application/json" id="payload">{_json(payload(runs, is_live))}</script>\n'
+    yield f"<!--\n{_file('uPlot.LICENSE')}-->\n"
+    for name in SCRIPTS:
+        yield f"<script>\n{_file(name)}</script>\n"
+    if not is_live:
+        for number, run in enumerate(runs):
+            if not run.overview_is_whole:
+                for name, packed in run.details():
+                    identity = html.escape(f"detail/{number}/{name}")
+                    yield f'<script type="text/plain" id="{identity}">{packed}</script>\n'
+    yield end
+
+
+def payload(runs: Sequence[ReportedRun], is_live: bool) -> dict[str, object]:
+    """What the page's code reads, in JSON values."""
+    return {
+        "is_live": is_live,
+        "thresholds": {"large": LARGE, "exploding": EXPLODING},
+        "runs": [run.overview() for run in runs],
+    }
+
+
+def _json(values: object) -> str:
+    """JSON that ends no element of a page, whatever text is in it."""
+    return json.dumps(values, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _file(name: str) -> str:
+    return (files("p828") / "report" / "page" / name).read_text(encoding="utf-8")

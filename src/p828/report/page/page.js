@@ -1,0 +1,153 @@
+"use strict";
+// The page's state, `View`, and what changes it.
+
+const NEWS_EVERY = 3000; // ms
+const CONTEXT = 0.5; // of a finding's steps, shown before and after it
+const LEAST_CONTEXT = 0.01; // of the run
+
+class View {
+  constructor(payload) {
+    this.hidden = new Set();
+    this.axis = "steps";
+    this.range = null; // of the axis; null for the whole runs
+    this.take(payload);
+    this.charts = CHARTS.map((about) => new Chart(about, this));
+    this.heatMap = new HeatMap(this);
+    document.getElementById("charts").append(...this.charts.map((chart) => chart.element));
+  }
+
+  take(payload) {
+    this.thresholds = payload.thresholds;
+    this.runs = payload.runs.map((values, number) => new Run(values, number));
+    this.focus = this.runs[this.focus?.number ?? 0];
+  }
+
+  visible() {
+    return this.runs.filter((run) => !this.hidden.has(run.number));
+  }
+
+  // From where to where the charts reach.
+  shown() {
+    if (this.range) return this.range;
+    const extents = this.visible().map((run) => run.extent(this.axis));
+    const from = Math.min(...extents.map(([first]) => first)), to = Math.max(...extents.map(([, last]) => last));
+    return to > from ? [from, to] : [from - 0.5, from + 0.5];
+  }
+
+  zoom(range) {
+    this.range = range && range[1] > range[0] ? range : null;
+    return this.draw();
+  }
+
+  // Shows the steps around a finding.
+  look(run, finding) {
+    this.hidden.delete(run.number);
+    this.focus = run;
+    const [first, last] = run.extent("steps");
+    const around = Math.max(CONTEXT * (finding.step - finding.since), LEAST_CONTEXT * (last - first), 10);
+    const steps = [Math.max(finding.since - around, first), Math.min(finding.step + around, last)];
+    showRuns(this);
+    return this.zoom(steps.map((step) => run.place(step, this.axis)));
+  }
+
+  // Moves what is shown by `by` of its width, and makes it `times` as wide.
+  move(by, times) {
+    const [from, to] = this.shown();
+    const width = to - from, middle = (from + to) / 2 + by * width;
+    return this.zoom([middle - (width * times) / 2, middle + (width * times) / 2]);
+  }
+
+  draw() {
+    const drawn = Promise.all(this.charts.map((chart) => chart.draw()));
+    this.heatMap.draw();
+    document.body.dataset.drawn = "";
+    return drawn.then(() => { document.body.dataset.drawn = "yes"; });
+  }
+
+  drawAll() {
+    showRuns(this);
+    showFindings(this);
+    showSamples(this);
+    showAbout(this);
+    return this.draw();
+  }
+}
+
+function showRuns(view) {
+  const entries = view.runs.map((run) => {
+    const { state, step, steps, loss } = run.summary;
+    const box = made("input", { type: "checkbox", checked: !view.hidden.has(run.number) });
+    box.addEventListener("change", () => {
+      if (box.checked) view.hidden.delete(run.number);
+      else if (view.visible().length > 1) view.hidden.add(run.number);
+      else box.checked = true;
+      view.draw();
+    });
+    const text = `${state}, step ${step ?? 0}${steps ? ` of ${steps}` : ""}${loss === null ? "" : `, loss ${typeof loss === "number" ? loss.toFixed(3) : loss}`}`;
+    const swatch = made("span", { className: "swatch" });
+    swatch.style.background = `var(--series-${run.number % SERIES_COLOURS})`;
+    return made("li", {}, [made("label", {}, [...(view.runs.length > 1 ? [box, swatch] : []), made("strong", {}, [run.name]), ` ${text}`])]);
+  });
+  document.getElementById("runs").replaceChildren(...entries);
+  const focus = document.getElementById("focus");
+  document.getElementById("focus-label").hidden = view.runs.length === 1;
+  focus.replaceChildren(...view.runs.map((run) => made("option", { value: run.number, selected: run === view.focus }, [run.name])));
+}
+
+function listen(view) {
+  const on = (id, event, act) => document.getElementById(id).addEventListener(event, act);
+  on("axis", "change", (event) => {
+    const { axis, range, focus } = view;
+    view.axis = event.target.value;
+    view.zoom(range && range.map((place) => focus.place(focus.stepAt(place, axis), view.axis)));
+  });
+  on("left", "click", () => view.move(-0.5, 1));
+  on("right", "click", () => view.move(0.5, 1));
+  on("in", "click", () => view.move(0, 0.5));
+  on("out", "click", () => view.move(0, 2));
+  on("whole", "click", () => view.zoom(null));
+  on("csv", "click", () => saveRun(view));
+  on("focus", "change", (event) => {
+    view.focus = view.runs[event.target.value];
+    showSamples(view);
+    view.draw();
+  });
+  let width = innerWidth;
+  addEventListener("resize", () => { // not for a phone's bars, which change the height alone
+    if (innerWidth !== width) view.draw();
+    width = innerWidth;
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => view.draw());
+}
+
+async function follow(view) {
+  const news = document.getElementById("news");
+  news.hidden = false;
+  for (;;) {
+    await new Promise((done) => setTimeout(done, NEWS_EVERY));
+    try {
+      const answer = await fetch("/data");
+      if (!answer.ok) throw new Error(String(answer.status));
+      const before = view.runs.map((run) => run.count).join();
+      const payload = await answer.json();
+      if (payload.runs.map((run) => run.count).join() !== before) {
+        view.take(payload);
+        await view.drawAll();
+      }
+      news.textContent = `live, ${new Date().toLocaleTimeString()}`;
+    } catch {
+      news.textContent = "p828 report does not answer: the page shows what it had";
+    }
+  }
+}
+
+function begin() {
+  const payload = JSON.parse(document.getElementById("payload").textContent);
+  const view = new View(payload);
+  listen(view);
+  view.drawAll().then(() => { document.body.dataset.openMs = Math.round(performance.now()); });
+  if (payload.is_live) follow(view);
+}
+
+if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", begin);
+else begin();

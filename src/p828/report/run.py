@@ -1,0 +1,177 @@
+"""All that a page shows of one run, read from its directory, and read on while the run trains."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from p828.config import load
+from p828.errors import ConfigError, P828Error
+from p828.files import directory_near, open_regular
+from p828.health.examine import ordered
+from p828.health.finding import Finding, finding_of
+from p828.health.of_run import findings_of, merge
+from p828.report.about import about, measured, planned, settings
+from p828.report.buckets import edges, places, thinned
+from p828.report.encoding import encoded_array, packed_array
+from p828.report.heat_map import HeatMap
+from p828.report.series import Series
+from p828.runs import records
+from p828.runs.file_names import CONFIG_FILE, RECORDS_FILE
+from p828.runs.summary import summary
+
+MOST_POINTS = 2000  # of evaluations, and of events
+MOST_SAMPLES = 100  # steps with samples: of more, every second one is left out again
+LONGEST_SAMPLE = 2000  # characters
+SHOWN_EVENTS = ("resume", "rollback", "non_finite", "diverged", "not_saved", "damaged", "ended", "slow_link")
+
+
+class ReportedRun:
+    """A run's records as the page shows them. `update` reads what was written since."""
+
+    def __init__(self, path: Path, with_rules: bool = True) -> None:
+        """Read the whole run. Raises ConfigError for a directory that is no run.
+
+        `with_rules` has the rules look for findings; otherwise those are shown that the run itself recorded.
+        """
+        if not (path / CONFIG_FILE).is_file():
+            advice = directory_near(path) or "the directory of a run is accepted"
+            raise ConfigError(f"{path}: no run: it holds no {CONFIG_FILE}; {advice}")
+        self.path = path
+        self.worst: dict[str, Finding] = {}
+        if with_rules:
+            merge(self.worst, findings_of(path))
+        self._begin()
+        self.update()
+
+    def _begin(self) -> None:
+        self.series, self.heat_map = Series(), HeatMap()
+        self.evaluations: list[dict[str, Any]] = []
+        self.samples: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self._offset, self._inode, self._samples_every, self._num_samples = 0, -1, 1, 0
+
+    def update(self) -> bool:
+        """Read the records that came since the last time; whether there were any.
+
+        A file that was made anew, as when a run goes on from a checkpoint, is read from its start.
+        """
+        before = (self._inode, self._offset)
+        for line in self._new_lines():
+            record = records.parsed(line)
+            if record is not None:
+                self._add(record)
+        return before != (self._inode, self._offset)
+
+    def _new_lines(self) -> Iterator[bytes]:
+        path = self.path / RECORDS_FILE
+        if not path.exists():
+            return
+        try:
+            with open_regular(path) as raw:
+                status = os.fstat(raw.fileno())
+                if status.st_ino != self._inode or status.st_size < self._offset:
+                    self._begin()
+                    self._inode = status.st_ino
+                raw.seek(self._offset)
+                rest = b""
+                while piece := raw.read(records.PIECE):
+                    *lines, rest = (rest + piece).split(b"\n")
+                    for line in lines:
+                        self._offset += len(line) + 1
+                        yield line
+                    if len(rest) > records.LONGEST_LINE:
+                        raise ConfigError(f"{path}: a line is longer than {records.LONGEST_LINE:,} bytes")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+    def _add(self, record: dict[str, Any]) -> None:
+        kind, step = record["kind"], record["step"]
+        if kind == "step" and 0 < step < 2**53:
+            self.series.add(record)
+            if "load" in record:
+                self.heat_map.add(step, record["load"])
+        elif kind == "eval":
+            self._add_point(self.evaluations, {"step": step, "loss": _finite(record.get("loss"))})
+        elif kind == "sample":
+            self._add_samples(step, record.get("samples"))
+        elif kind == "event" and record.get("event") in SHOWN_EVENTS:
+            text = str(record.get("text") or record.get("why") or record.get("state") or "")
+            self._add_point(self.events, {"step": step, "event": record["event"], "text": text[:LONGEST_SAMPLE]})
+        elif kind == "finding" and (finding := finding_of(record)) is not None:
+            merge(self.worst, [finding])
+
+    def _add_point(self, points: list[dict[str, Any]], point: dict[str, Any]) -> None:
+        while points and points[-1]["step"] > point["step"]:  # a run that went on from an earlier step
+            points.pop()
+        points.append(point)
+        if len(points) > MOST_POINTS:
+            del points[1:-1:2]
+
+    def _add_samples(self, step: int, samples: Any) -> None:
+        while self.samples and self.samples[-1]["step"] >= step:
+            self.samples.pop()
+        self._num_samples += 1
+        if not isinstance(samples, list) or self._num_samples % self._samples_every:
+            return
+        pairs = [[str(text)[:LONGEST_SAMPLE] for text in pair] for pair in samples if isinstance(pair, list)]
+        self.samples.append({"step": step, "samples": pairs})
+        if len(self.samples) > MOST_SAMPLES:
+            del self.samples[1:-1:2]
+            self._samples_every *= 2
+
+    @property
+    def overview_is_whole(self) -> bool:
+        """Whether the overview has every step as it is."""
+        return len(edges(len(self.series))) == len(self.series)
+
+    def overview(self) -> dict[str, Any]:
+        """The run in JSON values, its curves thinned (`buckets`) and encoded (`encoding`)."""
+        starts = edges(len(self.series))
+        axes = self.series.axes()
+        columns = {name: self.series.column(name) for name in self.series.columns}
+        last = {name: float(axis[-1]) for name, axis in axes.items() if len(axis)}
+        plan, plan_remark = planned(self.path, measured(columns, last))
+        return {
+            "name": self.path.name or str(self.path),
+            "summary": summary(self.path).to_json(),
+            "count": len(self.series),
+            "whole": self.overview_is_whole,
+            "axes": {name: encoded_array(places(axis, starts)) for name, axis in axes.items()},
+            "columns": {name: encoded_array(thinned(column, starts)) for name, column in columns.items()},
+            "evaluations": self.evaluations,
+            "samples": self.samples,
+            "events": self.events,
+            "findings": [finding.to_json() for finding in ordered(self.worst.values())],
+            "heat_map": self.heat_map.to_json(),
+            "about": about(self.path),
+            "settings": settings(self.path),
+            "plan": {"rows": plan, "remark": plan_remark},
+            "max_grad_norm": self._max_grad_norm(),
+        }
+
+    def details(self) -> Iterator[tuple[str, str]]:
+        """Name and packed numbers of every axis and column with all of their steps."""
+        for name, axis in self.series.axes().items():
+            yield name, packed_array(axis)
+        for name in self.series.columns:
+            yield name, packed_array(self.series.column(name))
+
+    def detail(self, name: str) -> str | None:
+        """One of `details`; None for a name that is none."""
+        axes = self.series.axes()
+        if name in axes:
+            return packed_array(axes[name])
+        return packed_array(self.series.column(name)) if name in self.series.columns else None
+
+    def _max_grad_norm(self) -> float | None:
+        try:
+            return load(str(self.path / CONFIG_FILE)).optimizer.max_grad_norm or None
+        except P828Error:  # of an earlier version, or damaged: the curve has no line then
+            return None
+
+
+def _finite(value: Any) -> float | None:
+    number = records.number(value)
+    return number if number is not None and math.isfinite(number) else None

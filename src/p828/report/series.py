@@ -1,0 +1,107 @@
+"""A run's numbers, step by step, as columns."""
+
+import math
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCALARS = (
+    "loss", "grad_norm", "lr", "tokens_per_second", "seconds", "data_seconds", "host_seconds", "mfu", "memory_bytes",
+    "disk_free_bytes", "aux_loss",
+)  # fmt: skip
+BY_PART = ("grad_norms", "update_ratios", "source_tokens")  # objects of numbers; the column is KEY.NAME
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+OF_LAYERS: Mapping[str, tuple[str, Callable[[Sequence[float]], float]]] = {
+    "balance": ("balance", _mean),
+    "balance_least": ("balance", min),
+    "max_share": ("max_share", max),
+    "min_share": ("min_share", min),
+    "starved": ("starved", sum),
+    "router_entropy": ("router_entropy", _mean),
+    "bias_max": ("bias_max", max),
+}
+"""Column to the record's list, an entry a layer, and what is made of it."""
+
+
+class Series:
+    """Takes in the records of steps, in the order of `metrics.jsonl`.
+
+    Every column has a number for each step: float32, NaN where a record has none. The axes are float64.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.tokens, self.hours = array("q"), array("d"), array("d")
+        """Steps, tokens trained on, and hours spent in steps up to there."""
+        self.columns: dict[str, array[float]] = {}
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Take in a step's record; one of an earlier step than the last replaces all from there on."""
+        step = record["step"]
+        if self.steps and step <= self.steps[-1]:
+            self._cut(step)
+        self._add_axes(step, record)
+        for name in SCALARS:
+            value = record.get(name)
+            if type(value) is float or type(value) is int:
+                self._put(name, value)
+        for name, (key, of) in OF_LAYERS.items():
+            values = record.get(key)
+            if values and type(values) is list and all(type(value) in (int, float) for value in values):
+                self._put(name, of(values))
+        for key in BY_PART:
+            parts = record.get(key)
+            if type(parts) is dict:
+                for part, value in parts.items():
+                    if type(value) is float or type(value) is int:
+                        self._put(f"{key}.{part}", value)
+        count = len(self.steps)
+        for column in self.columns.values():
+            if len(column) < count:
+                column.append(math.nan)
+
+    def column(self, name: str) -> NDArray[np.float32]:
+        """A copy of the column, infinities as NaN."""
+        values = np.array(self.columns[name], dtype=np.float32)
+        values[~np.isfinite(values)] = np.nan
+        return values
+
+    def axes(self) -> dict[str, NDArray[np.float64]]:
+        """What a curve is drawn over: `steps`, `tokens`, `hours`."""
+        return {name: np.array(getattr(self, name), dtype=np.float64) for name in ("steps", "tokens", "hours")}
+
+    def _add_axes(self, step: int, record: Mapping[str, Any]) -> None:
+        tokens, seconds = (record.get(key) for key in ("tokens", "seconds"))
+        self.hours.append((self.hours[-1] if self.hours else 0.0) + _finite(seconds) / 3600)
+        self.tokens.append(_finite(tokens) or (self.tokens[-1] if self.tokens else 0.0))
+        self.steps.append(step)
+
+    def _put(self, name: str, value: float) -> None:
+        column = self.columns.get(name)
+        if column is None:
+            column = self.columns[name] = array("f", [math.nan]) * (len(self.steps) - 1)
+        try:
+            column.append(value)
+        except OverflowError:  # an integer past all floats
+            column.append(math.inf)
+
+    def _cut(self, step: int) -> None:
+        place = bisect_left(self.steps, step)
+        for column in (self.steps, self.tokens, self.hours, *self.columns.values()):
+            del column[place:]
+
+
+def _finite(value: Any) -> float:
+    """The number, 0 for what is none."""
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else 0.0
