@@ -13,7 +13,7 @@ from p828.health.examine import ordered
 from p828.health.finding import Finding, finding_of
 from p828.health.of_run import findings_of, merge
 from p828.report.about import about, measured, planned, settings
-from p828.report.buckets import edges, places, thinned
+from p828.report.buckets import edges, means, places, thinned
 from p828.report.encoding import encoded_array, packed_array
 from p828.report.heat_map import HeatMap
 from p828.report.series import Series
@@ -132,14 +132,16 @@ class ReportedRun:
         axes = self.series.axes()
         columns = {name: self.series.column(name) for name in self.series.columns}
         last = {name: float(axis[-1]) for name, axis in axes.items() if len(axis)}
+        is_whole = self.overview_is_whole
         plan, plan_remark = planned(self.path, measured(columns, last))
         return {
             "name": self.path.name or str(self.path),
             "summary": summary(self.path).to_json(),
             "count": len(self.series),
-            "whole": self.overview_is_whole,
+            "whole": is_whole,
             "axes": {name: encoded_array(places(axis, starts)) for name, axis in axes.items()},
             "columns": {name: encoded_array(thinned(column, starts)) for name, column in columns.items()},
+            "means": {} if is_whole else {name: encoded_array(means(of, starts)) for name, of in columns.items()},
             "evaluations": self.evaluations,
             "samples": self.samples,
             "events": self.events,

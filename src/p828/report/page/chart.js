@@ -43,11 +43,15 @@ class Chart {
     if (!columns.length) return;
     const { axis, range } = this.view;
     const names = columns.map(([name]) => name);
-    const tables = await Promise.all(runs.map((run) => run.curves(names, axis, range)));
+    const curves = await Promise.all(runs.map((run) => run.curves(names, axis, range)));
     if (drawing !== this.drawing) return; // the view has changed meanwhile
     const map = this.shown();
-    tables.forEach((table) => table.forEach((values, i) => { if (i) table[i] = values.map(map); }));
-    const series = runs.flatMap((run, i) => columns.map(([, label], j) => this.line(run, label, i, j, runs.length)));
+    const series = [], tables = [];
+    curves.forEach(({ table: [x, ...extremes], means }, i) => {
+      const lines = columns.map(([, label], j) => this.line(runs[i], label, j, runs.length));
+      series.push(...(means ? lines.map(asBand) : []), ...lines);
+      tables.push([x, ...[...extremes, ...(means ?? [])].map((values) => values.map(map))]);
+    });
     if (this.about.points) this.addPoints(runs, tables, series);
     const data = tables.length > 1 ? uPlot.join(tables) : tables[0];
     this.show(data, series, runs);
@@ -62,7 +66,7 @@ class Chart {
     };
   }
 
-  line(run, label, runNumber, columnNumber, runCount) {
+  line(run, label, columnNumber, runCount) {
     const isOne = runCount === 1;
     const hue = isOne && this.about.columns.length !== 1 ? columnNumber : run.number;
     return {
@@ -91,7 +95,7 @@ class Chart {
     const { large, exploding } = this.view.thresholds;
     const clip = this.view.focus.max_grad_norm;
     return [
-      { value: large, label: `${large}: large`, severity: "warning" },
+      { value: large, label: `${large}: large`, severity: "warning", below: true },
       { value: exploding, label: `${exploding}: exploding`, severity: "critical" },
       ...(clip ? [{ value: clip, label: `clipped at ${clip}`, severity: "quiet" }] : []),
     ];
@@ -126,6 +130,11 @@ class Chart {
     if (width < 4) return;
     this.view.zoom([plot.posToVal(left, "x"), plot.posToVal(left + width, "x")]);
   }
+}
+
+// The least and greatest values behind a line of means.
+function asBand(line) {
+  return { ...line, label: `${line.label}, least to greatest`, alpha: 0.35, dash: [] };
 }
 
 function made(tag, properties = {}, children = []) {

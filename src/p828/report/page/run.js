@@ -15,6 +15,7 @@ class Run {
     const all = (encoded) => Object.fromEntries(Object.entries(encoded).map(([name, one]) => [name, decoded(one)]));
     this.axes = all(this.axes);
     this.columns = all(this.columns);
+    this.means = all(this.means);
   }
 
   // Where a step is on an axis.
@@ -44,17 +45,25 @@ class Run {
     return this.details.get(name);
   }
 
-  // Places on the axis, and the columns there: [x, column, ...]. `range` is null for the whole run.
+  // Places on the axis, and the columns there: [x, column, ...]. Where steps are thinned the columns are least and
+  // greatest values, and `means`, which is null otherwise, has a column of means for each. `range` is null for the
+  // whole run.
   async curves(names, axis, range) {
     if (range === null || this.whole || !this.count) {
-      return [Array.from(this.axes[axis]), ...names.map((name) => listed(this.columns[name], this.axes[axis].length))];
+      const count = this.axes[axis].length;
+      const of = (columns) => names.map((name) => listed(columns[name], count));
+      return { table: [Array.from(this.axes[axis]), ...of(this.columns)], means: this.whole ? null : of(this.means) };
     }
     const places = await this.detail(axis);
     const columns = await Promise.all(names.map((name) => this.detail(name)));
     const begin = Math.max(placeOf(places, range[0]) - 1, 0);
     const end = Math.min(placeOf(places, range[1]) + 1, places.length);
     const starts = bucketStarts(begin, end);
-    return [placesOf(places, starts, end), ...columns.map((column) => thinned(column, starts, end, places.length))];
+    const isThinned = starts.length < end - begin;
+    return {
+      table: [placesOf(places, starts, end), ...columns.map((column) => thinned(column, starts, end))],
+      means: isThinned ? columns.map((column) => meansOf(column, starts, end)) : null,
+    };
   }
 }
 
@@ -75,9 +84,9 @@ function placesOf(places, starts, end) {
 }
 
 // Least and greatest value of each bucket, as report/buckets.py has it.
-function thinned(values, starts, end, count) {
+function thinned(values, starts, end) {
   if (!values) return new Array(starts.length === end - starts[0] ? starts.length : 2 * starts.length).fill(null);
-  if (starts.length === end - starts[0]) return listed(values.slice(starts[0], end), count);
+  if (starts.length === end - starts[0]) return listed(values.slice(starts[0], end));
   return starts.flatMap((start, i) => {
     const stop = starts[i + 1] ?? end;
     let low = Infinity, high = -Infinity;
@@ -88,5 +97,19 @@ function thinned(values, starts, end, count) {
     }
     if (low > high) return [null, null];
     return values[start] > values[stop - 1] ? [high, low] : [low, high];
+  });
+}
+
+// The mean of each bucket's numbers, twice.
+function meansOf(values, starts, end) {
+  if (!values) return new Array(2 * starts.length).fill(null);
+  return starts.flatMap((start, i) => {
+    let sum = 0, count = 0;
+    for (let at = start; at < (starts[i + 1] ?? end); at++) {
+      if (Number.isNaN(values[at])) continue;
+      sum += values[at];
+      count++;
+    }
+    return count ? [sum / count, sum / count] : [null, null];
   });
 }
