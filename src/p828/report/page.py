@@ -24,7 +24,7 @@ def page(runs: Sequence[ReportedRun], is_live: bool = False) -> Iterator[str]:
     template = _file("index.html")
     head, _, rest = template.partition("<!-- styles -->")
     middle, _, end = rest.partition("<!-- scripts -->")
-    title = html.escape(", ".join(run.path.name or str(run.path) for run in runs))
+    title = html.escape(", ".join(names(runs)))
     yield head.replace("<!-- title -->", title)
     for name in STYLES:
         yield f"<style>\n{_file(name)}</style>\n"
@@ -47,8 +47,14 @@ def payload(runs: Sequence[ReportedRun], is_live: bool) -> dict[str, object]:
     return {
         "is_live": is_live,
         "thresholds": {"large": LARGE, "exploding": EXPLODING},
-        "runs": [run.overview() for run in runs],
+        "runs": [{**run.overview(), "name": name} for run, name in zip(runs, names(runs), strict=True)],
     }
+
+
+def names(runs: Sequence[ReportedRun]) -> list[str]:
+    """What each run is called: its directory's name, or the whole path where two have the same."""
+    short = [run.path.resolve().name for run in runs]
+    return [str(run.path) if short.count(name) > 1 else name for run, name in zip(runs, short, strict=True)]
 
 
 def _json(values: object) -> str:

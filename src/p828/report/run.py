@@ -135,7 +135,6 @@ class ReportedRun:
         is_whole = self.overview_is_whole
         plan, plan_remark = planned(self.path, measured(columns, last))
         return {
-            "name": self.path.name or str(self.path),
             "summary": summary(self.path).to_json(),
             "count": len(self.series),
             "whole": is_whole,

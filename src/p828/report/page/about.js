@@ -11,7 +11,7 @@ function showAbout(view) {
   const about = aboutKeys.map((key) => [key, ...runs.map((run) => run.about[key] ?? "–")]);
   const parts = [
     made("h2", {}, ["Command and machine"]), tableOf(names, about),
-    ...(runs.length > 1 ? [made("h2", {}, ["What differs"]), tableOf(names, differing.map(rowOf))] : []),
+    ...(runs.length > 1 ? [made("h2", {}, ["What differs"]), differing.length ? tableOf(names, differing.map(rowOf)) : made("p", {}, ["No setting differs."])] : []),
     ...runs.flatMap((run) => planOf(run, runs.length === 1)),
     made("h2", {}, ["Configuration"]),
     made("details", {}, [made("summary", {}, [`${keys.length} settings`]), tableOf(names, keys.map(rowOf))]),

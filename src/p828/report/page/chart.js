@@ -5,6 +5,7 @@ const HEIGHT = 220;
 const AXIS_WIDTH = 62;
 const DASHES = [[], [6, 3], [2, 2]];
 const SERIES_COLOURS = 8;
+const FOLLOWED = ["mousemove", "mouseleave"]; // what the other charts' cursors do, too
 
 class Chart {
   constructor(about, view) {
@@ -114,7 +115,7 @@ class Chart {
         { ...axis, size: AXIS_WIDTH, values: (plot, values) => values.map((value) => (value === null ? "" : short(value))) },
       ],
       cursor: {
-        sync: { key: "view" }, drag: { x: true, y: false, setScale: false },
+        sync: { key: "view", filters: { pub: (type) => FOLLOWED.includes(type) } }, drag: { x: true, y: false, setScale: false },
         bind: { dblclick: () => () => view.zoom(null) },
       },
       legend: { live: true },
@@ -134,7 +135,7 @@ class Chart {
 
 // The least and greatest values behind a line of means.
 function asBand(line) {
-  return { ...line, label: `${line.label}, least to greatest`, alpha: 0.35, dash: [] };
+  return { ...line, label: `${line.label}, least to greatest`, alpha: 0.35, dash: [], class: "band" };
 }
 
 function made(tag, properties = {}, children = []) {

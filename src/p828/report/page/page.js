@@ -2,8 +2,8 @@
 // The page's state, `View`, and what changes it.
 
 const NEWS_EVERY = 3000; // ms
-const CONTEXT = 0.5; // of a finding's steps, shown before and after it
-const LEAST_CONTEXT = 0.01; // of the run
+const CONTEXT = 0.02; // of the run: shown before a finding's first step, and three times as much after it
+const LEAST_CONTEXT = 20; // steps
 
 class View {
   constructor(payload) {
@@ -44,8 +44,8 @@ class View {
     this.hidden.delete(run.number);
     this.focus = run;
     const [first, last] = run.extent("steps");
-    const around = Math.max(CONTEXT * (finding.step - finding.since), LEAST_CONTEXT * (last - first), 10);
-    const steps = [Math.max(finding.since - around, first), Math.min(finding.step + around, last)];
+    const around = Math.max(CONTEXT * (last - first), LEAST_CONTEXT);
+    const steps = [Math.max(finding.since - around, first), Math.min(finding.since + 3 * around, last)];
     showRuns(this);
     return this.zoom(steps.map((step) => run.place(step, this.axis)));
   }
