@@ -59,8 +59,8 @@ class HeatMap:
 
     def _keep_before(self, step: int) -> None:
         kept = sum(last < step for last in self.last)
-        for column in (self.first, self.last, self._sums, self._counts):
-            del column[kept:]  # type: ignore[attr-defined]
+        self.first, self.last = self.first[:kept], self.last[:kept]
+        self._sums, self._counts = self._sums[:kept], self._counts[:kept]
 
     def _halve(self) -> None:
         self._sums = [one + other for one, other in zip(self._sums[::2], self._sums[1::2], strict=True)]

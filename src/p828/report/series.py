@@ -98,7 +98,8 @@ class Series:
 
     def _cut(self, step: int) -> None:
         place = bisect_left(self.steps, step)
-        for column in (self.steps, self.tokens, self.hours, *self.columns.values()):
+        del self.steps[place:]
+        for column in (self.tokens, self.hours, *self.columns.values()):
             del column[place:]
 
 

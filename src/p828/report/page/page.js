@@ -143,7 +143,7 @@ async function follow(view) {
 
 function begin() {
   const payload = JSON.parse(document.getElementById("payload").textContent);
-  const view = new View(payload);
+  const view = globalThis.page = new View(payload); // also for whoever looks into it from the console
   listen(view);
   view.drawAll().then(() => { document.body.dataset.openMs = Math.round(performance.now()); });
   if (payload.is_live) follow(view);
