@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from p828.cli.doctor import run_of
-from p828.cli.flags import parse_given
+from p828.cli.flags import BOOLEANS, parse_given
 from p828.config.rules import check_path
 from p828.errors import ConfigError, warn
 from p828.files import write_atomic
@@ -24,6 +24,7 @@ DESCRIPTION = (
     "With --watch the page is served to this machine's browsers and follows runs that train."
 )
 MOST_RUNS = 12
+WITH_VALUE = ("--out", "--port")
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,13 @@ def run(arguments: list[str]) -> None:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The runs, which come first, and the flags."""
-    first = next((number for number, one in enumerate(arguments) if one.startswith("-")), len(arguments))
-    return arguments[:first], arguments[first:]
+    """The runs, and the flags with their values."""
+    names: list[str] = []
+    flags: list[str] = []
+    for word in arguments:
+        is_value = bool(flags) and (flags[-1] in WITH_VALUE or (flags[-1] == "--watch" and word in BOOLEANS))
+        (flags if is_value or word.startswith("-") else names).append(word)
+    return names, flags
 
 
 def _check(given: Arguments, flags: dict[str, object], names: list[str]) -> None:

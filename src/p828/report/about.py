@@ -9,30 +9,31 @@ from typing import Any
 
 from p828.config import Config, load
 from p828.config.files import read_toml
+from p828.config.old_names import renamed
 from p828.config.values import flatten
 from p828.errors import P828Error
 from p828.files import MEBIBYTE, read_limited
 from p828.plan.plan import Machine, make_plan
 from p828.runs.file_names import CONFIG_FILE, LOG_FILE
-from p828.system.cards import CARDS, Card, card_of_device
+from p828.system.cards import Card, card_of_device
 
 LONGEST_LOG = 4 * MEBIBYTE  # of which the first lines are read; a longer one is left out
 DEVICE = re.compile(r"^.{19}   device +(\S.*)$", re.MULTILINE)
 RANKS = re.compile(r"^(\d+) x ")
+PLACES = ("name", "runs_dir")  # settings that make no other run
 FIRST_STEPS = 10  # left out of the speed: they compile and warm up
 
 
 def settings(run: Path) -> dict[str, str]:
-    """Dotted key to value of the run's `config.toml`, in its order, as texts; empty without one."""
+    """Dotted key to value of the run's `config.toml`, as texts, and this version's default of a key that it lacks.
+
+    Empty without a `config.toml`. A key that has another name now has that name.
+    """
     if not (run / CONFIG_FILE).is_file():
         return {}
-    return {key: _text(value) for key, value in _flat(read_toml(run / CONFIG_FILE)).items()}
-
-
-def changed_settings(given: Mapping[str, str]) -> list[str]:
-    """The keys whose values are not this version's defaults."""
-    defaults = {key: _text(value) for key, value in flatten(Config()).items()}
-    return [key for key, value in given.items() if defaults.get(key) != value]
+    given = _flat(renamed(Config, read_toml(run / CONFIG_FILE), str(run))[0])
+    defaults = {key: value for key, value in flatten(Config()).items() if key not in given}
+    return {key: _text(value) for key, value in {**given, **defaults}.items() if key not in PLACES}
 
 
 def about(run: Path) -> dict[str, str]:
@@ -45,11 +46,10 @@ def about(run: Path) -> dict[str, str]:
     return found
 
 
-def planned(run: Path, medians: Mapping[str, float]) -> tuple[list[dict[str, str]], str]:
+def planned(run: Path, found: Mapping[str, float]) -> tuple[list[dict[str, str]], str]:
     """Rows of what was planned and what came, and why there is no plan.
 
-    `medians` has what the records tell: `seconds` of a step, greatest `memory_bytes`, `steps` and `tokens` trained, and
-    `card`'s place is taken by the device that the log names.
+    `found` has what the records tell (`measured`). The cards are those that the run's log names.
     """
     try:
         config, (card, gpus) = load(str(run / CONFIG_FILE)), _cards(run)
@@ -60,11 +60,11 @@ def planned(run: Path, medians: Mapping[str, float]) -> tuple[list[dict[str, str
         return [], f"No plan: {error}"
     one = plan.configured
     pairs = [
-        ("seconds a step", f"{one.time.seconds:.3g}", _shown(medians.get("seconds"), 1.0)),
-        ("memory a GPU, GB", f"{one.memory.allocated / 1e9:.2f}", _shown(medians.get("memory_bytes"), 1e-9)),
-        ("steps", f"{plan.config.train.steps:,}", _count(medians.get("steps"))),
-        ("tokens", f"{plan.tokens:,}", _count(medians.get("tokens"))),
-        ("hours in steps", f"{plan.hours:.3g}", _shown(medians.get("hours"), 1.0)),
+        ("seconds a step", f"{one.time.seconds:.3g}", _shown(found.get("seconds"), 1.0)),
+        ("memory a GPU, GB", f"{one.memory.allocated / 1e9:.2f}", _shown(found.get("memory_bytes"), 1e-9)),
+        ("steps", f"{plan.config.train.steps:,}", _count(found.get("steps"))),
+        ("tokens", f"{plan.tokens:,}", _count(found.get("tokens"))),
+        ("hours in steps", f"{plan.hours:.3g}", _shown(found.get("hours"), 1.0)),
     ]
     rows = [{"name": name, "planned": plan_of, "real": real} for name, plan_of, real in pairs]
     return rows, f"Planned for {gpus} × {card.name}."
@@ -91,11 +91,10 @@ def _count(value: float | None) -> str:
 
 
 def _cards(run: Path) -> tuple[Card | None, int]:
-    """The GPUs that the run's log names; `cuda` alone says no name, and None is returned."""
+    """The GPU that the run's log names, None if it names none that is known, and how many."""
     device = _device(run)
     ranks = RANKS.match(device)
-    known = card_of_device(device) or next((card for card in CARDS if card.name in device.lower()), None)
-    return known, int(ranks[1]) if ranks else 1
+    return card_of_device(device), int(ranks[1]) if ranks else 1
 
 
 def _device(run: Path) -> str:

@@ -20,7 +20,7 @@ from p828.interchange.origin import Origin
 from p828.model import backend
 from p828.model.costs import count_parameters, unused_vocabulary
 from p828.runs import file_names
-from p828.system.device import lacks_bfloat16
+from p828.system.device import gpu_name, lacks_bfloat16
 from p828.train.log.wandb import WandbMirror
 from p828.train.resume import RunDirectory
 from p828.train.signals import interruptible
@@ -41,6 +41,8 @@ def banner(
     """Key and value of every line of what a run shows before it starts."""
     parameters = count_parameters(config.model)
     device = str(engine.device) if ranks.size == 1 else f"{ranks.size} x {engine.device.type}"
+    if name := gpu_name(engine.device):
+        device += f" ({name})"
     if settings is not None:
         device += f" through DeepSpeed, ZeRO stage {settings.stage},"
     elif config.engine == "sharded":

@@ -1,0 +1,133 @@
+"""What a report reads of a run, against plain sums over its records."""
+
+import base64
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reported_runs import STEPS, step_record, write_run
+
+from p828.errors import ConfigError
+from p828.report.buckets import edges, means, places, thinned
+from p828.report.heat_map import LEVELS_PER_DOUBLING, MIDDLE, MOST, HeatMap
+from p828.report.page import page
+from p828.report.run import ReportedRun
+from p828.report.series import Series
+
+
+@given(st.lists(st.floats(width=32, allow_infinity=False), min_size=1, max_size=200), st.integers(1, 20))
+def test_no_extreme_is_lost_in_thinning(values: list[float], buckets: int) -> None:
+    curve, starts = np.array(values, dtype=np.float32), edges(len(values), buckets)
+    shown = thinned(curve, starts)
+    assert len(shown) == len(places(np.arange(len(values), dtype=float), starts))
+    if len(values) <= 2 * buckets:
+        np.testing.assert_array_equal(shown, curve)
+        return
+    ends = [*starts[1:], len(values)]
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        inside = [value for value in values[start:end] if not math.isnan(value)]
+        pair = shown[2 * number : 2 * number + 2]
+        if inside:
+            assert sorted(pair) == [min(inside), max(inside)]
+        else:
+            assert np.isnan(pair).all()
+
+
+def test_means_pass_gaps_over() -> None:
+    curve = np.array([1, 3, math.nan, 5, math.nan, math.nan], dtype=np.float32)
+    found = means(curve, np.array([0, 2, 4]))
+    np.testing.assert_array_equal(found, np.array([2, 2, 5, 5, math.nan, math.nan], dtype=np.float32))
+
+
+def test_a_column_has_a_number_for_every_step() -> None:
+    series = Series()
+    for record in ({"loss": 4.0}, {"loss": math.inf, "mfu": 0.5}, {"grad_norms": {"head": 2}, "balance": [0.5, 1.0]}):
+        series.add({"step": len(series) + 1, "seconds": 3600.0, "tokens": 7, **record})
+    found = {name: series.column(name).tolist() for name in series.columns}
+    gap = math.nan
+    wanted = {
+        "loss": [4, gap, gap],
+        "mfu": [gap, 0.5, gap],
+        "grad_norms.head": [gap, gap, 2],
+        "balance": [gap, gap, 0.75],
+        "balance_least": [gap, gap, 0.5],
+        "seconds": [3600, 3600, 3600],
+    }
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(found[name], values)
+    assert series.axes()["hours"].tolist() == [1, 2, 3]
+
+
+def test_steps_that_come_again_replace_those_before() -> None:
+    series = Series()
+    for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 5.0)):
+        series.add({"step": step, "loss": loss})
+    assert list(series.steps) == [1, 2]
+    assert series.column("loss").tolist() == [1, 5]
+
+
+def test_the_heat_map_has_the_mean_share_of_each_column() -> None:
+    heat_map, draw = HeatMap(), np.random.default_rng(0)
+    loads_TLE = draw.integers(1, 100, (3 * MOST, 2, 4))
+    for step, load_LE in enumerate(loads_TLE, start=1):
+        heat_map.add(step, load_LE.tolist())
+    found = heat_map.to_json()
+    assert found is not None
+    columns = len(found["first"])
+    bytes_TLE = np.frombuffer(base64.b64decode(found["shares"]), np.uint8).reshape(columns, 2, 4)
+    shares_TLE = loads_TLE / loads_TLE.mean(axis=2, keepdims=True)
+    for number, (first, last) in enumerate(zip(found["first"], found["last"], strict=True)):
+        mean_LE = shares_TLE[first - 1 : last].mean(axis=0)
+        shown_LE = 2 ** ((bytes_TLE[number].astype(float) - MIDDLE) / LEVELS_PER_DOUBLING)
+        # half a level of rounding
+        np.testing.assert_allclose(shown_LE, mean_LE, rtol=2 ** (0.5 / LEVELS_PER_DOUBLING) - 1 + 1e-9)
+    assert MOST / 2 <= columns <= MOST
+
+
+@pytest.mark.parametrize("load", [None, "x", [[1, 2], [3]], [[-1, 2]], [1, 2], [[math.inf, 1]], []])
+def test_what_is_no_load_is_left_out(load: object) -> None:
+    heat_map = HeatMap()
+    heat_map.add(1, load)
+    assert heat_map.to_json() is None
+
+
+def test_a_growing_file_is_read_on_and_a_new_one_again(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", steps=5)
+    run, file = ReportedRun(path, with_rules=False), path / "metrics.jsonl"
+    assert len(run.series) == 5
+    assert not run.update()
+    line = json.dumps(step_record(6))
+    with file.open("a") as appended:
+        appended.write(line[:20])
+    run.update()
+    assert len(run.series) == 5
+    with file.open("a") as appended:
+        appended.write(line[20:] + "\n")
+    assert run.update()
+    assert list(run.series.steps) == [1, 2, 3, 4, 5, 6]
+    anew = path / "new"
+    anew.write_text(json.dumps(step_record(1)) + "\n")
+    anew.replace(file)
+    assert run.update()
+    assert list(run.series.steps) == [1]
+    assert run.overview()["evaluations"] == []
+
+
+def test_text_of_a_run_ends_no_element(tmp_path: Path) -> None:
+    run = ReportedRun(write_run(tmp_path / "run", steps=5), with_rules=False)
+    text = "".join(page([run]))
+    payload = text.partition('id="payload">')[2].partition("</script>")[0]
+    (shown,) = json.loads(payload)["runs"]
+    assert shown["findings"][0]["evidence"].endswith("</script>")
+    assert shown["findings"][0]["since"] == STEPS // 2
+    assert "<img" not in text
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no run: it holds no config\.toml"):
+        ReportedRun(tmp_path)
