@@ -58,8 +58,12 @@ function drawHorizontal(plot, value, label, stroke, below) {
   const y = Math.round(plot.valToPos(value, "y", true));
   if (!(y >= bbox.top && y <= bbox.top + bbox.height)) return;
   drawLine(ctx, bbox.left, y, bbox.left + bbox.width, y, stroke, [2, 3]);
+  const height = 14 * devicePixelRatio, width = ctx.measureText(label).width + 8;
+  const top = below || y - height < bbox.top ? y + devicePixelRatio : y - height;
+  ctx.fillStyle = colour("ground");
+  ctx.fillRect(bbox.left + bbox.width - width, top, width, height - devicePixelRatio);
   ctx.fillStyle = stroke;
-  ctx.fillText(label, bbox.left + bbox.width - ctx.measureText(label).width - 4, y + (below ? 12 : -4) * devicePixelRatio);
+  ctx.fillText(label, bbox.left + bbox.width - width + 4, top + 11 * devicePixelRatio);
 }
 
 function drawLine(ctx, fromX, fromY, toX, toY, stroke, dash) {
