@@ -3,6 +3,9 @@
 import base64
 import json
 import math
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reported_runs import STEPS, step_record, write_run
 
+from p828.cli.main import dispatch
+from p828.config import load
 from p828.errors import ConfigError
+from p828.plan.plan import Machine, make_plan
 from p828.report.buckets import edges, means, places, thinned
 from p828.report.heat_map import LEVELS_PER_DOUBLING, MIDDLE, MOST, HeatMap
 from p828.report.page import page
 from p828.report.run import ReportedRun
 from p828.report.series import Series
+from p828.report.watch import ReportServer
+from p828.system.cards import card
 
 
 @given(st.lists(st.floats(width=32, allow_infinity=False), min_size=1, max_size=200), st.integers(1, 20))
@@ -131,3 +139,54 @@ def test_text_of_a_run_ends_no_element(tmp_path: Path) -> None:
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no run: it holds no config\.toml"):
         ReportedRun(tmp_path)
+
+
+def test_a_report_is_written_and_wrong_names_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = write_run(tmp_path / "one", steps=3), tmp_path / "page.html"
+    assert dispatch(["report", "--out", str(out), str(run)]) == 0
+    assert "open it in a browser" in capsys.readouterr().out
+    assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
+    for arguments, told in (
+        ([], "no RUN is named"),
+        ([str(tmp_path / "on")], f"did you mean {run}?"),
+        ([str(run), "--out", str(tmp_path)], "is a directory"),
+        ([str(run), "--port", "80"], "accepted with --watch"),
+        ([str(run), "--watch", "--out", str(out)], "accepted without --watch"),
+    ):
+        assert dispatch(["report", *arguments]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_a_watched_page_is_for_this_machine_only(tmp_path: Path) -> None:
+    with ReportServer([ReportedRun(write_run(tmp_path / "run", steps=3), with_rules=False)], port=0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            statuses = {}
+            for path, host in (("/", "evil.example"), ("/data?after=0", "localhost"), ("/detail/0/loss", "localhost"),
+                               ("/detail/0/no", "localhost"), ("/detail/7/loss", "localhost")):  # fmt: skip
+                request = urllib.request.Request(server.url[:-1] + path, headers={"Host": host})
+                try:
+                    with urllib.request.urlopen(request, timeout=60) as answer:
+                        statuses[path] = answer.status
+                except urllib.error.HTTPError as error:
+                    statuses[path] = error.code
+        finally:
+            server.shutdown()
+            thread.join()
+    assert list(statuses.values()) == [403, 204, 200, 404, 404]
+
+
+def test_the_plan_is_for_the_gpus_that_the_log_names(tmp_path: Path) -> None:
+    """Of 2 H100s what `p828 plan` says; beside it what the made-up records have: 0.5 s a step and 1 GB."""
+    config = "[train]\nsteps = 6000\n\n[model]\nvocab_size = 1024\n\n[deepspeed]\nstage = 1\n"
+    run = write_run(tmp_path / "run", steps=20, config='engine = "deepspeed"\n' + config)
+    overview = ReportedRun(run, with_rules=False).overview()
+    assert overview["plan"]["rows"] == []
+    (run / "log.txt").write_text("2026-01-01 00:00:00   device     2 x cuda (NVIDIA H100 80GB HBM3) in bfloat16\n")
+    plan = ReportedRun(run, with_rules=False).overview()["plan"]
+    rows = {row["name"]: row for row in plan["rows"]}
+    wanted = make_plan(load(str(run / "config.toml")), Machine(card("h100"), 2))
+    assert plan["remark"] == "Planned for 2 × h100."
+    assert rows["seconds a step"]["planned"] == f"{wanted.configured.time.seconds:.3g}"
+    assert [rows[name]["real"] for name in ("seconds a step", "memory a GPU, GB", "steps")] == ["0.5", "1", "20"]

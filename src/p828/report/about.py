@@ -4,8 +4,10 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from p828.config import Config, load
 from p828.config.files import read_toml
@@ -15,6 +17,7 @@ from p828.errors import P828Error
 from p828.files import MEBIBYTE, read_limited
 from p828.plan.plan import Machine, make_plan
 from p828.runs.file_names import CONFIG_FILE, LOG_FILE
+from p828.runs.side_by_side import flat
 from p828.system.cards import Card, card_of_device
 
 LONGEST_LOG = 4 * MEBIBYTE  # of which the first lines are read; a longer one is left out
@@ -31,7 +34,7 @@ def settings(run: Path) -> dict[str, str]:
     """
     if not (run / CONFIG_FILE).is_file():
         return {}
-    given = _flat(renamed(Config, read_toml(run / CONFIG_FILE), str(run))[0])
+    given = flat(renamed(Config, read_toml(run / CONFIG_FILE), str(run))[0])
     defaults = {key: value for key, value in flatten(Config()).items() if key not in given}
     return {key: _text(value) for key, value in {**given, **defaults}.items() if key not in PLACES}
 
@@ -70,15 +73,15 @@ def planned(run: Path, found: Mapping[str, float]) -> tuple[list[dict[str, str]]
     return rows, f"Planned for {gpus} × {card.name}."
 
 
-def measured(columns: Mapping[str, Any], last: Mapping[str, float]) -> dict[str, float]:
+def measured(columns: Mapping[str, NDArray[np.float32]], last: Mapping[str, float]) -> dict[str, float]:
     """`planned`'s second argument, of the columns of steps and the last place on each axis."""
     found = dict(last)
-    seconds = [value for value in columns.get("seconds", ())[FIRST_STEPS:] if value == value]
-    memory = [value for value in columns.get("memory_bytes", ()) if value == value]
-    if seconds:
-        found["seconds"] = median(seconds)
-    if memory:
-        found["memory_bytes"] = max(memory)
+    seconds, memory = (columns.get(name, np.empty(0, np.float32)) for name in ("seconds", "memory_bytes"))
+    seconds, memory = seconds[FIRST_STEPS:][~np.isnan(seconds[FIRST_STEPS:])], memory[~np.isnan(memory)]
+    if len(seconds):
+        found["seconds"] = float(np.median(seconds))
+    if len(memory):
+        found["memory_bytes"] = float(memory.max())
     return found
 
 
@@ -114,19 +117,6 @@ def _first_line(path: Path) -> str:
     except (OSError, ValueError):
         return ""
     return line.removeprefix("# ") if line.startswith("# p828 ") else ""
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-            for number, item in enumerate(value):
-                found |= _flat(item, f"{prefix}{name}[{number}].")
-        else:
-            found[prefix + name] = value
-    return found
 
 
 def _text(value: Any) -> str:

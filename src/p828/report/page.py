@@ -19,8 +19,8 @@ SCRIPTS = (
 )  # fmt: skip
 
 
-def page(runs: Sequence[ReportedRun], is_live: bool = False) -> Iterator[str]:
-    """The page in pieces. A live one asks its server for news, and for the numbers of all steps."""
+def page(runs: Sequence[ReportedRun], version: int | None = None) -> Iterator[str]:
+    """The page in pieces. One with a version of its numbers asks its server for news, and for those of all steps."""
     template = _file("index.html")
     head, _, rest = template.partition("<!-- styles -->")
     middle, _, end = rest.partition("<!-- scripts -->")
@@ -29,11 +29,11 @@ def page(runs: Sequence[ReportedRun], is_live: bool = False) -> Iterator[str]:
     for name in STYLES:
         yield f"<style>\n{_file(name)}</style>\n"
     yield middle
-    yield f'<script type="application/json" id="payload">{_json(payload(runs, is_live))}</script>\n'
+    yield f'<script type="application/json" id="payload">{_json(payload(runs, version))}</script>\n'
     yield f"<!--\n{_file('uPlot.LICENSE')}-->\n"
     for name in SCRIPTS:
         yield f"<script>\n{_file(name)}</script>\n"
-    if not is_live:
+    if version is None:
         for number, run in enumerate(runs):
             if not run.overview_is_whole:
                 for name, packed in run.details():
@@ -42,10 +42,10 @@ def page(runs: Sequence[ReportedRun], is_live: bool = False) -> Iterator[str]:
     yield end
 
 
-def payload(runs: Sequence[ReportedRun], is_live: bool) -> dict[str, object]:
+def payload(runs: Sequence[ReportedRun], version: int | None) -> dict[str, object]:
     """What the page's code reads, in JSON values."""
     return {
-        "is_live": is_live,
+        "version": version,
         "thresholds": {"large": LARGE, "exploding": EXPLODING},
         "runs": [{**run.overview(), "name": name} for run, name in zip(runs, names(runs), strict=True)],
     }

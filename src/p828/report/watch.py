@@ -1,12 +1,14 @@
 """The page served to this machine's browsers, with news of the runs while they train."""
 
 import json
+import sys
 import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
-from p828.errors import ConfigError
+from p828.errors import ConfigError, P828Error
 from p828.report.page import page, payload
 from p828.report.run import ReportedRun
 
@@ -22,7 +24,7 @@ class ReportServer(ThreadingHTTPServer):
 
     def __init__(self, runs: Sequence[ReportedRun], port: int) -> None:
         """Raises ConfigError for a port that cannot be had; 0 is any free one."""
-        self.runs, self.reading = runs, threading.Lock()
+        self.runs, self.reading, self.version = runs, threading.Lock(), 0
         try:
             super().__init__((HOST, port), _Answer)
         except OSError as error:
@@ -31,6 +33,16 @@ class ReportServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://{HOST}:{self.server_address[1]}/"
+
+    def read(self) -> None:
+        """Read what the runs have written since. A change has another `version`."""
+        for run in self.runs:
+            self.version += run.update()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that leaves before it has its answer is none."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -42,22 +54,27 @@ class _Answer(BaseHTTPRequestHandler):
         if host not in HOSTS:  # another site's name that was made to lead here
             self._send(403, "text/plain", "only this machine's browsers are answered\n")
             return
-        path = unquote(self.path.partition("?")[0])
+        address = urlsplit(self.path)
         with self.server.reading:
-            if path == "/":
-                self._read()
-                self._send(200, "text/html", "".join(page(self.server.runs, is_live=True)))
-            elif path == "/data":
-                self._read()
-                self._send(200, "application/json", json.dumps(payload(self.server.runs, True), allow_nan=False))
-            elif (packed := self._detail(path)) is not None:
-                self._send(200, "text/plain", packed)
-            else:
-                self._send(404, "text/plain", "no such page\n")
+            try:
+                self._answer(unquote(address.path), parse_qs(address.query).get("after", [""])[0])
+            except P828Error as error:
+                self._send(503, "text/plain", f"{error}\n")
 
-    def _read(self) -> None:
-        for run in self.server.runs:
-            run.update()
+    def _answer(self, path: str, after: str) -> None:
+        server = self.server
+        if path in ("/", "/data"):
+            server.read()
+        if path == "/":
+            self._send(200, "text/html", "".join(page(server.runs, server.version)))
+        elif path == "/data" and after == str(server.version):
+            self._send(204, "text/plain", "")
+        elif path == "/data":
+            self._send(200, "application/json", json.dumps(payload(server.runs, server.version), allow_nan=False))
+        elif (packed := self._detail(path)) is not None:
+            self._send(200, "text/plain", packed)
+        else:
+            self._send(404, "text/plain", "no such page\n")
 
     def _detail(self, path: str) -> str | None:
         parts = path.removeprefix("/").split("/", 2)

@@ -121,7 +121,7 @@ class _Run:
         given = _table(state, "config")
         if (run / CONFIG_FILE).is_file():
             given = read_toml(run / CONFIG_FILE)
-        settings = _flat(renamed(Config, given, str(run))[0])
+        settings = flat(renamed(Config, given, str(run))[0])
         is_recorded = path.is_file()
         steps = records.columns(path, "step", OF_A_STEP) if is_recorded else {"step": []}
         evaluations = records.columns(path, "eval", ("loss",)) if is_recorded else {"step": [], "loss": []}
@@ -299,15 +299,15 @@ def _known(values: Sequence[Any]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key to value of nested tables; `key[0].inner` in a list of tables."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
             for number, item in enumerate(value):
-                found |= _flat(item, f"{prefix}{name}[{number}].")
+                found |= flat(item, f"{prefix}{name}[{number}].")
         else:
             found[prefix + name] = value
     return found

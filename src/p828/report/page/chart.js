@@ -12,6 +12,7 @@ class Chart {
     this.about = about;
     this.view = view;
     this.drawing = 0;
+    this.isNear = this.isStale = false;
     this.plot = null;
     this.element = made("figure", { id: `chart-${about.id}` });
     const caption = made("figcaption", {}, [about.unit ? `${about.title}, ${about.unit}` : about.title]);
@@ -36,11 +37,17 @@ class Chart {
     return columns.filter(([name]) => runs.some((run) => run.columns[name]));
   }
 
+  // Is there only where it has something to show; what it shows may be of another view from now on.
+  settle() {
+    this.isStale = true;
+    this.element.hidden = !this.columns(this.runs()).length;
+  }
+
   async draw() {
     const drawing = ++this.drawing;
+    this.isStale = false;
     const runs = this.runs();
     const columns = this.columns(runs);
-    this.element.hidden = !columns.length;
     if (!columns.length) return;
     const { axis, range } = this.view;
     const names = columns.map(([name]) => name);

@@ -2,18 +2,29 @@
 // The page's state, `View`, and what changes it.
 
 const NEWS_EVERY = 3000; // ms
+const NEAR = "400px 0px"; // of the window: charts there are drawn before they are seen
 const CONTEXT = 0.02; // of the run: shown before a finding's first step, and three times as much after it
 const LEAST_CONTEXT = 20; // steps
 
 class View {
   constructor(payload) {
     this.hidden = new Set();
+    this.drawings = 0;
     this.axis = "steps";
     this.range = null; // of the axis; null for the whole runs
     this.take(payload);
     this.charts = CHARTS.map((about) => new Chart(about, this));
     this.heatMap = new HeatMap(this);
     document.getElementById("charts").append(...this.charts.map((chart) => chart.element));
+    const observer = new IntersectionObserver((entries) => entries.forEach((entry) => this.near(entry)), { rootMargin: NEAR });
+    for (const chart of this.charts) observer.observe(chart.element);
+  }
+
+  // A chart that comes into view, or is about to, shows what the others show.
+  near({ target, isIntersecting }) {
+    const chart = this.charts.find((one) => one.element === target);
+    chart.isNear = isIntersecting;
+    if (isIntersecting && chart.isStale) chart.draw();
   }
 
   take(payload) {
@@ -57,11 +68,20 @@ class View {
     return this.zoom([middle - (width * times) / 2, middle + (width * times) / 2]);
   }
 
+  // Draws the charts that are in view; the others once they come into it.
   draw() {
-    const drawn = Promise.all(this.charts.map((chart) => chart.draw()));
-    this.heatMap.draw();
+    return this.drawThose((chart) => chart.isNear);
+  }
+
+  drawThose(isDue) {
+    const drawing = ++this.drawings;
     document.body.dataset.drawn = "";
-    return drawn.then(() => { document.body.dataset.drawn = "yes"; });
+    for (const chart of this.charts) chart.settle();
+    const drawn = this.charts.filter(isDue).map((chart) => chart.draw());
+    this.heatMap.draw();
+    return Promise.all(drawn).then(() => {
+      if (drawing === this.drawings) document.body.dataset.drawn = "yes";
+    });
   }
 
   drawAll() {
@@ -69,7 +89,7 @@ class View {
     showFindings(this);
     showSamples(this);
     showAbout(this);
-    return this.draw();
+    return this.drawThose(() => true);
   }
 }
 
@@ -120,24 +140,29 @@ function listen(view) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => view.draw());
 }
 
-async function follow(view) {
+async function follow(view, version) {
   const news = document.getElementById("news");
   news.hidden = false;
   for (;;) {
     await new Promise((done) => setTimeout(done, NEWS_EVERY));
-    try {
-      const answer = await fetch("/data");
-      if (!answer.ok) throw new Error(String(answer.status));
-      const before = view.runs.map((run) => run.count).join();
-      const payload = await answer.json();
-      if (payload.runs.map((run) => run.count).join() !== before) {
-        view.take(payload);
-        await view.drawAll();
-      }
-      news.textContent = `live, ${new Date().toLocaleTimeString()}`;
-    } catch {
-      news.textContent = "p828 report does not answer: the page shows what it had";
-    }
+    const payload = await newsAfter(version);
+    news.textContent = payload === null ? "p828 report does not answer: the page shows what it had"
+      : `live, ${new Date().toLocaleTimeString()}`;
+    if (!payload?.runs) continue;
+    version = payload.version;
+    view.take(payload);
+    await view.drawAll();
+  }
+}
+
+// The newest numbers; {} if there are none since, null if nobody answers.
+async function newsAfter(version) {
+  try {
+    const answer = await fetch(`/data?after=${version}`);
+    if (!answer.ok) return null;
+    return answer.status === 204 ? {} : await answer.json();
+  } catch {
+    return null;
   }
 }
 
@@ -146,7 +171,7 @@ function begin() {
   const view = globalThis.page = new View(payload); // also for whoever looks into it from the console
   listen(view);
   view.drawAll().then(() => { document.body.dataset.openMs = Math.round(performance.now()); });
-  if (payload.is_live) follow(view);
+  if (payload.version !== null) follow(view, payload.version);
 }
 
 if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", begin);
