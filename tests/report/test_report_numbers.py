@@ -22,7 +22,7 @@ from p828.report.buckets import edges, means, places, thinned
 from p828.report.heat_map import LEVELS_PER_DOUBLING, MIDDLE, MOST, HeatMap
 from p828.report.page import page
 from p828.report.run import ReportedRun
-from p828.report.series import Series
+from p828.report.series import Series, compare_rows
 from p828.report.watch import ReportServer
 from p828.system.cards import card
 
@@ -77,6 +77,17 @@ def test_steps_that_come_again_replace_those_before() -> None:
         series.add({"step": step, "loss": loss})
     assert list(series.steps) == [1, 2]
     assert series.column("loss").tolist() == [1, 5]
+
+
+def test_runs_are_compared_by_their_rows() -> None:
+    one, other = Series(), Series()
+    for step, rows in ((1, "0000000a"), (2, "0000000b"), (3, None), (4, "ffffffff")):
+        one.add({"step": step, "rows": rows})
+    for step, rows in ((2, "0000000b"), (3, "0000000c"), (4, "ffffffff"), (5, "00000001")):
+        other.add({"step": step, "rows": rows})
+    assert compare_rows(one, other) == (2, None)
+    other.add({"step": 4, "rows": "fffffffe"})
+    assert compare_rows(one, other) == (2, 4)
 
 
 def test_the_heat_map_has_the_mean_share_of_each_column() -> None:

@@ -16,8 +16,8 @@ from p828.config.values import flatten
 from p828.errors import P828Error
 from p828.files import MEBIBYTE, read_limited
 from p828.plan.plan import Machine, make_plan
-from p828.runs.file_names import CONFIG_FILE, LOG_FILE
-from p828.runs.side_by_side import flat
+from p828.runs.file_names import CHECKPOINTS, CONFIG_FILE, LOG_FILE
+from p828.runs.side_by_side import fingerprints, flat, newest_state
 from p828.system.cards import Card, card_of_device
 
 LONGEST_LOG = 4 * MEBIBYTE  # of which the first lines are read; a longer one is left out
@@ -40,13 +40,14 @@ def settings(run: Path) -> dict[str, str]:
 
 
 def about(run: Path) -> dict[str, str]:
-    """Name to text: command, versions with the commit, and machine, as far as the run's files tell."""
+    """Name to text: command, versions with the commit, machine and fingerprints, as far as the run's files tell."""
     found = {"directory": str(run), "command": f"p828 train {shlex.quote(str(run / CONFIG_FILE))}"}
     if versions := _first_line(run / CONFIG_FILE):
         found["versions"] = versions
     if device := _device(run):
         found["device"] = device
-    return found
+    prints = fingerprints(newest_state(run / CHECKPOINTS))
+    return found | {f"{name}, fingerprint": text for name, text in prints.items()}
 
 
 def planned(run: Path, found: Mapping[str, float]) -> tuple[list[dict[str, str]], str]:

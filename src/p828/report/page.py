@@ -11,6 +11,7 @@ from importlib.resources import files
 
 from p828.health.rules.gradients import EXPLODING, LARGE
 from p828.report.run import ReportedRun
+from p828.report.series import compare_rows
 
 STYLES = ("uPlot.min.css", "page.css")
 SCRIPTS = (
@@ -47,6 +48,7 @@ def payload(runs: Sequence[ReportedRun], version: int | None) -> dict[str, objec
     return {
         "version": version,
         "thresholds": {"large": LARGE, "exploding": EXPLODING},
+        "same_rows": [_same_rows(runs[0], run, names(runs)[0]) for run in runs],
         "runs": [{**run.overview(), "name": name} for run, name in zip(runs, names(runs), strict=True)],
     }
 
@@ -55,6 +57,18 @@ def names(runs: Sequence[ReportedRun]) -> list[str]:
     """What each run is called: its directory's name, or the whole path where two have the same."""
     short = [run.path.resolve().name for run in runs]
     return [str(run.path) if short.count(name) > 1 else name for run, name in zip(runs, short, strict=True)]
+
+
+def _same_rows(first: ReportedRun, run: ReportedRun, name: str) -> str:
+    """Whether a run was trained on the rows of the first one, whose name is given, in words; empty for itself."""
+    if run is first:
+        return ""
+    compared, other = compare_rows(first.series, run.series)
+    if not compared:
+        return f"no step's rows can be compared with those of {name}"
+    if other is None:
+        return f"those of {name} in all {compared:,} steps of both"
+    return f"others than in {name} from step {other:,} on"
 
 
 def _json(values: object) -> str:

@@ -42,6 +42,8 @@ class Series:
         self.steps, self.tokens, self.hours = array("q"), array("d"), array("d")
         """Steps, tokens trained on, and hours spent in steps up to there."""
         self.columns: dict[str, array[float]] = {}
+        self.rows = array("q")
+        """Hash of each step's rows; -1 for one that has none."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -85,6 +87,7 @@ class Series:
         tokens, seconds = (record.get(key) for key in ("tokens", "seconds"))
         self.hours.append((self.hours[-1] if self.hours else 0.0) + _finite(seconds) / 3600)
         self.tokens.append(_finite(tokens) or (self.tokens[-1] if self.tokens else 0.0))
+        self.rows.append(_hash(record.get("rows")))
         self.steps.append(step)
 
     def _put(self, name: str, value: float) -> None:
@@ -98,9 +101,25 @@ class Series:
 
     def _cut(self, step: int) -> None:
         place = bisect_left(self.steps, step)
-        del self.steps[place:]
+        del self.steps[place:], self.rows[place:]
         for column in (self.tokens, self.hours, *self.columns.values()):
             del column[place:]
+
+
+def compare_rows(one: Series, other: Series) -> tuple[int, int | None]:
+    """How many steps of both can be compared by their rows, and the first of them with other rows."""
+    (steps, rows), (other_steps, other_rows) = ((np.array(of.steps), np.array(of.rows)) for of in (one, other))
+    both, at, there = np.intersect1d(steps, other_steps, return_indices=True)
+    is_known = (rows[at] >= 0) & (other_rows[there] >= 0)
+    differs = is_known & (rows[at] != other_rows[there])
+    return int(is_known.sum()), int(both[differs][0]) if differs.any() else None
+
+
+def _hash(text: Any) -> int:
+    try:
+        return int(text, 16) if type(text) is str and len(text) == 8 else -1
+    except ValueError:
+        return -1
 
 
 def _finite(value: Any) -> float:

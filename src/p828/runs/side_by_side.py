@@ -115,7 +115,7 @@ class _Run:
             raise ConfigError(
                 f"{run}: no such directory; {directory_near(run) or 'the directory of a run is accepted'}"
             )
-        path, state = run / RECORDS_FILE, _newest_state(run / CHECKPOINTS)
+        path, state = run / RECORDS_FILE, newest_state(run / CHECKPOINTS)
         if not (run / CONFIG_FILE).is_file() and not state and not path.is_file():
             raise ConfigError(f"{run}: no run: it holds no {CONFIG_FILE}, no checkpoint and no {RECORDS_FILE}")
         given = _table(state, "config")
@@ -152,7 +152,7 @@ def side_by_side(first: Path, second: Path) -> Comparison:
     Raises ConfigError for what is no run, and for a file of settings that cannot be read.
     """
     ours, theirs = _Run.read(first), _Run.read(second)
-    prints = [_fingerprints(run.state) for run in (ours, theirs)]
+    prints = [fingerprints(run.state) for run in (ours, theirs)]
     names = [name for name in prints[0] if name in prints[1]]
     amounts = _differences(_amounts(ours), _amounts(theirs))
     rows, compared = _first_other_rows(ours.steps, theirs.steps)
@@ -188,7 +188,7 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Dif
     ]
 
 
-def _fingerprints(state: Mapping[str, Any]) -> dict[str, str]:
+def fingerprints(state: Mapping[str, Any]) -> dict[str, str]:
     """Of the tokenizer and of every source's data, as the newest checkpoint knows them; hexadecimal."""
     found = {}
     if isinstance(state.get("tokenizer"), str):
@@ -330,7 +330,7 @@ def _table(state: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _newest_state(directory: Path) -> dict[str, Any]:
+def newest_state(directory: Path) -> dict[str, Any]:
     """Of the newest checkpoint that can be read; empty without one."""
     named = [path for path in directory.iterdir() if STEP_NAME.fullmatch(path.name)] if directory.is_dir() else []
     for path in sorted(named, key=step_of, reverse=True):

@@ -10,8 +10,8 @@ function showAbout(view) {
   const aboutKeys = [...new Set(runs.flatMap((run) => Object.keys(run.about)))];
   const about = aboutKeys.map((key) => [key, ...runs.map((run) => run.about[key] ?? "–")]);
   const parts = [
-    made("h2", {}, ["Command and machine"]), tableOf(names, about),
-    ...(runs.length > 1 ? [made("h2", {}, ["What differs"]), differing.length ? tableOf(names, differing.map(rowOf)) : made("p", {}, ["No setting differs."])] : []),
+    made("h2", {}, ["Command, data and machine"]), tableOf(names, about),
+    ...(runs.length > 1 ? [made("h2", {}, ["What differs"]), tableOf(names, [["rows trained on", ...view.sameRows]]), differing.length ? tableOf(names, differing.map(rowOf)) : made("p", {}, ["No setting differs."])] : []),
     ...runs.flatMap((run) => planOf(run, runs.length === 1)),
     made("h2", {}, ["Configuration"]),
     made("details", {}, [made("summary", {}, [`${keys.length} settings`]), tableOf(names, keys.map(rowOf))]),

@@ -57,7 +57,8 @@ class Chart {
     const series = [], tables = [];
     curves.forEach(({ table: [x, ...extremes], means }, i) => {
       const lines = columns.map(([, label], j) => this.line(runs[i], label, j, runs.length));
-      series.push(...(means ? lines.map(asBand) : []), ...lines);
+      if (means) series.push(...lines.map((line, j) => asBand(line, series.length + 1 + columns.length + j)));
+      series.push(...lines);
       tables.push([x, ...[...extremes, ...(means ?? [])].map((values) => values.map(map))]);
     });
     if (this.about.points) this.addPoints(runs, tables, series);
@@ -126,7 +127,7 @@ class Chart {
         bind: { dblclick: () => () => view.zoom(null) },
       },
       legend: { live: true },
-      hooks: { draw: [(plot) => drawMarks(plot, runs, view.axis, this.thresholds())], setSelect: [(plot) => this.select(plot)] },
+      hooks: { draw: [(plot) => drawMarks(plot, runs, view.axis, this.thresholds())], setSelect: [(plot) => this.select(plot)], setSeries: [hideBand] },
     };
     this.plot?.destroy();
     this.body.replaceChildren();
@@ -140,9 +141,15 @@ class Chart {
   }
 }
 
-// The least and greatest values behind a line of means.
-function asBand(line) {
-  return { ...line, label: `${line.label}, least to greatest`, alpha: 0.35, dash: [], class: "band" };
+// The least and greatest values behind a line of means, which is the chart's series number `meansAt`.
+function asBand(line, meansAt) {
+  return { ...line, meansAt, label: `${line.label}, least to greatest`, alpha: 0.35, dash: [], class: "band" };
+}
+
+// Has a press on a line's name show or hide the band behind it, too.
+function hideBand(plot, number, { show }) {
+  const band = plot.series.findIndex(({ meansAt }) => meansAt === number);
+  if (number !== null && band > 0 && show !== undefined && plot.series[band].show !== show) plot.setSeries(band, { show });
 }
 
 function made(tag, properties = {}, children = []) {

@@ -29,6 +29,7 @@ class View {
 
   take(payload) {
     this.thresholds = payload.thresholds;
+    this.sameRows = payload.same_rows;
     this.runs = payload.runs.map((values, number) => new Run(values, number));
     this.focus = this.runs[this.focus?.number ?? 0];
   }
