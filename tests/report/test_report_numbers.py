@@ -137,6 +137,22 @@ def test_a_growing_file_is_read_on_and_a_new_one_again(tmp_path: Path) -> None:
     assert run.overview()["evaluations"] == []
 
 
+def test_records_that_no_run_writes_are_read_all_the_same(tmp_path: Path) -> None:
+    path, odd = write_run(tmp_path / "run", steps=2), 10**400
+    lines = [
+        "no record", "[1]", '{"kind": "step", "step": -5}', '{"kind": "step", "step": true}',
+        json.dumps({"kind": "step", "step": 3, "loss": odd, "tokens": odd, "seconds": "NaN", "balance": [odd, odd]}),
+        json.dumps({"kind": "step", "step": 4, "loss": [1], "grad_norms": {"head": "x"}, "balance": [], "rows": 7}),
+        '{"kind": "eval", "step": 4, "loss": "NaN"}', '{"kind": "sample", "step": 4, "samples": [1, ["a"], []]}',
+        '{"kind": "finding", "step": 4}', '{"kind": "event", "step": 4, "event": ["resume"]}',
+    ]  # fmt: skip
+    with (path / "metrics.jsonl").open("a") as file:
+        file.writelines(line + "\n" for line in lines)
+    run = ReportedRun(path, with_rules=False)
+    assert list(run.series.steps) == [1, 3, 4]  # `true` is read as a 1, and the steps from there on came again
+    assert "".join(page([run]))
+
+
 def test_text_of_a_run_ends_no_element(tmp_path: Path) -> None:
     run = ReportedRun(write_run(tmp_path / "run", steps=5), with_rules=False)
     text = "".join(page([run]))

@@ -4,10 +4,13 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from p828.runs.records import number
 
 SCALARS = (
     "loss", "grad_norm", "lr", "tokens_per_second", "seconds", "data_seconds", "host_seconds", "mfu", "memory_bytes",
@@ -61,7 +64,8 @@ class Series:
         for name, (key, of) in OF_LAYERS.items():
             values = record.get(key)
             if values and type(values) is list and all(type(value) in (int, float) for value in values):
-                self._put(name, of(values))
+                with suppress(OverflowError):  # integers past all floats, which no run writes
+                    self._put(name, of(values))
         for key in BY_PART:
             parts = record.get(key)
             if type(parts) is dict:
@@ -124,4 +128,5 @@ def _hash(text: Any) -> int:
 
 def _finite(value: Any) -> float:
     """The number, 0 for what is none."""
-    return float(value) if type(value) in (int, float) and math.isfinite(value) else 0.0
+    found = number(value)
+    return found if found is not None and math.isfinite(found) else 0.0
