@@ -40,6 +40,14 @@ class ReportPage:
         actions.click_and_hold().move_by_offset(width, 0).release().perform()
         self.wait()
 
+    def point_at(self, selector: str, across: float, down: float) -> None:
+        """Move the pointer to a place in an element, in parts of its width and height."""
+        element = self.browser.find_element(By.CSS_SELECTOR, selector)
+        self.browser.execute_script("arguments[0].scrollIntoView({ block: 'center' })", element)
+        size = element.size
+        right, below = (round((part - 0.5) * size[side]) for part, side in ((across, "width"), (down, "height")))
+        ActionChains(self.browser).move_to_element_with_offset(element, right, below).perform()
+
     def shown_range(self, chart: str) -> tuple[float, float]:
         """From where to where a chart's axis reaches, as the page's own chart says."""
         script = "const { plot } = page.charts.find((one) => one.about.id === arguments[0]);"

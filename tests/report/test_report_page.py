@@ -109,6 +109,15 @@ def test_csv_has_the_records_numbers(shown: ReportPage) -> None:
     assert float(loss) == pytest.approx(step_record(int(step))["loss"], rel=1e-6)
 
 
+def test_the_heat_map_tells_an_experts_load(shown: ReportPage) -> None:
+    """Three quarters down is expert 2 of 4 of layer 1 of 2, whose load is even; a sixteenth down expert 0 of layer 0."""
+    told = []
+    for part in (0.75, 0.0625):
+        shown.point_at("#heat-map", 0.5, part)
+        told.append(shown.text("#heat-map-text").partition(", ")[2])
+    assert told == ["layer 1, expert 2: 1.00 of an even share", "layer 0, expert 0: 0.500 of an even share"]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_scrolls_down_only(shown: ReportPage, scheme: str) -> None:
     features = [{"name": "prefers-color-scheme", "value": scheme}]

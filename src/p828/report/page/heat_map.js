@@ -3,7 +3,7 @@
 
 const LEVELS_PER_DOUBLING = 32, MIDDLE = 128; // as report/heat_map.py makes the bytes
 const DOUBLINGS = 3; // from an even share to the darkest colour
-const LEAST_HEIGHT = 160, MOST_HEIGHT = 640, ROW_HEIGHT = 6;
+const LEAST_HEIGHT = 160, MOST_HEIGHT = 640, ROW_HEIGHT = 6, LABEL_HEIGHT = 14;
 
 class HeatMap {
   constructor(view) {
@@ -24,7 +24,7 @@ class HeatMap {
     this.offerLayers(map.layers);
     const layers = this.shownLayers(map);
     const rows = layers.length * map.experts;
-    const width = Math.max(this.canvas.clientWidth, 100);
+    const width = Math.max(this.canvas.clientWidth - AXIS_WIDTH, 100);
     const image = new ImageData(width, rows);
     const palette = loadPalette();
     for (let x = 0; x < width; x++) {
@@ -35,22 +35,30 @@ class HeatMap {
         image.data.set(palette[byte], 4 * (row * width + x));
       }
     }
-    this.paint(image, rows, layers.length, map.experts);
+    this.paint(image, layers, map.experts);
   }
 
-  paint(image, rows, layerCount, experts) {
+  // The image beside the layers' names, under which the curves have their numbers.
+  paint(image, layers, experts) {
+    const rows = layers.length * experts;
     const height = Math.min(Math.max(rows * ROW_HEIGHT, LEAST_HEIGHT), MOST_HEIGHT);
-    Object.assign(this.canvas, { width: image.width, height });
+    Object.assign(this.canvas, { width: (image.width + AXIS_WIDTH) * devicePixelRatio, height: height * devicePixelRatio });
     this.canvas.style.height = `${height}px`;
     const source = new OffscreenCanvas(image.width, rows);
     source.getContext("2d").putImageData(image, 0, 0);
     const context = this.canvas.getContext("2d");
+    context.scale(devicePixelRatio, devicePixelRatio);
     context.imageSmoothingEnabled = false;
-    context.drawImage(source, 0, 0, image.width, height);
-    context.fillStyle = colour("ink");
-    for (let layer = 1; layer < layerCount; layer++) {
-      context.fillRect(0, Math.round((layer * experts * height) / rows), image.width, 1);
-    }
+    context.drawImage(source, AXIS_WIDTH, 0, image.width, height);
+    Object.assign(context, { textAlign: "right", textBaseline: "middle", font: "12px system-ui, sans-serif" });
+    const layerHeight = height / layers.length;
+    const every = Math.ceil(LABEL_HEIGHT / layerHeight);
+    layers.forEach((layer, i) => {
+      context.fillStyle = colour("ink");
+      if (i) context.fillRect(AXIS_WIDTH, Math.round(i * layerHeight), image.width, 1);
+      context.fillStyle = colour("quiet");
+      if (i % every === 0) context.fillText(`layer ${layer}`, AXIS_WIDTH - 6, (i + 0.5) * layerHeight);
+    });
   }
 
   offerLayers(count) {
@@ -76,7 +84,7 @@ class HeatMap {
   tell(event) {
     const map = this.view.focus.heat_map;
     const box = this.canvas.getBoundingClientRect();
-    const column = this.columnAt((event.clientX - box.left) / box.width);
+    const column = this.columnAt((event.clientX - box.left - AXIS_WIDTH) / (box.width - AXIS_WIDTH));
     const layers = this.shownLayers(map);
     const row = Math.floor(((event.clientY - box.top) / box.height) * layers.length * map.experts);
     if (column < 0 || row < 0 || row >= layers.length * map.experts) return;
