@@ -110,7 +110,7 @@ def test_csv_has_the_records_numbers(shown: ReportPage) -> None:
 
 
 def test_the_heat_map_tells_an_experts_load(shown: ReportPage) -> None:
-    """Three quarters down is expert 2 of 4 of layer 1 of 2, whose load is even; a sixteenth down expert 0 of layer 0."""
+    """Three quarters down is expert 2 of 4 of layer 1, whose load is even; a sixteenth down expert 0 of layer 0."""
     told = []
     for part in (0.75, 0.0625):
         shown.point_at("#heat-map", 0.5, part)

@@ -59,6 +59,7 @@ class View {
     const around = Math.max(CONTEXT * (last - first), LEAST_CONTEXT);
     const steps = [Math.max(finding.since - around, first), Math.min(finding.since + 3 * around, last)];
     showRuns(this);
+    showSamples(this);
     return this.zoom(steps.map((step) => run.place(step, this.axis)));
   }
 
