@@ -93,21 +93,16 @@ class ReportedRun:
             if "load" in record:
                 self.heat_map.add(step, record["load"])
         elif kind == "eval":
-            self._add_point(self.evaluations, {"step": step, "loss": _finite(record.get("loss"))})
+            while self.evaluations and self.evaluations[-1]["step"] >= step:  # the run went on from an earlier one
+                self.evaluations.pop()
+            _add_point(self.evaluations, {"step": step, "loss": _finite(record.get("loss"))})
         elif kind == "sample":
             self._add_samples(step, record.get("samples"))
         elif kind == "event" and record.get("event") in SHOWN_EVENTS:
             text = str(record.get("text") or record.get("why") or record.get("state") or "")
-            self._add_point(self.events, {"step": step, "event": record["event"], "text": text[:LONGEST_SAMPLE]})
+            _add_point(self.events, {"step": step, "event": record["event"], "text": text[:LONGEST_SAMPLE]})
         elif kind == "finding" and (finding := finding_of(record)) is not None:
             merge(self.worst, [finding])
-
-    def _add_point(self, points: list[dict[str, Any]], point: dict[str, Any]) -> None:
-        while points and points[-1]["step"] > point["step"]:  # a run that went on from an earlier step
-            points.pop()
-        points.append(point)
-        if len(points) > MOST_POINTS:
-            del points[1:-1:2]
 
     def _add_samples(self, step: int, samples: Any) -> None:
         while self.samples and self.samples[-1]["step"] >= step:
@@ -171,6 +166,12 @@ class ReportedRun:
             return load(str(self.path / CONFIG_FILE)).optimizer.max_grad_norm or None
         except P828Error:  # of an earlier version, or damaged: the curve has no line then
             return None
+
+
+def _add_point(points: list[dict[str, Any]], point: dict[str, Any]) -> None:
+    points.append(point)
+    if len(points) > MOST_POINTS:
+        del points[1:-1:2]
 
 
 def _finite(value: Any) -> float | None:
