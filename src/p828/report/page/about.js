@@ -13,6 +13,10 @@ function showAbout(view) {
     made("h2", {}, ["Command, data and machine"]), tableOf(names, about),
     ...(runs.length > 1 ? [made("h2", {}, ["What differs"]), tableOf(names, [["rows trained on", ...view.sameRows]]), differing.length ? tableOf(names, differing.map(rowOf)) : made("p", {}, ["No setting differs."])] : []),
     ...runs.flatMap((run) => planOf(run, runs.length === 1)),
+    ...runs.filter((run) => run.events.length).flatMap((run) => [
+      made("h2", {}, [runs.length === 1 ? "Events" : `Events: ${run.name}`]),
+      tableOf(["step", "", ""], run.events.map(({ step, event, text }) => [String(step), event, text])),
+    ]),
     made("h2", {}, ["Configuration"]),
     made("details", {}, [made("summary", {}, [`${keys.length} settings`]), tableOf(names, keys.map(rowOf))]),
   ];
