@@ -110,9 +110,9 @@ def test_csv_has_the_records_numbers(shown: ReportPage) -> None:
 
 
 def test_the_heat_map_tells_an_experts_load(shown: ReportPage) -> None:
-    """Three quarters down is expert 2 of 4 of layer 1, whose load is even; a sixteenth down expert 0 of layer 0."""
+    """Four fifths down is expert 2 of 4 of layer 1, whose load is even; a sixteenth down expert 0 of layer 0."""
     told = []
-    for part in (0.75, 0.0625):
+    for part in (0.81, 0.0625):
         shown.point_at("#heat-map", 0.5, part)
         told.append(shown.text("#heat-map-text").partition(", ")[2])
     assert told == ["layer 1, expert 2: 1.00 of an even share", "layer 0, expert 0: 0.500 of an even share"]
