@@ -9,8 +9,21 @@ from torch import nn
 from p828.bench.batches import random_batches
 from p828.bench.step import given_experts, most_common_dtype
 from p828.bench.systems import System
+from p828.config import OptimizerConfig
 from p828.system.device import pick_device
 from peers.interface import Peer
+
+
+def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """PyTorch's fused AdamW with a configuration's settings, for all of a model's parameters."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 class PeerStep:
@@ -23,16 +36,8 @@ class PeerStep:
         build = importlib.import_module(f"peers.{system.framework}_model").build
         self.peer: Peer = build(system, self.device, list(given_experts(config, routing)))
         self.model = self.peer.model
-        optimizer = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
-        self.accumulation, self.max_grad_norm = config.train.gradient_accumulation, optimizer.max_grad_norm
+        self.optimizer = adamw(self.model, config.optimizer)
+        self.accumulation, self.max_grad_norm = config.train.gradient_accumulation, config.optimizer.max_grad_norm
         self.batches = itertools.cycle([batch.to(self.device) for batch in random_batches(config, self.device)])
         tokens = config.train.micro_batch_size * config.data.sequence_length
         self.num_targets = torch.tensor(self.accumulation * tokens, device=self.device)

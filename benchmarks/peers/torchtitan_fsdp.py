@@ -18,6 +18,7 @@ from torchtitan.tools.utils import set_default_dtype
 
 from p828.config import Config
 from p828.data.batch import Batch
+from peers.step import adamw
 from peers.torchtitan_model import model_config, set_up
 
 
@@ -41,15 +42,7 @@ class FsdpTraining:
         self.loss = ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config()).build(compile_config=compile_config)
         self.loss.set_lm_head(self.model.lm_head)
         self.model._skip_lm_head = True  # the loss applies it, a chunk at a time
-        optimizer = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        self.optimizer = adamw(self.model, config.optimizer)
         self._losses: list[Tensor] = []
 
     def forward_backward(self, batch: Batch, num_targets: int) -> None:

@@ -347,3 +347,11 @@ def _checked(descriptor: int, path: Path, mode: str) -> BinaryIO:
 
 def _not_regular(path: Path) -> OSError:
     return OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def shown_bytes(count: float) -> str:
+    """`512 bytes`, `64.0 MB`, `1,234.5 GB`."""
+    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= divisor:
+            return f"{count / divisor:,.1f} {unit}"
+    return f"{count:,.0f} bytes"

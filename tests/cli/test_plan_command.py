@@ -1,13 +1,14 @@
 """`p828 plan` as a user calls it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from p828.cli.plan import run
+from p828.cli.plan import _rate_of_run, run
 from p828.data.tokens.format import open_manifest
 from p828.errors import ConfigError
 from runs import write_toml
@@ -70,6 +71,19 @@ def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(plan["parameters"]["by_part"].values()) == plan["parameters"]["total"]
 
 
+def test_a_rate_outside_the_fit_is_not_in_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--optimizer.learning-rate" not in shown(capsys, "quickstart")
+    within = ("800m", "--train.micro_batch_size", "8", "--train.gradient-accumulation", "32")
+    assert "--optimizer.learning-rate" in shown(capsys, *within, "--data.sequence-length", "1024")
+
+
+def test_a_short_time_is_not_told_to_be_none(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, "quickstart", "--train.steps", "1", "--schedule.warmup-steps", "0")
+    seconds = re.search(r"^time +(\S+) seconds", out, re.MULTILINE)
+    assert seconds is not None, out
+    assert 0 < float(seconds[1]) < 1
+
+
 def test_epochs_of_local_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_toml(tmp_path, train={"device": "auto"})
     size = sum(file.stat().st_size for file in (tmp_path / "text").iterdir())
@@ -128,3 +142,15 @@ def test_a_run_s_measured_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_wrong_input(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(list(arguments))
+
+
+def test_the_rate_of_a_damaged_run_is_that_of_the_numbers_it_has(tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [{"kind": "step", "step": 1, "mfu": 0.9}]  # before the last steps
+    records += [{"kind": "step", "step": step, "mfu": 0.25} for step in range(2, 102)]
+    odd = [{}, {"mfu": "NaN"}, {"mfu": "text"}, {"mfu": [0.1]}, {"mfu": None}, {"mfu": 1e300}, {"mfu": -1}, {"mfu": 0}]
+    records += [{"kind": "step", "step": step, **values} for step, values in enumerate(odd, start=102)]
+    lines = [json.dumps(record) for record in records]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:50], "no record", *lines[50:]]) + "\n")
+    assert _rate_of_run(tmp_path) == 0.25
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "step", "step": 1}) + "\n")
+    assert _rate_of_run(tmp_path) == 0.0

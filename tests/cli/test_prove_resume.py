@@ -84,7 +84,7 @@ def test_a_difference_is_reported_and_kept(
         (["--kills", "1"], "--kills 1: a whole number of at least 2"),
         (["--kills", "many"], "--kills many: a whole number"),
         (["--seed", "-1"], "--seed -1: a whole number of at least 0"),
-        (["--ranks", "2"], '--ranks 2: accepted with --engine deepspeed; engine = "plain"'),
+        (["--ranks", "2"], '--ranks 2: accepted with --engine sharded or deepspeed; engine = "plain"'),
         (["--resume-ranks", "2"], "--resume-ranks: accepted with --ranks"),
         (["--ranks", "2", "--resume-ranks", "3", "--engine", "deepspeed"], "a divisor of a step's 4 micro-batches"),
         (["--kill", "3"], "unknown flag --kill; did you mean --kills?"),

@@ -30,7 +30,7 @@ ENDLESS = ("--train.steps", "100000")
 # float32 sums in another order: units of 2^-24 of a loss near 4, which 20 steps of training multiply
 PROBES = (
     "future_leak", "document_leak", "row_leak", "position_error", "evaluation_difference", "loss_difference", "reroute",
-    "validation_overlap",
+    "batch_leak", "validation_overlap",
 )  # fmt: skip
 TOLERANCE = 1e-5
 

@@ -132,10 +132,10 @@ from p828.engine.deepspeed.engine import DeepSpeedEngine
 
 step = DeepSpeedEngine.step
 
-def fail_in_the_third(self, learning_rate):
+def fail_in_the_third(self, *arguments):
     if self._updates == 2 and os.environ["RANK"] == "0":
         raise RuntimeError("made up")
-    return step(self, learning_rate)
+    return step(self, *arguments)
 
 DeepSpeedEngine.step = fail_in_the_third
 sys.exit(dispatch(sys.argv[1:]))

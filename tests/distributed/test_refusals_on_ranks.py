@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from launch import ENDLESS, cases, launched, messages, the_message, torchrun
+from launch import ENDLESS, cases, launched, messages, the_message
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -23,13 +23,6 @@ def test_a_deepspeed_file(config: Path, tmp_path: Path, content: str, expected: 
     assert str(path) in message
     assert expected in message
     assert f"  traceback : {message}\n" in err.partition("Root Cause")[2], "torchrun's report ends with it, too"
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.long
-def test_the_plain_engine_under_a_launcher(config: Path, tmp_path: Path) -> None:
-    with launched(config, tmp_path / "runs" / "wrong", None, 2, launcher=torchrun(2)) as launch:
-        assert 'engine = "plain" trains on one device, and WORLD_SIZE = 2' in the_message(launch)
     assert not (tmp_path / "runs").exists()
 
 

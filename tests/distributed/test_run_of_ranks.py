@@ -54,6 +54,16 @@ def test_a_step_that_changes_with_the_ranks_is_reported(
     assert "ranks = 2, now 1: a step had 8 rows, and has 4; --train.gradient-accumulation 4 keeps that" in out
 
 
+@pytest.mark.long
+def test_an_engine_is_chosen_for_several_processes(config: Path, whole: Run, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "chosen"
+    with launched(config, run, None, 2, launcher=torchrun(2)) as launch:
+        code, out, err = launch.end()
+    assert code == 0, err
+    assert (out + err).count('2 processes: engine = "sharded", ZeRO stage 1\n') == 1
+    assert_same_training(run, whole(None, 1))
+
+
 def launch_script(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"GPUS": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     script = Path(__file__).parents[2] / "launch_distributed.sh"

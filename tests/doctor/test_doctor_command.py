@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from p828.cli.doctor import run_of
 from p828.cli.main import dispatch
+from p828.cli.run_name import run_of
 from p828.cli.status_lines import status_lines
 from p828.doctor import room, run_directory, versions
 from p828.files import locked
@@ -135,14 +135,14 @@ def test_a_run_is_known_by_its_directory_and_by_its_name(
         make_run(Path(name))
     (Path("runs/new")).mkdir()
     Path("runs/new/config.toml").write_text("")
-    assert run_of("mine") == Path("runs/mine")
-    assert run_of("runs/mine") == Path("runs/mine")
-    assert run_of("elsewhere") == Path("elsewhere")
-    assert run_of("runs/new") is None  # without records it is a configuration
+    assert run_of("mine", "doctor") == Path("runs/mine")
+    assert run_of("runs/mine", "doctor") == Path("runs/mine")
+    assert run_of("elsewhere", "doctor") == Path("elsewhere")
+    assert run_of("runs/new", "doctor") is None  # without records it is a configuration
     for name in ("", "mine.toml", "nothing", "quickstart", "\0", "x" * 5000):
-        assert run_of(name) is None
+        assert run_of(name, "doctor") is None
     assert capsys.readouterr().err == ""
-    assert run_of("60m") is None
+    assert run_of("60m", "doctor") is None
     assert "p828 doctor runs/60m is about the run" in capsys.readouterr().err
 
 
@@ -225,6 +225,9 @@ def test_a_runs_findings_are_told_with_cause_and_remedy(
     found = json.loads(capsys.readouterr().out)
     assert (found["run"], found["state"], found["step"]) == ("runs/bad", "complete", 50)
     assert "learning_rate_high" in [finding["rule"] for finding in found["findings"]]
+    worst = next(finding for finding in found["findings"] if finding["severity"] == "critical")
+    assert (found["health"], found["finding"]) == ("critical", worst["rule"])
+    assert "unread_bytes" not in found
     assert {"rule", "severity", "step", "since", "evidence", "cause", "remedy", "reference"} <= set(
         found["findings"][0]
     )
@@ -268,3 +271,22 @@ def test_a_run_is_looked_at_without_pytorch(tmp_path: Path) -> None:
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_runs_health_is_that_of_the_findings_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the run's own rules found nothing, or could not look."""
+    make_run(tmp_path / "run")
+    said = {"kind": "event", "step": 1, "event": "health_failed"}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(said) + "\n")
+    assert dispatch(["doctor", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["findings"], found["health"], found["finding"]) == ([], "ok", "")
+
+
+def test_lines_that_are_no_records_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        '{"kind": "data", "step": 0}\nodd\n{"kind": "data", "step": 0}\n[]\n'
+    )
+    assert dispatch(["doctor", str(tmp_path / "run")]) == 0
+    assert "line 2 is not a record, and 1 more are none. They are passed over" in capsys.readouterr().err

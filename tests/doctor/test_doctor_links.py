@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from typing import Literal
 
 import psutil
 import pytest
@@ -82,13 +83,41 @@ def test_a_far_network_card_is_told() -> None:
 
 
 def test_the_gradient_is_what_the_engine_sums() -> None:
-    numbers = count_parameters(load("60m").model).total or 1
-    once = gradient_of(DEEPSPEED)
-    each = gradient_of(replace(DEEPSPEED, deepspeed=replace(DEEPSPEED.deepspeed, stage=2)))
-    assert once[1] == 1
-    assert each == (once[0] // 2, DEEPSPEED.train.gradient_accumulation)
-    assert once[0] > 4 * numbers  # with the vocabulary that the tokenizer gives
-    assert gradient_of(None)[1] == gradient_of(Config())[1] == 1
+    numbers = count_parameters(with_vocabulary(DEEPSPEED).model).total
+    micro_batches = DEEPSPEED.train.gradient_accumulation
+    assert gradient_of(DEEPSPEED, 2) == (4 * numbers, 1)
+    second = replace(DEEPSPEED, deepspeed=replace(DEEPSPEED.deepspeed, stage=2))
+    assert gradient_of(second, 2) == (2 * numbers, micro_batches)
+    assert gradient_of(None, 2)[1] == gradient_of(Config(), 2)[1] == 1
+
+
+@pytest.mark.parametrize(
+    "engine, stage, dtype, size, is_once",
+    [
+        ("plain", 3, "auto", 4, True),
+        ("sharded", 1, "auto", 4, True),
+        ("sharded", 2, "auto", 2, False),
+        ("sharded", 3, "bfloat16", 2, False),
+        ("sharded", 3, "float32", 4, False),
+        ("deepspeed", 3, "auto", 4, True),
+    ],
+)
+def test_the_stage_is_that_of_the_engine_in_use(
+    engine: Literal["plain", "sharded", "deepspeed"],
+    stage: int,
+    dtype: Literal["auto", "float32", "bfloat16"],
+    size: int,
+    is_once: bool,
+) -> None:
+    """The other engine's section has another stage."""
+    config = replace(DEEPSPEED, engine=engine, train=replace(DEEPSPEED.train, dtype=dtype))
+    config = replace(
+        config,
+        sharded=replace(config.sharded, stage=stage),
+        deepspeed=replace(config.deepspeed, stage=1 if engine == "deepspeed" else 4 - stage),
+    )
+    numbers = count_parameters(with_vocabulary(config).model).total
+    assert gradient_of(config, 2) == (size * numbers, 1 if is_once else config.train.gradient_accumulation)
 
 
 def test_processes_sum_and_are_timed() -> None:

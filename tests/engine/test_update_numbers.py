@@ -59,12 +59,26 @@ def test_numbers_by_part_are_those_of_whole_parameters(
         assert numbers["update_ratios"][part] == pytest.approx(ratio, rel=2 * tolerance)
         share = torch.cat(changed[part]).double().mean().item()
         assert numbers["changed"][part] == pytest.approx(share, abs=1e-9 if tolerance < 0.01 else 0.1)
+    assert ("low_bits" in numbers) is (dtype == "bfloat16")
     if dtype == "bfloat16":
+        low_bits = numbers["low_bits"]
+        assert low_bits["attention"] == pytest.approx(1.0, abs=0.01)  # all 16 are 0 once in 65,536 numbers
+        assert low_bits["norms"] == low_bits["router"] == 0.0, "the layers have float32 of them"
         assert 0.02 < numbers["changed"]["routed_experts"] < 0.98, "some updates are below the weights' last bit"
     sinks = [layer.self_attn.sinks.mean().item() for layer in engine.model.layers if layer.self_attn.sinks is not None]
     assert numbers["sink_mean"] == pytest.approx(sinks)
     biases = [layer.mlp.gate.e_score_correction_bias.abs().max().item() for layer in engine.model.layers]
     assert numbers["bias_max"] == pytest.approx(biases)
+
+
+def test_masters_that_lose_their_low_bits(tmp_path: Path) -> None:
+    engine = PlainEngine(run_config(tmp_path, train={"dtype": "bfloat16"}))
+    for _ in range(2):
+        engine.forward_backward(batch_of(engine.config, 1, 2), 64)
+        numbers: dict[str, Any] = engine.step(3e-4, is_measured=True).numbers()
+        for master in engine.masters.by_parameter.values():
+            master.low_bits.zero_()
+    assert set(numbers["low_bits"].values()) == {0.0}
 
 
 def test_an_update_that_is_not_applied_changes_nothing(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The sharded engine on GPUs, its phases captured: on one beside the plain engine, and on two beside one."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,32 +17,25 @@ STEPS = 8
 # bfloat16 arithmetic: a step's rounding, 2^-9 of each product, leads the two runs apart by some hundredths of a nat.
 TOLERANCE = 0.05
 WORKER = """
-import json, sys
+import dataclasses, json, sys
 from p828.bench.batches import random_batches
-from p828.config import ShardedConfig, load
+from p828.config import ShardedConfig, load, with_vocabulary
 from p828.distributed.group import joined
 from p828.engine.sharded.engine import ShardedEngine
-import dataclasses
+
+config = dataclasses.replace(with_vocabulary(load(sys.argv[1])), engine="sharded")
 found = []
-config = load(sys.argv[1])
-for stage in (1, 2, 3):
-    given = dataclasses.replace(config, engine="sharded", sharded=ShardedConfig(stage=stage))
-    given = dataclasses.replace(given, model=dataclasses.replace(given.model, vocab_size=300))
-    if stage == 1:
-        context = joined(given)
-        ranks = context.__enter__()
-    engine = ShardedEngine(given, ranks)
-    batches = random_batches(given, engine.device)
-    losses = []
-    for step in range(6):
-        own = [batches[(step + number) % 4] for number in range(2)]
-        for batch in own:
-            engine.forward_backward(batch, ranks.size * sum(b.num_targets for b in own))
-        losses.append(engine.step(1e-3).loss)
-    found.append(losses)
-if ranks.is_first:
-    print(json.dumps(found))
-context.__exit__(None, None, None)
+with joined(config) as ranks:
+    for stage in (1, 2, 3):
+        engine = ShardedEngine(dataclasses.replace(config, sharded=ShardedConfig(stage=stage)), ranks)
+        batches, losses = random_batches(config, engine.device), []
+        for step in range(6):
+            own = [batches[(step + number) % 4] for number in range(config.train.gradient_accumulation)]
+            for batch in own:
+                engine.forward_backward(batch, sum(one.num_targets for one in own))
+            losses.append(engine.step(1e-3).loss)
+        found.append(losses)
+print(json.dumps(found))
 """
 
 
@@ -94,7 +86,7 @@ def test_beside_the_plain_engine(
 def test_the_stages_are_one_arithmetic(cuda: torch.device, toml: Path) -> None:
     """Their sums are float32 at every stage, so that losses differ by the order of sums alone."""
     command = [sys.executable, "-c", WORKER, str(toml)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=toml.parent, env={**os.environ})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=toml.parent)
     assert done.returncode == 0, done.stderr[-4000:]
     first, *others = json.loads(done.stdout)
     for losses in others:

@@ -1,4 +1,4 @@
-"""Twenty runs in which nothing is broken, as different as users' are."""
+"""Runs in which nothing is broken, as different as users' are."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from cases import Healthy, Settings, Strength
 from corpus import files
+from injections.machine import compiled_quickly
 from injections.patching import replaced
 
 import p828.data.loader
@@ -108,6 +109,7 @@ HEALTHY = (
     Healthy("recomputed, accumulated", _changes(train={"gradient_checkpointing": True, "micro_batch_size": 1,
                                                        "gradient_accumulation": 8}, model={"dropout": 0.1})),
     Healthy("bfloat16, documents not masked", _changes(train={"dtype": "bfloat16"}, model={"mask_documents": False})),
+    Healthy("compiled", _changes(train={"compile": "on"}), inject=compiled_quickly),
     Healthy("ended by a signal and resumed", is_resumed=True),
     Healthy("rolled back", _changes(rollback={"after_steps": 2, "spike_threshold": 1.0}), inject=two_bad_steps),
 )  # fmt: skip

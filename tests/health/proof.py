@@ -36,13 +36,17 @@ def main() -> None:
 
 
 def prove(wanted: list[ProofRun], directory: Path, jobs: int | None, again: bool = False) -> list[Verdict]:
-    """Make the runs that are missing, and judge each; prints a line of each as it ends."""
+    """Make the runs that are missing, and judge each; prints a line of each as it ends, or why it is skipped."""
     os.environ["OMP_NUM_THREADS"] = "1"  # several runs share the cores
     directory.mkdir(parents=True, exist_ok=True)
     corpus = write_corpus(directory / "corpus")
 
-    def proved(run: ProofRun) -> Verdict:
-        if again or not (directory / f"{run.name}.log").exists():
+    def proved(run: ProofRun) -> Verdict | None:
+        is_missing = again or not (directory / f"{run.name}.log").exists()
+        if is_missing and run.cannot:
+            print(f"skipped {run.name}: {run.cannot}\n", end="", flush=True)
+            return None
+        if is_missing:
             shutil.rmtree(directory / run.name, ignore_errors=True)
             for suffix in (".log", FOUND):
                 (directory / f"{run.name}{suffix}").unlink(missing_ok=True)
@@ -52,7 +56,7 @@ def prove(wanted: list[ProofRun], directory: Path, jobs: int | None, again: bool
         return verdict
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(proved, wanted))
+        return [verdict for verdict in pool.map(proved, wanted) if verdict is not None]
 
 
 def line(verdict: Verdict) -> str:

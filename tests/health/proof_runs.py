@@ -1,9 +1,11 @@
 """Makes the runs of the proof, each in a process of its own."""
 
+import functools
 import json
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -65,6 +67,11 @@ class ProofRun:
         case = self.case
         return case.settings(corpus) if isinstance(case, Healthy) else case.settings(self.strength_value, corpus)
 
+    @property
+    def cannot(self) -> str:
+        """Why the run cannot be made here; empty if it can."""
+        return "mounting a tmpfs is not permitted here" if self.has_own_disk and not may_mount() else ""
+
     def make(self, corpus: Path, directory: Path) -> Path:
         """The run's directory, once the run has ended. What it printed is beside it, in NAME.log."""
         settings = joined(base(corpus), self.changes(corpus), {"train": {"seed": self.seed}})
@@ -109,6 +116,17 @@ def wait_for_finding(process: ForkServerProcess, run: Path, rules: Sequence[str]
         process.join(LOOK_EVERY * 10)
         found = findings_of(run) if (run / RECORDS_FILE).exists() else []
     run.with_name(run.name + FOUND).write_text(json.dumps([finding.to_json() for finding in found]))
+
+
+@functools.cache
+def may_mount() -> bool:
+    """Whether a small tmpfs can be mounted, which takes root, and a container that lets it."""
+    with tempfile.TemporaryDirectory() as place:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place]
+        if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+            return False
+        subprocess.run(["umount", "-l", place], check=True)
+        return True
 
 
 @contextmanager

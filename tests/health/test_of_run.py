@@ -14,6 +14,7 @@ from p828.errors import ConfigError
 from p828.files import locked
 from p828.health.finding import Finding, finding_of
 from p828.health.of_run import findings_of, window_of
+from p828.runs.summary import summary
 
 OLD = Path(__file__).parents[1] / "data_of_old_versions" / "runs"
 
@@ -83,3 +84,14 @@ def test_a_lock_that_is_held_and_old_records_are_a_hang(tmp_path: Path) -> None:
 def test_rules_need_no_torch() -> None:
     code = "import sys, p828.health.of_run; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 10**400, 1e308, "x", None, [[1]], [1, "a"], [None] * 4, {"a": "b"}])
+def test_an_odd_number_under_any_key_ends_nothing(tmp_path: Path, value: object) -> None:
+    records = healthy(40)
+    keys = {key for record in records for key in record} - {"kind"} | {"rank_memory_bytes", "load", "rows", "aux_loss"}
+    for key in sorted(keys):
+        odd = [{**record, key: value} for record in records]
+        run = write_run(tmp_path / key, odd)
+        findings_of(run)
+        summary(run)

@@ -98,7 +98,7 @@ FAULTS: dict[str, tuple[list[Record], Facts]] = {
     "non_finite": (steps(lambda r: skipped(r, loss=NAN), 198), FACTS),
     "expert_gradient_norm": (steps(only("routed_experts", 2.0, "grad_norms"), 100), FACTS),
     "loss_normalisation": (probed(loss_difference=loss(STEPS) / 2), FACTS),
-    "attention_leak": (probed(row_leak=0.4), FACTS),
+    "attention_leak": (probed(batch_leak=0.4), FACTS),
     "token_out_of_vocabulary": (steps(lambda r: {"max_token": 300}, 150), FACTS),
     "validation_leak": (probed(validation_overlap=0.5), FACTS),
     "evaluation_not_deterministic": (probed(evaluation_difference=0.01), facts(dropout=0.1)),
@@ -214,6 +214,15 @@ def test_gradients_of_experts_that_are_scaled_are_of_another_order(times: float)
     assert "times that of the other matrices" in findings[0].evidence
 
 
+def test_gradients_of_odd_data_say_nothing_of_the_experts() -> None:
+    parts = {**dict.fromkeys(PARTS, 0.3), "routed_experts": 0.25 * 16}
+    norm = math.sqrt(sum(part**2 for part in parts.values()))
+    odd = {"grad_norm": norm, "grad_norms": parts}
+    noisy = trained(lambda r: {**odd, "loss": 4.5} if r["step"] < 180 else {}, 160)
+    for count in range(160, STEPS):
+        assert {"expert_gradient_norm"}.isdisjoint(rules(noisy[: count + 1]))
+
+
 def test_a_bias_that_is_back_at_zero_is_no_bias_that_stands_still() -> None:
     """It swings by its rate, and every measured step is an even one."""
     swinging = steps(lambda r: {"bias_max": [0.0, 0.0]} if "bias_max" in r else {})
@@ -258,6 +267,35 @@ def test_bfloat16_numbers_change_now_and_then(share: float, expected: list[str])
         return {"changed": dict.fromkeys(PARTS, share), "update_ratios": dict.fromkeys(PARTS, ratio)}
 
     assert rules(steps(change), BFLOAT16) == expected
+
+
+@pytest.mark.parametrize("share, expected", [(1.0, []), (0.0, ["updates_lost"])])
+def test_bfloat16_masters_have_bits_of_their_own(share: float, expected: list[str]) -> None:
+    """At a low rate few numbers change, and updates of the usual size say nothing of what is dropped after them."""
+    low_bits = {"changed": dict.fromkeys(PARTS, 0.1), "low_bits": {"attention": share, "norms": 0.0}}
+    assert rules(steps(lambda r: low_bits if "changed" in r else {}), BFLOAT16) == expected
+
+
+def test_small_updates_are_the_cause_of_a_loss_that_stands_still() -> None:
+    """Of a rate that is as it should be: a large eps makes the optimizer's steps small."""
+    flat = trained(lambda r: {"loss": 5.7 + noise(r["step"])}, of=SLOW)
+    small = changed(flat, 1, lambda r: {"update_ratios": dict.fromkeys(PARTS, 1e-9)} if "update_ratios" in r else {})
+    assert rules(small, SLOW) == ["update_ratio"]
+
+
+@pytest.mark.parametrize("compiling, expected", [(2, []), (3, ["recompiling"])])
+@pytest.mark.parametrize("start", [0, 100])
+def test_a_start_that_goes_on_compiling(start: int, compiling: int, expected: list[str]) -> None:
+    """PyTorch gives up before the steps in which a sound start does not compile any more."""
+    records = steps(lambda r: {"compilations": 2} if start < r["step"] <= start + compiling else {})
+    resumed = [*records[:104], RESUME, *records[104:]] if start else records
+    assert rules(resumed) == expected
+
+
+@pytest.mark.parametrize("steps_of_it, expected", [(7, []), (8, ["data_repeats"])])
+def test_rows_that_are_twice_in_a_step(steps_of_it: int, expected: list[str]) -> None:
+    records = steps(lambda r: {"repeated_rows": 0.125}, STEPS - steps_of_it + 1)
+    assert rules(records) == expected
 
 
 def test_loss_that_rises_over_5000_steps() -> None:

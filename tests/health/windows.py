@@ -99,7 +99,13 @@ def evaluation(step: int, value: float | None = None) -> Record:
 
 
 def probe(step: int, **numbers: float) -> Record:
-    healthy = {"future_leak": 1e-6, "document_leak": 0.0, "row_leak": 1e-6, "evaluation_difference": 0.0}
+    healthy = {
+        "future_leak": 1e-6,
+        "document_leak": 0.0,
+        "row_leak": 1e-6,
+        "batch_leak": 1e-6,
+        "evaluation_difference": 0.0,
+    }
     return {"kind": "probe", "step": step, **healthy, "loss_difference": 1e-5, "validation_overlap": 0.0, **numbers}
 
 

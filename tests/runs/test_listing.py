@@ -67,6 +67,7 @@ def test_its_numbers_are_those_of_the_records(whole: Path) -> None:
     assert (found.best_loss, found.best_step) == (best["loss"], best["step"])
     assert found.tokens_per_second == median(line["tokens_per_second"] for line in steps)
     assert found.unread_bytes == 0
+    assert found.why == "", "the state says it"
 
 
 def test_only_the_end_of_long_records_is_read(copy: Path) -> None:
@@ -81,7 +82,7 @@ def test_only_the_end_of_long_records_is_read(copy: Path) -> None:
     )
     assert (found.loss, found.best_loss, found.best_step) == (before.loss, before.best_loss, before.best_step)
     lines = as_lines(Listing([found], []), "runs")
-    assert "Of 1 runs only the end of the records was read: earlier findings are not counted." in lines
+    assert "Of 1 run only the end of the records was read: earlier findings are not counted." in lines
 
 
 def test_a_run_that_is_trained_killed_and_paused(tmp_path: Path) -> None:
@@ -137,6 +138,10 @@ def test_health_is_the_worst_finding(copy: Path) -> None:
     assert summary(copy).health is None, "nobody has watched it"
     config.write_text(config.read_text() + '\n[health]\non_critical = "continue"\n')
     assert summary(copy).health == "ok"
+    append(copy, {"kind": "event", "step": 9, "event": "health_failed", "text": "the rules failed"})
+    assert summary(copy).health == "failed"
+    append(copy, {"kind": "data", "step": 9, "sources": []})
+    assert summary(copy).health == "ok", "its next start has rules again"
     append(copy, FINDING)
     assert (summary(copy).health, summary(copy).finding) == ("warning", "load_imbalance")
     append(copy, {**FINDING, "severity": "critical", "rule": "divergence"}, {**FINDING, "severity": "note"})

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from p828.cli.compare import _pairs
 from p828.cli.main import dispatch
 from p828.config import Config
-from p828.runs.side_by_side import APART, SMOOTHED, Comparison, side_by_side
+from p828.runs.side_by_side import APART, SMOOTHED, Comparison, Difference, side_by_side
 from runs import write_text, write_toml
 
 OLD = Path(__file__).parents[1] / "data_of_old_versions" / "runs"
@@ -97,6 +98,15 @@ def test_where_rows_and_losses_part(whole: Path, other: Path) -> None:
     assert found.curves.apart_from_step == 9, "0.75 nats in the mean of nine steps"
 
 
+def test_a_damaged_line_makes_no_difference(whole: Path, other: Path) -> None:
+    """The means are over the steps that both have."""
+    change(other, lambda record: None if record["kind"] == "step" and record["step"] == 3 else record)
+    curves = side_by_side(whole, other).curves
+    assert curves is not None
+    assert (curves.first_unequal_step, curves.apart_from_step) == (None, None)
+    assert all(point.first == point.second for point in curves.by_step)
+
+
 def test_losses_that_are_not_finite_hide_nothing(whole: Path, other: Path) -> None:
     change(other, lambda record: {**record, "loss": "NaN"} if record["step"] == 3 and "rows" in record else record)
     curves = side_by_side(whole, other).curves
@@ -142,6 +152,47 @@ def test_the_command(whole: Path, other: Path, capsys: pytest.CaptureFixture[str
     assert dispatch(["compare", str(whole), str(other), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["settings"] == [{"name": "optimizer.weight_decay", "first": 0.01, "second": 0.1, "default": 0.01}]
+
+
+def test_every_command_knows_a_run_by_its_name(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(whole.parents[1])
+    for arguments in (["compare", "whole", "runs/whole"], ["doctor", "whole"], ["batch", "whole", "--step", "3"]):
+        assert dispatch(arguments) == 0, arguments
+    assert dispatch(["plan", "whole", "--train.device", "auto"]) == 0, capsys.readouterr().err
+    assert dispatch(["batch", "whale", "--step", "3"]) == 2
+
+
+@pytest.mark.parametrize("columns", [46, 60, 100])
+def test_what_is_told_of_runs_fits_the_terminal(
+    whole: Path, other: Path, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(whole.parents[1])
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shutil.copytree(whole, other / "runs" / "failed")
+    ended = {"kind": "event", "event": "ended", "step": 12, "state": "failed", "why": "a long reason, " * 9}
+    path = other / "runs" / "failed" / "metrics.jsonl"
+    path.write_text(path.read_text() + json.dumps(ended) + "\n")
+    change(other, lambda record: {**record, "loss": 9.0} if record["kind"] == "step" else record)
+    shutil.copytree(other, "other", dirs_exist_ok=True)
+    told: dict[str, str] = {}
+    for arguments in (
+        ["compare", "whole", "other"], ["batch", "whole", "--step", "3"], ["runs", "other/runs"],
+        ["doctor", "other"], ["plan", "whole", "--train.device", "auto", "--gpus", "1"],
+    ):  # fmt: skip
+        dispatch(arguments)
+        told[arguments[0]] = capsys.readouterr().out
+    shard = str(next((whole.parents[1] / "text").iterdir()).parent)
+    for command, out in told.items():
+        longest = [line for line in out.splitlines() if len(line) > columns and shard not in line]
+        assert out, command
+        assert longest == [], command
+
+
+def test_a_short_value_beside_a_long_one_takes_a_line_each() -> None:
+    one = Difference("data.files", "a.txt", "b" * 40)
+    assert len(_pairs([one])) == 2
 
 
 def test_wrong_input(whole: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

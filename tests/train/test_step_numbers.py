@@ -1,22 +1,42 @@
 """What a step's record says of data and machine."""
 
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from p828.cli.main import dispatch
-from p828.data.loader import Loader
+from p828.data.batch import Sample
+from p828.data.loader import Loader, make_batch
 from p828.runs import records
+from p828.runs.train_state import BatchStats
 from p828.system.device import compiled_graphs
+from p828.train.fetch import rows_in_twice
 from runs import write_toml
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
     return [line for line in records.read(run / "metrics.jsonl") if line["kind"] == "step"]
+
+
+def test_rows_of_one_epoch_that_are_twice_in_a_step_are_counted() -> None:
+    first, second = (
+        [Sample(np.full(9, token), np.zeros(9, np.int32)) for token in tokens] for tokens in ([1, 2], [2, 3])
+    )
+    later = [dataclasses.replace(sample, epoch=1) for sample in first]
+    stats = BatchStats.of([make_batch(rows, True) for rows in (first, second, later)], 1)
+    assert (stats.rows, stats.repeated_rows) == (6, 1)
+
+
+@pytest.mark.parametrize("keys, twice", [([5, 6, 7], 1), ([5, 6, 5], 5), ([5, 5, 5], 9)])
+def test_ranks_that_have_the_same_rows(keys: list[int], twice: int) -> None:
+    """Of four rows on each rank; the first one has a row twice by itself."""
+    assert rows_in_twice(keys, [4, 4, 4], [1, 0, 0]) == twice
 
 
 def test_a_step_says_what_it_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

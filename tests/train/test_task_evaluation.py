@@ -110,8 +110,8 @@ def test_a_task_that_fails_and_a_diverged_model_are_events(
 
     step = PlainEngine.step
 
-    def ruined(self: PlainEngine, learning_rate: float) -> Any:
-        result = step(self, learning_rate)
+    def ruined(self: PlainEngine, *arguments: Any) -> Any:
+        result = step(self, *arguments)
         with torch.no_grad():
             self.model.head_weight.fill_(math.nan)
         return result

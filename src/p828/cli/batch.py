@@ -5,13 +5,13 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from p828.cli.flags import parse_given
 from p828.cli.output import printable
+from p828.cli.run_name import run_named
 from p828.config.rules import check_path
 from p828.data.trace import MANY_REPEATS, TracedRow
 from p828.errors import ConfigError, RunFailed, warn
@@ -30,13 +30,13 @@ DESCRIPTION = (
     "that the step's record has. With --losses the model of that checkpoint says which rows and documents it finds "
     "hard, the hardest first. Exit code 1 if they are other rows: the data has changed since."
 )
-WIDEST = 120
+WIDEST, NARROWEST = 120, 20  # columns
 
 
 @dataclass(frozen=True)
 class Arguments:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run's directory."""
+    """A run's directory, or its name under runs/."""
     step: Annotated[int, tyro.conf.arg(metavar="N", help_behavior_hint="(required)")] = 0
     """The step, counted from 1."""
     losses: bool = False
@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> None:
     if "device" in flags and not given.losses:
         raise ConfigError("--device: accepted with --losses")
     with waiting(f"reading {given.run} and its data up to step {given.step:,}", warn):
-        found = interruptible(lambda: documents_of_step(Path(given.run), given.step, warn))
+        found = interruptible(lambda: documents_of_step(run_named(given.run), given.step, warn))
         rows = list(zip(found.rows, _losses(found, given), strict=True))
     if given.losses:
         rows.sort(key=lambda row: -(row[1].loss or 0.0) if row[1] else 0.0)
@@ -118,17 +118,22 @@ def _as_lines(found: StepBatch, rows: Rows, numbers: dict[int, int]) -> list[str
     if any(loss is not None for _, loss in rows):
         lines.append("losses  by the model of that checkpoint, in nats per token; the hardest rows first")
     lines += [f"source  {note}" for note in found.notes]
-    return lines + [line for row, loss in rows for line in _row(numbers[id(row)], row, loss)]
+    width = max(min(shutil.get_terminal_size().columns, WIDEST), NARROWEST)
+    wrapped = [line for text in lines for line in _wrap(text, width, "", " " * 8)]
+    return wrapped + [line for row, loss in rows for line in _row(numbers[id(row)], row, loss, width)]
 
 
-def _row(number: int, row: TracedRow, loss: RowLoss | None) -> list[str]:
-    width = max(min(shutil.get_terminal_size().columns, WIDEST), 40)
+def _row(number: int, row: TracedRow, loss: RowLoss | None, width: int) -> list[str]:
     of_row = "" if loss is None or loss.loss is None else f", loss {loss.loss:.3f}"
     repeats = f", repeats an n-gram {row.repeats:,} times" if row.repeats >= MANY_REPEATS else ""
-    lines = [f"row {number}, {row.source}{of_row}{repeats}"]
+    lines = _wrap(f"row {number}, {row.source}{of_row}{repeats}", width, "", "    ")
     own = loss.documents if loss is not None else [None] * len(row.documents)
     for document, nats in zip(row.documents, own, strict=False):
         begin = "" if nats is None else f"loss {nats:.3f}: "
         text = f"{begin}{document.tokens:,} tokens of {document.in_words()}"
-        lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+        lines += _wrap(text, width, "  ", "    ")
     return lines
+
+
+def _wrap(text: str, width: int, first: str, further: str) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=further, break_on_hyphens=False)

@@ -6,13 +6,13 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from p828.cli.flags import parse
 from p828.cli.output import printable
+from p828.cli.run_name import run_named
 from p828.config.rules import check_path
 from p828.config.values import shown
 from p828.errors import warn
@@ -25,13 +25,13 @@ DESCRIPTION = (
     "losses at the same step and after as many tokens, validation, speed and memory. Runs that train now are accepted."
 )
 LABEL = 30
-WIDEST = 120
+WIDEST, NARROW, NARROWEST = 120, 72, 20  # columns
 
 
 @dataclass(frozen=True)
 class Arguments:
     first: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run's directory."""
+    """A run's directory, or its name under runs/."""
     second: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Another's."""
     json: bool = False
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> None:
     for path in (given.first, given.second):
         check_path("RUN", path)
     with waiting("reading the records of both runs", warn):
-        found = side_by_side(Path(given.first), Path(given.second))
+        found = side_by_side(run_named(given.first), run_named(given.second))
     if given.json:
         print(
             json.dumps({"first": given.first, "second": given.second, **found.to_json()}, indent=1, default=str),
@@ -55,13 +55,26 @@ def run(arguments: list[str]) -> None:
 
 def as_lines(found: Comparison, first: str, second: str) -> list[str]:
     """The comparison as text, a block a subject."""
-    lines = [f"{'':<{LABEL}}  first: {first}", f"{'':<{LABEL}}  second: {second}"]
+    width = min(shutil.get_terminal_size().columns, WIDEST)
+    indent = " " * (LABEL + 2) if width >= NARROW else ""
+    lines = [f"{indent}first: {first}", f"{indent}second: {second}"]
     lines += ["", "settings" if found.settings else "settings: all the same", *_pairs(found.settings)]
     lines += ["", "versions" if found.versions else "versions: the same", *_pairs(found.versions)]
     lines += ["", *_data(found), *_pairs(found.data)]
     lines += ["", *(_curves(found.curves) if found.curves else ["losses: one of them has made no step"])]
     lines += ["", "speed", *_pairs(found.speed)] if found.speed else []
-    return lines
+    return [part for line in lines for part in _wrapped(line, width)]
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """A line that is too long, as several ones; lines of tables are made to fit before."""
+    if len(line) <= width:
+        return [line]
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.wrap(
+        line.strip(), max(width, NARROWEST), initial_indent=indent, subsequent_indent=indent + "  ",
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _data(found: Comparison) -> list[str]:
@@ -90,11 +103,16 @@ def _curves(curves: Curves) -> list[str]:
 
 
 def _points(name: str, points: Sequence[Point]) -> list[str]:
-    lines = [f"  {name:>15}{'first':>11}{'second':>11}{'second − first':>18}"]
+    sizes = (15, 11, 11, 18)
+    if shutil.get_terminal_size().columns < sum(sizes) + 2:
+        sizes = (max([len(name), *(len(f"{point.at:,}") for point in points)]), 9, 9, 16)
+    heads = (name, "first", "second", "second − first")
+    lines = [f"  {''.join(f'{head:>{size}}' for head, size in zip(heads, sizes, strict=True))}"]
     for point in points:
         losses = (point.first, point.second, point.second - point.first)
         lines.append(
-            f"  {point.at:>15,}" + "".join(_loss(loss, size) for loss, size in zip(losses, (11, 11, 18), strict=True))
+            f"  {point.at:>{sizes[0]},}"
+            + "".join(_loss(loss, size) for loss, size in zip(losses, sizes[1:], strict=True))
         )
     return lines
 
@@ -104,7 +122,7 @@ def _loss(loss: float, size: int) -> str:
 
 
 def _pairs(differences: Sequence[Difference]) -> list[str]:
-    """A line for each, with both values in columns, or two where they are long."""
+    """A line for each, with both values in columns; a line for each value where one is long."""
     width = min(shutil.get_terminal_size().columns, WIDEST)
     room = max((width - LABEL - 6) // 2, 8)
     lines = []
@@ -112,6 +130,9 @@ def _pairs(differences: Sequence[Difference]) -> list[str]:
         texts = [_value(value, one) for value in (one.first, one.second)]
         if len(one.name) <= LABEL - 2 and all(len(text) <= room for text in texts):
             lines.append(f"  {one.name:<{LABEL}}{texts[0]:<{room}}  {texts[1]}")
+            continue
+        if len(one.name) <= LABEL - 2 and all(len(text) <= width - LABEL - 2 for text in texts):
+            lines += [f"  {one.name:<{LABEL}}{texts[0]}", f"  {'':<{LABEL}}{texts[1]}"]
             continue
         lines.append(f"  {one.name}")
         for text in texts:

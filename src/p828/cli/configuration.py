@@ -9,6 +9,7 @@ import tyro
 
 from p828.api import settled
 from p828.cli.flags import HELP, parse_given
+from p828.cli.run_name import run_of
 from p828.config import Config, load, load_given
 from p828.config.files import implied, preset_names
 from p828.config.values import changed
@@ -34,11 +35,13 @@ def read_configuration(
     describe: Callable[[Config], str],
     others: tuple[str, ...] = (),
     reads_prepared: bool = False,
+    run_command: str = "",
 ) -> tuple[Config, A]:
     """The named configuration, changed by flags and validated, and all arguments, for the command's own flags.
 
     `describe` gives the help's text for the unchanged configuration. `others` are flags that the caller has taken out
-    before. With `reads_prepared`, complete prepared data says what it was made from, where that is not given. Raises
+    before. With `run_command`, the command's name, a run's name under runs/ is taken for its directory. With
+    `reads_prepared`, complete prepared data says what it was made from, where that is not given. Raises
     ConfigError, also for a key that is given and changes nothing.
     """
     prog = " ".join(usage.split()[:2])
@@ -50,6 +53,8 @@ def read_configuration(
     own, flags = parse_given(cls, arguments, prog, cls(), others=others)
     if not own.config:
         raise ConfigError(f"no configuration given. Usage: {usage}\nPresets: {', '.join(preset_names())}")
+    if run_command and (directory := run_of(own.config, run_command)) is not None:
+        own = dataclasses.replace(own, config=str(directory))
     loaded = load_given(own.config)
     report_once(loaded.old_names)
     sections = {f.name for f in dataclasses.fields(Config)}

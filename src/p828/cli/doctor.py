@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -11,12 +10,12 @@ import tyro
 from p828.cli.configuration import ConfigArguments, read_configuration
 from p828.cli.findings import show_findings
 from p828.cli.flags import HELP, parse_given
+from p828.cli.run_name import run_of
 from p828.cli.status_lines import show_status
 from p828.config import Config
 from p828.config.files import preset_names
 from p828.doctor.check import Check, worst
 from p828.errors import ConfigError, RunFailed, warn
-from p828.runs.file_names import CONFIG_FILE, RECORDS_FILE
 
 USAGE = "p828 doctor [CONFIG | RUN] [--json] [--section.key VALUE ...]"
 NONE = "(default: none)"
@@ -36,7 +35,7 @@ def run(arguments: list[str]) -> None:
         read_configuration(arguments, Arguments, USAGE, _describe)  # ends with the help
     own, flags = parse_given(Arguments, arguments, prog="p828 doctor", default=Arguments(), is_again=True)
     others = [f"--{key.replace('_', '-')}" for key in flags if key not in ("config", "json")]
-    directory = run_of(own.config)
+    directory = run_of(own.config, "doctor")
     if directory is not None:
         if others:
             raise ConfigError(
@@ -50,28 +49,6 @@ def run(arguments: list[str]) -> None:
     if own.config:
         config = read_configuration(arguments, Arguments, USAGE, _describe, reads_prepared=True)[0]
     _show_checks(config, own.json)
-
-
-def run_of(name: str) -> Path | None:
-    """The directory of the run that is meant, itself or its name under runs/; None for a configuration.
-
-    A preset's name is the preset, and a line on standard error says where a run of that name is.
-    """
-    if not name or name.endswith(".toml"):
-        return None
-    under_runs = Path(Config().runs_dir) / name
-    if name in preset_names():
-        if _has_records(under_runs):
-            warn(f"{name} is a preset, checked here; p828 doctor {under_runs} is about the run")
-        return None
-    return next((path for path in (Path(name), under_runs) if _has_records(path)), None)
-
-
-def _has_records(directory: Path) -> bool:
-    try:
-        return (directory / CONFIG_FILE).is_file() and (directory / RECORDS_FILE).is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
 
 
 def _show_checks(config: Config | None, as_json: bool) -> None:

@@ -1,14 +1,15 @@
 """A run's findings as a table, or as JSON for a program."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from p828.cli.output import printable
 from p828.cli.status_lines import show_status
-from p828.errors import DataError, RunFailed, warn
-from p828.health.finding import Finding
+from p828.errors import RunFailed, warn
+from p828.health.finding import SEVERITIES, Finding
 from p828.health.of_run import findings_of
-from p828.runs import records
 from p828.runs.file_names import RECORDS_FILE
 from p828.runs.summary import RunSummary, summary
 from p828.train.log.console import waiting
@@ -20,11 +21,11 @@ def show_findings(directory: Path, as_json: bool) -> None:
     Raises ConfigError where the run's configuration or its records cannot be read.
     """
     with waiting(f"reading the records of {directory}", warn):
-        findings, run = findings_of(directory), summary(directory)
-        _warn_of_damage(directory)
+        damaged: list[int] = []
+        findings, run = findings_of(directory, passed_over=damaged), summary(directory)
+    _warn_of_damage(directory, damaged)
     if as_json:
-        found = {"run": str(directory), **run.to_json(), "findings": [finding.to_json() for finding in findings]}
-        print(json.dumps(found, indent=2))
+        print(json.dumps(_as_json(directory, run, findings), indent=2))
     else:
         print(printable(f"{directory}: {_state(run)}{'' if findings else '; no finding'}"))
         for finding in findings:
@@ -34,13 +35,21 @@ def show_findings(directory: Path, as_json: bool) -> None:
         raise RunFailed(f"{directory}: {', '.join(critical)}")
 
 
-def _warn_of_damage(directory: Path) -> None:
-    """A line on the first line of the records that is none: the rules pass such lines over."""
-    try:
-        for _ in records.read(directory / RECORDS_FILE):
-            pass
-    except DataError as error:
-        warn(f"{error}. It is passed over")
+def _as_json(directory: Path, run: RunSummary, findings: Sequence[Finding]) -> dict[str, Any]:
+    """With the health that these findings tell: the run itself may have stored others, or none."""
+    worst = min(findings, key=lambda finding: SEVERITIES.index(finding.severity), default=None)
+    health = {"health": worst.severity if worst else "ok", "finding": worst.rule if worst else ""}
+    found = {"run": str(directory), **run.to_json(), **health, "findings": [one.to_json() for one in findings]}
+    del found["unread_bytes"]  # the rules have read all of them
+    return found
+
+
+def _warn_of_damage(directory: Path, damaged: Sequence[int]) -> None:
+    """A line on the lines of the records that are none, by their numbers."""
+    if damaged:
+        more = f", and {len(damaged) - 1:,} more are none" if len(damaged) > 1 else ""
+        left = "They are" if more else "It is"
+        warn(f"{directory / RECORDS_FILE}: line {damaged[0]} is not a record{more}. {left} passed over")
 
 
 def _state(run: RunSummary) -> str:

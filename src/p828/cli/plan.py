@@ -1,6 +1,7 @@
 """`p828 plan`: what a run takes before it is started."""
 
 import json
+import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from p828.system.cards import CARDS, card
 
 USAGE = "p828 plan CONFIG [--gpus N] [--gpu NAME] [--json] [--section.key VALUE ...]"
 LAST_STEPS = 100  # of a run, whose median is its rate
+READ_BYTES = 2**26  # of the end of its records
 MOST_GPUS = 2**20
+WIDEST = 80
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Arguments(ConfigArguments):
 
 
 def run(arguments: list[str]) -> None:
-    config, given = read_configuration(arguments, Arguments, USAGE, _describe, reads_prepared=True)
+    config, given = read_configuration(arguments, Arguments, USAGE, _describe, reads_prepared=True, run_command="plan")
     machine = _machine(given)
     config = with_vocabulary(with_steps(config, 1 if config.engine == "plain" else machine.gpus))
     if config.engine == "plain" and machine.gpus > 1 and _asks_for_engine(arguments):
@@ -49,7 +52,7 @@ def run(arguments: list[str]) -> None:
         advised = {**advice.to_json(), "sentence": sentence(plan, advice)}
         print(json.dumps({**plan.to_json(), "advice": advised}, indent=1))
     else:
-        print(show(plan, advice))
+        print(show(plan, advice, min(shutil.get_terminal_size().columns, WIDEST)))
 
 
 def _machine(given: Arguments) -> Machine:
@@ -74,10 +77,18 @@ def _rate_of_run(path: Path) -> float:
     """The MFU that the last steps of a run's directory had in the median; 0 for no run, and for one on a CPU."""
     if not (path / RECORDS_FILE).is_file():
         return 0.0
-    found = [
-        record["mfu"] for record in records.read(path / RECORDS_FILE) if record["kind"] == "step" and record["mfu"]
-    ]
-    return statistics.median(found[-LAST_STEPS:]) if found else 0.0
+    found: list[float] = []
+    steps = 0
+    for line in reversed(records.tail(path / RECORDS_FILE, READ_BYTES)):
+        record = records.parsed(line) or {}
+        if record.get("kind") != "step":
+            continue
+        rate, steps = records.number(record.get("mfu")), steps + 1
+        if rate is not None and 0 < rate <= 1:  # false for NaN
+            found.append(rate)
+        if steps == LAST_STEPS:
+            break
+    return statistics.median(found) if found else 0.0
 
 
 def _asks_for_engine(arguments: list[str]) -> bool:
@@ -88,6 +99,6 @@ def _describe(default: Config) -> str:
     return (
         f"{USAGE}\n\nWhat a run takes on GPUs that need not be here: parameters, FLOPs, memory by part for each "
         "engine, time, bytes over the links, epochs, energy, and how it had best be trained. "
-        f"CONFIG is a preset ({', '.join(preset_names())}), a .toml file or a run's directory. "
+        f"CONFIG is a preset ({', '.join(preset_names())}), a .toml file, or a run's directory or name. "
         f"GPUs: {', '.join(one.name for one in CARDS)}."
     )

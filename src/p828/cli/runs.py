@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,14 +69,26 @@ def as_lines(listing: Listing, directory: str, width: int | None = None) -> list
     """The table in at most `width` columns, and lines on what it does not show."""
     lines = _table(listing.runs, width) if listing.runs else [f"no runs in {directory}"]
     reasons = [f"{shown_path(run.name)}: {run.why}" for run in listing.runs if run.why and run.state in WITH_REASON]
-    lines += ["", *reasons] if reasons else []
+    lines += ["", *_wrapped(reasons, width)] if reasons else []
     unread = sum(run.unread_bytes > 0 for run in listing.runs)
     if unread:
-        lines += ["", f"Of {unread:,} runs only the end of the records was read: earlier findings are not counted."]
+        of = "1 run" if unread == 1 else f"{unread:,} runs"
+        text = f"Of {of} only the end of the records was read: earlier findings are not counted."
+        lines += ["", *_wrapped([text], width)]
     if listing.others:
         more = f" and {len(listing.others) - MOST_OTHERS:,} more" if len(listing.others) > MOST_OTHERS else ""
-        lines += ["", f"No runs: {', '.join(map(shown_path, listing.others[:MOST_OTHERS]))}{more}"]
+        text = f"No runs: {', '.join(map(shown_path, listing.others[:MOST_OTHERS]))}{more}"
+        lines += ["", *_wrapped([text], width)]
     return lines
+
+
+def _wrapped(texts: Sequence[str], width: int | None) -> list[str]:
+    if width is None:
+        return list(texts)
+    columns = max(width, SHORTEST_NAME)
+    return [
+        line for text in texts for line in textwrap.wrap(text, columns, subsequent_indent="  ", break_on_hyphens=False)
+    ]
 
 
 def _table(runs: Sequence[RunSummary], width: int | None) -> list[str]:

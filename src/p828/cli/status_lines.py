@@ -11,14 +11,13 @@ from p828.cli.output import printable
 
 STATUS, NAME = 9, 24  # columns
 WIDE = 72  # columns from which names have a column of their own
-NOT_A_TERMINAL = 80
 NARROWEST = 24  # columns of text, whatever the terminal says
 STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red", "critical": "bold red", "note": "dim"}
 
 
 def show_status(status: str, name: str, text: str, *notes: str) -> None:
     """Print the text behind its status and name, and each note that is not empty below it. At once."""
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else NOT_A_TERMINAL
+    columns = shutil.get_terminal_size().columns  # COLUMNS, if it is set; 80 where this is no terminal
     lines = status_lines(name, text, [f"→ {note}" for note in notes if note], columns)
     head = Text(f"{status:<{STATUS}}", style=STYLES.get(status, ""))
     # Wrapped here, since rich would begin a further line at the first column.

@@ -89,6 +89,8 @@ class Batch:
     """Those of them that begin in another sample."""
     hash: int = 0
     """Sum of a hash of each sample's tokens, modulo 2^32: independent of how samples are divided into batches."""
+    row_keys: tuple[int, ...] = ()
+    """Of each sample a hash of its tokens and its epoch, below 2^32."""
     text_bytes: int | None = 0
     """Bytes of UTF-8 text that the targets stand for, in validation batches; None where they are not known."""
     epoch: int = 0

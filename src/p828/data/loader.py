@@ -112,6 +112,7 @@ def make_batch(samples: Sequence[Sample], mask_documents: bool, sources: int = 1
         begins = np.diff(document_ids_BS, axis=1, prepend=document_ids_BS[:, :1]) != 0
         positions_BS = positions_BS - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
     numbers = [sample.source for sample in samples]
+    hashes = [xxhash.xxh3_64_intdigest(sample.tokens.tobytes()) for sample in samples]
     source_tokens = np.bincount(numbers, weights=(document_ids_BS != PADDING).sum(axis=1), minlength=sources)
     return Batch(
         torch.from_numpy(tokens[:, :-1].copy()),
@@ -122,7 +123,8 @@ def make_batch(samples: Sequence[Sample], mask_documents: bool, sources: int = 1
         source_tokens=tuple(source_tokens.astype(int).tolist()),
         documents=sum(sample.documents for sample in samples),
         split_documents=sum(sample.split_documents for sample in samples),
-        hash=sum(xxhash.xxh3_64_intdigest(sample.tokens.tobytes()) for sample in samples) % HASHES,
+        hash=sum(hashes) % HASHES,
+        row_keys=tuple((hash + sample.epoch) % HASHES for hash, sample in zip(hashes, samples, strict=True)),
         text_bytes=_text_bytes(samples),
         epoch=max(sample.epoch for sample in samples),
         attended_pairs=int((positions_BS + 1).sum(where=document_ids_BS != PADDING)),

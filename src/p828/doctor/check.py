@@ -19,12 +19,6 @@ class Check:
     """What to do about it; empty where nothing is to be done."""
 
 
-def size(count: float) -> str:
-    """Bytes in three digits or more: `64.0 MB`, `1,234.5 GB`."""
-    unit, divisor = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
-    return f"{count / divisor:,.1f} {unit}"
-
-
 def worst(checks: Sequence[Check]) -> Status:
     """`ok` of no checks."""
     found = {check.status for check in checks}

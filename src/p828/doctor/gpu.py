@@ -6,7 +6,8 @@ import torch
 
 from p828.config import Config, with_vocabulary
 from p828.distributed.links import nvidia_smi
-from p828.doctor.check import Check, size
+from p828.doctor.check import Check
+from p828.files import shown_bytes
 from p828.model.costs import count_parameters
 from p828.plan.peak import peak
 from p828.plan.setup import configured_stage, deepspeed_setup, plain_setup
@@ -101,10 +102,10 @@ def _memory(number: int, config: Config | None, gpus: int) -> Check:
 
 def judged_memory(number: int, free: int, total: int, taken: int, config: Config | None, gpus: int) -> Check:
     """What is free of a GPU beside what the run is planned to take, and what others have `taken`. All in bytes."""
-    name, text = f"gpu {number} memory", f"{size(free)} of {size(total)} are free"
+    name, text = f"gpu {number} memory", f"{shown_bytes(free)} of {shown_bytes(total)} are free"
     planned = None if config is None else planned_bytes(config, gpus)
     if planned is not None:
-        text += f"; the run takes about {size(planned)}"
+        text += f"; the run takes about {shown_bytes(planned)}"
     if planned is not None and planned > free:
         return Check(
             name, "failure", text,
@@ -116,7 +117,7 @@ def judged_memory(number: int, free: int, total: int, taken: int, config: Config
         )
     if taken > A_PART * total:
         remedy = "nvidia-smi names the processes that have it (outside a container); end them, or take another GPU"
-        return Check(name, "warning", f"{text}; {size(taken)} are taken already", remedy)
+        return Check(name, "warning", f"{text}; {shown_bytes(taken)} are taken already", remedy)
     return Check(name, "ok", text)
 
 

@@ -14,11 +14,11 @@ from p828.distributed.links import (
 )
 from p828.distributed.topology import KINDS, Topology
 from p828.doctor.check import Check
+from p828.engine.deepspeed.settings import deepspeed_settings
 from p828.model.costs import count_parameters
 
 NOMINAL_BYTES = 10**9  # of a gradient whose size is not known
-GRADIENT_BYTES = {True: 4, False: 2}
-"""A number of the gradient: p828 sums float32 up to ZeRO stage 1; DeepSpeed sums bfloat16 from stage 2 on."""
+FLOAT32, BFLOAT16 = 4, 2  # bytes of a number
 
 
 def check_links(topology: Topology, gpus: int, seconds_per_byte: float | None, config: Config | None) -> list[Check]:
@@ -30,20 +30,30 @@ def check_links(topology: Topology, gpus: int, seconds_per_byte: float | None, c
     return [*checks, *_cards(topology), *_processors(topology)]
 
 
-def gradient_of(config: Config | None) -> tuple[int, int]:
-    """Bytes of the gradient that several GPUs all-reduce, and how often they do in a step."""
+def gradient_of(config: Config | None, gpus: int) -> tuple[int, int]:
+    """Bytes of the gradient that `gpus` GPUs reduce with the engine of `config`, and how often they do in a step.
+
+    p828 sums a step's gradient in float32 up to ZeRO stage 1. From stage 2 on, and where DeepSpeed updates in main
+    memory, each micro-batch's gradient is reduced in the dtype of the layers. Raises ConfigError for a DeepSpeed file
+    that is not accepted.
+    """
     if config is None:
         return NOMINAL_BYTES, 1
+    dtype = "float32" if config.train.dtype == "float32" else "bfloat16"  # as "auto" is on a GPU
+    is_once = config.engine == "plain" or config.sharded.stage < 2
+    if config.engine == "deepspeed":
+        settings = deepspeed_settings(config, dtype, gpus)
+        is_once = settings.stage < 2 and not settings.offload_optimizer
     numbers = count_parameters(with_vocabulary(config).model).total
-    is_once = config.deepspeed.stage <= 1
-    return numbers * GRADIENT_BYTES[is_once], 1 if is_once else config.train.gradient_accumulation
+    size = FLOAT32 if is_once or dtype == "float32" else BFLOAT16
+    return numbers * size, 1 if is_once else config.train.gradient_accumulation
 
 
 def _between_gpus(topology: Topology, gpus: int, seconds_per_byte: float | None, config: Config | None) -> Check:
     name, kind = "links", slowest_needed(topology.links)
     if not kind and seconds_per_byte is None:
         return Check(name, "warning", "not known: nvidia-smi topo -m says nothing of these GPUs", nccl_settings(""))
-    size, reductions = gradient_of(config)
+    size, reductions = gradient_of(config, gpus)
     is_assumed = seconds_per_byte is None
     if seconds_per_byte is None:
         # 2 (n - 1) / n of the bytes cross the slowest link, see `bus_bandwidth`.

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 from p828.config import Config, with_vocabulary
-from p828.doctor.check import Check, size
+from p828.doctor.check import Check
+from p828.files import shown_bytes
 from p828.model.costs import count_parameters
 from p828.system.device import LEAST_BYTES
 from p828.system.host_memory import free_host_bytes
@@ -32,7 +33,7 @@ def checkpoint_bytes(config: Config, has_gpu: bool) -> int:
     parameters = count_parameters(with_vocabulary(config).model).total
     moment = config.optimizer.moment_dtype
     if moment == "auto":
-        is_small = has_gpu and config.engine == "plain" and config.train.dtype != "float32"
+        is_small = has_gpu and config.engine != "deepspeed" and config.train.dtype != "float32"
         moment = "bfloat16" if is_small else "float32"
     return parameters * (MASTER_BYTES + 2 * MOMENT_BYTES[moment])
 
@@ -45,12 +46,12 @@ def existing(directory: Path) -> Path:
 
 def _memory(config: Config | None, gpus: int) -> Check:
     name, free = "memory", free_host_bytes()
-    text = f"{size(free)} of the host are free"
+    text = f"{shown_bytes(free)} of the host are free"
     wanted = _wanted(config, gpus)
     if config is not None and free < wanted:
         parameters = count_parameters(with_vocabulary(config).model).total
         return Check(
-            name, "failure", f"{text}; {parameters / 1e6:,.0f} M parameters take over {size(wanted)} there",
+            name, "failure", f"{text}; {parameters / 1e6:,.0f} M parameters take over {shown_bytes(wanted)} there",
             "take a smaller model, a machine with more memory, or deepspeed without offloading",
         )  # fmt: skip
     if free < LITTLE_MEMORY:
@@ -74,7 +75,7 @@ def _shared() -> Check:
         free = shutil.disk_usage(SHARED).free
     except OSError as error:
         return Check("shared memory", "warning", f"{SHARED}: {error.strerror}", "mount a tmpfs there")
-    text = f"{size(free)} of {SHARED} are free"
+    text = f"{shown_bytes(free)} of {SHARED} are free"
     if free < LITTLE_SHARED:
         return Check("shared memory", "warning", text, "start the container with --ipc=host or --shm-size=8g")
     return Check("shared memory", "ok", text)
@@ -87,13 +88,13 @@ def _disk(config: Config | None, directory: Path, gpus: int) -> Check:
         free = shutil.disk_usage(existing(directory)).free
     except OSError as error:
         return Check(name, "failure", f"{directory}: {error.strerror}", "give another --runs-dir")
-    text = f"{size(free)} are free for {directory}"
+    text = f"{shown_bytes(free)} are free for {directory}"
     if config is None and free < LITTLE_DISK:
         return Check(name, "warning", text, "make room: a run keeps several checkpoints of 8 or 12 bytes a parameter")
     if config is None:
         return Check(name, "ok", text)
     one, kept = checkpoint_bytes(config, gpus > 0), config.checkpoint.keep_last + 2
-    needs = f"{kept} checkpoints of {size(one)}"
+    needs = f"{kept} checkpoints of {shown_bytes(one)}"
     if free < 2 * one:
         return Check(name, "failure", f"{text}; a run writes {needs}", "make room, or give another --runs-dir")
     if free < kept * one:

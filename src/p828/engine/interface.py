@@ -22,7 +22,13 @@ from p828.runs.tensors import Saveable, Tensors
 from p828.runs.weights import Weights
 from p828.system.timing import DeviceSpan
 
-BY_PART = {"grad_norms", "weight_norms", "update_ratios", "changed"}  # what is told for each part of the model
+BY_PART = {
+    "grad_norms",
+    "weight_norms",
+    "update_ratios",
+    "changed",
+    "low_bits",
+}  # what is told for each part of the model
 
 Number = float | list[float] | dict[str, float]
 """Of a step's record: a scalar, a list with an entry a layer, or an entry for each of `optim.parts.PARTS`."""

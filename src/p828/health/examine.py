@@ -15,6 +15,7 @@ RULES: tuple[Rule, ...] = (
     probes.evaluation,
     data.token_ids,
     data.repeats,
+    data.repeats_within,
     data.epochs,
     gradients.non_finite,
     gradients.expert_norm,
@@ -62,7 +63,7 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
     "schedule_restart": (*_OF_A_RATE, "learning_rate_high", "no_warmup"),
     "learning_rate_high": (*_OF_A_RATE, "no_warmup"),
     "no_warmup": ("spike_unrecovered", "divergence", "spike", "large_gradient_norm", "non_finite"),
-    "learning_rate_low": ("update_ratio",),
+    "learning_rate_low": (),
     "expert_gradient_norm": ("large_gradient_norm",),
     "resume_without_training": ("updates_lost", "frozen_part", "learning_rate_low", "update_ratio"),
     "updates_lost": ("frozen_part", "learning_rate_low", "update_ratio", "bias_not_balancing"),
@@ -85,15 +86,33 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
     "slow_links": (),
     "recompiling": ("host_bound",),
     "data_starved": ("host_bound",),
+    "update_ratio": ("learning_rate_low",),
 }
 """The most probable cause first, and with each what follows from it and is left out where it was found itself."""
 
 
-def examine(window: Window) -> list[Finding]:
-    """What the rules find: at most one finding a rule's name, without those that follow from another one."""
+def name_of(rule: Rule) -> str:
+    """The file's and the function's name, as in `loss.spikes`."""
+    return f"{rule.__module__.rpartition('.')[2]}.{rule.__name__}"
+
+
+def examine(window: Window, failed: dict[str, Exception] | None = None) -> list[Finding]:
+    """What the rules find: at most one finding a rule's name, without those that follow from another one.
+
+    A rule that raises is put into `failed`, if it is given, by its name, and rules that are in there are left out.
+    """
     worst: dict[str, Finding] = {}
     for rule in RULES if window.step else ():
-        for finding in rule(window):
+        if failed is not None and name_of(rule) in failed:
+            continue
+        try:
+            findings = rule(window)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name_of(rule)] = error
+            continue
+        for finding in findings:
             if finding.rule not in worst or finding.is_worse_than(worst[finding.rule]):
                 worst[finding.rule] = finding
     return ordered(worst.values())

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from p828.runs.records import number
+
 MOST = 256  # blocks; when there are more, neighbours are joined
 NAMES = ("loss", "grad_norm", "memory_bytes", "disk_free_bytes", "tokens_per_second", "seconds")
 
@@ -28,8 +30,8 @@ class Block:
     def add(self, step: int, record: Mapping[str, Any]) -> None:
         self.last = step
         for name in NAMES:
-            value = record.get(name)
-            if isinstance(value, int | float) and math.isfinite(value):
+            value = number(record.get(name))
+            if value is not None and math.isfinite(value):
                 self.sums[name] = self.sums.get(name, 0.0) + value
                 self.counts[name] = self.counts.get(name, 0) + 1
                 self.newest[name] = value

@@ -30,17 +30,17 @@ def window_of(run: Path, now: float | None = None) -> Window:
     return window
 
 
-def findings_of(run: Path, now: float | None = None) -> list[Finding]:
+def findings_of(run: Path, now: float | None = None, passed_over: list[int] | None = None) -> list[Finding]:
     """What the rules find in the course of the run and at its end, the most probable cause first.
 
     A finding that was gone again by the end is a finding still; its `step` is the last one at which it was found.
-    The findings that the run itself recorded are among them. `now` is the time, in seconds since the epoch. Raises
-    ConfigError for a directory that is no run.
+    The findings that the run itself recorded are among them. `now` is the time, in seconds since the epoch.
+    `passed_over` gets the numbers of the lines that are no records. Raises ConfigError for a directory that is no run.
     """
     now = time.time() if now is None else now
     window, worst, recorded = _empty(run), dict[str, Finding](), list[Finding]()
     every, last = max(STEPS_A_LOOK, window.facts.steps // LOOKS), 0
-    for record in readable(run):
+    for record in readable(run, passed_over):
         window.add(record)
         if record.get("kind") == "finding" and (finding := finding_of(record)) is not None:
             recorded.append(finding)
@@ -66,11 +66,11 @@ def merge(worst: dict[str, Finding], findings: list[Finding]) -> None:
             worst[finding.rule] = dataclasses.replace(newest, since=min(before.since, finding.since))
 
 
-def readable(run: Path) -> Iterator[dict[str, Any]]:
-    """The run's records; none if it has no file of them."""
+def readable(run: Path, passed_over: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The run's records; none if it has no file of them. `passed_over` gets the numbers of the lines that are none."""
     path = run / RECORDS_FILE
     if path.exists():
-        yield from records.read(path, skip_damaged=True)
+        yield from records.read(path, [] if passed_over is None else passed_over)
 
 
 def _empty(run: Path) -> Window:

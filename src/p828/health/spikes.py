@@ -76,6 +76,12 @@ class Spikes:
         """The spike that the run is in."""
         return self.found[-1] if self.found and self.found[-1].recovered is None else None
 
+    def begin_anew(self) -> None:
+        """Forget what loss is usual, and the spike that the run is in: from here on the data is meant to be other."""
+        if self.current is not None:
+            self.found.pop()
+        self._usual.clear()
+
     def add(self, step: int, loss: float) -> None:
         """Take in a step's loss, a finite number."""
         spike = self.current

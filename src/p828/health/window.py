@@ -11,6 +11,7 @@ from p828.health.facts import Facts
 from p828.health.history import History
 from p828.health.repeats import Repeats
 from p828.health.spikes import Spikes
+from p828.runs import records
 
 Record = Mapping[str, Any]
 RECENT = 256  # steps whose whole records are kept
@@ -68,13 +69,15 @@ class Window:
         """The records of these steps, and of those that were not finite in a part of the model only; the first ones."""
         self.resumed_at: int | None = None
         """The step from which the run's last start went on; None in its first."""
+        self.mixture_step = 0
+        """The step after which the weights of the data's sources changed last."""
         self.disk: Disk | None = None
         """What the run's directory holds; None if nobody has looked."""
 
     def add(self, record: Record) -> None:
         """Take in a record of any kind; of kinds that no rule looks at, nothing is kept."""
         kind, step = record.get("kind"), record.get("step")
-        if not isinstance(step, int):
+        if type(step) is not int:
             return
         if kind == "step":
             self._add_step(step, record)
@@ -126,13 +129,15 @@ class Window:
             self.first.append(record)
         if "update_ratios" in record:
             self.measured.append(record)
-        loss, norm = record.get("loss"), record.get("grad_norm")
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in (loss, norm)):
+        if number_of(record, "loss") is None or number_of(record, "grad_norm") is None:
             self.non_finite.append(step)
             self.num_non_finite += 1
             self._keep_odd(record)
         elif not all(math.isfinite(x) for name in BY_PART for x in parts_of(record, name).values()):
             self._keep_odd(record)
+        if step - 1 in self.facts.mixture_steps:
+            self.mixture_step = step - 1
+            self.spikes.begin_anew()
         if (finite := number_of(record, "loss")) is not None:
             self.spikes.add(step, finite)
         self.history.add(step, record)
@@ -156,20 +161,18 @@ class Window:
 
 def number_of(record: Record, name: str) -> float | None:
     """A finite number of a record; None where it is missing, no number or not finite."""
-    value = record.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
+    return _finite(record.get(name))
 
 
 def list_of(record: Record, name: str) -> list[float]:
     """A list of finite numbers, an entry a layer; empty where it is missing or has anything else in it."""
-    values = record.get(name)
-    if not isinstance(values, list) or not all(
-        isinstance(value, int | float) and math.isfinite(value) for value in values
-    ):
-        return []
-    return values
+    return finite_list(record.get(name))
+
+
+def finite_list(values: Any) -> list[float]:
+    """The same for a value of a record, or an entry of one."""
+    found = [_finite(value) for value in values] if isinstance(values, list) else []
+    return [] if None in found else [value for value in found if value is not None]
 
 
 def parts_of(record: Record, name: str) -> dict[str, float]:
@@ -180,4 +183,9 @@ def parts_of(record: Record, name: str) -> dict[str, float]:
     values = record.get(name)
     if not isinstance(values, dict):
         return {}
-    return {part: float(value) for part, value in values.items() if isinstance(value, int | float)}
+    return {part: found for part, value in values.items() if (found := records.number(value)) is not None}
+
+
+def _finite(value: Any) -> float | None:
+    found = records.number(value)
+    return found if found is not None and math.isfinite(found) else None

@@ -47,6 +47,7 @@ class UpdateNumbers:
         names = [name for group in self._groups for name in group.names]
         lengths = [length for group in self._groups for length in group.lengths]
         lengths_P, counts_P = (torch.tensor(n, device=self._device) for n in (lengths, [*map(_count, lengths)]))
+        self._has_masters = any(one.weight.dtype == torch.bfloat16 for one in held)
         self._by_part = ByPart(names, parts, self._device)
         self._scale_P = lengths_P / counts_P
         self._numbers_X = self._by_part.sum(lengths_P)
@@ -67,25 +68,28 @@ class UpdateNumbers:
         """
         (weights_PN, masters_PN), (before_PN, masters_before_PN) = self._sample(), self._before
         change_PN = masters_PN - masters_before_PN
-        is_changed_PN = (weights_PN != before_PN).float()
-        found_3PN = torch.stack((masters_PN * masters_PN, change_PN * change_PN, is_changed_PN))
+        is_changed_PN, has_low_bits_PN = weights_PN != before_PN, masters_before_PN != before_PN
+        found = (masters_PN * masters_PN, change_PN * change_PN, is_changed_PN.float(), has_low_bits_PN.float())
+        found_4PN = torch.stack(found)
         sums = {
-            "by_part": self._by_part.sum(found_3PN.sum(dim=2) * self._scale_P),
+            "by_part": self._by_part.sum(found_4PN.sum(dim=2) * self._scale_P),
             "numbers_X": self._numbers_X,
             "sinks_L": masters_PN.sum(dim=1).where(self._is_sink_LP, 0.0).sum(dim=1),
         }
         sums = dict(self._over_ranks(sums))
-        squares_X, squares_of_change_X, changed_X = sums["by_part"]
+        squares_X, squares_of_change_X, changed_X, low_bits_X = sums["by_part"]
         norms_X = squares_X.sqrt()
-        found = {
+        numbers = {
             "weight_norms": norms_X,
             "update_ratios": squares_of_change_X.sqrt() / norms_X.clamp_min(torch.finfo(torch.float32).tiny),
             "changed": changed_X / sums["numbers_X"],
             **bias_numbers(self._biases_LE, stacked_biases(self.model), loads_LE),
         }
+        if self._has_masters:
+            numbers["low_bits"] = low_bits_X / sums["numbers_X"]
         if self.model.config.attention_sinks:
-            found["sink_mean"] = sums["sinks_L"] / self.model.config.num_attention_heads
-        return found
+            numbers["sink_mean"] = sums["sinks_L"] / self.model.config.num_attention_heads
+        return numbers
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         """Weights as the layers have them, and masters: float32 (P, N) each, 0 where a parameter has fewer numbers."""

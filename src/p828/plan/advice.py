@@ -43,7 +43,7 @@ class Advice:
 
     @property
     def flags(self) -> str:
-        """For `p828 train`."""
+        """For `p828 train`: with the learning rate where the law says something about this run."""
         assert self.setup is not None
         engine, stage = self.setup.engine, self.setup.stage
         found = [] if stage is None else [f"--engine {engine}", f"--{engine}.stage {stage}"]
@@ -54,8 +54,9 @@ class Advice:
         found += [
             f"--train.micro-batch-size {self.micro_batch_size}",
             f"--train.gradient-accumulation {self.gradient_accumulation}",
-            f"--optimizer.learning-rate {self.learning_rate:.2g}",
         ]
+        if not self.caveat:
+            found.append(f"--optimizer.learning-rate {self.learning_rate:.2g}")
         return " ".join(found)
 
 

@@ -1,6 +1,7 @@
-"""A plan as text of at most 80 columns."""
+"""A plan as text."""
 
 import textwrap
+from collections.abc import Sequence
 
 from p828.data.fractions import MANY_EPOCHS, short
 from p828.model.costs import Parts, flops_per_token, parameters_by_part
@@ -9,8 +10,9 @@ from p828.plan.amount import SourceAmount
 from p828.plan.learning_rate import FITTED, FITTED_TOKENS, REFERENCE_ACTIVE, REFERENCE_RATE
 from p828.plan.plan import EnginePlan, Plan
 
-WIDTH, LABEL, COLUMN = 80, 32, 12
+LABEL, COLUMN = 32, 12
 TITLE = 14  # columns before a paragraph
+Paragraph = tuple[str, str]  # title and text
 NAMES = {"sharded": "the sharded engine", "deepspeed": "DeepSpeed"}
 SAME_RATE = 0.1  # a learning rate is not told to be another within this share
 SHOWN = 5e6  # bytes: what is less in every column is left out
@@ -32,33 +34,38 @@ PARTS = {
 }
 
 
-def show(plan: Plan, advice: Advice) -> str:
-    return "\n\n".join(
-        ["\n".join(_model(plan)), "\n".join(_engines(plan)), "\n".join(_run(plan)), _advised(plan, advice)]
-    )
+def show(plan: Plan, advice: Advice, width: int) -> str:
+    """In at most `width` columns, or as many as the longest word and a column of the table need."""
+    blocks = (_model(plan), _run(plan), [("advice", sentence(plan, advice))])
+    model, run, advised = ("\n".join(_paragraph(title, text, width) for title, text in block) for block in blocks)
+    return "\n\n".join([model, *_engines(plan, width), run, "\n".join([advised, *_command(advice, width)])])
 
 
-def _model(plan: Plan) -> list[str]:
+def _model(plan: Plan) -> list[Paragraph]:
     model, length = plan.config.model, plan.config.data.sequence_length
     total, active = plan.parameters
     by_part = ", ".join(f"{name} {short(count)}" for name, count in _named(parameters_by_part(model)) if count)
     flops = flops_per_token(model, length)
     return [
-        _paragraph(plan.config.name, f"{_words(total)} parameters, {_words(active)} active for a token: {by_part}"),
-        _paragraph(
-            "FLOPs", f"{flops / 1e6:,.1f} M to train on a token of rows of {length:,}, attention over whole rows"
-        ),
-        *(_paragraph("", remark) for remark in plan.remarks),
+        (plan.config.name, f"{_words(total)} parameters, {_words(active)} active for a token: {by_part}"),
+        ("FLOPs", f"{flops / 1e6:,.1f} M to train on a token of rows of {length:,}, attention over whole rows"),
+        *(("", remark) for remark in plan.remarks),
     ]
 
 
-def _engines(plan: Plan) -> list[str]:
+def _engines(plan: Plan, width: int) -> list[str]:
+    """A heading, and a table of all engines or, in a narrow terminal, of a few at a time."""
     train, card = plan.config.train, plan.machine.card
     recomputed = ", activations recomputed" if train.gradient_checkpointing else ""
     rows = f"micro-batches of {train.micro_batch_size} x {plan.config.data.sequence_length:,} tokens{recomputed}"
-    lines = [_paragraph("memory", f"in GB on each {card.name}, which has {card.memory_bytes / 1e9:.1f}; {rows}"), ""]
-    engines = plan.engines
-    lines.append(_line("", [engine.setup.name for engine in engines]))
+    head = f"in GB on each {card.name}, which has {card.memory_bytes / 1e9:.1f}; {rows}"
+    fit = max((width - LABEL) // COLUMN, 1)
+    tables = [_table(plan, plan.engines[start : start + fit]) for start in range(0, len(plan.engines), fit)]
+    return [_paragraph("memory", head, width), *("\n".join(lines) for lines in tables)]
+
+
+def _table(plan: Plan, engines: Sequence[EnginePlan]) -> list[str]:
+    lines = [_line("", [engine.setup.name for engine in engines])]
     lines.append(_line("engine", [engine.setup.engine for engine in engines]))
     lines.append(_line("GPUs", [str(engine.setup.ranks) for engine in engines]))
     for part, label in PARTS.items():
@@ -71,7 +78,7 @@ def _engines(plan: Plan) -> list[str]:
         _line("most of it in the", _moments(engines)),
         _line("largest micro-batch", [_size(engine.largest_micro_batch) for engine in engines]),
     ]
-    if not train.gradient_checkpointing:
+    if not plan.config.train.gradient_checkpointing:
         lines.append(_line("the same, recomputing", [_size(engine.largest_recomputing) for engine in engines]))
     lines += [
         _line("seconds a step", [f"{engine.time.seconds:.3g}" for engine in engines]),
@@ -81,29 +88,29 @@ def _engines(plan: Plan) -> list[str]:
     return lines
 
 
-def _run(plan: Plan) -> list[str]:
+def _run(plan: Plan) -> list[Paragraph]:
     steps, machine = plan.config.train.steps, plan.machine
     setup, total, active = plan.configured.setup, *plan.parameters
     gpus = f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''}"
     rate = plan.tokens_per_step / plan.configured.time.seconds
     fits = "" if plan.configured.fits else ", if it fitted"
     lines = [
-        _paragraph(
+        (
             "the run",
             f"{steps:,} steps of {plan.tokens_per_step:,} tokens: {short(plan.tokens)} tokens, "
             f"{plan.tokens / total:.3g} for a parameter, {plan.tokens / active:.3g} for an active one",
         ),
-        _paragraph(
+        (
             "time",
             f"{_duration(plan.hours)} with {setup.name} on {gpus}{fits}, {rate:,.0f} tokens a second, at "
             f"{machine.rate:.1%} of the datasheet's FLOP/s ({machine.rate_from}); evaluations and checkpoints are not "
             "counted",
         ),
-        _paragraph("energy", f"{_rounded(plan.kilowatt_hours)} kWh at most, by the GPUs alone"),
+        ("energy", f"{_rounded(plan.kilowatt_hours)} kWh at most, by the GPUs alone"),
     ]
     if plan.cost:
-        lines.append(_paragraph("cost", f"{plan.cost:,.2f}, in the unit of the price"))
-    return [*lines, *(_paragraph("data", _source(source)) for source in plan.sources)]
+        lines.append(("cost", f"{plan.cost:,.2f}, in the unit of the price"))
+    return [*lines, *(("data", _source(source)) for source in plan.sources)]
 
 
 def _source(source: SourceAmount) -> str:
@@ -112,10 +119,6 @@ def _source(source: SourceAmount) -> str:
         return f"{planned}; how many there are is not known: {source.how}"
     many = f", above {MANY_EPOCHS}, where repeated text teaches less and less" if source.epochs > MANY_EPOCHS else ""
     return f"{source.name}: {short(source.tokens)} tokens ({source.how}), gone through {source.epochs:.2g} times{many}"
-
-
-def _advised(plan: Plan, advice: Advice) -> str:
-    return "\n".join([_paragraph("advice", sentence(plan, advice)), *_command(advice)])
 
 
 def sentence(plan: Plan, advice: Advice) -> str:
@@ -147,25 +150,31 @@ def _law(plan: Plan, advice: Advice) -> str:
     return f"{best} ({law}; {fitted}{outside})."
 
 
-def _command(advice: Advice) -> list[str]:
+def _command(advice: Advice, width: int) -> list[str]:
     if advice.setup is None:
         return []
     return textwrap.wrap(
-        advice.flags, WIDTH, initial_indent=" " * TITLE, subsequent_indent=" " * TITLE,
+        advice.flags, _at_least(width), initial_indent=" " * TITLE, subsequent_indent=" " * TITLE,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
 
 
-def _paragraph(title: str, text: str) -> str:
+def _paragraph(title: str, text: str, width: int) -> str:
     begin = f"{title} " if len(title) >= TITLE else f"{title:<{TITLE}}"
-    return textwrap.fill(text, WIDTH, initial_indent=begin, subsequent_indent=" " * TITLE, break_on_hyphens=False)
+    return textwrap.fill(
+        text, _at_least(width), initial_indent=begin, subsequent_indent=" " * TITLE, break_on_hyphens=False
+    )
+
+
+def _at_least(width: int) -> int:
+    return max(width, TITLE + 10)
 
 
 def _line(label: str, cells: list[str]) -> str:
     return f"{label:<{LABEL}}{''.join(f'{cell:>{COLUMN}}' for cell in cells)}".rstrip()
 
 
-def _moments(engines: list[EnginePlan]) -> list[str]:
+def _moments(engines: Sequence[EnginePlan]) -> list[str]:
     """Short enough for a column: whose pass it is, and which way."""
     return [
         engine.memory.moment.replace("last layer's ", "last ").replace("first layer's ", "first ")
@@ -196,4 +205,4 @@ def _duration(hours: float) -> str:
         return f"{hours / 24:,.1f} days"
     if hours >= 2:
         return f"{hours:.1f} hours"
-    return f"{hours * 60:.0f} minutes" if hours >= 1 / 30 else f"{hours * 3600:.0f} seconds"
+    return f"{hours * 60:.0f} minutes" if hours >= 1 / 30 else f"{_rounded(hours * 3600)} seconds"

@@ -25,6 +25,8 @@ from p828.files import fsync, open_appended, open_regular
 from p828.runs.file_names import DAMAGED_RECORDS_FILE, RECORDS_FILE
 
 LOADS_A_STEP = 32  # loads of experts that a step's line has on average at most, without those at evaluations
+MOST_STEPS = 2**53  # whole numbers up to here are exact in JSON as others read it
+LARGEST = 1e100  # of a number that is finite: float32 ends at 3e38, and sums and squares of these are finite
 MEASURED_EVERY = 10  # steps, at least: what takes longer to find, or more room in a line
 DIGITS = 4  # of a number that is told by part or layer, and of seconds
 STARVED_UNDER = 0.1  # of the mean load of a layer's experts
@@ -167,18 +169,20 @@ class Recorder:
                 raise error
 
 
-def read(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
+def read(path: Path, passed_over: list[int] | None = None) -> Iterator[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order. A partial last line, as a killed process leaves it, is left out.
 
-    Raises ConfigError for a file that cannot be read, and DataError naming any other line that is no record, unless
-    `skip_damaged`.
+    Raises ConfigError for a file that cannot be read, and DataError naming any other line that is no record. With a
+    list `passed_over` such lines are left out, and it gets their numbers, from 1.
     """
     try:
         for number, line in enumerate(_lines(path), start=1):
             record = parsed(line)
             if record is not None:
                 yield record
-            elif not skip_damaged:
+            elif passed_over is not None:
+                passed_over.append(number)
+            else:
                 raise DataError(f"{path}: line {number} is not a record; mend or remove that line")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
@@ -249,14 +253,15 @@ def parsed(line: bytes) -> dict[str, Any] | None:
             record = _decode(record)
     except (ValueError, RecursionError):
         return None
-    is_record = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
-    return record if is_record else None
+    is_record = isinstance(record, dict) and type(record.get("step")) is int and "kind" in record
+    return record if is_record and 0 <= record["step"] < MOST_STEPS else None
 
 
 def number(value: Any) -> float | None:
     """A value of a record as a float; None if it is no number, or none that a run writes."""
-    is_number = type(value) is float or (type(value) is int and abs(value) < 2**63)
-    return float(value) if is_number else None
+    if type(value) not in (int, float) or LARGEST < abs(value) < math.inf:
+        return None
+    return float(value)
 
 
 def loads_every(layers: int, experts: int) -> int:

@@ -67,7 +67,7 @@ class Curves:
     apart_from_step: int | None
     """The first step at which the means of 20 steps are `APART` nats apart."""
     by_step: list[Point]
-    """Losses at the same steps, each a mean of up to 20 steps up to there."""
+    """Losses at the same steps, each a mean of up to 20 steps of both up to there."""
     by_tokens: list[Point]
     """Losses at the same number of tokens, likewise; empty where steps have the same tokens in both."""
     validation: list[Point]
@@ -236,10 +236,10 @@ def _curves(ours: _Run, theirs: _Run) -> Curves:
     (steps, losses, tokens), (other_steps, other_losses, other_tokens) = map(_curve, (ours.steps, theirs.steps))
     both, at, there = np.intersect1d(steps, other_steps, return_indices=True)
     unequal = both[~((losses[at] == other_losses[there]) | (np.isnan(losses[at]) & np.isnan(other_losses[there])))]
-    smooth, other_smooth = _means(losses), _means(other_losses)
-    far = np.abs(smooth[at] - other_smooth[there]) > APART
+    smooth, other_smooth = _means(losses[at]), _means(other_losses[there])  # a step that one lacks is in neither
+    far = np.abs(smooth - other_smooth) > APART
     points = [int(i) for i in np.unique(np.linspace(0, len(both) - 1, POINTS + 1).round())] if len(both) else []
-    by_step = [Point(int(both[i]), float(smooth[at[i]]), float(other_smooth[there[i]])) for i in points]
+    by_step = [Point(int(both[i]), float(smooth[i]), float(other_smooth[i])) for i in points]
     evaluated = sorted(ours.evaluations.keys() & theirs.evaluations.keys())[-POINTS:]
     return Curves(
         last_step=int(both[-1]) if len(both) else 0,
@@ -248,7 +248,7 @@ def _curves(ours: _Run, theirs: _Run) -> Curves:
         by_step=by_step,
         by_tokens=[]
         if np.array_equal(tokens[at], other_tokens[there])
-        else _by_tokens((tokens, smooth), (other_tokens, other_smooth)),
+        else _by_tokens((tokens, _means(losses)), (other_tokens, _means(other_losses))),
         validation=[Point(step, ours.evaluations[step], theirs.evaluations[step]) for step in evaluated],
     )
 

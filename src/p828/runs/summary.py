@@ -28,7 +28,10 @@ LONGEST_WHY = 300  # characters
 SPEED_STEPS = 20  # whose median speed is shown
 SEVERITIES = ("critical", "warning", "note")
 LARGEST_CONFIG = 4 * MEBIBYTE
-OF_STEP, RARE = re.compile(rb'"kind": ?"step"'), re.compile(rb'"kind": ?"(?:eval|data|finding)"|"event": ?"ended"')
+OF_STEP, RARE = (
+    re.compile(rb'"kind": ?"step"'),
+    re.compile(rb'"kind": ?"(?:eval|data|finding)"|"event": ?"(?:ended|health_failed)"'),
+)
 STEPS = re.compile(r"^\[train\]\n(?:(?!\[).*\n)*?steps = (\d{1,18})\n", re.MULTILINE)
 HAS_HEALTH = re.compile(r"^\[health\]$", re.MULTILINE)
 
@@ -53,7 +56,10 @@ class RunSummary:
     tokens_per_second: float | None = None
     """Median of the newest steps."""
     health: str | None = None
-    """`ok`, or the severity of the worst finding; None where no rules have watched the run."""
+    """`ok`, or the severity of the worst finding; None where no rules have watched the run.
+
+    `failed` where the rules failed in its last start, unless they had found something critical.
+    """
     finding: str = ""
     """The rule of the worst finding, the newest of them."""
     age_seconds: float | None = None
@@ -119,7 +125,7 @@ def _state(
         return "damaged", damage[0]
     of_state = [record for record in found if record["kind"] in ("data", "step") or _is_end(record)]
     if of_state and _is_end(last := of_state[-1]):
-        return last["state"], str(last.get("why", ""))[:LONGEST_WHY]
+        return last["state"], "" if last["state"] == "complete" else str(last.get("why", ""))[:LONGEST_WHY]
     if saved.is_imported:
         return "imported", ""
     if not step:
@@ -148,11 +154,14 @@ def _best(evaluations: Sequence[Mapping[str, Any]], progress: Mapping[str, Any])
 
 
 def _health(found: Sequence[Mapping[str, Any]], is_watched: bool) -> tuple[str | None, str]:
-    """The worst severity among the findings, and the newest rule that has it."""
+    """The worst severity among the findings, and the newest rule that has it; see `RunSummary.health`."""
     findings = [record for record in found if record["kind"] == "finding" and record.get("severity") in SEVERITIES]
-    if not findings:
+    worst = min((record["severity"] for record in findings), key=SEVERITIES.index, default=None)
+    of_rules = [record for record in found if record["kind"] == "data" or record.get("event") == "health_failed"]
+    if worst != "critical" and of_rules and of_rules[-1]["kind"] != "data":  # each start has a record of its data
+        return "failed", ""
+    if worst is None:
         return ("ok" if is_watched else None), ""
-    worst = min((record["severity"] for record in findings), key=SEVERITIES.index)
     return worst, next(str(record.get("rule")) for record in reversed(findings) if record["severity"] == worst)
 
 

@@ -23,6 +23,9 @@ class BatchStats:
     """Of the rows, as `Batch.hash`."""
     by_source: tuple[int, ...]
     """Tokens, without padding."""
+    rows: int = 0
+    repeated_rows: int = 0
+    """Rows that are in the step already, and are of the same epoch."""
     epoch: int = 0
     """The latest epoch that a row belongs to; the first epoch is 0."""
     attended_pairs: int = 0
@@ -45,14 +48,17 @@ class BatchStats:
         for batch in batches:
             for source, tokens in enumerate(batch.source_tokens):
                 by_source[source] += tokens
+        keys = [key for batch in batches for key in batch.row_keys]
         return BatchStats(
             sum(batch.num_targets for batch in batches),
             sum(batch.documents for batch in batches),
             sum(batch.split_documents for batch in batches),
             sum(batch.hash for batch in batches) % HASHES,
             tuple(by_source),
-            max((batch.epoch for batch in batches), default=0),
-            sum(batch.attended_pairs for batch in batches),
+            rows=len(keys),
+            repeated_rows=len(keys) - len(set(keys)),
+            epoch=max((batch.epoch for batch in batches), default=0),
+            attended_pairs=sum(batch.attended_pairs for batch in batches),
             max_token=max((batch.max_token for batch in batches), default=0),
             wait_seconds=wait_seconds,
         )

@@ -51,6 +51,7 @@ from p828.runs.records import Recorder
 from p828.runs.train_state import TrainState
 from p828.system.device import check_room, make_deterministic, pick_device
 from p828.train.checkpointing import Checkpointing
+from p828.train.engine_choice import for_processes, with_fitting_stage
 from p828.train.evaluation import Evaluator
 from p828.train.fetch import Fetcher
 from p828.train.health import HealthWatch
@@ -75,12 +76,17 @@ def train(config: Config) -> None:
     RunFailed when the run cannot go on, RunStopped when its own guard ends it, and RunPaused when it was asked to end.
     """
     with contextlib.ExitStack() as stack:
+        asked, config = config, for_processes(config)
         with waiting("waiting for the other ranks", say):
             ranks = stack.enter_context(joined(config))
         report = say if ranks.is_first else _nothing
         with ranks.raise_together():
             config = with_steps(config, ranks.size)
             validate(config)
+        if config.engine != asked.engine:
+            config, line = with_fitting_stage(config, ranks)
+            report(line)
+        with ranks.raise_together():
             settings = check_deepspeed(config, ranks) if config.engine == "deepspeed" else None
         config, newer = ranks.on_rank_0(lambda: pinned(config, _before(config)))
         _check_data(config, ranks, report)

@@ -1,6 +1,7 @@
 """Fetching a step's micro-batches on every rank, and what the ranks have to agree on before each step."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -47,8 +48,9 @@ class Fetcher:
             batches = [next(self.loader) for _ in range(self.num_batches)]
         except (ConfigError, DataError, TransientReadError) as error:
             failure = str(error)
+        rows_key = sum(key for batch in batches for key in batch.row_keys) % HASHES
         own = BatchStats.of(batches, self.num_sources, time.perf_counter() - started)
-        about_ranks, stats = self._gather(own, bool(failure), bool(shutdown.reason))
+        about_ranks, stats = self._gather(own, rows_key, bool(failure), bool(shutdown.reason))
         self.usage.rank_memory_bytes = about_ranks.memory_bytes
         self.usage.trained_seconds = max(about_ranks.microseconds) / MICRO
         if all(about_ranks.is_written):
@@ -57,8 +59,13 @@ class Fetcher:
             self._end(state, position, failure, shutdown)
         return batches, stats
 
-    def _gather(self, own: BatchStats, has_failed: bool, is_asked_to_stop: bool) -> tuple["_AboutRanks", BatchStats]:
+    def _gather(
+        self, own: BatchStats, rows_key: int, has_failed: bool, is_asked_to_stop: bool
+    ) -> tuple["_AboutRanks", BatchStats]:
         about = (
+            rows_key,
+            own.rows,
+            own.repeated_rows,
             has_failed,
             is_asked_to_stop,
             self.checkpointing.is_written,
@@ -71,6 +78,7 @@ class Fetcher:
         numbers = [*about, *greatest, *sums, *bad]
         columns = [[int(n) for n in column] for column in zip(*self.ranks.all_gather(numbers), strict=True)]
         about_columns, rest = columns[: len(about)], columns[len(about) :]
+        about_ranks = _AboutRanks(*about_columns)
         epoch, max_token, wait_microseconds = map(max, rest[: len(greatest)])
         rest = rest[len(greatest) :]
         pairs, targets, documents, split_documents, hash_sum, *by_source = map(sum, rest[: len(sums)])
@@ -80,13 +88,15 @@ class Fetcher:
             split_documents,
             hash_sum % HASHES,
             tuple(by_source),
+            sum(about_ranks.rows),
+            rows_in_twice(about_ranks.rows_key, about_ranks.rows, about_ranks.repeated_rows),
             epoch=epoch,
             attended_pairs=pairs,
             bad_records=sum(map(max, rest[len(sums) :])),
             max_token=max_token,
             wait_seconds=wait_microseconds / MICRO,
         )
-        return _AboutRanks(*about_columns), stats
+        return about_ranks, stats
 
     def _end(self, state: TrainState, position: dict[str, Any], failure: str, shutdown: GracefulShutdown) -> NoReturn:
         """End after the last step, saved: by RunPaused if a rank was asked to, else by RunFailed."""
@@ -108,9 +118,23 @@ class Fetcher:
 class _AboutRanks:
     """What the ranks tell each other before a step, by rank."""
 
+    rows_key: list[int]
+    """Sum of the rows' keys."""
+    rows: list[int]
+    repeated_rows: list[int]
+    """Rows that the rank itself has already."""
     has_failed: list[int]
     is_asked_to_stop: list[int]
     is_written: list[int]
     """Whether the checkpoint on its way is written."""
     memory_bytes: list[int]
     microseconds: list[int]
+
+
+def rows_in_twice(keys: Sequence[int], rows: Sequence[int], repeated: Sequence[int]) -> int:
+    """Rows of a step that are in it already: on the same rank, or all of a rank that has those of a rank before it.
+
+    By rank: the sum of its rows' keys, its rows, and those of them that it has already.
+    """
+    own = enumerate(zip(keys, rows, repeated, strict=True))
+    return sum(twice if keys.index(key) == rank else count for rank, (key, count, twice) in own)

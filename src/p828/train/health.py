@@ -2,7 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from p828.config import HealthConfig
@@ -22,6 +24,7 @@ from p828.train.rollback import Rollback
 
 SHARE = 0.005  # of the run's time that the rules may take
 GONE_STEPS = 500  # after so many steps without it, a finding that comes back is told again
+WATCH, NAMING = "the watch over run health", "the naming of odd data"
 ROLLED_BACK = ("spike_unrecovered", "divergence", "non_finite", "non_finite_applied")
 """The findings from which going back and leaving data out helps."""
 
@@ -44,63 +47,80 @@ class HealthWatch:
     """What was told, by rule, with the step at which it was last found."""
     _next_look: float = 0.0
     _is_disk_due: bool = True
-    _is_broken: bool = False
+    failed: dict[str, Exception] = field(default_factory=dict)
+    """Why a rule, or another part of this, is left out from here on, by its name."""
 
     def begin(self) -> None:
         """Take in the records that there are: of a run that is resumed, or was rolled back."""
-        self.window = Window(self.facts)
+        self.window, self.told = Window(self.facts), {}
         recorder = self.log.recorder
-        if recorder.is_quiet:
+        recorder.follower = None
+        if recorder.is_quiet or WATCH in self.failed:
             return
-        with self.log.console.waiting("reading the records so far, for the rules of run health"):
+        waiting = self.log.console.waiting("reading the records so far, for the rules of run health")
+        with self._surviving(WATCH), waiting:
             for record in readable(recorder.path.parent):
                 self.window.add(record)
                 if record["kind"] == "finding" and (finding := finding_of(record)) is not None:
                     self._remember(finding)
-        recorder.follower = self
+                if record.get("event") in ("rollback", "resume"):
+                    self._forget_after(record["step"])
+            self._forget_after(self.window.step)
+            recorder.follower = self
 
     def add(self, record: Record) -> None:
         """Take in a record as it is written."""
-        self.window.add(record)
-        if record["kind"] == "event" and record.get("event") == "saved":
-            self._is_disk_due = True
-        if record["kind"] in ("eval", "probe") or not self.window.is_finite:
-            self._next_look = 0.0
+        if WATCH in self.failed:
+            return
+        with self._surviving(WATCH):
+            self.window.add(record)
+            if record["kind"] == "event" and record.get("event") == "saved":
+                self._is_disk_due = True
+            if record["kind"] in ("eval", "probe") or not self.window.is_finite:
+                self._next_look = 0.0
 
     def look(self, state: TrainState, batches: Sequence[Batch]) -> Finding | None:
         """Have the rules look at the records, if it is time, and stop the run at what is critical if so configured.
 
         `batches` are this rank's of the last step. Returns the finding for which the run is to be rolled back, if any.
-        Raises RunStopped.
+        What is critical counts whether it was told before or not. Raises RunStopped.
         """
-        if self._is_odd(state.step):
-            named_rows = named(traced_rows(batches, self.source_names, self.tokenizer))
-            self.log.event("odd_batch", state.step, data=named_rows)
-        new = self.tell()
+        if not {WATCH, NAMING} & self.failed.keys():
+            with self._surviving(NAMING):
+                if self._is_odd(state.step):
+                    named_rows = named(traced_rows(batches, self.source_names, self.tokenizer))
+                    self.log.event("odd_batch", state.step, data=named_rows)
+        return self._act(state, self._tell())
+
+    def end(self, state: TrainState) -> None:
+        """Look a last time, after the last evaluation. Raises RunStopped."""
+        self._act(state, self._tell(is_last=True))
+
+    def _act(self, state: TrainState, found: Sequence[Finding]) -> Finding | None:
+        """Stop the run at a critical finding if so configured, or return the one for which it is to be rolled back."""
         if self.config.on_critical == "continue":
             return None
-        critical = self.rollback.ranks.on_rank_0(lambda: next((f for f in new if f.severity == "critical"), None))
-        if critical is not None and self.config.on_critical == "stop":
+        is_stopping = self.config.on_critical == "stop"
+        bad = (f for f in found if f.severity == "critical" and (is_stopping or f.rule in ROLLED_BACK))
+        critical = self.rollback.ranks.on_rank_0(lambda: next(bad, None))
+        if critical is not None and is_stopping:
             what = f'{critical.rule} at step {critical.step} (health.on_critical = "stop"): {critical.evidence}'
-            self.rollback.stop(state, what, f"To do: {critical.remedy}")
-        return critical if critical is not None and critical.rule in ROLLED_BACK else None
+            way_on = 'health.on_critical = "continue" goes on in spite of it'
+            self.rollback.stop(state, what, f"To do: {critical.remedy}\n{way_on}")
+        return critical
 
-    def tell(self, is_last: bool = False) -> list[Finding]:
-        """Record and show what is found and was not told yet, and return it; nothing if it is not time to look."""
+    def _tell(self, is_last: bool = False) -> list[Finding]:
+        """Return what is found, and record and show what was not told yet; nothing if it is not time to look."""
         started = time.monotonic()
-        if self.log.recorder.is_quiet or self._is_broken or (started < self._next_look and not is_last):
+        if self.log.recorder.is_quiet or WATCH in self.failed or (started < self._next_look and not is_last):
             return []
-        try:
+        before, findings = set(self.failed), list[Finding]()
+        with self._surviving(WATCH):
             if self._is_disk_due:
                 self.window.disk, self._is_disk_due = look(self.log.recorder.path.parent), False
-            findings = examine(self.window)
-        except P828Error:
-            raise
-        except Exception as error:  # a rule that cannot deal with a number must not end a run of weeks
-            self._is_broken = True
-            text = f"the rules of run health failed and are left out from here on: {type(error).__name__}: {error}"
-            self.log.event("health_failed", self.window.step, text)
-            return []
+            findings = examine(self.window, self.failed)
+            for name in self.failed.keys() - before:
+                self._tell_failure(f"the rule {name}", self.failed[name])
         new = [finding for finding in findings if self._is_new(finding)]
         for finding in findings:
             self._remember(finding)
@@ -108,7 +128,27 @@ class HealthWatch:
             self.log.finding(finding)
         ended = time.monotonic()
         self._next_look = ended + (ended - started) / SHARE
-        return new
+        return findings
+
+    @contextmanager
+    def _surviving(self, part: str) -> Iterator[None]:
+        """Leave out the part from here on if it fails: a number that it cannot deal with must not end a run of weeks.
+
+        Our own errors pass: the records cannot be written, for one.
+        """
+        try:
+            yield
+        except P828Error:
+            raise
+        except Exception as error:
+            self.failed[part] = error
+            self._tell_failure(part, error)
+
+    def _tell_failure(self, part: str, error: Exception) -> None:
+        text = f"{part} failed, and is left out from here on: {type(error).__name__}: {error}"
+        where = "".join(traceback.format_exception(error)).rstrip()
+        self.log.event("health_failed", self.window.step, text, traceback=where)
+        self.log.console.log(where)
 
     def _is_odd(self, step: int) -> bool:
         """Whether the step began a spike, or was the first of some that were not finite: its data is named."""
@@ -122,6 +162,10 @@ class HealthWatch:
         """Whether it is worse than when it was told, or had been gone since."""
         before = self.told.get(finding.rule)
         return before is None or finding.is_worse_than(before) or finding.step - before.step > GONE_STEPS
+
+    def _forget_after(self, step: int) -> None:
+        """Count what was told of later steps as not told: these steps come again, or others in their place."""
+        self.told = {rule: finding for rule, finding in self.told.items() if finding.step <= step}
 
     def _remember(self, finding: Finding) -> None:
         """Keep the step at which it was last found, with the worst that was told of it."""

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from p828.config import Config
-from p828.data.batch import PADDING, Batch
+from p828.data.batch import NO_TARGET, PADDING, Batch
 from p828.data.fingerprints import SeenRows
 from p828.distributed.group import ProcessGroup
 from p828.engine.interface import Engine, StepResult
-from p828.inference.evaluate import evaluate, token_nats
+from p828.inference.evaluate import evaluate, token_nats, uncompiled
 from p828.model.transformer import Transformer
 from p828.system.device import explain_out_of_memory
 from p828.train.gradient_probes import auxiliary_gradient, rerouted_share
@@ -105,6 +105,10 @@ class Probes:
         if len(batch.tokens_BS) > 1:
             flipped_BS = token_nats(model, reversed_rows(batch), dtype).flip(0)
             numbers["row_leak"] = largest(flipped_BS - nats_BS, torch.ones_like(is_later_BS))
+            row = int((batch.targets_BS != NO_TARGET).sum(dim=1).argmax())
+            with uncompiled(model):  # a batch of one is of a shape that nothing else has
+                alone_1S = token_nats(model, with_one_row(batch, row), dtype)
+            numbers["batch_leak"] = usual(alone_1S[0] - nats_BS[row], batch.targets_BS[row] != NO_TARGET)
         return numbers
 
     def _gradients(self, model: Transformer, batch: Batch) -> Numbers:
@@ -174,6 +178,23 @@ def reversed_rows(batch: Batch) -> Batch:
     tensors = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.document_ids_BS)
     tokens, targets, positions, ids = (tensor.flip(0) for tensor in tensors)
     return replace(batch, tokens_BS=tokens, targets_BS=targets, positions_BS=positions, document_ids_BS=ids)
+
+
+def with_one_row(batch: Batch, row: int) -> Batch:
+    """A batch of one of the rows alone."""
+    tensors = (batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.document_ids_BS)
+    tokens, targets, positions, ids = (tensor[row : row + 1] for tensor in tensors)
+    return replace(batch, tokens_BS=tokens, targets_BS=targets, positions_BS=positions, document_ids_BS=ids)
+
+
+def usual(change_S: Tensor, counts_S: Tensor) -> float | None:
+    """The median absolute number of those that count; None if none does.
+
+    Among other rows a matrix product may be rounded otherwise, and a token on the edge between two experts goes to the
+    other one: this changes a few tokens by much, and wrong positions change most of them.
+    """
+    counted_N = change_S.abs()[counts_S.to(change_S.device)]
+    return float(counted_N.median().item()) if len(counted_N) else None
 
 
 def largest(change_BS: Tensor, counts_BS: Tensor) -> float:

@@ -58,7 +58,7 @@ class Trainer:
             self.health.begin()
             self.usage.start()
             self.loop(shutdown)
-            self.health.tell(is_last=True)
+            self.health.end(self.state)
         except (ConfigError, DataError, RunFailed) as error:
             self.stop_after(error)
         finally:

@@ -112,17 +112,25 @@ def slow_data(milliseconds: Strength) -> Iterator[None]:
 
 
 @contextmanager
-def changing_constant(every: Strength) -> Iterator[None]:
-    """A Python number that the compiled layers read is another one every so many steps."""
+def compiled_quickly(strength: Strength = "") -> Iterator[None]:
+    """Graphs are made as ever, without a compiler's minutes."""
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
-        return lambda layer: original(layer, backend="eager")  # the graphs are made anew, without a compiler's minutes
+        return lambda layer: original(layer, backend="eager")
+
+    with replaced(nn.Module, "compile", make):
+        yield
+
+
+@contextmanager
+def changing_constant(every: Strength) -> Iterator[None]:
+    """A Python number that the compiled layers read is another one every so many steps."""
 
     def change(engine: PlainEngine, step: int) -> None:
         for layer in engine.model.layers:
             layer.input_layernorm.eps = 1e-5 * (1 + 1e-6 * (step // int(every)))
 
-    with replaced(nn.Module, "compile", make), before_update(change):
+    with compiled_quickly(), before_update(change):
         yield
 
 

@@ -164,6 +164,7 @@ class ShardedEngine:
         is started on the device before the host asks for a number; the weights are still gathered when it has it.
         `is_measured`: also measure what the update does.
         """
+        assert self._micro_batches == self._accumulation, "the last of them has to know that it is the last"
         if is_measured:
             self._update_numbers.begin()
         with record_function("Optimizer.step"):

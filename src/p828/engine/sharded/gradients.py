@@ -74,15 +74,19 @@ class ShardedGradients:
         pieces = zip(small.items(), self._small.split(numbers), strict=True)
         self.small = {name: piece.view(parameter.shape) for (name, parameter), piece in pieces}
         """The sums of the parameters that are in no unit, by name."""
-        held = [
-            (piece, shard) for unit, shard in zip(units, self.shards, strict=True) for piece in unit.pieces(rank, size)
-        ]
-        self._summed = [*(piece.of(shard) for piece, shard in held), *self.small.values()]
-        names = [*(piece.name for piece, _ in held), *self.small]
-        parts = parts_of([*self.places, *self.small])
-        self._by_part = ByPart(names, parts, like.device)
+        self._summed, self._by_part = self._find_pieces(units, rank)
         self._exchanges: dict[int, tuple[int, dist.Work | None]] = {}  # by buffer: unit and operation
         self._reductions: list[dist.Work] = []
+
+    def _find_pieces(self, units: Sequence[Unit], rank: int) -> tuple[list[Tensor], ByPart]:
+        """The sums that this rank has of each parameter, those of `small` last, and what adds their norms by part."""
+        pieces = [
+            (piece.name, piece.of(shard))
+            for unit, shard in zip(units, self.shards, strict=True)
+            for piece in unit.pieces(rank, self.size)
+        ]
+        names, sums = zip(*pieces, *self.small.items(), strict=True)
+        return list(sums), ByPart(names, parts_of([*self.places, *self.small]), self._small.device)
 
     @property
     def sets_layers(self) -> bool:

@@ -52,7 +52,9 @@ def gathered_by_layer(model: Transformer, weights: ShardedWeights) -> Iterator[T
     after = dict(zip(sequence, following(sequence, weights.slots), strict=True))
     modules = [model.model.embed_tokens, *model.layers]
     with ExitStack() as stack:
-        if model.lm_head is not None:
+        if model.lm_head is None:
+            weights.wait(0)
+        else:
             stack.enter_context(_apart(model.lm_head, weights, head))
         for number, module in zip(sequence, modules, strict=True):
             hooks = (

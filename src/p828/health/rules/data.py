@@ -4,6 +4,8 @@ from p828.health.finding import Finding
 from p828.health.window import Window, number_of
 
 REPEATED_EPOCHS = 4  # Muennighoff et al. 2023 (arXiv 2305.16264): up to 4 epochs are nearly worth fresh data
+REPEATED_SHARE = 0.1  # of a step's rows; two ranks of eight that read the same make an eighth
+REPEATED_STEPS = 8  # in a row: copies of a document that come together by chance do not go on
 EPOCHS_REFERENCE = "Muennighoff et al. 2023 (arXiv 2305.16264): up to 4 epochs are nearly as good as fresh data"
 
 
@@ -28,6 +30,27 @@ def repeats(window: Window) -> list[Finding]:
             f"before step {since}",
             "within an epoch a row comes once; the hash of a step's rows has 32 bits, so two equal ones in a row are "
             "no chance",
+        )
+    ]
+
+
+def repeats_within(window: Window) -> list[Finding]:
+    """Rows that are in a step more than once, step after step."""
+    shares = [number_of(record, "repeated_rows") or 0.0 for record in window.last(REPEATED_STEPS)]
+    if len(shares) < REPEATED_STEPS or min(shares) < REPEATED_SHARE:
+        return []
+    return [
+        Finding(
+            "data_repeats",
+            "critical",
+            window.step,
+            window.step - REPEATED_STEPS + 1,
+            f"{min(shares):.0%} to {max(shares):.0%} of the rows of a step are in it already, in each of the last "
+            f"{REPEATED_STEPS} steps",
+            "ranks or micro-batches are given the same rows, where each should have its own",
+            "see that each rank reads its own part of the data: p828 batch "
+            f"{window.facts.run} --step {window.step} shows the rows; or remove copies (prepare.drop_duplicates)",
+            "within an epoch a row comes once; a row that is twice in a step counts twice in its gradient",
         )
     ]
 

@@ -6,6 +6,7 @@ from p828.health.finding import Finding
 from p828.health.window import Record, Window, number_of, parts_of
 
 CRITICAL_IN_A_ROW = 3  # steps in a row that are not finite: also what ends a run without rollbacks
+CURRENT_STEPS = 256  # after so many finite steps the run has come out of it by itself
 NON_FINITE_REFERENCE = 'Project 828, red flags: "Loss becomes NaN: reduce learning rate"'
 
 LARGE = 5.0  # Project 828: healthy below 5, warning 5 to 10, critical above 10
@@ -36,7 +37,7 @@ def non_finite(window: Window) -> list[Finding]:
     in_a_row = _in_a_row(window)
     first = window.non_finite[-in_a_row]
     record = next((record for record in window.recent if record["step"] == last), {})
-    critical = in_a_row >= CRITICAL_IN_A_ROW
+    critical = in_a_row >= CRITICAL_IN_A_ROW and window.step - last < CURRENT_STEPS
     shown = f"loss {record.get('loss')}, gradient norm {record.get('grad_norm')}" if record else "no finite number"
     row = f", {in_a_row} in a row" if in_a_row > 1 else ""
     return [
@@ -179,8 +180,11 @@ def _scaled(window: Window, pairs: list[tuple[Record, dict[str, float]]]) -> lis
     for _, parts in pairs:
         others = math.sqrt(math.fsum(parts.get(part, 0.0) ** 2 for part in OTHER_MATRICES))
         shares.append(parts["routed_experts"] / others if others > 0 else 1.0)
+    spikes, first = window.spikes.found, pairs[0][0]["step"]
+    if first <= SETTLED_STEPS or (spikes and spikes[-1].last >= first):  # odd data has odd gradients
+        return []
     is_off = all(share > MOST_SHARE for share in shares) or all(share < LEAST_SHARE for share in shares)
-    if not is_off or pairs[0][0]["step"] <= SETTLED_STEPS:
+    if not is_off:
         return []
     mean = math.fsum(shares) / len(shares)
     return [

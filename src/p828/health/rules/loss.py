@@ -10,12 +10,14 @@ from p828.health.spikes import Spike
 from p828.health.window import Window, number_of
 
 UNRECOVERED_STEPS = 32  # PaLM (arXiv 2204.02311, 5.1): most spikes come back by themselves, within some dozens of steps
+SURE_STEPS, SURE_RISE = 64, 2.0  # a shard of another kind of text costs less, in nats, and is over by then
 SPIKE_REFERENCE = (
     "OLMo-core, SkipStepOptimizer: a loss above mean + 6 standard deviations of the last 128 steps; here around its "
     "trend"
 )
 
 DIVERGED_STEPS = 24  # whose mean counts
+DIVERGED_LATEST = 8  # the last of them, whose mean counts too: of a spike that is over the 24 steps tell still
 DIVERGED_BEFORE = 3  # stretches of as many steps at least that are compared with, or half of the run
 DIVERGED_RISE = 0.5  # nats above their median
 DIVERGED_SPREADS = 3.0  # and times the median difference between two of them: data that is not shuffled well moves so
@@ -61,10 +63,16 @@ def validates(window: Window, since: int) -> bool:
     return losses[-1][1] < min(loss for _, loss in losses[:-1]) + VALIDATION_RISE
 
 
+def _is_sure(window: Window, spike: Spike) -> bool:
+    """Whether the loss is not that of hard data: it is too high for too long, or an evaluation is as bad."""
+    is_evaluated = any(record["step"] >= spike.step + UNRECOVERED_STEPS for record in window.evaluations)
+    return is_evaluated or spike.last - spike.step >= SURE_STEPS or spike.after - spike.usual >= SURE_RISE
+
+
 def _unrecovered(window: Window, spike: Spike) -> Finding:
     return Finding(
         "spike_unrecovered",
-        "critical",
+        "critical" if _is_sure(window, spike) else "warning",
         window.step,
         spike.step,
         f"the loss rose from {spike.usual:.3f} (σ {spike.sigma:.3f}) to {spike.peak:.3f} at step {spike.peak_step} and "
@@ -95,16 +103,21 @@ def _recovered(window: Window, back: list[Spike]) -> Finding:
 def divergence(window: Window) -> list[Finding]:
     """The loss of the recent steps is far above that of the steps before, and validation does not deny it."""
     means, spike = _means(window), window.spikes.current
-    is_early = spike is not None and spike.is_abrupt and spike.last - spike.step < UNRECOVERED_STEPS
+    is_early = spike is not None and spike.is_abrupt and not _is_sure(window, spike)
+    is_early |= spike is not None and spike.is_abrupt and spike.last - spike.step < UNRECOVERED_STEPS
     if len(means) < DIVERGED_BEFORE + 1 or is_early:
         return []
     (_, now), before = means[-1], means[-1 - max(DIVERGED_BEFORE, len(means) // 2) : -1]
     usual = statistics.median(mean for _, mean in before)
     spread = statistics.median(abs(later - early) for (_, early), (_, later) in pairwise(before))
-    if now - usual < max(DIVERGED_RISE, DIVERGED_SPREADS * spread):
+    latest = window.numbers("loss", DIVERGED_LATEST)
+    lower = min(now, math.fsum(latest) / len(latest)) if latest else now
+    if lower - usual < max(DIVERGED_RISE, DIVERGED_SPREADS * spread):
         return []
     best, step = min((mean, first) for first, mean in means)
     since = next((first for first, mean in reversed(means) if mean <= usual), step) + DIVERGED_STEPS
+    if spike is not None and spike.is_abrupt and spike.last == window.step:
+        since = spike.step
     if validates(window, since):
         return []
     return [
@@ -127,11 +140,13 @@ def _means(window: Window) -> list[tuple[int, float]]:
     """The first step and the mean loss of stretches of `DIVERGED_STEPS` steps or more, the last one up to now.
 
     The blocks of the history and the recent steps are cut from behind. Steps before the last half of the run's are
-    left out where the loss still falls fast.
+    left out where the loss still falls fast, and those of another mixture of data.
     """
     found: list[tuple[int, float]] = []
     total, count = 0.0, 0
     for block, mean in reversed(window.history.means("loss")):
+        if block.first <= window.mixture_step:
+            break
         total += mean * block.counts["loss"]
         count += block.counts["loss"]
         if count >= DIVERGED_STEPS:

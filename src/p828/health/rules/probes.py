@@ -20,6 +20,11 @@ LEAKS = {
         "a row changes by {change:.3g} when it is another row of the batch",
         "rows depend on their place: positions are counted over batch × sequence, or rows see each other",
     ),
+    "batch_leak": (
+        "a row change by {change:.3g} in the median when it is a batch of its own",
+        "rows depend on how many rows the batch has: positions are counted over batch × sequence, or rows see each "
+        "other",
+    ),
 }
 LEAK_REFERENCE = "Project 828, run 1: positions for (batch × sequence) cost 240,000 steps; a causal model's change is 0"
 

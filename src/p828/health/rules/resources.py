@@ -4,6 +4,7 @@ import itertools
 import math
 import statistics
 
+from p828.files import shown_bytes
 from p828.health.finding import Finding
 from p828.health.window import Record, Window
 
@@ -46,9 +47,10 @@ def _growth(window: Window) -> list[Finding]:
             "warning",
             window.step,
             values[0][0],
-            f"the peak memory grew from {_size(begin)} at step {values[0][0]} to {_size(end)} at step "
+            f"the peak memory grew from {shown_bytes(begin)} at step {values[0][0]} to {shown_bytes(end)} at step "
             f"{window.step}, in "
-            f"{rises} of {GROUPS - 1} parts of these steps: {_size((end - begin) / steps * 1000)} every 1,000 steps",
+            f"{rises} of {GROUPS - 1} parts of these steps: "
+            f"{shown_bytes((end - begin) / steps * 1000)} every 1,000 steps",
             "something is kept from every step: tensors in a list, a graph that is not freed, or growing fragmentation",
             "keep numbers and not tensors (.item()); on a GPU torch.cuda.memory._record_memory_history shows who asks",
             MEMORY_REFERENCE,
@@ -75,8 +77,9 @@ def _ranks(window: Window) -> list[Finding]:
             "warning",
             window.step,
             rows[0]["step"],
-            f"the peak memory of rank {rank} grew from {_size(before[rank])} to {_size(after[rank])} between steps "
-            f"{rows[0]['step']} and {rows[-1]['step']}, that of the others by {statistics.median_low(growth):.0%}",
+            f"the peak memory of rank {rank} grew from {shown_bytes(before[rank])} to {shown_bytes(after[rank])} "
+            f"between steps {rows[0]['step']} and {rows[-1]['step']}, "
+            f"that of the others by {statistics.median_low(growth):.0%}",
             "this rank gets more of the load: longer rows, or experts that more tokens choose",
             "balance the experts (balance.update_rate), and give the ranks rows of equal length",
             "ranks with equal work use equal memory; the largest decides whether the run fits",
@@ -92,17 +95,18 @@ def disk(window: Window) -> list[Finding]:
     found = window.disk
     needed = ROOM * found.checkpoint_bytes if found is not None else 0.0
     values = [(block.last, block.newest["disk_free_bytes"]) for block, _ in window.history.means("disk_free_bytes")]
-    known = [free for _, free in values[-1:]]
+    known = [value for _, value in values[-1:]]
     if found is not None and found.free_bytes is not None and found.is_locked:
         known.append(float(found.free_bytes))
     if not known or window.facts.steps <= window.step:
         return []
+    free = shown_bytes(min(known))
     if needed and min(known) < needed:
-        what = f"{_size(min(known))} are free at step {window.step}, and the next checkpoint takes {_size(needed)}"
+        what = f"{free} are free at step {window.step}, and the next checkpoint takes {shown_bytes(needed)}"
         return [_filling(window, window.step, what)]
     more = _checkpoints_to_come(window)
     if needed and min(known) < more * needed:
-        what = f"{_size(min(known))} are free, and {more} more checkpoints that are kept take {_size(more * needed)}"
+        what = f"{free} are free, and {more} more checkpoints that are kept take {shown_bytes(more * needed)}"
         return [_filling(window, window.step, what, is_full=False)]
     return _trend(window, values, needed)
 
@@ -124,14 +128,15 @@ def _trend(window: Window, values: list[tuple[int, float]], needed: float) -> li
         return []
     (begin, first), (end, last) = values[0], values[-1]
     used, left = first - last, window.facts.steps - window.step
-    if end == begin or used < FALLEN * first:
+    if end == begin or used <= 0 or used < FALLEN * first:
         return []
     per_step = used / (end - begin)
     if per_step * left < last - needed:
         return []
     full = end + (last - needed) / per_step
     what = (
-        f"{_size(first)} were free at step {begin} and {_size(last)} at step {end}: at {_size(per_step)} a step there "
+        f"{shown_bytes(first)} were free at step {begin} and {shown_bytes(last)} at step {end}: at "
+        f"{shown_bytes(per_step)} a step there "
         f"is no room from step {full:,.0f} on, before the last step {window.facts.steps:,}"
     )
     return [_filling(window, begin, what, is_full=False)]
@@ -151,11 +156,3 @@ def _filling(window: Window, since: int, evidence: str, is_full: bool = True) ->
         "a straight line through the free bytes of the records; a new checkpoint is written before "
         "an old one is deleted",
     )
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(count) < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from p828.health.finding import Finding
-from p828.health.window import Record, Window, list_of, number_of
+from p828.health.window import Record, Window, finite_list, list_of, number_of
 
 SPAN = 32  # steps whose mean counts, and which are compared with as many before
 GRACE = 96  # steps; a fresh router sends most tokens to few experts until the bias has moved, for about 60 steps
@@ -252,10 +252,12 @@ def miscounted(window: Window) -> list[Finding]:
         tokens = _tokens(record, before)
         before = record
         loads = record.get("load")
-        if tokens is None or not isinstance(loads, list):
+        if tokens is None or tokens <= 0 or not isinstance(loads, list):
             continue
-        for layer, load in enumerate(loads):
-            counted, right = sum(load), tokens * per_token
+        for layer, load in enumerate(map(finite_list, loads)):
+            counted, right = math.fsum(load), tokens * per_token
+            if not load:
+                continue
             if abs(counted - right) > MISCOUNTED * right:
                 return [
                     Finding(
@@ -263,8 +265,8 @@ def miscounted(window: Window) -> list[Finding]:
                         "critical",
                         window.step,
                         record["step"],
-                        f"step {record['step']}: the experts of layer {layer} counted {counted:,} tokens, and the step "
-                        f"has {tokens:,.0f} tokens × {per_token} experts = {right:,.0f}",
+                        f"step {record['step']}: the experts of layer {layer} counted {counted:,.0f} tokens, and the "
+                        f"step has {tokens:,.0f} tokens × {per_token} experts = {right:,.0f}",
                         _miscount_cause(counted / right),
                         "count loads where the forward pass of a training step returns them, once a micro-batch",
                         "each token of a step is counted at exactly num_experts_per_tok experts",

@@ -2,9 +2,10 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 
 from p828.health.finding import Finding
-from p828.health.window import Window, number_of
+from p828.health.window import Record, Window, list_of, number_of
 
 STEPS = 32
 STARVED = 0.2  # of the step's time; p828 reads up to eight micro-batches ahead, so that none is waited for
@@ -12,6 +13,9 @@ STARVED_SECONDS = 0.01  # shorter waits are the thread's own
 HOST_BOUND = 0.3  # of the step's time in which the device is not busy
 COMPILING_STEPS = 3
 SETTLED_AFTER = 4  # steps of a start, in which layers are compiled for every shape
+# Steps from a start's first one on, each of which compiles: the first makes all graphs, and the second may make some
+# again for a number that has changed, a variable from then on. A third one's number changes in every step.
+BEGUN_COMPILING = 3
 SLOW_MFU = 0.01  # of the GPUs' peak; one GPU alone has 0.1 and more
 SLOW_SECONDS = 2.0  # a step
 ROW = "Project 828: two GPUs over NODE made 0.01 steps a second, one alone 12"
@@ -75,27 +79,33 @@ def _pairs(window: Window, name: str) -> list[tuple[float, float]]:
 
 def recompiling(window: Window) -> list[Finding]:
     """Graphs are compiled again and again."""
-    begun = (window.resumed_at or 0) + SETTLED_AFTER
-    found = [
-        (record["step"], count)
-        for record in window.since_resume()
-        if record["step"] > begun and (count := number_of(record, "compilations"))
-    ]
+    started = window.resumed_at or 0
+    recent, first = _compiling(window.since_resume()), _compiling(window.first)
+    found = [(step, count) for step, count in recent if step > started + SETTLED_AFTER]
+    when = f"after the first {SETTLED_AFTER}"
     if len(found) < COMPILING_STEPS:
-        return []
+        found = [(step, count) for step, count in {**dict(first), **dict(recent)}.items() if step > started]
+        when = "from the first one on"
+        if sum(step <= started + BEGUN_COMPILING for step, _ in found) < BEGUN_COMPILING:
+            return []
     return [
         Finding(
             "recompiling",
             "warning",
             window.step,
             found[0][0],
-            f"{math.fsum(count for _, count in found):.0f} graphs were compiled in {len(found)} steps after the first "
-            f"{SETTLED_AFTER}, the last in step {found[-1][0]}",
+            f"{math.fsum(count for _, count in found):.0f} graphs were compiled in {len(found)} steps {when}, the "
+            f"last in step {found[-1][0]}",
             "a shape or a Python value in the layers changes from step to step",
             'keep shapes fixed, or train.compile = "off"; TORCH_LOGS=recompiles names what changed',
             "torch.compile's documentation: every new shape or guard is a recompilation, and after 8 it gives up",
         )
     ]
+
+
+def _compiling(records: Sequence[Record]) -> list[tuple[int, float]]:
+    """The steps that compiled, and how many graphs."""
+    return [(record["step"], count) for record in records if (count := number_of(record, "compilations"))]
 
 
 def links(window: Window) -> list[Finding]:
@@ -105,7 +115,7 @@ def links(window: Window) -> list[Finding]:
     if said:
         text = " ".join(str(event.get("text", "")) for event in said)
         return [_slow(window, said[0]["step"], text)]
-    ranks = len(window.recent[-1].get("rank_memory_bytes") or ())
+    ranks = len(list_of(window.recent[-1], "rank_memory_bytes"))
     mfus, seconds = window.numbers("mfu", STEPS), window.numbers("seconds", STEPS)
     if ranks < 2 or len(mfus) < STEPS // 2 or len(seconds) < STEPS // 2:
         return []

@@ -119,6 +119,10 @@ class Console:
         """Like `print`, for what a user should not miss."""
         self._show(text, Style(color="yellow"))
 
+    def log(self, text: str) -> None:
+        """Write lines to the log alone."""
+        self._write_log(_escape(text))
+
     def block(self, title: str, entries: Sequence[tuple[str, str]], is_event: bool = False) -> None:
         """Show what belongs together: a line `key  value` for each entry, wrapped at the width; as `event` if so."""
         keys = max(len(key) for key, _ in entries) + 2

@@ -183,10 +183,13 @@ class Log:
     def _data_record(self, state: TrainState, stats: BatchStats) -> dict[str, Any]:
         """What the run was trained on so far: documents, those of them that were split, tokens by source.
 
-        And the step's targets, with conversations fewer than its tokens, and its largest token id.
+        And the step's targets, with conversations fewer than its tokens, its largest token id, and the share of its
+        rows that are in it already.
         """
         record: dict[str, Any] = {"documents": state.documents, "cut_documents": state.cut_documents}
         record |= {"targets": stats.targets, "max_token": stats.max_token}
+        if stats.repeated_rows:
+            record["repeated_rows"] = stats.repeated_rows / stats.rows
         if self.data.bad_records == "skip":
             record["bad_records"] = stats.bad_records
         if self.data.mixture:

@@ -1,7 +1,7 @@
 """What a run shows before it starts, and when it is over."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from p828.config import Config, DataConfig, rules
 from p828.data.amount import Amount, describe
@@ -139,7 +139,8 @@ def recorded_end(trainer: Trainer) -> Iterator[None]:
         raise
     except Exception as error:
         state = "paused" if isinstance(error, RunPaused) else "stopped" if isinstance(error, RunStopped) else "failed"
-        end(state, (str(error) or type(error).__name__).splitlines()[0])
+        with suppress(RecordsFailed):  # the error at hand may be of the records, and says more
+            end(state, (str(error) or type(error).__name__).splitlines()[0])
         raise
 
 

@@ -1,0 +1,45 @@
+"""The engine and the ZeRO stage of a run that several processes were started for without naming one."""
+
+from dataclasses import replace
+
+import torch
+
+from p828.config import Config, with_vocabulary
+from p828.distributed.group import ProcessGroup
+from p828.distributed.launcher import launched
+from p828.plan.peak import peak
+from p828.plan.setup import STAGES, sharded_setup
+from p828.system.device import pick_device
+
+
+def for_processes(config: Config) -> Config:
+    """With the sharded engine in place of the plain one, which trains on one device, if there are several processes."""
+    return replace(config, engine="sharded") if config.engine == "plain" and launched().size > 1 else config
+
+
+def with_fitting_stage(config: Config, ranks: ProcessGroup) -> tuple[Config, str]:
+    """With the stage that every rank's GPU has room for, and a line about it; on CPUs with stage 1.
+
+    All ranks must call it, and choose the same.
+    """
+    device, stage, estimate = pick_device(config.train.device), STAGES[0], ""
+    if device.type == "cuda":
+        free = min(int(room) for (room,) in ranks.all_gather([torch.cuda.mem_get_info(device)[0]]))
+        stage, estimate = fitting_stage(config, ranks.size, free)
+    line = f'{ranks.size} processes: engine = "sharded", ZeRO stage {stage}{estimate}'
+    return replace(config, sharded=replace(config.sharded, stage=stage)), line
+
+
+def fitting_stage(config: Config, ranks: int, free_bytes: int) -> tuple[int, str]:
+    """The lowest stage that takes no more than that of each GPU, else the last one; and what it takes, in words."""
+    planned = {stage: planned_bytes(config, stage, ranks) for stage in STAGES}
+    fitting = [stage for stage in STAGES if planned[stage] <= free_bytes]
+    stage = fitting[0] if fitting else STAGES[-1]
+    words = f": about {planned[stage] / 1e9:.1f} GB of {free_bytes / 1e9:.1f} GB free on each GPU"
+    remedy = "" if fitting else "; lower train.micro_batch_size, or set train.gradient_checkpointing"
+    return stage, words + remedy
+
+
+def planned_bytes(config: Config, stage: int, ranks: int) -> int:
+    """Of a run on each GPU, by the plan."""
+    return peak(with_vocabulary(config), sharded_setup(config, stage, ranks), config.train.micro_batch_size).total
