@@ -7,8 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from p828.cli.doctor import run_of
 from p828.cli.flags import BOOLEANS, parse_given
+from p828.cli.run_name import run_named
 from p828.config.rules import check_path
 from p828.errors import ConfigError, warn
 from p828.files import write_atomic
@@ -76,7 +76,7 @@ def _check(given: Arguments, flags: dict[str, object], names: list[str]) -> None
 
 def _directory(name: str) -> Path:
     check_path("RUN", name)
-    return run_of(name) or Path(name)
+    return run_named(name)
 
 
 def _write(runs: list[ReportedRun], path: Path) -> None:
