@@ -42,8 +42,10 @@ def run(arguments: list[str]) -> None:
     given, set_flags = parse_given(Arguments, flags, prog="p828 report", default=Arguments(), description=DESCRIPTION)
     _check(given, set_flags, names)
     paths = [_directory(name) for name in names]
-    with waiting(f"reading the records of {', '.join(map(str, paths))}", warn):
-        runs = [ReportedRun(path) for path in paths]
+    runs = [ReportedRun(path, warn) for path in paths]
+    for one in runs:
+        if one.problem:
+            warn(f"{one.path}: {one.problem}")
     if given.watch:
         _serve(runs, given.port)
     else:
@@ -84,7 +86,8 @@ def _write(runs: list[ReportedRun], path: Path) -> None:
         raise ConfigError(f"--out {path}: is a directory; a file is accepted, as {path / 'report.html'}")
     if not path.parent.is_dir():
         raise ConfigError(f"--out {path}: no such directory {path.parent}")
-    text = "".join(page(runs))
+    with waiting(f"making {path}", warn):
+        text = "".join(page(runs))
     try:
         write_atomic(path, text)
     except OSError as error:

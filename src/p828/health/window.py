@@ -185,4 +185,3 @@ def parts_of(record: Record, name: str) -> dict[str, float]:
     if not isinstance(values, dict):
         return {}
     return {part: found for part, value in values.items() if (found := records.number(value)) is not None}
-

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from p828.config import Config, load
+from p828.config import Config
 from p828.config.files import read_toml
 from p828.config.old_names import renamed
 from p828.config.values import flatten
@@ -18,7 +18,7 @@ from p828.files import MEBIBYTE, read_limited
 from p828.plan.plan import Machine, make_plan
 from p828.runs.file_names import CHECKPOINTS, CONFIG_FILE, LOG_FILE
 from p828.runs.side_by_side import fingerprints, flat, newest_state
-from p828.system.cards import Card, card_of_device
+from p828.system.cards import card_of_device
 
 LONGEST_LOG = 4 * MEBIBYTE  # of which the first lines are read; a longer one is left out
 DEVICE = re.compile(r"^.{19}   device +(\S.*)$", re.MULTILINE)
@@ -39,26 +39,38 @@ def settings(run: Path) -> dict[str, str]:
     return {key: _text(value) for key, value in {**given, **defaults}.items() if key not in PLACES}
 
 
-def about(run: Path) -> dict[str, str]:
-    """Name to text: command, versions with the commit, machine and fingerprints, as far as the run's files tell."""
-    found = {"directory": str(run), "command": f"p828 train {shlex.quote(str(run / CONFIG_FILE))}"}
-    if versions := _first_line(run / CONFIG_FILE):
-        found["versions"] = versions
-    if device := _device(run):
-        found["device"] = device
-    prints = fingerprints(newest_state(run / CHECKPOINTS))
-    return found | {f"{name}, fingerprint": text for name, text in prints.items()}
+def about(run: Path, started: Mapping[str, Any]) -> dict[str, str]:
+    """Name to text: command, versions with the commit, machine and fingerprints, as far as the run's files tell.
 
-
-def planned(run: Path, found: Mapping[str, float]) -> tuple[list[dict[str, str]], str]:
-    """Rows of what was planned and what came, and why there is no plan.
-
-    `found` has what the records tell (`measured`). The cards are those that the run's log names.
+    `started` is the record of the run's last start; empty in a run of a version that recorded none.
     """
+    again = f"p828 train {shlex.quote(str(run / CONFIG_FILE))}"
+    found = {
+        "command": str(started.get("command") or f"not recorded; {again} trains the same"),
+        "started in": str(started.get("directory", "")),
+        "run": str(run),
+        "versions": _versions(started.get("versions")) or _first_line(run / CONFIG_FILE),
+        "device": device(run, started),
+        "machine": str(started.get("machine", "")),
+    }
+    prints = fingerprints(newest_state(run / CHECKPOINTS))
+    return {name: text for name, text in found.items() if text} | {
+        f"{name}, fingerprint": text for name, text in prints.items()
+    }
+
+
+def planned(config: Config | None, device: str, found: Mapping[str, float]) -> tuple[list[dict[str, str]], str]:
+    """Rows of what was planned and what came, and a remark: for what it was planned, or why there is no plan.
+
+    `device` is what the run says of its own, and `found` what the records tell (`measured`).
+    """
+    if config is None:
+        return [], "No plan: the configuration cannot be read."
+    card, gpus = card_of_device(device), int(ranks[1]) if (ranks := RANKS.match(device)) else 1
     try:
-        config, (card, gpus) = load(str(run / CONFIG_FILE)), _cards(run)
         if card is None:
-            return [], "The planner is about GPUs, and the log names none that it knows."
+            what = f"the run's device is {device}" if device else "the run tells no device"
+            return [], f"The planner knows GPUs by their names, and {what}."
         plan = make_plan(config, Machine(card, gpus))
     except P828Error as error:
         return [], f"No plan: {error}"
@@ -94,15 +106,10 @@ def _count(value: float | None) -> str:
     return "–" if value is None else f"{int(value):,}"
 
 
-def _cards(run: Path) -> tuple[Card | None, int]:
-    """The GPU that the run's log names, None if it names none that is known, and how many."""
-    device = _device(run)
-    ranks = RANKS.match(device)
-    return card_of_device(device), int(ranks[1]) if ranks else 1
-
-
-def _device(run: Path) -> str:
-    """What the last start's lines in the log say of the device; empty if they say nothing."""
+def device(run: Path, started: Mapping[str, Any]) -> str:
+    """What the run's last start recorded or, in earlier versions, its lines in the log say; empty if they do not."""
+    if started.get("device"):
+        return str(started["device"])
     try:
         text = read_limited(run / LOG_FILE, LONGEST_LOG).decode("utf-8", "replace")
     except (OSError, ValueError):
@@ -118,6 +125,10 @@ def _first_line(path: Path) -> str:
     except (OSError, ValueError):
         return ""
     return line.removeprefix("# ") if line.startswith("# p828 ") else ""
+
+
+def _versions(found: Any) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items()) if isinstance(found, dict) else ""
 
 
 def _text(value: Any) -> str:

@@ -1,18 +1,17 @@
 """All that a page shows of one run, read from its directory, and read on while the run trains."""
 
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from p828.config import load
+from p828.config import Config, load
 from p828.errors import ConfigError, P828Error
 from p828.files import directory_near, open_regular
 from p828.health.examine import ordered
 from p828.health.finding import Finding, finding_of
-from p828.health.of_run import findings_of, merge
-from p828.report.about import about, measured, planned, settings
+from p828.health.of_run import Course, merge
+from p828.report.about import about, device, measured, planned, settings
 from p828.report.buckets import edges, means, places, thinned
 from p828.report.encoding import encoded_array, packed_array
 from p828.report.heat_map import HeatMap
@@ -20,49 +19,67 @@ from p828.report.series import Series
 from p828.runs import records
 from p828.runs.file_names import CONFIG_FILE, RECORDS_FILE
 from p828.runs.summary import summary
+from p828.system.slow_count import SlowCount
 
 MOST_POINTS = 2000  # of evaluations, and of events
 MOST_SAMPLES = 100  # steps with samples: of more, every second one is left out again
 LONGEST_SAMPLE = 2000  # characters
-SHOWN_EVENTS = ("resume", "rollback", "non_finite", "diverged", "not_saved", "damaged", "ended", "slow_link")
+LINES_A_COUNT = 1024  # between two looks at the clock
+SHOWN_EVENTS = ("started", "resume", "rollback", "non_finite", "diverged", "not_saved", "damaged", "ended", "slow_link")
+TEXTS = ("text", "command", "why", "state")  # of an event, the first one that it has
 
 
 class ReportedRun:
     """A run's records as the page shows them. `update` reads what was written since."""
 
-    def __init__(self, path: Path, with_rules: bool = True) -> None:
-        """Read the whole run. Raises ConfigError for a directory that is no run.
+    def __init__(self, path: Path, report: Callable[[str], None] = lambda text: None, with_rules: bool = True) -> None:
+        """Read the whole run; if it takes long, `report` gets a line now and then. ConfigError for what is no run.
 
         `with_rules` has the rules look for findings; otherwise those are shown that the run itself recorded.
         """
         if not (path / CONFIG_FILE).is_file():
             advice = directory_near(path) or "the directory of a run is accepted"
             raise ConfigError(f"{path}: no run: it holds no {CONFIG_FILE}; {advice}")
-        self.path = path
-        self.worst: dict[str, Finding] = {}
-        if with_rules:
-            merge(self.worst, findings_of(path))
-        self._begin()
+        self.path, self._report, self._with_rules = path, report, with_rules
+        self.summary = summary(path)
+        self.findings: list[Finding] = []
+        self._begin((0, 0))
         self.update()
 
-    def _begin(self) -> None:
+    def _begin(self, files: tuple[int, int]) -> None:
+        self._files, self._offset, self._samples_every, self._num_samples = files, 0, 1, 0
         self.series, self.heat_map = Series(), HeatMap()
         self.evaluations: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
-        self._offset, self._inode, self._samples_every, self._num_samples = 0, -1, 1, 0
+        self.started: dict[str, Any] = {}
+        """The record of the run's last start; empty for a run of a version that made none."""
+        self.recorded: dict[str, Finding] = {}
+        """What the run itself found, by rule."""
+        self.config, self.problem = _configuration(self.path)
+        self.course = Course(self.path) if self._with_rules and self.config is not None else None
 
     def update(self) -> bool:
-        """Read the records that came since the last time; whether there were any.
+        """Read the records that came since the last time; whether the run has anything new to show.
 
-        A file that was made anew, as when a run goes on from a checkpoint, is read from its start.
+        Files that were made anew, as when a run goes on from a checkpoint, are read from their start.
         """
-        before = (self._inode, self._offset)
-        for line in self._new_lines():
+        before = self._state()
+        count = SlowCount(self._report, f"{self.path}: the records of {{:,}} steps are read")
+        for number, line in enumerate(self._new_lines()):
             record = records.parsed(line)
             if record is not None:
                 self._add(record)
-        return before != (self._inode, self._offset)
+            if number % LINES_A_COUNT == 0:
+                count.to(len(self.series))
+        self.findings = ordered(self.recorded.values()) if self.course is None else self.course.findings()
+        self.summary = summary(self.path)
+        return before != self._state()
+
+    def _state(self) -> tuple[object, ...]:
+        """What is another one where there is something new to show."""
+        found = tuple((finding.rule, finding.severity, finding.since) for finding in self.findings)
+        return self._files, self._offset, self.summary.state, found
 
     def _new_lines(self) -> Iterator[bytes]:
         path = self.path / RECORDS_FILE
@@ -71,9 +88,9 @@ class ReportedRun:
         try:
             with open_regular(path) as raw:
                 status = os.fstat(raw.fileno())
-                if status.st_ino != self._inode or status.st_size < self._offset:
-                    self._begin()
-                    self._inode = status.st_ino
+                files = status.st_ino, os.stat(self.path / CONFIG_FILE).st_ino
+                if files != self._files or status.st_size < self._offset:
+                    self._begin(files)
                 raw.seek(self._offset)
                 rest = b""
                 while piece := raw.read(records.PIECE):
@@ -88,6 +105,8 @@ class ReportedRun:
 
     def _add(self, record: dict[str, Any]) -> None:
         kind, step = record["kind"], record["step"]
+        if self.course is not None:
+            self.course.add(record)
         if kind == "step" and 0 < step < 2**53:
             self.series.add(record)
             if "load" in record:
@@ -95,14 +114,16 @@ class ReportedRun:
         elif kind == "eval":
             while self.evaluations and self.evaluations[-1]["step"] >= step:  # the run went on from an earlier one
                 self.evaluations.pop()
-            _add_point(self.evaluations, {"step": step, "loss": _finite(record.get("loss"))})
+            _add_point(self.evaluations, {"step": step, "loss": records.finite_number(record.get("loss"))})
         elif kind == "sample":
             self._add_samples(step, record.get("samples"))
-        elif kind == "event" and record.get("event") in SHOWN_EVENTS:
-            text = str(record.get("text") or record.get("why") or record.get("state") or "")
-            _add_point(self.events, {"step": step, "event": record["event"], "text": text[:LONGEST_SAMPLE]})
+        elif kind == "event" and (event := str(record.get("event"))) in SHOWN_EVENTS:
+            if event == "started":
+                self.started = record
+            text = next((str(record[key]) for key in TEXTS if record.get(key)), "")
+            _add_point(self.events, {"step": step, "event": event, "text": text[:LONGEST_SAMPLE]})
         elif kind == "finding" and (finding := finding_of(record)) is not None:
-            merge(self.worst, [finding])
+            merge(self.recorded, [finding])
 
     def _add_samples(self, step: int, samples: Any) -> None:
         while self.samples and self.samples[-1]["step"] >= step:
@@ -128,9 +149,9 @@ class ReportedRun:
         columns = {name: self.series.column(name) for name in self.series.columns}
         last = {name: float(axis[-1]) for name, axis in axes.items() if len(axis)}
         is_whole = self.overview_is_whole
-        plan, plan_remark = planned(self.path, measured(columns, last))
+        plan, plan_remark = planned(self.config, device(self.path, self.started), measured(columns, last))
         return {
-            "summary": summary(self.path).to_json(),
+            "summary": self.summary.to_json(),
             "count": len(self.series),
             "whole": is_whole,
             "axes": {name: encoded_array(places(axis, starts)) for name, axis in axes.items()},
@@ -139,12 +160,13 @@ class ReportedRun:
             "evaluations": self.evaluations,
             "samples": self.samples,
             "events": self.events,
-            "findings": [finding.to_json() for finding in ordered(self.worst.values())],
+            "findings": [finding.to_json() for finding in self.findings],
+            "problem": self.problem,
             "heat_map": self.heat_map.to_json(),
-            "about": about(self.path),
+            "about": about(self.path, self.started),
             "settings": settings(self.path),
             "plan": {"rows": plan, "remark": plan_remark},
-            "max_grad_norm": self._max_grad_norm(),
+            "max_grad_norm": self.config.optimizer.max_grad_norm or None if self.config is not None else None,
         }
 
     def details(self) -> Iterator[tuple[str, str]]:
@@ -161,19 +183,16 @@ class ReportedRun:
             return packed_array(axes[name])
         return packed_array(self.series.column(name)) if name in self.series.columns else None
 
-    def _max_grad_norm(self) -> float | None:
-        try:
-            return load(str(self.path / CONFIG_FILE)).optimizer.max_grad_norm or None
-        except P828Error:  # of an earlier version, or damaged: the curve has no line then
-            return None
+
+def _configuration(run: Path) -> tuple[Config | None, str]:
+    """The run's settings, or None and why they cannot be read: they may be another version's."""
+    try:
+        return load(str(run / CONFIG_FILE)), ""
+    except P828Error as error:
+        return None, f"the rules of run health did not look at it: {error}"
 
 
 def _add_point(points: list[dict[str, Any]], point: dict[str, Any]) -> None:
     points.append(point)
     if len(points) > MOST_POINTS:
         del points[1:-1:2]
-
-
-def _finite(value: Any) -> float | None:
-    number = records.number(value)
-    return number if number is not None and math.isfinite(number) else None

@@ -4,13 +4,12 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from p828.runs.records import number
+from p828.runs.records import finite_number
 
 SCALARS = (
     "loss", "grad_norm", "lr", "tokens_per_second", "seconds", "data_seconds", "host_seconds", "mfu", "memory_bytes",
@@ -18,9 +17,11 @@ SCALARS = (
 )  # fmt: skip
 BY_PART = ("grad_norms", "update_ratios", "source_tokens")  # objects of numbers; the column is KEY.NAME
 
+GAP = array("f", [math.nan])
+
 
 def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+    return sum(values) / len(values)
 
 
 OF_LAYERS: Mapping[str, tuple[str, Callable[[Sequence[float]], float]]] = {
@@ -45,6 +46,7 @@ class Series:
         self.steps, self.tokens, self.hours = array("q"), array("d"), array("d")
         """Steps, tokens trained on, and hours spent in steps up to there."""
         self.columns: dict[str, array[float]] = {}
+        """As long as up to the last step that has the number; NaN for those before it that have none."""
         self.rows = array("q")
         """Hash of each step's rows; -1 for one that has none."""
 
@@ -58,29 +60,24 @@ class Series:
             self._cut(step)
         self._add_axes(step, record)
         for name in SCALARS:
-            value = record.get(name)
-            if type(value) is float or type(value) is int:
-                self._put(name, value)
+            self._put(name, record.get(name))
         for name, (key, of) in OF_LAYERS.items():
-            values = record.get(key)
-            if values and type(values) is list and all(type(value) in (int, float) for value in values):
-                with suppress(OverflowError):  # integers past all floats, which no run writes
+            if values := record.get(key):
+                try:
                     self._put(name, of(values))
+                except (TypeError, OverflowError):  # no list of numbers, or of some past all floats
+                    continue
         for key in BY_PART:
             parts = record.get(key)
             if type(parts) is dict:
                 for part, value in parts.items():
-                    if type(value) is float or type(value) is int:
-                        self._put(f"{key}.{part}", value)
-        count = len(self.steps)
-        for column in self.columns.values():
-            if len(column) < count:
-                column.append(math.nan)
+                    self._put(f"{key}.{part}", value)
 
     def column(self, name: str) -> NDArray[np.float32]:
         """A copy of the column, infinities as NaN."""
-        values = np.array(self.columns[name], dtype=np.float32)
-        values[~np.isfinite(values)] = np.nan
+        given = np.array(self.columns[name], dtype=np.float32)
+        values = np.full(len(self.steps), np.nan, dtype=np.float32)
+        values[: len(given)] = np.where(np.isfinite(given), given, np.nan)
         return values
 
     def axes(self) -> dict[str, NDArray[np.float64]]:
@@ -89,15 +86,20 @@ class Series:
 
     def _add_axes(self, step: int, record: Mapping[str, Any]) -> None:
         tokens, seconds = (record.get(key) for key in ("tokens", "seconds"))
-        self.hours.append((self.hours[-1] if self.hours else 0.0) + _finite(seconds) / 3600)
-        self.tokens.append(_finite(tokens) or (self.tokens[-1] if self.tokens else 0.0))
+        self.hours.append((self.hours[-1] if self.hours else 0.0) + (finite_number(seconds) or 0.0) / 3600)
+        self.tokens.append(finite_number(tokens) or (self.tokens[-1] if self.tokens else 0.0))
         self.rows.append(_hash(record.get("rows")))
         self.steps.append(step)
 
-    def _put(self, name: str, value: float) -> None:
+    def _put(self, name: str, value: Any) -> None:
+        """The last step's number in a column; what is no number is left out."""
+        if type(value) is not float and type(value) is not int:
+            return
         column = self.columns.get(name)
         if column is None:
-            column = self.columns[name] = array("f", [math.nan]) * (len(self.steps) - 1)
+            column = self.columns[name] = array("f")
+        if gap := len(self.steps) - 1 - len(column):
+            column.extend(GAP * gap)
         try:
             column.append(value)
         except OverflowError:  # an integer past all floats
@@ -124,9 +126,3 @@ def _hash(text: Any) -> int:
         return int(text, 16) if type(text) is str and len(text) == 8 else -1
     except ValueError:
         return -1
-
-
-def _finite(value: Any) -> float:
-    """The number, 0 for what is none."""
-    found = number(value)
-    return found if found is not None and math.isfinite(found) else 0.0
