@@ -17,6 +17,7 @@ from reported_runs import STEPS, step_record, write_run
 from p828.cli.main import dispatch
 from p828.config import load
 from p828.errors import ConfigError
+from p828.health.of_run import findings_of
 from p828.plan.plan import Machine, make_plan
 from p828.report.buckets import edges, means, places, thinned
 from p828.report.heat_map import LEVELS_PER_DOUBLING, MIDDLE, MOST, HeatMap
@@ -164,7 +165,7 @@ def test_text_of_a_run_ends_no_element(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no run: it holds no config\.toml"):
+    with pytest.raises(ConfigError, match=r"no run: it holds no config\.toml; a run's directory"):
         ReportedRun(tmp_path)
 
 
@@ -177,6 +178,7 @@ def test_a_report_is_written_and_wrong_names_are_told(tmp_path: Path, capsys: py
         ([], "no RUN is named"),
         ([str(tmp_path / "on")], f"did you mean {run}?"),
         ([str(run), "--out", str(tmp_path)], "is a directory"),
+        ([str(run), "--out", str(run / "metrics.jsonl")], "exists and is no HTML page"),
         ([str(run), "--port", "80"], "accepted with --watch"),
         ([str(run), "--watch", "--out", str(out)], "accepted without --watch"),
     ):
@@ -204,12 +206,62 @@ def test_a_watched_page_is_for_this_machine_only(tmp_path: Path) -> None:
     assert list(statuses.values()) == [403, 204, 200, 404, 404]
 
 
+def test_of_a_cpu_the_length_is_planned(tmp_path: Path) -> None:
+    """Steps of 4 rows of 256 tokens as configured, beside the made-up records' 100 a step."""
+    config = "[train]\nsteps = 40\nmicro_batch_size = 4\ngradient_accumulation = 1\n\n[data]\nsequence_length = 256\n"
+    plan = ReportedRun(write_run(tmp_path / "run", steps=10, config=config), with_rules=False).overview()["plan"]
+    assert plan["rows"] == [
+        {"name": "steps", "planned": "40", "real": "10", "share": "25%"},
+        {"name": "tokens", "planned": "40,960", "real": "1,000", "share": "2%"},
+    ]
+
+
+def test_a_run_of_another_version_is_shown_without_the_rules(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", steps=5, config="[train]\nsteps = 5\nwarp = 3\n")
+    overview = ReportedRun(path).overview()
+    assert "unknown key train.warp" in overview["problem"]
+    assert [finding["rule"] for finding in overview["findings"]] == ["spike"]
+    assert (overview["count"], overview["settings"]["train.warp"]) == (5, "3")
+    (path / "config.toml").write_text("[train")
+    assert ReportedRun(path).overview()["count"] == 5
+
+
+def test_the_rules_look_at_a_run_as_it_goes_on(tmp_path: Path) -> None:
+    """After the start step 100 has a token id that the model has no row for; p828 doctor finds the same."""
+    path = write_run(tmp_path / "run", steps=5, config="[train]\nsteps = 400\n\n[model]\nvocab_size = 1024\n")
+    run = ReportedRun(path)
+    assert "token_out_of_vocabulary" not in {finding.rule for finding in run.findings}
+    with (path / "metrics.jsonl").open("a") as file:
+        for step in range(6, 300):
+            file.write(json.dumps({**step_record(step), "max_token": 5000 if step == 100 else 7}) + "\n")
+    assert run.update()
+    assert [finding.since for finding in run.findings if finding.rule == "token_out_of_vocabulary"] == [100]
+    assert run.findings == findings_of(path)
+    assert not run.update()
+
+
+def test_the_last_start_says_by_which_command(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", steps=5)
+    assert ReportedRun(path, with_rules=False).overview()["about"]["command"].startswith("not recorded; p828 train ")
+    starts = [
+        {"kind": "event", "event": "started", "step": step, "command": f"p828 train x --train.steps {step + 5}",
+         "device": "2 x cuda (NVIDIA H100 80GB HBM3)", "versions": {"p828": "0.1.0", "git": "abc"}} for step in (0, 5)
+    ]  # fmt: skip
+    with (path / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(start) + "\n" for start in starts)
+    overview = ReportedRun(path, with_rules=False).overview()
+    about = overview["about"]
+    assert (about["command"], about["versions"]) == ("p828 train x --train.steps 10", "p828 0.1.0, git abc")
+    assert about["device"] == "2 x cuda (NVIDIA H100 80GB HBM3)"
+    assert [event["text"] for event in overview["events"]] == [start["command"] for start in starts]
+
+
 def test_the_plan_is_for_the_gpus_that_the_log_names(tmp_path: Path) -> None:
     """Of 2 H100s what `p828 plan` says; beside it what the made-up records have: 0.5 s a step and 1 GB."""
     config = "[train]\nsteps = 6000\n\n[model]\nvocab_size = 1024\n\n[deepspeed]\nstage = 1\n"
     run = write_run(tmp_path / "run", steps=20, config='engine = "deepspeed"\n' + config)
     overview = ReportedRun(run, with_rules=False).overview()
-    assert overview["plan"]["rows"] == []
+    assert [row["name"] for row in overview["plan"]["rows"]] == ["steps", "tokens"]
     (run / "log.txt").write_text("2026-01-01 00:00:00   device     2 x cuda (NVIDIA H100 80GB HBM3) in bfloat16\n")
     plan = ReportedRun(run, with_rules=False).overview()["plan"]
     rows = {row["name"]: row for row in plan["rows"]}

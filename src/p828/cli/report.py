@@ -11,7 +11,7 @@ from p828.cli.flags import BOOLEANS, parse_given
 from p828.cli.run_name import run_named
 from p828.config.rules import check_path
 from p828.errors import ConfigError, warn
-from p828.files import write_atomic
+from p828.files import open_regular, write_atomic
 from p828.report.page import page
 from p828.report.run import ReportedRun
 from p828.report.watch import ReportServer
@@ -24,13 +24,14 @@ DESCRIPTION = (
     "With --watch the page is served to this machine's browsers and follows runs that train."
 )
 MOST_RUNS = 12
+DOCTYPE = b"<!doctype html>"
 WITH_VALUE = ("--out", "--port")
 
 
 @dataclass(frozen=True)
 class Arguments:
     out: Annotated[str, tyro.conf.arg(metavar="FILE.html", help_behavior_hint="(default: RUN.html)")] = ""
-    """The page to write; one that is there is replaced."""
+    """The page to write; one that is there is replaced, and no other file."""
     watch: bool = False
     """Serve the page at 127.0.0.1 and follow the runs, until Ctrl-C."""
     port: int = 8280
@@ -86,6 +87,8 @@ def _write(runs: list[ReportedRun], path: Path) -> None:
         raise ConfigError(f"--out {path}: is a directory; a file is accepted, as {path / 'report.html'}")
     if not path.parent.is_dir():
         raise ConfigError(f"--out {path}: no such directory {path.parent}")
+    if path.exists() and not _is_page(path):
+        raise ConfigError(f"--out {path}: exists and is no HTML page; only a page is replaced")
     with waiting(f"making {path}", warn):
         text = "".join(page(runs))
     try:
@@ -93,6 +96,14 @@ def _write(runs: list[ReportedRun], path: Path) -> None:
     except OSError as error:
         raise ConfigError(f"--out {path}: cannot be written: {error.strerror}") from None
     print(f"{path} ({len(text) / 1e6:.1f} MB): open it in a browser")
+
+
+def _is_page(path: Path) -> bool:
+    try:
+        with open_regular(path) as file:
+            return file.read(len(DOCTYPE)).lower() == DOCTYPE
+    except OSError as error:
+        raise ConfigError(f"--out {path}: cannot be replaced: {error.strerror}") from None
 
 
 def _serve(runs: list[ReportedRun], port: int) -> None:

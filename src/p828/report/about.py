@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from p828.config import Config
+from p828.config import Config, with_steps
 from p828.config.files import read_toml
 from p828.config.old_names import renamed
 from p828.config.values import flatten
@@ -24,17 +24,19 @@ LONGEST_LOG = 4 * MEBIBYTE  # of which the first lines are read; a longer one is
 DEVICE = re.compile(r"^.{19}   device +(\S.*)$", re.MULTILINE)
 RANKS = re.compile(r"^(\d+) x ")
 PLACES = ("name", "runs_dir")  # settings that make no other run
+EMPTY = np.empty(0, np.float32)
 FIRST_STEPS = 10  # left out of the speed: they compile and warm up
 
 
 def settings(run: Path) -> dict[str, str]:
     """Dotted key to value of the run's `config.toml`, as texts, and this version's default of a key that it lacks.
 
-    Empty without a `config.toml`. A key that has another name now has that name.
+    Empty for one that cannot be read. A key that has another name now has that name.
     """
-    if not (run / CONFIG_FILE).is_file():
+    try:
+        given = flat(renamed(Config, read_toml(run / CONFIG_FILE), str(run))[0])
+    except P828Error:  # which the page tells as the run's problem
         return {}
-    given = flat(renamed(Config, read_toml(run / CONFIG_FILE), str(run))[0])
     defaults = {key: value for key, value in flatten(Config()).items() if key not in given}
     return {key: _text(value) for key, value in {**given, **defaults}.items() if key not in PLACES}
 
@@ -69,41 +71,50 @@ def planned(config: Config | None, device: str, found: Mapping[str, float]) -> t
     card, gpus = card_of_device(device), int(ranks[1]) if (ranks := RANKS.match(device)) else 1
     try:
         if card is None:
-            what = f"the run's device is {device}" if device else "the run tells no device"
-            return [], f"The planner knows GPUs by their names, and {what}."
+            return _length(
+                with_steps(config, gpus), gpus, found
+            ), "Time and memory are planned for GPUs whose names are known, and this run has none."
         plan = make_plan(config, Machine(card, gpus))
     except P828Error as error:
         return [], f"No plan: {error}"
     one = plan.configured
-    pairs = [
-        ("seconds a step", f"{one.time.seconds:.3g}", _shown(found.get("seconds"), 1.0)),
-        ("memory a GPU, GB", f"{one.memory.allocated / 1e9:.2f}", _shown(found.get("memory_bytes"), 1e-9)),
-        ("steps", f"{plan.config.train.steps:,}", _count(found.get("steps"))),
-        ("tokens", f"{plan.tokens:,}", _count(found.get("tokens"))),
-        ("hours in steps", f"{plan.hours:.3g}", _shown(found.get("hours"), 1.0)),
+    rows = [
+        _row("seconds a step", one.time.seconds, found.get("seconds")),
+        _row("tokens a second", plan.tokens_per_step / one.time.seconds, found.get("tokens_per_second")),
+        _row("memory a GPU, GB", one.memory.allocated / 1e9, found.get("memory_bytes"), 1e-9),
+        _row("hours in steps", plan.hours, found.get("hours")),
     ]
-    rows = [{"name": name, "planned": plan_of, "real": real} for name, plan_of, real in pairs]
-    return rows, f"Planned for {gpus} × {card.name}."
+    return [*rows, *_length(plan.config, gpus, found)], f"Planned for {gpus} × {card.name}."
+
+
+def _length(config: Config, gpus: int, found: Mapping[str, float]) -> list[dict[str, str]]:
+    steps = config.train.steps
+    tokens = steps * config.tokens_per_step * gpus
+    return [_row("steps", steps, found.get("steps")), _row("tokens", tokens, found.get("tokens"))]
+
+
+def _row(name: str, planned: float, real: float | None, unit: float = 1.0) -> dict[str, str]:
+    """A line of the table, with what came in percent of what was planned. `unit` is that of `real`."""
+    if real is None or not planned:
+        return {"name": name, "planned": _shown(planned), "real": "–", "share": ""}
+    real *= unit
+    return {"name": name, "planned": _shown(planned), "real": _shown(real), "share": f"{real / planned:.0%}"}
 
 
 def measured(columns: Mapping[str, NDArray[np.float32]], last: Mapping[str, float]) -> dict[str, float]:
     """`planned`'s second argument, of the columns of steps and the last place on each axis."""
     found = dict(last)
-    seconds, memory = (columns.get(name, np.empty(0, np.float32)) for name in ("seconds", "memory_bytes"))
-    seconds, memory = seconds[FIRST_STEPS:][~np.isnan(seconds[FIRST_STEPS:])], memory[~np.isnan(memory)]
-    if len(seconds):
-        found["seconds"] = float(np.median(seconds))
-    if len(memory):
+    numbers = {name: column[~np.isnan(column)] for name, column in columns.items()}
+    for name in ("seconds", "tokens_per_second"):
+        if len(usual := numbers.get(name, EMPTY)[FIRST_STEPS:]):
+            found[name] = float(np.median(usual))
+    if len(memory := numbers.get("memory_bytes", EMPTY)):
         found["memory_bytes"] = float(memory.max())
     return found
 
 
-def _shown(value: float | None, unit: float) -> str:
-    return "–" if value is None else f"{value * unit:.3g}"
-
-
-def _count(value: float | None) -> str:
-    return "–" if value is None else f"{int(value):,}"
+def _shown(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 or number == int(number) else f"{number:.3g}"
 
 
 def device(run: Path, started: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from p828.system.slow_count import SlowCount
 MOST_POINTS = 2000  # of evaluations, and of events
 MOST_SAMPLES = 100  # steps with samples: of more, every second one is left out again
 LONGEST_SAMPLE = 2000  # characters
+ACCEPTED = "a run's directory or its name under runs/ is accepted"
 LINES_A_COUNT = 1024  # between two looks at the clock
 SHOWN_EVENTS = ("started", "resume", "rollback", "non_finite", "diverged", "not_saved", "damaged", "ended", "slow_link")
 TEXTS = ("text", "command", "why", "state")  # of an event, the first one that it has
@@ -38,8 +39,9 @@ class ReportedRun:
         `with_rules` has the rules look for findings; otherwise those are shown that the run itself recorded.
         """
         if not (path / CONFIG_FILE).is_file():
-            advice = directory_near(path) or "the directory of a run is accepted"
-            raise ConfigError(f"{path}: no run: it holds no {CONFIG_FILE}; {advice}")
+            if path.is_dir():
+                raise ConfigError(f"{path}: no run: it holds no {CONFIG_FILE}; {ACCEPTED}")
+            raise ConfigError(f"{path}: no such directory; {_advice(path)}")
         self.path, self._report, self._with_rules = path, report, with_rules
         self.summary = summary(path)
         self.findings: list[Finding] = []
@@ -182,6 +184,12 @@ class ReportedRun:
         if name in axes:
             return packed_array(axes[name])
         return packed_array(self.series.column(name)) if name in self.series.columns else None
+
+
+def _advice(path: Path) -> str:
+    """Which run may be meant, beside the path or, of a name alone, under runs/."""
+    places = [path, Path(Config().runs_dir) / path] if path.name == str(path) else [path]
+    return next(filter(None, map(directory_near, places)), ACCEPTED)
 
 
 def _configuration(run: Path) -> tuple[Config | None, str]:

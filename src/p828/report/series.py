@@ -24,7 +24,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-OF_LAYERS: Mapping[str, tuple[str, Callable[[Sequence[float]], float]]] = {
+OF_LISTS: Mapping[str, tuple[str, Callable[[Sequence[float]], float]]] = {
     "balance": ("balance", _mean),
     "balance_least": ("balance", min),
     "max_share": ("max_share", max),
@@ -32,8 +32,9 @@ OF_LAYERS: Mapping[str, tuple[str, Callable[[Sequence[float]], float]]] = {
     "starved": ("starved", sum),
     "router_entropy": ("router_entropy", _mean),
     "bias_max": ("bias_max", max),
+    "rank_memory_least": ("rank_memory_bytes", min),
 }
-"""Column to the record's list, an entry a layer, and what is made of it."""
+"""Column to the record's list, an entry a layer or a rank, and what is made of it."""
 
 
 class Series:
@@ -61,7 +62,7 @@ class Series:
         self._add_axes(step, record)
         for name in SCALARS:
             self._put(name, record.get(name))
-        for name, (key, of) in OF_LAYERS.items():
+        for name, (key, of) in OF_LISTS.items():
             if values := record.get(key):
                 try:
                     self._put(name, of(values))

@@ -25,9 +25,9 @@ function showAbout(view) {
 
 function planOf(run, isOne) {
   const title = made("h2", {}, [isOne ? "Plan and reality" : `Plan and reality: ${run.name}`]);
-  const rows = run.plan.rows.map((row) => [row.name, row.planned, row.real]);
+  const rows = run.plan.rows.map((row) => [row.name, row.planned, row.real, row.share]);
   const remark = made("p", { className: "quiet" }, [run.plan.remark]);
-  return rows.length ? [title, remark, tableOf(["", "planned", "so far"], rows)] : [title, remark];
+  return rows.length ? [title, remark, tableOf(["", "planned", "so far", "of it"], rows)] : [title, remark];
 }
 
 function tableOf(head, rows) {

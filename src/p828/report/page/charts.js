@@ -20,7 +20,8 @@ const CHARTS = [
   },
   { id: "mfu", title: "Model FLOPs utilisation", unit: "%", columns: [["mfu", "MFU"]], map: (share) => share * 100 },
   {
-    id: "memory", title: "Memory", unit: "GB", columns: [["memory_bytes", "peak"]], map: (bytes) => bytes / GIGA,
+    id: "memory", title: "Peak memory", unit: "GB", columns: [["memory_bytes", "largest rank"], ["rank_memory_least", "smallest rank"]],
+    map: (bytes) => bytes / GIGA,
   },
   {
     id: "disk", title: "Free disk", unit: "GB", columns: [["disk_free_bytes", "free"]], map: (bytes) => bytes / GIGA,

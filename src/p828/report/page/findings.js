@@ -3,16 +3,17 @@
 
 function showFindings(view) {
   const place = document.getElementById("findings");
-  const all = view.runs.flatMap((run) => run.findings.map((finding, number) => ({ run, finding, number })));
+  const all = view.runs.flatMap((run) => run.findings.map((finding) => ({ run, finding })));
   const heading = all.length ? `${all.length} ${all.length === 1 ? "finding" : "findings"}` : "No finding";
   const isOne = view.runs.length === 1;
-  place.replaceChildren(made("h2", {}, [heading]), ...all.map((one) => findingOf(view, one, isOne)));
+  const problems = view.runs.filter((run) => run.problem).map((run) => made("p", { className: "problem" }, [`${run.name}: ${run.problem}`]));
+  place.replaceChildren(made("h2", {}, [heading]), ...problems, ...all.map((one) => findingOf(view, one, isOne)));
 }
 
-function findingOf(view, { run, finding, number }, isOne) {
+function findingOf(view, { run, finding }, isOne) {
   const steps = finding.since === finding.step ? `step ${finding.step}` : `steps ${finding.since} to ${finding.step}`;
   const button = made("button", { type: "button" }, [
-    made("span", { className: "number" }, [String(number + 1)]),
+    made("span", { className: "number" }, [String(finding.number)]),
     made("strong", {}, [finding.rule]),
     made("span", {}, [`${finding.severity}, ${steps}${isOne ? "" : `, ${run.name}`}`]),
   ]);

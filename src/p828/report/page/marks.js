@@ -27,8 +27,8 @@ function drawMarks(plot, runs, axis, thresholds) {
 // A line for each finding, and its number beside it, or beside the number of the one before.
 function drawFindings(plot, runs, axis) {
   const { ctx, bbox } = plot;
-  const all = runs.flatMap((run) => run.findings.map((finding, number) => ({
-    label: String(number + 1), place: run.place(finding.since, axis), stroke: colour(finding.severity),
+  const all = runs.flatMap((run) => run.findings.map((finding) => ({
+    label: String(finding.number), place: run.place(finding.since, axis), stroke: colour(finding.severity),
   })));
   let free = -Infinity;
   for (const { label, place, stroke } of all.sort((one, other) => one.place - other.place)) {

@@ -31,6 +31,7 @@ class View {
     this.thresholds = payload.thresholds;
     this.sameRows = payload.same_rows;
     this.runs = payload.runs.map((values, number) => new Run(values, number));
+    this.runs.flatMap((run) => run.findings).forEach((finding, i) => { finding.number = i + 1; });
     this.focus = this.runs[this.focus?.number ?? 0];
   }
 
