@@ -5,6 +5,7 @@ ranks: hybrid sharding in PyTorch's FSDP (arXiv 2304.11277, section 3.2.2), and 
 every micro-batch gathers and sends then stays within a host, and hosts sum the shards of gradients once a step.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -53,21 +54,30 @@ def mesh_of(config: ShardedConfig, ranks: ProcessGroup) -> Mesh:
 def shards_of(config: ShardedConfig, ranks: ProcessGroup) -> int:
     """How many ranks share a replica: all, or those of each host by what the launcher says; all ranks must call it.
 
-    Raises ConfigError, on all ranks, where hosts have different numbers of ranks, or ranks are not numbered host by
-    host.
+    Raises ConfigError, on all ranks, as `ranks_of_a_host`.
     """
     if config.shard_within == "all" or ranks.size == 1:
         return ranks.size
     process = launched()
-    places = ranks.all_gather([process.local_rank, process.local_size])
-    locals_, sizes = ([int(place[index]) for place in places] for index in (0, 1))
-    size = sizes[0]
-    words = 'sharded.shard_within = "host": accepted'
-    if 0 in sizes:
-        raise ranks.on_all_ranks(ConfigError(f"{words} where the launcher sets LOCAL_WORLD_SIZE, as torchrun does"))
-    if len(set(sizes)) > 1:
-        found = " and ".join(map(str, sorted(set(sizes))))
-        raise ranks.on_all_ranks(ConfigError(f"{words} with the same number of processes on every host, not {found}"))
-    if locals_ != [rank % size for rank in range(ranks.size)]:
-        raise ranks.on_all_ranks(ConfigError(f"{words} where ranks are numbered host by host, as torchrun does"))
-    return size
+    places = [(int(rank), int(size)) for rank, size in ranks.all_gather([process.local_rank, process.local_size])]
+    try:
+        return ranks_of_a_host(places)
+    except ConfigError as error:
+        raise ranks.on_all_ranks(error) from None
+
+
+def ranks_of_a_host(places: Sequence[tuple[int, int]]) -> int:
+    """How many ranks each host has, from every rank's number on its host and the number of ranks there, 0 if unknown.
+
+    Raises ConfigError where hosts have different numbers of ranks, or ranks are not numbered host by host.
+    """
+    accepted = 'sharded.shard_within = "host": accepted'
+    sizes = sorted({size for _, size in places})
+    if sizes[0] == 0:
+        raise ConfigError(f"{accepted} where the launcher sets LOCAL_WORLD_SIZE, as torchrun does")
+    if len(sizes) > 1:
+        found = " and ".join(map(str, sizes))
+        raise ConfigError(f"{accepted} with the same number of processes on every host, not with {found}")
+    if [rank for rank, _ in places] != [rank % sizes[0] for rank in range(len(places))]:
+        raise ConfigError(f"{accepted} where processes are numbered host by host, as torchrun does")
+    return sizes[0]
