@@ -1,4 +1,4 @@
-"""The numbers of a record under the names that trackers show them by: a group of panels, a slash, the record's key.
+"""What a record is to trackers: its numbers under the names of panels, which are a group, a slash, the record's key.
 
 The groups are `train/`, `val/`, `moe/` (router and experts), `perf/` (speed, memory, disk) and `health/` (what the
 rules of run health look at). W&B, TensorBoard and trackio each make a section of what is before the slash.
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 GROUPS = {"step": "train", "eval": "val", "tasks": "val", "probe": "health"}
-"""The group of a record's kind, for keys that have none of their own. Records of other kinds are not shown."""
+"""The group of a record's kind, for keys that have none of their own. Records of other kinds have no numbers to show."""
 PERF = frozenset({
     "tokens_per_second", "mfu", "seconds", "data_seconds", "host_seconds", "compilations", "memory_bytes",
     "rank_memory_bytes", "disk_free_bytes",
@@ -26,7 +26,9 @@ OVER_LAYERS: dict[str, Callable[[Sequence[Any]], float]] = {
 }
 """Of what has an entry a layer: which number tells most about all layers. It is `moe/min_share`, a layer's own
 `moe/min_share/layer_0`."""
+SAMPLE, FINDING = "sample", "finding"  # kinds of records that have texts
 SAMPLES = "val/samples"  # the name of the continued prompts
+ALERT_LEVELS = {"critical": "ERROR", "warning": "WARN", "note": "INFO"}  # of W&B and trackio, by a finding's severity
 LOAD = "load"  # of each expert of each layer: a series of each would be too much for a page
 
 
@@ -60,6 +62,10 @@ def expert_loads(values: Mapping[str, Any]) -> dict[str, list[int]]:
     Empty for a record without them.
     """
     return {f"moe/{LOAD}/layer_{layer}": load_E for layer, load_E in enumerate(values.get(LOAD, ()))}
+
+
+def alert_text(finding: Mapping[str, Any]) -> str:
+    return f"{finding['evidence']}\nCause: {finding['cause']}\nTo do: {finding['remedy']}"
 
 
 def _group(kind: str, key: str, value: Any) -> str:

@@ -12,7 +12,7 @@ import tomli_w
 from p828.config import Config
 from p828.config.values import to_dict
 from p828.errors import ConfigError
-from p828.train.log.panels import SAMPLES
+from p828.train.log.panels import SAMPLES, alert_text
 
 DIRECTORY = "tensorboard"
 VERSION = "brain.Event:2"  # of its files: the one in which a start takes back the steps from its own on
@@ -69,8 +69,8 @@ class TensorBoardTracker:
         self._text(step, SAMPLES, "\n\n".join(shown))
 
     def alert(self, step: int, finding: Mapping[str, Any]) -> None:
-        lines = (finding["evidence"], f"Cause: {finding['cause']}", f"To do: {finding['remedy']}")
-        self._text(step, f"health/{finding['rule']}", "\n\n".join((f"**{finding['severity']}**", *lines)))
+        lines = f"**{finding['severity']}**\n{alert_text(finding)}"
+        self._text(step, f"health/{finding['rule']}", lines.replace("\n", "\n\n"))
 
     def rewind(self, step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from p828.config import Config
 from p828.errors import ConfigError
-from p828.train.log.panels import expert_loads, panels
+from p828.train.log.panels import SAMPLE, expert_loads, panels
 
 QUEUED_ROWS = 1000  # some 20 MB in a model of 24 layers
 START_WITHIN = 120.0  # seconds; W&B itself gives up after 90
@@ -137,7 +137,7 @@ class QueuedTracker:
             self.tracker.abandon()
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        if kind == "sample":
+        if kind == SAMPLE:
             self.tracker.samples(step, values["samples"])
         else:
             self.tracker.write(step, panels(kind, values), expert_loads(values))

@@ -7,14 +7,11 @@ from typing import Any
 from p828.config import Config
 from p828.errors import ConfigError, warn
 from p828.train.log.console import waiting
-from p828.train.log.panels import GROUPS
+from p828.train.log.panels import FINDING, GROUPS, SAMPLE
 from p828.train.log.tensorboard import TensorBoardTracker
 from p828.train.log.tracker import QueuedTracker, Tracker
 from p828.train.log.trackio import TrackioTracker
 from p828.train.log.wandb import WandbTracker
-
-FINDING = "finding"  # a record of this kind becomes an alert
-SHOWN = (*GROUPS, "sample")  # kinds of which a record becomes numbers or texts
 
 
 class Trackers:
@@ -42,7 +39,7 @@ class Trackers:
         if kind == FINDING:
             for queued in self.queued:
                 queued.call(queued.tracker.alert, step, values)
-        elif kind in SHOWN:
+        elif kind in GROUPS or kind == SAMPLE:
             for queued in self.queued:
                 queued.write(kind, step, values)
 

@@ -9,9 +9,7 @@ from p828.config.values import to_dict
 from p828.errors import ConfigError
 from p828.runs.file_names import TRACKIO_ID_FILE
 from p828.train.log.board_id import board_id
-from p828.train.log.panels import SAMPLES
-
-ALERT_LEVELS = {"critical": "ERROR", "warning": "WARN", "note": "INFO"}
+from p828.train.log.panels import ALERT_LEVELS, SAMPLES, alert_text
 
 
 class TrackioTracker:
@@ -87,8 +85,8 @@ class TrackioTracker:
     def alert(self, step: int, finding: Mapping[str, Any]) -> None:
         from trackio import AlertLevel
 
-        text = f"{finding['evidence']}\nCause: {finding['cause']}\nTo do: {finding['remedy']}"
-        self._run.alert(finding["rule"], text, level=AlertLevel[ALERT_LEVELS[finding["severity"]]], step=step)
+        level = AlertLevel[ALERT_LEVELS[finding["severity"]]]
+        self._run.alert(finding["rule"], alert_text(finding), level=level, step=step)
 
     def rewind(self, step: int) -> None:
         """Nothing: trackio has no way to take rows back."""

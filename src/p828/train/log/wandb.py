@@ -13,9 +13,8 @@ from p828.config.values import to_dict
 from p828.errors import ConfigError
 from p828.runs.file_names import WANDB_ID_FILE
 from p828.train.log.board_id import board_id
-from p828.train.log.panels import SAMPLES
+from p828.train.log.panels import ALERT_LEVELS, SAMPLES, alert_text
 
-ALERT_LEVELS = {"critical": "ERROR", "warning": "WARN", "note": "INFO"}
 STEP = "step"
 SENT_WITHIN = 45  # seconds to send what is left, or it stays on the disk; less than p828 waits for a tracker
 CORE = "wandb-core"  # its process
@@ -39,7 +38,6 @@ class WandbTracker:
         self._newest = 0  # step of the run in the last row
         self._shift = 0  # what is added to a step of the run for a step of W&B's, which never goes back
         self._row = 0  # step of W&B's in the last row
-        self._id = ""
 
     def import_library(self) -> None:
         try:
@@ -56,7 +54,6 @@ class WandbTracker:
         self.import_library()
         import wandb
 
-        self._id = board_id(self.run_dir / WANDB_ID_FILE, self.name)
         mode = self.config.wandb.mode
         try:
             try:
@@ -99,8 +96,8 @@ class WandbTracker:
 
     def alert(self, step: int, finding: Mapping[str, Any]) -> None:
         """Tell of a finding as W&B tells its users: in the run's page, and by mail or Slack as they have set it."""
-        text = f"{finding['evidence']}\nCause: {finding['cause']}\nTo do: {finding['remedy']}"
-        self._run.alert(finding["rule"], text, level=ALERT_LEVELS[finding["severity"]], wait_duration=0)
+        level = ALERT_LEVELS[finding["severity"]]
+        self._run.alert(finding["rule"], alert_text(finding), level=level, wait_duration=0)
 
     def rewind(self, step: int) -> None:
         """Nothing: `write` sees that a step comes again."""
@@ -136,7 +133,7 @@ class WandbTracker:
         self._run = wandb.init(
             project=self.config.wandb.project,
             name=self.config.name,
-            id=self._id,
+            id=board_id(self.run_dir / WANDB_ID_FILE, self.name),
             dir=self.run_dir,
             mode="online" if mode == "online" else "offline",
             resume="allow",
