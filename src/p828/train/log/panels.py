@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 GROUPS = {"step": "train", "eval": "val", "tasks": "val", "probe": "health"}
-"""The group of a record's kind, for keys that have none of their own. Records of other kinds have no numbers to show."""
+"""The group of a record's kind, for keys that have none of their own. Records of other kinds have no numbers."""
 PERF = frozenset({
     "tokens_per_second", "mfu", "seconds", "data_seconds", "host_seconds", "compilations", "memory_bytes",
     "rank_memory_bytes", "disk_free_bytes",
