@@ -180,6 +180,8 @@ def assert_same_training(ours: Path, theirs: Path) -> None:
     assert evaluations[0] == evaluations[1]
     losses = [[line["loss"] for line in records_of(run, "eval")] for run in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], abs=TOLERANCE)
+    samples = [[(line["step"], line["samples"]) for line in records_of(run, "sample")] for run in (ours, theirs)]
+    assert samples[0] == samples[1]
 
 
 def assert_same_numbers(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
