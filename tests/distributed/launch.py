@@ -23,6 +23,7 @@ Run = Callable[[Stage, int], Path]
 """From stage and number of ranks to the directory of a run."""
 SHARDED = ("sharded-1", "sharded-2", "sharded-3")
 
+OUR_LAUNCHER = ("-m", "p828.distributed.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "p828")
 STEPS = 20
 MICRO_BATCHES = 4  # of a step, on all ranks together
 WITHIN = 180  # seconds for a run of these to end, on a machine that does other things, too
