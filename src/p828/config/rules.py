@@ -177,14 +177,16 @@ def check_schedule(schedule: ScheduleConfig, steps: int) -> None:
 def check_engine(config: Config) -> None:
     if config.deepspeed.config and config.engine != "deepspeed":
         raise ConfigError(f'deepspeed.config = "{config.deepspeed.config}": accepted with engine = "deepspeed"')
-    if config.engine == "deepspeed":
-        facts = facts_by_key(Config)
-        for key, value in flatten(config).items():
-            accepted = facts_of(facts, key).with_deepspeed
-            if accepted and value not in accepted:
-                words = " or ".join(f'"{one}"' for one in accepted)
-                raise ConfigError(f'{key} = "{value}": with engine = "deepspeed", {words} is accepted')
+    facts = facts_by_key(Config)
+    for key, value in flatten(config).items():
+        own = facts_of(facts, key)
+        accepted = {"deepspeed": own.with_deepspeed, "sharded": own.with_sharded}.get(config.engine)
+        if accepted and value not in accepted:
+            words = " or ".join(f'"{one}"' for one in accepted)
+            raise ConfigError(f'{key} = "{value}": with engine = "{config.engine}", {words} is accepted')
     check_deepspeed(config.deepspeed)
+    if config.engine == "deepspeed":
+        check_offload(config.deepspeed)
     check_sharded(config.sharded)
 
 
