@@ -212,6 +212,9 @@ def remarks(config: Config) -> list[str]:
 def check_deepspeed(deepspeed: DeepSpeedConfig) -> None:
     if deepspeed.stage > 3:
         raise ConfigError(f"deepspeed.stage = {deepspeed.stage}: 0, 1, 2 or 3 is accepted")
+
+
+def check_offload(deepspeed: DeepSpeedConfig) -> None:
     if deepspeed.config:  # may have another stage
         return
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
