@@ -114,6 +114,7 @@ class SharedTaskModel(TaskModel):
         """The results of all ranks, each of which computes every n-th of the sequences among the arguments."""
         rank, size = self.ranks.rank, self.ranks.size
         own = [argument[rank::size] if isinstance(argument, Sequence) else argument for argument in arguments]
+        # An error ends no pass halfway: `with_weights` keeps the ranks together up to `raise_together`.
         with self.ranks.raise_together(), self.with_weights() as model:
             own_model = TaskModel(model, self.tokenizer, self.dtype, self.batch_tokens, self.batch_rows, self.report)
             share = getattr(own_model, method)(*own)

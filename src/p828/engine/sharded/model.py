@@ -70,7 +70,7 @@ def gathered_for_any(model: Transformer, weights: ShardedWeights, ranks: Process
 
 
 class _Use(NamedTuple):
-    """Of a unit by a forward pass."""
+    """That a forward pass makes of a unit."""
 
     weights: ShardedWeights
     number: int
@@ -112,7 +112,7 @@ def _gathering(
 
 @contextmanager
 def _without_copies(model: Transformer) -> Iterator[None]:
-    """Who computes with the model reads its weights where they are used."""
+    """Nobody takes weights for longer than the layer is at work."""
     model.weights_stay = False
     try:
         yield
