@@ -51,7 +51,7 @@ def test_bfloat16_learns_and_keeps_the_bias_in_float32(tmp_path: Path, stage: St
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage, moments", product(SHARDED, ("float32", "bfloat16")))
+@pytest.mark.parametrize("stage, moments", [*product(SHARDED, ("float32", "bfloat16"))])
 def test_moments_of_either_dtype(tmp_path: Path, stage: Stage, moments: str) -> None:
     config = write_config(tmp_path, train={"dtype": "bfloat16"}, optimizer={"moment_dtype": moments, **GENTLE})
     whole, killed, plain = (tmp_path / "runs" / name for name in ("whole", "killed", "plain"))
