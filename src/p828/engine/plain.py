@@ -108,11 +108,11 @@ class PlainEngine:
         }
 
     @contextmanager
-    def gathered_model(self) -> Iterator[Transformer]:
+    def model_for_evaluation(self) -> Iterator[Transformer]:
         """The model; on one device it is always whole."""
         yield self.model
 
-    model_for_evaluation = gathered_model
+    model_for_any_passes = model_for_evaluation
 
     def load_weights(self, weights: Weights) -> None:
         """Begin from these weights and balance biases, with the optimizer as it is."""

@@ -209,7 +209,7 @@ class DeepSpeedEngine:
             yield Held(partition.name, weight, partition.of(partition.flat).values)
 
     @contextmanager
-    def gathered_model(self) -> Iterator[Transformer]:
+    def model_for_any_passes(self) -> Iterator[Transformer]:
         """The model with all its weights, on every rank. At stage 3 they are gathered while the block runs."""
         if self.stage < 3:
             yield self.model
