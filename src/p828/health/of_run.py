@@ -30,12 +30,18 @@ def window_of(run: Path, now: float | None = None) -> Window:
     return window
 
 
-def findings_of(run: Path, now: float | None = None, passed_over: list[int] | None = None) -> list[Finding]:
+def findings_of(
+    run: Path,
+    now: float | None = None,
+    passed_over: list[int] | None = None,
+    failed: dict[str, Exception] | None = None,
+) -> list[Finding]:
     """What the rules find in the course of the run and at its end, the most probable cause first.
 
     A finding that was gone again by the end is a finding still; its `step` is the last one at which it was found.
     The findings that the run itself recorded are among them. `now` is the time, in seconds since the epoch.
-    `passed_over` gets the numbers of the lines that are no records. Raises ConfigError for a directory that is no run.
+    `passed_over` gets the numbers of the lines that are no records, and `failed` the errors of rules that raised, which
+    are left out from there on; without it their error passes. Raises ConfigError for a directory that is no run.
     """
     now = time.time() if now is None else now
     window, worst, recorded = _empty(run), dict[str, Finding](), list[Finding]()
@@ -47,10 +53,10 @@ def findings_of(run: Path, now: float | None = None, passed_over: list[int] | No
         if record.get("event") == "resume":  # config.toml has the settings of the last start only
             worst = {rule: finding for rule, finding in worst.items() if rule not in OF_A_SCHEDULE}
         if window.step - last >= every or window.step < last:
-            merge(worst, examine(window))
+            merge(worst, examine(window, failed))
             last = window.step
     _look_at(window, run, now)
-    merge(worst, examine(window))
+    merge(worst, examine(window, failed))
     merge(worst, recorded)
     return ordered(worst.values())
 
