@@ -24,7 +24,7 @@ from p828.health.of_run import findings_of
 from p828.runs import records
 from p828.runs.file_names import RECORDS_FILE
 
-RUN_WITHIN = 600  # seconds
+RUN_WITHIN = 1800  # seconds, on a machine that does other things, too
 ENDED_WITHIN = 10  # seconds after rank 0; a process that hangs does not end at all
 LOOK_EVERY = 0.2  # seconds
 FOUND = ".found.json"  # beside a run that was judged while it hung
