@@ -25,7 +25,7 @@ from p828.runs import records
 from p828.runs.file_names import RECORDS_FILE
 
 RUN_WITHIN = 1800  # seconds, on a machine that does other things, too
-ENDED_WITHIN = 10  # seconds after rank 0; a process that hangs does not end at all
+ENDED_WITHIN = 60  # seconds that other ranks may take longer than rank 0
 LOOK_EVERY = 0.2  # seconds
 FOUND = ".found.json"  # beside a run that was judged while it hung
 
@@ -97,8 +97,9 @@ class ProofRun:
                 wait_for_finding(processes[0], run, self.case.rules)
             else:
                 processes[0].join(RUN_WITHIN)
-            for process in processes:
+            for process in processes[1:]:
                 process.join(ENDED_WITHIN)
+            for process in processes:
                 process.kill()
                 process.join()
         return run
