@@ -2,21 +2,21 @@
 
 usage: python benchmarks/scaling_figure.py RESULTS.json [MORE.json ...] PICTURE.svg
 
-For each system and number of GPUs n: tokens a second of a GPU as a share of the plain engine's on one GPU. A row that is
-in several files counts as the later one has it. The rows as drawn are printed as a table, too.
+For each system and number of GPUs n: tokens a second of a GPU as a share of the plain engine's on one GPU. A row that
+is in several files counts as the later one has it. The rows as drawn are printed as a table, too.
 
-Eight GPUs are predicted, and dashed. With T(n) seconds of a step on n GPUs (T(1) of the same system, or of the plain
-engine where it was not run on one), C(n) seconds in which a collective operation runs, and B bytes that a rank passes to
-such operations in a step:
+Eight GPUs are predicted, and dashed. T(n) is the seconds of a step on n GPUs, where T(1) is the same system's or, if it
+was not run on one, the plain engine's; C(n) the seconds in which a collective operation runs; B the bytes that a rank
+passes to such operations in a step:
 
     L(n) = B (n - 1) / n               bytes over a GPU's link, of B that are scattered, gathered or exchanged
     C(n) = L(n) / r + a (n - 1)        r: the link's rate, a: of each of the n - 1 steps of a ring
     s = (T(m) - T(1)) / C(m)           the share of C by which a step is longer: exposed, or slowing what runs beside it
     T(8) = T(1) + s C(8)
 
-r and a are those that give C at the two largest numbers of GPUs measured (a is not below 0; with one number it is 0), m is
-the largest. The cost of a ring is that of Thakur, Rabenseifner, Gropp 2005, "Optimization of Collective Communication
-Operations in MPICH", section 4.1. As a check, m itself is predicted from what was measured below it.
+m is the largest number of GPUs that was measured. r and a are those that give C at the two largest; a is not below 0,
+and is 0 where only one was measured. The cost of a ring is that of Thakur, Rabenseifner, Gropp 2005, "Optimization of
+Collective Communication Operations in MPICH", section 4.1. As a check, m itself is predicted from those below it.
 """
 
 import json
