@@ -73,7 +73,8 @@ def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_rate_outside_the_fit_is_not_in_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--optimizer.learning-rate" not in shown(capsys, "quickstart")
-    within = ("800m", "--train.micro_batch_size", "8", "--train.gradient-accumulation", "32")
+    assert "--optimizer.learning-rate" not in shown(capsys, "800m")
+    within = ("800m", "--train.micro_batch_size", "8", "--train.gradient-accumulation", "32", "--train.steps", "20000")
     assert "--optimizer.learning-rate" in shown(capsys, *within, "--data.sequence-length", "1024")
 
 

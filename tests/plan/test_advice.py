@@ -81,13 +81,23 @@ def test_a_run_of_some_hours_ends_with_them() -> None:
     assert plan.remarks == [f"train.hours = 10 ends the run after about {plan.config.train.steps:,} of 500,000 steps"]
 
 
+FITS = {275: 2.13e-3, 480: 9.58e-4, 810: 6.21e-4, 1200: 4.83e-4}  # OLMo-core's LR_FITS.md, 256k tokens a step
+
+
 def test_the_law_of_the_learning_rate() -> None:
+    for millions, fitted in FITS.items():
+        assert learning_rate(millions * 10**6) == pytest.approx(fitted, rel=0.2)
     assert learning_rate(275_000_000) == 2e-3
     assert learning_rate(550_000_000) == pytest.approx(1e-3)
     assert learning_rate(57_000_000) == 2e-3
-    assert caveat(300_000_000, 262_144) == ""
-    assert caveat(57_000_000, 262_144) == "this one has 57 M"
-    assert caveat(300_000_000, 1024) == "these steps have 1k"
+
+
+def test_where_the_law_says_nothing() -> None:
+    short = 5 * 10**9
+    assert caveat(300_000_000, 262_144, short) == ""
+    assert caveat(57_000_000, 262_144, short // 10) == "this model has 57 M"
+    assert caveat(300_000_000, 1024, short) == "these steps have 1k"
+    assert caveat(300_000_000, 262_144, 10 * short).startswith("this run has 167 for an active parameter")
 
 
 def test_bytes_over_the_links() -> None:
