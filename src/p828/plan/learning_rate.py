@@ -2,9 +2,9 @@
 
 OLMo-core's ladder of MoE models (github.com/allenai/OLMo-core, `src/scripts/train/jacobm_olmoe_ladder/LR_FITS.md`,
 2026-06-12): 275, 480, 810 and 1,200 M parameters active, embeddings included, in steps of 262,144 tokens, 15 to 18
-tokens for an active parameter. The best rates of their quadratic fits are 2.13e-3, 9.58e-4, 6.21e-4 and 4.83e-4, and the best
-rate falls as active to the power of about -1: 2e-3 for 275 M is within a fifth of all four. In runs of eight times the
-tokens, in steps of three times, the best rates were 0.63 (275 M) and 0.75 (810 M) of these.
+tokens for an active parameter. The best rates of their quadratic fits are 2.13e-3, 9.58e-4, 6.21e-4 and 4.83e-4. The
+best rate falls as active to the power of about -1: 2e-3 for 275 M is within a fifth of all four. In runs of eight times
+the tokens, in steps of three times, the best rates were 0.63 (275 M) and 0.75 (810 M) of these.
 """
 
 REFERENCE_RATE, REFERENCE_ACTIVE = 2e-3, 275e6
@@ -25,7 +25,7 @@ def learning_rate(active: int) -> float:
 
 
 def caveat(active: int, tokens_per_step: int, tokens: int) -> str:
-    """What the fit does not say about a model of this size, in steps and a run of so many tokens; empty in its range."""
+    """What the fit does not say about a model of this size, in steps and a run of so many tokens; or nothing."""
     doubts = []
     if not FITTED[0] <= active <= FITTED[1]:
         doubts.append(f"this model has {active / 1e6:,.0f} M")
