@@ -151,6 +151,7 @@ def draw(shares: dict[str, Shares], row: dict[str, Any], picture: Path) -> None:
     grey = dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], GREY)
     plt.rcParams |= {**grey, "svg.fonttype": "none", "svg.hashsalt": "p828", "font.family": "sans-serif"}
     figure, axes = plt.subplots(figsize=(8, 4.8))
+    axes.plot([1], [100], "s", color=GREY, label="p828, the plain engine")
     for name, of in shares.items():
         label, colour = NAMES[name]
         gpus = sorted(of.measured)
@@ -159,7 +160,7 @@ def draw(shares: dict[str, Shares], row: dict[str, Any], picture: Path) -> None:
             ends = [100 * of.measured[gpus[-1]], 100 * of.predicted]
             axes.plot([gpus[-1], PREDICTED], ends, "o--", color=colour, markerfacecolor="none", markevery=[1])
     axes.set_xscale("log", base=2)
-    ticks = sorted({PREDICTED, *(n for of in shares.values() for n in of.measured)})
+    ticks = sorted({1, PREDICTED, *(n for of in shares.values() for n in of.measured)})
     axes.set_xticks(ticks, [f"{n} (predicted)" if n == PREDICTED else str(n) for n in ticks])
     axes.minorticks_off()
     axes.set_ylim(0, 105)
