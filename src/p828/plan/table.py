@@ -118,7 +118,8 @@ def _source(source: SourceAmount) -> str:
         planned = f"{source.name}: {short(source.planned)} tokens are trained on"
         return f"{planned}; how many there are is not known: {source.how}"
     many = f", above {MANY_EPOCHS}, where repeated text teaches less and less" if source.epochs > MANY_EPOCHS else ""
-    return f"{source.name}: {short(source.tokens)} tokens ({source.how}), gone through {source.epochs:.2g} times{many}"
+    times = f"gone through {_rounded(source.epochs)} times{many}"
+    return f"{source.name}: {short(source.tokens)} tokens ({source.how}), {times}"
 
 
 def sentence(plan: Plan, advice: Advice) -> str:
