@@ -79,6 +79,11 @@ def test_where_no_engine_is_named_the_lowest_stage_that_fits_is_planned() -> Non
     assert named.remarks == ["on 8 GPUs with train.gradient_accumulation 64 on each"]
 
 
+def test_links_between_hosts_are_told_to_be_counted_as_those_within() -> None:
+    assert "links of 450 GB/s, also between hosts" in make_plan(preset("800m"), Machine(card("h100"), 16)).remarks[-1]
+    assert len(make_plan(preset("800m"), Machine(card("h100"), 8)).remarks) == 1
+
+
 def test_a_step_that_cannot_be_divided_is_told_of() -> None:
     plan = make_plan(preset("800m"), Machine(card("h100"), 3))
     assert plan.tokens_per_step == 3 * 5 * 8 * 2048 == 245_760

@@ -17,6 +17,9 @@ from p828.plan.state import training_state
 from p828.system.cards import Card
 
 
+HOST_GPUS = 8  # of one host at most, as HGX boards have them
+
+
 class Machine(NamedTuple):
     """What the run is to be trained on."""
 
@@ -145,6 +148,9 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     is_chosen = config.engine == "plain" and machine.gpus > 1  # as training does, by the plan
     config, line = _on_all(config, machine.gpus)
     remarks += line
+    if machine.gpus > HOST_GPUS:
+        rate = machine.card.link_rate / 1e9
+        remarks.append(f"more than {HOST_GPUS} GPUs: time is that of links of {rate:.0f} GB/s, also between hosts")
     stage = configured_stage(config, machine.gpus)
     setups = [plain_setup(config), *(setup_of(config, number, machine.gpus) for number in STAGES)]
     engines = [engine_plan(config, setup, machine) for setup in setups]
