@@ -16,7 +16,6 @@ from p828.plan.speed import StepTime, assumed_rate, step_time
 from p828.plan.state import training_state
 from p828.system.cards import Card
 
-
 HOST_GPUS = 8  # of one host at most, as HGX boards have them
 
 

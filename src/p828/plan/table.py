@@ -49,7 +49,7 @@ def _model(plan: Plan) -> list[Paragraph]:
     return [
         (plan.config.name, f"{_words(total)} parameters, {_words(active)} active for a token: {by_part}"),
         ("FLOPs", f"{flops / 1e6:,.1f} M to train on a token of rows of {length:,}, attention over whole rows"),
-        *(("", remark) for remark in plan.remarks),
+        *(("note", remark) for remark in plan.remarks),
     ]
 
 
