@@ -79,8 +79,10 @@ def test_where_no_engine_is_named_the_lowest_stage_that_fits_is_planned() -> Non
     assert named.remarks == ["on 8 GPUs with train.gradient_accumulation 64 on each"]
 
 
-def test_links_between_hosts_are_told_to_be_counted_as_those_within() -> None:
-    assert "links of 450 GB/s, also between hosts" in make_plan(preset("800m"), Machine(card("h100"), 16)).remarks[-1]
+def test_more_gpus_than_a_host_has_are_asked_about() -> None:
+    """And of several hosts it is told how their links count."""
+    assert make_plan(preset("800m"), Machine(card("h100"), 16)).remarks[-1].startswith("more than 8 GPUs of one host")
+    assert "links between hosts" in make_plan(preset("800m"), Machine(card("h100"), 16, hosts=2)).remarks[-1]
     assert len(make_plan(preset("800m"), Machine(card("h100"), 8)).remarks) == 1
 
 
@@ -127,6 +129,13 @@ def test_bytes_over_the_links() -> None:
     for stage, size in expected.items():
         assert link_bytes(Setup(stage, 4), 1000, 8).total == size
     assert link_bytes(Setup(3, 4, live_numbers=10), 1000, 8).total == (8 * 2 + 2 * 8 * 2) * share
+    of_hosts = [Setup(stage, 8, is_sharded=True, hosts=2) for stage in (1, 2, 3)]
+    # Each of four ranks sends half of its gradients away; a ring of eight crosses a host's link once.
+    sent = [(4 + 2) * 7 / 8, 8 * 2 * 4 / 2 + 2 * 7 / 8, 8 * 2 * 4 / 2 + 8 * 2 * 2 * 7 / 8]
+    assert [link_bytes(setup, 1000, 8).between_hosts for setup in of_hosts] == [1000 * size for size in sent]
+    within = [link_bytes(setup._replace(shards_within_hosts=True), 1000, 8) for setup in of_hosts]
+    assert [link.between_hosts for link in within] == [2 * 4 / 2 * 1000] * 3
+    assert [link.gathered for link in within] == [size * 3 / 4 * 1000 for size in (2, 2, 8 * 4)]
     assert link_bytes(Setup(), 1000, 8).total == link_bytes(Setup(1, 1), 1000, 8).total == 0
 
 

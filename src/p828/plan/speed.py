@@ -62,7 +62,7 @@ def step_time(
     host = config.model.num_hidden_layers * _host_seconds(config, setup)
     starting = max(host - computing, 0.0)
     links = _links_seconds(setup, link, 1 / (card.link_rate * LINK_SHARE), max(computing, host), accumulation)
-    updated = count_parameters(config.model).total / (1 if setup.stage in (None, 0) else setup.ranks)
+    updated = count_parameters(config.model).total / (1 if setup.stage in (None, 0) else setup.shards)
     updating = UPDATE_BYTES * updated / (card.memory_rate * MEMORY_SHARE)
     return StepTime(accumulation * computing, accumulation * starting + BETWEEN_STEPS, updating, links)
 

@@ -1,6 +1,6 @@
 """A model whose parameters are views of gathered weights, and what evaluation and samples need of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from p828.config import ModelConfig
 from p828.engine.sharded.collectives import start_gather
-from p828.engine.sharded.units import Unit
 from p828.engine.sharded.weights import ShardedWeights, following
 from p828.model.transformer import Transformer
 
@@ -26,12 +25,12 @@ def give_parameters(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def whole_twin(model: Transformer, units: Sequence[Unit], shards: Sequence[Tensor]) -> Iterator[Transformer]:
+def whole_twin(model: Transformer, weights: ShardedWeights) -> Iterator[Transformer]:
     """A model with all weights in memory of its own while the block runs. All ranks must make it at once."""
     twin, state = meta_model(model.config), dict(model.state_dict(keep_vars=True))
-    for unit, shard in zip(units, shards, strict=True):
+    for unit, shard in zip(weights.units, weights.shards, strict=True):
         flat = shard.new_empty(unit.length)
-        gather = start_gather(flat, shard)
+        gather = start_gather(flat, shard, weights.mesh)
         if gather is not None:
             gather.wait()
         state |= unit.views(flat)
@@ -70,7 +69,7 @@ def gathered_by_layer(model: Transformer, weights: ShardedWeights) -> Iterator[T
 def _apart(head: torch.nn.Module, weights: ShardedWeights, number: int) -> Iterator[None]:
     """The head's weight in memory of its own while the block runs."""
     shared, flat = head.weight, torch.empty_like(weights.flats[number])
-    gather = start_gather(flat, weights.shards[number])
+    gather = start_gather(flat, weights.shards[number], weights.mesh)
     if gather is not None:
         gather.wait()
     (weight,) = weights.units[number].views(flat).values()
