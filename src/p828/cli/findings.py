@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from p828.cli.output import printable
-from p828.cli.status_lines import show_status
+from p828.cli.status_lines import show_headline, show_status
 from p828.errors import RunFailed, warn
 from p828.health.finding import SEVERITIES, Finding
 from p828.health.of_run import findings_of
@@ -30,7 +29,7 @@ def show_findings(directory: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(_as_json(directory, run, findings, failed), indent=2))
     else:
-        print(printable(f"{directory}: {_state(run)}{'' if findings else '; no finding'}"))
+        show_headline(f"{directory}: {_state(run)}{'' if findings else '; no finding'}")
         for finding in findings:
             _show(finding)
     for error in failed.values():
