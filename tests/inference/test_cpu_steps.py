@@ -12,7 +12,7 @@ from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence, Wants
 from p828.inference.sampling import SamplingConfig
 from p828.kernels.decode import cpu
-from p828.kernels.decode.cpu import FEW, LARGE, MEDIUM, PIECES, Matrix
+from p828.kernels.decode.cpu import FEW, HUGE, LARGE, MEDIUM, PIECES, Matrix
 from tiny import tiny_model
 
 VOCABULARY = 97
@@ -103,7 +103,7 @@ def test_slots_that_do_not_lie_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, FEW, FEW + 1])
-@pytest.mark.parametrize("rows", [40, MEDIUM // 64, LARGE // 64, LARGE // 64 + PIECES - 1])
+@pytest.mark.parametrize("rows", [40, MEDIUM // 64, LARGE // 64, LARGE // 64 + PIECES - 1, HUGE // 64])
 def test_products_of_small_and_large_matrices(tokens: int, rows: int) -> None:
     weight_VH, x_TH, out_TV = torch.randn(rows, 64), torch.randn(tokens, 64), torch.randn(tokens, rows)
     matrix = Matrix(weight_VH)
@@ -111,6 +111,6 @@ def test_products_of_small_and_large_matrices(tokens: int, rows: int) -> None:
     expected = x_TH.double() @ weight_VH.double().T
     # Sums of 64 products of numbers near 1.
     torch.testing.assert_close(matrix(x_TH).double(), expected, rtol=0, atol=1e-4)
-    sums = out_TV.double() + 0.5 * expected
-    matrix.add_product_(out_TV, x_TH, 0.5)
+    sums = out_TV.double() + expected
+    matrix.add_product_(out_TV, x_TH)
     torch.testing.assert_close(out_TV.double(), sums, rtol=0, atol=1e-4)

@@ -9,22 +9,23 @@ from torch import Tensor
 
 PIECES = 4  # of a matrix: MKL reads one for a single token in one thread, and several in one each
 FEW = 4  # tokens up to which a matrix is better on the left, and from which on it is better in oneDNN's order
-LARGE = 2**18  # numbers of a matrix from which it is better in pieces, for one token
-MEDIUM = 2**16  # and from which on the left or in oneDNN's order, for several
+MEDIUM = 2**16  # numbers of a matrix from which it is, and below which it is better on the right
+LARGE = 2**18  # and from which it is better in pieces, for one token
+HUGE = 2**22  # and from which it is better in oneDNN's order, for any number of tokens
 
 
 class Matrix:
     """A weight (V, H), prepared for products with few tokens.
 
     MKL reads a matrix far larger than its caches well below memory's speed if few tokens stand on its left, as they do
-    in `x weightᵀ`. For more than a few tokens oneDNN gets a copy of the weight in an order of its own choice, made when
-    it is first needed.
+    in `x weightᵀ`. oneDNN reads a copy of it in an order of its own choice, which is made when it is first needed.
     """
 
     def __init__(self, weight_VH: Tensor) -> None:
         self.weight_VH, self.weight_HV = weight_VH, weight_VH.t()
         self.numpy_VH = weight_VH.numpy()
-        self.is_large, self.is_medium = weight_VH.numel() >= LARGE, weight_VH.numel() >= MEDIUM
+        numbers = weight_VH.numel()
+        self.is_medium, self.is_large, self.is_huge = numbers >= MEDIUM, numbers >= LARGE, numbers >= HUGE
         whole = len(weight_VH) // PIECES * PIECES
         self.pieces_PXH = weight_VH[:whole].view(PIECES, -1, weight_VH.shape[1])
         self.rest_HX = self.weight_HV[:, whole:]
@@ -35,25 +36,26 @@ class Matrix:
         tokens = x_TH.shape[0]
         if not (self.is_large if tokens == 1 else self.is_medium):
             return x_TH.mm(self.weight_HV)
-        if tokens > FEW:
-            return self._of_many(x_TH)
+        if self.is_huge or tokens > FEW:
+            return self._by_onednn(x_TH)
         if tokens > 1:
             return self.weight_VH.mm(x_TH.t()).t()
         out_1V = self.pieces_PXH.bmm(x_TH.t().expand(PIECES, -1, 1)).view(1, -1)
         return torch.cat((out_1V, x_TH.mm(self.rest_HX)), dim=1) if self.rest_HX.shape[1] else out_1V
 
-    def add_product_(self, out_TV: Tensor, x_TH: Tensor, factor: float = 1.0) -> None:
-        """Add factor · x weightᵀ to `out_TV`."""
+    def add_product_(self, out_TV: Tensor, x_TH: Tensor) -> None:
+        """Add x weightᵀ to `out_TV`."""
         if self.is_medium:
-            out_TV.add_(self(x_TH), alpha=factor)
+            out_TV.add_(self(x_TH))
         else:
-            out_TV.addmm_(x_TH, self.weight_HV, alpha=factor)
+            out_TV.addmm_(x_TH, self.weight_HV)
 
-    def _of_many(self, x_TH: Tensor) -> Tensor:
+    def _by_onednn(self, x_TH: Tensor) -> Tensor:
         if not torch.backends.mkldnn.is_available():
             return x_TH.mm(self.weight_HV)
         if self._reordered is None:
-            self._reordered = torch.ops.mkldnn._reorder_linear_weight(self.weight_VH, x_TH.shape[0])
+            # The order for two tokens serves any number; the one for a single token does not.
+            self._reordered = torch.ops.mkldnn._reorder_linear_weight(self.weight_VH, 2)
         out_TV: Tensor = torch.ops.mkldnn._linear_pointwise(x_TH, self._reordered, None, "none", [], "")
         return out_TV
 
