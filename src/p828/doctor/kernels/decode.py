@@ -55,7 +55,8 @@ def attention(place: Place) -> list[Comparison]:
     actual_TX = ops.attention(
         _to(place, qkv_TXD), _to(place, keys_SGCD), _to(place, values_SGCD), slots_T, positions_T,
         frequencies.to(place.device), 1.0, None, None, _to(place, sinks_N, torch.float32), EPS, arrivals_TG,
-    )  # fmt: skip
+        _to(place, torch.eye(heads * HEAD_DIM)),
+    ).sum(dim=1)  # fmt: skip
     return [Comparison("output with sinks", actual_TX, expected_TX, 2 * place.tolerance)]
 
 
