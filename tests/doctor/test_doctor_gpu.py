@@ -11,9 +11,9 @@ from p828.config import Config, load, with_vocabulary
 from p828.doctor.gpu import _runs_on, check_gpus, judged_memory, planned_bytes
 from p828.doctor.model import check_model
 from p828.doctor.rates import against
-from p828.train import engine_choice
 from p828.plan.peak import peak
 from p828.plan.setup import sharded_setup
+from p828.train import engine_choice
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
