@@ -24,6 +24,7 @@ from unittest import mock
 
 from p828.api import load_config, train_run
 from p828.config import from_dict
+from p828.engine.interface import BY_PART
 from p828.optim.parts import PARTS
 from p828.runs.records import Recorder
 from p828.train.log.panels import OVER_LAYERS, panels
@@ -31,7 +32,6 @@ from p828.train.log.tensorboard import TensorBoardTracker
 from p828.train.log.trackio import TrackioTracker
 from p828.train.log.wandb import WandbTracker
 
-BY_PART = ("grad_norms", "weight_norms", "update_ratios", "changed")
 SCALARS = 25
 WARM_UP = 20  # steps
 ASKED: dict[str, dict[str, Any]] = {

@@ -211,14 +211,15 @@ def test_trackers_that_have_started_are_finished_where_another_one_is_refused() 
 def test_numbers_are_grouped() -> None:
     values: dict[str, Any] = {
         "loss": 2.0, "mfu": None, "tokens_per_second": 10, "rank_memory_bytes": [5, 6], "load": [[1, 2]],
-        "balance": [0.5, 0.25], "sink_mean": [0.1], "grad_norms": dict.fromkeys(PARTS[:2], 1.0), "rows": "0a",
+        "balance": [0.5, 0.25], "sink_mean": [0.1], "grad_norms": dict.fromkeys(PARTS[:2], 1.0),
+        "low_bits": {"head": 0.5}, "rows": "0a",
         "source_tokens": {"web": 7}, "aux_loss": 0.5, "loss_of_tomorrow": 3.0,
     }  # fmt: skip
     assert panels("step", values) == {
         "train/loss": 2.0, "perf/tokens_per_second": 10, "perf/rank_memory_bytes/rank_0": 5,
         "perf/rank_memory_bytes/rank_1": 6, "moe/balance": 0.25, "moe/balance/layer_0": 0.5,
         "moe/balance/layer_1": 0.25, "health/sink_mean/layer_0": 0.1, "health/grad_norms/embedding": 1.0,
-        "health/grad_norms/attention": 1.0, "train/source_tokens/web": 7, "moe/aux_loss": 0.5,
+        "health/grad_norms/attention": 1.0, "health/low_bits/head": 0.5, "train/source_tokens/web": 7, "moe/aux_loss": 0.5,
         "train/loss_of_tomorrow": 3.0,
     }  # fmt: skip
     assert panels("eval", {"loss": 1.0, "best": True}) == {"val/loss": 1.0, "val/best": 1}

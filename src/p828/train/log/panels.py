@@ -7,13 +7,15 @@ rules of run health look at). W&B, TensorBoard and trackio each make a section o
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from p828.engine.interface import BY_PART
+
 GROUPS = {"step": "train", "eval": "val", "tasks": "val", "probe": "health"}
 """The group of a record's kind, for keys that have none of their own. Records of other kinds have no numbers."""
 PERF = frozenset({
     "tokens_per_second", "mfu", "seconds", "data_seconds", "host_seconds", "compilations", "memory_bytes",
     "rank_memory_bytes", "disk_free_bytes",
 })  # fmt: skip
-HEALTH = frozenset({"grad_norms", "weight_norms", "update_ratios", "changed", "sink_mean", "max_token"})
+HEALTH = frozenset({*BY_PART, "sink_mean", "max_token"})
 MOE = frozenset({"aux_loss"})
 OVER_LAYERS: dict[str, Callable[[Sequence[Any]], float]] = {
     "balance": min,
