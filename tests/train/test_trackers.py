@@ -219,8 +219,8 @@ def test_numbers_are_grouped() -> None:
         "train/loss": 2.0, "perf/tokens_per_second": 10, "perf/rank_memory_bytes/rank_0": 5,
         "perf/rank_memory_bytes/rank_1": 6, "moe/balance": 0.25, "moe/balance/layer_0": 0.5,
         "moe/balance/layer_1": 0.25, "health/sink_mean/layer_0": 0.1, "health/grad_norms/embedding": 1.0,
-        "health/grad_norms/attention": 1.0, "health/low_bits/head": 0.5, "train/source_tokens/web": 7, "moe/aux_loss": 0.5,
-        "train/loss_of_tomorrow": 3.0,
+        "health/grad_norms/attention": 1.0, "health/low_bits/head": 0.5,
+        "train/source_tokens/web": 7, "moe/aux_loss": 0.5, "train/loss_of_tomorrow": 3.0,
     }  # fmt: skip
     assert panels("eval", {"loss": 1.0, "best": True}) == {"val/loss": 1.0, "val/best": 1}
     assert panels("probe", {"future_leak": 0.0}) == {"health/future_leak": 0.0}
