@@ -296,6 +296,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path / "runs" / "tiny"
 
 
+@pytest.mark.xdist_group("trackers")  # the two that look at one run
 def test_tensorboard_shows_what_metrics_jsonl_has_also_after_a_resume(resumed: Path) -> None:
     shown, rows = tensorboard_rows(resumed), recorded(resumed)
     config = shown.pop(0)["config"]
@@ -403,6 +404,7 @@ print(json.dumps([runs, SQLiteStorage.get_logs("p828", sys.argv[1])]))
 """
 
 
+@pytest.mark.xdist_group("trackers")
 def test_trackio_goes_on_with_the_same_run(resumed: Path) -> None:
     name = f"tiny-{(resumed / 'trackio_id').read_text().strip()}"
     child = script(TRACKIO_LOGS, name, TRACKIO_DIR=str(resumed.parents[1] / "trackio"))
