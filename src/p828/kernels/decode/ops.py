@@ -49,14 +49,14 @@ def attention(
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
     eps: float, arrivals_TG: Tensor | None, o_proj_HX: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Attention of T new tokens over their slots' cache, which gets their keys and values: (T, H) in qkv's dtype.
+    """Attention of T new tokens over their slots' cache, which gets their keys and values: parts (T, G or 1, H).
 
     `qkv_TXD` holds N query heads, G key heads and G value heads. Queries and keys are normalised (RMSNorm with the
     float32 weights and `eps`; None: not), rotated by `positions_T` times the float32 `frequencies` (D / 2), cosine and
     sine times `factor`. Token t's key and value are written at place `positions_T[t]` of slot `slots_T[t]`, and it sees
     the places up to its own; `sinks_N` (float32 or None) are logits in the softmax's denominator. A token with a
     negative slot is padding: its result is 0 and it writes nothing. No two tokens that are read later have one slot.
-    What all heads give, rounded to qkv's dtype, goes through `o_proj_HX` (X = N · D).
+    What the heads give, rounded to qkv's dtype, goes through `o_proj_HX` (X = N · D).
 
     `arrivals_TG`: int32 zeros for at least T tokens, which the kernel counts in and leaves zero; one for all layers.
     Slots, positions and the cache must be older than the kernel in front, see `dependent_launch_triton`.
