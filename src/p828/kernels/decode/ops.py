@@ -1,8 +1,8 @@
 """A decoding step's operations in Triton, on CUDA: T tokens, each the newest of its sequence.
 
-A layer is four calls: `norm_linear` (queries, keys and values), `attention`, `route` and `experts`, whose parts the next
-layer's `norm_linear` sums. All of them can be captured in a CUDA graph: sizes come from the shapes, and whatever changes
-from step to step (tokens, positions, slots) is read from tensors on the device.
+A layer is four calls: `norm_linear` (queries, keys and values), `attention`, `route` and `experts`, whose parts the
+next layer's `norm_linear` sums. All of them can be captured in a CUDA graph: sizes come from the shapes, and whatever
+changes from step to step (tokens, positions, slots) is read from tensors on the device.
 The plain twins are in `tests/decode_twins.py`. Shapes as in `p828.model`, and
 
     J  the experts of a token: its K routed ones and the shared ones
