@@ -42,7 +42,9 @@ class View {
   // From where to where the charts reach.
   shown() {
     if (this.range) return this.range;
-    const extents = this.visible().map((run) => run.extent(this.axis));
+    const begun = this.visible().filter((run) => run.count);
+    if (!begun.length) return [0, 1];
+    const extents = begun.map((run) => run.extent(this.axis));
     const from = Math.min(...extents.map(([first]) => first)), to = Math.max(...extents.map(([, last]) => last));
     return to > from ? [from, to] : [from - 0.5, from + 0.5];
   }
