@@ -149,6 +149,9 @@ def test_runs_of_other_lengths_are_overlaid(browser: webdriver.Chrome, run: Path
     assert report.text("#runs li:nth-child(3)").endswith("empty empty, step 0 of 7")
     assert [number.text for number in report.all(".finding .number")] == ["1", "2"]
     assert report.shown_range("loss") == (1, STEPS)
+    report.run("const of = document.getElementById('focus'); of.value = '1'; of.dispatchEvent(new Event('change'))")
+    report.wait()
+    assert report.text("#loads h2") == "Load of each expert: <b>short"
     report.click("#runs input")
     assert report.shown_range("loss") == (1, 30)
     assert report.complaints() == []

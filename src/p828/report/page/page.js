@@ -35,6 +35,11 @@ class View {
     this.focus = this.runs[this.focus?.number ?? 0];
   }
 
+  // The title of what is of the run in focus only.
+  named(title) {
+    return this.runs.length > 1 ? `${title}: ${this.focus.name}` : title;
+  }
+
   visible() {
     return this.runs.filter((run) => !this.hidden.has(run.number));
   }
