@@ -45,7 +45,8 @@ def banner(
     if settings is not None:
         device += f" through DeepSpeed, ZeRO stage {settings.stage},"
     elif config.engine == "sharded":
-        device += f", ZeRO stage {config.sharded.stage},"
+        within = " within each host" if config.sharded.shard_within == "host" else ""
+        device += f", ZeRO stage {config.sharded.stage}{within},"
     sources = [
         ("data", (f"{amount.name}: " if config.data.mixture else "") + _source(data, amount))
         for data, amount in zip(config.data.sources, amounts, strict=True)
