@@ -168,10 +168,15 @@ def test_a_watched_run_grows_and_its_new_findings_are_shown(browser: webdriver.C
             report.open(server.url)
             assert report.run("return page.focus.count") == 20
             assert "token_out_of_vocabulary" not in report.text("#findings")
+            report.click("#chart-loss .u-series:nth-child(2) th")
+            report.click("#about summary")
             with (run / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({**step_record(21), "max_token": 5000}) + "\n")
             report.wait("page.focus.count === 21")
             assert "step 21 has the token id 5000" in report.text("#findings")
+            assert report.run("return document.activeElement.textContent").endswith(" settings")
+            assert report.run("return document.querySelector('#about details').open")
+            assert report.run("return page.charts[0].plot.series.map(({ show }) => show)")[:3] == [True, False, True]
             assert report.complaints() == []
         finally:
             server.shutdown()
