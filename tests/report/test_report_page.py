@@ -136,8 +136,8 @@ def test_a_phone_scrolls_down_only(shown: ReportPage, scheme: str) -> None:
 
 
 def test_runs_of_other_lengths_are_overlaid(browser: webdriver.Chrome, run: Path, tmp_path: Path) -> None:
-    """A long run, a short one whose name is HTML, and one that has made no step; the long one is hidden then."""
-    short, empty = write_run(tmp_path / "<b>short", steps=30), tmp_path / "empty"
+    """A long run, a short one whose name is HTML, and one of a long name and no step; the long run is hidden then."""
+    short, empty = write_run(tmp_path / "<b>short", steps=30), tmp_path / f"{'long_' * 20}empty"
     empty.mkdir()
     (empty / "config.toml").write_text("[train]\nsteps = 7\n")
     path = tmp_path / "report.html"
@@ -146,7 +146,8 @@ def test_runs_of_other_lengths_are_overlaid(browser: webdriver.Chrome, run: Path
     report = ReportPage(browser)
     report.open(path.as_uri())
     assert report.text("#runs li:nth-child(2) strong") == "<b>short"
-    assert report.text("#runs li:nth-child(3)").endswith("empty empty, step 0 of 7")
+    assert report.text("#runs li:nth-child(3)").endswith("_empty empty, step 0 of 7")
+    assert report.run("return document.documentElement.scrollWidth <= innerWidth")
     assert [number.text for number in report.all(".finding .number")] == ["1", "2"]
     assert report.shown_range("loss") == (1, STEPS)
     report.run("const of = document.getElementById('focus'); of.value = '1'; of.dispatchEvent(new Event('change'))")
