@@ -12,6 +12,7 @@ from report_in_browser import ReportPage
 from reported_runs import STEPS, step_record, write_run
 from selenium import webdriver
 
+from p828.report.buckets import BUCKETS
 from p828.report.page import page
 from p828.report.run import ReportedRun
 from p828.report.watch import ReportServer
@@ -156,6 +157,25 @@ def test_runs_of_other_lengths_are_overlaid(browser: webdriver.Chrome, run: Path
     report.click("#runs input")
     assert report.shown_range("loss") == (1, 30)
     assert report.complaints() == []
+
+
+def test_steps_of_a_source_of_any_name_are_fetched(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    run, count = write_run(tmp_path / "mixed", steps=0), 2 * BUCKETS + 1
+    lines = (json.dumps({**step_record(step), "source_tokens": {"50%/a?b#c": step}}) for step in range(1, count + 1))
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with ReportServer([ReportedRun(run, with_rules=False)], port=0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            report = ReportPage(browser)
+            report.open(server.url)
+            report.run("page.range = [50, 60]; page.charts.find((one) => one.about.id === 'sources').draw()")
+            script = "page.charts.find((one) => one.about.id === 'sources').plot.data[1].includes(55)"
+            report.wait(script)
+            assert report.complaints() == []
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_watched_run_grows_and_its_new_findings_are_shown(browser: webdriver.Chrome, tmp_path: Path) -> None:
