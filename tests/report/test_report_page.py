@@ -111,6 +111,17 @@ def test_csv_has_the_records_numbers(shown: ReportPage) -> None:
     assert float(loss) == pytest.approx(step_record(int(step))["loss"], rel=1e-6)
 
 
+def test_csv_has_the_validation_losses(shown: ReportPage) -> None:
+    shown.run("save = (name, pieces) => { window.saved = pieces.join('') }")
+    for button in ("#chart-loss .csv", "#csv"):
+        shown.run("window.saved = null")
+        shown.click(button)
+        shown.wait("window.saved")
+        head, *lines = shown.run("return window.saved").splitlines()
+        assert head.endswith(",validation_loss")
+        assert [line.rpartition(",")[2] for line in lines] == [""] * (STEPS - 1) + ["2.5"]
+
+
 def test_the_heat_map_tells_an_experts_load(shown: ReportPage) -> None:
     """Four fifths down is expert 2 of 4 of layer 1, whose load is even; a sixteenth down expert 0 of layer 0."""
     told = []
