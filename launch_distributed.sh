@@ -3,11 +3,12 @@
 #
 #   bash launch_distributed.sh CONFIG [--section.key VALUE ...]
 #
-# through DeepSpeed, or with another --engine.
-# GPUS sets how many of those that PyTorch sees. For several machines run it on each, with the same NNODES and MASTER_ADDR (the
-# first one's name) and a NODE_RANK of its own from 0 on; `srun bash launch_distributed.sh ...` with one task a node
-# takes all three from SLURM. PYTHON names the interpreter that has p828; without it, it is that of the .venv beside this
-# file, which make installs, else python3.
+# p828 chooses the engine and the ZeRO stage that fits, or takes what CONFIG and flags say. A --deepspeed flag without
+# --engine means DeepSpeed.
+# GPUS sets how many of those that PyTorch sees. For several machines run it on each, with the same NNODES and
+# MASTER_ADDR (the first one's name) and a NODE_RANK of its own from 0 on; `srun bash launch_distributed.sh ...` with one
+# task a node takes all three from SLURM. PYTHON names the interpreter that has p828; without it, it is that of the .venv
+# beside this file, which make installs, else python3.
 set -euo pipefail
 own=$(dirname "${BASH_SOURCE[0]}")/.venv/bin/python
 [ -x "$own" ] || own=python3
@@ -31,7 +32,8 @@ if [ "$nodes" -gt 1 ]; then
 else
     where=(--standalone)
 fi
-engine=(--engine deepspeed)
-case " $*" in *" --engine"*) engine=() ;; esac
-exec "$python" -m p828.distributed.torchrun "${where[@]}" --nproc-per-node "$gpus" \
-    -m p828 train "$@" "${engine[@]}"
+case " $*" in
+    *" --engine"*) ;;
+    *" --deepspeed"*) set -- "$@" --engine deepspeed ;;
+esac
+exec "$python" -m p828.distributed.torchrun "${where[@]}" --nproc-per-node "$gpus" -m p828 train "$@"

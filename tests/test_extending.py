@@ -216,8 +216,9 @@ def check_lion() -> None:
         assert train(toml, "--name", name, "--train.steps", str(steps)) == 0
     assert [line["loss"] for line in steps_of("cut")] == [line["loss"] for line in steps_of("whole")]
     assert train(toml, "--name", "cut", "--optimizer.kind", "adamw") == 2
-    with pytest.raises(ConfigError, match='kind = "lion": with engine = "deepspeed", "adamw" is accepted'):
-        validate(from_dict({"name": "x", "engine": "deepspeed", "optimizer": lion}, "x"))
+    for engine in ("deepspeed", "sharded"):
+        with pytest.raises(ConfigError, match=f'kind = "lion": with engine = "{engine}", "adamw" is accepted'):
+            validate(from_dict({"name": "x", "engine": engine, "optimizer": lion}, "x"))
 
 
 def check_updates(config: Config) -> None:

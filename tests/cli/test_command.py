@@ -259,7 +259,7 @@ def test_names_that_no_file_can_have(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_launcher_finds_the_checkouts_own_environment(tmp_path: Path) -> None:
+def test_the_launcher_finds_the_checkouts_own_environment_and_leaves_the_engine_to_p828(tmp_path: Path) -> None:
     """A stand-in for each interpreter says which one was called."""
     checkout, path = tmp_path / "checkout", tmp_path / "path"
     script = Path(__file__).parents[2] / "launch_distributed.sh"
@@ -269,13 +269,15 @@ def test_the_launcher_finds_the_checkouts_own_environment(tmp_path: Path) -> Non
         (place / name).chmod(0o755)
     (checkout / script.name).write_text(script.read_text())
 
-    def called(**environment: str) -> str:
+    def called(*flags: str, **environment: str) -> str:
         environment = {"PATH": f"{path}:{os.environ['PATH']}", "GPUS": "1", **environment}
-        command = ["bash", str(checkout / script.name), "60m"]
+        command = ["bash", str(checkout / script.name), "60m", *flags]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
 
-    expected = "-m p828.distributed.torchrun --standalone --nproc-per-node 1 -m p828 train 60m --engine deepspeed\n"
+    expected = "-m p828.distributed.torchrun --standalone --nproc-per-node 1 -m p828 train 60m\n"
     assert called() == f"python {expected}"
+    assert called("--deepspeed_config", "zero2").endswith("60m --deepspeed_config zero2 --engine deepspeed\n")
+    assert called("--engine", "sharded").endswith("60m --engine sharded\n")
     assert called(PYTHON="other") == f"other {expected}"
     (checkout / ".venv" / "bin" / "python").unlink()
     assert called() == f"python3 {expected}"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from p828 import config
+from p828 import config, load_config
 from p828.cli.main import dispatch
 from p828.config import Config
 from p828.config.values import to_dict
@@ -48,6 +48,8 @@ def resolved(capsys: pytest.CaptureFixture[str], *arguments: str) -> Config:
         (["--deepspeed.stage", "1"], "deepspeed.stage = 1", 'engine = "deepspeed"'),
         (["--deepspeed.timeout-seconds", "60"], "deepspeed.timeout_seconds = 60", 'engine = "deepspeed"'),
         (["--deepspeed_config", "zero2"], "deepspeed.config", 'engine = "deepspeed"'),
+        (["--engine", "sharded", "--deepspeed.offload-param", "cpu"], "deepspeed.offload_param", '"deepspeed"'),
+        (["--engine", "sharded", "--sharded.offload-param", "cpu"], "sharded.offload-param", "deepspeed.offload-param"),
         (["--data.source", "python", "--data.files", "x"], "data.files = ['x']", 'data.source = "files"'),
         (["--data.source", "files", "--data.files", "x", "--data.hub-name", "y"], "data.hub_name = 'y'", '"hf"'),
         (["--data.files", "x", "--data.hub-name", "y"], "data.files and data.hub_name", "data.source"),
@@ -221,3 +223,21 @@ def test_text_in_place_of_a_configuration(here: Path, capsys: pytest.CaptureFixt
     said = complaint(capsys, "train", "book.txt")
     assert "'book.txt' is no configuration" in said
     assert "p828 train quickstart --data.files FILE" in said
+
+
+@pytest.mark.parametrize("where", ["flag", "file", "base"])
+def test_the_plain_engine_is_refused_on_several_processes(
+    where: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out, another engine is taken; a run's own file is what was taken before, and not what a user gave."""
+    path = write_toml(here)
+    Path("given.toml").write_text('engine = "plain"\n' + path.read_text())
+    Path("based.toml").write_text('base = "given.toml"\n')
+    arguments = {"flag": ["tiny.toml", "--engine", "plain"], "file": ["given.toml"], "base": ["based.toml"]}[where]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert 'engine = "plain" trains on one device, and 2 processes were started' in complaint(
+        capsys, "train", *arguments
+    )
+    assert resolved(capsys, "tiny.toml").engine == "plain"
+    assert load_config("resolved.toml").engine == "plain"

@@ -23,6 +23,7 @@ Run = Callable[[Stage, int], Path]
 """From stage and number of ranks to the directory of a run."""
 SHARDED = ("sharded-1", "sharded-2", "sharded-3")
 
+OUR_LAUNCHER = ("-m", "p828.distributed.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "p828")
 STEPS = 20
 MICRO_BATCHES = 4  # of a step, on all ranks together
 WITHIN = 180  # seconds for a run of these to end, on a machine that does other things, too
@@ -180,6 +181,8 @@ def assert_same_training(ours: Path, theirs: Path) -> None:
     assert evaluations[0] == evaluations[1]
     losses = [[line["loss"] for line in records_of(run, "eval")] for run in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], abs=TOLERANCE)
+    samples = [[(line["step"], line["samples"]) for line in records_of(run, "sample")] for run in (ours, theirs)]
+    assert samples[0] == samples[1]
 
 
 def assert_same_numbers(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:

@@ -9,6 +9,8 @@ DIRECTORY/CASE.json.
 import dataclasses
 import json
 import sys
+import weakref
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from p828.bench.collectives import counted
 from p828.config import Config, ShardedConfig, from_dict
@@ -25,8 +29,12 @@ from p828.distributed.group import ProcessGroup, joined
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.engine.sharded.engine import ShardedEngine
-from p828.inference.evaluate import evaluate
+from p828.errors import RunFailed
+from p828.inference.decode.decoder import Decoder
+from p828.inference.evaluate import evaluate, evaluation_mode, uncompiled
+from p828.inference.sampling import SamplingConfig
 from p828.kernels.adamw import join_float32
+from p828.model.transformer import Transformer
 from p828.runs import checkpoint
 from p828.runs.tensors import tensors_of
 from p828.train import checkpoint_writer
@@ -72,7 +80,7 @@ def config_of(case: str, accumulation: int) -> Config:
 
 
 def train(config: Config, ranks: ProcessGroup) -> Found:
-    """Losses, norms and loads of both engines on the same micro-batches; then an evaluation, and samples' weights."""
+    """Losses, norms and loads of both engines on the same micro-batches; then an evaluation, samples and weights."""
     engine = ShardedEngine(config, ranks)
     plain = PlainEngine(dataclasses.replace(config, engine="plain")) if ranks.is_first else None
     accumulation = config.train.gradient_accumulation
@@ -82,13 +90,20 @@ def train(config: Config, ranks: ProcessGroup) -> Found:
         ours.append(step_of(engine, batches[ranks.rank :: ranks.size], batches))
         if plain is not None:
             theirs.append(step_of(plain, batches, batches))
-    with engine.model_for_evaluation() as model:
+    with PeakBytes() as evaluation_peak, engine.model_for_evaluation() as model:
         ours.append(evaluate(model, [batch_of(1), batch_of(2)], engine.dtype).loss)
-    with engine.gathered_model() as model:
-        weights = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
-    found = {"ours": ours, "theirs": theirs}
+    with PeakBytes() as peak, engine.model_for_any_passes() as model:
+        samples = continued(model, engine.dtype) if ranks.is_first else []
+    found = {"ours": ours, "theirs": theirs, "samples": samples, "any_passes": any_passes(engine, ranks)}
+    found["peak_bytes"] = ranks.all_gather([peak.most])
+    found["evaluation_bytes"] = evaluation_peak.most
+    weights = gathered(engine)
     if plain is not None:
-        theirs.append(evaluate(plain.model, [batch_of(1), batch_of(2)], plain.dtype).loss)
+        with PeakBytes() as evaluation_peak:
+            theirs.append(evaluate(plain.model, [batch_of(1), batch_of(2)], plain.dtype).loss)
+        found["their_evaluation_bytes"] = evaluation_peak.most
+        found["their_samples"] = continued(plain.model, plain.dtype)
+        found["single_losses"] = [evaluate(plain.model, [batch_of(n)], plain.dtype).loss for n in range(ranks.size)]
         distances = [float((weights[name] - p.float()).abs().max()) for name, p in plain.model.named_parameters()]
         found["weights"] = max(distances)
         found["bias_is_equal"] = all(
@@ -96,6 +111,67 @@ def train(config: Config, ranks: ProcessGroup) -> Found:
             for own, other in zip(engine.model.layers, plain.model.layers, strict=True)
         )
     return found
+
+
+def continued(model: Transformer, dtype: torch.dtype) -> list[list[int]]:
+    """Tokens that follow on prompts, drawn."""
+    sampling = SamplingConfig(temperature=0.8, max_new_tokens=8)
+    prompts = [[], [3, 1, 4, 1, 5], [9, 2], list(range(LENGTH - 2))]
+    with evaluation_mode(model), uncompiled(model):
+        decoder = Decoder(model, VOCABULARY, 0, dtype, slots=len(prompts), prefill_tokens=4)
+        sequences = [decoder.admit(prompt, sampling, seed) for seed, prompt in enumerate(prompts)]
+        while decoder.running:
+            decoder.step()
+    return [list(sequence.ids) for sequence in sequences]
+
+
+def any_passes(engine: ShardedEngine, ranks: ProcessGroup) -> list[list[float]]:
+    """The losses that each rank finds on batches, as many as its number, before it fails between two passes."""
+    losses = []
+    with suppress(RunFailed), engine.model_for_any_passes() as model:
+        for number in range(ranks.rank):
+            losses.append(evaluate(model, [batch_of(number)], engine.dtype).loss)
+        raise RunFailed("made up")
+    return ranks.all_gather_object(losses)
+
+
+def gathered(engine: ShardedEngine) -> dict[str, Tensor]:
+    """All weights, float32. All ranks must call it."""
+    found = {name: parameter.detach().float() for name, parameter in engine._small.items()}
+    for number, unit in enumerate(engine.units):
+        engine.weights.wait(number)
+        found |= {name: view.float().clone() for name, view in unit.views(engine.weights.flats[number]).items()}
+    return found
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of tensors made in the block that lived at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._bytes = 0
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage(), before)
+        return result
+
+    def _note(self, storage: torch.UntypedStorage, before: set[int]) -> None:
+        if storage._cdata not in self._storages | before:
+            self._storages.add(storage._cdata)
+            self._bytes += storage.nbytes()
+            self.most = max(self.most, self._bytes)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, storage: int, size: int) -> None:
+        self._storages.discard(storage)
+        self._bytes -= size
 
 
 def keep(config: Config, ranks: ProcessGroup, directory: Path) -> Found:

@@ -127,28 +127,47 @@ def test_where_all_ranks_wait_for_data_that_does_not_come(tmp_path: Path, shim: 
 RANK_0_FAILS = """
 import os
 import sys
+import p828.train.evaluation
 from p828.cli.main import dispatch
-from p828.engine.deepspeed.engine import DeepSpeedEngine
+from p828.train.trainer import Trainer
 
-step = DeepSpeedEngine.step
+step, calls = Trainer.step, []
 
 def fail_in_the_third(self, *arguments):
-    if self._updates == 2 and os.environ["RANK"] == "0":
+    calls.append(arguments)
+    if len(calls) == 3 and os.environ["RANK"] == "0":
         raise RuntimeError("made up")
     return step(self, *arguments)
 
-DeepSpeedEngine.step = fail_in_the_third
+def fail_in_a_pass(model, *arguments, **further):
+    model.layers[0].mlp.register_forward_pre_hook(fail)
+    return generate(model, *arguments, **further)
+
+def fail(*arguments):
+    raise RuntimeError("made up")
+
+generate = p828.train.evaluation.generate
+if sys.argv.pop(1) == "step":
+    Trainer.step = fail_in_the_third
+else:
+    p828.train.evaluation.generate = fail_in_a_pass
 sys.exit(dispatch(sys.argv[1:]))
 """
 
 
-def test_when_rank_0_alone_fails_it_says_why_before_it_is_ended(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "stage, where",
+    cases([(1, "step"), ("sharded-1", "step"), ("sharded-3", "step"), ("sharded-3", "pass")], short=[(1, "step")]),
+)
+def test_when_rank_0_alone_fails_it_says_why_before_it_is_ended(
+    config: Path, tmp_path: Path, stage: Stage, where: str
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(RANK_0_FAILS)
-    with launched(config, tmp_path / "runs" / "fails", 1, 2, launcher=torchrun(2, str(script))) as launch:
-        code, _, err = launch.end(A_MINUTE)
+    with launched(config, tmp_path / "runs" / "fails", stage, 2, launcher=torchrun(2, str(script), where)) as launch:
+        code, _, err = launch.end()
     assert code != 0
     (message,) = (line for line in err.splitlines() if line.startswith("p828: "))
     assert re.fullmatch(r"p828: rank 0 \(.+, process \d+\) failed: RuntimeError: made up", message)
     assert err.count("Traceback (most recent call last):\n  File") >= 1
-    assert "in fail_in_the_third" in err
+    assert f"in fail{'_in_the_third' if where == 'step' else ''}\n" in err

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from launch import ENDLESS, cases, launched, messages, the_message
+from launch import ENDLESS, OUR_LAUNCHER, cases, launched, messages, the_message
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -41,4 +41,23 @@ def test_missing_data(config: Path, tmp_path: Path) -> None:
     flags = ["--data.files", str(tmp_path / "none" / "*.txt")]
     with launched(config, tmp_path / "runs" / "wrong", 3, 2, *flags) as launch:
         assert "none/*.txt" in the_message(launch)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (("--engine", "plain"), 'engine = "plain" trains on one device, and 2 processes were started: '),
+        (("--engine", "sharded", "--deepspeed.offload-optimizer", "cpu"), 'accepted with engine = "deepspeed"'),
+    ],
+)
+def test_what_cannot_be_done_on_several_processes(
+    config: Path, tmp_path: Path, flags: tuple[str, ...], expected: str
+) -> None:
+    with launched(config, tmp_path / "runs" / "wrong", None, 2, *flags, launcher=OUR_LAUNCHER) as launch:
+        code, _, err = launch.end()
+    assert code == 2
+    (message,) = messages(err)
+    assert expected in message
     assert not (tmp_path / "runs").exists()

@@ -6,13 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from launch import (
     ENDLESS,
     MICRO_BATCHES,
+    OUR_LAUNCHER,
     WITHIN,
     Run,
     assert_same_training,
@@ -24,6 +25,7 @@ from launch import (
 )
 
 from p828.cli.main import dispatch
+from p828.config import load
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -78,10 +80,15 @@ def launch_script(directory: Path, *arguments: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.long
-def test_the_launch_script(config: Path, whole: Run, tmp_path: Path) -> None:
-    done = launch_script(tmp_path, str(config), *flags_of(1, 2))
+@pytest.mark.parametrize(
+    "flags, engine",
+    [((), "sharded"), (("--deepspeed_config", "zero2"), "deepspeed"), (flags_of(3, 2)[2:], "deepspeed")],
+)
+def test_the_launch_script(config: Path, whole: Run, tmp_path: Path, flags: Sequence[str], engine: str) -> None:
+    done = launch_script(tmp_path, str(config), *flags_of(None, 2), *flags)
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path / "runs" / "tiny", whole(None, 1))
+    assert load(str(tmp_path / "runs" / "tiny")).engine == engine
 
 
 def test_the_launch_script_without_a_configuration(tmp_path: Path) -> None:
@@ -133,9 +140,6 @@ def test_deepspeeds_launcher(config: Path, whole: Run, tmp_path: Path, monkeypat
         code, _, err = launch.end()
     assert code == 0, err
     assert_same_training(run, whole(None, 1))
-
-
-OUR_LAUNCHER = ("-m", "p828.distributed.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "p828")
 
 
 def test_ctrl_c_at_our_launcher_saves_and_says_one_line(config: Path, tmp_path: Path) -> None:

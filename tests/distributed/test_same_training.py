@@ -5,9 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import SHARDED, Run, Stage, assert_same_training, cases, final_state, steps, train, write_config
+from launch import (
+    SHARDED,
+    Run,
+    Stage,
+    assert_same_bits,
+    assert_same_training,
+    cases,
+    final_state,
+    steps,
+    train,
+    train_and_kill,
+    write_config,
+)
 
 pytestmark = pytest.mark.xdist_group("ranks")
+GENTLE = {"learning_rate": 1e-3}  # at the tiny model's own rate, losses jump, and rounding moves the jumps
 
 
 @pytest.mark.parametrize(
@@ -35,3 +48,20 @@ def test_bfloat16_learns_and_keeps_the_bias_in_float32(tmp_path: Path, stage: St
         moves_E = bias_E / (rate / len(bias_E))
         assert torch.equal(moves_E, moves_E.round())
         assert moves_E.any()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage, moments", [*product(SHARDED, ("float32", "bfloat16"))])
+def test_moments_of_either_dtype(tmp_path: Path, stage: Stage, moments: str) -> None:
+    config = write_config(tmp_path, train={"dtype": "bfloat16"}, optimizer={"moment_dtype": moments, **GENTLE})
+    whole, killed, plain = (tmp_path / "runs" / name for name in ("whole", "killed", "plain"))
+    train(config, whole, stage, 2)
+    train_and_kill(config, killed, stage, 2, 9)
+    train(config, killed, stage, 2)
+    assert_same_bits(killed, whole)
+    state = final_state(whole).tensors["optimizer"]
+    dtypes = {tensor.dtype for name, tensor in state.items() if name.startswith("exp_avg") and "experts" in name}
+    assert dtypes == {getattr(torch, moments)}
+    train(config, plain, None, 1)
+    losses = [[line["loss"] for line in steps(run)] for run in (whole, plain)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02), "numbers of 8 bits are rounded at every step"

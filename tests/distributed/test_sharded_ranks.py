@@ -65,6 +65,36 @@ def test_ranks_train_as_one_device_does(found: Any, hosts: int, ranks: int, accu
 
 
 @pytest.mark.parametrize("hosts, ranks, accumulation, case", CASES)
+def test_samples_are_those_of_one_device_and_no_rank_holds_the_model_for_them(
+    found: Any, hosts: int, ranks: int, accumulation: int, case: str
+) -> None:
+    """Rank 0 makes forward passes, and the others none.
+
+    Beside its buffers, a rank makes room for the head at stage 3, and rank 0 for keys, values and activations, which
+    are large beside this model.
+    """
+    result = found(hosts, ranks, accumulation, case=case)
+    assert result["samples"] == result["their_samples"]
+    assert [len(tokens) for tokens in result["samples"]] == [9, 13, 10, 16]
+    (first,), *others = result["peak_bytes"]
+    head, whole = result["unit_bytes"][-1], sum(result["unit_bytes"])
+    if case[0] == "3":
+        assert first < whole / 2
+        assert all(other < head + 1000 for (other,) in others)
+        assert result["evaluation_bytes"] < result["their_evaluation_bytes"] + head + 1000, "activations, and the head"
+
+
+@pytest.mark.parametrize("hosts, ranks, accumulation, case", CASES)
+def test_ranks_make_as_many_forward_passes_as_they_like(
+    found: Any, hosts: int, ranks: int, accumulation: int, case: str
+) -> None:
+    """Rank r makes r of them, and fails."""
+    result = found(hosts, ranks, accumulation, case=case)
+    for rank, losses in enumerate(result["any_passes"]):
+        assert losses == pytest.approx(result["single_losses"][:rank], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("hosts, ranks, accumulation, case", CASES)
 def test_a_step_that_is_not_finite_changes_nothing(
     found: Any, hosts: int, ranks: int, accumulation: int, case: str
 ) -> None:

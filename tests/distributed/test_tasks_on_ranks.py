@@ -48,6 +48,7 @@ def test_a_run_of_ranks_finds_the_numbers_of_one_process(
 
 ON_A_RANK = """
 import json, os, sys
+from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from p828.config import TokenizerConfig
@@ -68,8 +69,9 @@ if size > 1:
     dist.init_process_group("gloo")
 ranks = ProcessGroup(rank, size, dist.group.WORLD) if size > 1 else ProcessGroup()
 tokenizer = train_tokenizer(TokenizerConfig(vocab_size=280), ["the cat and the dog sat on the mat " * 10])
+weights = tiny_model(vocab_size=288)
 model = SharedTaskModel(
-    tiny_model(vocab_size=288), tokenizer, torch.float32, 256, 2, lambda line: None, ranks
+    weights, tokenizer, torch.float32, 256, 2, lambda line: None, ranks, lambda: nullcontext(weights)
 )
 found = {"cloze": model.asked_by(open_all(["cloze_python"]) if rank == 0 else None)}
 

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 STEPS = 8
 # bfloat16 arithmetic: a step's rounding, 2^-9 of each product, leads the two runs apart by some hundredths of a nat.
 TOLERANCE = 0.05
+CONSTANT = ("--schedule.kind", "constant")
+FLOAT32 = ("--train.dtype", "float32", "--train.compile", "off", "--evaluation.temperature", "0")
 WORKER = """
 import dataclasses, json, sys
 from p828.bench.batches import random_batches
@@ -37,6 +39,52 @@ with joined(config) as ranks:
         found.append(losses)
 print(json.dumps(found))
 """
+SAMPLER = """
+import dataclasses, json, sys
+import torch
+from p828.config import ShardedConfig, load, with_vocabulary
+from p828.distributed.group import joined
+from p828.engine.plain import PlainEngine
+from p828.engine.sharded.engine import ShardedEngine
+from p828.inference.decode.decoder import Decoder
+from p828.inference.evaluate import evaluation_mode, uncompiled
+from p828.inference.sampling import SamplingConfig
+
+def continued(model, dtype, steps):
+    with evaluation_mode(model), uncompiled(model):
+        decoder = Decoder(model, 300, 0, dtype, slots=3, prefill_tokens=16)
+        prompts = [], [3, 1, 4], list(range(40))
+        sampling = SamplingConfig(temperature=0.8, max_new_tokens=8)
+        sequences = [decoder.admit(prompt, sampling, seed) for seed, prompt in enumerate(prompts)]
+        found = type(decoder._steps).__name__
+        while decoder.running:
+            decoder.step()
+    assert found == steps, found
+    return [list(sequence.ids) for sequence in sequences]
+
+config = load(sys.argv[1])
+model = dataclasses.replace(config.model, hidden_size=256, num_hidden_layers=12, moe_intermediate_size=512)
+config = dataclasses.replace(with_vocabulary(config), model=dataclasses.replace(model, vocab_size=300))
+config = dataclasses.replace(config, engine="sharded", sharded=ShardedConfig(stage=3))
+with joined(config) as ranks:
+    engine = ShardedEngine(config, ranks)
+    units = [unit.length * 2 for unit in engine.units]
+    found = {"layer": units[1], "whole": sum(units), "tokens": []}
+    for _ in range(2):  # in the first turn libraries make room for themselves, which they keep
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with engine.model_for_any_passes() as sampled:
+            if ranks.is_first:
+                found["tokens"] = continued(sampled, engine.dtype, "PlainSteps")
+        torch.cuda.synchronize()
+    found["peaks"] = ranks.all_gather([torch.cuda.max_memory_allocated() - before])
+    if ranks.is_first:
+        plain = PlainEngine(dataclasses.replace(config, engine="plain"))
+        plain.model.weights_stay = False  # the same code, which reads weights where they are used
+        found["expected"] = continued(plain.model, plain.dtype, "PlainSteps")
+        print(json.dumps(found))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +99,26 @@ def toml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def train(toml: Path, name: str, stage: int, ranks: int) -> list[dict[str, Any]]:
-    """The steps of a run on this number of GPUs; at stage 0 by the plain engine."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if stage else ()
+def torchrun(ranks: int) -> tuple[str, ...]:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+
+
+def train(toml: Path, name: str, stage: int, ranks: int, *flags: str, kind: str = "step") -> list[dict[str, Any]]:
+    """The records of a run on this number of GPUs; at stage 0 by the plain engine."""
+    launcher = torchrun(ranks) if stage else ()
     engine = ("--engine", "sharded", "--sharded.stage", str(stage)) if stage else ()
     code, _, said = p828(
-        "train", str(toml), "--name", name, *engine, "--train.gradient-accumulation", str(4 // ranks),
+        "train", str(toml), "--name", name, *engine, "--train.gradient-accumulation", str(4 // ranks), *flags,
         cwd=toml.parent, launcher=(*launcher, "-m", "p828"),
     )  # fmt: skip
     assert code == 0, said[-4000:]
-    return [line for line in records.read(toml.parent / "runs" / name / "metrics.jsonl") if line["kind"] == "step"]
+    return records_of(toml, name, kind)
+
+
+def records_of(toml: Path, name: str, kind: str) -> list[dict[str, Any]]:
+    return [line for line in records.read(toml.parent / "runs" / name / "metrics.jsonl") if line["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +131,70 @@ def plain(toml: Path) -> list[dict[str, Any]]:
 def test_beside_the_plain_engine(
     cuda: torch.device, toml: Path, plain: list[dict[str, Any]], stage: int, ranks: int
 ) -> None:
-    if torch.cuda.device_count() < ranks:
-        pytest.skip("needs two GPUs")
-    steps = train(toml, f"stage{stage}-{ranks}", stage, ranks)
-    assert len(steps) == len(plain) == STEPS
-    for ours, theirs in zip(steps, plain, strict=True):
+    name = f"stage{stage}-{ranks}"
+    assert_near(train(toml, name, stage, ranks), plain)
+    evaluations = records_of(toml, name, "eval")
+    for ours, theirs in zip(evaluations, records_of(toml, "plain", "eval"), strict=True):
+        assert (ours["step"], ours["tokens"]) == (theirs["step"], theirs["tokens"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=TOLERANCE)
+    samples = [line["step"] for line in records_of(toml, name, "sample")]
+    assert samples == [line["step"] for line in evaluations]
+    assert len(samples) > 1
+
+
+def assert_near(steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert len(steps) == len(expected) == STEPS
+    for ours, theirs in zip(steps, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=TOLERANCE)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.2)
         assert ours["tokens"] == theirs["tokens"]
+
+
+@pytest.fixture(scope="module")
+def constant(toml: Path) -> list[dict[str, Any]]:
+    return train(toml, "constant", 0, 1, *CONSTANT)
+
+
+@pytest.mark.parametrize("before, after", [((3, 1), (2, 1)), ((1, 2), (3, 1)), ((3, 1), (1, 2)), ((2, 2), (0, 1))])
+def test_resumed_at_another_stage_and_number_of_gpus(
+    cuda: torch.device, toml: Path, constant: list[dict[str, Any]], before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    name = "-".join(map(str, ("resumed", *before, *after)))
+    torchrun(after[1])
+    train(toml, name, *before, *CONSTANT, "--train.steps", str(STEPS // 2))
+    assert_near(train(toml, name, *after, *CONSTANT), constant)
+
+
+@pytest.fixture(scope="module")
+def float32(toml: Path) -> Path:
+    train(toml, "float32", 0, 1, *FLOAT32)
+    return toml
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_float32_samples_are_those_of_the_plain_engine(
+    cuda: torch.device, float32: Path, stage: int, ranks: int
+) -> None:
+    name = f"float32-{stage}-{ranks}"
+    found = train(float32, name, stage, ranks, *FLOAT32, kind="sample")
+    assert [line["samples"] for line in found] == [line["samples"] for line in records_of(float32, "float32", "sample")]
+    losses = [[line["loss"] for line in records_of(float32, run, "eval")] for run in (name, "float32")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_samples_at_stage_3_hold_no_whole_model(cuda: torch.device, toml: Path, ranks: int) -> None:
+    script = toml.parent / "sampler.py"
+    script.write_text(SAMPLER)
+    command = [sys.executable, *torchrun(ranks), str(script), str(toml)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=toml.parent)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["tokens"] == found["expected"]
+    assert [len(tokens) for tokens in found["tokens"]] == [9, 11, 48]
+    assert found["whole"] > 10 * found["layer"]
+    assert all(peak < 2 * found["layer"] for (peak,) in found["peaks"]), found
 
 
 def test_the_stages_are_one_arithmetic(cuda: torch.device, toml: Path) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from windows import changed, event, facts, healthy, write_run
 
+from p828.config import from_dict
 from p828.errors import ConfigError
 from p828.files import locked
+from p828.health.facts import Facts
 from p828.health.finding import Finding, finding_of
 from p828.health.of_run import findings_of, window_of
 from p828.runs.summary import summary
@@ -25,6 +27,12 @@ def test_runs_of_earlier_versions_are_judged(name: str) -> None:
     window = window_of(OLD / name)
     assert window.step == 7
     assert [saved.problem for saved in window.disk.checkpoints] == [""]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("engine", ["sharded", "deepspeed"])
+def test_a_hang_lasts_as_long_as_the_engine_waits(engine: str) -> None:
+    config = from_dict({"name": "run", "engine": engine, engine: {"timeout_seconds": 60}}, "run")
+    assert Facts.of(config).hang_seconds == 60
 
 
 def test_what_was_wrong_in_the_middle_is_found_at_the_end(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ class Facts:
     """Whether a text is never part of a file's name, and so may be of any length."""
     with_deepspeed: tuple[str, ...] = ()
     """The values that are accepted with `engine = "deepspeed"`; empty: all."""
+    with_sharded: tuple[str, ...] = ()
+    """The values that are accepted with `engine = "sharded"`; empty: all."""
     old_name: str = ""
     """The name that the field had before. Configurations that use it are still read."""
 

@@ -177,14 +177,16 @@ def check_schedule(schedule: ScheduleConfig, steps: int) -> None:
 def check_engine(config: Config) -> None:
     if config.deepspeed.config and config.engine != "deepspeed":
         raise ConfigError(f'deepspeed.config = "{config.deepspeed.config}": accepted with engine = "deepspeed"')
-    if config.engine == "deepspeed":
-        facts = facts_by_key(Config)
-        for key, value in flatten(config).items():
-            accepted = facts_of(facts, key).with_deepspeed
-            if accepted and value not in accepted:
-                words = " or ".join(f'"{one}"' for one in accepted)
-                raise ConfigError(f'{key} = "{value}": with engine = "deepspeed", {words} is accepted')
+    facts = facts_by_key(Config)
+    for key, value in flatten(config).items():
+        own = facts_of(facts, key)
+        accepted = {"deepspeed": own.with_deepspeed, "sharded": own.with_sharded}.get(config.engine)
+        if accepted and value not in accepted:
+            words = " or ".join(f'"{one}"' for one in accepted)
+            raise ConfigError(f'{key} = "{value}": with engine = "{config.engine}", {words} is accepted')
     check_deepspeed(config.deepspeed)
+    if config.engine == "deepspeed":
+        check_offload(config.deepspeed)
     check_sharded(config.sharded)
 
 
@@ -210,6 +212,9 @@ def remarks(config: Config) -> list[str]:
 def check_deepspeed(deepspeed: DeepSpeedConfig) -> None:
     if deepspeed.stage > 3:
         raise ConfigError(f"deepspeed.stage = {deepspeed.stage}: 0, 1, 2 or 3 is accepted")
+
+
+def check_offload(deepspeed: DeepSpeedConfig) -> None:
     if deepspeed.config:  # may have another stage
         return
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):

@@ -10,7 +10,7 @@ from p828.doctor.check import Check
 from p828.files import shown_bytes
 from p828.model.costs import count_parameters
 from p828.plan.peak import peak
-from p828.plan.setup import configured_stage, deepspeed_setup, plain_setup
+from p828.plan.setup import configured_stage, plain_setup, setup_of
 from p828.system.device import lacks_bfloat16
 
 LARGE_ON_A_CPU = 10**7  # parameters: a CPU of 8 cores trains on a few thousand tokens a second then
@@ -129,5 +129,5 @@ def planned_bytes(config: Config, gpus: int) -> int | None:
     if config.train.dtype == "float32":
         return None
     stage = configured_stage(config, gpus)
-    setup = plain_setup(config) if stage is None else deepspeed_setup(config, stage, gpus)
+    setup = plain_setup(config) if stage is None else setup_of(config, stage, gpus)
     return peak(with_vocabulary(config), setup, config.train.micro_batch_size).total

@@ -47,7 +47,7 @@ class StepResult:
     further: dict[str, Number] = field(default_factory=dict)
     """Every other number, by its name in the step's record."""
     device_seconds: float | None = field(default=None, compare=False)
-    """How long a GPU was at work in the step, as far as it is known."""
+    """How long the device was at work in the step, as far as it is known."""
 
     @property
     def applied(self) -> bool:
@@ -99,8 +99,7 @@ class StepStats:
         """
         started = time.perf_counter()
         packed = self._packed.cpu()
-        is_gpu = self._packed.is_cuda
-        busy = span.end(time.perf_counter() - started) if span is not None and is_gpu else None
+        busy = None if span is None else span.end(time.perf_counter() - started, self._packed.is_cuda)
         host = unpack(packed, self._shapes)
         loads = [[int(load) for load in load_E] for load_E in host.pop("loads_LE").tolist()]
         loss, grad_norm = host.pop("loss").item(), host.pop("grad_norm").item()
@@ -136,6 +135,11 @@ class Engine(Protocol):
     """Whether a rank has all weights of a layer only while the layer is at work."""
 
     @property
+    def model(self) -> Transformer:
+        """The model that is trained; at ZeRO stage 3 its weights are elsewhere."""
+        ...
+
+    @property
     def state_keys(self) -> tuple[str, ...]:
         """What a checkpoint holds of every parameter for the optimizer, as `optim.interface.Optimizer` says."""
         ...
@@ -150,11 +154,15 @@ class Engine(Protocol):
         `is_measured`: also find what the update does to the weights, and what the routers score.
         """
 
-    def gathered_model(self) -> AbstractContextManager[Transformer]:
-        """The model with all its weights, on every rank."""
-
     def model_for_evaluation(self) -> AbstractContextManager[Transformer]:
         """The model for forward passes. All ranks must make them at once, and the same number of them."""
+
+    def model_for_any_passes(self) -> AbstractContextManager[Transformer]:
+        """The model for forward passes of which each rank makes any number, or none. All ranks must enter at once.
+
+        Its layers run as they were written (`inference.evaluate.uncompiled`). In the block no rank may call the others,
+        and no error but a P828Error may be caught outside.
+        """
 
     def state_dict(self) -> Mapping[str, Mapping[str, Saveable]]:
         """What a checkpoint needs from this rank, by file and name. The tensors are the engine's own, not copies."""

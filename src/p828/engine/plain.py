@@ -71,6 +71,7 @@ class PlainEngine:
         self._span.begin()
         self.gradients.scale.fill_(1 / num_targets)
         self.gradients.add(batch)
+        self._span.pause()
 
     def step(self, learning_rate: float, is_measured: bool = False) -> StepResult:
         """Clip the gradients, update weights and balance bias, and begin the next step.
@@ -78,6 +79,7 @@ class PlainEngine:
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite. All of it
         is started on the device before the host asks for a number. `is_measured`: also measure what the update does.
         """
+        self._span.begin()
         totals = self.gradients.totals
         if is_measured:
             self._update_numbers.begin()
@@ -108,11 +110,11 @@ class PlainEngine:
         }
 
     @contextmanager
-    def gathered_model(self) -> Iterator[Transformer]:
+    def model_for_evaluation(self) -> Iterator[Transformer]:
         """The model; on one device it is always whole."""
         yield self.model
 
-    model_for_evaluation = gathered_model
+    model_for_any_passes = model_for_evaluation
 
     def load_weights(self, weights: Weights) -> None:
         """Begin from these weights and balance biases, with the optimizer as it is."""

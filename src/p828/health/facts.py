@@ -91,7 +91,7 @@ class Facts:
             has_tasks=bool(config.evaluation.tasks),
             checkpoint_every=config.checkpoint.every,
             keep_last=config.checkpoint.keep_last,
-            hang_seconds=float(config.deepspeed.timeout_seconds),
+            hang_seconds=float(config.timeout_seconds),
             rollback_after=config.rollback.after_steps,
         )
 

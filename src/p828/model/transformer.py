@@ -144,6 +144,8 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.weights_stay = True
+        """False where a layer's weights are there only while its modules run, so that nothing may read them else."""
         self.register_buffer("frequencies", None, persistent=False)
         self.reset_buffers()
 

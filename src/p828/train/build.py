@@ -345,16 +345,20 @@ def _introduce(
 
 
 def _engine(config: Config, ranks: ProcessGroup, settings: DeepSpeedSettings | None, outputs: _Outputs) -> Engine:
-    """The engine. Reports and records slow links between the ranks' devices."""
+    """The engine. Records what the links between the ranks' devices cost, and reports slow ones."""
     parameters = count_parameters(config.model).total
     if config.engine == "plain":
         check_room(parameters, pick_device(config.train.device))
         return PlainEngine(config)
     engine = ShardedEngine(config, ranks) if settings is None else DeepSpeedEngine(config, ranks, settings)
     step = 0 if outputs.run.newest is None else file_names.step_of(outputs.run.newest)
-    for line in check_topology(ranks, engine.device, parameters, engine.reduced_dtype, engine.reductions):
-        outputs.recorder.write("event", step, event="slow_link", text=line)
-        outputs.console.event(line)
+    links = check_topology(ranks, engine.device, parameters, engine.reduced_dtype, engine.reductions)
+    if links is not None:
+        cost = {"all_reduce_seconds": links.seconds, "reductions": engine.reductions}
+        outputs.recorder.write("event", step, event="links", kind_of_link=links.kind, **cost)
+        for line in links.lines:
+            outputs.recorder.write("event", step, event="slow_link", text=line)
+            outputs.console.event(line)
     return engine
 
 

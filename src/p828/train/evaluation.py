@@ -50,7 +50,8 @@ class Evaluator:
             self.engine.model_for_evaluation() as model,
         ):
             result = evaluate(model, self.own_batches(), self.engine.dtype, self.ranks.all_reduce)
-        samples = self.samples(state.step)
+        with self.log.console.waiting(f"step {state.step}: continuing the prompts", after):
+            samples = self.samples(state.step)
         is_sound = state.non_finite_steps == 0 and self.is_sound(result.loss, state.step)
         is_best = is_sound and result.loss < (math.inf if state.best_loss is None else state.best_loss)
         state.validation_loss = result.loss
@@ -89,7 +90,7 @@ class Evaluator:
             return []
         sampling = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
         prompts = list(config.prompts)
-        with self.engine.gathered_model() as model:
+        with self.engine.model_for_any_passes() as model:
             if not self.ranks.is_first:
                 return []
             try:

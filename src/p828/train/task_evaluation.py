@@ -1,6 +1,7 @@
 """What a model in training is worth at tasks: rank 0 asks them, and all ranks compute the answers."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from p828.inference.sampling import SamplingConfig
 from p828.inference.tasks.lm_eval_tasks import TasksFailed
 from p828.inference.tasks.task_model import TaskModel
 from p828.inference.tasks.tasks import Results, Tasks
+from p828.model.transformer import Transformer
 from p828.system.device import explain_out_of_memory
 from p828.train.log.console import A_WAIT, SECONDS_PER_LINE
 from p828.train.log.log import Log
@@ -49,16 +51,16 @@ class TaskEvaluator:
         with (
             explain_out_of_memory(f"the tasks of step {step}"),
             self.log.console.waiting(f"step {step}: measuring at tasks", after),
-            self.engine.gathered_model() as gathered,
         ):
             model = SharedTaskModel(
-                gathered,
+                self.engine.model,
                 self.tokenizer,
                 self.engine.dtype,
                 self.batch_rows * self.sequence_length,
                 self.batch_rows,
                 lambda line: self.log.console.print(f"step {step}: {line}"),
                 self.ranks,
+                self.engine.model_for_any_passes,
             )
             try:
                 results = model.asked_by(self.tasks)
@@ -70,9 +72,11 @@ class TaskEvaluator:
 
 @dataclass(frozen=True)
 class SharedTaskModel(TaskModel):
-    """Rank 0 calls `score` and `complete`, and every rank computes its share. Each has all of the weights."""
+    """Rank 0 calls `score` and `complete`, and every rank computes its share."""
 
     ranks: ProcessGroup
+    with_weights: Callable[[], AbstractContextManager[Transformer]]
+    """`Engine.model_for_any_passes`: of `model` itself the shapes alone are used."""
 
     def asked_by(self, tasks: Tasks | None) -> Results:
         """Measure on rank 0, and compute what it asks for on the others. A P828Error is raised on all ranks."""
@@ -92,13 +96,13 @@ class SharedTaskModel(TaskModel):
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
         if self.ranks.size == 1:
-            return super().score(requests)
+            return self._share("score", requests)
         pieces = (requests[start : start + PIECE] for start in range(0, len(requests), PIECE))
         return [score for piece in pieces for score in self._asked("score", piece)]
 
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[str]:
         if self.ranks.size == 1:
-            return super().complete(prompts, sampling)
+            return self._share("complete", prompts, sampling)
         rows = self.batch_rows * self.ranks.size
         pieces = (slice(start, start + rows) for start in range(0, len(prompts), rows))
         return [text for piece in pieces for text in self._asked("complete", prompts[piece], sampling)]
@@ -110,8 +114,10 @@ class SharedTaskModel(TaskModel):
         """The results of all ranks, each of which computes every n-th of the sequences among the arguments."""
         rank, size = self.ranks.rank, self.ranks.size
         own = [argument[rank::size] if isinstance(argument, Sequence) else argument for argument in arguments]
-        with self.ranks.raise_together():
-            share = getattr(super(), method)(*own)
+        # An error ends no pass halfway: `with_weights` keeps the ranks together up to `raise_together`.
+        with self.ranks.raise_together(), self.with_weights() as model:
+            own_model = TaskModel(model, self.tokenizer, self.dtype, self.batch_tokens, self.batch_rows, self.report)
+            share = getattr(own_model, method)(*own)
         shares = self.ranks.all_gather_object(share)
         return [shares[index % size][index // size] for index in range(len(arguments[0]))]
 

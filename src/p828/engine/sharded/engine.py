@@ -22,7 +22,7 @@ from p828.engine.many_ranks import over_ranks, random_states_of, restore_random_
 from p828.engine.microbatch import prepare_layers
 from p828.engine.sharded.gradients import ShardedGradients, add_parts_
 from p828.engine.sharded.mesh import mesh_of
-from p828.engine.sharded.model import gathered_by_layer, give_parameters, meta_model, whole_twin
+from p828.engine.sharded.model import gathered_by_layer, gathered_for_any, give_parameters, meta_model
 from p828.engine.sharded.phases import PhasedPass
 from p828.engine.sharded.state import MOMENTS, ShardState, masters_of
 from p828.engine.sharded.units import units_of
@@ -149,6 +149,7 @@ class ShardedEngine:
                 self._before(number + 1)
         if is_last:
             self.gradients.reduce_small()
+        self._span.pause()
 
     def _before(self, number: int) -> None:
         """Have the device wait for what a phase needs."""
@@ -170,6 +171,7 @@ class ShardedEngine:
         `is_measured`: also measure what the update does.
         """
         assert self._micro_batches == self._accumulation, "the last of them has to know that it is the last"
+        self._span.begin()
         if is_measured:
             self._update_numbers.begin()
         with record_function("Optimizer.step"):
@@ -202,24 +204,30 @@ class ShardedEngine:
             self.weights.gather(number)
 
     @contextmanager
-    def gathered_model(self) -> Iterator[Transformer]:
-        """The model with all its weights, on every rank. At stage 3 they are gathered while the block runs."""
-        if self.stage == 3:
-            with whole_twin(self.model, self.weights) as twin:
-                yield twin
-            return
-        for number in range(len(self.units)):
-            self.weights.wait(number)
-        yield self.model
-
-    @contextmanager
     def model_for_evaluation(self) -> Iterator[Transformer]:
         """The model for forward passes. All ranks must make them at once, and the same number of them.
 
         At stage 3 a forward pass gathers the weights of one layer at a time.
         """
-        with gathered_by_layer(self.model, self.weights) if self.stage == 3 else self.gathered_model() as model:
+        with gathered_by_layer(self.model, self.weights) if self.stage == 3 else self._gathered() as model:
             yield model
+
+    @contextmanager
+    def model_for_any_passes(self) -> Iterator[Transformer]:
+        """The model for forward passes of which each rank makes any number, or none. All ranks must enter at once.
+
+        At stage 3 a forward pass gathers the weights of one layer at a time, on all ranks, which leave together.
+        """
+        is_sharded = self.stage == 3
+        with gathered_for_any(self.model, self.weights, self.ranks) if is_sharded else self._gathered() as model:
+            yield model
+
+    @contextmanager
+    def _gathered(self) -> Iterator[Transformer]:
+        """Below stage 3: the model, once all its weights are there."""
+        for number in range(len(self.units)):
+            self.weights.wait(number)
+        yield self.model
 
     def state_dict(self) -> dict[str, dict[str, Saveable]]:
         """This rank's share of what a checkpoint needs, by file and name. Rank 0 adds what every rank has whole."""

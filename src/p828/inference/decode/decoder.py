@@ -47,10 +47,13 @@ class Decoder:
         self.max_length = context if max_length is None else min(max_length, context)
         self._eos_id, self._prefill_tokens = eos_id, prefill_tokens
         device = model.head_weight.device
+        self._steps: PlainSteps
         self._cache = SlotCache(model.config, slots, self.max_length, device, dtype)
         self._rows = Rows(slots, self.max_length, vocab_size, device)
-        if has_decode_kernels(model.config, device, dtype):
-            self._steps: PlainSteps = CapturedSteps(
+        if not model.weights_stay:  # the others keep weights of their own, or where they lie
+            self._steps = PlainSteps(model, self._cache, self._rows, vocab_size, dtype)
+        elif has_decode_kernels(model.config, device, dtype):
+            self._steps = CapturedSteps(
                 model, self._cache, self._rows, vocab_size, dtype, min(prefill_tokens, self.max_length)
             )
         else:
