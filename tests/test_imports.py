@@ -17,8 +17,8 @@ FILES = sorted({*ROOT.rglob("*.py")} - {*CARRIED})
 # The packages and modules directly under p828, bottom up: each may import those before it, and itself.
 LAYERS = [
     "errors", "files", "config", "kernels", "model", "system", "data", "runs", "distributed", "inference",
-    "serve", "interchange", "optim", "health", "engine", "plan", "train", "verify", "bench", "doctor", "api", "cli",
-    "__main__",
+    "serve", "interchange", "optim", "health", "engine", "plan", "report", "train", "verify", "bench", "doctor", "api",
+    "cli", "__main__",
 ]  # fmt: skip
 INSIDE_FUNCTIONS_ONLY = {
     "datasets", "wandb", "huggingface_hub", "transformers", "torchtitan", "deepspeed", "gguf", "lm_eval",

@@ -188,12 +188,13 @@ def test_a_lone_process_trains_whatever_rank_was_left_behind(tmp_path: Path) -> 
         ({**ADDRESS, "RANK": "3", "WORLD_SIZE": "x"}, Process()),
         ({**ADDRESS, "RANK": "1", "WORLD_SIZE": "1"}, Process()),
         ({**ADDRESS, "RANK": "5", "WORLD_SIZE": "2"}, Process()),
-        ({**ADDRESS, "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Process(3, 8, 1, True)),
-        ({**ADDRESS, "RANK": "0", "WORLD_SIZE": "1"}, Process(0, 1, 0, True)),
+        ({**ADDRESS, "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Process(3, 8, 1, True, 0)),
+        ({**ADDRESS, "RANK": "2", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, Process(2, 8, 0, True, 4)),
+        ({**ADDRESS, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}, Process(0, 1, 0, True, 1)),
     ],
 )
 def test_a_launcher_sets_all(environment: dict[str, str], expected: Process, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *ADDRESS):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", *ADDRESS):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -215,7 +216,7 @@ def test_torchruns_second_process_is_the_second(tmp_path: Path) -> None:
     script.write_text("from p828.distributed.launcher import launched\nprint(tuple(launched()), flush=True)\n")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
-    assert sorted(re.findall(r"\(.*?\)", done.stdout)) == ["(0, 2, 0, True)", "(1, 2, 1, True)"]
+    assert sorted(re.findall(r"\(.*?\)", done.stdout)) == ["(0, 2, 0, True, 2)", "(1, 2, 1, True, 2)"]
 
 
 NUL, LONG = "a\0b", "x" * 5000

@@ -2,7 +2,8 @@
 
 usage: torchrun … sharded_worker.py DIRECTORY ACCUMULATION CASE…
 
-A case is `STAGE[-tied][-auxiliary][-recomputed][-bfloat16]`. Rank 0 writes what it found to DIRECTORY/CASE.json.
+A case is `STAGE[-host][-tied][-auxiliary][-recomputed][-bfloat16][-wide]`. Rank 0 writes what it found to
+DIRECTORY/CASE.json.
 """
 
 import dataclasses
@@ -10,10 +11,13 @@ import json
 import sys
 import weakref
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,6 +39,7 @@ from p828.runs import checkpoint
 from p828.runs.tensors import tensors_of
 from p828.train import checkpoint_writer
 
+LINK = "p828"
 STEPS, ROWS, LENGTH, VOCABULARY, RATE = 20, 2, 16, 61, 0.002
 Found = dict[str, Any]
 
@@ -52,11 +57,12 @@ def main() -> None:
 def config_of(case: str, accumulation: int) -> Config:
     stage, *options = case.split("-")
     weight = 0.01 if "auxiliary" in options else 0.0
+    inner = 512 if "wide" in options else 24
     values: dict[str, Any] = {
         "name": "sharded",
         "engine": "sharded",
         "model": {
-            "vocab_size": VOCABULARY, "hidden_size": 16, "moe_intermediate_size": 24, "num_hidden_layers": 3,
+            "vocab_size": VOCABULARY, "hidden_size": 16, "moe_intermediate_size": inner, "num_hidden_layers": 3,
             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": LENGTH,
             "n_routed_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": "tied" in options,
             "use_qk_norm": True,
@@ -68,7 +74,7 @@ def config_of(case: str, accumulation: int) -> Config:
             "device": "cpu", "dtype": "bfloat16" if "bfloat16" in options else "float32",
             "gradient_accumulation": accumulation, "gradient_checkpointing": "recomputed" in options,
         },
-        "sharded": {"stage": int(stage)},
+        "sharded": {"stage": int(stage), "shard_within": "host" if "host" in options else "all"},
     }  # fmt: skip
     return from_dict(values, "sharded")
 
@@ -183,18 +189,21 @@ def keep(config: Config, ranks: ProcessGroup, directory: Path) -> Found:
     applied = engine.step(RATE).applied
     found: Found = {"applied": applied, "unchanged": before == snapshot(engine)}
     path = checkpoint_writer.save(directory, 2, engine.state_dict(), {}, ranks)
+    sent = sent_over_link()
+    dist.barrier()  # nobody counts what another rank has sent of the step
     with counted() as passed:
         after = step_of(engine, own, batches)
-    found["passed"] = dict(passed)
-    found["unit_bytes"] = [unit.length * torch.float32.itemsize for unit in engine.units]
-    found |= {"after": after, "resumed": []}
-    for stage in (1, 2, 3):
-        other = dataclasses.replace(config, sharded=ShardedConfig(stage=stage))
+    dist.barrier()
+    found["over_link"] = sent_over_link() - sent
+    found |= {"after": after, "passed": dict(passed)} | sizes_of(engine)
+    found["resumed"] = []
+    for within, stage in product(dict.fromkeys(("all", config.sharded.shard_within)), (1, 2, 3)):
+        other = dataclasses.replace(config, sharded=ShardedConfig(stage=stage, shard_within=within))
         resumed = ShardedEngine(other, ranks)
         with checkpoint.opened(path) as saved:
             resumed.load_state_dict(saved.tensors)
         found["resumed"].append(step_of(resumed, own, batches))
-        if stage == config.sharded.stage:
+        if other == config:
             found["same_bits"] = found["resumed"][-1] == after and snapshot(resumed) == snapshot(engine)
     if ranks.is_first:
         plain = PlainEngine(dataclasses.replace(config, engine="plain"))
@@ -202,6 +211,23 @@ def keep(config: Config, ranks: ProcessGroup, directory: Path) -> Found:
             plain.load_state_dict(saved.tensors)
         found["resumed"].append(step_of(plain, batches, batches))
     return found
+
+
+def sizes_of(engine: ShardedEngine) -> Found:
+    """Bytes of each unit, of the gradients that are in none, and of what a step sums over ranks beside them."""
+    totals = engine._pass.totals.values()
+    return {
+        "shards": engine.mesh.shards,
+        "unit_bytes": [unit.length * torch.float32.itemsize for unit in engine.units],
+        "small_bytes": sum(tensor.nbytes for tensor in engine.gradients.small.values()),
+        "totals_bytes": torch.float64.itemsize * (len(engine._parts) + sum(tensor.numel() for tensor in totals)),
+    }
+
+
+def sent_over_link() -> int:
+    """Bytes that this host has sent over the link of `benchmarks/simulated_hosts.py`; 0 without one."""
+    interfaces = psutil.net_io_counters(pernic=True)
+    return int(interfaces[LINK].bytes_sent) if LINK in interfaces else 0
 
 
 def batch_of(seed: int) -> Batch:

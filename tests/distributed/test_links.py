@@ -187,6 +187,7 @@ def test_what_to_set_depends_on_how_often_and_over_what_is_summed() -> None:
     assert "--deepspeed.stage 1" in often[2]
     assert "NCCL_SOCKET_IFNAME" in advice({}, 2.0, GIB, 2)[2]
     assert "NVLink" in advice({(0, 1): "NV18"}, 2.0, GIB, 2)[2]
+    assert "--sharded.shard-within host" in advice({}, 2.0, GIB, 4, reductions=16, num_hosts=2)[2]
 
 
 def test_one_gpu_is_offered_where_it_is_faster() -> None:

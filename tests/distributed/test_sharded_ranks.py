@@ -1,52 +1,58 @@
 """The sharded engine on several ranks takes the step of one device, whatever is sharded."""
 
 import json
-import os
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from launch import TOLERANCE, WITHIN, torchrun
+from launch import TOLERANCE, WITHIN
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from simulated_hosts import hosts_with_link, obstacle, run_on_nodes
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
-QUICK = {2: ("1", "2-tied", "3-auxiliary-recomputed"), 3: ("1-tied", "3")}
-ALL = [f"{stage}{options}" for stage in (1, 2, 3) for options in ("", "-tied", "-auxiliary", "-recomputed")]
+# From hosts, ranks on each and micro-batches of a rank to cases; only with several hosts are there replicas.
+QUICK = {
+    (1, 2, 2): ("1", "2-tied", "3-auxiliary-recomputed"),
+    (1, 3, 1): ("1-tied", "3"),
+    (2, 2, 2): ("3-host",),
+}
+OPTIONS = ("", "-tied", "-auxiliary", "-recomputed")
+ALL = {
+    (1, 1, 2): OPTIONS, (1, 2, 1): OPTIONS, (1, 3, 2): OPTIONS, (1, 4, 1): OPTIONS, (2, 2, 1): ("-host-tied", "-host"),
+    (2, 1, 2): ("-host", "-host-auxiliary"), (3, 1, 1): ("-host", "-host-recomputed"),
+}  # fmt: skip
+LONG = {launch: [f"{stage}{options}" for stage in (1, 2, 3) for options in kinds] for launch, kinds in ALL.items()}
 CASES = [
-    *(pytest.param(ranks, 1 if ranks == 3 else 2, case) for ranks, cases in QUICK.items() for case in cases),
-    *(
-        pytest.param(ranks, accumulation, case, marks=pytest.mark.long)
-        for ranks, accumulation in ((1, 2), (2, 1), (3, 2), (4, 1))
-        for case in ALL
-    ),
+    *(pytest.param(*launch, case) for launch, cases in QUICK.items() for case in cases),
+    *(pytest.param(*launch, case, marks=pytest.mark.long) for launch, cases in LONG.items() for case in cases),
 ]
 
 
 @pytest.fixture(scope="session")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """From ranks, accumulation and case to what the worker found; all cases of a launch in one."""
+    """From hosts, ranks on each, accumulation and case to what the worker found; all cases of a launch in one."""
 
     @cache
-    def launched(ranks: int, accumulation: int) -> Path:
-        directory = tmp_path_factory.mktemp(f"sharded-{ranks}-{accumulation}")
-        is_quick = ranks in QUICK and accumulation == (1 if ranks == 3 else 2)
-        quick = QUICK[ranks] if is_quick else ALL
-        command = [sys.executable, *torchrun(ranks, str(WORKER)), str(directory), str(accumulation), *quick]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2 * WITHIN)
-        assert done.returncode == 0, done.stderr
+    def launched(hosts: int, ranks: int, accumulation: int) -> Path:
+        launch = hosts, ranks, accumulation
+        directory = tmp_path_factory.mktemp("sharded")
+        program = [str(WORKER), str(directory), str(accumulation), *QUICK.get(launch, LONG.get(launch, ()))]
+        run_on_nodes([None] * hosts, ranks, program, 2 * WITHIN)
         return directory
 
-    return lambda ranks, accumulation, case: json.loads((launched(ranks, accumulation) / f"{case}.json").read_text())
+    return lambda *launch, case: json.loads((launched(*launch) / f"{case}.json").read_text())
 
 
-@pytest.mark.parametrize("ranks, accumulation, case", CASES)
-def test_ranks_train_as_one_device_does(found: Any, ranks: int, accumulation: int, case: str) -> None:
-    result = found(ranks, accumulation, case)
+@pytest.mark.parametrize("hosts, ranks, accumulation, case", CASES)
+def test_ranks_train_as_one_device_does(found: Any, hosts: int, ranks: int, accumulation: int, case: str) -> None:
+    result = found(hosts, ranks, accumulation, case=case)
     *ours, our_evaluation = result["ours"]
     *theirs, their_evaluation = result["theirs"]
     assert len(ours) == 20
@@ -58,16 +64,16 @@ def test_ranks_train_as_one_device_does(found: Any, ranks: int, accumulation: in
     assert result["bias_is_equal"]
 
 
-@pytest.mark.parametrize("ranks, accumulation, case", CASES)
+@pytest.mark.parametrize("hosts, ranks, accumulation, case", CASES)
 def test_samples_are_those_of_one_device_and_no_rank_holds_the_model_for_them(
-    found: Any, ranks: int, accumulation: int, case: str
+    found: Any, hosts: int, ranks: int, accumulation: int, case: str
 ) -> None:
     """Rank 0 makes forward passes, and the others none.
 
     Beside its buffers, a rank makes room for the head at stage 3, and rank 0 for keys, values and activations, which
     are large beside this model.
     """
-    result = found(ranks, accumulation, case)
+    result = found(hosts, ranks, accumulation, case=case)
     assert result["samples"] == result["their_samples"]
     assert [len(tokens) for tokens in result["samples"]] == [9, 13, 10, 16]
     (first,), *others = result["peak_bytes"]
@@ -78,37 +84,56 @@ def test_samples_are_those_of_one_device_and_no_rank_holds_the_model_for_them(
         assert result["evaluation_bytes"] < result["their_evaluation_bytes"] + head + 1000, "activations, and the head"
 
 
-@pytest.mark.parametrize("ranks, accumulation, case", CASES)
-def test_ranks_make_as_many_forward_passes_as_they_like(found: Any, ranks: int, accumulation: int, case: str) -> None:
+@pytest.mark.parametrize("hosts, ranks, accumulation, case", CASES)
+def test_ranks_make_as_many_forward_passes_as_they_like(
+    found: Any, hosts: int, ranks: int, accumulation: int, case: str
+) -> None:
     """Rank r makes r of them, and fails."""
-    result = found(ranks, accumulation, case)
+    result = found(hosts, ranks, accumulation, case=case)
     for rank, losses in enumerate(result["any_passes"]):
         assert losses == pytest.approx(result["single_losses"][:rank], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("ranks, accumulation, case", CASES)
-def test_a_step_that_is_not_finite_changes_nothing(found: Any, ranks: int, accumulation: int, case: str) -> None:
+@pytest.mark.parametrize("hosts, ranks, accumulation, case", CASES)
+def test_a_step_that_is_not_finite_changes_nothing(
+    found: Any, hosts: int, ranks: int, accumulation: int, case: str
+) -> None:
     """The gradient of one rank alone is infinite."""
-    result = found(ranks, accumulation, case)
+    result = found(hosts, ranks, accumulation, case=case)
     assert not result["applied"]
     assert result["unchanged"]
 
 
-@pytest.mark.parametrize("ranks, accumulation, case", CASES)
-def test_every_stage_and_the_plain_engine_go_on(found: Any, ranks: int, accumulation: int, case: str) -> None:
+@pytest.mark.parametrize("hosts, ranks, accumulation, case", CASES)
+def test_every_stage_and_the_plain_engine_go_on(
+    found: Any, hosts: int, ranks: int, accumulation: int, case: str
+) -> None:
     """At the same stage bit for bit; at others a step's micro-batches are added in another order."""
-    result = found(ranks, accumulation, case)
+    result = found(hosts, ranks, accumulation, case=case)
     assert result["same_bits"]
     loss, norm, loads = result["after"]
-    assert len(result["resumed"]) == 4
+    assert len(result["resumed"]) == (7 if "host" in case else 4)
     for step in result["resumed"]:
         assert step == [pytest.approx(loss, abs=TOLERANCE), pytest.approx(norm, rel=TOLERANCE, abs=0), loads]
 
 
-@pytest.mark.parametrize("ranks, accumulation, case", CASES)
-def test_the_bytes_of_a_step(found: Any, ranks: int, accumulation: int, case: str) -> None:
+@pytest.mark.parametrize("hosts, ranks, accumulation, case", CASES)
+def test_the_bytes_of_a_step(found: Any, hosts: int, ranks: int, accumulation: int, case: str) -> None:
     """What docs/distributed.md has in its table. At stage 3 a layer that is still in a buffer is not gathered again."""
-    result = found(ranks, accumulation, case)
+    result = found(hosts, ranks, accumulation, case=case)
+    within = passed_within(result, accumulation, case)
+    if result["shards"] == 1:
+        within = dict.fromkeys(within, 0)
+    across = sum(result["unit_bytes"]) // result["shards"] if hosts > 1 else 0
+    beside = result["small_bytes"] * (hosts * ranks > 1) + result["totals_bytes"]
+    passed = {key: sum(n for name, n in result["passed"].items() if name.startswith(key)) for key in within}
+    assert passed == within
+    assert sum(result["passed"].values()) - sum(passed.values()) == across + beside
+    assert beside < 0.1 * sum(result["unit_bytes"]), "norms, routers and loads are little"
+
+
+def passed_within(result: Any, accumulation: int, case: str) -> dict[str, int]:
+    """Bytes that a rank passes to collective operations with those that it shares a replica with, by operation."""
     stage, layers, buffers = int(case[0]), 3, 2
     layer, whole = result["unit_bytes"][1], sum(result["unit_bytes"])
     vocabulary = whole - layers * layer
@@ -117,7 +142,58 @@ def test_the_bytes_of_a_step(found: Any, ranks: int, accumulation: int, case: st
     if stage == 3:
         of_vocabulary = vocabulary if "tied" in case else accumulation * vocabulary
         gathered = of_vocabulary + (buffers + accumulation * 2 * (layers - buffers)) * layer
-    expected = {"all_to_all": exchanged, "reduce_scatter": whole if stage == 1 else vocabulary, "all_gather": gathered}
-    passed = {key: sum(n for name, n in result["passed"].items() if name.startswith(key)) for key in expected}
-    assert passed == (expected if ranks > 1 else dict.fromkeys(expected, 0))
-    assert sum(result["passed"].values()) - sum(passed.values()) < 0.1 * whole, "norms, routers and loads are little"
+    return {"all_to_all": exchanged, "reduce_scatter": whole if stage == 1 else vocabulary, "all_gather": gathered}
+
+
+LINKED = [f"{stage}{kind}-wide" for stage in (1, 2, 3) for kind in ("", "-host")]
+GLOO_SCATTERS = 2  # PyTorch has gloo reduce and scatter by reducing everything to everyone
+
+
+@pytest.fixture(scope="session")
+def linked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the worker found on two hosts of two ranks, with a link of 200 Mbit a second between them."""
+    if reason := obstacle():
+        pytest.skip(f"hosts cannot be simulated: {reason}")
+    directory = tmp_path_factory.mktemp("linked")
+    with hosts_with_link(200) as hosts:
+        run_on_nodes(hosts, 2, [str(WORKER), str(directory), "2", *LINKED], 4 * WITHIN)
+    return directory
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", LINKED)
+def test_the_bytes_between_hosts(linked: Path, case: str) -> None:
+    """What docs/distributed.md has of them, beside what the link counted. TCP and smaller messages add a little."""
+    result = json.loads((linked / f"{case}.json").read_text())
+    losses = [[step[0] for step in result[key][:-1]] for key in ("ours", "theirs")]
+    assert losses[0] == pytest.approx(losses[1], abs=TOLERANCE)
+    assert result["same_bits"]
+    hosts, ranks = 2, 4
+    share = (ranks - 1) / ranks
+    expected = 2 * share * (result["small_bytes"] + result["totals_bytes"])
+    if "host" in case:
+        expected += 2 * (hosts - 1) / hosts * sum(result["unit_bytes"])
+    else:
+        within = passed_within(result, 2, case)
+        expected += within["all_gather"] * share + within["reduce_scatter"] * share * GLOO_SCATTERS
+        expected += within["all_to_all"] * (ranks // hosts) * (hosts - 1) / hosts
+    assert expected < result["over_link"] < 1.03 * expected
+
+
+def test_nothing_is_left_of_simulated_hosts() -> None:
+    """Their processes are killed where the block ends with an error, and the namespaces go with them."""
+    if reason := obstacle():
+        pytest.skip(f"hosts cannot be simulated: {reason}")
+    interfaces = psutil.net_if_addrs().keys()
+    started: list[subprocess.Popen[bytes]] = []
+
+    def work() -> None:
+        with hosts_with_link(100) as hosts:
+            assert [host.call("hostname") for host in hosts] == ["p828-host-0\n", "p828-host-1\n"]
+            started.extend(subprocess.Popen(host.command("sleep", "1000")) for host in hosts)
+            subprocess.run(["false"], check=True)
+
+    with pytest.raises(subprocess.CalledProcessError):
+        work()
+    assert [process.wait(WITHIN) for process in started] == [-9, -9]
+    assert psutil.net_if_addrs().keys() == interfaces

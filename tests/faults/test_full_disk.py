@@ -57,7 +57,7 @@ def test_a_run_goes_on_while_the_disk_is_full_and_keeps_its_last_checkpoint(smal
     assert process.returncode == 0, error
     assert_same_run(tmp_path / "runs" / "whole", run, step=300)
     events = [line["event"] for line in records.read(run / "metrics.jsonl") if line["kind"] == "event"]
-    assert set(events) == {"saved", "not_saved", "ended"}
+    assert set(events) == {"started", "saved", "not_saved", "ended"}
 
 
 def test_a_run_that_cannot_be_saved_at_its_end_says_so(small_disk: Path, tmp_path: Path) -> None:

@@ -99,6 +99,13 @@ def test_bytes_over_the_links() -> None:
     for stage, size in expected.items():
         assert link_bytes(Setup(stage, 4), 1000, 8).total == size
     assert link_bytes(Setup(3, 4, live_numbers=10), 1000, 8).total == (8 * 2 + 2 * 8 * 2) * share
+    of_hosts = [Setup(stage, 8, is_sharded=True, hosts=2) for stage in (1, 2, 3)]
+    # Each of four ranks sends half of its gradients away; a ring of eight crosses a host's link once.
+    sent = [(4 + 2) * 7 / 8, 8 * 2 * 4 / 2 + 2 * 7 / 8, 8 * 2 * 4 / 2 + 8 * 2 * 2 * 7 / 8]
+    assert [link_bytes(setup, 1000, 8).between_hosts for setup in of_hosts] == [1000 * size for size in sent]
+    within = [link_bytes(setup._replace(shards_within_hosts=True), 1000, 8) for setup in of_hosts]
+    assert [link.between_hosts for link in within] == [2 * 4 / 2 * 1000] * 3
+    assert [link.gathered for link in within] == [size * 3 / 4 * 1000 for size in (2, 2, 8 * 4)]
     assert link_bytes(Setup(), 1000, 8).total == link_bytes(Setup(1, 1), 1000, 8).total == 0
 
 

@@ -81,6 +81,10 @@ def test_the_ranks_parts_add_up_to_the_whole() -> None:
         cut = units_of(parameters, ranks)
         filled_up = cut.total + cut.small - whole
         assert 0 <= filled_up < ALIGNMENT * (len(parameters) + ranks * (len(cut.layers) + len(cut.ends)))
+    for stage in (1, 2, 3):  # of two hosts that each have a replica, one alone
+        alone = Setup(stage, 3, is_sharded=True)
+        replicated = alone._replace(ranks=6, hosts=2, shards_within_hosts=True)
+        assert training_state(config, optimizer, replicated) == training_state(config, optimizer, alone)
     offloaded = training_state(config, optimizer, Setup(3, 2, offload_optimizer=True, offload_param=True))
     assert offloaded.total == 0
     assert dataclasses.asdict(optimizer)["decay_embeddings"] is False

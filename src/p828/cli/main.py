@@ -25,6 +25,7 @@ COMMANDS = {
     "runs": "the runs of a directory: how far they are and how well they go",
     "compare": "what differs between two runs: settings, data, losses",
     "batch": "the rows of a step of a run, and the documents that they are made of",
+    "report": "pictures of runs, as one HTML page that needs no network",
     "prove-resume": "whether a run that is killed and resumed is the run that was not",
     "doctor": "check the machine and a configuration before a run, or find what went wrong in one",
     "bench": "how fast this machine trains, beside other libraries",

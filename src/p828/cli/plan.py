@@ -28,6 +28,8 @@ WIDEST = 80
 class Arguments(ConfigArguments):
     gpus: int = 1
     """GPUs in all, of one kind."""
+    hosts: int = 1
+    """Hosts that have them, each as many."""
     gpu: str = "h100"
     """Their kind, as h100, h200, a100, 4090 or 5090."""
     mfu: float = 0.0
@@ -59,6 +61,8 @@ def _machine(given: Arguments) -> Machine:
     """Raises ConfigError for a number that is none of GPUs, a share or a price."""
     if not 1 <= given.gpus <= MOST_GPUS:
         raise ConfigError(f"--gpus {given.gpus}: a whole number from 1 is accepted")
+    if given.hosts < 1 or given.gpus % given.hosts:
+        raise ConfigError(f"--hosts {given.hosts}: a whole number that divides --gpus {given.gpus} is accepted")
     if not 0 <= given.mfu <= 1:
         raise ConfigError(f"--mfu {given.mfu}: a share between 0 and 1 is accepted")
     for name in ("gpu_hour_price", "kilowatt_hour_price"):
@@ -68,8 +72,9 @@ def _machine(given: Arguments) -> Machine:
     rate, rate_from = (
         (given.mfu, "as given") if given.mfu else (_rate_of_run(Path(given.config)), "measured in this run")
     )
+    rate_from = rate_from if rate else ""
     return Machine(
-        card(given.gpu), given.gpus, rate, rate_from if rate else "", given.gpu_hour_price, given.kilowatt_hour_price
+        card(given.gpu), given.gpus, rate, rate_from, given.gpu_hour_price, given.kilowatt_hour_price, given.hosts
     )
 
 

@@ -149,7 +149,7 @@ def joined(config: Config) -> Iterator[ProcessGroup]:
     Raises ConfigError for several ranks with the plain engine, and LocalRankError where the machine has fewer GPUs than
     ranks.
     """
-    rank, size, local_rank, is_launched = launched()
+    rank, size, local_rank, is_launched, _ = launched()
     if config.engine == "plain":
         if size > 1:
             raise ConfigError(f'engine = "plain" trains on one device, and WORLD_SIZE = {size}: give --engine sharded')

@@ -22,6 +22,8 @@ class Process(NamedTuple):
     local_rank: int = 0
     """The rank among the processes of its machine."""
     is_launched: bool = False
+    local_size: int = 1
+    """The processes of its machine; 0 where the launcher does not say."""
 
 
 def launched() -> Process:
@@ -38,7 +40,13 @@ def launched() -> Process:
     rank, size, local_rank = map(int, numbers)
     if rank >= size:
         return Process()
-    return Process(rank, size, local_rank, is_launched=True)
+    return Process(rank, size, local_rank, is_launched=True, local_size=_local_size())
+
+
+def _local_size() -> int:
+    """As torchrun or DeepSpeed's launcher names it."""
+    number = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "")
+    return int(number) if number.isdecimal() else 0
 
 
 def tell_launcher(text: str) -> None:

@@ -46,10 +46,10 @@ def check_topology(
         return []
     own = (machine(), str(torch.cuda.get_device_properties(device).uuid))
     hosts, uuids = zip(*ranks.all_gather_object(own), strict=True)
-    is_one_host = len(set(hosts)) == 1  # nvidia-smi does not know the links between hosts
-    links = ranks.on_rank_0(lambda: links_between(uuids) if is_one_host else {})
+    num_hosts = len(set(hosts))  # nvidia-smi does not know the links between hosts
+    links = ranks.on_rank_0(lambda: links_between(uuids) if num_hosts == 1 else {})
     seconds = time_all_reduce(gradient_numbers, dtype, device, ranks)
-    return advice(links, seconds, gradient_numbers * dtype.itemsize, ranks.size, reductions=reductions)
+    return advice(links, seconds, gradient_numbers * dtype.itemsize, ranks.size, reductions, num_hosts)
 
 
 def links_between(uuids: Sequence[str]) -> Links:
@@ -107,7 +107,9 @@ def bus_bandwidth(num_bytes: int, seconds: float, world_size: int) -> float:
     return num_bytes / seconds * 2 * (world_size - 1) / world_size / 1e9
 
 
-def advice(links: Links, seconds: float, gradient_bytes: int, world_size: int, reductions: int = 1) -> list[str]:
+def advice(
+    links: Links, seconds: float, gradient_bytes: int, world_size: int, reductions: int = 1, num_hosts: int = 1
+) -> list[str]:
     """Lines for the user about a slow link, its cost and what to set; empty if no link is slow.
 
     One all-reduce of the gradient takes `seconds`, and a step has `reductions` of them. Without `links`, the measured
@@ -128,7 +130,7 @@ def advice(links: Links, seconds: float, gradient_bytes: int, world_size: int, r
         f"({bandwidth:.3g} GB/s; at least {expected:.3g} is usual): up to {cost:.3g} s of every step, "
         "less what overlaps with the backward pass"
     )
-    lines.append(f"try {_fewer_reductions(reductions)}; {nccl_settings(kind)}")
+    lines.append(f"try {_fewer_reductions(reductions, num_hosts)}; {nccl_settings(kind)}")
     # In one step and its all-reduces, n ranks do the work of n steps of one GPU.
     limit = cost / (world_size - 1)
     lines.append(
@@ -166,10 +168,12 @@ def named_pairs(links: Links, kind: str) -> str:
     return ", ".join(pairs[:NAMED]) + more + (" is connected" if len(pairs) == 1 else " are connected")
 
 
-def _fewer_reductions(reductions: int) -> str:
+def _fewer_reductions(reductions: int, num_hosts: int) -> str:
     """The setting that makes fewer all-reduces: from ZeRO stage 2 on each micro-batch has one, so more do not help."""
     if reductions == 1:
         return "a higher --train.gradient-accumulation (one sum for more tokens)"
+    if num_hosts > 1:
+        return "--engine sharded --sharded.shard-within host (one sum a step between hosts) if it fits"
     return (
         f"--sharded.stage 1 or --deepspeed.stage 1 (one sum a step instead of {reductions}) if it fits, through "
         "DeepSpeed a lower --deepspeed.reduce-bucket-size (sums begin earlier in the backward pass)"

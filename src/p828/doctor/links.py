@@ -40,7 +40,7 @@ def gradient_of(config: Config | None, gpus: int) -> tuple[int, int]:
     if config is None:
         return NOMINAL_BYTES, 1
     dtype = "float32" if config.train.dtype == "float32" else "bfloat16"  # as "auto" is on a GPU
-    is_once = config.engine == "plain" or config.sharded.stage < 2
+    is_once = config.engine == "plain" or config.sharded.stage < 2 or config.sharded.shard_within == "host"
     if config.engine == "deepspeed":
         settings = deepspeed_settings(config, dtype, gpus)
         is_once = settings.stage < 2 and not settings.offload_optimizer

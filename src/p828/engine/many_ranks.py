@@ -11,10 +11,10 @@ from p828.runs.tensors import Saveable, Tensors
 from p828.system.device import random_states, restore_random_states
 
 
-def over_ranks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over ranks, by name, in float64, from one collective operation."""
+def over_ranks(tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+    """Sums over a group's ranks, usually all, by name, in float64, from one collective operation."""
     packed = pack(tensors)
-    dist.all_reduce(packed)
+    dist.all_reduce(packed, group=group)
     return unpack(packed, shapes_of(tensors))
 
 

@@ -1,5 +1,6 @@
 """What a rule found in a run."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ class Finding:
         return f"{self.severity}: {self.rule} since step {self.since}"
 
 
-def finding_of(record: dict[str, Any]) -> Finding | None:
+def finding_of(record: Mapping[str, Any]) -> Finding | None:
     """The finding in a record of the kind "finding"; None if the record is damaged."""
     texts = ("rule", "severity", "evidence", "cause", "remedy", "reference")
     numbers = ("step", "since")

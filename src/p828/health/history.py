@@ -1,49 +1,59 @@
 """The whole run in at most 256 blocks of steps, for what goes on over thousands of them."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from p828.runs.records import number
+from p828.runs.records import finite_number
 
 MOST = 256  # blocks; when there are more, neighbours are joined
 NAMES = ("loss", "grad_norm", "memory_bytes", "disk_free_bytes", "tokens_per_second", "seconds")
 
 
+@dataclass(slots=True)
+class Numbers:
+    """The finite numbers of one name in some steps in a row."""
+
+    sum: float
+    count: int
+    newest: float
+    """That of the last step."""
+
+
 @dataclass
 class Block:
-    """Sums over the finite numbers of some steps in a row."""
+    """Some steps in a row."""
 
     first: int
     last: int
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    newest: dict[str, float] = field(default_factory=dict)
-    """The last step's numbers."""
-    highest: dict[str, float] = field(default_factory=dict)
+    numbers: dict[str, Numbers] = field(default_factory=dict)
 
     def mean(self, name: str) -> float | None:
         """None if no step has the number."""
-        return self.sums[name] / self.counts[name] if self.counts.get(name) else None
+        found = self.numbers.get(name)
+        return found.sum / found.count if found else None
 
     def add(self, step: int, record: Mapping[str, Any]) -> None:
         self.last = step
         for name in NAMES:
-            value = number(record.get(name))
-            if value is not None and math.isfinite(value):
-                self.sums[name] = self.sums.get(name, 0.0) + value
-                self.counts[name] = self.counts.get(name, 0) + 1
-                self.newest[name] = value
-                self.highest[name] = max(self.highest.get(name, -math.inf), value)
+            value = finite_number(record.get(name))
+            if value is None:
+                continue
+            found = self.numbers.get(name)
+            if found is None:
+                self.numbers[name] = Numbers(value, 1, value)
+                continue
+            found.sum += value
+            found.count += 1
+            found.newest = value
 
     def join(self, later: "Block") -> None:
         self.last = later.last
-        for name in later.counts:
-            self.sums[name] = self.sums.get(name, 0.0) + later.sums[name]
-            self.counts[name] = self.counts.get(name, 0) + later.counts[name]
-            self.highest[name] = max(self.highest.get(name, -math.inf), later.highest[name])
-        self.newest |= later.newest
+        for name, new in later.numbers.items():
+            found = self.numbers.get(name)
+            self.numbers[name] = (
+                new if found is None else Numbers(found.sum + new.sum, found.count + new.count, new.newest)
+            )
 
 
 class History:

@@ -12,7 +12,7 @@ from p828.health.disk import look
 from p828.health.examine import examine, ordered
 from p828.health.facts import Facts
 from p828.health.finding import Finding, finding_of
-from p828.health.window import Window
+from p828.health.window import Record, Window
 from p828.runs import records
 from p828.runs.file_names import CONFIG_FILE, RECORDS_FILE
 
@@ -30,29 +30,50 @@ def window_of(run: Path, now: float | None = None) -> Window:
     return window
 
 
-def findings_of(run: Path, now: float | None = None, passed_over: list[int] | None = None) -> list[Finding]:
-    """What the rules find in the course of the run and at its end, the most probable cause first.
+class Course:
+    """What the rules find in the course of a run, whose records it takes in one by one."""
 
-    A finding that was gone again by the end is a finding still; its `step` is the last one at which it was found.
-    The findings that the run itself recorded are among them. `now` is the time, in seconds since the epoch.
-    `passed_over` gets the numbers of the lines that are no records. Raises ConfigError for a directory that is no run.
-    """
-    now = time.time() if now is None else now
-    window, worst, recorded = _empty(run), dict[str, Finding](), list[Finding]()
-    every, last = max(STEPS_A_LOOK, window.facts.steps // LOOKS), 0
-    for record in readable(run, passed_over):
+    def __init__(self, run: Path) -> None:
+        """Raises ConfigError for a directory that is no run, or whose configuration cannot be read."""
+        self.window = _empty(run)
+        self._run, self._worst, self._recorded = run, dict[str, Finding](), list[Finding]()
+        self._every, self._last = max(STEPS_A_LOOK, self.window.facts.steps // LOOKS), 0
+
+    def add(self, record: Record) -> None:
+        """Take in a record, and have the rules look at the window where it is their turn."""
+        window = self.window
         window.add(record)
         if record.get("kind") == "finding" and (finding := finding_of(record)) is not None:
-            recorded.append(finding)
+            self._recorded.append(finding)
         if record.get("event") == "resume":  # config.toml has the settings of the last start only
-            worst = {rule: finding for rule, finding in worst.items() if rule not in OF_A_SCHEDULE}
-        if window.step - last >= every or window.step < last:
-            merge(worst, examine(window))
-            last = window.step
-    _look_at(window, run, now)
-    merge(worst, examine(window))
-    merge(worst, recorded)
-    return ordered(worst.values())
+            self._worst = {rule: finding for rule, finding in self._worst.items() if rule not in OF_A_SCHEDULE}
+        if window.step - self._last >= self._every or window.step < self._last:
+            merge(self._worst, examine(window))
+            self._last = window.step
+
+    def findings(self, now: float | None = None) -> list[Finding]:
+        """What was found so far and is found now, the most probable cause first.
+
+        A finding that is gone again is a finding still; its `step` is the last one at which it was found. The findings
+        that the run itself recorded are among them. `now` is the time, in seconds since the epoch.
+        """
+        _look_at(self.window, self._run, now)
+        worst = dict(self._worst)
+        merge(worst, examine(self.window))
+        merge(worst, self._recorded)
+        return ordered(worst.values())
+
+
+def findings_of(run: Path, now: float | None = None, passed_over: list[int] | None = None) -> list[Finding]:
+    """What the rules find in the course of the run and at its end (`Course`).
+
+    `now` is the time, in seconds since the epoch. `passed_over` gets the numbers of the lines that are no records.
+    Raises ConfigError for a directory that is no run.
+    """
+    course, now = Course(run), time.time() if now is None else now
+    for record in readable(run, passed_over):
+        course.add(record)
+    return course.findings(now)
 
 
 def merge(worst: dict[str, Finding], findings: list[Finding]) -> None:

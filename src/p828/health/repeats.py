@@ -1,5 +1,6 @@
 """Batches that come again, found as the steps come."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,9 @@ class Repeats:
         self.first: tuple[int, int] | None = None
         """The first step that repeats one, and which."""
         self.newest: tuple[int, int] | None = None
-        self._seen: dict[tuple[str, int], int] = {}
+        self._first: dict[tuple[str, int], int] = {}
+        """Step by hash and epoch, of what one of the first steps had."""
+        self._later: OrderedDict[tuple[str, int], int] = OrderedDict()  # a plain dict is slow to lose its oldest entry
         self._run = 0
         self._distance = 0
 
@@ -26,7 +29,7 @@ class Repeats:
         if not isinstance(rows, str) or not isinstance(epoch, int):
             return
         key = (rows, epoch)
-        before = self._seen.get(key)
+        before = self._first.get(key) or self._later.get(key)
         self._remember(key, step)
         if before is None or before >= step:
             self._run = 0
@@ -40,7 +43,9 @@ class Repeats:
             self.first = self.first or (step - IN_A_ROW + 1, before - IN_A_ROW + 1)
 
     def _remember(self, key: tuple[str, int], step: int) -> None:
-        self._seen[key] = step
-        if len(self._seen) > KEPT:
-            oldest = next(key for key, step in self._seen.items() if step > FIRST)
-            del self._seen[oldest]
+        if step <= FIRST or key in self._first:
+            self._first[key] = step
+            return
+        self._later[key] = step
+        if len(self._first) + len(self._later) > KEPT:
+            self._later.popitem(last=False)

@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 BASELINE = 128  # steps; OLMo-core, SkipStepOptimizer: rolling_interval_length = 128
 SIGMAS = 6.0  # OLMo-core, SkipStepOptimizer: sigma_factor = 6
@@ -91,19 +91,18 @@ class Spikes:
         if spike is not None and step - spike.step == NEW_LEVEL + 1:
             self._usual.clear()
         if len(self._usual) >= FEWEST:
-            usual, sigma = self._usual_loss()
-            if loss > usual + max(SIGMAS * sigma, LEAST_RISE):
+            usual = math.fsum(islice(reversed(self._usual), RECENT)) / RECENT
+            is_high = loss > usual + LEAST_RISE  # sigma, which takes longer, is asked for then only
+            if is_high and loss > usual + SIGMAS * (sigma := self._sigma()):
                 self.found.append(Spike(step, usual, sigma, loss, step, *self._range(), step, early=loss, after=loss))
                 self._after.clear()
                 self._after.append(loss)
                 return
         self._usual.append(loss)
 
-    def _usual_loss(self) -> tuple[float, float]:
-        """Mean and sigma."""
-        losses = list(self._usual)
-        squares = math.fsum((later - before) ** 2 for before, later in pairwise(losses))
-        return math.fsum(losses[-RECENT:]) / RECENT, math.sqrt(squares / 2 / (len(losses) - 1))
+    def _sigma(self) -> float:
+        squares = math.fsum((later - before) ** 2 for before, later in pairwise(self._usual))
+        return math.sqrt(squares / 2 / (len(self._usual) - 1))
 
     def _range(self) -> tuple[float, float]:
         """The lowest mean of `RECENT` steps in a row, and the highest of `SETTLED` steps not long before."""

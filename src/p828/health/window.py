@@ -129,7 +129,8 @@ class Window:
             self.first.append(record)
         if "update_ratios" in record:
             self.measured.append(record)
-        if number_of(record, "loss") is None or number_of(record, "grad_norm") is None:
+        loss = number_of(record, "loss")
+        if loss is None or number_of(record, "grad_norm") is None:
             self.non_finite.append(step)
             self.num_non_finite += 1
             self._keep_odd(record)
@@ -138,8 +139,8 @@ class Window:
         if step - 1 in self.facts.mixture_steps:
             self.mixture_step = step - 1
             self.spikes.begin_anew()
-        if (finite := number_of(record, "loss")) is not None:
-            self.spikes.add(step, finite)
+        if loss is not None:
+            self.spikes.add(step, loss)
         self.history.add(step, record)
         self.repeats.add(step, record)
 
@@ -161,7 +162,7 @@ class Window:
 
 def number_of(record: Record, name: str) -> float | None:
     """A finite number of a record; None where it is missing, no number or not finite."""
-    return _finite(record.get(name))
+    return records.finite_number(record.get(name))
 
 
 def list_of(record: Record, name: str) -> list[float]:
@@ -171,7 +172,7 @@ def list_of(record: Record, name: str) -> list[float]:
 
 def finite_list(values: Any) -> list[float]:
     """The same for a value of a record, or an entry of one."""
-    found = [_finite(value) for value in values] if isinstance(values, list) else []
+    found = [records.finite_number(value) for value in values] if isinstance(values, list) else []
     return [] if None in found else [value for value in found if value is not None]
 
 
@@ -184,8 +185,3 @@ def parts_of(record: Record, name: str) -> dict[str, float]:
     if not isinstance(values, dict):
         return {}
     return {part: found for part, value in values.items() if (found := records.number(value)) is not None}
-
-
-def _finite(value: Any) -> float | None:
-    found = records.number(value)
-    return found if found is not None and math.isfinite(found) else None

@@ -120,7 +120,7 @@ def _offloaded(plan: Plan) -> list[Setup]:
     """Stage 3 with all of the state in main memory, where that may have room for it."""
     if offloaded_bytes(plan) > MOST_OFFLOADED * plan.machine.gpus:
         return []
-    setup = deepspeed_setup(plan.config, 3, plan.machine.gpus)
+    setup = deepspeed_setup(plan.config, 3, plan.machine.gpus, plan.machine.hosts)
     return [setup._replace(offload_optimizer=True, offload_param=True)]
 
 
@@ -144,7 +144,8 @@ def _micro_batch_size(plan: Plan, is_host_bound: bool, rows: int, largest: int) 
 def _gpus_needed(plan: Plan, room: float) -> int:
     gpus = 2 * plan.machine.gpus
     while gpus <= MOST_GPUS:
-        if largest_micro_batch(recomputing(plan.config), setup_of(plan.config, 3, gpus), room):
+        setup = setup_of(plan.config, 3, gpus, plan.machine.hosts * gpus // plan.machine.gpus)
+        if largest_micro_batch(recomputing(plan.config), setup, room):
             return gpus
         gpus *= 2
     return 0

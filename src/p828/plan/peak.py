@@ -240,7 +240,7 @@ class _Step:
 
     @property
     def _units(self) -> Units:
-        return units_of(parameter_shapes(self.config.model), self.setup.ranks)
+        return units_of(parameter_shapes(self.config.model), self.setup.shards)
 
     @property
     def _kept(self) -> Kept:

@@ -28,6 +28,8 @@ class Machine(NamedTuple):
     """Where the rate is from, in words."""
     gpu_hour_price: float = 0.0
     kilowatt_hour_price: float = 0.0
+    hosts: int = 1
+    """That have the GPUs, each as many."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class EnginePlan:
             "engine": self.setup.engine,
             "stage": self.setup.stage,
             "gpus": self.setup.ranks,
+            "shards": self.setup.shards,
             "fits": self.fits,
             "memory_bytes": {**self.memory.parts(), "total": self.memory.total},
             "allocated_bytes": self.memory.allocated,
@@ -59,6 +62,7 @@ class EnginePlan:
             "largest_micro_batch": self.largest_micro_batch,
             "largest_micro_batch_with_gradient_checkpointing": self.largest_recomputing,
             "link_bytes_a_step": self.links.total,
+            "host_link_bytes_a_step": self.links.between_hosts,
             "step_seconds": self.time.seconds,
             "step_seconds_by_part": self.time._asdict(),
             "saves_beside_training": self.saves_beside_training,
@@ -109,6 +113,7 @@ class Plan:
             "name": self.config.name,
             "gpu": self.machine.card.name,
             "gpus": self.machine.gpus,
+            "hosts": self.machine.hosts,
             "gpu_memory_bytes": self.machine.card.memory_bytes,
             "parameters": {**self.parameters._asdict(), "by_part": parameters_by_part(model)._asdict()},
             "flops_per_token": flops_per_token(model, length),
@@ -144,11 +149,13 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         machine = machine._replace(rate=assumed_rate(config), rate_from="p828's on an H100")
     config, divided = _on_all(config, machine.gpus)
     remarks += divided
+    if machine.hosts > 1:
+        remarks.append("time counts the links between hosts as if they were those between GPUs")
     stage = configured_stage(config, machine.gpus)
-    setups = [plain_setup(config), *(setup_of(config, number, machine.gpus) for number in STAGES)]
+    setups = [plain_setup(config), *(setup_of(config, number, machine.gpus, machine.hosts) for number in STAGES)]
     engines = [engine_plan(config, setup, machine) for setup in setups]
     if stage == 0:
-        configured = engine_plan(config, deepspeed_setup(config, 0, machine.gpus), machine)
+        configured = engine_plan(config, deepspeed_setup(config, 0, machine.gpus, machine.hosts), machine)
     else:
         configured = next(engine for engine in engines if engine.setup.stage == stage)
     config, ended = _within_hours(config, configured.time.seconds)

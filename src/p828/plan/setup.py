@@ -30,6 +30,10 @@ class Setup(NamedTuple):
     """One is filled while the other is reduced."""
     live_numbers: int = LIVE_NUMBERS
     """Weights that stage 3 keeps gathered at most."""
+    hosts: int = 1
+    """That have the ranks, each as many."""
+    shards_within_hosts: bool = False
+    """Each host has a replica, sharded over its ranks (`sharded.shard_within`)."""
 
     @property
     def name(self) -> str:
@@ -41,6 +45,15 @@ class Setup(NamedTuple):
         if self.stage is None:
             return "plain"
         return "sharded" if self.is_sharded else "deepspeed"
+
+    @property
+    def replicas(self) -> int:
+        return self.hosts if self.shards_within_hosts else 1
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share a replica."""
+        return self.ranks // self.replicas
 
     @property
     def reduces_by_hooks(self) -> bool:
@@ -58,12 +71,14 @@ def plain_setup(config: Config) -> Setup:
     return Setup(has_bfloat16_moments=config.optimizer.moment_dtype != "float32")
 
 
-def sharded_setup(config: Config, stage: int, ranks: int) -> Setup:
+def sharded_setup(config: Config, stage: int, ranks: int, hosts: int = 1) -> Setup:
     """By p828's own engine for several GPUs, in bfloat16."""
-    return plain_setup(config)._replace(stage=stage, ranks=ranks, is_sharded=True)
+    is_within = config.sharded.shard_within == "host"
+    setup = plain_setup(config)
+    return setup._replace(stage=stage, ranks=ranks, is_sharded=True, hosts=hosts, shards_within_hosts=is_within)
 
 
-def deepspeed_setup(config: Config, stage: int, ranks: int) -> Setup:
+def deepspeed_setup(config: Config, stage: int, ranks: int, hosts: int = 1) -> Setup:
     """With the configuration's other settings of DeepSpeed. What is offloaded is so where the stage allows it.
 
     Raises ConfigError for a DeepSpeed file that is not accepted.
@@ -77,13 +92,14 @@ def deepspeed_setup(config: Config, stage: int, ranks: int) -> Setup:
         bucket_numbers=zero["reduce_bucket_size"],
         has_two_buckets=zero["overlap_comm"],
         live_numbers=zero.get("stage3_max_live_parameters", LIVE_NUMBERS),
+        hosts=hosts,
         **offloads,
     )
 
 
-def setup_of(config: Config, stage: int, ranks: int) -> Setup:
+def setup_of(config: Config, stage: int, ranks: int, hosts: int = 1) -> Setup:
     """At a stage, by the engine that the configuration has for several GPUs: DeepSpeed if it asks for that."""
-    return (deepspeed_setup if config.engine == "deepspeed" else sharded_setup)(config, stage, ranks)
+    return (deepspeed_setup if config.engine == "deepspeed" else sharded_setup)(config, stage, ranks, hosts)
 
 
 def configured_stage(config: Config, ranks: int) -> int | None:

@@ -65,7 +65,7 @@ def step_time(
         links = max(link.total * per_byte - accumulation * max(computing, host), 0.0)
     else:  # the last micro-batch's backward pass covers what it can of the reduction, nothing the gathering
         links = max(link.reduced * per_byte - BACKWARD * computing, 0.0) + link.gathered * per_byte
-    updated = count_parameters(config.model).total / (1 if setup.stage in (None, 0) else setup.ranks)
+    updated = count_parameters(config.model).total / (1 if setup.stage in (None, 0) else setup.shards)
     updating = UPDATE_BYTES * updated / (card.memory_rate * MEMORY_SHARE)
     return StepTime(accumulation * computing, accumulation * starting + BETWEEN_STEPS, updating, links)
 

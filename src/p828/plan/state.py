@@ -5,7 +5,8 @@ The plain engine (`optim/masters.py`, `optim/adamw.py`), P numbers of matrices i
     2 P weights + 2 P low bits of the masters + 4 P sums of gradients + 4 P moments (8 P in float32)
 
 and 16 bytes for each number of router, norms and sinks, which are their own float32 masters. The sharded engine keeps
-the same of a rank's shard, 1 / n of each flat unit (`plan/units.py`): at stage 1 all but weights and sums, at stage 2
+the same of a rank's shard, 1 / n of each flat unit (`plan/units.py`), n being a host's ranks where each host has a
+replica: at stage 1 all but weights and sums, at stage 2
 all but weights, at stage 3 everything; of embedding and head every rank sums whole gradients. DeepSpeed on n ranks, in
 bfloat16, with 4 P of masters and 8 P of moments:
 
@@ -51,7 +52,7 @@ def training_state(model: ModelConfig, optimizer: OptimizerConfig, setup: Setup)
     if setup.stage is None:
         return _plain(parameters, setup)
     if setup.is_sharded:
-        return _sharded(units_of(parameters, setup.ranks), setup)
+        return _sharded(units_of(parameters, setup.shards), setup)
     return _deepspeed(parameters, optimizer, setup)
 
 
@@ -68,8 +69,8 @@ def _plain(parameters: Sequence[ParameterShape], setup: Setup) -> State:
 
 
 def _sharded(units: Units, setup: Setup) -> State:
-    stage, shard = setup.stage or 0, units.total // setup.ranks
-    summed = units.total if stage == 1 else sum(units.ends) + sum(units.layers) // setup.ranks
+    stage, shard = setup.stage or 0, units.total // setup.shards
+    summed = units.total if stage == 1 else sum(units.ends) + sum(units.layers) // setup.shards
     low_bits = INT16 if setup.is_bfloat16 else 0
     moment = BFLOAT16 if setup.has_bfloat16_moments else FLOAT32
     return State(

@@ -68,6 +68,8 @@ def _table(plan: Plan, engines: Sequence[EnginePlan]) -> list[str]:
     lines = [_line("", [engine.setup.name for engine in engines])]
     lines.append(_line("engine", [engine.setup.engine for engine in engines]))
     lines.append(_line("GPUs", [str(engine.setup.ranks) for engine in engines]))
+    if plan.machine.hosts > 1:
+        lines.append(_line("that share a replica", [str(engine.setup.shards) for engine in engines]))
     for part, label in PARTS.items():
         values = [engine.memory.parts()[part] for engine in engines]
         if max(values) >= SHOWN:
@@ -83,6 +85,7 @@ def _table(plan: Plan, engines: Sequence[EnginePlan]) -> list[str]:
     lines += [
         _line("seconds a step", [f"{engine.time.seconds:.3g}" for engine in engines]),
         _line("GB over a GPU's links a step", [f"{engine.links.total / 1e9:.3g}" for engine in engines]),
+        *([_line("GB a host sends in a step", _between(engines))] if plan.machine.hosts > 1 else []),
         _line("room for a copy when saving", ["yes" if engine.saves_beside_training else "no" for engine in engines]),
     ]
     return lines
@@ -172,6 +175,10 @@ def _at_least(width: int) -> int:
 
 def _line(label: str, cells: list[str]) -> str:
     return f"{label:<{LABEL}}{''.join(f'{cell:>{COLUMN}}' for cell in cells)}".rstrip()
+
+
+def _between(engines: Sequence[EnginePlan]) -> list[str]:
+    return [f"{engine.links.between_hosts / 1e9:.3g}" for engine in engines]
 
 
 def _moments(engines: Sequence[EnginePlan]) -> list[str]:

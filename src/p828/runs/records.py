@@ -264,6 +264,11 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
+def finite_number(value: Any) -> float | None:
+    """The same, and None for NaN and the infinities, too."""
+    return float(value) if type(value) in (int, float) and abs(value) <= LARGEST else None
+
+
 def loads_every(layers: int, experts: int) -> int:
     """n, where every n-th step's line has the loads of all experts. In a small model n is 1."""
     return math.ceil(layers * experts / LOADS_A_STEP)

@@ -115,13 +115,13 @@ class _Run:
             raise ConfigError(
                 f"{run}: no such directory; {directory_near(run) or 'the directory of a run is accepted'}"
             )
-        path, state = run / RECORDS_FILE, _newest_state(run / CHECKPOINTS)
+        path, state = run / RECORDS_FILE, newest_state(run / CHECKPOINTS)
         if not (run / CONFIG_FILE).is_file() and not state and not path.is_file():
             raise ConfigError(f"{run}: no run: it holds no {CONFIG_FILE}, no checkpoint and no {RECORDS_FILE}")
         given = _table(state, "config")
         if (run / CONFIG_FILE).is_file():
             given = read_toml(run / CONFIG_FILE)
-        settings = _flat(renamed(Config, given, str(run))[0])
+        settings = flat(renamed(Config, given, str(run))[0])
         is_recorded = path.is_file()
         steps = records.columns(path, "step", OF_A_STEP) if is_recorded else {"step": []}
         evaluations = records.columns(path, "eval", ("loss",)) if is_recorded else {"step": [], "loss": []}
@@ -152,7 +152,7 @@ def side_by_side(first: Path, second: Path) -> Comparison:
     Raises ConfigError for what is no run, and for a file of settings that cannot be read.
     """
     ours, theirs = _Run.read(first), _Run.read(second)
-    prints = [_fingerprints(run.state) for run in (ours, theirs)]
+    prints = [fingerprints(run.state) for run in (ours, theirs)]
     names = [name for name in prints[0] if name in prints[1]]
     amounts = _differences(_amounts(ours), _amounts(theirs))
     rows, compared = _first_other_rows(ours.steps, theirs.steps)
@@ -188,7 +188,7 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Dif
     ]
 
 
-def _fingerprints(state: Mapping[str, Any]) -> dict[str, str]:
+def fingerprints(state: Mapping[str, Any]) -> dict[str, str]:
     """Of the tokenizer and of every source's data, as the newest checkpoint knows them; hexadecimal."""
     found = {}
     if isinstance(state.get("tokenizer"), str):
@@ -299,15 +299,15 @@ def _known(values: Sequence[Any]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key to value of nested tables; `key[0].inner` in a list of tables."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
             for number, item in enumerate(value):
-                found |= _flat(item, f"{prefix}{name}[{number}].")
+                found |= flat(item, f"{prefix}{name}[{number}].")
         else:
             found[prefix + name] = value
     return found
@@ -330,7 +330,7 @@ def _table(state: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _newest_state(directory: Path) -> dict[str, Any]:
+def newest_state(directory: Path) -> dict[str, Any]:
     """Of the newest checkpoint that can be read; empty without one."""
     named = [path for path in directory.iterdir() if STEP_NAME.fullmatch(path.name)] if directory.is_dir() else []
     for path in sorted(named, key=step_of, reverse=True):

@@ -46,6 +46,11 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
+def gpu_name(device: torch.device) -> str:
+    """What the driver calls a GPU, as "NVIDIA H100 80GB HBM3"; empty for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 def lacks_bfloat16(device: torch.device) -> bool:
     """Whether it is a GPU without matrix units for bfloat16: those before compute capability 8."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8

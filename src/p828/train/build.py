@@ -36,6 +36,7 @@ from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.engine.sharded.engine import ShardedEngine
+from p828.engine.sharded.mesh import shards_of
 from p828.errors import ConfigError
 from p828.health.facts import Facts
 from p828.inference.answer import prompt_ids
@@ -88,6 +89,8 @@ def train(config: Config) -> None:
             report(line)
         with ranks.raise_together():
             settings = check_deepspeed(config, ranks) if config.engine == "deepspeed" else None
+        if config.engine == "sharded":
+            shards_of(config.sharded, ranks)  # which refuses hosts that differ
         config, newer = ranks.on_rank_0(lambda: pinned(config, _before(config)))
         _check_data(config, ranks, report)
         tasks = _open_tasks(config.evaluation, ranks, report)

@@ -7,6 +7,7 @@ beside the phases that follow. A gradient is the mean over the targets of all ra
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from p828.engine.interface import StepResult, StepStats
 from p828.engine.many_ranks import over_ranks, random_states_of, restore_random_states_of
 from p828.engine.microbatch import prepare_layers
 from p828.engine.sharded.gradients import ShardedGradients, add_parts_
+from p828.engine.sharded.mesh import mesh_of
 from p828.engine.sharded.model import gathered_by_layer, gathered_for_any, give_parameters, meta_model
 from p828.engine.sharded.phases import PhasedPass
 from p828.engine.sharded.state import MOMENTS, ShardState, masters_of
@@ -54,21 +56,23 @@ class ShardedEngine:
         self.is_sharded = self.stage == 3
         self.model = meta_model(config.model)
         self._groups = parameter_groups(self.model, config.optimizer, self.dtype)
-        self.units = units_of(self.model, ranks.size)
+        self.mesh = mesh_of(config.sharded, ranks)
+        self.units = units_of(self.model, self.mesh.shards)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        self.weights = ShardedWeights(self.units, self.stage, ranks.rank, ranks.size, like)
+        self.weights = ShardedWeights(self.units, self.stage, self.mesh, like)
         self._small = self._make_parameters()
         low_bits = [
             torch.zeros_like(shard, dtype=torch.int16) if self.dtype == torch.bfloat16 else None
             for shard in self.weights.shards
         ]
-        self.state = ShardState(self.units, self.weights.shards, low_bits, ranks.rank, ranks.size)
+        self.state = ShardState(self.units, self.weights.shards, low_bits, self.mesh)
         self._initialise()
-        self.reduced_dtype = torch.float32 if self.stage < 2 else self.dtype
-        self.reductions = 1 if self.stage < 2 else self._accumulation
-        """How often gradients are reduced over ranks in a step."""
+        is_once = self.stage < 2 or self.mesh.replicas > 1
+        self.reduced_dtype = torch.float32 if is_once else self.dtype
+        self.reductions = 1 if is_once else self._accumulation
+        """How often gradients are reduced in a step over all ranks or, where each has a replica, over hosts."""
         add_parts = torch.compile(add_parts_) if compiles(config.train, self.device) else add_parts_
-        self.gradients = ShardedGradients(self.units, self._small, self.stage, ranks.rank, ranks.size, like, add_parts)
+        self.gradients = ShardedGradients(self.units, self._small, self.stage, self.mesh, like, add_parts)
         is_captured = is_capturable(config.model, config.train, self.device, self.dtype)
         self._pass = PhasedPass(
             self.model,
@@ -82,7 +86,8 @@ class ShardedEngine:
         self._following = following([phase.reads for phase in self._pass.phases], self.weights.slots)
         self._reads = [phase.reads for phase in self._pass.phases if phase.reads is not None]
         self._parts = parts_of(name for name, _ in self.model.named_parameters())
-        self._update_numbers = UpdateNumbers(self.model, list(self._held()), self._parts, over_ranks)
+        over_replica = partial(over_ranks, group=self.mesh.shard_group)
+        self._update_numbers = UpdateNumbers(self.model, list(self._held()), self._parts, over_replica)
         self._span = DeviceSpan()
         self._number_of = {shard: number for number, shard in enumerate(self.weights.shards)}
         self.optimizer = self._make_optimizer(low_bits)
@@ -122,7 +127,7 @@ class ShardedEngine:
             (groups[unit.name],) = {self._groups[place.name] for place in unit.places}
             parameters[unit.name], sums[shard] = shard, total
         moment_dtype = pick_moment_dtype(config.moment_dtype, self.dtype, self.device)
-        first = self.ranks.rank * len(self.units)
+        first = self.mesh.shard * len(self.units)
         return AdamW(parameters, config, groups, masters_of(shards, low_bits), moment_dtype, sums, first)
 
     def forward_backward(self, batch: Batch, num_targets: int) -> None:
@@ -184,9 +189,9 @@ class ShardedEngine:
         return stats.fetch(self._parts, self._span)  # the step's one wait for the device
 
     def _held(self) -> Iterator[Held]:
-        """What this rank updates; of what every rank updates, rank 0 has it."""
+        """What this rank updates; of what every rank updates, the first one of its replica has it."""
         yield from self.state.held()
-        if self.ranks.is_first:
+        if self.mesh.shard == 0:
             yield from (Held(name, parameter.detach().view(-1)) for name, parameter in self._small.items())
 
     def _gather_updated(self, shard: Tensor) -> None:

@@ -7,6 +7,9 @@ gets to its sums in float32, in the order of ranks. That is as exact as a reduct
 
 Embedding and head are summed as at stage 1 at any stage: their gradients are float32 from the start, which would be
 twice the bytes, and are dense only after several micro-batches.
+
+Where hosts have replicas, all of this is among a replica's ranks. Once a step, as soon as a shard's sums are complete
+there, they are summed over replicas in float32, beside the rest of the backward pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from p828.engine.sharded.collectives import start_exchange, start_scatter
+from p828.engine.sharded.collectives import start_exchange, start_scatter, start_sum_of_ranks, start_sum_of_replicas
+from p828.engine.sharded.mesh import Mesh
 from p828.engine.sharded.units import Unit
 from p828.engine.sharded.weights import BUFFERS
 from p828.optim.clipping import gradient_norms
@@ -34,14 +38,23 @@ class _Buffer(NamedTuple):
     """Of the same length: every rank's gradient of this rank's shard, end to end."""
 
 
+class _Exchange(NamedTuple):
+    """What is under way between ranks."""
+
+    number: int
+    """The unit."""
+    operation: dist.Work | None
+    is_last: bool
+    """Whether the step's sums are complete with it."""
+
+
 class ShardedGradients:
     def __init__(
         self,
         units: Sequence[Unit],
         small: Mapping[str, Tensor],
         stage: int,
-        rank: int,
-        size: int,
+        mesh: Mesh,
         like: Tensor,
         add_parts: AddParts,
     ) -> None:
@@ -49,7 +62,7 @@ class ShardedGradients:
 
         `add_parts` is `add_parts_` of this file, as it is or compiled.
         """
-        self.size, self._add_parts = size, add_parts
+        self._mesh, self._add_parts = mesh, add_parts
         self._slots = [unit.layer % BUFFERS if stage > 1 and unit.layer is not None else None for unit in units]
         """The buffer that a unit's gradient takes; None for one that is summed whole."""
         length = max(unit.length for unit in units if unit.layer is not None)
@@ -60,7 +73,9 @@ class ShardedGradients:
             for unit, slot in zip(units, self._slots, strict=True)
         ]
         self.shards = [
-            flat.chunk(size)[rank] if slot is None else torch.zeros(unit.length // size, device=like.device)
+            flat.chunk(mesh.shards)[mesh.shard]
+            if slot is None
+            else torch.zeros(unit.length // mesh.shards, device=like.device)
             for unit, flat, slot in zip(units, self._flats, self._slots, strict=True)
         ]
         """The sums of this rank's shard of each unit, float32, complete after `finish`."""
@@ -74,16 +89,17 @@ class ShardedGradients:
         pieces = zip(small.items(), self._small.split(numbers), strict=True)
         self.small = {name: piece.view(parameter.shape) for (name, parameter), piece in pieces}
         """The sums of the parameters that are in no unit, by name."""
-        self._summed, self._by_part = self._find_pieces(units, rank)
-        self._exchanges: dict[int, tuple[int, dist.Work | None]] = {}  # by buffer: unit and operation
-        self._reductions: list[dist.Work] = []
+        self._summed, self._by_part = self._find_pieces(units)
+        self._exchanges: dict[int, _Exchange] = {}  # by buffer
+        self._scatters: list[tuple[int, dist.Work | None]] = []  # units and operations
+        self._sums: list[dist.Work] = []
 
-    def _find_pieces(self, units: Sequence[Unit], rank: int) -> tuple[list[Tensor], ByPart]:
+    def _find_pieces(self, units: Sequence[Unit]) -> tuple[list[Tensor], ByPart]:
         """The sums that this rank has of each parameter, those of `small` last, and what adds their norms by part."""
         pieces = [
             (piece.name, piece.of(shard))
             for unit, shard in zip(units, self.shards, strict=True)
-            for piece in unit.pieces(rank, self.size)
+            for piece in unit.pieces(self._mesh.shard, self._mesh.shards)
         ]
         names, sums = zip(*pieces, *self.small.items(), strict=True)
         return list(sums), ByPart(names, parts_of([*self.places, *self.small]), self._small.device)
@@ -103,37 +119,50 @@ class ShardedGradients:
         """Begin to sum a unit's gradient over ranks, if it is to be in this micro-batch, the step's last or not."""
         slot, flat = self._slots[number], self._flats[number]
         if slot is not None:
-            self._exchanges[slot] = number, start_exchange(self._received(number, slot), flat)
+            exchange = start_exchange(self._received(number, slot), flat, self._mesh)
+            self._exchanges[slot] = _Exchange(number, exchange, is_last)
         elif is_last:
-            self._started(start_scatter(flat))
+            if self._mesh.replicas > 1:  # the unit before has had a phase's time
+                self._finish_scatters()
+            self._scatters.append((number, start_scatter(flat, self._mesh)))
 
     def reduce_small(self) -> None:
         """Begin to sum over ranks the gradients that are in no unit."""
-        if self.size > 1:
-            self._started(dist.all_reduce(self._small, async_op=True))
+        self._keep(start_sum_of_ranks(self._small, self._mesh))
 
     def finish(self) -> Tensor:
         """Wait for all sums. Returns this rank's terms of the squares of the norms by part, float64 (X,).
 
-        Their sums over ranks are the squared norms; every rank has all sums that are in no unit.
+        Their sums over ranks are the squared norms. Every replica has all sums, and every rank those that are in no
+        unit, so each counts for a part.
         """
-        for place in list(self._exchanges):
-            self._collect(place)
-        for reduction in self._reductions:
-            reduction.wait()
-        self._reductions.clear()
+        for slot in list(self._exchanges):
+            self._collect(slot)
+        self._finish_scatters()
+        for one in self._sums:
+            one.wait()
+        self._sums.clear()
         squares_P = gradient_norms(self._summed).square()
-        squares_P[-len(self.small) :] /= self.size
-        return self._by_part.sum(squares_P)
+        squares_P[-len(self.small) :] /= self._mesh.shards
+        return self._by_part.sum(squares_P) / self._mesh.replicas
 
     def begin_step(self) -> None:
         """Forget the sums of the step before. The first micro-batch sets those that are not in `small`."""
         self._small.zero_()
         self._has_sums = [False] * len(self._has_sums)
 
-    def _started(self, reduction: dist.Work | None) -> None:
-        if reduction is not None:
-            self._reductions.append(reduction)
+    def _keep(self, operation: dist.Work | None) -> None:
+        """Have `finish` wait for it."""
+        if operation is not None:
+            self._sums.append(operation)
+
+    def _finish_scatters(self) -> None:
+        """Wait for shards that were summed over a replica, and begin to sum them over replicas."""
+        for number, scatter in self._scatters:
+            if scatter is not None:
+                scatter.wait()
+            self._keep(start_sum_of_replicas(self.shards[number], self._mesh))
+        self._scatters.clear()
 
     def _received(self, number: int, slot: int) -> Tensor:
         return self._buffers[slot].received[: len(self._flats[number])]
@@ -142,15 +171,17 @@ class ShardedGradients:
         """Wait for the exchange of a buffer, and add what came to the sums."""
         if slot not in self._exchanges:
             return
-        number, exchange = self._exchanges.pop(slot)
+        number, exchange, is_last = self._exchanges.pop(slot)
         if exchange is not None:
             exchange.wait()
-        parts_NS = self._received(number, slot).view(self.size, -1)
+        parts_NS = self._received(number, slot).view(self._mesh.shards, -1)
         if self._has_sums[number]:
             self._add_parts(self.shards[number], parts_NS)
         else:
             torch.sum(parts_NS, 0, dtype=torch.float32, out=self.shards[number])
             self._has_sums[number] = True
+        if is_last:
+            self._keep(start_sum_of_replicas(self.shards[number], self._mesh))
 
 
 def add_parts_(sum_S: Tensor, parts_NS: Tensor) -> None:

@@ -135,7 +135,7 @@ def _head_kept(model: Transformer, weights: ShardedWeights) -> Iterator[None]:
 def _apart(head: torch.nn.Module, weights: ShardedWeights, number: int) -> Iterator[None]:
     """The head's weight in memory of its own while the block runs."""
     shared, flat = head.weight, torch.empty_like(weights.flats[number])
-    gather = start_gather(flat, weights.shards[number])
+    gather = start_gather(flat, weights.shards[number], weights.mesh)
     if gather is not None:
         gather.wait()
     (weight,) = weights.units[number].views(flat).values()

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from p828.engine.sharded.mesh import Mesh
 from p828.engine.sharded.units import Piece, Unit
 from p828.kernels.adamw import split_float32
 from p828.optim.update_numbers import Held
@@ -17,16 +18,16 @@ class ShardState:
     """Masters and moments of a rank's shards, by unit."""
 
     def __init__(
-        self, units: Sequence[Unit], shards: Sequence[Tensor], low_bits: Sequence[Tensor | None], rank: int, size: int
+        self, units: Sequence[Unit], shards: Sequence[Tensor], low_bits: Sequence[Tensor | None], mesh: Mesh
     ) -> None:
         """`shards` are the weights; without `low_bits` they are float32 and their own masters."""
         self.units, self.shards, self.low_bits = units, shards, low_bits
-        self._pieces = [unit.pieces(rank, size) for unit in units]
+        self._mesh, self._pieces = mesh, [unit.pieces(mesh.shard, mesh.shards) for unit in units]
 
     def masters(self) -> dict[str, Saveable]:
-        """By parameter; the tensors are the ones that training goes on with."""
+        """Those that this rank saves, by parameter; the tensors are the ones that training goes on with."""
         found: dict[str, Saveable] = {}
-        for number, piece in self.pieces():
+        for number, piece in self._saved():
             low_bits = self.low_bits[number]
             low = None if low_bits is None else piece.of(low_bits)
             found[piece.name] = TensorShard(piece.of(self.shards[number]), piece.start, piece.shape, low)
@@ -53,13 +54,13 @@ class ShardState:
             yield Held(piece.name, piece.of(self.shards[number]), None if low_bits is None else piece.of(low_bits))
 
     def moments(self, optimizer: Mapping[str, Tensor]) -> dict[str, Saveable]:
-        """Of the optimizer's state, which it names by unit: by parameter."""
+        """What this rank saves of the optimizer's state, which names it by unit: by parameter."""
         return {
             f"{key}/{piece.name}": TensorShard(
                 piece.of(optimizer[f"{key}/{self.units[number].name}"]), piece.start, piece.shape
             )
             for key in MOMENTS
-            for number, piece in self.pieces()
+            for number, piece in self._saved()
         }
 
     def load_moments(self, optimizer: Mapping[str, Tensor], tensors: Tensors) -> None:
@@ -76,6 +77,12 @@ class ShardState:
         for number, pieces in enumerate(self._pieces):
             for piece in pieces:
                 yield number, piece
+
+    def _saved(self) -> Iterator[tuple[int, Piece]]:
+        """Of `pieces`, those that this rank saves: replicas, which all have them, take turns."""
+        return (
+            (number, piece) for number, piece in self.pieces() if number % self._mesh.replicas == self._mesh.replica
+        )
 
 
 def masters_of(shards: Sequence[Tensor], low_bits: Sequence[Tensor | None]) -> dict[Tensor, Master]:

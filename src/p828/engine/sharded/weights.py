@@ -1,4 +1,4 @@
-"""The weights that layers compute with, gathered from all ranks' shards.
+"""The weights that layers compute with, gathered from the shards of a replica's ranks.
 
 At stages 1 and 2 every unit has a buffer of its own, and is gathered once a step. At stage 3 the layers take turns at
 `BUFFERS` buffers, and embedding and head at one. A parameter is a view of its unit's buffer at an address that never
@@ -12,15 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from p828.engine.sharded.collectives import start_gather
+from p828.engine.sharded.mesh import Mesh
 from p828.engine.sharded.units import Unit
 
 BUFFERS = 2  # of layers at stage 3: one is computed with while the other one is filled
 
 
 class ShardedWeights:
-    def __init__(self, units: Sequence[Unit], stage: int, rank: int, size: int, like: Tensor) -> None:
+    def __init__(self, units: Sequence[Unit], stage: int, mesh: Mesh, like: Tensor) -> None:
         """All zero. `like` has the weights' dtype and device."""
-        self.units = units
+        self.units, self.mesh = units, mesh
         self.slots = [number if stage < 3 else slot_of(unit) for number, unit in enumerate(units)]
         """The buffer of each unit."""
         lengths: dict[int, int] = {}
@@ -29,7 +30,7 @@ class ShardedWeights:
         buffers = {slot: like.new_zeros(length) for slot, length in lengths.items()}
         self.flats = [buffers[slot][: unit.length] for slot, unit in zip(self.slots, units, strict=True)]
         """Each unit's flat tensor, which holds the unit after `wait` until the buffer's next use."""
-        shards = [flat.chunk(size)[rank] for flat in self.flats]
+        shards = [flat.chunk(mesh.shards)[mesh.shard] for flat in self.flats]
         self.shards = shards if stage < 3 else [torch.zeros_like(shard) for shard in shards]
         """This rank's numbers of each unit; below stage 3 they are the unit's own."""
         self._held: dict[int, int] = {}  # by buffer: the unit that was gathered there last
@@ -41,7 +42,7 @@ class ShardedWeights:
         if self._held.get(slot) != number:
             self._settle(slot)
             self._held[slot] = number
-            self._gathers[slot] = start_gather(self.flats[number], self.shards[number])
+            self._gathers[slot] = start_gather(self.flats[number], self.shards[number], self.mesh)
 
     def wait(self, number: int) -> None:
         """Have the device wait until the unit's weights are there; it is gathered now if it was not before."""

@@ -147,8 +147,8 @@ def _means(window: Window) -> list[tuple[int, float]]:
     for block, mean in reversed(window.history.means("loss")):
         if block.first <= window.mixture_step:
             break
-        total += mean * block.counts["loss"]
-        count += block.counts["loss"]
+        total += mean * block.numbers["loss"].count
+        count += block.numbers["loss"].count
         if count >= DIVERGED_STEPS:
             found.append((block.first, total / count))
             total, count = 0.0, 0

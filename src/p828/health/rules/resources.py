@@ -30,7 +30,7 @@ def _growth(window: Window) -> list[Finding]:
     blocks = window.history.means("memory_bytes")
     first = (window.resumed_at or 0) + 1
     settled = first + SETTLED * (window.step - first)
-    values = [(block.first, block.newest["memory_bytes"]) for block, _ in blocks if block.first >= settled]
+    values = [(block.first, block.numbers["memory_bytes"].newest) for block, _ in blocks if block.first >= settled]
     if window.step - first < FEWEST or len(values) < 2 * GROUPS:
         return []
     size = len(values) / GROUPS
@@ -94,7 +94,9 @@ def disk(window: Window) -> list[Finding]:
         return [_filling(window, failed[-1]["step"], f"a checkpoint was not saved: {failed[-1].get('text')}")]
     found = window.disk
     needed = ROOM * found.checkpoint_bytes if found is not None else 0.0
-    values = [(block.last, block.newest["disk_free_bytes"]) for block, _ in window.history.means("disk_free_bytes")]
+    values = [
+        (block.last, block.numbers["disk_free_bytes"].newest) for block, _ in window.history.means("disk_free_bytes")
+    ]
     known = [value for _, value in values[-1:]]
     if found is not None and found.free_bytes is not None and found.is_locked:
         known.append(float(found.free_bytes))

@@ -21,6 +21,7 @@ from p828.model import backend
 from p828.model.costs import count_parameters, unused_vocabulary
 from p828.runs import file_names
 from p828.system.device import lacks_bfloat16
+from p828.train.log.start import device_text, start_record
 from p828.train.log.wandb import WandbMirror
 from p828.train.resume import RunDirectory
 from p828.train.signals import interruptible
@@ -40,11 +41,12 @@ def banner(
 ) -> list[tuple[str, str]]:
     """Key and value of every line of what a run shows before it starts."""
     parameters = count_parameters(config.model)
-    device = str(engine.device) if ranks.size == 1 else f"{ranks.size} x {engine.device.type}"
+    device = device_text(engine.device, ranks.size)
     if settings is not None:
         device += f" through DeepSpeed, ZeRO stage {settings.stage},"
     elif config.engine == "sharded":
-        device += f", ZeRO stage {config.sharded.stage},"
+        within = " within each host" if config.sharded.shard_within == "host" else ""
+        device += f", ZeRO stage {config.sharded.stage}{within},"
     sources = [
         ("data", (f"{amount.name}: " if config.data.mixture else "") + _source(data, amount))
         for data, amount in zip(config.data.sources, amounts, strict=True)
@@ -66,8 +68,9 @@ def banner(
 def report_start(
     config: Config, run: RunDirectory, trainer: Trainer, tokenizer: Tokenizer, about_data: list[str], changes: list[str]
 ) -> None:
-    """Say how the run begins. `changes` are lines on what differs from the checkpoint that it goes on from."""
+    """Say and record how the run begins. `changes` are lines on what differs from the checkpoint it goes on from."""
     log, step = trainer.log, trainer.state.step
+    log.event("started", step, **start_record(trainer.engine.device, trainer.ranks.size, run.versions))
     for line in about_data:
         log.console.print(line)
     if run.newest is None and (line := unused_vocabulary(config.model, tokenizer.vocab_size)):

@@ -1,0 +1,152 @@
+"""The page of `p828 report` in headless Chromium: opened, a finding clicked, zoomed, on a phone, in the dark, live."""
+
+import json
+import math
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from report_in_browser import ReportPage
+from reported_runs import STEPS, step_record, write_run
+from selenium import webdriver
+
+from p828.report.page import page
+from p828.report.run import ReportedRun
+from p828.report.watch import ReportServer
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--no-first-run", "--window-size=1200,800",
+]  # fmt: skip
+PHONE = {"width": 390, "height": 800, "deviceScaleFactor": 2, "mobile": True}
+
+pytestmark = [
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"),
+    pytest.mark.xdist_group("report"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    assert CHROMIUM is not None
+    assert DRIVER is not None
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "first")
+
+
+@pytest.fixture(scope="module")
+def address(run: Path) -> str:
+    path = run.parent / "report.html"
+    path.write_text("".join(page([ReportedRun(run, with_rules=False)])), encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.fixture
+def shown(browser: webdriver.Chrome, address: str) -> Iterator[ReportPage]:
+    """Opened anew. At the end nothing has been loaded from elsewhere, and the console has no complaint."""
+    report = ReportPage(browser)
+    report.open(address)
+    yield report
+    assert report.run("return performance.getEntriesByType('resource').length") == 0
+    assert report.complaints() == []
+
+
+def test_a_finding_leads_to_its_steps(shown: ReportPage) -> None:
+    assert shown.text("#findings h2") == "1 finding"
+    assert "<img src=x onerror=alert(1)>" in shown.text(".finding")
+    shown.click(".finding button")
+    low, high = shown.shown_range("loss")
+    assert low == STEPS / 2 - 0.02 * (STEPS - 1)
+    assert high == STEPS / 2 + 0.06 * (STEPS - 1)
+
+
+def test_a_zoom_shows_every_step(shown: ReportPage) -> None:
+    """The overview has two numbers for each of 1,000 buckets; the zoomed chart has the records' numbers."""
+    shown.drag("loss", 0, 40)
+    low, high = shown.shown_range("loss")
+    assert 0 < high - low < STEPS / 5
+    columns = shown.run("return page.charts[0].plot.data.slice(0, 2).map((column) => [...column])")
+    points = {step: loss for step, loss in zip(*columns, strict=True) if loss is not None}
+    assert [step for step in points if low <= step <= high] == list(range(math.ceil(low), math.floor(high) + 1))
+    assert all(math.isclose(loss, step_record(step)["loss"], rel_tol=1e-6) for step, loss in points.items())
+    shown.click("#whole")
+    assert shown.shown_range("grad_norm") == (1, STEPS)
+
+
+def test_other_axes_show_the_same_steps(shown: ReportPage) -> None:
+    shown.click(".finding button")
+    low, high = shown.shown_range("loss")
+    shown.run("axis.value = 'tokens'; axis.dispatchEvent(new Event('change'))")
+    shown.wait()
+    assert shown.shown_range("loss") == pytest.approx((low * 100, high * 100))
+
+
+def test_csv_has_the_records_numbers(shown: ReportPage) -> None:
+    shown.click(".finding button")
+    text = shown.browser.execute_async_script(
+        "const done = arguments[0]; linesOf([page.focus], ['loss'], page).then((pieces) => done(pieces.join('')))"
+    )
+    head, *lines = text.splitlines()
+    low, high = shown.shown_range("loss")
+    assert head == "run,step,tokens,hours,loss"
+    assert [int(line.split(",")[1]) for line in lines] == list(range(math.ceil(low), math.floor(high) + 1))
+    _, step, tokens, _, loss = lines[0].split(",")
+    assert int(tokens) == 100 * int(step)
+    assert float(loss) == pytest.approx(step_record(int(step))["loss"], rel=1e-6)
+
+
+def test_the_heat_map_tells_an_experts_load(shown: ReportPage) -> None:
+    """Four fifths down is expert 2 of 4 of layer 1, whose load is even; a sixteenth down expert 0 of layer 0."""
+    told = []
+    for part in (0.81, 0.0625):
+        shown.point_at("#heat-map", 0.5, part)
+        told.append(shown.text("#heat-map-text").partition(", ")[2])
+    assert told == ["layer 1, expert 2: 1.00 of an even share", "layer 0, expert 0: 0.500 of an even share"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_scrolls_down_only(shown: ReportPage, scheme: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    shown.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
+    shown.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    try:
+        shown.browser.refresh()
+        shown.wait()
+        assert shown.run("return document.documentElement.scrollWidth") == PHONE["width"]
+        light = shown.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert light == (scheme == "light")
+    finally:
+        shown.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        shown.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_a_watched_run_grows(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "live", steps=20)
+    with ReportServer([ReportedRun(run, with_rules=False)], port=0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            report = ReportPage(browser)
+            report.open(server.url)
+            assert report.run("return page.focus.count") == 20
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(step_record(21)) + "\n")
+            report.wait("page.focus.count === 21")
+            assert report.complaints() == []
+        finally:
+            server.shutdown()
+            thread.join()
