@@ -21,7 +21,7 @@ from p828.inference.decode.kernel_step import kernel_step
 from p828.inference.decode.rows import Rows
 from p828.inference.decode.weights import decode_weights
 from p828.inference.load import store_in
-from p828.kernels.decode import attention_triton, dependent_launch_triton, experts_triton, linear_triton, ops
+from p828.kernels.decode import attention_triton, dependent_launch_triton, experts_triton, linear_triton, ops, route_triton, split_attention_triton
 from p828.model.transformer import Transformer
 
 REPLAYS, SHOWN = 40, 12
@@ -31,12 +31,20 @@ OF_FEW = [
     (experts_triton, "PAIR_GATE_UP", {"elements": 2048, "warps": 1}),
     (experts_triton, "PAIR_DOWN", {"elements": 4096, "warps": 1}),
     (linear_triton, "VECTOR", {"elements": 4096, "warps": 2}),
-    (attention_triton, "OF_FEW", {"warps": 1}),
+    (linear_triton, "VECTOR", {"elements": 4096, "warps": 4}),
+    (linear_triton, "VECTOR", {"elements": 2048, "warps": 1}),
+    (linear_triton, "VECTOR", {"elements": 16384, "warps": 8}),
+    (route_triton, "WARPS", 4),
+    (route_triton, "WARPS", 16),
+    (split_attention_triton, "KEYS", 16),
+    (split_attention_triton, "KEYS", 64),
+    (split_attention_triton, "ROWS", 64),
+    (split_attention_triton, "WARPS", 2),
 ]
 OF_MANY = [
     (dependent_launch_triton, "MOST_ROWS", 256),
-    (attention_triton, "OF_MANY", {"keys": 128}),
-    (attention_triton, "OF_MANY", {"programs": 264}),
+    (attention_triton, "TILES", {"keys": 128}),
+    (attention_triton, "PROGRAMS", 264),
     (experts_triton, "GROUP_TOKENS", 64),
     (experts_triton, "GROUP_TOKENS_OF_MANY", 32),
     (experts_triton, "GROUP_GATE_UP", {"rows": 128}),

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scaling import Failed, run_within
 
 from p828.bench.batches import random_batches
 from p828.bench.step import rotate
@@ -40,6 +40,7 @@ from p828.system.device import peak_memory
 
 STEPS, ACCUMULATION = 2, 2  # the second step captures both kinds of micro-batch
 AT_ONCE = 6
+ROW_SECONDS = 170
 USED = 0.97  # of the GPU's memory, by all processes at once
 
 # A preset and what is changed of it.
@@ -79,8 +80,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 ON_RANKS = ("800m", "odd heads, tied")
 SYSTEMS = [(engine, stage) for engine in ("sharded", "deepspeed") for stage in (1, 2, 3)]
 TINY = {
-    "model.hidden_size": 64, "model.moe_intermediate_size": 32, "model.num_hidden_layers": 2,
-    "model.num_attention_heads": 2, "model.num_key_value_heads": 1, "model.head_dim": 16, "model.vocab_size": 512,
+    "model.hidden_size": 64, "model.moe_intermediate_size": 24, "model.num_hidden_layers": 2, "model.vocab_size": 509,
     "data.sequence_length": 64, "train.micro_batch_size": 2,
 }  # fmt: skip
 
@@ -167,9 +167,10 @@ def measured(job: dict[str, Any], is_measured: bool, directory: Path) -> dict[st
     if job["ranks"] > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job["ranks"])]
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(directory / "inductor"), "TRITON_CACHE_DIR": str(directory / "triton")}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **caches})
-    if done.returncode:
-        return {"failed": "\n".join(done.stderr.splitlines()[-12:])}
+    try:
+        run_within(ROW_SECONDS, command, {**os.environ, "OMP_NUM_THREADS": "1", **caches})
+    except Failed as error:
+        return {"failed": str(error)}
     return {"measured": json.loads(path.with_suffix(".result").read_text())}
 
 

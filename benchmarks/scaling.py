@@ -5,7 +5,7 @@ usage: python benchmarks/scaling.py [--shape 800m] [--gpus 1 2 4] [--systems pla
 
 A system is `plain`, an engine and a ZeRO stage, as `sharded-3`, or torchtitan's FSDP2 at what corresponds to the stage,
 `torchtitan-2` or `torchtitan-3` (`pip install 'p828[peers]'`). `--gpus` is all GPUs unless given. A row that fails
-says why, and the others go on.
+says why, and the others go on. `--json` is written anew after each row; `scaling_figure.py` draws such files.
 
 A row has: tokens a second, efficiency against one GPU of the plain engine and of the same system, memory, bytes that
 a rank passes to collective operations in a step, and of the step's time the communication and its part that nothing
@@ -42,6 +42,7 @@ from p828.distributed.group import ProcessGroup, joined
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
 from p828.engine.plain import PlainEngine
 from p828.engine.sharded.engine import ShardedEngine
+from p828.files import write_atomic
 from p828.model.costs import count_parameters, training_flops
 from p828.runs import file_names
 from p828.runs import records as metrics
@@ -90,6 +91,8 @@ def main() -> None:
             except Failed as error:
                 print(f"{system} on {count} failed:\n{error}", flush=True)
                 continue
+            if given.json:
+                write_atomic(given.json, json.dumps(results, indent=1))
             if len(results) == 1:
                 print(heading(config, results[0]["device"]))
             print(row(config, results), flush=True)
@@ -99,8 +102,6 @@ def main() -> None:
         for system in given.systems:
             if system.startswith(("sharded", "deepspeed")):
                 print(check(shape, system, max(gpus)))
-    if given.json:
-        given.json.write_text(json.dumps(results, indent=1))
 
 
 class Failed(Exception):
@@ -120,7 +121,7 @@ def with_engine(config: Config, system: str) -> Config:
 
 def measure(config: Config, system: str, gpus: int, steps: int) -> dict[str, Any]:
     """Run a system on so many processes. Raises Failed."""
-    config = dataclasses.replace(with_engine(config, system), name="scaling")
+    shape, config = config.name, dataclasses.replace(with_engine(config, system), name="scaling")
     with tempfile.TemporaryDirectory(prefix="p828-scaling-") as directory:
         job = Path(directory) / "job.json"
         job.write_text(json.dumps({"config": to_dict(config), "steps": steps, "system": system}))
@@ -129,7 +130,10 @@ def measure(config: Config, system: str, gpus: int, steps: int) -> dict[str, Any
             command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         run_within(ROW_SECONDS, command, environment)
-        return {"system": system, "gpus": gpus, **json.loads(job.with_suffix(".result").read_text())}
+        setting = {"shape": shape, "gradient_accumulation": config.train.gradient_accumulation}
+        tokens = config.tokens_per_step  # of one GPU
+        found = json.loads(job.with_suffix(".result").read_text())
+        return {"system": system, "gpus": gpus, **setting, "tokens_per_step": tokens, **found}
 
 
 def run_within(seconds: float, command: list[str], environment: dict[str, str]) -> None:

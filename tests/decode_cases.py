@@ -66,11 +66,12 @@ def attention_case(
     gains = [place.randn(head_dim, dtype=torch.float32) if norms else None for _ in range(2)]
     sinks_N = place.randn(groups * sharing, dtype=torch.float32) if sinks else None
     arrivals_TG = torch.zeros(tokens + 1, groups, dtype=torch.int32, device=place.device)
-    rest = (slots_T, positions_T, frequencies, 1.1, *gains, sinks_N, 1e-5, arrivals_TG)
+    o_proj_HX = place.randn(40, groups * sharing * head_dim, scale=(groups * sharing * head_dim) ** -0.5)
+    rest = (slots_T, positions_T, frequencies, 1.1, *gains, sinks_N, 1e-5, arrivals_TG, o_proj_HX)
     caches = [cache.detach().cpu().double() for cache in (keys_SGCD, values_SGCD)]
     expected = twin(lambda qkv, *others: plain.attention(qkv, *caches, *others), qkv_TXD, *rest)
     for _ in range(2):  # twice: the counts are zero again
-        yield ops.attention(qkv_TXD, keys_SGCD, values_SGCD, *rest), expected
+        yield ops.attention(qkv_TXD, keys_SGCD, values_SGCD, *rest).sum(dim=1), expected
         yield keys_SGCD, caches[0]
         yield values_SGCD, caches[1]
         assert not arrivals_TG.any()

@@ -28,7 +28,7 @@ def norm_linear(
 def attention(
     qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
-    eps: float, arrivals_TG: Tensor | None,
+    eps: float, arrivals_TG: Tensor | None, o_proj_HX: Tensor,
 ) -> Tensor:  # fmt: skip
     wide, groups, head_dim = _wide(qkv_TXD), *keys_SGCD.shape[1::2]
     q_TND, k_TGD, v_TGD = qkv_TXD.split((qkv_TXD.shape[1] - 2 * groups, groups, groups), dim=1)
@@ -47,7 +47,7 @@ def attention(
             scores_GMC = torch.cat((scores_GMC, sinks_N.to(wide).view(groups, -1, 1)), dim=-1)
         shares_GMC = scores_GMC.softmax(dim=-1)[..., : position + 1]
         out_TND[t] = (shares_GMC @ values_GCD).flatten(0, 1)
-    return out_TND.flatten(1)
+    return F.linear(out_TND.flatten(1), o_proj_HX)
 
 
 def route(

@@ -73,7 +73,8 @@ def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_rate_outside_the_fit_is_not_in_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--optimizer.learning-rate" not in shown(capsys, "quickstart")
-    within = ("800m", "--train.micro_batch_size", "8", "--train.gradient-accumulation", "32")
+    assert "--optimizer.learning-rate" not in shown(capsys, "800m")
+    within = ("800m", "--train.micro_batch_size", "8", "--train.gradient-accumulation", "32", "--train.steps", "20000")
     assert "--optimizer.learning-rate" in shown(capsys, *within, "--data.sequence-length", "1024")
 
 
@@ -90,6 +91,8 @@ def test_epochs_of_local_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (source,) = json.loads(shown(capsys, str(path), "--json"))["sources"]
     assert source["tokens"] == pytest.approx(0.8 * size / 2.7)
     assert source["epochs"] == pytest.approx(12 * 2 * 2 * 32 / source["tokens"])
+    many = shown(capsys, str(path), "--train.steps", str(round(400 * 12 / source["epochs"])))
+    assert re.search(r"gone\s+through\s+400\s+times,\s+above\s+4", many), many
     path = write_toml(tmp_path, train={"device": "auto"}, data={"files": ["nowhere/*.txt"]})
     (source,) = json.loads(shown(capsys, str(path), "--json"))["sources"]
     assert source["tokens"] is None

@@ -118,6 +118,9 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     assert found.status == "failure"
     assert "bad.jsonl" in found.text
     assert "2" in found.text
+    tokenizer = check_tokenizer(config)[1]  # is trained on that text
+    assert tokenizer.status == "failure"
+    assert "the run's text" in tokenizer.remedy
 
 
 def test_many_epochs_are_warned_of(tmp_path: Path) -> None:

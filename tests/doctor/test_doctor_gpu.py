@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from p828.config import Config, load
+from p828.config import Config, load, with_vocabulary
 from p828.doctor.gpu import _runs_on, check_gpus, judged_memory, planned_bytes
 from p828.doctor.model import check_model
 from p828.doctor.rates import against
+from p828.plan.peak import peak
+from p828.plan.setup import sharded_setup
 from p828.train import engine_choice
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -94,3 +96,10 @@ def test_partitions_take_less_of_each_gpu_and_float32_is_not_planned() -> None:
     assert planned_bytes(replace(config, train=replace(config.train, dtype="float32")), 1) is None
     own = replace(config, engine="sharded", sharded=replace(config.sharded, stage=2))
     assert planned_bytes(own, 8) == engine_choice.planned_bytes(own, 2, 8) != eighth
+
+
+def test_the_sharded_engine_is_judged_by_its_own_plan() -> None:
+    config = replace(load("800m"), engine="sharded")
+    planned = peak(with_vocabulary(config), sharded_setup(config, 1, 8), config.train.micro_batch_size).total
+    assert planned_bytes(config, 8) == planned
+    assert planned_bytes(replace(config, engine="deepspeed"), 8) != planned

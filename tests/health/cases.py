@@ -47,6 +47,10 @@ class Fault:
     """Judged while its process holds the run, and then killed."""
     has_own_disk: bool = False
     """On a disk of as many megabytes as the strength says, which only root can make."""
+    ranks: int = 1
+    """Processes that train together, over gloo."""
+    words: str = ""
+    """What the evidence has to name beside the rule."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Healthy:
     """What happens to a sound run all the same, as bad data that it rolls back from."""
     is_resumed: bool = False
     """Ended by SIGTERM in the middle, and started again."""
+    ranks: int = 1
+    """Processes that train together, over gloo."""
 
 
 def base(corpus: Path) -> Settings:

@@ -1,8 +1,8 @@
 """A process that trains with one thing broken. It is forked from a server that has imported PyTorch already."""
 
 import os
+import socket
 import sys
-from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -19,20 +19,31 @@ CASES: dict[str, Fault | Healthy] = {case.name: case for case in (*FAULTS, *HEAL
 assert p828.train.build
 
 
-def start(config: Path, name: str, strength: int | None, log: Path, flags: Sequence[str] = ()) -> ForkServerProcess:
-    """`p828 train CONFIG FLAGS` with the case's injection at work, or with a strength of None without it.
+def start(config: Path, name: str, strength: int | None, log: Path, ranks: int = 1) -> list[ForkServerProcess]:
+    """`p828 train CONFIG` on so many ranks with the case's injection at work, or with a strength of None without it.
 
     `strength` is the number of one of the fault's. All that is printed is added to `log`.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["child"])
-    arguments = (str(config), name, strength, str(log), tuple(flags))
-    process = context.Process(target=_train, args=arguments, daemon=True)  # ends with the proof
-    process.start()
-    return process
+    processes = []
+    port = _free_port() if ranks > 1 else 0
+    for rank in range(ranks):
+        arguments = (str(config), name, strength, str(log), rank, ranks, port)
+        processes.append(context.Process(target=_train, args=arguments, daemon=True))  # ends with the proof
+        processes[-1].start()
+    return processes
 
 
-def _train(config: str, name: str, strength: int | None, log: str, flags: tuple[str, ...]) -> None:
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def _train(config: str, name: str, strength: int | None, log: str, rank: int, ranks: int, port: int) -> None:
+    if ranks > 1:  # as torchrun sets them
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.setsid()  # signals of the terminal end the proof, which ends its runs
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -41,7 +52,7 @@ def _train(config: str, name: str, strength: int | None, log: str, flags: tuple[
     os.chdir(Path(config).parent)
     torch.set_num_threads(1)
     case = CASES[name]
-    arguments = ["train", config, *flags]
+    arguments = ["train", config]
     if strength is None:
         sys.exit(dispatch(arguments))
     with case.inject(case.strengths[strength] if isinstance(case, Fault) else ""):

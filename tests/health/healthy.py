@@ -110,6 +110,7 @@ HEALTHY = (
                                                        "gradient_accumulation": 8}, model={"dropout": 0.1})),
     Healthy("bfloat16, documents not masked", _changes(train={"dtype": "bfloat16"}, model={"mask_documents": False})),
     Healthy("compiled", _changes(train={"compile": "on"}), inject=compiled_quickly),
+    Healthy("two ranks", _changes(train={"gradient_accumulation": 1}), ranks=2),
     Healthy("ended by a signal and resumed", is_resumed=True),
     Healthy("rolled back", _changes(rollback={"after_steps": 2, "spike_threshold": 1.0}), inject=two_bad_steps),
 )  # fmt: skip

@@ -23,12 +23,15 @@ class Verdict:
     @property
     def is_right(self) -> bool:
         """Whether the cause is among the first two findings afterwards."""
-        return any(finding.rule in self.run.rules for finding in self.afterwards[:FIRST])
+        return any(self._is_named_by(finding) for finding in self.afterwards[:FIRST])
 
     @property
     def found_live(self) -> int | None:
         """The step at which the run itself named the cause."""
-        return next((finding.step for finding in self.live if finding.rule in self.run.rules), None)
+        return next((finding.step for finding in self.live if self._is_named_by(finding)), None)
+
+    def _is_named_by(self, finding: Finding) -> bool:
+        return finding.rule in self.run.rules and self.run.words in finding.evidence
 
     @property
     def is_clean(self) -> bool:

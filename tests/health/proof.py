@@ -9,7 +9,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from all_faults import FIRST_HALF
+from all_faults import FIRST_HALF, LATER
 from cases import Fault
 from corpus import write_corpus
 from judge import FIRST, Verdict, judged
@@ -30,9 +30,10 @@ def main() -> None:
     verdicts = prove(wanted, given.directory.absolute(), given.jobs, given.again)
     broken = [verdict for verdict in verdicts if isinstance(verdict.run.case, Fault)]
     if given.write:
-        first = [verdict for verdict in broken if verdict.run.case in FIRST_HALF]
-        second = [verdict for verdict in broken if verdict.run.case not in FIRST_HALF]
-        given.write.write_text(page(first, second, [verdict for verdict in verdicts if verdict not in broken]))
+        first, later = ([one for one in broken if one.run.case in half] for half in (FIRST_HALF, LATER))
+        second = [verdict for verdict in broken if verdict not in first and verdict not in later]
+        healthy = [verdict for verdict in verdicts if verdict not in broken]
+        given.write.write_text(page(first, second, later, healthy))
 
 
 def prove(wanted: list[ProofRun], directory: Path, jobs: int | None, again: bool = False) -> list[Verdict]:

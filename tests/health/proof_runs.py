@@ -24,7 +24,8 @@ from p828.health.of_run import findings_of
 from p828.runs import records
 from p828.runs.file_names import RECORDS_FILE
 
-RUN_WITHIN = 600  # seconds
+RUN_WITHIN = 1800  # seconds, on a machine that does other things, too
+ENDED_WITHIN = 60  # seconds that other ranks may take longer than rank 0
 LOOK_EVERY = 0.2  # seconds
 FOUND = ".found.json"  # beside a run that was judged while it hung
 
@@ -54,6 +55,11 @@ class ProofRun:
         return self.case.rules if isinstance(self.case, Fault) else ()
 
     @property
+    def words(self) -> str:
+        """That the evidence has to have."""
+        return self.case.words if isinstance(self.case, Fault) else ""
+
+    @property
     def shown_strength(self) -> str:
         strength = self.strength_value
         return strength if isinstance(strength, str) else f"{strength:.3g}"
@@ -81,18 +87,21 @@ class ProofRun:
         log, run = directory / f"{self.name}.log", directory / self.name
         if self.case.is_resumed:
             sound = None if isinstance(self.case, Fault) else 0
-            first = start(config, self.case.name, sound, log)
+            (first,) = start(config, self.case.name, sound, log)
             wait_for_step(first, run, STRIKES_AT)
             first.terminate()
             first.join(RUN_WITHIN)
         with own_disk(run, self.strength_value) if self.has_own_disk else nullcontext():
-            process = start(config, self.case.name, self.strength, log)
+            processes = start(config, self.case.name, self.strength, log, self.case.ranks)
             if isinstance(self.case, Fault) and self.case.hangs:
-                wait_for_finding(process, run, self.case.rules)
+                wait_for_finding(processes[0], run, self.case.rules)
             else:
-                process.join(RUN_WITHIN)
-            process.kill()
-            process.join()
+                processes[0].join(RUN_WITHIN)
+            for process in processes[1:]:
+                process.join(ENDED_WITHIN)
+            for process in processes:
+                process.kill()
+                process.join()
         return run
 
     @property

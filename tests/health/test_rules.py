@@ -382,6 +382,26 @@ def test_several_gpus_that_compute_next_to_nothing() -> None:
     assert rules(steps(lambda r: {"mfu": 0.3, "seconds": 100.0, **TWO_RANKS})) == []
 
 
+@pytest.mark.parametrize(
+    "ranks, seconds, expected",
+    [(2, 0.02, ""), (2, 0.06, "by NODE takes 0.06 s"), (4, 0.06, "by NODE takes 0.06 s"), (1, 0.06, "")],
+)
+def test_a_step_that_mostly_sums_gradients(ranks: int, seconds: float, expected: str) -> None:
+    """Of two ranks one alone is faster if they sum for more than half of the time, of four for more than 3 / 4."""
+    measured = {**event("links", 0), "all_reduce_seconds": seconds / 2, "reductions": 2, "kind_of_link": "NODE"}
+    of_ranks = {"seconds": 0.1, "rank_memory_bytes": [10**9] * ranks} if ranks > 1 else {"seconds": 0.1}
+    findings = found([measured, *steps(lambda r: of_ranks)])
+    assert [finding.rule for finding in findings] == ["slow_links"] * bool(expected)
+    if expected:
+        assert expected in findings[0].evidence
+        assert ("one rank alone would be faster" in findings[0].evidence) is (ranks == 2)
+
+
+def test_short_sums_say_nothing_of_the_links() -> None:
+    measured = {**event("links", 0), "all_reduce_seconds": 0.009, "reductions": 1}
+    assert rules([measured, *steps(lambda r: {"seconds": 0.01, **TWO_RANKS})]) == []
+
+
 def test_one_expert_a_token_has_a_known_reason_for_a_router_without_gradient() -> None:
     of = facts(experts_per_token=1)
     records = steps(lambda r: {"load": [[16] * 8] * 2, **silent("router")(r)})

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from p828.config import RopeScaling
+from p828.inference.decode import cpu_layers
 from p828.inference.decode.cpu_steps import CpuSteps
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence, Wants
 from p828.inference.sampling import SamplingConfig
 from p828.kernels.decode import cpu
-from p828.kernels.decode.cpu import FEW, LARGE, MEDIUM, PIECES, Matrix
+from p828.kernels.decode.cpu import FEW, HUGE, LARGE, MEDIUM, PIECES, Matrix
 from tiny import tiny_model
 
 VOCABULARY = 97
@@ -48,17 +49,19 @@ def decoded(decoder: Decoder, prompts: list[list[int]]) -> dict[DecodedSequence,
 @pytest.mark.parametrize("are_large", [False, True])
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
 def test_against_the_whole_pass(options: dict[str, Any], are_large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unequal lengths side by side, and one alone; RoPE's tables and the weights are float32.
+    """Unequal lengths side by side, few and more, and one alone; RoPE's tables and the weights are float32.
 
-    Also with products as of large matrices, whose results lie in memory in another order.
+    Also with products as of large matrices, and experts that are not computed together.
     """
     if are_large:
         monkeypatch.setattr(cpu, "LARGE", 0)
         monkeypatch.setattr(cpu, "MEDIUM", 0)
+        monkeypatch.setattr(cpu_layers, "TOGETHER", 0)
     model, double = tiny_model(**options), tiny_model(**options).double()
-    decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.float32, slots=3, max_length=40)
+    decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.float32, slots=FEW + 1, max_length=40)
     assert isinstance(decoder._steps, CpuSteps)
-    for prompts in ([[1, 2, 3], [5] * 17, [7, 8]], [[9, 10]]):
+    few = [[1, 2, 3], [5] * 17, [7, 8]]
+    for prompts in (few, [*few, [11] * 5, [12, 13]], [[9, 10]]):
         for sequence, tokens in decoded(decoder, prompts).items():
             output = double(torch.tensor([sequence.ids]), dtype=torch.float64)
             logs_SV = (output.hidden_BSH[0] @ double.head_weight.T).log_softmax(-1)
@@ -69,13 +72,14 @@ def test_against_the_whole_pass(options: dict[str, Any], are_large: bool, monkey
     decoder.check_idle()
 
 
-def test_the_experts_are_the_routers() -> None:
+@pytest.mark.parametrize("prompts", [[[3, 1, 4, 1, 5], [9, 2, 6]], [[2, 7, 1, 8]]], ids=["two", "one"])
+def test_the_experts_are_the_routers(prompts: list[list[int]]) -> None:
     model = tiny_model()
     decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.float32, slots=2, max_length=40)
     seen: list[torch.Tensor] = []
     for layer in model.layers:
         layer.mlp.gate.register_forward_hook(lambda gate, inputs, routing: seen.append(routing.experts_TK))
-    for sequence, tokens in decoded(decoder, [[3, 1, 4, 1, 5], [9, 2, 6]]).items():
+    for sequence, tokens in decoded(decoder, prompts).items():
         seen.clear()
         model(torch.tensor([sequence.ids]))
         assert tokens[0][1] is None
@@ -99,7 +103,7 @@ def test_slots_that_do_not_lie_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, FEW, FEW + 1])
-@pytest.mark.parametrize("rows", [40, MEDIUM // 64, LARGE // 64, LARGE // 64 + PIECES - 1])
+@pytest.mark.parametrize("rows", [40, MEDIUM // 64, LARGE // 64, LARGE // 64 + PIECES - 1, HUGE // 64])
 def test_products_of_small_and_large_matrices(tokens: int, rows: int) -> None:
     weight_VH, x_TH, out_TV = torch.randn(rows, 64), torch.randn(tokens, 64), torch.randn(tokens, rows)
     matrix = Matrix(weight_VH)
@@ -107,6 +111,6 @@ def test_products_of_small_and_large_matrices(tokens: int, rows: int) -> None:
     expected = x_TH.double() @ weight_VH.double().T
     # Sums of 64 products of numbers near 1.
     torch.testing.assert_close(matrix(x_TH).double(), expected, rtol=0, atol=1e-4)
-    sums = out_TV.double() + 0.5 * expected
-    matrix.add_product_(out_TV, x_TH, 0.5)
+    sums = out_TV.double() + expected
+    matrix.add_product_(out_TV, x_TH)
     torch.testing.assert_close(out_TV.double(), sums, rtol=0, atol=1e-4)

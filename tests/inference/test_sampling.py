@@ -6,7 +6,14 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from p828.errors import ConfigError
-from p828.inference.sampling import SamplingConfig, choose_tokens, filter_logits, row_settings, uniform_numbers
+from p828.inference.sampling import (
+    SamplingConfig,
+    choose_tokens,
+    filter_logits,
+    likeliest_tokens,
+    row_settings,
+    uniform_numbers,
+)
 
 ROWS, VOCABULARY = 5, 40
 
@@ -113,6 +120,17 @@ def test_logits_that_are_no_numbers_are_told() -> None:
     logits_BV = torch.zeros(3, VOCABULARY)
     logits_BV[1, 7], logits_BV[2, 3] = math.nan, math.inf
     assert choose(logits_BV, SamplingConfig(), None, torch.rand(3)).tolist()[1:] == [-1, -1]
+
+
+def test_the_likeliest_token_is_the_first_of_equal_ones_or_told_as_none() -> None:
+    """Also of logits that lie in memory as a product left them, token by token."""
+    logits_BV = torch.randn(5, VOCABULARY)
+    logits_BV[0, [3, 9]] = 50.0
+    for row, value in enumerate((math.nan, math.inf, -math.inf), 1):
+        logits_BV[row, 7] = value
+    expected = [3, -1, -1, -1, logits_BV[4].argmax().item()]
+    assert likeliest_tokens(logits_BV).tolist() == expected
+    assert likeliest_tokens(logits_BV.t().contiguous().t()).tolist() == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-40])

@@ -7,6 +7,7 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from p828.cli.main import dispatch
 from p828.config import load
 from p828.errors import ConfigError
 from p828.health.of_run import findings_of
+from p828.health.window import Window
 from p828.plan.plan import Machine, make_plan
 from p828.report.buckets import edges, means, places, thinned
 from p828.report.heat_map import LEVELS_PER_DOUBLING, MIDDLE, MOST, HeatMap
@@ -269,3 +271,17 @@ def test_the_plan_is_for_the_gpus_that_the_log_names(tmp_path: Path) -> None:
     assert plan["remark"] == "Planned for 2 × h100."
     assert rows["seconds a step"]["planned"] == f"{wanted.configured.time.seconds:.3g}"
     assert [rows[name]["real"] for name in ("seconds a step", "memory a GPU, GB", "steps")] == ["0.5", "1", "20"]
+
+
+def test_a_rule_that_fails_hides_no_other_ones_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(window: Window) -> NoReturn:
+        raise ZeroDivisionError("of a rule")
+
+    monkeypatch.setattr("p828.health.examine.RULES", (broken,))
+    told: list[str] = []
+    run = ReportedRun(write_run(tmp_path / "run"), told.append)
+    run.update()
+    assert [finding.rule for finding in run.findings] == ["spike"], "what the run itself found"
+    (text,) = told
+    assert "broken failed, which is a fault of p828's" in text
+    assert 'raise ZeroDivisionError("of a rule")' in text

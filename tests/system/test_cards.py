@@ -11,6 +11,9 @@ DRIVERS = {
     "NVIDIA GH200 480GB": "gh200",
     "NVIDIA A100-SXM4-40GB": "a100-40gb",
     "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA A100 80GB PCIe": "a100-pcie",
+    "NVIDIA A100-PCIE-40GB": "a100-pcie-40gb",
+    "NVIDIA H100 NVL": "h100-nvl",
     "NVIDIA GeForce RTX 4090": "4090",
     "NVIDIA H200": "h200",
 }
@@ -28,6 +31,21 @@ def test_every_card_is_found_by_its_own_names() -> None:
         assert card(one.name) == card(one.name.upper()) == card_of_device(f"NVIDIA {one.device_name}") == one
     assert card("RTX 5090").name == "5090"
     assert card_of_device("a card of tomorrow") is None
+
+
+@pytest.mark.parametrize(
+    "device_name",
+    [
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA H200 NVL",
+        "NVIDIA GB200",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    ],
+)
+def test_a_card_of_a_like_name_is_another(device_name: str) -> None:
+    assert card_of_device(device_name) is None
 
 
 def test_an_unknown_card_is_answered_with_the_nearest() -> None:

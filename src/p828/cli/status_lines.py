@@ -15,6 +15,12 @@ NARROWEST = 24  # columns of text, whatever the terminal says
 STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red", "critical": "bold red", "note": "dim"}
 
 
+def show_headline(text: str) -> None:
+    """Print what stands above such lines, or alone."""
+    width = max(shutil.get_terminal_size().columns - 1, NARROWEST)
+    print(textwrap.fill(printable(text), width, break_long_words=False, break_on_hyphens=False))
+
+
 def show_status(status: str, name: str, text: str, *notes: str) -> None:
     """Print the text behind its status and name, and each note that is not empty below it. At once."""
     columns = shutil.get_terminal_size().columns  # COLUMNS, if it is set; 80 where this is no terminal

@@ -7,6 +7,7 @@ GPU would be faster. So p828 reads the kinds of links, times an all-reduce, and 
 import subprocess
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,22 +35,37 @@ MOST_SECONDS = 10.0
 ANSWER_WITHIN = 30.0  # seconds for nvidia-smi
 
 
+class MeasuredLinks(NamedTuple):
+    """What the links between the ranks cost, as it was measured."""
+
+    seconds: float
+    """Of an all-reduce of the whole gradient."""
+    kind: str
+    """The slowest link that is needed to join all GPUs, as `nvidia-smi topo -m` has it; empty if it is not known."""
+    lines: list[str]
+    """For the user, about links between GPUs that are slower than usual."""
+
+
 def check_topology(
     ranks: ProcessGroup, device: torch.device, gradient_numbers: int, dtype: torch.dtype, reductions: int = 1
-) -> list[str]:
-    """Lines for the user about slow links between the ranks' GPUs, the same on all ranks; all ranks must call it.
+) -> MeasuredLinks | None:
+    """Measure the links between the ranks, the same on all of them; all ranks must call it. None on a single rank.
 
-    `gradient_numbers` numbers of `dtype` are all-reduced `reductions` times a step. Returns no lines where the links
-    are as fast as usual, on one GPU, and on CPUs. Takes up to about 10 s and meanwhile 330 MiB of the device.
+    `gradient_numbers` numbers of `dtype` are all-reduced `reductions` times a step. There are no lines where the links
+    are as fast as usual, and on CPUs, where nobody knows what is usual. Takes up to about 10 s and meanwhile 330 MiB of
+    the device.
     """
-    if ranks.size == 1 or device.type != "cuda":
-        return []
+    if ranks.size == 1:
+        return None
+    if device.type != "cuda":
+        return MeasuredLinks(time_all_reduce(gradient_numbers, dtype, device, ranks), "", [])
     own = (machine(), str(torch.cuda.get_device_properties(device).uuid))
     hosts, uuids = zip(*ranks.all_gather_object(own), strict=True)
     num_hosts = len(set(hosts))  # nvidia-smi does not know the links between hosts
     links = ranks.on_rank_0(lambda: links_between(uuids) if num_hosts == 1 else {})
     seconds = time_all_reduce(gradient_numbers, dtype, device, ranks)
-    return advice(links, seconds, gradient_numbers * dtype.itemsize, ranks.size, reductions, num_hosts)
+    lines = advice(links, seconds, gradient_numbers * dtype.itemsize, ranks.size, reductions, num_hosts)
+    return MeasuredLinks(seconds, slowest_needed(links), lines)
 
 
 def links_between(uuids: Sequence[str]) -> Links:

@@ -17,6 +17,7 @@ from p828.train.init_from import tokenizer_from
 NAME = "tokenizer"
 TRIAL_MEGABYTES = 2  # of text that a tokenizer is trained on here; a run takes tokenizer.training_megabytes
 OTHER = 'tokenizer.name accepts "train", the path of a tokenizer.json, or a name on the hub'
+TEXT = "it is trained on the run's text: see what is said of the data"
 
 
 def check_tokenizer(config: Config) -> tuple[Tokenizer | None, Check]:
@@ -25,7 +26,7 @@ def check_tokenizer(config: Config) -> tuple[Tokenizer | None, Check]:
         tokenizer, where = _tokenizer(config)
     except P828Error as error:
         first, _, rest = str(error).partition("\n")
-        return None, Check(NAME, "failure", first, rest or OTHER)
+        return None, Check(NAME, "failure", first, rest or (TEXT if config.tokenizer.name == "train" else OTHER))
     text = f"{where}: {tokenizer.vocab_size:,} ids"
     rows = config.model.vocab_size
     if 0 < rows < tokenizer.vocab_size:

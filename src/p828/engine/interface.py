@@ -47,7 +47,7 @@ class StepResult:
     further: dict[str, Number] = field(default_factory=dict)
     """Every other number, by its name in the step's record."""
     device_seconds: float | None = field(default=None, compare=False)
-    """How long a GPU was at work in the step, as far as it is known."""
+    """How long the device was at work in the step, as far as it is known."""
 
     @property
     def applied(self) -> bool:
@@ -99,8 +99,7 @@ class StepStats:
         """
         started = time.perf_counter()
         packed = self._packed.cpu()
-        is_gpu = self._packed.is_cuda
-        busy = span.end(time.perf_counter() - started) if span is not None and is_gpu else None
+        busy = None if span is None else span.end(time.perf_counter() - started, self._packed.is_cuda)
         host = unpack(packed, self._shapes)
         loads = [[int(load) for load in load_E] for load_E in host.pop("loads_LE").tolist()]
         loss, grad_norm = host.pop("loss").item(), host.pop("grad_norm").item()

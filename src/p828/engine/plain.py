@@ -71,6 +71,7 @@ class PlainEngine:
         self._span.begin()
         self.gradients.scale.fill_(1 / num_targets)
         self.gradients.add(batch)
+        self._span.pause()
 
     def step(self, learning_rate: float, is_measured: bool = False) -> StepResult:
         """Clip the gradients, update weights and balance bias, and begin the next step.
@@ -78,6 +79,7 @@ class PlainEngine:
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite. All of it
         is started on the device before the host asks for a number. `is_measured`: also measure what the update does.
         """
+        self._span.begin()
         totals = self.gradients.totals
         if is_measured:
             self._update_numbers.begin()

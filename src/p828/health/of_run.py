@@ -38,6 +38,8 @@ class Course:
         self.window = _empty(run)
         self._run, self._worst, self._recorded = run, dict[str, Finding](), list[Finding]()
         self._every, self._last = max(STEPS_A_LOOK, self.window.facts.steps // LOOKS), 0
+        self.failed: dict[str, Exception] = {}
+        """The errors of rules that raised, by the rule's name. They are left out from there on."""
 
     def add(self, record: Record) -> None:
         """Take in a record, and have the rules look at the window where it is their turn."""
@@ -48,7 +50,7 @@ class Course:
         if record.get("event") == "resume":  # config.toml has the settings of the last start only
             self._worst = {rule: finding for rule, finding in self._worst.items() if rule not in OF_A_SCHEDULE}
         if window.step - self._last >= self._every or window.step < self._last:
-            merge(self._worst, examine(window))
+            merge(self._worst, examine(window, self.failed))
             self._last = window.step
 
     def findings(self, now: float | None = None) -> list[Finding]:
@@ -59,21 +61,31 @@ class Course:
         """
         _look_at(self.window, self._run, now)
         worst = dict(self._worst)
-        merge(worst, examine(self.window))
+        merge(worst, examine(self.window, self.failed))
         merge(worst, self._recorded)
         return ordered(worst.values())
 
 
-def findings_of(run: Path, now: float | None = None, passed_over: list[int] | None = None) -> list[Finding]:
+def findings_of(
+    run: Path,
+    now: float | None = None,
+    passed_over: list[int] | None = None,
+    failed: dict[str, Exception] | None = None,
+) -> list[Finding]:
     """What the rules find in the course of the run and at its end (`Course`).
 
-    `now` is the time, in seconds since the epoch. `passed_over` gets the numbers of the lines that are no records.
-    Raises ConfigError for a directory that is no run.
+    `now` is the time, in seconds since the epoch. `passed_over` gets the numbers of the lines that are no records, and
+    `failed` the errors of rules that raised; without it the first one's passes. Raises ConfigError for a directory that
+    is no run.
     """
     course, now = Course(run), time.time() if now is None else now
     for record in readable(run, passed_over):
         course.add(record)
-    return course.findings(now)
+    found = course.findings(now)
+    if failed is None and course.failed:
+        raise next(iter(course.failed.values()))
+    (failed if failed is not None else {}).update(course.failed)
+    return found
 
 
 def merge(worst: dict[str, Finding], findings: list[Finding]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,6 +142,11 @@ def choose_tokens(
 
 def likeliest_tokens(logits_BV: Tensor) -> Tensor:
     """As `choose_tokens` for rows that all take their likeliest token and have no penalty."""
+    if logits_BV.device.type == "cpu":  # where NumPy takes a tenth of PyTorch's time
+        values = logits_BV.contiguous().numpy()
+        token_B = values.argmax(axis=-1)  # of NaN if there is one
+        is_finite_B = np.isfinite(values[np.arange(len(values)), token_B]) & np.isfinite(values.min(axis=-1))
+        return torch.from_numpy(np.where(is_finite_B, token_B, -1))
     return logits_BV.argmax(dim=-1).where(are_finite(logits_BV), -1)
 
 

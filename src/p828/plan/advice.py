@@ -64,7 +64,8 @@ def advise(plan: Plan) -> Advice:
     """The fastest way that fits and keeps the step's tokens: engine, recomputation, micro-batch and accumulation."""
     room = ADVISED_SHARE * plan.machine.card.memory_bytes
     ways = list(_ways(plan, _setups(plan), room)) or list(_ways(plan, _offloaded(plan), room))
-    rate, doubt = learning_rate(plan.parameters.active), caveat(plan.parameters.active, plan.tokens_per_step)
+    active = plan.parameters.active
+    rate, doubt = learning_rate(active), caveat(active, plan.tokens_per_step, plan.tokens)
     if not ways:
         return Advice(rate, doubt, gpus_needed=_gpus_needed(plan, room))
     fastest = min(way.step_seconds for way in ways)

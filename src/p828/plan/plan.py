@@ -16,6 +16,8 @@ from p828.plan.speed import StepTime, assumed_rate, step_time
 from p828.plan.state import training_state
 from p828.system.cards import Card
 
+HOST_GPUS = 8  # of one host at most, as HGX boards have them
+
 
 class Machine(NamedTuple):
     """What the run is to be trained on."""
@@ -78,7 +80,7 @@ class Plan:
     engines: list[EnginePlan]
     """Plain, then ZeRO 1 to 3."""
     configured: EnginePlan
-    """The one that the configuration asks for."""
+    """The one that the configuration asks for; on several GPUs, where it names none, the lowest stage that fits."""
     sources: list[SourceAmount]
     remarks: list[str]
 
@@ -147,14 +149,19 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     remarks = list(_remarks(config))
     if not machine.rate:
         machine = machine._replace(rate=assumed_rate(config), rate_from="p828's on an H100")
-    config, divided = _on_all(config, machine.gpus)
-    remarks += divided
+    is_chosen = config.engine == "plain" and machine.gpus > 1  # as training does, by the plan
+    config, line = _on_all(config, machine.gpus)
+    remarks += line
     if machine.hosts > 1:
         remarks.append("time counts the links between hosts as if they were those between GPUs")
+    elif machine.gpus > HOST_GPUS:
+        remarks.append(f"more than {HOST_GPUS} GPUs of one host: give --hosts, if several have them")
     stage = configured_stage(config, machine.gpus)
     setups = [plain_setup(config), *(setup_of(config, number, machine.gpus, machine.hosts) for number in STAGES)]
     engines = [engine_plan(config, setup, machine) for setup in setups]
-    if stage == 0:
+    if is_chosen:
+        configured = next((engine for engine in engines[1:] if engine.fits), engines[-1])
+    elif stage == 0:
         configured = engine_plan(config, deepspeed_setup(config, 0, machine.gpus, machine.hosts), machine)
     else:
         configured = next(engine for engine in engines if engine.setup.stage == stage)
@@ -185,9 +192,11 @@ def engine_plan(config: Config, setup: Setup, machine: Machine) -> EnginePlan:
 
 def _on_all(config: Config, gpus: int) -> tuple[Config, list[str]]:
     """A configuration of the plain engine sharded over several GPUs, with the same tokens a step, and a line on it."""
-    if gpus == 1 or config.engine != "plain":
-        return config, []
     before = config.train.gradient_accumulation
+    if gpus == 1:
+        return config, []
+    if config.engine != "plain":
+        return config, [f"on {gpus} GPUs with train.gradient_accumulation {before} on each"]
     train = dataclasses.replace(config.train, gradient_accumulation=max(round(before / gpus), 1))
     divided = dataclasses.replace(config, engine="sharded", train=train)
     line = (

@@ -23,7 +23,10 @@ KERNEL = 4e-6  # seconds of a kernel that has nearly nothing to do, about
 KERNELS = 50  # of a layer (engine/cuda_graph.py), and about as many of all that is around the layers
 UPDATE_BYTES = 24  # of a parameter, read and written by the plain engine's norm and AdamW
 MEMORY_SHARE = 0.8  # of the memory's rate, about
-LINK_SHARE = 0.42  # of the link's rate: 2.4 GB in 12.9 ms between two H100s
+LINK_SHARE = 0.42  # of the link's rate: 2.4 GB in 12.9 ms between two H100s; 0.34 to 0.51 between two and four H200s
+# Of a second in which the sharded engine's gathering and reducing run beside its computing, what the step is longer by:
+# they take multiprocessors and memory from it. `800m`, stages 1 to 3 on two and four H200s: 0.28 to 0.59.
+SLOWED = 0.4
 BACKWARD = 2 / 3  # of a micro-batch's time
 
 
@@ -58,16 +61,24 @@ def step_time(
     computing = max(flops / (card.peak_flops * rate), least)
     host = config.model.num_hidden_layers * _host_seconds(config, setup)
     starting = max(host - computing, 0.0)
-    per_byte = 1 / (card.link_rate * LINK_SHARE)
-    if (
-        setup.stage or 0
-    ) >= 2 or setup.reduces_by_hooks:  # each micro-batch reduces, stage 3 gathers, beside the computing
-        links = max(link.total * per_byte - accumulation * max(computing, host), 0.0)
-    else:  # the last micro-batch's backward pass covers what it can of the reduction, nothing the gathering
-        links = max(link.reduced * per_byte - BACKWARD * computing, 0.0) + link.gathered * per_byte
+    links = _links_seconds(setup, link, 1 / (card.link_rate * LINK_SHARE), max(computing, host), accumulation)
     updated = count_parameters(config.model).total / (1 if setup.stage in (None, 0) else setup.shards)
     updating = UPDATE_BYTES * updated / (card.memory_rate * MEMORY_SHARE)
     return StepTime(accumulation * computing, accumulation * starting + BETWEEN_STEPS, updating, links)
+
+
+def _links_seconds(
+    setup: Setup, link: LinkBytes, per_byte: float, micro_batch_seconds: float, accumulation: int
+) -> float:
+    """What the links add to a step."""
+    if setup.is_sharded:  # stage 1 reduces beside the last micro-batch, and gathers beside the update and the next one
+        covering = micro_batch_seconds * (accumulation if setup.stage in (2, 3) else 1)
+        seconds = link.total * per_byte
+        return max(seconds - covering, 0.0) + SLOWED * min(seconds, covering)
+    if setup.reduces_by_hooks:  # after each micro-batch, as stage 3 gathers, beside the computing
+        return max(link.total * per_byte - accumulation * micro_batch_seconds, 0.0)
+    # The last micro-batch's backward pass covers what it can of the reduction, and nothing the gathering.
+    return max(link.reduced * per_byte - BACKWARD * micro_batch_seconds, 0.0) + link.gathered * per_byte
 
 
 def computed_flops(config: Config) -> float:

@@ -7,7 +7,7 @@ from p828.data.fractions import MANY_EPOCHS, short
 from p828.model.costs import Parts, flops_per_token, parameters_by_part
 from p828.plan.advice import Advice, offloaded_bytes
 from p828.plan.amount import SourceAmount
-from p828.plan.learning_rate import FITTED, FITTED_TOKENS, REFERENCE_ACTIVE, REFERENCE_RATE
+from p828.plan.learning_rate import LAW, RANGE
 from p828.plan.plan import EnginePlan, Plan
 
 LABEL, COLUMN = 32, 12
@@ -49,7 +49,7 @@ def _model(plan: Plan) -> list[Paragraph]:
     return [
         (plan.config.name, f"{_words(total)} parameters, {_words(active)} active for a token: {by_part}"),
         ("FLOPs", f"{flops / 1e6:,.1f} M to train on a token of rows of {length:,}, attention over whole rows"),
-        *(("", remark) for remark in plan.remarks),
+        *(("note", remark) for remark in plan.remarks),
     ]
 
 
@@ -121,7 +121,8 @@ def _source(source: SourceAmount) -> str:
         planned = f"{source.name}: {short(source.planned)} tokens are trained on"
         return f"{planned}; how many there are is not known: {source.how}"
     many = f", above {MANY_EPOCHS}, where repeated text teaches less and less" if source.epochs > MANY_EPOCHS else ""
-    return f"{source.name}: {short(source.tokens)} tokens ({source.how}), gone through {source.epochs:.2g} times{many}"
+    times = f"gone through {_rounded(source.epochs)} times{many}"
+    return f"{source.name}: {short(source.tokens)} tokens ({source.how}), {times}"
 
 
 def sentence(plan: Plan, advice: Advice) -> str:
@@ -145,12 +146,10 @@ def sentence(plan: Plan, advice: Advice) -> str:
 def _law(plan: Plan, advice: Advice) -> str:
     """The learning rate, with what is known of it."""
     given = plan.config.optimizer.learning_rate
-    beside = f", where the configuration has {given:.2g}" if abs(given / advice.learning_rate - 1) > SAME_RATE else ""
-    outside = f", and {advice.caveat}" if advice.caveat else ""
-    law = f"{REFERENCE_RATE:g} for {REFERENCE_ACTIVE / 1e6:.0f} M active, falling as 1 / active"
-    fitted = f"fitted from {FITTED[0] / 1e6:.0f} to {FITTED[1] / 1e6:.0f} M at {FITTED_TOKENS // 1024}k tokens a step"
-    best = f"AdamW's best rate by OLMo-core's fit of 2026-06 is {advice.learning_rate:.2g}{beside}"
-    return f"{best} ({law}; {fitted}{outside})."
+    beside = f"; the configuration has {given:.2g}" if abs(given / advice.learning_rate - 1) > SAME_RATE else ""
+    outside = f"; {advice.caveat}" if advice.caveat else ""
+    best = f"AdamW's best rate by OLMo-core's fit of 2026-06 is {advice.learning_rate:.2g} ({LAW}){beside}"
+    return f"{best}. The fit is of {RANGE}{outside}."
 
 
 def _command(advice: Advice, width: int) -> list[str]:

@@ -1,6 +1,7 @@
 """All that a page shows of one run, read from its directory, and read on while the run trains."""
 
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class ReportedRun:
         self.path, self._report, self._with_rules = path, report, with_rules
         self.summary = summary(path)
         self.findings: list[Finding] = []
+        self._told: set[str] = set()
+        """Rules of which `report` was told that they fail."""
         self._begin((0, 0))
         self.update()
 
@@ -74,9 +77,18 @@ class ReportedRun:
                 self._add(record)
             if number % LINES_A_COUNT == 0:
                 count.to(len(self.series))
-        self.findings = ordered(self.recorded.values()) if self.course is None else self.course.findings()
+        self.findings = ordered(self.recorded.values()) if self.course is None else self._found(self.course)
         self.summary = summary(self.path)
         return before != self._state()
+
+    def _found(self, course: Course) -> list[Finding]:
+        """What the rules find. A rule that fails is left out, and its traceback shown once."""
+        found = course.findings()
+        for name in course.failed.keys() - self._told:
+            where = "".join(traceback.format_exception(course.failed[name])).rstrip()
+            self._report(f"{self.path}: the rule {name} failed, which is a fault of p828's, and is left out\n{where}")
+        self._told |= course.failed.keys()
+        return found
 
     def _state(self) -> tuple[object, ...]:
         """What is another one where there is something new to show."""

@@ -82,26 +82,40 @@ def memory_rate(device: torch.device) -> float:
 
 
 class DeviceSpan:
-    """The seconds of a step in which a GPU was at work, as far as the host's clock tells them."""
+    """The seconds of a step in which its device was at work, as far as the host's clock tells them."""
 
     def __init__(self) -> None:
         self._begun: float | None = None
+        self._paused: float | None = None
+        self._apart = 0.0
+        """Seconds between calls of the engine."""
 
     def begin(self) -> None:
-        """Called before every micro-batch; the step's first call counts."""
+        """Called before every micro-batch and the update; the step's first call begins the span."""
+        now = time.perf_counter()
         if self._begun is None:
-            self._begun = time.perf_counter()
+            self._begun, self._apart = now, 0.0
+        elif self._paused is not None:
+            self._apart += now - self._paused
+        self._paused = None
 
-    def end(self, waited: float) -> float | None:
-        """How long the GPU was at work in the step, now that the host has waited `waited` seconds for its end.
+    def pause(self) -> None:
+        """Called after every micro-batch: a GPU works on, a CPU does what the loop does until the next one."""
+        self._paused = time.perf_counter()
 
-        A host that runs ahead of the GPU keeps it busy from the first work on. Where it hardly had to wait, the GPU had
+    def end(self, waited: float, is_gpu: bool) -> float | None:
+        """How long the device was at work in the step, now that the host has waited `waited` seconds for its end.
+
+        A host that runs ahead of a GPU keeps it busy from the first work on. Where it hardly had to wait, the GPU had
         caught up with it all along, as when kernels are launched one by one too slowly, and idled in between; then the
-        wait is all that is known of its work. None without a call of `begin`.
+        wait is all that is known of its work. A CPU is its own host, at work on the model in the engine's calls alone.
+        None without a call of `begin`.
         """
         if self._begun is None:
             return None
-        span, self._begun = time.perf_counter() - self._begun, None
+        span, self._begun, self._paused = time.perf_counter() - self._begun, None, None
+        if not is_gpu:
+            return span - self._apart
         return span if waited > LEAST_WAIT * span else waited
 
 

@@ -45,6 +45,8 @@ class HealthWatch:
     window: Window = field(init=False)
     told: dict[str, Finding] = field(default_factory=dict)
     """What was told, by rule, with the step at which it was last found."""
+    _found: Sequence[Finding] = ()
+    """What the rules found since the last step."""
     _next_look: float = 0.0
     _is_disk_due: bool = True
     failed: dict[str, Exception] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class HealthWatch:
 
     def begin(self) -> None:
         """Take in the records that there are: of a run that is resumed, or was rolled back."""
-        self.window, self.told = Window(self.facts), {}
+        self.window, self.told, self._found = Window(self.facts), {}, ()
         recorder = self.log.recorder
         recorder.follower = None
         if recorder.is_quiet or WATCH in self.failed:
@@ -79,10 +81,14 @@ class HealthWatch:
             if record["kind"] in ("eval", "probe") or not self.window.is_finite:
                 self._next_look = 0.0
 
-    def look(self, state: TrainState, batches: Sequence[Batch]) -> Finding | None:
-        """Have the rules look at the records, if it is time, and stop the run at what is critical if so configured.
+    def look(self) -> None:
+        """Have the rules look at the records of the steps so far, if it is time: while a GPU is at work on the next."""
+        self._found = self._tell()
 
-        `batches` are this rank's of the last step. Returns the finding for which the run is to be rolled back, if any.
+    def after_step(self, state: TrainState, batches: Sequence[Batch]) -> Finding | None:
+        """Name the data of an odd step, and stop the run at what the last look found critical if so configured.
+
+        `batches` are this rank's of the step. Returns the finding for which the run is to be rolled back, if any.
         What is critical counts whether it was told before or not. Raises RunStopped.
         """
         if not {WATCH, NAMING} & self.failed.keys():
@@ -90,7 +96,7 @@ class HealthWatch:
                 if self._is_odd(state.step):
                     named_rows = named(traced_rows(batches, self.source_names, self.tokenizer))
                     self.log.event("odd_batch", state.step, data=named_rows)
-        return self._act(state, self._tell())
+        return self._act(state, self._found)
 
     def end(self, state: TrainState) -> None:
         """Look a last time, after the last evaluation. Raises RunStopped."""

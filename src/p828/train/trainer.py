@@ -75,7 +75,7 @@ class Trainer:
             seconds, is_evaluated = time.perf_counter() - started, self.is_due(self.evaluation.every)
             self.log.step(self.state, result, stats, learning_rate, seconds, is_evaluated)
             self.probes.after_step(self.state.step, result)
-            finding = self.health.look(self.state, batches)
+            finding = self.health.after_step(self.state, batches)
             if finding is not None or self.rollback.is_due(self.state):
                 self.state = self.rollback.run(self.state, finding)
                 self.health.begin()
@@ -96,7 +96,8 @@ class Trainer:
             for number, batch in enumerate(batches, start=1):
                 self.engine.forward_backward(batch, num_targets)
                 self.log.micro_batch(step, number, len(batches))
-            self.probes.note(batches)  # while the device is at work
+            self.probes.note(batches)  # this and the next line while the device is at work
+            self.health.look()
             return self.engine.step(learning_rate, self.log.is_measured(step))
 
     def evaluate(self) -> bool:

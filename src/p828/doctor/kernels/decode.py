@@ -55,7 +55,8 @@ def attention(place: Place) -> list[Comparison]:
     actual_TX = ops.attention(
         _to(place, qkv_TXD), _to(place, keys_SGCD), _to(place, values_SGCD), slots_T, positions_T,
         frequencies.to(place.device), 1.0, None, None, _to(place, sinks_N, torch.float32), EPS, arrivals_TG,
-    )  # fmt: skip
+        _to(place, torch.eye(heads * HEAD_DIM)),
+    ).sum(dim=1)  # fmt: skip
     return [Comparison("output with sinks", actual_TX, expected_TX, 2 * place.tolerance)]
 
 
@@ -133,11 +134,12 @@ def _on_cpu(qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, sinks_N: Te
         angles_1D = (position * frequencies).repeat(2)[None]
         cos, sin = angles_1D.cos(), angles_1D.sin() * torch.tensor([-1.0, 1.0]).repeat_interleave(HEAD_DIM // 2)
         q_ND, k_GD, v_GD = qkv_TXD[slot].float().split((GROUPS * SHARING, GROUPS, GROUPS))
-        q_1GMD = cpu.rotate(q_ND, cos, sin).view(1, GROUPS, SHARING, HEAD_DIM)
+        q_GMD = cpu.rotate(q_ND, cos, sin).view(GROUPS, SHARING, HEAD_DIM)
         keys, values = (cache[slot, :, :position].float() for cache in (keys_SGCD, values_SGCD))
-        keys_1GCD = torch.cat((keys, cpu.rotate(k_GD, cos, sin)[:, None]), dim=1)[None]
-        values_1GCD = torch.cat((values, v_GD[:, None]), dim=1)[None]
-        rows.append(cpu.attend(q_1GMD, keys_1GCD, values_1GCD, sinks_N.float().view(GROUPS, SHARING), None).flatten())
+        keys_GCD = torch.cat((keys, cpu.rotate(k_GD, cos, sin)[:, None]), dim=1)
+        values_GCD = torch.cat((values, v_GD[:, None]), dim=1)
+        sinks_GM1 = sinks_N.float().view(GROUPS, SHARING, 1)
+        rows.append(cpu.attend(q_GMD, keys_GCD, values_GCD, sinks_GM1, torch.zeros(1, 1, 1)).flatten())
     return torch.stack(rows)
 
 

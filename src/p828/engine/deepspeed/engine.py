@@ -119,6 +119,7 @@ class DeepSpeedEngine:
         if self._reducer is not None:
             self._reducer.gradients.scale.fill_(1 / num_targets)
             self._reducer.add(batch, is_last)
+            self._span.pause()
             return
         self._scale.fill_(self.ranks.size / num_targets)  # DeepSpeed takes the mean over ranks
         batch = batch.to(self.device)
@@ -136,6 +137,7 @@ class DeepSpeedEngine:
         `is_measured`: also find what the update does to the weights, and what the routers score. From stage 2 on, and
         with offload, the gradients' norms by part are found only then.
         """
+        self._span.begin()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         if is_measured:

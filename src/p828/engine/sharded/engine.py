@@ -149,6 +149,7 @@ class ShardedEngine:
                 self._before(number + 1)
         if is_last:
             self.gradients.reduce_small()
+        self._span.pause()
 
     def _before(self, number: int) -> None:
         """Have the device wait for what a phase needs."""
@@ -170,6 +171,7 @@ class ShardedEngine:
         `is_measured`: also measure what the update does.
         """
         assert self._micro_batches == self._accumulation, "the last of them has to know that it is the last"
+        self._span.begin()
         if is_measured:
             self._update_numbers.begin()
         with record_function("Optimizer.step"):

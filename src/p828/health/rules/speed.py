@@ -10,12 +10,14 @@ from p828.health.window import Record, Window, list_of, number_of
 STEPS = 32
 STARVED = 0.2  # of the step's time; p828 reads up to eight micro-batches ahead, so that none is waited for
 STARVED_SECONDS = 0.01  # shorter waits are the thread's own
-HOST_BOUND = 0.3  # of the step's time in which the device is not busy
+HOST_BOUND = 0.3  # of the step's time in which the device is not at work
 COMPILING_STEPS = 3
 SETTLED_AFTER = 4  # steps of a start, in which layers are compiled for every shape
 # Steps from a start's first one on, each of which compiles: the first makes all graphs, and the second may make some
 # again for a number that has changed, a variable from then on. A third one's number changes in every step.
 BEGUN_COMPILING = 3
+SUMMING = 0.5  # of a step; of n ranks one alone is faster if they sum for more than (n - 1) / n of it
+SUMMING_SECONDS = 0.01  # shorter sums are the processes' own
 SLOW_MFU = 0.01  # of the GPUs' peak; one GPU alone has 0.1 and more
 SLOW_SECONDS = 2.0  # a step
 ROW = "Project 828: two GPUs over NODE made 0.01 steps a second, one alone 12"
@@ -47,7 +49,7 @@ def starved(window: Window) -> list[Finding]:
 
 
 def host_bound(window: Window) -> list[Finding]:
-    """The device waits for the host."""
+    """The device waits for the host, or a CPU does other things than the model."""
     gaps = _pairs(window, "host_seconds")
     if len(gaps) < STEPS:
         return []
@@ -62,10 +64,12 @@ def host_bound(window: Window) -> list[Finding]:
             "warning",
             window.step,
             window.step - STEPS + 1,
-            f"the device is idle for {share:.0%} of a step (median of {STEPS} steps), {for_data:.0%} of it for data",
-            "the host launches kernels more slowly than the device runs them: small micro-batches, no compilation, or "
-            "something slow in the loop",
-            'a larger train.micro_batch_size with less train.gradient_accumulation; train.compile = "on"',
+            f"the device is not at work on the model for {share:.0%} of a step (median of {STEPS} steps), "
+            f"{for_data:.0%} of it for data",
+            "something in the loop is slow, as a display or a file on a network's disk; or a GPU runs kernels faster "
+            "than the host launches them: small micro-batches, no compilation",
+            "py-spy dump --pid shows where the process is; on a GPU a larger train.micro_batch_size with less "
+            'train.gradient_accumulation, and train.compile = "on"',
             "PyTorch's performance tuning guide; p828's own steps leave an H100 idle for a few percent",
         )
     ]
@@ -116,19 +120,34 @@ def links(window: Window) -> list[Finding]:
         text = " ".join(str(event.get("text", "")) for event in said)
         return [_slow(window, said[0]["step"], text)]
     ranks = len(list_of(window.recent[-1], "rank_memory_bytes"))
-    mfus, seconds = window.numbers("mfu", STEPS), window.numbers("seconds", STEPS)
-    if ranks < 2 or len(mfus) < STEPS // 2 or len(seconds) < STEPS // 2:
+    seconds = [n for r in window.since_resume()[-STEPS:] if (n := number_of(r, "seconds")) is not None]
+    if ranks < 2 or len(seconds) < STEPS // 2:
         return []
-    mfu, step = statistics.median(mfus), statistics.median(seconds)
-    if mfu >= SLOW_MFU or step < SLOW_SECONDS:
+    step, mfus = statistics.median(seconds), window.numbers("mfu", STEPS)
+    if text := _summing(window, ranks, step):
+        return [_slow(window, started + 1, text)]
+    if len(mfus) < STEPS // 2 or statistics.median(mfus) >= SLOW_MFU or step < SLOW_SECONDS:
         return []
-    return [
-        _slow(
-            window,
-            window.step - STEPS + 1,
-            f"{ranks} GPUs compute at {mfu:.2%} of their peak, {step:.1f} s a step (median of {STEPS} steps)",
-        )
-    ]
+    mfu = f"{statistics.median(mfus):.2%} of their peak"
+    text = f"{ranks} GPUs compute at {mfu}, {step:.1f} s a step (median of {STEPS} steps)"
+    return [_slow(window, window.step - STEPS + 1, text)]
+
+
+def _summing(window: Window, ranks: int, step: float) -> str:
+    """What the start's measurement of the links says of a step of so many seconds; empty if it is not much."""
+    measured = next((event for event in reversed(window.events) if event.get("event") == "links"), {})
+    seconds, times = number_of(measured, "all_reduce_seconds"), number_of(measured, "reductions")
+    if not seconds or not times or not step:
+        return ""
+    cost = seconds * times
+    if cost < max(SUMMING * step, SUMMING_SECONDS):
+        return ""
+    kind = f" by {kind}" if isinstance(kind := measured.get("kind_of_link"), str) and kind else ""
+    alone = ": one rank alone would be faster" if cost > (ranks - 1) / ranks * step else ""
+    return (
+        f"summing the gradient over {ranks} ranks{kind} takes {cost:.3g} s, measured at the start, of the {step:.3g} s "
+        f"of a step (median of {STEPS} steps){alone}"
+    )
 
 
 def _slow(window: Window, since: int, evidence: str) -> Finding:
@@ -138,7 +157,7 @@ def _slow(window: Window, since: int, evidence: str) -> Finding:
         window.step,
         since,
         evidence,
-        "summing the gradients over the links between the GPUs takes longer than computing them",
-        "train on one GPU, or raise train.gradient_accumulation; nvidia-smi topo -m shows the links",
+        "summing the gradients over the links between the ranks takes longer than computing them",
+        "train on one GPU, or raise train.gradient_accumulation; nvidia-smi topo -m shows the links between GPUs",
         ROW,
     )

@@ -35,13 +35,13 @@ def kernel_step(
     experts = []
     for layer, keys_SGCD, values_SGCD in zip(weights.layers, cache.keys, cache.values, strict=True):
         qkv_TX, x_TH = ops.norm_linear(x_TH, parts_TJH, layer.input_norm_H, eps, layer.qkv_XH, dtype)
-        attended_TX = ops.attention(
+        added_TXH = ops.attention(
             qkv_TX.unflatten(1, (-1, config.head_dim)), keys_SGCD, values_SGCD, slots_T, positions_T,
             model.frequencies, factor, layer.q_norm_D, layer.k_norm_D, layer.sinks_N, eps, arrivals_TG,
+            layer.o_proj_HX,
         )  # fmt: skip
-        added_TH = ops.linear(attended_TX, layer.o_proj_HX, dtype)
         x_TH, normed_TH, experts_TJ, weights_TJ = ops.route(
-            x_TH, added_TH[:, None], layer.post_norm_H, eps, layer.router_EH, layer.bias_E,
+            x_TH, added_TXH, layer.post_norm_H, eps, layer.router_EH, layer.bias_E,
             config.num_experts_per_tok, config.n_shared_experts, config.scoring_func, config.n_group,
             config.topk_group, config.norm_topk_prob, config.routed_scaling_factor,
         )  # fmt: skip

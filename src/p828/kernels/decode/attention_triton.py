@@ -3,6 +3,7 @@
 The cached keys of a (sequence, key head) are split among programs; the last of them to arrive joins their softmaxes
 (flash decoding). Only the splits that a sequence's length fills take part; the others leave at once, so that one
 captured launch serves every length. The new key and value never pass through memory: the last split begins with them.
+For a few tokens `split_attention_triton` has kernels of its own.
 """
 
 import torch
@@ -12,9 +13,8 @@ from torch import Tensor
 
 from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
 
-FEW_TOKENS = 4
-OF_FEW = {"keys": 64, "warps": 2, "programs": 264}  # keys of a step of a program; programs that the splits aim at
-OF_MANY = {"keys": 64, "warps": 4, "programs": 528}  # four on each processor of an H100
+TILES = {"keys": 32, "warps": 1}  # keys of a step of a program
+PROGRAMS = 1056  # that the splits aim at, eight on each processor of an H100
 MAX_SPLITS = 32
 ELEMENTS = 8192  # of the splits' values, that the joining program holds at a time
 
@@ -213,8 +213,7 @@ def attention(
     groups, length = keys_SGCD.shape[1:3]
     heads = all_heads - 2 * groups
     sharing = heads // groups
-    tiles = OF_FEW if tokens <= FEW_TOKENS else OF_MANY
-    splits = min(max(tiles["programs"] // (tokens * groups), 1), triton.cdiv(length, tiles["keys"]), MAX_SPLITS)
+    splits = min(max(PROGRAMS // (tokens * groups), 1), triton.cdiv(length, TILES["keys"]), MAX_SPLITS)
     splits = triton.next_power_of_2(splits)
     columns, joined_heads = max(triton.next_power_of_2(head_dim), 16), triton.next_power_of_2(sharing)
     step = min(max(ELEMENTS // (joined_heads * columns), 1), splits)
@@ -224,7 +223,7 @@ def attention(
     attend[(splits, groups, tokens)](
         qkv_TXD, keys_SGCD, values_SGCD, slots_T, positions_T, frequencies, q_norm_D, k_norm_D, sinks_N, out_TX,
         split_values, split_bounds, arrivals_TG, factor, eps, length, groups, sharing, head_dim,
-        max(joined_heads, 16), columns, tiles["keys"], splits, joined_heads, step,
-        **launch_options(qkv_TXD.device, tokens, tiles["warps"]),
+        max(joined_heads, 16), columns, TILES["keys"], splits, joined_heads, step,
+        **launch_options(qkv_TXD.device, tokens, TILES["warps"]),
     )  # fmt: skip
     return out_TX

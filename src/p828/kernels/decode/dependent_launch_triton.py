@@ -20,6 +20,7 @@ import triton.language as tl
 
 ALLOWED = True
 MOST_ROWS = 32  # with more the kernels are long, and slower for sharing the processors with the next one
+NOT, AT_THE_END, EARLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # `PDL` of a kernel
 PROCESSORS = 132  # of an H100
 
 
@@ -31,14 +32,14 @@ def wait_for_earlier_kernels(PDL: tl.constexpr):
 
 @triton.jit
 def let_next_kernel_begin(PDL: tl.constexpr):
-    if PDL:
+    if PDL == EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def prefetch(at, size, part, parts, PDL: tl.constexpr):
     """Has the L2 cache read a part of `size` bytes of weights; only where kernels may begin early."""
-    if PDL:  # noqa: SIM102 Triton would compile both sides of an `and`
+    if PDL == EARLY:  # noqa: SIM102 Triton would compile both sides of an `and`
         if at is not None:
             address = at.to(tl.int64) & -16  # the instruction asks for that alignment
             for first in range(part * 131072, size, parts * 131072):
@@ -54,9 +55,11 @@ def prefetch(at, size, part, parts, PDL: tl.constexpr):
 def launch_options(device: torch.device, rows: int, warps: int, stages: int = 1) -> dict[str, Any]:
     """The keyword arguments of a launch of a step of some rows; `PDL` is the kernels' own."""
     if device.type != "cuda":
-        return {"PDL": False}
-    dependent = ALLOWED and rows <= MOST_ROWS and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": dependent, "launch_pdl": dependent, "num_warps": warps, "num_stages": stages}
+        return {"PDL": NOT.value}
+    dependent = NOT.value
+    if ALLOWED and torch.cuda.get_device_capability(device) >= (9, 0):
+        dependent = EARLY.value if rows <= MOST_ROWS else AT_THE_END.value
+    return {"PDL": dependent, "launch_pdl": dependent != NOT.value, "num_warps": warps, "num_stages": stages}
 
 
 def rows_of_program(elements: int, columns: int, rows: int, others: int = 1) -> int:

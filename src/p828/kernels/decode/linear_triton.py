@@ -21,7 +21,7 @@ from p828.kernels.decode.dependent_launch_triton import (
 from p828.kernels.decode.residual_triton import add_norm, load_total, normalise
 
 VECTOR_TOKENS = 4
-VECTOR = {"elements": 8192, "warps": 8}  # weights that a program holds
+VECTOR = {"elements": 4096, "warps": 4}  # weights that a program holds
 NARROW = {"rows": 16, "columns": 256, "warps": 4, "stages": 3}  # a matrix of few rows, so that all processors have some
 WIDE = {"rows": 32, "columns": 256, "warps": 4, "stages": 3}
 WIDE_OF_MANY = {"rows": 64, "columns": 64, "warps": 4, "stages": 5}  # for more than `FEW_TOKENS`
