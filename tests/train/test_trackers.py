@@ -362,6 +362,7 @@ def script(text: str, *arguments: str, **environment: str) -> subprocess.Complet
         ("tensorboard", "TensorBoard is left out from here on: [Errno 27] File too large"),
         ("trackio", "trackio: failed to flush metric logs"),
     ],
+    ids=["tensorboard", "trackio"],
 )
 def test_a_tracker_that_fills_its_disk_is_told_of(tmp_path: Path, name: str, says: str) -> None:
     pytest.importorskip(name)
