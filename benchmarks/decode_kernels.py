@@ -21,21 +21,26 @@ from p828.inference.decode.kernel_step import kernel_step
 from p828.inference.decode.rows import Rows
 from p828.inference.decode.weights import decode_weights
 from p828.inference.load import store_in
-from p828.kernels.decode import attention_triton, dependent_launch_triton, experts_triton, linear_triton, ops, route_triton, split_attention_triton
+from p828.kernels.decode import (
+    attention_triton,
+    dependent_launch_triton,
+    experts_triton,
+    linear_triton,
+    ops,
+    route_triton,
+    split_attention_triton,
+)
 from p828.model.transformer import Transformer
 
 REPLAYS, SHOWN = 40, 12
 OF_FEW = [
     (experts_triton, "PAIR_GATE_UP", {"elements": 8192, "warps": 4}),
-    (experts_triton, "PAIR_GATE_UP", {"elements": 8192, "warps": 2}),
+    (experts_triton, "PAIR_GATE_UP", {"elements": 4096, "warps": 4}),
     (experts_triton, "PAIR_GATE_UP", {"elements": 2048, "warps": 1}),
-    (experts_triton, "PAIR_DOWN", {"elements": 4096, "warps": 1}),
-    (linear_triton, "VECTOR", {"elements": 4096, "warps": 2}),
-    (linear_triton, "VECTOR", {"elements": 4096, "warps": 4}),
+    (experts_triton, "PAIR_DOWN", {"elements": 4096, "warps": 2}),
     (linear_triton, "VECTOR", {"elements": 2048, "warps": 1}),
-    (linear_triton, "VECTOR", {"elements": 16384, "warps": 8}),
+    (linear_triton, "VECTOR", {"elements": 8192, "warps": 8}),
     (route_triton, "WARPS", 4),
-    (route_triton, "WARPS", 16),
     (split_attention_triton, "KEYS", 16),
     (split_attention_triton, "KEYS", 64),
     (split_attention_triton, "ROWS", 64),
@@ -43,12 +48,14 @@ OF_FEW = [
 ]
 OF_MANY = [
     (dependent_launch_triton, "MOST_ROWS", 256),
-    (attention_triton, "TILES", {"keys": 128}),
-    (attention_triton, "PROGRAMS", 264),
+    (dependent_launch_triton, "AT_THE_END", dependent_launch_triton.NOT),
+    (attention_triton, "TILES", {"keys": 64, "warps": 4}),
+    (attention_triton, "PROGRAMS", 528),
     (experts_triton, "GROUP_TOKENS", 64),
     (experts_triton, "GROUP_TOKENS_OF_MANY", 32),
-    (experts_triton, "GROUP_GATE_UP", {"rows": 128}),
-    (experts_triton, "GROUP_DOWN", {"columns": 128, "stages": 3}),
+    (experts_triton, "GROUP_GATE_UP", {"rows": 32}),
+    (experts_triton, "GROUP_GATE_UP", {"columns": 64, "stages": 4}),
+    (experts_triton, "GROUP_DOWN", {"columns": 64, "stages": 4}),
     (linear_triton, "WIDE_OF_MANY", {"columns": 128, "stages": 3}),
 ]
 
@@ -130,6 +137,24 @@ def show_kernels(steps: Steps) -> None:
             print(f"    {took:8.1f} µs  {count:4.0f} × {event.key[:60]}", flush=True)
 
 
+def show_layer(steps: Steps) -> None:
+    """When the kernels of a layer in the middle begin and end, launched as the decoder does."""
+    graph = steps.captured()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+    result = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    found = sorted((event.start_ns(), event.duration_ns(), event.name()) for event in result.events())
+    kernels = [event for event in found if event[1] and "Mem" not in event[2]]
+    a_step = kernels[-(len(kernels) // 3) :]
+    per_layer = len(a_step) // len(steps.weights.layers)
+    middle = a_step[len(a_step) // 2 :][:per_layer]
+    for start, took, name in middle:
+        begin = 1e-3 * (start - middle[0][0])
+        print(f"    from {begin:6.1f} to {begin + 1e-3 * took:6.1f} µs  {name[:60]}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", nargs="?", default="800m")
@@ -149,6 +174,7 @@ def main() -> None:
         for module, name, value in OF_FEW if rows <= experts_triton.PAIR_TOKENS else OF_MANY:
             print(f"  {name} {value}: {changed(module, name, value, steps.microseconds)}", flush=True)
         show_kernels(steps)
+        show_layer(steps)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ LAYERS = [
     "cli", "__main__",
 ]  # fmt: skip
 INSIDE_FUNCTIONS_ONLY = {
-    "datasets", "wandb", "huggingface_hub", "transformers", "torchtitan", "deepspeed", "gguf", "lm_eval",
+    "datasets", "wandb", "huggingface_hub", "transformers", "torchtitan", "deepspeed", "gguf", "lm_eval", "tensorboard",
+    "trackio",
 }  # fmt: skip
 
 

@@ -78,6 +78,7 @@ def resolved(capsys: pytest.CaptureFixture[str], *arguments: str) -> Config:
         (["--rollback.limit", "4"], "rollback.limit = 4", "rollback.after_steps"),
         (["--evaluation.patience", "4", "--evaluation.every", "0"], "evaluation.patience = 4", "evaluation.every"),
         (["--wandb.project", "mine"], "wandb.project = 'mine'", "wandb.mode"),
+        (["--trackers.trackio-project", "mine"], "trackers.trackio_project = 'mine'", "trackers.trackio = true"),
     ],
 )
 def test_flags_that_would_change_nothing(

@@ -95,6 +95,7 @@ def test_a_difference_is_reported_and_kept(
         (["--checkpoint.every", "7"], "checkpoint.every = 7: in a proof 3 is accepted"),
         (["--evaluation.every", "7"], "evaluation.every = 7: in a proof 13 is accepted"),
         (["--wandb.mode", "offline"], "wandb.mode = 'offline': in a proof 'off' is accepted"),
+        (["--trackers.tensorboard"], "trackers.tensorboard = true: in a proof false is accepted"),
     ],
 )
 def test_wrong_input(toml: str, capsys: pytest.CaptureFixture[str], flags: list[str], says: str) -> None:

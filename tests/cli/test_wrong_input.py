@@ -38,6 +38,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("train", "quikstart"), ["quikstart", "did you mean quickstart?"]),
         (("train", "missing.toml"), ["missing.toml"]),
         (("train", "quickstart", "--model.hiden-size", "64"), ["did you mean --model.hidden-size?"]),
+        (("train", "quickstart", "--report-to", "trackio"), ["--trackers.tensorboard or --trackers.trackio?"]),
         (("train", "quickstart", "--train.steps", "many"), ["--train.steps", "many"]),
         (("train", "quickstart", "--train.steps"), ["--train.steps"]),
         (("train", "quickstart", "--model.scoring-func", "relu"), ["--model.scoring-func", "relu", "sigmoid"]),

@@ -1,15 +1,19 @@
 """Reachability, against a server of the test's own, which answers, refuses, fails or says nothing."""
 
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import ModuleType
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
-from p828.config import Config, load
+from p828.config import Config, TrackersConfig, load
 from p828.doctor.network import check_network, problem_at
+from p828.doctor.trackers import check_trackers
 
 released = threading.Event()
 
@@ -56,6 +60,10 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
         address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setenv("WANDB_BASE_URL", address)
+
+
+def with_trackers(**asked: Any) -> Config:
+    return replace(load("quickstart"), trackers=TrackersConfig(**asked))
 
 
 def with_wandb(mode: str) -> Config:
@@ -129,3 +137,30 @@ def test_a_setting_that_wandb_does_not_take_is_named(monkeypatch: pytest.MonkeyP
     assert check_network(None)[1].status == "warning"
     found = check_network(with_wandb("online"))[1]
     assert "WANDB_" in found.text
+
+
+def test_trackers_that_are_asked_for_and_not_there_fail_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_trackers(None) == check_trackers(with_trackers()) == []
+    for name in ("tensorboard", "trackio"):
+        monkeypatch.setitem(sys.modules, name, None)
+    checks = check_trackers(with_trackers(tensorboard=True, trackio=True))
+    assert [(check.name, check.status, check.remedy) for check in checks] == [
+        ("tensorboard", "failure", "pip install 'p828[tensorboard]'"),
+        ("trackio", "failure", "pip install 'p828[trackio]'"),
+    ]
+    assert all("cannot be imported" in check.text for check in checks)
+
+
+def test_a_trackio_server_that_does_not_answer_is_told(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("trackio", "trackio.run"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    config = with_trackers(trackio=True)
+    monkeypatch.delenv("TRACKIO_SPACE_ID", raising=False)
+    monkeypatch.delenv("TRACKIO_SERVER_URL", raising=False)
+    assert check_trackers(config)[0].text == "can be imported"
+    monkeypatch.setenv("TRACKIO_SERVER_URL", f"{address}/?write_token=secret")
+    assert check_trackers(config)[0].text == f"can be imported; {address}/ answers"
+    monkeypatch.setenv("TRACKIO_SERVER_URL", f"{address}/error?write_token=secret")
+    (check,) = check_trackers(config)
+    assert (check.status, "secret" in check.text) == ("warning", False)
+    assert "answers with error 503; rows are kept here" in check.text

@@ -359,6 +359,7 @@ HARMFUL: dict[str, dict[str, Any]] = {
     "evaluation": {"tasks": ["foreign"], "tasks_path": "/tmp/code", "prompts": ["ab"]},
     "deepspeed": {"config": "/tmp/deepspeed.json"},
     "wandb": {"mode": "online", "project": "theirs"},
+    "trackers": {"tensorboard": True, "trackio": True, "trackio_project": "theirs"},
 }
 HARMLESS: dict[str, dict[str, Any]] = {
     "model": {"mask_documents": False, "dropout": 0.25},

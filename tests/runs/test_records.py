@@ -29,7 +29,7 @@ from p828.runs.records import (
     measured_every,
     shortened,
 )
-from p828.train.log.wandb import _run_id
+from p828.train.log.board_id import board_id
 from runs import p828, start, wait_for_step, write_toml
 
 
@@ -323,7 +323,7 @@ def test_a_wandb_id_that_is_none_is_named(tmp_path: Path, content: bytes | str) 
     else:
         put(content, path, tmp_path / "outside")
     with pytest.raises(ConfigError, match=r"wandb_id: (holds no id|cannot be read)"):
-        _run_id(path)
+        board_id(path, "Weights & Biases")
 
 
 def test_an_error_in_closing_does_not_hide_the_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -346,8 +346,9 @@ def started_wandb(run_dir: Path, mode: str, **environment: str) -> subprocess.Co
     script = (
         "import sys; from pathlib import Path\n"
         "from p828.config import Config, WandbConfig; from p828.errors import ConfigError\n"
-        "from p828.train.log.wandb import WandbMirror\n"
-        "try: WandbMirror(Path(sys.argv[1]), Config(name='run', wandb=WandbConfig(mode=sys.argv[2]))).finish(0)\n"
+        "from p828.train.log.trackers import open_trackers\n"
+        "config = Config(name='run', wandb=WandbConfig(mode=sys.argv[2]))\n"
+        "try: open_trackers(Path(sys.argv[1]), config, lambda text: None).finish(0)\n"
         "except ConfigError as error: print(error); sys.exit(2)\n"
     )
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
@@ -416,17 +417,18 @@ from pathlib import Path
 from p828 import errors
 from p828.config import Config, WandbConfig
 from p828.runs.records import Recorder, loads_record
-from p828.train.log.wandb import WandbMirror
+from p828.train.log.trackers import open_trackers
 error = getattr(errors, sys.argv[2])
-mirror = WandbMirror(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mode="offline")))
+mirror = open_trackers(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mode="offline")), print)
 with suppress(error), Recorder(Path(sys.argv[1]), mirror=mirror) as recorder:
-    assert mirror.url is None
+    assert mirror.shown() == [("Weights & Biases", "offline, in " + sys.argv[1] + "/wandb")]
     loads = loads_record([[1, 2, 0, 1], [3, 1, 0, 0]], is_whole=True)
     by_part = {"router": 0.5, "head": 1.5}
     more = {"balance": [0.5, 0.25], "router_entropy": [0.25, 0.5], "grad_norms": by_part}
     recorder.write("step", 1, loss=2.5, perplexity=12.2, **loads | more)
     recorder.write("eval", 1, loss=2.25)
     recorder.write("tasks", 1, results={"letters": {"acc": 0.25}})
+    recorder.write("sample", 1, samples=[["ab", "cd"]])
     recorder.write("event", 1, text="hello")
     texts = {"evidence": "12 at step 1", "cause": "the rate", "remedy": "a lower one", "reference": "a paper"}
     recorder.write("finding", 1, rule="divergence", severity="critical", since=1, **texts)
@@ -457,19 +459,33 @@ def test_wandb_offline_gets_flat_names_the_configuration_and_one_id(tmp_path: Pa
     assert alert.text == "12 at step 1\nCause: the rate\nTo do: a lower one"
     logged, config, name = read_wandb(runs[0])
     assert logged.pop("step") == 1
-    assert {key: value for key, value in logged.items() if not key.startswith("_")} == {
+    (table,) = runs[0].parent.glob("files/" + logged["val/samples/path"])
+    shown = json.loads(table.read_text())
+    assert (shown["columns"], shown["data"]) == (["prompt", "continuation"], [["ab", "cd"]])
+    assert [logged[f"moe/load/layer_0/{key}"] for key in ("values", "bins")] == [[1, 2, 0, 1], [0, 1, 2, 3, 4]]
+    assert logged["moe/load/layer_1/values"] == [3, 1, 0, 0]
+    assert {key: value for key, value in logged.items() if not key.startswith(("_", "val/samples", "moe/load"))} == {
         "train/loss": 2.5,
         "train/perplexity": 12.2,
-        "validation/loss": 2.25,
-        "tasks/letters/acc": 0.25,
-        "load/min_share": 0,
-        "load/max_share": 3,
-        "load/starved": 3,
-        "load/router_entropy": 0.25,
-        "train/grad_norms/head": 1.5,
-        "train/grad_norms/router": 0.5,
-        "balance/layer_0": 0.5,
-        "balance/layer_1": 0.25,
+        "val/loss": 2.25,
+        "val/letters/acc": 0.25,
+        "moe/min_share": 0,
+        "moe/min_share/layer_0": 0,
+        "moe/min_share/layer_1": 0,
+        "moe/max_share": 3,
+        "moe/max_share/layer_0": 2,
+        "moe/max_share/layer_1": 3,
+        "moe/starved": 3,
+        "moe/starved/layer_0": 1,
+        "moe/starved/layer_1": 2,
+        "moe/router_entropy": 0.25,
+        "moe/router_entropy/layer_0": 0.25,
+        "moe/router_entropy/layer_1": 0.5,
+        "moe/balance": 0.25,
+        "moe/balance/layer_0": 0.5,
+        "moe/balance/layer_1": 0.25,
+        "health/grad_norms/head": 1.5,
+        "health/grad_norms/router": 0.5,
     }
     assert logged["_step"] == 1
     assert (name, config["name"], config["model"]["n_routed_experts"]) == ("run", "run", 4)
@@ -488,7 +504,7 @@ def check_rows_after_a_rewind(path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8]
     losses = {row["step"]: row["train/loss"] for row in rows}
     assert losses == {1: 2.5, 2: 2, 3: 3, 4: 2, 5: 2.5, 6: 3, 7: 3.5, 8: 4}
-    assert [row["step"] for row in rows if "validation/loss" in row] == [1, 6]
+    assert [row["step"] for row in rows if "val/loss" in row] == [1, 6]
     metrics = {record.metric.glob_name or record.metric.name: record.metric for record in wandb_records(path)}
     assert metrics["*"].step_metric == "step"
 
@@ -534,8 +550,9 @@ def wandb_records(path: Path) -> Iterator[Any]:
 def test_wandb_is_not_imported_when_off(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path\n"
-        "from p828.config import Config; from p828.train.log.wandb import open_mirror\n"
-        "assert open_mirror(Path(sys.argv[1]), Config(name='run')) is None; assert 'wandb' not in sys.modules"
+        "from p828.config import Config; from p828.train.log.trackers import open_trackers\n"
+        "assert open_trackers(Path(sys.argv[1]), Config(name='run'), print) is None\n"
+        "assert not {'wandb', 'tensorboard', 'trackio'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     assert WandbConfig().mode == "off"

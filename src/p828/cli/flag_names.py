@@ -87,7 +87,9 @@ OTHER_NAMES = {
     "precision": ("--train.dtype",),
     "mixed-precision": ("--train.dtype",),
     "wandb": ("--wandb.mode",),
-    "report-to": ("--wandb.mode",),
+    "report-to": ("--wandb.mode", "--trackers.tensorboard", "--trackers.trackio"),
+    "tensorboard": ("--trackers.tensorboard",),
+    "trackio": ("--trackers.trackio",),
     "save-every": ("--checkpoint.every",),
     "save-steps": ("--checkpoint.every",),
     "eval-every": ("--evaluation.every",),
@@ -114,7 +116,7 @@ def suggestion(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
     found = list(spelt)
     if not found:
         names = (*OTHER_NAMES.get(word, ()), *OTHER_NAMES.get(word.rpartition(".")[2], ()))
-        found = [flag for flag in names if flag in known][:1]
+        found = [flag for flag in dict.fromkeys(names) if flag in known]
     if not found:
         found = [flag for flag in known if flag.rpartition(".")[2] == word and "." in flag]
     if not found and cutoff < 0.85:

@@ -114,6 +114,7 @@ NEEDS = (
         'accepted with rollback.after_steps above 0 or health.on_critical = "roll_back"',
     ),
     Need(("train.upcycle",), lambda c: bool(c.train.init_from), "accepted with train.init_from"),
+    Need(("trackers.trackio_project",), lambda c: c.trackers.trackio, "accepted with trackers.trackio = true"),
     Need(("wandb.project",), lambda c: c.wandb.mode != "off", 'accepted with wandb.mode = "online" or "offline"'),
 )
 

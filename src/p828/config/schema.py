@@ -358,6 +358,16 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
+class TrackersConfig:
+    tensorboard: bool = changeable(False)
+    """Write TensorBoard's event files into the run's directory; needs p828[tensorboard]."""
+    trackio: bool = changeable(False)
+    """Record with trackio, on this machine or where its variables TRACKIO_... say; needs p828[trackio]."""
+    trackio_project: str = changeable("p828")
+    """trackio's project."""
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = changeable("")
     """The run's name; empty means the configuration's."""
@@ -380,6 +390,7 @@ class Config:
     sharded: ShardedConfig = field(default_factory=ShardedConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    trackers: TrackersConfig = field(default_factory=TrackersConfig)
 
     @property
     def run_dir(self) -> Path:

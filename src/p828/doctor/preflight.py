@@ -25,6 +25,7 @@ from p828.doctor.rates import check_rates
 from p828.doctor.room import check_room
 from p828.doctor.run_directory import check_run_directory
 from p828.doctor.tokenizer import check_tokenizer
+from p828.doctor.trackers import check_trackers
 from p828.errors import P828Error, RunFailed
 from p828.train.log.console import waiting
 
@@ -54,6 +55,7 @@ def preflight(config: Config | None, report: Report) -> Iterator[Check]:
         further = torch.device("cuda", number)
         yield from _made(f"trying out the kernels on GPU {number}", report, partial(check_all_kernels, further))
     yield from _made("asking the hub and Weights & Biases", report, lambda: check_network(config))
+    yield from _made("looking at the trackers", report, lambda: check_trackers(config))
     if config is not None:
         yield check_model(config, device)
         yield from _text(config, report)

@@ -73,6 +73,8 @@ def _extras(config: Config | None) -> list[str]:
     return [
         *(["deepspeed"] if config.engine == "deepspeed" else []),
         *(["evaluate"] if needs_lm_eval else []),
+        *(["tensorboard"] if config.trackers.tensorboard else []),
+        *(["trackio"] if config.trackers.trackio else []),
     ]
 
 

@@ -124,7 +124,7 @@ def shared_settings(config: Config) -> dict[str, Any]:
     A tokenizer from a file is named as it lies beside config.toml; a chat template from a file is in its settings.
     """
     values = to_dict(config)
-    del values["runs_dir"], values["wandb"]
+    del values["runs_dir"], values["wandb"], values["trackers"]
     name, template = config.tokenizer.name, config.tokenizer.chat_template
     is_file = Path(name).suffix == ".json" or Path(name).expanduser().exists() or not HUB_NAME.fullmatch(name)
     if name != "train" and is_file:

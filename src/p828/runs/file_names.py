@@ -19,6 +19,7 @@ LOG_FILE = "log.txt"
 HANG_FILE = "hang.txt"
 """Where every rank was when none of them made progress."""
 WANDB_ID_FILE = "wandb_id"
+TRACKIO_ID_FILE = "trackio_id"
 TRIAL_DIRECTORY = ".trial"
 """In which a start tries out what the file system can do."""
 

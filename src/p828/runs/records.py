@@ -38,12 +38,16 @@ REPEATED_KINDS = ("step", "eval", "probe", "tasks", "sample")  # kinds that a re
 
 
 class Mirror(Protocol):
-    """A second place that gets the records, as Weights & Biases."""
-
-    problem: str
-    """A failure of the mirror that the run should report; empty without one, and once it is reported."""
+    """A second place that gets the records, as Weights & Biases. It takes no time and raises nothing."""
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None: ...
+
+    def rewind(self, step: int) -> None:
+        """The run goes on after `step`: later ones come again."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Each failure that the run should report, once: which mirror, and a sentence."""
+        ...
 
     def finish(self, exit_code: int) -> None: ...
 
@@ -145,6 +149,8 @@ class Recorder:
             raise RecordsFailed(_unwritable(self.path, error)) from None
         finally:
             beside.unlink(missing_ok=True)
+        if self.mirror is not None:
+            self.mirror.rewind(step)
         lines = "1 line was no record and is" if moved == 1 else f"{moved:,} lines were no records and are"
         return f"{self.path}: {lines} now in {damaged}" if moved else ""
 

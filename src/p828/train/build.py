@@ -60,8 +60,8 @@ from p828.train.init_from import load_weights, origin_of, take_tokenizer
 from p828.train.log.console import Console, say, waiting
 from p828.train.log.log import Log
 from p828.train.log.summary import banner, conclude, recorded_end, report_start
+from p828.train.log.trackers import Trackers, open_trackers
 from p828.train.log.usage import Usage
-from p828.train.log.wandb import WandbMirror, open_mirror
 from p828.train.probes import Probes
 from p828.train.resume import RunDirectory, open_run, resume
 from p828.train.rollback import Rollback
@@ -108,7 +108,7 @@ class _Outputs:
     """Where a run writes."""
 
     run: RunDirectory
-    mirror: WandbMirror | None
+    trackers: Trackers | None
     recorder: Recorder
     console: Console
     device: torch.device
@@ -181,12 +181,12 @@ def _open_outputs(
     device, is_quiet = pick_device(config.train.device), not ranks.is_first
     with waiting(f"opening {config.run_dir}, and verifying its newest checkpoint if it has one", report):
         run = stack.enter_context(open_run(config, ranks))
-    with waiting("starting Weights & Biases" if config.wandb.mode != "off" else "opening the records", report):
-        mirror = None if is_quiet else open_mirror(run.path, config)
-        recorder = stack.enter_context(Recorder(run.path, is_quiet, mirror))
+    trackers = None if is_quiet else open_trackers(run.path, config, report)
+    with waiting("opening the records", report):
+        recorder = stack.enter_context(Recorder(run.path, is_quiet, trackers))
     first_step = 0 if run.newest is None else file_names.step_of(run.newest)
     console = Console(run.path, max(config.train.steps, first_step), first_step, is_quiet=is_quiet)
-    return _Outputs(run, mirror, recorder, stack.enter_context(console), device)
+    return _Outputs(run, trackers, recorder, stack.enter_context(console), device)
 
 
 def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs, tasks: Tasks | None) -> _Inputs:
@@ -200,8 +200,8 @@ def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs, tasks: 
         config = run.with_vocabulary(config, tokenizer.vocab_size)
         if origin is not None:
             check_shapes(config, origin.config.model)
-        if outputs.mirror is not None:
-            outputs.mirror.update(config)
+        if outputs.trackers is not None:
+            outputs.trackers.update(config)
         _check_prompts(config, tokenizer)
         rules: list[bool | None] = []
         if run.newest is not None:
@@ -262,7 +262,7 @@ def _run(
         # Without a step to come no checkpoint would have the changes, and the file would not be its settings.
         if ranks.is_first and not (run.changes and trainer.is_done()):
             run.write(config)
-    ranks.on_rank_0(lambda: _introduce(inputs, trainer, settings, outputs.mirror))
+    ranks.on_rank_0(lambda: _introduce(inputs, trainer, settings, outputs.trackers))
     about_data = [*template_lines(config.data, tokenizer), *held_out_lines(config.data, inputs.rules), *newer]
     report_start(config, run, trainer, tokenizer, about_data, changes)
     run.keep()
@@ -328,13 +328,13 @@ def _task_evaluator(inputs: _Inputs, engine: Engine, log: Log, ranks: ProcessGro
 
 
 def _introduce(
-    inputs: _Inputs, trainer: Trainer, settings: DeepSpeedSettings | None, mirror: WandbMirror | None
+    inputs: _Inputs, trainer: Trainer, settings: DeepSpeedSettings | None, trackers: Trackers | None
 ) -> None:
     """Say what run this is, and how much data there is for it, which is recorded."""
     config, origin, ranks, log, step = inputs.config, inputs.origin, trainer.ranks, trainer.log, trainer.state.step
     with log.console.waiting("estimating how much data there is"):
         found = amounts(config, inputs.tokenizer, ranks.size)
-    log.console.block(config.name, banner(config, trainer.engine, ranks, settings, found, mirror, origin))
+    log.console.block(config.name, banner(config, trainer.engine, ranks, settings, found, trackers, origin))
     if origin is not None:
         log.event("init_from", step, path=str(origin.path), step_there=origin.step, upcycled=config.train.upcycle)
     log.data_sources(

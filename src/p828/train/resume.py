@@ -36,6 +36,7 @@ from p828.runs.file_names import (
     RECORDS_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    TRACKIO_ID_FILE,
     WANDB_ID_FILE,
 )
 from p828.runs.file_system import try_out
@@ -193,7 +194,7 @@ def _resume_point(config: Config) -> tuple[Path | None, list[str], list[str], in
             "Set them back to go on with that run, or give this one another --name"
         )
     if newest is None:
-        outdated = [RECORDS_FILE, WANDB_ID_FILE] if blocking else []
+        outdated = [RECORDS_FILE, WANDB_ID_FILE, TRACKIO_ID_FILE] if blocking else []
         if any(_decides_tokenizer(key, facts[key]) for key in changes):
             outdated += [TOKENIZER_FILE, TOKENIZER_CONFIG_FILE]
         for name in outdated:

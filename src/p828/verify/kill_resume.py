@@ -53,6 +53,7 @@ def shortened(config: Config, directory: Path) -> Config:
         ),
         checkpoint=dataclasses.replace(config.checkpoint, every=max(steps // CHECKPOINTS_IN_ALL, 1)),
         wandb=dataclasses.replace(config.wandb, mode="off"),
+        trackers=dataclasses.replace(config.trackers, tensorboard=False, trackio=False),
     )
 
 

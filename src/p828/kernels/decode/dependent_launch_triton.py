@@ -1,6 +1,7 @@
 """Programmatic dependent launch (CUDA programming guide, "Programmatic Dependent Launch"; devices from Hopper on).
 
 A kernel that is launched so begins when every program of the one in front has called `let_next_kernel_begin` or ended.
+In a step of many rows, where kernels are long, none calls it, and the next one's launch is what goes on beside the end.
 What the kernels of this folder keep to:
 
 - Before `wait_for_earlier_kernels` a program writes nothing, and reads only what no kernel of the step writes (weights,
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 ALLOWED = True
-MOST_ROWS = 32  # with more the kernels are long, and slower for sharing the processors with the next one
+MOST_ROWS = 32  # with more a kernel is slower for sharing the processors with the next one
 NOT, AT_THE_END, EARLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # `PDL` of a kernel
 PROCESSORS = 132  # of an H100
 
@@ -56,10 +57,14 @@ def launch_options(device: torch.device, rows: int, warps: int, stages: int = 1)
     """The keyword arguments of a launch of a step of some rows; `PDL` is the kernels' own."""
     if device.type != "cuda":
         return {"PDL": NOT.value}
-    dependent = NOT.value
-    if ALLOWED and torch.cuda.get_device_capability(device) >= (9, 0):
-        dependent = EARLY.value if rows <= MOST_ROWS else AT_THE_END.value
-    return {"PDL": dependent, "launch_pdl": dependent != NOT.value, "num_warps": warps, "num_stages": stages}
+    is_dependent = ALLOWED and torch.cuda.get_device_capability(device) >= (9, 0)
+    begins = EARLY if rows <= MOST_ROWS else AT_THE_END
+    return {
+        "PDL": begins.value if is_dependent else NOT.value,
+        "launch_pdl": is_dependent,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
 def rows_of_program(elements: int, columns: int, rows: int, others: int = 1) -> int:

@@ -1,7 +1,8 @@
 """A decoding step's operations in Triton, on CUDA: T tokens, each the newest of its sequence.
 
-A layer is four calls: `norm_linear` (queries, keys and values), `attention`, `route` and `experts`, whose parts the next layer's `norm_linear` sums. All of them can be captured in a CUDA graph: sizes come
-from the shapes, and whatever changes from step to step (tokens, positions, slots) is read from tensors on the device.
+A layer is four calls: `norm_linear` (queries, keys and values), `attention`, `route` and `experts`, whose parts the
+next layer's `norm_linear` sums. All of them can be captured in a CUDA graph: sizes come from the shapes, and whatever
+changes from step to step (tokens, positions, slots) is read from tensors on the device.
 The plain twins are in `tests/decode_twins.py`. Shapes as in `p828.model`, and
 
     J  the experts of a token: its K routed ones and the shared ones
@@ -49,14 +50,14 @@ def attention(
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
     eps: float, arrivals_TG: Tensor | None, o_proj_HX: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Attention of T new tokens over their slots' cache, which gets their keys and values: (T, H) in qkv's dtype.
+    """Attention of T new tokens over their slots' cache, which gets their keys and values: parts (T, G or 1, H).
 
     `qkv_TXD` holds N query heads, G key heads and G value heads. Queries and keys are normalised (RMSNorm with the
     float32 weights and `eps`; None: not), rotated by `positions_T` times the float32 `frequencies` (D / 2), cosine and
     sine times `factor`. Token t's key and value are written at place `positions_T[t]` of slot `slots_T[t]`, and it sees
     the places up to its own; `sinks_N` (float32 or None) are logits in the softmax's denominator. A token with a
     negative slot is padding: its result is 0 and it writes nothing. No two tokens that are read later have one slot.
-    What all heads give, rounded to qkv's dtype, goes through `o_proj_HX` (X = N · D).
+    What the heads give, rounded to qkv's dtype, goes through `o_proj_HX` (X = N · D).
 
     `arrivals_TG`: int32 zeros for at least T tokens, which the kernel counts in and leaves zero; one for all layers.
     Slots, positions and the cache must be older than the kernel in front, see `dependent_launch_triton`.

@@ -1,8 +1,8 @@
 """Attention of a few tokens and its output projection, in two kernels that wait little for each other.
 
-`attend` is that of `attention_triton`, a query head and some of its cached keys a program of one warp, which waits for
-no other. The output projection joins the softmaxes: each of its programs does so for itself, which is a read of some
-kilobytes from the L2 cache. What the heads of a key head add to a token is left as a part, summed by `route_triton`.
+As in `attention_triton` the cached keys are split among programs, here of one warp and for one query head. No program
+waits for another to join the splits' softmaxes: each program of the output projection joins them for itself, and reads
+some kilobytes from the L2 cache for it. What the heads of a key head add is a part, which `route_triton` sums.
 """
 
 import torch
@@ -112,7 +112,7 @@ def project_splits(
         weight + row[None, :, None] * (G * M * D) + (group * M + head) * D + d,
         mask=(head < M) & (row < H)[None, :, None] & (d < D), other=0.0,
     )  # fmt: skip
-    each, active = split_size(tl.load(positions + token).to(tl.int32), KEYS, SPLITS)
+    active = split_size(tl.load(positions + token).to(tl.int32), KEYS, SPLITS)[1]
     active = tl.where(tl.load(slots + token) < 0, 0, active)
     wait_for_earlier_kernels(PDL)
     at = token * G + group

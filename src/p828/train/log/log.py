@@ -1,4 +1,4 @@
-"""What a run reports of itself: each record goes to `metrics.jsonl`, to the console and to Weights & Biases."""
+"""What a run reports of itself: each record goes to `metrics.jsonl`, to the console and to trackers, as W&B."""
 
 import dataclasses
 import time
@@ -28,7 +28,7 @@ DISK_EVERY = 10.0  # seconds: asking a shared file system takes longer than a sh
 class Log:
     """Builds a run's records and fans them out. Only rank 0's shows and writes anything.
 
-    `recorder` appends to `metrics.jsonl` and passes each record on to its mirror, Weights & Biases.
+    `recorder` appends to `metrics.jsonl` and passes each record on to its mirror, the trackers.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Log:
     ) -> None:
         """Record a step that took `seconds`, from waiting for its batches to the update.
 
-        A number of the result that is not known here passes through to the record and to Weights & Biases as it is.
+        A number of the result that is not known here passes through to the record and to the trackers as it is.
         """
         step, tokens_per_second = state.step, stats.tokens / seconds
         is_whole = step == 1 or is_evaluated or self._is_turn_of_loads(step)
@@ -200,11 +200,10 @@ class Log:
         return step % loads_every(self.model.num_hidden_layers, self.model.n_routed_experts) == 0
 
     def _report_mirror(self, step: int) -> None:
-        """Report once that Weights & Biases failed; the run goes on without it."""
-        mirror = self.recorder.mirror
-        if mirror is not None and mirror.problem:
-            text, mirror.problem = mirror.problem, ""
-            self.event("wandb", step, text)
+        """Report once that a tracker failed; the run goes on without it."""
+        if self.recorder.mirror is not None:
+            for tracker, text in self.recorder.mirror.problems():
+                self.event(tracker, step, text)
 
     def _report_pace(self, steps: float) -> None:
         """Report once how long the run takes at the rate of its first steps; `steps` are done, the last one in part."""

@@ -22,7 +22,7 @@ from p828.model.costs import count_parameters, unused_vocabulary
 from p828.runs import file_names
 from p828.system.device import lacks_bfloat16
 from p828.train.log.start import device_text, start_record
-from p828.train.log.wandb import WandbMirror
+from p828.train.log.trackers import Trackers
 from p828.train.resume import RunDirectory
 from p828.train.signals import interruptible
 from p828.train.trainer import Trainer
@@ -36,7 +36,7 @@ def banner(
     ranks: ProcessGroup,
     settings: DeepSpeedSettings | None,
     amounts: Sequence[Amount],
-    wandb: WandbMirror | None,
+    trackers: Trackers | None,
     origin: Origin | None,
 ) -> list[tuple[str, str]]:
     """Key and value of every line of what a run shows before it starts."""
@@ -60,9 +60,7 @@ def banner(
         ("schedule", _schedule(config)),
         ("directory", str(config.run_dir)),
     ]
-    if wandb is not None:
-        lines.append(("W&B", wandb.url or f"offline, in {config.run_dir}/wandb"))
-    return lines
+    return lines + (trackers.shown() if trackers is not None else [])
 
 
 def report_start(

@@ -1,0 +1,488 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p828.config import Config
+from p828.errors import ConfigError
+from p828.optim.parts import PARTS
+from p828.runs import records
+from p828.runs.records import Recorder
+from p828.train.log.panels import GROUPS, SAMPLES, expert_loads, panels
+from p828.train.log.tracker import QueuedTracker
+from p828.train.log.trackers import Trackers
+from runs import p828, write_toml
+
+FINDING = {
+    "rule": "divergence", "severity": "critical", "since": 1, "evidence": "12 at step 1", "cause": "the rate",
+    "remedy": "a lower one", "reference": "a paper",
+}  # fmt: skip
+
+
+class StandIn:
+    """A tracker that keeps what it is given, waits at `gate` before each row, and raises at some rows."""
+
+    key, name, where, problem = "stand_in", "Stand-in", "here", ""
+
+    def import_library(self) -> None: ...
+
+    def __init__(self, fails_at: int = 0, refused: Exception | None = None) -> None:
+        self.fails_at, self.refused = fails_at, refused
+        self.calls: list[tuple[str, Any]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.is_abandoned = False
+
+    def start(self) -> None:
+        self.gate.wait()
+        if self.refused is not None:
+            raise self.refused
+
+    def write(self, step: int, numbers: Mapping[str, float], loads: Mapping[str, Sequence[int]]) -> None:
+        self.gate.wait()
+        if step == self.fails_at:
+            raise OSError(28, "No space left on device")
+        self.calls.append(("write", step))
+
+    def samples(self, step: int, samples: Sequence[Sequence[str]]) -> None:
+        self.calls.append(("samples", samples))
+
+    def alert(self, step: int, finding: Mapping[str, Any]) -> None:
+        self.calls.append(("alert", finding["rule"]))
+
+    def rewind(self, step: int) -> None:
+        self.calls.append(("rewind", step))
+
+    def update(self, config: Config) -> None:
+        self.calls.append(("update", config.name))
+
+    def finish(self, exit_code: int) -> None:
+        self.calls.append(("finish", exit_code))
+
+    def abandon(self) -> None:
+        self.is_abandoned = True
+
+
+def written(run_dir: Path, queued: QueuedTracker, steps: int) -> list[int]:
+    """The steps in metrics.jsonl after a run of so many was recorded, with this tracker beside the file."""
+    with Recorder(run_dir, mirror=Trackers([queued])) as recorder:
+        for step in range(1, steps + 1):
+            recorder.write("step", step, loss=1.0)
+    return [record["step"] for record in records.read(run_dir / "metrics.jsonl")]
+
+
+def test_records_reach_a_tracker_in_their_order(tmp_path: Path) -> None:
+    tracker = StandIn()
+    queued = QueuedTracker(tracker)
+    queued.start()
+    mirror = Trackers([queued])
+    mirror.update(Config(name="run"))
+    with Recorder(tmp_path, mirror=mirror) as recorder:
+        recorder.write("step", 1, loss=1.0)
+        recorder.write("event", 1, event="saved")
+        recorder.write("finding", 1, **FINDING)
+        recorder.write("step", 2, loss=1.0)
+        recorder.write("sample", 2, samples=[["a", "b"]])
+        recorder.rewind(1)
+        recorder.write("step", 2, loss=0.5)
+    assert tracker.calls == [
+        ("update", "run"), ("write", 1), ("alert", "divergence"), ("write", 2), ("samples", [["a", "b"]]),
+        ("rewind", 1), ("write", 2), ("finish", 0),
+    ]  # fmt: skip
+    assert mirror.shown() == [("Stand-in", "here")]
+
+
+def test_a_tracker_that_fails_is_told_of_once_and_left_out(tmp_path: Path) -> None:
+    tracker = StandIn(fails_at=3)
+    queued = QueuedTracker(tracker)
+    queued.start()
+    with Recorder(tmp_path, mirror=Trackers([queued])) as recorder:
+        for step in range(1, 6):
+            recorder.write("step", step, loss=1.0)
+        queued._thread.join()
+        assert recorder.mirror is not None
+        text = "Stand-in is left out from here on: [Errno 28] No space left on device"
+        assert recorder.mirror.problems() == [("stand_in", text)]
+        for step in range(6, 9):
+            recorder.write("step", step, loss=1.0)
+        assert recorder.mirror.problems() == []
+    assert [record["step"] for record in records.read(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+    assert tracker.calls == [("write", 1), ("write", 2)]
+    assert tracker.is_abandoned
+
+
+def test_a_tracker_that_blocks_gets_what_waits_up_to_a_bound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = StandIn()
+    queued = QueuedTracker(tracker, most_rows=4)
+    queued.start()
+    tracker.gate.clear()
+    with Recorder(tmp_path, mirror=Trackers([queued])) as recorder:
+        recorder.write("step", 1, loss=1.0)
+        while queued._calls.qsize():  # until the tracker is at its first row
+            time.sleep(0.001)
+        for step in range(2, 11):
+            recorder.write("step", step, loss=1.0)  # nothing that would end this wait comes from elsewhere
+        recorder.rewind(9)
+        assert recorder.mirror is not None
+        ((_, text),) = recorder.mirror.problems()
+        assert text == "Stand-in does not keep up: rows are left out there; metrics.jsonl has them all"
+        tracker.gate.set()
+    steps = [*range(1, 6)]
+    assert tracker.calls == [*(("write", step) for step in steps), ("rewind", 9), ("finish", 0)]
+    assert capsys.readouterr().err == "p828: Stand-in did not keep up: 5 rows are missing there\n"
+
+
+def test_a_tracker_that_never_answers_does_not_keep_a_run_from_ending(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = StandIn()
+    queued = QueuedTracker(tracker, finish_within=0.2)
+    queued.start()
+    tracker.gate.clear()
+    assert written(tmp_path, queued, 3) == [1, 2, 3]
+    assert "Stand-in does not answer and is left as it is" in capsys.readouterr().err
+    assert tracker.is_abandoned
+    tracker.gate.set()
+
+
+def test_an_interrupt_at_the_end_leaves_a_tracker_that_never_answers(tmp_path: Path) -> None:
+    tracker = StandIn()
+    queued = QueuedTracker(tracker)
+    queued.start()
+    tracker.gate.clear()
+    queued.write("step", 1, {"loss": 1.0})
+    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        Trackers([queued]).finish(0)
+    assert tracker.is_abandoned
+    tracker.gate.set()
+
+
+def test_a_tracker_that_does_not_start_in_time_gets_its_rows_later(tmp_path: Path) -> None:
+    tracker = StandIn()
+    tracker.gate.clear()
+    queued = QueuedTracker(tracker)
+    queued.start(within=0.1)
+    (text,) = queued.problems()
+    assert text.startswith("Stand-in has not started in 0.1 seconds")
+    threading.Timer(0.1, tracker.gate.set).start()
+    assert written(tmp_path, queued, 3) == [1, 2, 3]
+    assert tracker.calls == [("write", 1), ("write", 2), ("write", 3), ("finish", 0)]
+
+
+def test_what_the_user_has_to_mend_ends_the_start_and_other_errors_do_not(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no key"):
+        QueuedTracker(StandIn(refused=ConfigError("no key"))).start()
+    queued = QueuedTracker(StandIn(refused=RuntimeError("its database is locked")))
+    queued.start()
+    assert queued.problems() == ["Stand-in does not start, and is left out: its database is locked"]
+    assert written(tmp_path, queued, 2) == [1, 2]
+
+
+def test_a_tracker_that_is_refused_late_is_told_of(tmp_path: Path) -> None:
+    tracker = StandIn(refused=ConfigError("no key"))
+    tracker.gate.clear()
+    queued = QueuedTracker(tracker)
+    queued.start(within=0.1)
+    tracker.gate.set()
+    queued._thread.join()
+    assert queued.problems()[1:] == ["Stand-in does not start: no key"]
+    assert written(tmp_path, queued, 2) == [1, 2]
+
+
+def test_trackers_that_have_started_are_finished_where_another_one_is_refused() -> None:
+    first, second = StandIn(), StandIn(refused=ConfigError("no key"))
+    with pytest.raises(ConfigError, match="no key"):
+        Trackers([QueuedTracker(first), QueuedTracker(second)]).start(lambda text: None)
+    assert first.calls == [("finish", 1)]
+
+
+def test_numbers_are_grouped() -> None:
+    values: dict[str, Any] = {
+        "loss": 2.0, "mfu": None, "tokens_per_second": 10, "rank_memory_bytes": [5, 6], "load": [[1, 2]],
+        "balance": [0.5, 0.25], "sink_mean": [0.1], "grad_norms": dict.fromkeys(PARTS[:2], 1.0),
+        "low_bits": {"head": 0.5}, "rows": "0a",
+        "source_tokens": {"web": 7}, "aux_loss": 0.5, "loss_of_tomorrow": 3.0,
+    }  # fmt: skip
+    assert panels("step", values) == {
+        "train/loss": 2.0, "perf/tokens_per_second": 10, "perf/rank_memory_bytes/rank_0": 5,
+        "perf/rank_memory_bytes/rank_1": 6, "moe/balance": 0.25, "moe/balance/layer_0": 0.5,
+        "moe/balance/layer_1": 0.25, "health/sink_mean/layer_0": 0.1, "health/grad_norms/embedding": 1.0,
+        "health/grad_norms/attention": 1.0, "health/low_bits/head": 0.5,
+        "train/source_tokens/web": 7, "moe/aux_loss": 0.5, "train/loss_of_tomorrow": 3.0,
+    }  # fmt: skip
+    assert panels("eval", {"loss": 1.0, "best": True}) == {"val/loss": 1.0, "val/best": 1}
+    assert panels("probe", {"future_leak": 0.0}) == {"health/future_leak": 0.0}
+    assert panels("tasks", {"results": {"letters": {"acc": 0.5}}}) == {"val/letters/acc": 0.5}
+    assert panels("step", {"bias_max": [None, 1.0]}) == {"moe/bias_max": 1.0, "moe/bias_max/layer_1": 1.0}
+
+
+def run(tmp_path: Path, *flags: str) -> str:
+    code, said, error = p828("train", "tiny.toml", *flags, cwd=tmp_path)
+    assert code == 0, error
+    assert "Traceback" not in error
+    return said
+
+
+Rows = dict[int, dict[str, Any]]
+"""By step and name: a number, or the list of experts' loads or of samples."""
+
+
+def recorded(run_dir: Path) -> Rows:
+    """What metrics.jsonl has, in the form in which trackers get it."""
+    found: Rows = {}
+    for record in records.read(run_dir / "metrics.jsonl"):
+        step, kind = record.pop("step"), record.pop("kind")
+        if kind in GROUPS:
+            found.setdefault(step, {}).update(panels(kind, record) | expert_loads(record))
+        elif kind == "sample":
+            found.setdefault(step, {})[SAMPLES] = record["samples"]
+    return found
+
+
+def tensorboard_rows(run_dir: Path) -> Rows:
+    """What TensorBoard shows of the run, texts as they are."""
+    from tensorboard.backend.event_processing import plugin_event_accumulator as events
+    from tensorboard.util.tensor_util import make_ndarray
+
+    every = dict.fromkeys(("scalars", "histograms", "text"), 0)
+    shown = events.EventAccumulator(str(run_dir / "tensorboard"), {events.TENSORS: 0}, every).Reload()
+    found: Rows = {}
+    for tag in shown.Tags()["tensors"]:
+        name = tag.removesuffix("/text_summary")
+        for event in shown.Tensors(tag):
+            row = found.setdefault(event.step, {})
+            assert name not in row or name == "config", "a step that came again has one value"
+            row[name] = shown_value(make_ndarray(event.tensor_proto))
+    return found
+
+
+def shown_value(tensor: Any) -> Any:
+    """A number, a text, or of a histogram the bars with something in them, by their left ends."""
+    if tensor.ndim == 2:
+        assert (tensor[:, 1] - tensor[:, 0] == 1).all()
+        return {left: count for left, _, count in tensor.tolist() if count}
+    return tensor.item() if tensor.ndim == 0 else tensor[0].decode()
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that both trackers follow, of six steps, and then of four more."""
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("trackio")
+    tmp_path = tmp_path_factory.mktemp("resumed")
+    write_toml(tmp_path, trackers={"tensorboard": True, "trackio": True}, train={"steps": 6})
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+            patch.delenv(name, raising=False)
+        patch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+        said = [run(tmp_path), run(tmp_path, "--train.steps", "10")]
+    for text in said:
+        words = " ".join(text.split())
+        assert "TensorBoard tensorboard --logdir runs" in words
+        assert 'trackio trackio show --project "p828", run tiny-' in words
+        assert "* " not in text, "what trackio prints itself"
+    return tmp_path / "runs" / "tiny"
+
+
+@pytest.mark.xdist_group("trackers")  # the two that look at one run
+def test_tensorboard_shows_what_metrics_jsonl_has_also_after_a_resume(resumed: Path) -> None:
+    shown, rows = tensorboard_rows(resumed), recorded(resumed)
+    config = shown.pop(0)["config"]
+    assert "    vocab_size = 300" in config
+    assert sorted(shown) == sorted(rows) == [*range(1, 11)]
+    for step, row in rows.items():
+        for prompt, continuation in row.pop(SAMPLES, ()):
+            first = (continuation.splitlines() or [""])[0]
+            assert shown[step].pop(SAMPLES).startswith(f"Prompt\n\n    {prompt}\n\nContinuation\n\n    {first}")
+        assert shown[step].keys() == row.keys()
+        for name, value in row.items():
+            if isinstance(value, list):
+                value = {expert: load for expert, load in enumerate(value) if load}
+            assert shown[step][name] == pytest.approx(value, rel=1e-6), name  # TensorBoard's are float32
+    assert len(list((resumed / "tensorboard").iterdir())) == 2
+
+
+def test_tensorboard_drops_the_steps_before_a_rewind(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from p828.train.log.tensorboard import TensorBoardTracker
+
+    queued = QueuedTracker(TensorBoardTracker(tmp_path))
+    queued.start()
+    with Recorder(tmp_path, mirror=Trackers([queued])) as recorder:
+        for step in range(1, 7):
+            recorder.write("step", step, loss=1.0 * step)
+        recorder.write("eval", 6, loss=9.0)
+        recorder.write("finding", 6, **FINDING)
+        recorder.rewind(3)
+        for step in range(4, 6):
+            recorder.write("step", step, loss=0.5 * step)
+    assert queued.problems() == []
+    losses = {step: row["train/loss"] for step, row in tensorboard_rows(tmp_path).items()}
+    assert losses == {1: 1.0, 2: 2.0, 3: 3.0, 4: 2.0, 5: 2.5}
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from p828.config import from_dict
+from p828.train.log.tracker import QueuedTracker
+from p828.train.log.trackers import Trackers, asked_for
+config = from_dict({"name": "run", "trackers": {sys.argv[2]: True}}, "test")
+queued = QueuedTracker(asked_for(Path(sys.argv[1]), config)[0])
+queued.start()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+trackers = Trackers([queued])
+for step in range(1000):
+    trackers.write("step", step, {f"number_{index}": 1.0 * step for index in range(100)})
+trackers.finish(0)
+"""
+
+
+def script(text: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "TRACKIO"))}
+    command = [sys.executable, "-c", text, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**clean, **environment})
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("tensorboard", "TensorBoard is left out from here on: [Errno 27] File too large"),
+        ("trackio", "trackio: failed to flush metric logs"),
+    ],
+)
+def test_a_tracker_that_fills_its_disk_is_told_of(tmp_path: Path, name: str, says: str) -> None:
+    pytest.importorskip(name)
+    child = script(FULL, str(tmp_path), name, TRACKIO_DIR=str(tmp_path / "trackio"))
+    assert child.returncode == 0, child.stderr
+    assert child.stderr.startswith(f"p828: {says}")
+    assert "Traceback" not in child.stderr
+
+
+def test_a_library_that_is_not_installed_is_named_before_anything_begins(tmp_path: Path) -> None:
+    for name in ("tensorboard", "trackio"):
+        block = (
+            "import sys; from pathlib import Path\n"
+            f"sys.modules[{name!r}] = None\n"
+            "from p828.config import from_dict; from p828.train.log.trackers import open_trackers\n"
+            f"config = from_dict({{'name': 'run', 'trackers': {{{name!r}: True}}}}, 'test')\n"
+            "open_trackers(Path(sys.argv[1]), config, print)"
+        )
+        child = script(block, str(tmp_path))
+        assert child.returncode == 1
+        assert f"trackers.{name} = true: " in child.stderr
+        assert "cannot be imported: " in child.stderr
+        assert f"\npip install 'p828[{name}]'" in child.stderr
+
+
+@pytest.fixture
+def trackio_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("trackio")
+    for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    return tmp_path / "trackio"
+
+
+TRACKIO_LOGS = """
+import json, sys
+from trackio.sqlite_storage import SQLiteStorage
+runs = SQLiteStorage.get_runs("p828")
+print(json.dumps([runs, SQLiteStorage.get_logs("p828", sys.argv[1])]))
+"""
+
+
+@pytest.mark.xdist_group("trackers")
+def test_trackio_goes_on_with_the_same_run(resumed: Path) -> None:
+    name = f"tiny-{(resumed / 'trackio_id').read_text().strip()}"
+    child = script(TRACKIO_LOGS, name, TRACKIO_DIR=str(resumed.parents[1] / "trackio"))
+    names, logs = json.loads(child.stdout)
+    assert names == [name]
+    shown: Rows = {}
+    for log in logs:
+        shown.setdefault(log["step"], {}).update({key: plain(log[key]) for key in log if "/" in key})
+    assert shown == recorded(resumed)
+
+
+def plain(value: Any) -> Any:
+    """trackio's histogram as its bars, and a table as its rows."""
+    if not isinstance(value, dict):
+        return value
+    if value["_type"] == "trackio.table":
+        return [list(row.values()) for row in value["_value"]]
+    assert (value["_type"], value["bins"]) == ("trackio.histogram", list(range(len(value["values"]) + 1)))
+    return value["values"]
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """The address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+SILENT_TRACKIO = """
+import sys, time
+from pathlib import Path
+from p828.config import from_dict
+from p828.train.log.tracker import QueuedTracker
+from p828.train.log.trackers import Trackers
+from p828.train.log.trackio import TrackioTracker
+config = from_dict({"name": "run", "trackers": {"trackio": True}}, "test")
+queued = QueuedTracker(TrackioTracker(Path(sys.argv[1]), config), finish_within=1)
+queued.start(within=1)
+trackers = Trackers([queued])
+started = time.monotonic()
+for step in range(3):
+    trackers.write("step", step, {"loss": 1.0})
+assert time.monotonic() - started < 1
+trackers.finish(0)
+"""
+
+
+def test_trackio_whose_server_never_answers_is_left(tmp_path: Path, trackio_home: Path, silent_server: str) -> None:
+    environment = {"TRACKIO_DIR": str(trackio_home), "TRACKIO_SERVER_URL": f"{silent_server}/?write_token=x"}
+    child = script(SILENT_TRACKIO, str(tmp_path), **environment)
+    assert child.returncode == 0, child.stderr
+    assert "trackio does not answer and is left as it is" in child.stderr
+
+
+STOPPED_WANDB = """
+import os, signal, sys
+from pathlib import Path
+import psutil
+from p828.config import Config, WandbConfig
+from p828.train.log.tracker import QueuedTracker
+from p828.train.log.trackers import Trackers
+from p828.train.log.wandb import CORE, WandbTracker
+queued = QueuedTracker(WandbTracker(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mode="offline"))),
+                       most_rows=50, finish_within=1)
+queued.start()
+(core,) = (child for child in psutil.Process().children() if child.name() == CORE)
+core.send_signal(signal.SIGSTOP)
+trackers = Trackers([queued])
+for step in range(5000):
+    trackers.write("step", step, {f"number_{index}": 1.0 for index in range(50)})
+print(queued.problems())
+trackers.finish(0)
+"""
+
+
+def test_wandb_whose_process_hangs_is_left_and_does_not_outlive_the_run(tmp_path: Path) -> None:
+    child = script(STOPPED_WANDB, str(tmp_path))
+    assert child.returncode == 0, child.stderr
+    assert "Weights & Biases does not keep up" in child.stdout
+    assert "Weights & Biases does not answer and is left as it is" in child.stderr
+    assert "Traceback" not in child.stderr
