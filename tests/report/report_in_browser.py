@@ -5,6 +5,7 @@ from typing import Any
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 WAIT_SECONDS = 60  # for a busy machine
@@ -32,6 +33,9 @@ class ReportPage:
 
     def text(self, selector: str) -> str:
         return self.browser.find_element(By.CSS_SELECTOR, selector).text
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.browser.find_elements(By.CSS_SELECTOR, selector)
 
     def drag(self, chart: str, start: int, width: int) -> None:
         """Press in a chart at `start` pixels from its middle, and release `width` pixels to the right."""

@@ -29,7 +29,7 @@ def write_run(path: Path, steps: int = STEPS, config: str = "[train]\nsteps = 60
     path.mkdir(parents=True)
     records = [step_record(step) for step in range(1, steps + 1)]
     records.append({"kind": "eval", "step": steps, "loss": 2.5})
-    records.append({"kind": "sample", "step": steps, "samples": [["Once", " upon <b>"]]})
+    records.append({"kind": "sample", "step": steps, "samples": [["Once", " upon </script><b>"]]})
     records.append(FINDING)
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (path / "config.toml").write_text(config)

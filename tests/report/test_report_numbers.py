@@ -148,10 +148,11 @@ def test_records_that_no_run_writes_are_read_all_the_same(tmp_path: Path) -> Non
         json.dumps({"kind": "step", "step": 4, "loss": [1], "grad_norms": {"head": "x"}, "balance": [], "rows": 7}),
         '{"kind": "eval", "step": 4, "loss": "NaN"}', '{"kind": "sample", "step": 4, "samples": [1, ["a"], []]}',
         '{"kind": "finding", "step": 4}', '{"kind": "event", "step": 4, "event": ["resume"]}',
+        '{"kind": "event", "step": 4, "event": "started", "command": ["x"], "versions": "x", "device": 7}',
     ]  # fmt: skip
     with (path / "metrics.jsonl").open("a") as file:
         file.writelines(line + "\n" for line in lines)
-    run = ReportedRun(path, with_rules=False)
+    run = ReportedRun(path)
     assert list(run.series.steps) == [1, 2, 3, 4]
     assert "".join(page([run]))
 
@@ -282,6 +283,7 @@ def test_a_rule_that_fails_hides_no_other_ones_findings(tmp_path: Path, monkeypa
     run = ReportedRun(write_run(tmp_path / "run"), told.append)
     run.update()
     assert [finding.rule for finding in run.findings] == ["spike"], "what the run itself found"
+    assert run.overview()["problem"].endswith(".broken failed, and is left out")
     (text,) = told
     assert "broken failed, which is a fault of p828's" in text
     assert 'raise ZeroDivisionError("of a rule")' in text

@@ -67,7 +67,8 @@ def shown(browser: webdriver.Chrome, address: str) -> Iterator[ReportPage]:
 
 def test_a_finding_leads_to_its_steps(shown: ReportPage) -> None:
     assert shown.text("#findings h2") == "1 finding"
-    assert "<img src=x onerror=alert(1)>" in shown.text(".finding")
+    assert "<img src=x onerror=alert(1)></script>" in shown.text(".finding")
+    assert shown.text("#sample-texts") == "Once upon </script><b>"
     shown.click(".finding button")
     low, high = shown.shown_range("loss")
     assert low == STEPS / 2 - 0.02 * (STEPS - 1)
@@ -134,18 +135,43 @@ def test_a_phone_scrolls_down_only(shown: ReportPage, scheme: str) -> None:
         shown.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_a_watched_run_grows(browser: webdriver.Chrome, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "live", steps=20)
-    with ReportServer([ReportedRun(run, with_rules=False)], port=0) as server:
+def test_runs_of_other_lengths_are_overlaid(browser: webdriver.Chrome, run: Path, tmp_path: Path) -> None:
+    """A long run, a short one whose name is HTML, and one that has made no step; the long one is hidden then."""
+    short, empty = write_run(tmp_path / "<b>short", steps=30), tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.toml").write_text("[train]\nsteps = 7\n")
+    path = tmp_path / "report.html"
+    runs = [ReportedRun(one, with_rules=False) for one in (run, short, empty)]
+    path.write_text("".join(page(runs)), encoding="utf-8")
+    report = ReportPage(browser)
+    report.open(path.as_uri())
+    assert report.text("#runs li:nth-child(2) strong") == "<b>short"
+    assert report.text("#runs li:nth-child(3)").endswith("empty empty, step 0 of 7")
+    assert [number.text for number in report.all(".finding .number")] == ["1", "2"]
+    assert report.shown_range("loss") == (1, STEPS)
+    report.run("const of = document.getElementById('focus'); of.value = '1'; of.dispatchEvent(new Event('change'))")
+    report.wait()
+    assert report.text("#loads h2") == "Load of each expert: <b>short"
+    report.click("#runs input")
+    assert report.shown_range("loss") == (1, 30)
+    assert report.complaints() == []
+
+
+def test_a_watched_run_grows_and_its_new_findings_are_shown(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    """Step 21 has a token id that the model has no row for."""
+    run = write_run(tmp_path / "live", steps=20, config="[train]\nsteps = 6000\n\n[model]\nvocab_size = 1024\n")
+    with ReportServer([ReportedRun(run)], port=0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
             report = ReportPage(browser)
             report.open(server.url)
             assert report.run("return page.focus.count") == 20
+            assert "token_out_of_vocabulary" not in report.text("#findings")
             with (run / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(step_record(21)) + "\n")
+                file.write(json.dumps({**step_record(21), "max_token": 5000}) + "\n")
             report.wait("page.focus.count === 21")
+            assert "step 21 has the token id 5000" in report.text("#findings")
             assert report.complaints() == []
         finally:
             server.shutdown()

@@ -43,6 +43,9 @@ def run(arguments: list[str]) -> None:
     given, set_flags = parse_given(Arguments, flags, prog="p828 report", default=Arguments(), description=DESCRIPTION)
     _check(given, set_flags, names)
     paths = [_directory(name) for name in names]
+    out = Path(given.out or f"{paths[0].resolve().name}.html")
+    if not given.watch:
+        _check_out(out)
     runs = [ReportedRun(path, warn) for path in paths]
     for one in runs:
         if one.problem:
@@ -50,7 +53,7 @@ def run(arguments: list[str]) -> None:
     if given.watch:
         _serve(runs, given.port)
     else:
-        _write(runs, Path(given.out or f"{paths[0].resolve().name}.html"))
+        _write(runs, out)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -82,13 +85,17 @@ def _directory(name: str) -> Path:
     return run_named(name)
 
 
-def _write(runs: list[ReportedRun], path: Path) -> None:
+def _check_out(path: Path) -> None:
+    """Refuse a place where no page can be written, before the records are read."""
     if path.is_dir():
         raise ConfigError(f"--out {path}: is a directory; a file is accepted, as {path / 'report.html'}")
     if not path.parent.is_dir():
         raise ConfigError(f"--out {path}: no such directory {path.parent}")
     if path.exists() and not _is_page(path):
         raise ConfigError(f"--out {path}: exists and is no HTML page; only a page is replaced")
+
+
+def _write(runs: list[ReportedRun], path: Path) -> None:
     with waiting(f"making {path}", warn):
         text = "".join(page(runs))
     try:

@@ -175,7 +175,7 @@ class ReportedRun:
             "samples": self.samples,
             "events": self.events,
             "findings": [finding.to_json() for finding in self.findings],
-            "problem": self.problem,
+            "problem": self.problem or "; ".join(f"the rule {name} failed, and is left out" for name in self._told),
             "heat_map": self.heat_map.to_json(),
             "about": about(self.path, self.started),
             "settings": settings(self.path),

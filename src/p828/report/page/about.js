@@ -11,7 +11,8 @@ function showAbout(view) {
   const about = aboutKeys.map((key) => [key, ...runs.map((run) => run.about[key] ?? "–")]);
   const parts = [
     made("h2", {}, ["Command, data and machine"]), tableOf(names, about),
-    ...(runs.length > 1 ? [made("h2", {}, ["What differs"]), tableOf(names, [["rows trained on", ...view.sameRows]]), differing.length ? tableOf(names, differing.map(rowOf)) : made("p", {}, ["No setting differs."])] : []),
+    ...(runs.length > 1 ? [made("h2", {}, ["What differs"]), tableOf(names, [["rows trained on", ...view.sameRows], ...differing.map(rowOf)])] : []),
+    ...(runs.length > 1 && !differing.length ? [made("p", {}, ["No setting differs."])] : []),
     ...runs.flatMap((run) => planOf(run, runs.length === 1)),
     ...runs.filter((run) => run.events.length).flatMap((run) => [
       made("h2", {}, [runs.length === 1 ? "Events" : `Events: ${run.name}`]),

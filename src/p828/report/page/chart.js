@@ -15,7 +15,8 @@ class Chart {
     this.isNear = this.isStale = false;
     this.plot = null;
     this.element = made("figure", { id: `chart-${about.id}` });
-    const caption = made("figcaption", {}, [about.unit ? `${about.title}, ${about.unit}` : about.title]);
+    this.title = made("span", {}, []);
+    const caption = made("figcaption", {}, [this.title]);
     const button = made("button", { type: "button", className: "csv", title: "the numbers shown here, step by step" }, ["CSV"]);
     button.addEventListener("click", () => saveChart(this));
     caption.append(button);
@@ -39,6 +40,9 @@ class Chart {
 
   // Is there only where it has something to show; what it shows may be of another view from now on.
   settle() {
+    const { title, unit, of } = this.about;
+    const text = unit ? `${title}, ${unit}` : title;
+    this.title.textContent = of === "focus" ? this.view.named(text) : text;
     this.isStale = true;
     this.element.hidden = !this.columns(this.runs()).length;
   }

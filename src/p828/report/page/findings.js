@@ -4,7 +4,8 @@
 function showFindings(view) {
   const place = document.getElementById("findings");
   const all = view.runs.flatMap((run) => run.findings.map((finding) => ({ run, finding })));
-  const heading = all.length ? `${all.length} ${all.length === 1 ? "finding" : "findings"}` : "No finding";
+  const none = view.runs.some((run) => run.count) ? "No finding" : "No step yet";
+  const heading = all.length ? `${all.length} ${all.length === 1 ? "finding" : "findings"}` : none;
   const isOne = view.runs.length === 1;
   const problems = view.runs.filter((run) => run.problem).map((run) => made("p", { className: "problem" }, [`${run.name}: ${run.problem}`]));
   place.replaceChildren(made("h2", {}, [heading]), ...problems, ...all.map((one) => findingOf(view, one, isOne)));

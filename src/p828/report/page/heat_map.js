@@ -19,6 +19,7 @@ class HeatMap {
   draw() {
     const map = this.view.focus.heat_map;
     document.getElementById("loads").hidden = !map;
+    document.querySelector("#loads h2").textContent = this.view.named("Load of each expert");
     if (!map) return;
     map.bytes ??= bytesOf(map.shares);
     this.offerLayers(map.layers);

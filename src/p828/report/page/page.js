@@ -35,6 +35,11 @@ class View {
     this.focus = this.runs[this.focus?.number ?? 0];
   }
 
+  // The title of what is of the run in focus only.
+  named(title) {
+    return this.runs.length > 1 ? `${title}: ${this.focus.name}` : title;
+  }
+
   visible() {
     return this.runs.filter((run) => !this.hidden.has(run.number));
   }
@@ -42,7 +47,9 @@ class View {
   // From where to where the charts reach.
   shown() {
     if (this.range) return this.range;
-    const extents = this.visible().map((run) => run.extent(this.axis));
+    const begun = this.visible().filter((run) => run.count);
+    if (!begun.length) return [0, 1];
+    const extents = begun.map((run) => run.extent(this.axis));
     const from = Math.min(...extents.map(([first]) => first)), to = Math.max(...extents.map(([, last]) => last));
     return to > from ? [from, to] : [from - 0.5, from + 0.5];
   }

@@ -5,6 +5,7 @@ function showSamples(view) {
   const { samples } = view.focus;
   const slider = document.getElementById("sample-step");
   document.getElementById("samples").hidden = !samples.length;
+  document.querySelector("#samples h2").textContent = view.named("Samples");
   if (!samples.length) return;
   const isNew = slider.dataset.run !== String(view.focus.number) || slider.value === slider.max;
   Object.assign(slider, { max: samples.length - 1 });
