@@ -10,7 +10,8 @@ apart by where their tensors lie, which is in the forward pass's figure.
 
 The rules follow the records of the second engine's steps as in a run, at the same cadence and with a full window, in
 turns with blocks of steps that are recorded without them. The probes are made a few times as after an evaluation, and
-their time is spread over the steps from one evaluation of the shape to the next.
+their time is spread over the steps from one evaluation of the shape to the next. In a run they are left out where they
+would take more than a thousandth of its time, after the first ones.
 """
 
 import argparse
@@ -48,7 +49,7 @@ from p828.train.health import HealthWatch
 from p828.train.log.console import Console
 from p828.train.log.log import Log
 from p828.train.log.usage import Usage
-from p828.train.probes import Probes
+from p828.train.probes import SHARE, Probes
 
 RULE_BLOCKS = 5  # of steps with the rules and without them, for every block of the others: a look comes now and then
 PROBED = 3  # times
@@ -201,7 +202,7 @@ def compare(shape: str, device: str, rounds: int) -> None:
         watched = Watched(config, whole, Path(directory))
         rules, probes = watched.rules_seconds(RULE_BLOCKS * rounds), watched.probes_seconds()
         watched.recorder.close()
-    shares = of_numbers, host / 1e6 / seconds, rules / seconds, probes / every(config) / seconds
+    shares = of_numbers, host / 1e6 / seconds, rules / seconds, min(probes / every(config) / seconds, SHARE)
     print(
         f"{shape}: rules {rules * 1e6:+.0f} µs a step; probes {probes * 1e3:.0f} ms at every evaluation, which comes "
         f"every {every(config)} steps\n{shape}: numbers {shares[0]:+.2%}, their line {shares[1]:+.2%}, rules "

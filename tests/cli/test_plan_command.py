@@ -71,6 +71,20 @@ def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(plan["parameters"]["by_part"].values()) == plan["parameters"]["total"]
 
 
+def test_hosts_that_each_have_a_replica(capsys: pytest.CaptureFixture[str]) -> None:
+    """Memory is that of one host's GPUs, and hosts send the same at each stage."""
+    flags = ("800m", "--gpus", "16", "--hosts", "2", "--engine", "sharded")
+    over_all, within = (
+        json.loads(shown(capsys, *flags, "--sharded.shard-within", name, "--json"))["engines"][1:]
+        for name in ("all", "host")
+    )
+    assert [engine["shards"] for engine in (*over_all, *within)] == [16] * 3 + [8] * 3
+    moments = [[engine["memory_bytes"]["moments"] for engine in engines] for engines in (over_all, within)]
+    assert moments[1] == [pytest.approx(2 * size, rel=0.01) for size in moments[0]]
+    assert len({engine["host_link_bytes_a_step"] for engine in within}) == 1
+    assert "that share a replica" in shown(capsys, *flags)
+
+
 def test_a_rate_outside_the_fit_is_not_in_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--optimizer.learning-rate" not in shown(capsys, "quickstart")
     assert "--optimizer.learning-rate" not in shown(capsys, "800m")
@@ -131,6 +145,7 @@ def test_a_run_s_measured_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (("800m", "--gpu", "h10"), r"--gpu h10; did you mean h100\?"),
         (("800m", "--gpus", "0"), "--gpus 0: a whole number from 1 is accepted"),
+        (("800m", "--gpus", "8", "--hosts", "3"), "--hosts 3: a whole number that divides --gpus 8 is accepted"),
         (("800m", "--mfu", "47"), r"--mfu 47.0: a share between 0 and 1 is accepted"),
         (("800m", "--gpu-hour-price", "-1"), "--gpu-hour-price -1.0: a number of at least 0"),
         (("800m", "--gpus", "2", "--engine", "plain"), "--engine plain trains on one GPU, not 2"),

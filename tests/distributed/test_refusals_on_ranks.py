@@ -50,6 +50,7 @@ def test_missing_data(config: Path, tmp_path: Path) -> None:
     [
         (("--engine", "plain"), 'engine = "plain" trains on one device, and 2 processes were started: '),
         (("--engine", "sharded", "--deepspeed.offload-optimizer", "cpu"), 'accepted with engine = "deepspeed"'),
+        (("--optimizer.moment-dtype", "bfloat16"), 'optimizer.moment_dtype = "bfloat16": accepted in bfloat16 runs'),
     ],
 )
 def test_what_cannot_be_done_on_several_processes(

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from p828.config import Config, TrackersConfig, load
 from p828.doctor.network import check_network, problem_at
 from p828.doctor.trackers import check_trackers
+from p828.doctor.versions import _extras
 
 released = threading.Event()
 
@@ -143,7 +144,9 @@ def test_trackers_that_are_asked_for_and_not_there_fail_with_what_to_do(monkeypa
     assert check_trackers(None) == check_trackers(with_trackers()) == []
     for name in ("tensorboard", "trackio"):
         monkeypatch.setitem(sys.modules, name, None)
-    checks = check_trackers(with_trackers(tensorboard=True, trackio=True))
+    config = with_trackers(tensorboard=True, trackio=True)
+    assert _extras(config) == ["tensorboard", "trackio"], "whose versions are looked at"
+    checks = check_trackers(config)
     assert [(check.name, check.status, check.remedy) for check in checks] == [
         ("tensorboard", "failure", "pip install 'p828[tensorboard]'"),
         ("trackio", "failure", "pip install 'p828[trackio]'"),

@@ -21,6 +21,7 @@ ROW = re.compile(
     rf"\| ([^|]+?)(?:, (sharded|deepspeed) (\d) on (\d))? \| {NUMBER} \| {NUMBER} \| [^|]+ \| {NUMBER} \| {NUMBER} \|"
 )
 ROWS = [found.groups() for found in map(ROW.match, (ROOT / "docs" / "plan.md").read_text().splitlines()) if found]
+WITHOUT_RESERVED = re.compile(rf"\| \*(800m), (sharded|deepspeed) (\d) on (\d)\* \| {NUMBER} \| {NUMBER} \| ")
 WITHIN = 0.1
 
 
@@ -46,6 +47,15 @@ def test_the_documented_predictions_are_today_s_and_near_what_was_measured(
     assert job["predicted"]["reserved"] / 1e9 == pytest.approx(reserved, abs=0.006)
     assert allocated == pytest.approx(measured, rel=WITHIN)
     assert reserved == pytest.approx(measured_reserved, rel=WITHIN)
+
+
+def test_rows_without_reserved_memory(script: ModuleType) -> None:
+    rows = WITHOUT_RESERVED.findall((ROOT / "docs" / "plan.md").read_text())
+    assert len(rows) == 7
+    for name, engine, stage, ranks, allocated, measured in rows:
+        job = script.make_job(name, engine, int(stage), int(ranks), is_tiny=False)
+        assert job["predicted"]["allocated"] / 1e9 == pytest.approx(float(allocated), abs=0.006)
+        assert float(allocated) == pytest.approx(float(measured), rel=WITHIN)
 
 
 def preset(name: str) -> Config:

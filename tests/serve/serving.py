@@ -1,6 +1,7 @@
 """A server of a tiny model in this process, at a free port."""
 
 import contextlib
+import faulthandler
 import json
 import socket
 import threading
@@ -82,9 +83,17 @@ def save_tiny(directory: Path, chat: bool = True) -> Path:
 
 @contextmanager
 def serving(
-    run: Path, api_key: str = "", decoder: type[Decoder] = Decoder, hosts: Set[str] = frozenset(), **limits: Any
+    run: Path,
+    api_key: str = "",
+    decoder: type[Decoder] = Decoder,
+    hosts: Set[str] = frozenset(),
+    send_bytes: int = 0,
+    **limits: Any,
 ) -> Iterator[Served]:
-    """Nothing of any request is left when it ends, unless its decoder broke."""
+    """Nothing of any request is left when it ends, unless its decoder broke.
+
+    With `send_bytes` the system holds about as many of an answer that is not read, instead of up to megabytes.
+    """
     loaded = load_model(run, "cpu")
     tokenizer = loaded.tokenizer
     own = Limits(**{"max_running": SLOTS, "max_seconds": 120.0, **limits})
@@ -95,6 +104,8 @@ def serving(
     server = Server(build_app(service, api_key, hosts), scheduler)
     scheduler.start()
     with listen("127.0.0.1", 0) as listening:
+        if send_bytes:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)  # its connections inherit it
         address = url(listening)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
@@ -135,8 +146,10 @@ def rest_of(connection: socket.socket) -> bytes:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    """For what another thread does soon."""
+    """For what another thread does soon; where it does not, standard error says what all threads are at."""
     end = time.monotonic() + SECONDS
     while not holds():
-        assert time.monotonic() < end
+        if time.monotonic() > end:
+            faulthandler.dump_traceback()
+            raise AssertionError(f"still not so after {SECONDS} seconds")
         time.sleep(0.001)

@@ -192,12 +192,16 @@ def test_what_is_not_done_when_the_grace_is_over_is_told(held: Served, monkeypat
 def test_who_does_not_read_is_cut_off_at_the_end(
     chat_run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_stream: bool
 ) -> None:
-    """An answer that is too long for the system's buffers, and a stream of many answers with their likeliest tokens."""
+    """An answer that is too long for the system's buffers, and a stream of many answers with their likeliest tokens.
+
+    The buffers are small, so that no long answer has to be made: on a busy machine that took more than a minute.
+    """
     monkeypatch.setattr(server, "GRACE_SECONDS", 0.3)
     monkeypatch.setattr(server, "CLOSING_SECONDS", 0.3)
-    stream = {"prompt": "the cat", "n": 128, "max_tokens": 120, "logprobs": 20, "stream": True}
-    path, fields = ("/v1/completions", stream) if is_stream else ("/tokenize", LONG)
-    with serving(chat_run) as own:
+    stream = {"prompt": "the cat", "n": 16, "max_tokens": 120, "logprobs": 20, "stream": True}
+    whole = {"prompt": "q" * 150_000, "return_token_strs": True}
+    path, fields = ("/v1/completions", stream) if is_stream else ("/tokenize", whole)
+    with serving(chat_run, send_bytes=2**15) as own:
         stuck = asking(own, path, **fields)
         assert stuck.recv(100).startswith(b"HTTP/1.1 200")
         wait_until(lambda: any(one.flow.write_paused for one in list(own.server.server_state.connections)))

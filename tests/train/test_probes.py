@@ -253,3 +253,13 @@ def test_validation_rows_that_are_trained_on(tmp_path: Path, rows: int) -> None:
     given = [stream[start : start + LENGTH + 1] for start in range(0, len(stream) - LENGTH, LENGTH)]
     trial.batches.append(make_batch([Sample(one, np.zeros(LENGTH + 1, np.int32)) for one in given], True))
     assert trial.numbers()["validation_overlap"] == rows / 3
+
+
+def test_later_probes_take_a_thousandth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p828.train.probes.FIRST", 2)
+    trial = Trial(tmp_path)
+    for step in (1, 2, 3):
+        trial.probes.run(step)
+    trial.probes._next = 0.0  # the time has come
+    trial.probes.run(4)
+    assert [line["step"] for line in records.read(trial.path / "metrics.jsonl")] == [1, 2, 4]

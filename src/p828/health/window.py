@@ -134,7 +134,7 @@ class Window:
             self.non_finite.append(step)
             self.num_non_finite += 1
             self._keep_odd(record)
-        elif not all(math.isfinite(x) for name in BY_PART for x in parts_of(record, name).values()):
+        elif any(name in record and not _are_finite(parts_of(record, name)) for name in BY_PART):
             self._keep_odd(record)
         if step - 1 in self.facts.mixture_steps:
             self.mixture_step = step - 1
@@ -185,3 +185,7 @@ def parts_of(record: Record, name: str) -> dict[str, float]:
     if not isinstance(values, dict):
         return {}
     return {part: found for part, value in values.items() if (found := records.number(value)) is not None}
+
+
+def _are_finite(parts: Mapping[str, float]) -> bool:
+    return all(map(math.isfinite, parts.values()))

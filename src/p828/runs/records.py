@@ -34,7 +34,6 @@ PIECE = 2**20  # bytes
 LONGEST_LINE = 16 * 2**20  # bytes; a step of a thousand layers of a thousand experts takes half of it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)  # a full disk, or one that fails for now
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-NON_FINITE_NAMES = (b'"NaN"', b'Infinity"')
 REPEATED_KINDS = ("step", "eval", "probe", "tasks", "sample")  # kinds that a resumed run writes again
 
 
@@ -254,7 +253,7 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     """The record in a line; None if the line is no record."""
     try:
         record = json.loads(line)
-        may_have = any(name in line for name in NON_FINITE_NAMES)  # most lines have none, and stay as they are
+        may_have = b'"NaN"' in line or b'Infinity"' in line  # most lines have none, and stay as they are
         if may_have and isinstance(record, dict) and record.get("kind") != "sample":  # of text, which may be "NaN"
             record = _decode(record)
     except (ValueError, RecursionError):

@@ -37,9 +37,7 @@ from p828.engine.interface import Engine
 from p828.engine.plain import PlainEngine
 from p828.engine.sharded.engine import ShardedEngine
 from p828.engine.sharded.mesh import shards_of
-from p828.errors import ConfigError
 from p828.health.facts import Facts
-from p828.inference.answer import prompt_ids
 from p828.inference.tasks.tasks import Tasks, open_all
 from p828.interchange.fit import check_shapes
 from p828.interchange.origin import Origin
@@ -52,8 +50,8 @@ from p828.runs.records import Recorder
 from p828.runs.train_state import TrainState
 from p828.system.device import check_room, make_deterministic, pick_device
 from p828.train.checkpointing import Checkpointing
-from p828.train.engine_choice import for_processes, with_fitting_stage
-from p828.train.evaluation import Evaluator
+from p828.train.engine_choice import check_precision, for_processes, with_fitting_stage
+from p828.train.evaluation import Evaluator, check_prompts
 from p828.train.fetch import Fetcher
 from p828.train.health import HealthWatch
 from p828.train.init_from import load_weights, origin_of, take_tokenizer
@@ -88,6 +86,7 @@ def train(config: Config) -> None:
             config, line = with_fitting_stage(config, ranks)
             report(line)
         with ranks.raise_together():
+            check_precision(config)
             settings = check_deepspeed(config, ranks) if config.engine == "deepspeed" else None
         if config.engine == "sharded":
             shards_of(config.sharded, ranks)  # which refuses hosts that differ
@@ -202,7 +201,7 @@ def _open_inputs(config: Config, ranks: ProcessGroup, outputs: _Outputs, tasks: 
             check_shapes(config, origin.config.model)
         if outputs.trackers is not None:
             outputs.trackers.update(config)
-        _check_prompts(config, tokenizer)
+        check_prompts(config.evaluation, tokenizer, config.model.max_position_embeddings, _is_chat(config))
         rules: list[bool | None] = []
         if run.newest is not None:
             with checkpoint.opened(run.newest, names=()) as saved:
@@ -393,15 +392,3 @@ def _tokenizer(config: Config, console: Console) -> Tokenizer:
 def _is_chat(config: Config) -> bool:
     """Whether the run is on conversations alone, so that its prompts are messages."""
     return all(data.messages_field for data in config.data.sources)
-
-
-def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:
-    """A prompt too long for the model would otherwise end the run at its first evaluation."""
-    context = config.model.max_position_embeddings
-    for prompt in config.evaluation.prompts:
-        length = len(prompt_ids(tokenizer, prompt) if _is_chat(config) else tokenizer.encode(prompt))
-        if length >= context:
-            raise ConfigError(
-                f"evaluation.prompts: {prompt[:40]!r} has {length} tokens: "
-                f"fewer than model.max_position_embeddings = {context} are accepted"
-            )

@@ -1,4 +1,4 @@
-"""The engine and the ZeRO stage of a run that several processes were started for without naming one."""
+"""The engine and the ZeRO stage of a run that several processes were started for without naming one; its precision."""
 
 from dataclasses import replace
 
@@ -7,9 +7,11 @@ import torch
 from p828.config import Config, with_vocabulary
 from p828.distributed.group import ProcessGroup
 from p828.distributed.launcher import launched
+from p828.model.backend import check_widths
+from p828.optim.adamw import pick_moment_dtype
 from p828.plan.peak import peak
 from p828.plan.setup import STAGES, sharded_setup
-from p828.system.device import pick_device
+from p828.system.device import pick_device, pick_dtype
 
 
 def for_processes(config: Config) -> Config:
@@ -46,3 +48,11 @@ def fitting_stage(config: Config, ranks: int, free_bytes: int) -> tuple[int, str
 def planned_bytes(config: Config, stage: int, ranks: int) -> int:
     """Of a run on each GPU, by the plan."""
     return peak(with_vocabulary(config), sharded_setup(config, stage, ranks), config.train.micro_batch_size).total
+
+
+def check_precision(config: Config) -> None:
+    """Raises ConfigError for moments and widths that no engine takes in the run's dtype on its device."""
+    device = pick_device(config.train.device)
+    dtype = pick_dtype(config.train.dtype, device)
+    check_widths(config.model, device, dtype)
+    pick_moment_dtype(config.optimizer.moment_dtype, dtype, device)

@@ -8,8 +8,8 @@ from p828.data.batch import Batch
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.distributed.group import ProcessGroup
 from p828.engine.interface import Engine
-from p828.errors import NotFinite
-from p828.inference.answer import answer, asked
+from p828.errors import ConfigError, NotFinite
+from p828.inference.answer import answer, asked, prompt_ids
 from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
@@ -103,3 +103,14 @@ class Evaluator:
                 self.log.event("no_samples", step, text)
                 return []
         return [(prompt, completion.text) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def check_prompts(config: EvaluationConfig, tokenizer: Tokenizer, context: int, is_chat: bool) -> None:
+    """Raises ConfigError for a prompt too long for the model, which would end the run at its first evaluation."""
+    for prompt in config.prompts:
+        length = len(prompt_ids(tokenizer, prompt) if is_chat else tokenizer.encode(prompt))
+        if length >= context:
+            raise ConfigError(
+                f"evaluation.prompts: {prompt[:40]!r} has {length} tokens: "
+                f"fewer than model.max_position_embeddings = {context} are accepted"
+            )

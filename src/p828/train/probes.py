@@ -5,6 +5,7 @@ rounding if all is well. They use rows of the validation data, make forward pass
 weights, optimizer and random states as they are. All ranks make the same calls; what rank 0 finds is recorded.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,11 +25,13 @@ from p828.train.gradient_probes import auxiliary_gradient, rerouted_share
 from p828.train.log.log import Log
 
 Numbers = dict[str, float | None]
+SHARE = 0.001  # of a start's time that the probes after its first ones may take
+FIRST = 8  # probes of a start, made whatever they take
 
 
 @dataclass
 class Probes:
-    """Makes the `probe` records: at the first step of a start, and with every evaluation."""
+    """Makes the `probe` records: at the first step of a start, and with evaluations as often as their time allows."""
 
     config: Config
     validation: list[Batch]
@@ -42,6 +45,7 @@ class Probes:
         self._trained: Sequence[Batch] = ()  # this rank's micro-batches of the newest step
         self._expected: float | None = None
         self._made_at: int | None = None
+        self._made, self._next = 0, 0.0
 
     def before_step(self, batches: Sequence[Batch], targets: int) -> None:
         """Before the first step of a start: find the loss that the step should record, of this rank's `batches`.
@@ -64,10 +68,12 @@ class Probes:
             self.run(step, None if self._expected is None else abs(result.loss - self._expected))
 
     def run(self, step: int, loss_difference: float | None = None) -> None:
-        """Make the probes and record them, unless it was done after this step."""
+        """Make the probes and record them, unless it was done after this step, or takes too much of the run's time."""
         if self._made_at == step:
             return
-        self._made_at = step
+        if self._made >= FIRST and self.ranks.on_rank_0(lambda: time.monotonic() < self._next):
+            return
+        self._made_at, started = step, time.monotonic()
         batch = next((batch for batch in self.validation if batch.num_targets), self.validation[0])
         with (
             explain_out_of_memory(f"the probes of step {step}"),
@@ -82,6 +88,8 @@ class Probes:
         seen = np.any(self.ranks.all_gather_object(self.seen.seen), axis=0)
         numbers["validation_overlap"] = self.seen.share(seen)
         self.log.probe(step, {name: number for name, number in numbers.items() if number is not None})
+        self._made, ended = self._made + 1, time.monotonic()
+        self._next = ended + (ended - started) / SHARE
 
     def _leaks(self, model: Transformer, batch: Batch) -> Numbers:
         dtype, masks = self.engine.dtype, self.config.model.mask_documents

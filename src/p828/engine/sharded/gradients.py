@@ -118,12 +118,12 @@ class ShardedGradients:
     def reduce(self, number: int, is_last: bool) -> None:
         """Begin to sum a unit's gradient over ranks, if it is to be in this micro-batch, the step's last or not."""
         slot, flat = self._slots[number], self._flats[number]
+        if self._mesh.replicas > 1:  # shards that were scattered a phase ago may go on to other hosts
+            self._finish_scatters()
         if slot is not None:
             exchange = start_exchange(self._received(number, slot), flat, self._mesh)
             self._exchanges[slot] = _Exchange(number, exchange, is_last)
         elif is_last:
-            if self._mesh.replicas > 1:  # the unit before has had a phase's time
-                self._finish_scatters()
             self._scatters.append((number, start_scatter(flat, self._mesh)))
 
     def reduce_small(self) -> None:

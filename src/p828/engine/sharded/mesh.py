@@ -40,15 +40,17 @@ def mesh_of(config: ShardedConfig, ranks: ProcessGroup) -> Mesh:
     if shards == ranks.size:
         return Mesh(ranks.size, ranks.rank)
     replica, shard = divmod(ranks.rank, shards)
-    # Every rank must make every group, also those that it is not in.
-    of_shards, of_replicas = (
-        [dist.new_group(range(ranks.size)[part], timeout=ranks.timeout) for part in parts]
-        for parts in (
-            [slice(first, first + shards) for first in range(0, ranks.size, shards)],
-            [slice(first, None, shards) for first in range(shards)],
-        )
+    of_replicas = [range(first, first + shards) for first in range(0, ranks.size, shards)]
+    of_shards = [range(first, ranks.size, shards) for first in range(shards)]
+    return Mesh(
+        shards, shard, ranks.size // shards, replica, _own_group(of_replicas, ranks), _own_group(of_shards, ranks)
     )
-    return Mesh(shards, shard, ranks.size // shards, replica, of_shards[replica], of_replicas[shard])
+
+
+def _own_group(members: Sequence[range], ranks: ProcessGroup) -> dist.ProcessGroup:
+    """A group for each of `members`, which every rank must make, and of these this rank's."""
+    groups = [dist.new_group(list(one), timeout=ranks.timeout) for one in members]
+    return next(group for one, group in zip(members, groups, strict=True) if ranks.rank in one)
 
 
 def shards_of(config: ShardedConfig, ranks: ProcessGroup) -> int:
