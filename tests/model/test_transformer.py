@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oracles import BFLOAT16, assert_near
+from oracles import BFLOAT16, FLOAT32, assert_near
 from p828.model.loss import linear_cross_entropy
 from p828.model.transformer import Transformer, document_bounds
 from tiny import tiny_model
@@ -24,6 +24,18 @@ def loss_and_gradients(model: Transformer, tokens: Tensor) -> list[Tensor]:
     gradients = [p.grad for p in model.parameters()]
     assert all(gradient is not None for gradient in gradients)
     return [loss.detach(), output.router.loads_LE, *(g.clone() for g in gradients if g is not None)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "flash"])
+def test_compiled_layers_have_the_gradients_of_plain_ones(backend: str) -> None:
+    """Some versions of PyTorch lose the gradients of a compiled function, without an error."""
+    model = tiny_model(attention_backend=backend, use_qk_norm=True, n_shared_experts=1)
+    tokens = torch.randint(97, (2, 8))
+    plain = loss_and_gradients(model, tokens)
+    for layer in model.layers:
+        layer.compile(backend="aot_eager")
+    for actual, expected in zip(loss_and_gradients(model, tokens), plain, strict=True):
+        assert_near(actual, expected, FLOAT32)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -33,7 +33,9 @@ class FlashAttentionCPU(torch.autograd.Function):
         )
         if sinks_N is not None:
             lse_BNS, shrink_BNS = _join(lse_BNS, sinks_N[:, None])
-            out_BNSD = (out_BNSD * shrink_BNS[..., None]).to(out_BNSD.dtype)
+            shrunk_BNSD = out_BNSD * shrink_BNS[..., None]
+            # PyTorch 2.11 gives a compiled function that returns an unchanged `to` of a tensor gradients of 0.
+            out_BNSD = shrunk_BNSD if shrunk_BNSD.dtype == out_BNSD.dtype else shrunk_BNSD.to(out_BNSD.dtype)
         ctx.save_for_backward(q_BNSD, k_BGSD, v_BGSD, sinks_N, out_BNSD, lse_BNS, mask_B1SS)
         return out_BNSD
 

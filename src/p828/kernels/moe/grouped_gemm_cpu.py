@@ -28,10 +28,6 @@ class GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x_RA: Tensor, weight_EBA: Tensor, loads: list[int]) -> Tensor:
         ctx.save_for_backward(x_RA, weight_EBA)
         ctx.loads = loads
-        if torch.compiler.is_compiling():
-            # With PyTorch 2.11 a compiled function that writes in place in its forward pass gets a wrong gradient
-            # (https://github.com/pytorch/pytorch/issues/180642).
-            return torch.cat([x @ weight_BA.T for x, weight_BA in zip(x_RA.split(loads), weight_EBA, strict=True)])
         y_RB = x_RA.new_empty(len(x_RA), weight_EBA.shape[1])
         for x, weight_BA, y in zip(x_RA.split(loads), weight_EBA, y_RB.split(loads), strict=True):
             torch.mm(x, weight_BA.T, out=y)
