@@ -158,6 +158,13 @@ def test_a_cause_hides_what_follows_from_it() -> None:
     assert all(rule not in consequences for rule, consequences in CONSEQUENCES.items())
 
 
+def test_what_is_worse_than_its_cause_is_not_hidden() -> None:
+    """One step is not finite, which p828 leaves out; the loss rises for good a hundred steps later."""
+    records = changed(FAULTS["spike_unrecovered"][0], 30, lambda r: skipped(r, loss=NAN) if r["step"] == 30 else r)
+    named = [(finding.severity, finding.rule) for finding in found(records)]
+    assert named == [("critical", "spike_unrecovered"), ("warning", "non_finite")]
+
+
 @pytest.mark.parametrize("rise, expected", [(0.1, []), (2.0, ["spike"])])
 def test_a_spike_that_comes_back_is_a_note(rise: float, expected: list[str]) -> None:
     records = steps(lambda r: {"loss": loss(r["step"]) + rise} if r["step"] < 153 else {}, 150)

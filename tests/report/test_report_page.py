@@ -12,6 +12,7 @@ from report_in_browser import ReportPage
 from reported_runs import STEPS, step_record, write_run
 from selenium import webdriver
 
+from p828.report.buckets import BUCKETS
 from p828.report.page import page
 from p828.report.run import ReportedRun
 from p828.report.watch import ReportServer
@@ -110,6 +111,17 @@ def test_csv_has_the_records_numbers(shown: ReportPage) -> None:
     assert float(loss) == pytest.approx(step_record(int(step))["loss"], rel=1e-6)
 
 
+def test_csv_has_the_validation_losses(shown: ReportPage) -> None:
+    shown.run("save = (name, pieces) => { window.saved = pieces.join('') }")
+    for button in ("#chart-loss .csv", "#csv"):
+        shown.run("window.saved = null")
+        shown.click(button)
+        shown.wait("window.saved")
+        head, *lines = shown.run("return window.saved").splitlines()
+        assert head.endswith(",validation_loss")
+        assert [line.rpartition(",")[2] for line in lines] == [""] * (STEPS - 1) + ["2.5"]
+
+
 def test_the_heat_map_tells_an_experts_load(shown: ReportPage) -> None:
     """Four fifths down is expert 2 of 4 of layer 1, whose load is even; a sixteenth down expert 0 of layer 0."""
     told = []
@@ -136,8 +148,8 @@ def test_a_phone_scrolls_down_only(shown: ReportPage, scheme: str) -> None:
 
 
 def test_runs_of_other_lengths_are_overlaid(browser: webdriver.Chrome, run: Path, tmp_path: Path) -> None:
-    """A long run, a short one whose name is HTML, and one that has made no step; the long one is hidden then."""
-    short, empty = write_run(tmp_path / "<b>short", steps=30), tmp_path / "empty"
+    """A long run, a short one whose name is HTML, and one of a long name and no step; the long run is hidden then."""
+    short, empty = write_run(tmp_path / "<b>short", steps=30), tmp_path / f"{'long_' * 20}empty"
     empty.mkdir()
     (empty / "config.toml").write_text("[train]\nsteps = 7\n")
     path = tmp_path / "report.html"
@@ -146,7 +158,8 @@ def test_runs_of_other_lengths_are_overlaid(browser: webdriver.Chrome, run: Path
     report = ReportPage(browser)
     report.open(path.as_uri())
     assert report.text("#runs li:nth-child(2) strong") == "<b>short"
-    assert report.text("#runs li:nth-child(3)").endswith("empty empty, step 0 of 7")
+    assert report.text("#runs li:nth-child(3)").endswith("_empty empty, step 0 of 7")
+    assert report.run("return document.documentElement.scrollWidth <= innerWidth")
     assert [number.text for number in report.all(".finding .number")] == ["1", "2"]
     assert report.shown_range("loss") == (1, STEPS)
     report.run("const of = document.getElementById('focus'); of.value = '1'; of.dispatchEvent(new Event('change'))")
@@ -155,6 +168,25 @@ def test_runs_of_other_lengths_are_overlaid(browser: webdriver.Chrome, run: Path
     report.click("#runs input")
     assert report.shown_range("loss") == (1, 30)
     assert report.complaints() == []
+
+
+def test_steps_of_a_source_of_any_name_are_fetched(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    run, count = write_run(tmp_path / "mixed", steps=0), 2 * BUCKETS + 1
+    lines = (json.dumps({**step_record(step), "source_tokens": {"50%/a?b#c": step}}) for step in range(1, count + 1))
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with ReportServer([ReportedRun(run, with_rules=False)], port=0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            report = ReportPage(browser)
+            report.open(server.url)
+            report.run("page.range = [50, 60]; page.charts.find((one) => one.about.id === 'sources').draw()")
+            script = "page.charts.find((one) => one.about.id === 'sources').plot.data[1].includes(55)"
+            report.wait(script)
+            assert report.complaints() == []
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_watched_run_grows_and_its_new_findings_are_shown(browser: webdriver.Chrome, tmp_path: Path) -> None:
@@ -168,10 +200,15 @@ def test_a_watched_run_grows_and_its_new_findings_are_shown(browser: webdriver.C
             report.open(server.url)
             assert report.run("return page.focus.count") == 20
             assert "token_out_of_vocabulary" not in report.text("#findings")
+            report.click("#chart-loss .u-series:nth-child(2) th")
+            report.click("#about summary")
             with (run / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({**step_record(21), "max_token": 5000}) + "\n")
             report.wait("page.focus.count === 21")
             assert "step 21 has the token id 5000" in report.text("#findings")
+            assert report.run("return document.activeElement.textContent").endswith(" settings")
+            assert report.run("return document.querySelector('#about details').open")
+            assert report.run("return page.charts[0].plot.series.map(({ show }) => show)")[:3] == [True, False, True]
             assert report.complaints() == []
         finally:
             server.shutdown()

@@ -121,11 +121,15 @@ def examine(window: Window, failed: dict[str, Exception] | None = None) -> list[
 def ordered(findings: Iterable[Finding]) -> list[Finding]:
     """The most probable cause first: by severity, then in the order of `CONSEQUENCES`, then by the first step.
 
-    A note hides nothing: what it tells of is no cause of anything worse.
+    A note hides nothing, and a warning nothing critical: what it tells of is no cause of anything worse.
     """
     found = {finding.rule: finding for finding in findings}
-    causes = (finding.rule for finding in found.values() if finding.severity != "note")
-    hidden = {rule for cause in causes for rule in CONSEQUENCES.get(cause, ())}
+    hidden = {
+        rule
+        for cause in found.values()
+        for rule in CONSEQUENCES.get(cause.rule, ())
+        if cause.severity != "note" and rule in found and not found[rule].is_worse_than(cause)
+    }
     order = {rule: number for number, rule in enumerate(CONSEQUENCES)}
     return sorted(
         (finding for rule, finding in found.items() if rule not in hidden),

@@ -59,9 +59,7 @@ def routing_of(config: ModelConfig, logits_TE: Tensor, bias_E: Tensor) -> Routin
     if config.norm_topk_prob:
         # The floor keeps a token whose chosen scores all underflow to zero from dividing by zero.
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-    if config.routed_scaling_factor != 1:
-        weights_TK = weights_TK * config.routed_scaling_factor
-    return Routing(experts_TK, weights_TK, scores_TE, logits_TE)
+    return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores_TE, logits_TE)
 
 
 def score(scoring_func: str, logits_TE: Tensor) -> Tensor:

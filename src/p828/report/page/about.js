@@ -21,7 +21,7 @@ function showAbout(view) {
     made("h2", {}, ["Configuration"]),
     made("details", {}, [made("summary", {}, [`${keys.length} settings`]), tableOf(names, keys.map(rowOf))]),
   ];
-  document.getElementById("about").replaceChildren(...parts);
+  refill(document.getElementById("about"), parts);
 }
 
 function planOf(run, isOne) {

@@ -14,6 +14,7 @@ class Chart {
     this.drawing = 0;
     this.isNear = this.isStale = false;
     this.plot = null;
+    this.off = new Set(); // labels of the curves that the reader has hidden
     this.element = made("figure", { id: `chart-${about.id}` });
     this.title = made("span", {}, []);
     const caption = made("figcaption", {}, [this.title]);
@@ -82,8 +83,9 @@ class Chart {
   line(run, label, columnNumber, runCount) {
     const isOne = runCount === 1;
     const hue = isOne && this.about.columns.length !== 1 ? columnNumber : run.number;
+    const name = isOne ? label : `${run.name}: ${label}`;
     return {
-      label: isOne ? label : `${run.name}: ${label}`, stroke: colour(`series-${hue % SERIES_COLOURS}`), width: 1.25,
+      label: name, show: !this.off.has(name), stroke: colour(`series-${hue % SERIES_COLOURS}`), width: 1.25,
       dash: isOne ? [] : DASHES[columnNumber % DASHES.length], spanGaps: true, points: { show: false },
       value: (plot, value) => short(value),
     };
@@ -95,8 +97,9 @@ class Chart {
       const known = run.evaluations.filter((one) => one.loss !== null);
       if (!known.length) continue;
       tables.push([known.map((one) => run.place(one.step, this.view.axis)), known.map((one) => this.about.points(one.loss))]);
+      const label = runs.length === 1 ? "validation" : `${run.name}: validation`;
       series.push({
-        label: runs.length === 1 ? "validation" : `${run.name}: validation`, width: 1.5, spanGaps: true,
+        label, show: !this.off.has(label), width: 1.5, spanGaps: true,
         stroke: runs.length === 1 ? colour("ink") : colour(`series-${run.number % SERIES_COLOURS}`),
         dash: [5, 4], points: { show: true, size: 6 }, value: (plot, value) => short(value),
       });
@@ -131,11 +134,18 @@ class Chart {
         bind: { dblclick: () => () => view.zoom(null) },
       },
       legend: { live: true },
-      hooks: { draw: [(plot) => drawMarks(plot, runs, view.axis, this.thresholds())], setSelect: [(plot) => this.select(plot)], setSeries: [hideBand] },
+      hooks: { draw: [(plot) => drawMarks(plot, runs, view.axis, this.thresholds())], setSelect: [(plot) => this.select(plot)], setSeries: [hideBand, (...change) => this.note(...change)] },
     };
     this.plot?.destroy();
     this.body.replaceChildren();
     this.plot = new uPlot(options, data, this.body);
+  }
+
+  // Keeps which curves are hidden for the next drawing.
+  note(plot, number, { show }) {
+    if (number === null || show === undefined) return;
+    if (show) this.off.delete(plot.series[number].label);
+    else this.off.add(plot.series[number].label);
   }
 
   select(plot) {
@@ -160,4 +170,14 @@ function made(tag, properties = {}, children = []) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
   return element;
+}
+
+// Replaces what is in an element, and leaves the focus and what is unfolded there where they were.
+function refill(element, children) {
+  const stops = () => [...element.querySelectorAll("button, input, summary")];
+  const focused = stops().indexOf(document.activeElement);
+  const open = [...element.querySelectorAll("details")].map((one) => one.open);
+  element.replaceChildren(...children);
+  element.querySelectorAll("details").forEach((one, i) => { one.open = open[i] ?? false; });
+  if (focused >= 0) stops()[focused]?.focus({ preventScroll: true });
 }

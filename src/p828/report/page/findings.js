@@ -8,7 +8,7 @@ function showFindings(view) {
   const heading = all.length ? `${all.length} ${all.length === 1 ? "finding" : "findings"}` : none;
   const isOne = view.runs.length === 1;
   const problems = view.runs.filter((run) => run.problem).map((run) => made("p", { className: "problem" }, [`${run.name}: ${run.problem}`]));
-  place.replaceChildren(made("h2", {}, [heading]), ...problems, ...all.map((one) => findingOf(view, one, isOne)));
+  refill(place, [made("h2", {}, [heading]), ...problems, ...all.map((one) => findingOf(view, one, isOne))]);
 }
 
 function findingOf(view, { run, finding }, isOne) {

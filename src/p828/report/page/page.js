@@ -118,7 +118,7 @@ function showRuns(view) {
     swatch.style.background = `var(--series-${run.number % SERIES_COLOURS})`;
     return made("li", {}, [made("label", {}, [...(view.runs.length > 1 ? [box, swatch] : []), made("strong", {}, [run.name]), ` ${text}`])]);
   });
-  document.getElementById("runs").replaceChildren(...entries);
+  refill(document.getElementById("runs"), entries);
   const focus = document.getElementById("focus");
   document.getElementById("focus-label").hidden = view.runs.length === 1;
   focus.replaceChildren(...view.runs.map((run) => made("option", { value: run.number, selected: run === view.focus }, [run.name])));

@@ -39,7 +39,7 @@ class Run {
     if (!this.details.has(name)) {
       const place = `detail/${this.number}/${name}`;
       const held = document.getElementById(place);
-      const text = held ? held.textContent : await (await fetch("/" + place)).text();
+      const text = held ? held.textContent : await (await fetch(`/detail/${this.number}/${encodeURIComponent(name)}`)).text();
       this.details.set(name, await unpacked(text, name in this.axes ? "f8" : "f4"));
     }
     return this.details.get(name);
