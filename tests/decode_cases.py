@@ -178,6 +178,7 @@ ATTENTIONS: dict[str, tuple[list[int], int, int, int, int, bool, bool]] = {
     "unequal": ([0, 1, 63, 64, 65, 199, -1, 128], 2, 2, 16, 200, True, False),
     "wide": ([5, 300], 1, 1, 96, 301, False, False),
     "padding": ([-1, -1, 70], 4, 4, 16, 72, False, True),
+    "one key head": ([40, -1], 1, 32, 128, 41, True, True),
 }
 ROUTES = [
     RouteCase(1, 96, 5, 3),

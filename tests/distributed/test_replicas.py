@@ -66,6 +66,7 @@ def test_hosts_need_the_same_number_of_ranks() -> None:
     assert ranks_of_a_host([(0, 1), (0, 1), (0, 1)]) == 1
     for places, words in (
         ([(0, 2), (1, 2), (0, 1)], "the same number of processes on every host, not with 1 and 2"),
+        ([(0, 2), (1, 2), (0, 2)], "with 2 processes on every host, not with 3 in all"),
         ([(0, 2), (0, 2), (1, 2), (1, 2)], "where processes are numbered host by host"),
         ([(0, 0), (0, 0)], "where the launcher sets LOCAL_WORLD_SIZE"),
     ):

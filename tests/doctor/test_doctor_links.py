@@ -117,7 +117,10 @@ def test_the_stage_is_that_of_the_engine_in_use(
         deepspeed=replace(config.deepspeed, stage=1 if engine == "deepspeed" else 4 - stage),
     )
     numbers = count_parameters(with_vocabulary(config).model).total
-    assert gradient_of(config, 2) == (size * numbers, 1 if is_once else config.train.gradient_accumulation)
+    expected = size * numbers, 1 if is_once else config.train.gradient_accumulation
+    assert gradient_of(config, 2) == expected
+    within_host = replace(config, sharded=replace(config.sharded, shard_within="host"))
+    assert gradient_of(within_host, 2) == expected, "sums over hosts take no link between these GPUs"
 
 
 def test_processes_sum_and_are_timed() -> None:

@@ -34,13 +34,13 @@ def gradient_of(config: Config | None, gpus: int) -> tuple[int, int]:
     """Bytes of the gradient that `gpus` GPUs reduce with the engine of `config`, and how often they do in a step.
 
     p828 sums a step's gradient in float32 up to ZeRO stage 1. From stage 2 on, and where DeepSpeed updates in main
-    memory, each micro-batch's gradient is reduced in the dtype of the layers. Raises ConfigError for a DeepSpeed file
-    that is not accepted.
+    memory, each micro-batch's gradient is reduced in the dtype of the layers, also where each host has a replica.
+    Raises ConfigError for a DeepSpeed file that is not accepted.
     """
     if config is None:
         return NOMINAL_BYTES, 1
     dtype = "float32" if config.train.dtype == "float32" else "bfloat16"  # as "auto" is on a GPU
-    is_once = config.engine == "plain" or config.sharded.stage < 2 or config.sharded.shard_within == "host"
+    is_once = config.engine == "plain" or config.sharded.stage < 2
     if config.engine == "deepspeed":
         settings = deepspeed_settings(config, dtype, gpus)
         is_once = settings.stage < 2 and not settings.offload_optimizer

@@ -6,9 +6,8 @@ The plain engine (`optim/masters.py`, `optim/adamw.py`), P numbers of matrices i
 
 and 16 bytes for each number of router, norms and sinks, which are their own float32 masters. The sharded engine keeps
 the same of a rank's shard, 1 / n of each flat unit (`plan/units.py`), n being a host's ranks where each host has a
-replica: at stage 1 all but weights and sums, at stage 2
-all but weights, at stage 3 everything; of embedding and head every rank sums whole gradients. DeepSpeed on n ranks, in
-bfloat16, with 4 P of masters and 8 P of moments:
+replica: at stage 1 all but weights and sums, at stage 2 all but weights, at stage 3 everything. Of embedding and head
+every rank sums whole gradients. DeepSpeed on n ranks, in bfloat16, with 4 P of masters and 8 P of moments:
 
     stage 0: 2 P + 12 P + 4 P of sums      stage 2: 2 P + 12 P / n + 4 P / n
     stage 1: 2 P + 12 P / n + 4 P          stage 3: (2 P + 12 P + 4 P) / n

@@ -80,6 +80,8 @@ def ranks_of_a_host(places: Sequence[tuple[int, int]]) -> int:
     if len(sizes) > 1:
         found = " and ".join(map(str, sizes))
         raise ConfigError(f"{accepted} with the same number of processes on every host, not with {found}")
+    if len(places) % sizes[0]:
+        raise ConfigError(f"{accepted} with {sizes[0]} processes on every host, not with {len(places)} in all")
     if [rank for rank, _ in places] != [rank % sizes[0] for rank in range(len(places))]:
         raise ConfigError(f"{accepted} where processes are numbered host by host, as torchrun does")
     return sizes[0]

@@ -66,7 +66,9 @@ def attention(
 
     attended = qkv_TXD, keys_SGCD, values_SGCD, slots_T, positions_T, frequencies, factor
     norms_and_sinks = q_norm_D, k_norm_D, sinks_N, eps
-    if len(qkv_TXD) <= FEW_TOKENS:
+    groups, head_dim = keys_SGCD.shape[1], keys_SGCD.shape[3]
+    sharing = qkv_TXD.shape[1] // groups - 2
+    if len(qkv_TXD) <= FEW_TOKENS and split_attention_triton.takes(sharing, head_dim):
         return split_attention_triton.attention(*attended, *norms_and_sinks, o_proj_HX)
     assert arrivals_TG is not None
     attended_TX = attention_triton.attention(*attended, *norms_and_sinks, arrivals_TG)

@@ -17,6 +17,7 @@ KEYS = 32  # of a step of a program
 MAX_SPLITS = 64
 PROGRAMS = 1056  # that the splits aim at, eight on each processor of an H100
 ROWS = 32  # of the output projection, of a program
+MOST_COLUMNS = 1024  # of theirs: a product of so many takes 64 kB of shared memory, which every device has
 WARPS = 4
 
 
@@ -66,10 +67,9 @@ def attend_split(
         result = result * shrink + tl.sum(shares[:, None] * value_block.to(tl.float32), 0)[None, :]
         highest = higher
         key_block, value_block = load_cached(key_at, value_at, now + 1, limit, d, D, KEYS)
-    of_token = token * G * M
-    at = split_values + ((of_token + head) * SPLITS + split) * D
+    at = split_values + ((token * G * M + head) * SPLITS + split) * D
     tl.store(at + d, (result / total).to(split_values.dtype.element_ty), mask=d < D)
-    at = split_bounds + (2 * (of_token + group * M) + head % M) * SPLITS + split
+    at = split_bounds + (2 * (token * G + group) * M + head % M) * SPLITS + split
     tl.store(at, highest)
     tl.store(at + M * SPLITS, total)
 
@@ -127,12 +127,17 @@ def project_splits(
     tl.store(parts + at * H + row, result, mask=row < H)
 
 
+def takes(sharing: int, head_dim: int) -> bool:
+    """Whether a program of the output projection has room for all query heads of a key head."""
+    return triton.next_power_of_2(sharing) * triton.next_power_of_2(head_dim) <= MOST_COLUMNS
+
+
 def attention(
     qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
     eps: float, o_proj_HX: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The parts (T, G, H), float32."""
+    """The parts (T, G, H), float32, of heads that `takes` accepts."""
     tokens, all_heads, head_dim = qkv_TXD.shape
     (groups, length), hidden = keys_SGCD.shape[1:3], len(o_proj_HX)
     heads = all_heads - 2 * groups
