@@ -32,6 +32,9 @@ NAN = math.nan
 STEPS = 200
 
 
+SPIKE = range(330, 333)
+
+
 def steps(change: Callable[[Record], Record], since: int = 1, of: Facts = FACTS) -> list[Record]:
     return changed(healthy(STEPS, of), since, change)
 
@@ -163,6 +166,18 @@ def test_what_is_worse_than_its_cause_is_not_hidden() -> None:
     records = changed(FAULTS["spike_unrecovered"][0], 30, lambda r: skipped(r, loss=NAN) if r["step"] == 30 else r)
     named = [(finding.severity, finding.rule) for finding in found(records)]
     assert named == [("critical", "spike_unrecovered"), ("warning", "non_finite")]
+
+
+@pytest.mark.parametrize("skipped_at, hides", [(120, True), (30, False)])
+def test_a_cause_that_is_over_hides_what_comes_soon_after_it(skipped_at: int, hides: bool) -> None:
+    """One step is not finite, and a spike that comes back follows."""
+
+    def change(record: Record) -> Record:
+        if record["step"] == skipped_at:
+            return skipped(record, loss=NAN)
+        return {"loss": loss(record["step"]) + 2} if record["step"] in SPIKE else {}
+
+    assert rules(changed(healthy(500), 1, change)) == ["non_finite", *([] if hides else ["spike"])]
 
 
 @pytest.mark.parametrize("rise, expected", [(0.1, []), (2.0, ["spike"])])

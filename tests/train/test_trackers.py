@@ -175,7 +175,7 @@ def test_a_tracker_that_does_not_start_in_time_gets_its_rows_later(tmp_path: Pat
     queued = QueuedTracker(tracker)
     queued.start(within=0.1)
     (text,) = queued.problems()
-    assert text.startswith("Stand-in has not started in 0.1 seconds")
+    assert text.startswith("Stand-in has not started in time")
     threading.Timer(0.1, tracker.gate.set).start()
     assert written(tmp_path, queued, 3) == [1, 2, 3]
     assert tracker.calls == [("write", 1), ("write", 2), ("write", 3), ("finish", 0)]
@@ -206,6 +206,16 @@ def test_trackers_that_have_started_are_finished_where_another_one_is_refused() 
     with pytest.raises(ConfigError, match="no key"):
         Trackers([QueuedTracker(first), QueuedTracker(second)]).start(lambda text: None)
     assert first.calls == [("finish", 1)]
+
+
+def test_trackers_start_side_by_side() -> None:
+    """Each starts once the other has begun to."""
+    first, second = StandIn(), StandIn()
+    meeting = threading.Barrier(2)
+    first.gate.wait = second.gate.wait = meeting.wait  # type: ignore[assignment]
+    trackers = Trackers([QueuedTracker(first), QueuedTracker(second)])
+    trackers.start(lambda text: None)
+    assert trackers.problems() == []
 
 
 def test_numbers_are_grouped() -> None:

@@ -90,6 +90,10 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
 }
 """The most probable cause first, and with each what follows from it and is left out where it was found itself."""
 
+PASSING = ("no_warmup", "non_finite")
+"""Causes that are over: what begins more than `AFTERWARDS` steps after them has another cause."""
+AFTERWARDS = 256
+
 
 def name_of(rule: Rule) -> str:
     """The file's and the function's name, as in `loss.spikes`."""
@@ -128,10 +132,15 @@ def ordered(findings: Iterable[Finding]) -> list[Finding]:
         rule
         for cause in found.values()
         for rule in CONSEQUENCES.get(cause.rule, ())
-        if cause.severity != "note" and rule in found and not found[rule].is_worse_than(cause)
+        if rule in found and _hides(cause, found[rule])
     }
     order = {rule: number for number, rule in enumerate(CONSEQUENCES)}
     return sorted(
         (finding for rule, finding in found.items() if rule not in hidden),
         key=lambda finding: (SEVERITIES.index(finding.severity), order.get(finding.rule, len(order)), finding.since),
     )
+
+
+def _hides(cause: Finding, consequence: Finding) -> bool:
+    is_in_time = cause.rule not in PASSING or consequence.since <= cause.since + AFTERWARDS
+    return is_in_time and cause.severity != "note" and not consequence.is_worse_than(cause)

@@ -13,7 +13,7 @@ from p828.errors import ConfigError
 from p828.train.log.panels import SAMPLE, expert_loads, panels
 
 QUEUED_ROWS = 1000  # some 20 MB in a model of 24 layers
-START_WITHIN = 120.0  # seconds; W&B itself gives up after 90
+START_WITHIN = 30.0  # seconds, all trackers together; one that takes longer gets the rows when it has started
 FINISH_WITHIN = 60.0  # seconds to take what is left
 LOOK_EVERY = 0.1  # seconds
 
@@ -77,12 +77,16 @@ class QueuedTracker:
         self._left_out = 0  # rows
         self._thread = threading.Thread(target=self._run, name=f"p828 {tracker.key}", daemon=True)
 
-    def start(self, within: float = START_WITHIN) -> None:
-        """Start the tracker, and wait for it, but not longer than `within` seconds. Raises ConfigError as it does."""
+    def begin_to_start(self) -> None:
         self._thread.start()
+
+    def start(self, within: float = START_WITHIN) -> None:
+        """Start the tracker, unless that has begun, and wait for at most `within` seconds. Raises ConfigError."""
+        if self._thread.ident is None:
+            self.begin_to_start()
         if not self._has_started.wait(within):
             self._is_late = True
-            self._report(f"has not started in {within:g} seconds; the run goes on, and it gets the rows when it has")
+            self._report("has not started in time; the run goes on, and it gets the rows when it has")
         if self._refused is not None:
             raise self._refused
 

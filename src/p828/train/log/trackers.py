@@ -1,5 +1,6 @@
 """The trackers that a run's configuration asks for, as the records' mirror: each gets the records' numbers."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from p828.errors import ConfigError, warn
 from p828.train.log.console import waiting
 from p828.train.log.panels import FINDING, GROUPS, SAMPLE
 from p828.train.log.tensorboard import TensorBoardTracker
-from p828.train.log.tracker import QueuedTracker, Tracker
+from p828.train.log.tracker import START_WITHIN, QueuedTracker, Tracker
 from p828.train.log.trackio import TrackioTracker
 from p828.train.log.wandb import WandbTracker
 
@@ -20,16 +21,20 @@ class Trackers:
     def __init__(self, queued: Sequence[QueuedTracker]) -> None:
         self.queued = queued
 
-    def start(self, report: Callable[[str], None]) -> None:
-        """Raises ConfigError for a tracker whose library is not there, or does not take what it is given."""
-        started: list[QueuedTracker] = []
+    def start(self, report: Callable[[str], None], within: float = START_WITHIN) -> None:
+        """Start them side by side, and wait for at most `within` seconds.
+
+        Raises ConfigError for a tracker whose library is not there, or does not take what it is given.
+        """
+        until = time.monotonic() + within
+        for queued in self.queued:
+            queued.begin_to_start()
         try:
             for queued in self.queued:
                 with waiting(f"starting {queued.tracker.name}", report):
-                    queued.start()
-                started.append(queued)
+                    queued.start(max(until - time.monotonic(), 0.0))
         except ConfigError:
-            Trackers(started).finish(exit_code=1)
+            self.finish(exit_code=1)
             raise
         except KeyboardInterrupt:
             self.abandon()
