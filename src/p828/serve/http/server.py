@@ -52,6 +52,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                loop="asyncio",  # uvloop, where it is installed, takes the signals that `graceful_shutdown` waits for
                 http=Connection,
                 h11_max_incomplete_event_size=MOST_HEAD_BYTES,
                 ws="none",
