@@ -31,6 +31,8 @@ def with_fitting_stage(config: Config, ranks: ProcessGroup) -> tuple[Config, str
     if device.type == "cuda":
         free = min(int(room) for (room,) in ranks.all_gather([torch.cuda.mem_get_info(device)[0]]))
         stage, estimate = fitting_stage(config, ranks.size, free)
+        if config.train.dtype == "float32":
+            estimate += ", as in bfloat16: float32 takes more, and is not planned"
     line = f'{ranks.size} processes: engine = "sharded", ZeRO stage {stage}{estimate}'
     return replace(config, sharded=replace(config.sharded, stage=stage)), line
 
