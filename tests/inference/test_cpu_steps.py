@@ -1,11 +1,13 @@
 """Steps on a CPU against the whole pass in float64, for every option of the model."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 from p828.config import RopeScaling
+from p828.errors import NotFinite
 from p828.inference.decode import cpu_layers
 from p828.inference.decode.cpu_steps import CpuSteps
 from p828.inference.decode.decoder import Decoder
@@ -44,6 +46,19 @@ def decoded(decoder: Decoder, prompts: list[list[int]]) -> dict[DecodedSequence,
             assert token.probability is not None
             found[token.sequence].append((token.probability.value, token.experts_LK))
     return found
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("factor, is_told", [(1e6, False), (1e16, True)])
+def test_a_model_that_has_diverged_is_told_of_once(factor: float, is_told: bool) -> None:
+    """Products overflow in both; norms make finite numbers of the first one's."""
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.float32, slots=1, max_length=40)
+    with pytest.raises(NotFinite, match="its weights diverged") if is_told else nullcontext():
+        decoded(decoder, [[1, 2, 3]])
 
 
 @pytest.mark.parametrize("are_large", [False, True])

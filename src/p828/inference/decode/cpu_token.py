@@ -45,6 +45,7 @@ class TokenStep:
         gate_up_JX = torch.empty(experts, len(layers[0].routed[0].gate_up.weight_VH))
         self.gate_up_JX, (self.gate_JP, self.up_JP) = gate_up_JX.numpy(), gate_up_JX.chunk(2, dim=1)
 
+    @np.errstate(over="ignore", invalid="ignore")  # of a model that has diverged, which its logits tell of
     def logits(self, embedding_1H: Tensor, slot: int, position: int) -> tuple[Tensor, list[Tensor]]:
         """(1, V), and each layer's routed experts, int64 (1, K)."""
         x_H = embedding_1H.numpy()[0]
