@@ -6,10 +6,10 @@ FIRST_VERDICT = "76 | 69 | 66 | 29 of 34 faults were named at every strength and
 """Of the second half with the thresholds as they were fixed: runs, named, named live."""
 
 MISSED: dict[str, str] = {
-    "one-expert-is-preferred-0.5-2": "`router_collapse` is named, which hides `load_imbalance`; on another machine, "
-    "with other text, it is `load_imbalance`",
+    "one-expert-is-preferred-0.5-2": "with some text, not in these rows, `router_collapse` is named, which hides "
+    "`load_imbalance`",
 }
-"""By name, and why: runs that are still not named."""
+"""By name, and why: runs that are not named everywhere."""
 
 
 class Mended(NamedTuple):
