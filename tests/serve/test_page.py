@@ -3,7 +3,6 @@
 import itertools
 import math
 import re
-import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -15,20 +14,16 @@ from serving import serving
 import p828
 from chat_templates import talk
 from conversations import chat_config, write_conversations
+from headless import chromium, needs_chromium
 from p828.api import train_run
 from runs import start
 
 MARKUP = "<b>red</b> 🙂 <img src=x onerror=alert(1)>\n<i>"
 SONG = "la " * 60
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--no-first-run", "--window-size=1200,800",
-]  # fmt: skip
 CUT_OFF = "Cut off after max tokens."
 
 pytestmark = [
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"),
+    needs_chromium,
     pytest.mark.xdist_group("page"),  # one browser and one model for all
 ]
 
@@ -55,16 +50,8 @@ def address(run: p828.Run) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    assert CHROMIUM is not None
-    assert DRIVER is not None
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("browser")) as driver:
+        yield driver
 
 
 @pytest.fixture
