@@ -8,9 +8,9 @@ What the kernels of this folder keep to:
   the cache of earlier tokens), with the exceptions below. After it, all earlier kernels have ended.
 - Most kernels let the next one begin at once. So memory is read while the kernels in front wait for each other: the
   weights of several operations lie in registers or in the cache before it is their turn.
-- The products with the down matrices and attention read the choice of experts and the positions before the wait. They
-  are complete: a kernel in between lets the next one begin only after its own wait (the products with the gate and up
-  matrices), or the kernel that writes them never does (`tokens_triton.embed_tokens`).
+- The products with the down matrices read the choice of experts before the wait. It is complete: the products with the
+  gate and up matrices, in between, let the next kernel begin only after their own wait.
+- Slots and positions are older than the step: only its last kernel writes positions.
 """
 
 from typing import Any
