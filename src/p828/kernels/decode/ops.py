@@ -54,9 +54,10 @@ def attention(
 
     `qkv_TXD` holds N query heads, G key heads and G value heads. Queries and keys are normalised (RMSNorm with the
     float32 weights and `eps`; None: not), rotated by the token's position times the float32 `frequencies` (D / 2),
-    cosine and sine times `factor`. Token t's position is `position_S[slots_T[t]]`; its key and value are written at this
-    place of the slot, and it sees the places up to its own; `sinks_N` (float32 or None) are logits in the softmax's denominator. A token with a
-    negative slot is padding: its result is 0 and it writes nothing. No two tokens that are read later have one slot.
+    cosine and sine times `factor`. Token t's position is `position_S[slots_T[t]]`; its key and value are written at
+    this place of the slot, and it sees the places up to its own; `sinks_N` (float32 or None) are logits in the
+    softmax's denominator. A token with a negative slot is padding: its result is 0 and it writes nothing. No two tokens
+    that are read later have one slot.
     What the heads give, rounded to qkv's dtype, goes through `o_proj_HX` (X = N · D).
 
     `arrivals_TG`: int32 zeros for at least T tokens, which the kernel counts in and leaves zero; one for all layers.

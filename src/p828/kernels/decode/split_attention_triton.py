@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from p828.kernels.decode.attention_triton import load_cached, load_gains, load_rotated, split_size
-from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch, let_next_kernel_begin, wait_for_earlier_kernels
 
 KEYS = 32  # of a step of a program
 MAX_SPLITS = 64
@@ -148,15 +148,17 @@ def attention(
     splits = max(triton.next_power_of_2(splits), 16)  # a matrix product takes no fewer
     split_values = qkv_TXD.new_empty(tokens, heads, splits, head_dim)
     split_bounds = qkv_TXD.new_empty(tokens, groups, 2, sharing, splits, dtype=torch.float32)
-    attend_split[(splits, heads, tokens)](
+    launch(
+        attend_split, (splits, heads, tokens),
         qkv_TXD, keys_SGCD, values_SGCD, slots_T, position_S, frequencies, q_norm_D, k_norm_D, split_values,
         split_bounds, factor, eps, length, groups, sharing, head_dim, columns, KEYS, splits,
-        **launch_options(qkv_TXD.device, tokens, 1),
+        device=qkv_TXD.device, rows=tokens, warps=1,
     )  # fmt: skip
     parts_TGH = torch.empty(tokens, groups, hidden, dtype=torch.float32, device=qkv_TXD.device)
-    project_splits[(triton.cdiv(hidden, ROWS), groups, tokens)](
+    launch(
+        project_splits, (triton.cdiv(hidden, ROWS), groups, tokens),
         split_values, split_bounds, slots_T, position_S, sinks_N, o_proj_HX, parts_TGH, hidden, groups, sharing,
         head_dim, ROWS, triton.next_power_of_2(sharing), columns, KEYS, splits,
-        **launch_options(qkv_TXD.device, tokens, WARPS),
+        device=qkv_TXD.device, rows=tokens, warps=WARPS,
     )  # fmt: skip
     return parts_TGH

@@ -11,16 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch, let_next_kernel_begin, wait_for_earlier_kernels
 
-BLOCK = 4096  # logits of a program
+BLOCK = 2048  # logits of a program
 WARPS = 8
 
 
 @triton.jit
-def embed_tokens(
-    embedding, slots, token_of_slot, x, H, COLUMNS: tl.constexpr, PDL: tl.constexpr
-):
+def embed_tokens(embedding, slots, token_of_slot, x, H, COLUMNS: tl.constexpr, PDL: tl.constexpr):
     let_next_kernel_begin(PDL)
     wait_for_earlier_kernels(PDL)
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
@@ -94,9 +92,10 @@ def choose(
 def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor) -> Tensor:
     tokens, hidden = len(slots_T), embedding_VH.shape[1]
     x_TH = embedding_VH.new_empty(tokens, hidden)
-    embed_tokens[(tokens,)](
+    launch(
+        embed_tokens, (tokens,),
         embedding_VH, slots_T, token_S, x_TH, hidden, triton.next_power_of_2(hidden),
-        **launch_options(x_TH.device, tokens, 4),
+        device=x_TH.device, rows=tokens, warps=4,
     )  # fmt: skip
     return x_TH
 
@@ -110,9 +109,10 @@ def choose_tokens(
     token_T = torch.empty(tokens, dtype=torch.int64, device=logits_TV.device)
     maxima, sums = (logits_TV.new_empty(tokens, blocks) for _ in range(2))
     places = torch.empty(tokens, blocks, dtype=torch.int32, device=logits_TV.device)
-    choose[(blocks, tokens)](
+    launch(
+        choose, (blocks, tokens),
         logits_TV, slots_T, temperature_S, uniform_SC, token_S, position_S, told_SC, token_T, maxima, sums, places,
         arrivals_T, width, uniform_SC.shape[1], blocks, max(triton.next_power_of_2(blocks), 2), BLOCK,
-        **launch_options(logits_TV.device, tokens, WARPS),
+        device=logits_TV.device, rows=tokens, warps=WARPS,
     )  # fmt: skip
     return token_T
