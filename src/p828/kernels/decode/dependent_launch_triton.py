@@ -24,7 +24,7 @@ import triton.language as tl
 
 ALLOWED = True
 MOST_ROWS = 32  # with more a kernel that fills the processors is slower for sharing them with the next one
-FEW_ROWS = 4  # with more, kernels need more shared memory than SHARED_PERCENT
+FEW_ROWS = 3  # with more, kernels need more shared memory than SHARED_PERCENT
 NOT, AT_THE_END, EARLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # `PDL` of a kernel
 PROCESSORS = 132  # of an H100
 CARVEOUT, SHARED_PERCENT = 9, 25  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, and its value

@@ -18,7 +18,7 @@ from p828.kernels.decode.dependent_launch_triton import (
     wait_for_earlier_kernels,
 )
 
-PAIR_TOKENS = 4
+PAIR_TOKENS = 3
 PAIR_GATE_UP = {"elements": 4096, "warps": 2}  # weights that a program holds, gate and up together
 PAIR_DOWN = {"elements": 8192, "warps": 4}
 GROUP_GATE_UP = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}

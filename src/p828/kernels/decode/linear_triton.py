@@ -20,7 +20,7 @@ from p828.kernels.decode.dependent_launch_triton import (
 )
 from p828.kernels.decode.residual_triton import add_norm, load_total, normalise
 
-VECTOR_TOKENS = 4
+VECTOR_TOKENS = 2
 VECTOR = {"elements": 4096, "warps": 4}  # weights that a program holds
 VECTOR_OF_MANY = {"elements": 8192, "warps": 8}  # of a matrix that would keep all processors busy several times
 MANY_ELEMENTS = 16 * 2**20
