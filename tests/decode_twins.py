@@ -26,12 +26,13 @@ def norm_linear(
 
 
 def attention(
-    qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
+    qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, position_S: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
     eps: float, arrivals_TG: Tensor | None, o_proj_HX: Tensor,
 ) -> Tensor:  # fmt: skip
     wide, groups, head_dim = _wide(qkv_TXD), *keys_SGCD.shape[1::2]
     q_TND, k_TGD, v_TGD = qkv_TXD.split((qkv_TXD.shape[1] - 2 * groups, groups, groups), dim=1)
+    positions_T = position_S[slots_T.clamp_min(0)]
     angles_T1X = (positions_T[:, None].float() * frequencies)[:, None].to(wide)
     rotation = angles_T1X.cos() * factor, angles_T1X.sin() * factor
     q_TND = _rotate(_head_norm(q_TND.to(wide), q_norm_D, eps), *rotation).to(qkv_TXD.dtype)
@@ -95,8 +96,8 @@ def experts(
     return parts_TJH
 
 
-def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor, position_S: Tensor) -> tuple[Tensor, Tensor]:
-    return embedding_VH[token_S[slots_T]], position_S[slots_T].to(torch.int32)
+def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor) -> Tensor:
+    return embedding_VH[token_S[slots_T]]
 
 
 def choose_tokens(

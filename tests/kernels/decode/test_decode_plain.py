@@ -90,7 +90,7 @@ def test_attention_is_the_reference_of_a_whole_sequence(with_sinks: bool) -> Non
     for s in range(9):
         slots_T = torch.tensor([2, 0 if s < lengths[1] else -1], dtype=torch.int32)
         out = plain.attention(
-            qkv_BSXD[:, s].contiguous(), keys, values, slots_T, torch.tensor([s, s]), frequencies, 1.2, q_gain, k_gain,
+            qkv_BSXD[:, s].contiguous(), keys, values, slots_T, torch.full((3,), s), frequencies, 1.2, q_gain, k_gain,
             sinks_N, 1e-5, None, torch.eye(q.shape[-1] * q.shape[-2], dtype=torch.float64),
         )  # fmt: skip
         assert_near(out[0], expected[0, s].flatten(), FLOAT64)

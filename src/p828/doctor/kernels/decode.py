@@ -50,10 +50,10 @@ def attention(place: Place) -> list[Comparison]:
     if place.device.type != "cuda":
         on_cpu_TX = _on_cpu(qkv_TXD, keys_SGCD, values_SGCD, sinks_N, frequencies)
         return [Comparison("output with sinks", on_cpu_TX, expected_TX, place.tolerance)]
-    slots_T, positions_T = (torch.tensor(x, dtype=torch.int32, device=place.device) for x in (range(tokens), POSITIONS))
+    slots_T, position_S = (torch.tensor(x, dtype=torch.int32, device=place.device) for x in (range(tokens), POSITIONS))
     arrivals_TG = torch.zeros(tokens, GROUPS, dtype=torch.int32, device=place.device)
     actual_TX = ops.attention(
-        _to(place, qkv_TXD), _to(place, keys_SGCD), _to(place, values_SGCD), slots_T, positions_T,
+        _to(place, qkv_TXD), _to(place, keys_SGCD), _to(place, values_SGCD), slots_T, position_S,
         frequencies.to(place.device), 1.0, None, None, _to(place, sinks_N, torch.float32), EPS, arrivals_TG,
         _to(place, torch.eye(heads * HEAD_DIM)),
     ).sum(dim=1)  # fmt: skip
@@ -95,7 +95,7 @@ def tokens(place: Place) -> list[Comparison]:
     slots, newest = torch.arange(rows), torch.tensor([7, 8_999, 0])
     slots_T, token_S = slots.to(place.device), newest.to(place.device)
     position_S = torch.tensor([0, 4, 7], device=place.device)
-    embedded_TH, _ = ops.embed(_to(place, embedding_VH), slots_T, token_S, position_S)
+    embedded_TH = ops.embed(_to(place, embedding_VH), slots_T, token_S)
     arrivals = torch.zeros(rows, dtype=torch.int32, device=place.device)
     greedy, uniform = torch.zeros(rows, device=place.device), torch.zeros(rows, 16, device=place.device)
     told_SC = torch.zeros(rows, 16, dtype=torch.int32, device=place.device)

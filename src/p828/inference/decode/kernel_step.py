@@ -30,13 +30,13 @@ def kernel_step(
     config, eps = model.config, model.config.rms_norm_eps
     dtype = weights.embedding_VH.dtype
     factor = attention_factor(config.rope_scaling.factor)
-    x_TH, positions_T = ops.embed(weights.embedding_VH, slots_T, rows.token_S, rows.position_S)
+    x_TH = ops.embed(weights.embedding_VH, slots_T, rows.token_S)
     parts_TJH: Tensor | None = None
     experts = []
     for layer, keys_SGCD, values_SGCD in zip(weights.layers, cache.keys, cache.values, strict=True):
         qkv_TX, x_TH = ops.norm_linear(x_TH, parts_TJH, layer.input_norm_H, eps, layer.qkv_XH, dtype)
         added_TXH = ops.attention(
-            qkv_TX.unflatten(1, (-1, config.head_dim)), keys_SGCD, values_SGCD, slots_T, positions_T,
+            qkv_TX.unflatten(1, (-1, config.head_dim)), keys_SGCD, values_SGCD, slots_T, rows.position_S,
             model.frequencies, factor, layer.q_norm_D, layer.k_norm_D, layer.sinks_N, eps, arrivals_TG,
             layer.o_proj_HX,
         )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch, let_next_kernel_begin, wait_for_earlier_kernels
 
 TILES = {"keys": 32, "warps": 1}  # keys of a step of a program
 PROGRAMS = 1056  # that the splits aim at, eight on each processor of an H100
@@ -161,7 +161,8 @@ def attend(
 ):  # fmt: skip
     let_next_kernel_begin(PDL)
     split, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot, position = tl.load(slots + token).to(tl.int64), tl.load(positions + token).to(tl.int32)
+    slot = tl.load(slots + token).to(tl.int64)
+    position = tl.load(positions + tl.maximum(slot, 0)).to(tl.int32)
     head, d = tl.arange(0, HEADS)[:, None], tl.arange(0, COLUMNS)[None, :]
     mask = (head < M) & (d < D)
     out_at = out + (token * G + group) * M * D
@@ -205,7 +206,7 @@ def attend(
 
 
 def attention(
-    qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
+    qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, position_S: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
     eps: float, arrivals_TG: Tensor,
 ) -> Tensor:  # fmt: skip
@@ -220,10 +221,11 @@ def attention(
     split_values = qkv_TXD.new_empty(tokens, groups, splits, sharing, head_dim, dtype=torch.float32)
     split_bounds = qkv_TXD.new_empty(tokens, groups, splits, sharing, 2, dtype=torch.float32)
     out_TX = qkv_TXD.new_empty(tokens, heads * head_dim)
-    attend[(splits, groups, tokens)](
-        qkv_TXD, keys_SGCD, values_SGCD, slots_T, positions_T, frequencies, q_norm_D, k_norm_D, sinks_N, out_TX,
+    launch(
+        attend, (splits, groups, tokens),
+        qkv_TXD, keys_SGCD, values_SGCD, slots_T, position_S, frequencies, q_norm_D, k_norm_D, sinks_N, out_TX,
         split_values, split_bounds, arrivals_TG, factor, eps, length, groups, sharing, head_dim,
         max(joined_heads, 16), columns, TILES["keys"], splits, joined_heads, step,
-        **launch_options(qkv_TXD.device, tokens, TILES["warps"]),
+        device=qkv_TXD.device, rows=tokens, warps=TILES["warps"],
     )  # fmt: skip
     return out_TX

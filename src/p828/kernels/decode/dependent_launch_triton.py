@@ -1,18 +1,21 @@
 """Programmatic dependent launch (CUDA programming guide, "Programmatic Dependent Launch"; devices from Hopper on).
 
 A kernel that is launched so begins when every program of the one in front has called `let_next_kernel_begin` or ended.
-In a step of many rows, where kernels are long, none calls it, and the next one's launch is what goes on beside the end.
+In a step of many rows, kernels that fill the device do not call it, and the next one's launch is what goes on beside
+their end.
 What the kernels of this folder keep to:
 
 - Before `wait_for_earlier_kernels` a program writes nothing, and reads only what no kernel of the step writes (weights,
   the cache of earlier tokens), with the exceptions below. After it, all earlier kernels have ended.
 - Most kernels let the next one begin at once. So memory is read while the kernels in front wait for each other: the
   weights of several operations lie in registers or in the cache before it is their turn.
-- The products with the down matrices and attention read the choice of experts and the positions before the wait. They
-  are complete: a kernel in between lets the next one begin only after its own wait (the products with the gate and up
-  matrices), or the kernel that writes them never does (`tokens_triton.embed_tokens`).
+- The products with the down matrices read the choice of experts before the wait. It is complete: the products with the
+  gate and up matrices, in between, let the next kernel begin only after their own wait.
+- Slots and positions are older than the step: only its last kernel writes positions.
 """
 
+import ctypes
+import math
 from typing import Any
 
 import torch
@@ -20,9 +23,11 @@ import triton
 import triton.language as tl
 
 ALLOWED = True
-MOST_ROWS = 32  # with more a kernel is slower for sharing the processors with the next one
+MOST_ROWS = 32  # with more a kernel that fills the processors is slower for sharing them with the next one
+FEW_ROWS = 3  # with more, kernels need more shared memory than SHARED_PERCENT
 NOT, AT_THE_END, EARLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # `PDL` of a kernel
 PROCESSORS = 132  # of an H100
+CARVEOUT, SHARED_PERCENT = 9, 25  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, and its value
 
 
 @triton.jit
@@ -53,18 +58,33 @@ def prefetch(at, size, part, parts, PDL: tl.constexpr):
                 )  # fmt: skip
 
 
-def launch_options(device: torch.device, rows: int, warps: int, stages: int = 1) -> dict[str, Any]:
-    """The keyword arguments of a launch of a step of some rows; `PDL` is the kernels' own."""
+def launch(
+    kernel: triton.JITFunction, grid: tuple[int, ...], *arguments: Any,
+    device: torch.device, rows: int, warps: int, stages: int = 1,
+) -> None:  # fmt: skip
+    """Start a kernel of a step of some rows; `PDL` is the kernels' own argument."""
     if device.type != "cuda":
-        return {"PDL": NOT.value}
+        kernel[grid](*arguments, PDL=NOT.value)
+        return
     is_dependent = ALLOWED and torch.cuda.get_device_capability(device) >= (9, 0)
-    begins = EARLY if rows <= MOST_ROWS else AT_THE_END
-    return {
-        "PDL": begins.value if is_dependent else NOT.value,
-        "launch_pdl": is_dependent,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+    begins = EARLY if rows <= MOST_ROWS or math.prod(grid) < PROCESSORS else AT_THE_END
+    compiled = kernel[grid](
+        *arguments, PDL=begins.value if is_dependent else NOT.value, launch_pdl=is_dependent, num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
+    if is_dependent and rows <= FEW_ROWS:
+        _ask_for_shared_memory(compiled.function)
+
+
+def _ask_for_shared_memory(function: int) -> None:
+    """Have a processor give a quarter of its fast memory to programs, the rest to its cache, whenever it runs a kernel.
+
+    By default each kernel has the share that it needs itself. A processor changes its share only when no program runs
+    on it, so that a kernel with another share cannot begin before the one in front has ended.
+    """
+    failed = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), CARVEOUT, SHARED_PERCENT)
+    if failed:
+        raise RuntimeError(f"cuFuncSetAttribute failed with error {failed}")
 
 
 def rows_of_program(elements: int, columns: int, rows: int, others: int = 1) -> int:

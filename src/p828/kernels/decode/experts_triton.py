@@ -11,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from p828.kernels.decode.dependent_launch_triton import (
-    launch_options,
+    launch,
     let_next_kernel_begin,
     prefetch,
     rows_of_program,
     wait_for_earlier_kernels,
 )
 
-PAIR_TOKENS = 4
+PAIR_TOKENS = 3
 PAIR_GATE_UP = {"elements": 4096, "warps": 2}  # weights that a program holds, gate and up together
 PAIR_DOWN = {"elements": 8192, "warps": 4}
 GROUP_GATE_UP = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
@@ -44,15 +44,17 @@ def silu(x):
 
 
 @triton.jit
-def load_rows(at, row, column, H, mask):
-    return tl.load(at + row[:, None] * H + column[None, :], mask=mask, other=0.0)
+def load_rows(at, row, column, H, mask, ONCE: tl.constexpr):
+    """Rows of weights. ONCE: no other program reads them, so what else the L2 cache holds may stay."""
+    policy: tl.constexpr = "evict_first" if ONCE else ""
+    return tl.load(at + row[:, None] * H + column[None, :], mask=mask, other=0.0, eviction_policy=policy)
 
 
 @triton.jit
 def gate_up_of_pair(
     x, experts, routed, shared, inner, H, WIDTH, E,
     J: tl.constexpr, K: tl.constexpr, OF_PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
+    ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """inner = act(gate x, up x) for some rows of one pair."""
     # Shared experts first: their weights are loaded while the kernel in front still chooses the others.
@@ -66,11 +68,11 @@ def gate_up_of_pair(
     mask = (row[:, None] < WIDTH) & (column[None, :] < H)
     P = 2 * WIDTH if OF_PRODUCT else WIDTH
     at = expert_weights(routed, shared, expert, E, 2 * P * H)
-    gate_rows = load_rows(at, row, column, H, mask)
-    up_rows = load_rows(at, P + row, column, H, mask)
+    gate_rows = load_rows(at, row, column, H, mask, ONCE)
+    up_rows = load_rows(at, P + row, column, H, mask, ONCE)
     if OF_PRODUCT:
-        second_gate_rows = load_rows(at, WIDTH + row, column, H, mask)
-        second_up_rows = load_rows(at, P + WIDTH + row, column, H, mask)
+        second_gate_rows = load_rows(at, WIDTH + row, column, H, mask, ONCE)
+        second_up_rows = load_rows(at, P + WIDTH + row, column, H, mask, ONCE)
     wait_for_earlier_kernels(PDL)
     let_next_kernel_begin(PDL)
     value = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
@@ -85,7 +87,7 @@ def gate_up_of_pair(
 @triton.jit
 def down_of_pair(
     inner, experts, weights, routed, shared, parts, H, WIDTH, E,
-    J: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    J: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """parts = weight · down inner for some rows of one pair. The choice is older than the kernel in front."""
     let_next_kernel_begin(PDL)
@@ -94,7 +96,7 @@ def down_of_pair(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     mask = (row[:, None] < H) & (column[None, :] < WIDTH)
-    down_rows = load_rows(expert_weights(routed, shared, expert, E, H * WIDTH), row, column, WIDTH, mask)
+    down_rows = load_rows(expert_weights(routed, shared, expert, E, H * WIDTH), row, column, WIDTH, mask, ONCE)
     wait_for_earlier_kernels(PDL)
     value = tl.load(inner + pair * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     product = tl.sum(down_rows.to(tl.float32) * value[None, :], 1) * share
@@ -139,12 +141,12 @@ def gate_up_of_group(
         column = first + tl.arange(0, COLUMNS)
         mask = (row[:, None] < WIDTH) & (column[None, :] < H)
         value = tl.load(x_at + column[:, None], mask=(place[None, :] < count) & (column[:, None] < H), other=0.0)
-        gate = tl.dot(load_rows(weight_at, row, column, H, mask), value, gate, input_precision="ieee")
-        up = tl.dot(load_rows(weight_at, P + row, column, H, mask), value, up, input_precision="ieee")
+        gate = tl.dot(load_rows(weight_at, row, column, H, mask, False), value, gate, input_precision="ieee")
+        up = tl.dot(load_rows(weight_at, P + row, column, H, mask, False), value, up, input_precision="ieee")
         if OF_PRODUCT:
-            block = load_rows(weight_at, WIDTH + row, column, H, mask)
+            block = load_rows(weight_at, WIDTH + row, column, H, mask, False)
             second_gate = tl.dot(block, value, second_gate, input_precision="ieee")
-            block = load_rows(weight_at, P + WIDTH + row, column, H, mask)
+            block = load_rows(weight_at, P + WIDTH + row, column, H, mask, False)
             second_up = tl.dot(block, value, second_up, input_precision="ieee")
     if OF_PRODUCT:
         gate *= up
@@ -185,7 +187,7 @@ def down_of_group(
         value = tl.load(
             inner_at + column[:, None], mask=(place[None, :] < count) & (column[:, None] < WIDTH), other=0.0
         )
-        product = tl.dot(load_rows(weight_at, row, column, WIDTH, mask), value, product, input_precision="ieee")
+        product = tl.dot(load_rows(weight_at, row, column, WIDTH, mask, False), value, product, input_precision="ieee")
     at = parts + pair[None, :] * H + row[:, None]
     mask = (place[None, :] < count) & (row[:, None] < H)
     tl.store(at, (product * share[None, :]).to(parts.dtype.element_ty), mask=mask)
@@ -218,9 +220,10 @@ def _gate_up_of_pairs(
     matrices = 4 if of_product else 2  # that a row is read of
     rows = rows_of_program(PAIR_GATE_UP["elements"] // matrices, columns, width, choices * tokens)
     routed_choices = choices - (0 if shared_SXH is None else len(shared_SXH))
-    gate_up_of_pair[(triton.cdiv(width, rows), choices, tokens)](
+    launch(
+        gate_up_of_pair, (triton.cdiv(width, rows), choices, tokens),
         x_TH, experts_TJ, routed_EXH, shared_SXH, inner_TJI, hidden, width, len(routed_EXH), choices, routed_choices,
-        of_product, rows, columns, **launch_options(x_TH.device, tokens, PAIR_GATE_UP["warps"]),
+        of_product, rows, columns, tokens == 1, device=x_TH.device, rows=tokens, warps=PAIR_GATE_UP["warps"],
     )  # fmt: skip
 
 
@@ -231,9 +234,10 @@ def _down_of_pairs(
     (tokens, choices, hidden), width = parts_TJH.shape, inner_TJI.shape[2]
     columns = triton.next_power_of_2(width)
     rows = rows_of_program(PAIR_DOWN["elements"], columns, hidden, choices * tokens)
-    down_of_pair[(triton.cdiv(hidden, rows), choices, tokens)](
+    launch(
+        down_of_pair, (triton.cdiv(hidden, rows), choices, tokens),
         inner_TJI, experts_TJ, weights_TJ, routed_EHI, shared_SHI, parts_TJH, hidden, width, len(routed_EHI), choices,
-        rows, columns, **launch_options(inner_TJI.device, tokens, PAIR_DOWN["warps"]),
+        rows, columns, tokens == 1, device=inner_TJI.device, rows=tokens, warps=PAIR_DOWN["warps"],
     )  # fmt: skip
 
 
@@ -242,9 +246,10 @@ def _group_pairs(experts_TJ: Tensor, total_experts: int) -> tuple[Tensor, Tensor
     count = experts_TJ.numel()
     pairs_ER = torch.empty(total_experts, count, dtype=torch.int32, device=experts_TJ.device)
     counts_E = torch.empty(total_experts, dtype=torch.int32, device=experts_TJ.device)
-    group_pairs[(total_experts,)](
+    launch(
+        group_pairs, (total_experts,),
         experts_TJ, pairs_ER, counts_E, count, triton.next_power_of_2(count),
-        **launch_options(experts_TJ.device, len(experts_TJ), GROUP_WARPS),
+        device=experts_TJ.device, rows=len(experts_TJ), warps=GROUP_WARPS,
     )  # fmt: skip
     return pairs_ER, counts_E
 
@@ -255,10 +260,11 @@ def _gate_up_of_groups(
 ) -> None:  # fmt: skip
     (tokens, hidden), (_, choices, width) = x_TH.shape, inner_TJI.shape
     rows, block = GROUP_GATE_UP["rows"], _token_block(tokens, matrices=4 if of_product else 2)
-    gate_up_of_group[(triton.cdiv(width, rows), triton.cdiv(tokens, block), len(counts_E))](
+    launch(
+        gate_up_of_group, (triton.cdiv(width, rows), triton.cdiv(tokens, block), len(counts_E)),
         x_TH, pairs_ER, counts_E, routed_EXH, shared_SXH, inner_TJI, hidden, width, len(routed_EXH), pairs_ER.shape[1],
         choices, of_product, block, rows, GROUP_GATE_UP["columns"],
-        **launch_options(x_TH.device, tokens, GROUP_GATE_UP["warps"], GROUP_GATE_UP["stages"]),
+        device=x_TH.device, rows=tokens, warps=GROUP_GATE_UP["warps"], stages=GROUP_GATE_UP["stages"],
     )  # fmt: skip
 
 
@@ -268,10 +274,11 @@ def _down_of_groups(
 ) -> None:  # fmt: skip
     (tokens, _, hidden), width = parts_TJH.shape, inner_TJI.shape[2]
     rows, block = GROUP_DOWN["rows"], _token_block(tokens, matrices=1)
-    down_of_group[(triton.cdiv(hidden, rows), triton.cdiv(tokens, block), len(counts_E))](
+    launch(
+        down_of_group, (triton.cdiv(hidden, rows), triton.cdiv(tokens, block), len(counts_E)),
         inner_TJI, pairs_ER, counts_E, weights_TJ, routed_EHI, shared_SHI, parts_TJH, hidden, width, len(routed_EHI),
         pairs_ER.shape[1], block, rows, GROUP_DOWN["columns"],
-        **launch_options(inner_TJI.device, tokens, GROUP_DOWN["warps"], GROUP_DOWN["stages"]),
+        device=inner_TJI.device, rows=tokens, warps=GROUP_DOWN["warps"], stages=GROUP_DOWN["stages"],
     )  # fmt: skip
 
 

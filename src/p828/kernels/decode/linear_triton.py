@@ -12,7 +12,7 @@ from torch import Tensor
 
 from p828.kernels.decode.dependent_launch_triton import (
     PROCESSORS,
-    launch_options,
+    launch,
     let_next_kernel_begin,
     prefetch,
     rows_of_program,
@@ -20,8 +20,10 @@ from p828.kernels.decode.dependent_launch_triton import (
 )
 from p828.kernels.decode.residual_triton import add_norm, load_total, normalise
 
-VECTOR_TOKENS = 4
+VECTOR_TOKENS = 2
 VECTOR = {"elements": 4096, "warps": 4}  # weights that a program holds
+VECTOR_OF_MANY = {"elements": 8192, "warps": 8}  # of a matrix that would keep all processors busy several times
+MANY_ELEMENTS = 16 * 2**20
 NARROW = {"rows": 16, "columns": 256, "warps": 4, "stages": 3}  # a matrix of few rows, so that all processors have some
 WIDE = {"rows": 32, "columns": 256, "warps": 4, "stages": 3}
 WIDE_OF_MANY = {"rows": 64, "columns": 64, "warps": 4, "stages": 5}  # for more than `FEW_TOKENS`
@@ -39,7 +41,8 @@ def linear_vector(
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     mask = (first + row[:, None] < V) & (column[None, :] < H)
-    tile = tl.load(weight + first.to(tl.int64) * H + row[:, None] * H + column[None, :], mask=mask, other=0.0)
+    tile_at = weight + first.to(tl.int64) * H + row[:, None] * H + column[None, :]
+    tile = tl.load(tile_at, mask=mask, other=0.0, eviction_policy="evict_first")  # nobody reads it again in this step
     if norm_weight is not None:
         gain = tl.load(norm_weight + column, mask=column < H, other=0.0)
     wait_for_earlier_kernels(PDL)
@@ -88,9 +91,10 @@ def linear(x_TH: Tensor, weight_VH: Tensor, out_dtype: torch.dtype) -> Tensor:
     tiles = WIDE if tokens <= FEW_TOKENS else WIDE_OF_MANY
     if triton.cdiv(width, tiles["rows"]) < PROCESSORS:
         tiles = NARROW
-    linear_matrix[(triton.cdiv(width, tiles["rows"]), triton.cdiv(tokens, block))](
+    launch(
+        linear_matrix, (triton.cdiv(width, tiles["rows"]), triton.cdiv(tokens, block)),
         x_TH, weight_VH, out_TV, tokens, hidden, width, block, tiles["rows"], tiles["columns"],
-        **launch_options(x_TH.device, tokens, tiles["warps"], tiles["stages"]),
+        device=x_TH.device, rows=tokens, warps=tiles["warps"], stages=tiles["stages"],
     )  # fmt: skip
     return out_TV
 
@@ -112,10 +116,12 @@ def _vector(
     out_TV = torch.empty(tokens, width, dtype=out_dtype, device=x_TH.device)
     total_TH = x_TH if parts_TJH is None else torch.empty_like(x_TH)
     columns = triton.next_power_of_2(hidden)
-    rows = rows_of_program(VECTOR["elements"], columns, width)
-    linear_vector[(triton.cdiv(width, rows),)](
+    tile = VECTOR if width * columns < MANY_ELEMENTS else VECTOR_OF_MANY
+    rows = rows_of_program(tile["elements"], columns, width)
+    launch(
+        linear_vector, (triton.cdiv(width, rows),),
         x_TH, parts_TJH, norm_weight_H, weight_VH, out_TV, total_TH, eps, tokens, hidden, width,
         0 if parts_TJH is None else parts_TJH.shape[1], rows, columns,
-        **launch_options(x_TH.device, tokens, VECTOR["warps"]),
+        device=x_TH.device, rows=tokens, warps=tile["warps"],
     )  # fmt: skip
     return out_TV, total_TH

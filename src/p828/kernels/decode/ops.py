@@ -46,25 +46,26 @@ def norm_linear(
 
 
 def attention(
-    qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
+    qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, position_S: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
     eps: float, arrivals_TG: Tensor | None, o_proj_HX: Tensor,
 ) -> Tensor:  # fmt: skip
     """Attention of T new tokens over their slots' cache, which gets their keys and values: parts (T, G or 1, H).
 
     `qkv_TXD` holds N query heads, G key heads and G value heads. Queries and keys are normalised (RMSNorm with the
-    float32 weights and `eps`; None: not), rotated by `positions_T` times the float32 `frequencies` (D / 2), cosine and
-    sine times `factor`. Token t's key and value are written at place `positions_T[t]` of slot `slots_T[t]`, and it sees
-    the places up to its own; `sinks_N` (float32 or None) are logits in the softmax's denominator. A token with a
-    negative slot is padding: its result is 0 and it writes nothing. No two tokens that are read later have one slot.
+    float32 weights and `eps`; None: not), rotated by the token's position times the float32 `frequencies` (D / 2),
+    cosine and sine times `factor`. Token t's position is `position_S[slots_T[t]]`; its key and value are written at
+    this place of the slot, and it sees the places up to its own; `sinks_N` (float32 or None) are logits in the
+    softmax's denominator. A token with a negative slot is padding: its result is 0 and it writes nothing. No two tokens
+    that are read later have one slot.
     What the heads give, rounded to qkv's dtype, goes through `o_proj_HX` (X = N · D).
 
     `arrivals_TG`: int32 zeros for at least T tokens, which the kernel counts in and leaves zero; one for all layers.
-    Slots, positions and the cache must be older than the kernel in front, see `dependent_launch_triton`.
+    Slots, positions and the cache must be older than the step, see `dependent_launch_triton`.
     """
     from p828.kernels.decode import attention_triton, split_attention_triton
 
-    attended = qkv_TXD, keys_SGCD, values_SGCD, slots_T, positions_T, frequencies, factor
+    attended = qkv_TXD, keys_SGCD, values_SGCD, slots_T, position_S, frequencies, factor
     norms_and_sinks = q_norm_D, k_norm_D, sinks_N, eps
     groups, head_dim = keys_SGCD.shape[1], keys_SGCD.shape[3]
     sharing = qkv_TXD.shape[1] // groups - 2
@@ -111,11 +112,11 @@ def experts(
     )
 
 
-def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor, position_S: Tensor) -> tuple[Tensor, Tensor]:
-    """The embeddings (T, H) of the slots' newest tokens `token_S`, and their positions, int32 (T,)."""
+def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor) -> Tensor:
+    """The embeddings (T, H) of the slots' newest tokens `token_S`."""
     from p828.kernels.decode import tokens_triton
 
-    return tokens_triton.embed(embedding_VH, slots_T, token_S, position_S)
+    return tokens_triton.embed(embedding_VH, slots_T, token_S)
 
 
 def choose_tokens(

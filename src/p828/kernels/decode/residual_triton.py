@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch, let_next_kernel_begin, wait_for_earlier_kernels
 
 WARPS = 4
 
@@ -51,9 +51,9 @@ def add_norm(x_TH: Tensor, parts_TJH: Tensor | None, norm_weight_H: Tensor, eps:
     normed_TH = torch.empty_like(x_TH)
     total_TH = x_TH if parts_TJH is None else torch.empty_like(x_TH)
     count = 0 if parts_TJH is None else parts_TJH.shape[1]
-    options = launch_options(x_TH.device, tokens, WARPS)
-    add_norm_rows[(tokens,)](
+    launch(
+        add_norm_rows, (tokens,),
         x_TH, parts_TJH, norm_weight_H, total_TH, normed_TH, eps, hidden, count,
-        triton.next_power_of_2(hidden), **options,
+        triton.next_power_of_2(hidden), device=x_TH.device, rows=tokens, warps=WARPS,
     )  # fmt: skip
     return total_TH, normed_TH

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch, let_next_kernel_begin, wait_for_earlier_kernels
 from p828.kernels.decode.residual_triton import load_total, normalise
 
 ELEMENTS = 16384  # of the router's weight, that a program holds at a time
-WARPS = 8
+WARPS = 4
 
 
 @triton.jit
@@ -115,11 +115,12 @@ def route(
     weights_TJ = torch.empty(tokens, per_token + shared, dtype=torch.float32, device=x_TH.device)
     columns, padded = triton.next_power_of_2(hidden), max(triton.next_power_of_2(experts), 2)
     rows = min(max(ELEMENTS // columns, 1), padded)
-    route_token[(tokens,)](
+    launch(
+        route_token, (tokens,),
         x_TH, parts_TJH, norm_weight_H, router_weight_EH, bias_E, total_TH, normed_TH, experts_TJ, weights_TJ,
         eps, routed_scaling_factor, hidden, experts, 0 if parts_TJH is None else parts_TJH.shape[1],
         per_token, shared, scoring_func == "softmax", norm_topk_prob, n_group, topk_group,
         max(triton.next_power_of_2(n_group), 2), max(triton.next_power_of_2(per_token + shared), 2),
-        rows, triton.cdiv(experts, rows), padded, columns, **launch_options(x_TH.device, tokens, WARPS),
+        rows, triton.cdiv(experts, rows), padded, columns, device=x_TH.device, rows=tokens, warps=WARPS,
     )  # fmt: skip
     return total_TH, normed_TH, experts_TJ, weights_TJ

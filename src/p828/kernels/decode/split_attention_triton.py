@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from p828.kernels.decode.attention_triton import load_cached, load_gains, load_rotated, split_size
-from p828.kernels.decode.dependent_launch_triton import launch_options, let_next_kernel_begin, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch, let_next_kernel_begin, wait_for_earlier_kernels
 
 KEYS = 32  # of a step of a program
 MAX_SPLITS = 64
@@ -30,7 +30,8 @@ def attend_split(
     """The mean of a split's values, its maximum and its sum, of one head. Scores are in units of log 2."""
     let_next_kernel_begin(PDL)
     split, head, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot, position = tl.load(slots + token).to(tl.int64), tl.load(positions + token).to(tl.int32)
+    slot = tl.load(slots + token).to(tl.int64)
+    position = tl.load(positions + tl.maximum(slot, 0)).to(tl.int32)
     each, active = split_size(position, KEYS, SPLITS)
     if (slot < 0) | (split >= active):
         return
@@ -101,7 +102,7 @@ def project_splits(
 ):  # fmt: skip
     """Some rows of what the heads of one key head add to a token.
 
-    Slots and positions are older than the kernel in front.
+    Slots and positions are older than the step.
     """
     let_next_kernel_begin(PDL)
     group, token = tl.program_id(1), tl.program_id(2)
@@ -112,8 +113,9 @@ def project_splits(
         weight + row[None, :, None] * (G * M * D) + (group * M + head) * D + d,
         mask=(head < M) & (row < H)[None, :, None] & (d < D), other=0.0,
     )  # fmt: skip
-    active = split_size(tl.load(positions + token).to(tl.int32), KEYS, SPLITS)[1]
-    active = tl.where(tl.load(slots + token) < 0, 0, active)
+    slot = tl.load(slots + token).to(tl.int64)
+    active = split_size(tl.load(positions + tl.maximum(slot, 0)).to(tl.int32), KEYS, SPLITS)[1]
+    active = tl.where(slot < 0, 0, active)
     wait_for_earlier_kernels(PDL)
     at = token * G + group
     sinks_at = None if sinks is None else sinks + group * M
@@ -133,7 +135,7 @@ def takes(sharing: int, head_dim: int) -> bool:
 
 
 def attention(
-    qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, positions_T: Tensor,
+    qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, position_S: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,
     eps: float, o_proj_HX: Tensor,
 ) -> Tensor:  # fmt: skip
@@ -146,15 +148,17 @@ def attention(
     splits = max(triton.next_power_of_2(splits), 16)  # a matrix product takes no fewer
     split_values = qkv_TXD.new_empty(tokens, heads, splits, head_dim)
     split_bounds = qkv_TXD.new_empty(tokens, groups, 2, sharing, splits, dtype=torch.float32)
-    attend_split[(splits, heads, tokens)](
-        qkv_TXD, keys_SGCD, values_SGCD, slots_T, positions_T, frequencies, q_norm_D, k_norm_D, split_values,
+    launch(
+        attend_split, (splits, heads, tokens),
+        qkv_TXD, keys_SGCD, values_SGCD, slots_T, position_S, frequencies, q_norm_D, k_norm_D, split_values,
         split_bounds, factor, eps, length, groups, sharing, head_dim, columns, KEYS, splits,
-        **launch_options(qkv_TXD.device, tokens, 1),
+        device=qkv_TXD.device, rows=tokens, warps=1,
     )  # fmt: skip
     parts_TGH = torch.empty(tokens, groups, hidden, dtype=torch.float32, device=qkv_TXD.device)
-    project_splits[(triton.cdiv(hidden, ROWS), groups, tokens)](
-        split_values, split_bounds, slots_T, positions_T, sinks_N, o_proj_HX, parts_TGH, hidden, groups, sharing,
+    launch(
+        project_splits, (triton.cdiv(hidden, ROWS), groups, tokens),
+        split_values, split_bounds, slots_T, position_S, sinks_N, o_proj_HX, parts_TGH, hidden, groups, sharing,
         head_dim, ROWS, triton.next_power_of_2(sharing), columns, KEYS, splits,
-        **launch_options(qkv_TXD.device, tokens, WARPS),
+        device=qkv_TXD.device, rows=tokens, warps=WARPS,
     )  # fmt: skip
     return parts_TGH

@@ -11,21 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from p828.kernels.decode.dependent_launch_triton import launch_options, wait_for_earlier_kernels
+from p828.kernels.decode.dependent_launch_triton import launch, let_next_kernel_begin, wait_for_earlier_kernels
 
-BLOCK = 4096  # logits of a program
+BLOCK = 2048  # logits of a program
 WARPS = 8
 
 
 @triton.jit
-def embed_tokens(
-    embedding, slots, token_of_slot, position_of_slot, x, positions, H, COLUMNS: tl.constexpr, PDL: tl.constexpr
-):
+def embed_tokens(embedding, slots, token_of_slot, x, H, COLUMNS: tl.constexpr, PDL: tl.constexpr):
+    let_next_kernel_begin(PDL)
     wait_for_earlier_kernels(PDL)
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     slot = tl.load(slots + row)
     token = tl.load(token_of_slot + slot).to(tl.int64)
-    tl.store(positions + row, tl.load(position_of_slot + slot).to(tl.int32))
     value = tl.load(embedding + token * H + column, mask=column < H, other=0.0)
     tl.store(x + row * H + column, value, mask=column < H)
 
@@ -55,11 +53,13 @@ def choose(
     logits, slots, temperature_of_slot, uniform, token_of_slot, position_of_slot, told, out, block_maxima, block_sums,
     block_places, arrivals, V, C, BLOCKS, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    wait_for_earlier_kernels(PDL)
     block, row = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
     temperature = tl.load(temperature_of_slot + slot)
+    position = tl.minimum(tl.load(position_of_slot + slot) + 1, C - 1)
+    number = tl.load(uniform + slot * C + position)
     divisor = tl.where(temperature > 0, temperature, 1.0)
+    wait_for_earlier_kernels(PDL)
     place = block * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(logits + row * V + place, mask=place < V, other=float("-inf"))
     is_finite = (tl.abs(value) < float("inf")) | (place >= V)
@@ -79,9 +79,7 @@ def choose(
         places = tl.load(block_places + of_part, mask=mask, other=0, cache_modifier=".cg")
         best = tl.argmax(maxima, 0)
         token = best * BLOCK + tl.sum(tl.where(part == best, places, 0), 0)
-        position = tl.minimum(tl.load(position_of_slot + slot) + 1, C - 1)
         if temperature > 0:
-            number = tl.load(uniform + slot * C + position)
             token = drawn_token(logits + row * V, maxima, sums, token, temperature, number, V, part, BLOCK)
         token = tl.where(tl.min(places, 0) < 0, -1, token)
         tl.store(out + row, token.to(tl.int64))
@@ -91,15 +89,15 @@ def choose(
         tl.store(arrivals + row, 0)
 
 
-def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor, position_S: Tensor) -> tuple[Tensor, Tensor]:
+def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor) -> Tensor:
     tokens, hidden = len(slots_T), embedding_VH.shape[1]
     x_TH = embedding_VH.new_empty(tokens, hidden)
-    positions_T = torch.empty(tokens, dtype=torch.int32, device=x_TH.device)
-    embed_tokens[(tokens,)](
-        embedding_VH, slots_T, token_S, position_S, x_TH, positions_T, hidden, triton.next_power_of_2(hidden),
-        **launch_options(x_TH.device, tokens, 4),
+    launch(
+        embed_tokens, (tokens,),
+        embedding_VH, slots_T, token_S, x_TH, hidden, triton.next_power_of_2(hidden),
+        device=x_TH.device, rows=tokens, warps=4,
     )  # fmt: skip
-    return x_TH, positions_T
+    return x_TH
 
 
 def choose_tokens(
@@ -111,9 +109,10 @@ def choose_tokens(
     token_T = torch.empty(tokens, dtype=torch.int64, device=logits_TV.device)
     maxima, sums = (logits_TV.new_empty(tokens, blocks) for _ in range(2))
     places = torch.empty(tokens, blocks, dtype=torch.int32, device=logits_TV.device)
-    choose[(blocks, tokens)](
+    launch(
+        choose, (blocks, tokens),
         logits_TV, slots_T, temperature_S, uniform_SC, token_S, position_S, told_SC, token_T, maxima, sums, places,
         arrivals_T, width, uniform_SC.shape[1], blocks, max(triton.next_power_of_2(blocks), 2), BLOCK,
-        **launch_options(logits_TV.device, tokens, WARPS),
+        device=logits_TV.device, rows=tokens, warps=WARPS,
     )  # fmt: skip
     return token_T
