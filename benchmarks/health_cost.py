@@ -5,8 +5,9 @@ usage: python benchmarks/health_cost.py [SHAPE …] [--device cuda] [--rounds N]
 Trains two engines on the same random tokens, a block of steps of each kind in turn: of one engine whose layers find
 nothing, and whose step is what remains without the numbers; of another one whose layers find them, with that step, and
 with a run's own: some numbers in every step, the others in every tenth. A step has one micro-batch, so the cost is as
-great as it can be. What the host does with the numbers is timed alone. Two engines may be a few tenths of a percent
-apart by where their tensors lie, which is in the forward pass's figure.
+great as it can be; what it is of the shape's own step, with all its micro-batches, follows from that. What the host
+does with the numbers is timed alone. Two engines may be a few tenths of a percent apart by where their tensors lie,
+which is in the forward pass's figure.
 
 The rules follow the records of the second engine's steps as in a run, at the same cadence and with a full window, in
 turns with blocks of steps that are recorded without them. The probes are made a few times as after an evaluation, and
@@ -172,7 +173,7 @@ class Watched:
 
 def compare(shape: str, device: str, rounds: int) -> None:
     """Print the rows of a shape."""
-    config = load_shape(shape, device, 0, 1)
+    config, micro_batches = load_shape(shape, device, 0, 1), load_shape(shape, device, 0, 0).train.gradient_accumulation
     with without_numbers():
         bare = Turns(config, is_bare=True)
     whole = Turns(config, is_bare=False)
@@ -209,6 +210,8 @@ def compare(shape: str, device: str, rounds: int) -> None:
         f"{shares[2]:+.2%}, probes {shares[3]:+.2%}: in all {sum(shares):+.2%} of a step",
         flush=True,
     )
+    own = (costs[0] * micro_batches + costs[1] + host / 1e6) / (seconds * micro_batches)
+    print(f"{shape}: numbers and their line {own:+.2%} of a step of its {micro_batches} micro-batches", flush=True)
 
 
 def every(config: Config) -> int:

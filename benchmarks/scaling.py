@@ -9,9 +9,10 @@ says why, and the others go on. `--json` is written anew after each row; `scalin
 
 A row has: tokens a second, efficiency against one GPU of the plain engine and of the same system, memory, bytes that
 a rank passes to collective operations in a step, and of the step's time the communication and its part that nothing
-else covers. MFU is a share of the GPU's datasheet, and counts matrix products and attention within documents. With
-`--check` a shape is also trained on text at each stage, on one GPU and on all of them, there with a rank killed on the
-way and the rest on half as many; the losses are compared.
+else covers. MFU is a share of the GPU's datasheet, the next column of a large matrix product measured on it, as
+`p828 bench train` gives MFU; both count matrix products and attention within documents. With `--check` a shape is also
+trained on text at each stage, on one GPU and on all of them, there with a rank killed on the way and the rest on half
+as many; the losses are compared.
 """
 
 import argparse
@@ -48,14 +49,14 @@ from p828.runs import file_names
 from p828.runs import records as metrics
 from p828.system.device import peak_memory, pick_device
 from p828.system.gpus import peak_flops
-from p828.system.timing import step_seconds
+from p828.system.timing import matmul_flops, step_seconds
 
 WARM_UP = 3
 ROW_SECONDS = 240
 SYSTEMS = ["plain", "sharded-1", "sharded-2", "sharded-3"]
 COLUMNS = (
-    "system", "GPUs", "ms a step", "tokens/s", "of plain", "of its own", "MFU", "memory, GB", "passed, GB",
-    "communication, ms", "exposed, ms",
+    "system", "GPUs", "ms a step", "tokens/s", "of plain", "of its own", "MFU", "of a product", "memory, GB",
+    "passed, GB", "communication, ms", "exposed, ms",
 )  # fmt: skip
 CHECKED_STEPS, KILLED_AFTER = 12, 6
 
@@ -179,6 +180,7 @@ def work(job: dict[str, Any], result: Path) -> None:
                 "passed_bytes": in_a_step,
                 "occupation": busy,
                 "peak_flops": peak_flops(engine.device),
+                "product_flops": matmul_flops(engine.device) if is_gpu else None,
                 "device": torch.cuda.get_device_name() if is_gpu else "CPU",
             }
             result.write_text(json.dumps(found))
@@ -233,10 +235,11 @@ def row(config: Config, results: list[dict[str, Any]]) -> str:
     result = results[-1]
     system, gpus, rate = result["system"], result["gpus"], rates[result["system"], result["gpus"]]
     efficiencies = [f"{rate / rates[one, 1]:.1%}" if (one, 1) in rates else "" for one in ("plain", system)]
-    mfu = "" if result["peak_flops"] is None else f"{flops * rate / result['peak_flops']:.1%}"
+    most = (result["peak_flops"], result["product_flops"])
+    shares = ["" if flops_of is None else f"{flops * rate / flops_of:.1%}" for flops_of in most]
     busy = [f"{1e3 * seconds:.1f}" for seconds in result["occupation"] or ()] or ["", ""]
     cells = (
-        system, str(gpus), f"{result['seconds'] * 1e3:.1f}", f"{rate * gpus:,.0f}", *efficiencies, mfu,
+        system, str(gpus), f"{result['seconds'] * 1e3:.1f}", f"{rate * gpus:,.0f}", *efficiencies, *shares,
         f"{result['memory_bytes'] / 1e9:.2f}", f"{sum(result['passed_bytes'].values()) / 1e9:.2f}", *busy,
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -39,6 +39,40 @@ with joined(config) as ranks:
         found.append(losses)
 print(json.dumps(found))
 """
+# Each GPU, or each pair of them, is a host of its own, as far as the launcher's variables say.
+HOSTS = """
+import os, sys
+of_a_host = int(sys.argv[2])
+host, rank = divmod(int(os.environ["RANK"]), of_a_host)
+visible = ",".join(str(host * of_a_host + number) for number in range(of_a_host))
+os.environ.update(CUDA_VISIBLE_DEVICES=visible, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(of_a_host))
+
+import dataclasses, json
+from p828.bench.batches import random_batches
+from p828.config import ShardedConfig, load, with_vocabulary
+from p828.distributed.group import joined
+from p828.engine.sharded.engine import ShardedEngine
+
+config = dataclasses.replace(with_vocabulary(load(sys.argv[1])), engine="sharded")
+found = []
+with joined(config) as ranks:
+    for stage in (1, 2, 3):
+        for within in ("all", "host"):
+            sharded = ShardedConfig(stage=stage, shard_within=within)
+            engine = ShardedEngine(dataclasses.replace(config, sharded=sharded), ranks)
+            seed = dataclasses.replace(config.train, seed=config.train.seed + ranks.rank)
+            batches = random_batches(dataclasses.replace(config, train=seed), engine.device)
+            losses = []
+            for step in range(6):
+                own = [batches[(step + number) % 4] for number in range(config.train.gradient_accumulation)]
+                targets = sum(number for (number,) in ranks.all_gather([sum(one.num_targets for one in own)]))
+                for batch in own:
+                    engine.forward_backward(batch, targets)
+                losses.append(engine.step(1e-3).loss)
+            found.append({"shards": engine.mesh.shards, "replicas": engine.mesh.replicas, "losses": losses})
+    if ranks.is_first:
+        print(json.dumps(found))
+"""
 SAMPLER = """
 import dataclasses, json, sys
 import torch
@@ -195,6 +229,21 @@ def test_samples_at_stage_3_hold_no_whole_model(cuda: torch.device, toml: Path, 
     assert [len(tokens) for tokens in found["tokens"]] == [9, 11, 48]
     assert found["whole"] > 10 * found["layer"]
     assert all(peak < 2 * found["layer"] for (peak,) in found["peaks"]), found
+
+
+@pytest.mark.parametrize("of_a_host", [1, 2])
+def test_sharded_within_hosts_as_over_all(cuda: torch.device, toml: Path, of_a_host: int) -> None:
+    """Two hosts of one and of two GPUs: the same losses. Sums in another order move single roundings to bfloat16."""
+    script = toml.parent / "hosts.py"
+    script.write_text(HOSTS)
+    command = [sys.executable, *torchrun(2 * of_a_host), str(script), str(toml), str(of_a_host)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=toml.parent)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for over_all, within in zip(found[::2], found[1::2], strict=True):
+        assert (over_all["shards"], over_all["replicas"]) == (2 * of_a_host, 1)
+        assert (within["shards"], within["replicas"]) == (of_a_host, 2)
+        assert within["losses"] == pytest.approx(over_all["losses"], abs=1e-2)
 
 
 def test_the_stages_are_one_arithmetic(cuda: torch.device, toml: Path) -> None:

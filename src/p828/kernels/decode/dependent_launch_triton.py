@@ -14,7 +14,6 @@ What the kernels of this folder keep to:
 - Slots and positions are older than the step: only its last kernel writes positions.
 """
 
-import ctypes
 import math
 from typing import Any
 
@@ -22,12 +21,14 @@ import torch
 import triton
 import triton.language as tl
 
+from p828.kernels.cuda_driver import prefer_shared_memory
+
 ALLOWED = True
 MOST_ROWS = 32  # with more a kernel that fills the processors is slower for sharing them with the next one
 FEW_ROWS = 3  # with more, kernels need more shared memory than SHARED_PERCENT
 NOT, AT_THE_END, EARLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # `PDL` of a kernel
 PROCESSORS = 132  # of an H100
-CARVEOUT, SHARED_PERCENT = 9, 25  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, and its value
+SHARED_PERCENT = 25  # of a processor's fast memory, for kernels of few rows
 
 
 @triton.jit
@@ -73,18 +74,8 @@ def launch(
         num_stages=stages,
     )  # fmt: skip
     if is_dependent and rows <= FEW_ROWS:
-        _ask_for_shared_memory(compiled.function)
-
-
-def _ask_for_shared_memory(function: int) -> None:
-    """Have a processor give a quarter of its fast memory to programs, the rest to its cache, whenever it runs a kernel.
-
-    By default each kernel has the share that it needs itself. A processor changes its share only when no program runs
-    on it, so that a kernel with another share cannot begin before the one in front has ended.
-    """
-    failed = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), CARVEOUT, SHARED_PERCENT)
-    if failed:
-        raise RuntimeError(f"cuFuncSetAttribute failed with error {failed}")
+        # With another share than the kernel in front it could not begin before that one has ended.
+        prefer_shared_memory(compiled.function, SHARED_PERCENT)
 
 
 def rows_of_program(elements: int, columns: int, rows: int, others: int = 1) -> int:
