@@ -183,7 +183,7 @@ def test_a_tracker_that_hangs_at_its_start_is_told_of_as_late_only() -> None:
 def test_a_tracker_that_never_answers_does_not_keep_a_run_from_ending(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracker = StandIn()
+    tracker = StandIn(fails_at=1)
     queued = QueuedTracker(tracker, finish_within=0.2)
     queued.start()
     tracker.gate.clear()
@@ -191,6 +191,8 @@ def test_a_tracker_that_never_answers_does_not_keep_a_run_from_ending(
     assert "Stand-in does not answer and is left as it is" in capsys.readouterr().err
     assert tracker.is_abandoned
     tracker.gate.set()
+    queued._thread.join()
+    assert queued.problems() == [], "nothing more, though its call fails now"
 
 
 def test_an_interrupt_at_the_end_leaves_a_tracker_that_never_answers(tmp_path: Path) -> None:

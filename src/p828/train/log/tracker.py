@@ -203,6 +203,8 @@ class QueuedTracker:
             self._busy_since = None
 
     def _fail(self, what: str, error: BaseException) -> None:
+        if self._has_failed:
+            return  # it was left as it is, which has been reported
         text = " ".join(str(error).split()) or type(error).__name__
         self._has_failed = True
         self._report(f"{what}: {text}")
