@@ -52,12 +52,23 @@ class ReportPage:
         right, below = (round((part - 0.5) * size[side]) for part, side in ((across, "width"), (down, "height")))
         ActionChains(self.browser).move_to_element_with_offset(element, right, below).perform()
 
+    def press(self, *keys: str) -> None:
+        """Press keys where the focus is."""
+        ActionChains(self.browser).send_keys(*keys).perform()
+
     def shown_range(self, chart: str) -> tuple[float, float]:
         """From where to where a chart's axis reaches, as the page's own chart says."""
         script = "const { plot } = page.charts.find((one) => one.about.id === arguments[0]);"
         script += "return [plot.scales.x.min, plot.scales.x.max]"
         low, high = self.browser.execute_script(script, chart)
         return low, high
+
+    def swatches(self, chart: str) -> dict[str, str]:
+        """How the legend shows each of a chart's curves, by its name: the style of its swatch."""
+        script = "const rows = [...document.querySelectorAll(`#chart-${arguments[0]} .u-series:not(.band)`)].slice(1);"
+        script += "const of = (row, name) => row.querySelector(name);"
+        script += "return rows.map((row) => [of(row, '.u-label').textContent, of(row, '.u-marker').style.cssText])"
+        return dict(self.browser.execute_script(script, chart))
 
     def complaints(self) -> list[str]:
         return [entry["message"] for entry in self.browser.get_log("browser")]

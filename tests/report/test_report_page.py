@@ -10,6 +10,7 @@ import pytest
 from report_in_browser import ReportPage
 from reported_runs import STEPS, step_record, write_run
 from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
 
 from headless import chromium, needs_chromium
 from p828.report.buckets import BUCKETS
@@ -118,6 +119,43 @@ def test_the_heat_map_tells_an_experts_load(shown: ReportPage) -> None:
     assert told == ["layer 1, expert 2: 1.00 of an even share", "layer 0, expert 0: 0.500 of an even share"]
 
 
+def test_keys_go_through_the_heat_map(shown: ReportPage) -> None:
+    """Loads of layer 0 are 10, 30, 0 and 40, of layer 1 even; the ring is where the pointer finds the same cell."""
+    shown.run("document.getElementById('layer').focus()")
+    shown.press(Keys.TAB)
+    assert shown.run("return document.activeElement.id") == "heat-map"
+    told, pointed = [shown.text("#heat-map-text")], []
+    for keys in (Keys.DOWN * 3, Keys.DOWN, Keys.PAGE_UP, Keys.HOME, Keys.RIGHT + Keys.DOWN * 2, Keys.UP * 9 + Keys.END):
+        shown.press(*keys)
+        told.append(shown.text("#heat-map-text"))
+        assert shown.run("return getComputedStyle(document.getElementById('heat-map-cell')).visibility") == "visible"
+        shown.point_at("#heat-map-cell", 0.5, 0.5)
+        pointed.append(shown.text("#heat-map-text"))
+    assert [text.partition(", ")[2].removesuffix(" of an even share") for text in told] == [
+        "layer 0, expert 0: 0.500", "layer 0, expert 3: 2.00", "layer 1, expert 0: 1.00", "layer 0, expert 0: 0.500",
+        "layer 0, expert 0: 0.500", "layer 0, expert 2: 0.00", "layer 0, expert 0: 0.500",
+    ]  # fmt: skip
+    assert told[0].startswith("steps 5970 to 6000")
+    assert [text.partition(",")[0] for text in told[4:]] == ["steps 10 to 40", "steps 50 to 80", "steps 5970 to 6000"]
+    assert pointed == told[1:]
+
+
+def test_keys_stay_in_what_the_heat_map_shows(shown: ReportPage) -> None:
+    shown.run("page.zoom([1000, 2000])")
+    shown.run("layer.value = '1'; layer.dispatchEvent(new Event('change'))")
+    shown.run("document.getElementById('heat-map').focus()")
+    told = []
+    for keys in (Keys.END + Keys.RIGHT, Keys.HOME + Keys.LEFT + Keys.PAGE_UP + Keys.UP):
+        shown.press(*keys)
+        told.append(shown.text("#heat-map-text"))
+    assert [text.partition(":")[0] for text in told] == [
+        "steps 1970 to 2000, layer 1, expert 0", "steps 970 to 1000, layer 1, expert 0",
+    ]  # fmt: skip
+    shown.click("#whole")
+    assert shown.text("#heat-map-text") == told[-1]
+    assert shown.run("return document.getElementById('heat-map-text').role") == "status"
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_scrolls_down_only(shown: ReportPage, scheme: str) -> None:
     features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -149,6 +187,9 @@ def test_runs_of_other_lengths_are_overlaid(browser: webdriver.Chrome, run: Path
     assert report.run("return document.documentElement.scrollWidth <= innerWidth")
     assert [number.text for number in report.all(".finding .number")] == ["1", "2"]
     assert report.shown_range("loss") == (1, STEPS)
+    swatches = report.swatches("loss")
+    assert {"first: training", "first: validation", "<b>short: training", "<b>short: validation"} < swatches.keys()
+    assert len({*swatches.values()}) == len(swatches), "each curve has its own"
     report.run("const of = document.getElementById('focus'); of.value = '1'; of.dispatchEvent(new Event('change'))")
     report.wait()
     assert report.text("#loads h2") == "Load of each expert: <b>short"

@@ -143,10 +143,47 @@ def test_a_tracker_that_blocks_gets_what_waits_up_to_a_bound(
     assert capsys.readouterr().err == "p828: Stand-in did not keep up: 5 rows are missing there\n"
 
 
+def test_a_tracker_that_hangs_is_told_of_once_while_the_run_goes_on(tmp_path: Path) -> None:
+    """One that is told of at once, and one that has its half minute."""
+    trackers = [StandIn(), StandIn()]
+    mirror = Trackers([QueuedTracker(trackers[0], answer_within=0.0), QueuedTracker(trackers[1])])
+    mirror.start(lambda text: None)
+    said = mirror.problems()
+    for tracker in trackers:
+        tracker.gate.clear()
+    with Recorder(tmp_path, mirror=mirror) as recorder:
+        for step in range(1, 4):
+            recorder.write("step", step, loss=1.0)
+        until = time.monotonic() + 10
+        while not said and time.monotonic() < until:  # until the tracker is at its first row
+            said = mirror.problems()
+        recorder.write("step", 4, loss=1.0)
+        said += mirror.problems()
+        for tracker in trackers:
+            tracker.gate.set()
+    text = "Stand-in has taken no row for 0 seconds, and 3 wait; the run goes on without waiting"
+    assert said == [("stand_in", text)]
+    for tracker in trackers:
+        assert tracker.calls == [*(("write", step) for step in range(1, 5)), ("finish", 0)]
+
+
+def test_a_tracker_that_hangs_at_its_start_is_told_of_as_late_only() -> None:
+    tracker = StandIn()
+    tracker.gate.clear()
+    queued = QueuedTracker(tracker, answer_within=0.0)
+    queued.start(within=0.0)
+    queued.write("step", 1, {"loss": 1.0})
+    assert [text.partition(";")[0] for text in queued.problems()] == ["Stand-in has not started in time"]
+    tracker.gate.set()
+    queued.begin_to_finish(0)
+    queued.finish()
+    assert queued.problems() == []
+
+
 def test_a_tracker_that_never_answers_does_not_keep_a_run_from_ending(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracker = StandIn()
+    tracker = StandIn(fails_at=1)
     queued = QueuedTracker(tracker, finish_within=0.2)
     queued.start()
     tracker.gate.clear()
@@ -154,6 +191,8 @@ def test_a_tracker_that_never_answers_does_not_keep_a_run_from_ending(
     assert "Stand-in does not answer and is left as it is" in capsys.readouterr().err
     assert tracker.is_abandoned
     tracker.gate.set()
+    queued._thread.join()
+    assert queued.problems() == [], "nothing more, though its call fails now"
 
 
 def test_an_interrupt_at_the_end_leaves_a_tracker_that_never_answers(tmp_path: Path) -> None:
@@ -470,6 +509,59 @@ def test_trackio_whose_server_never_answers_is_left(tmp_path: Path, trackio_home
     assert "trackio does not answer and is left as it is" in child.stderr
 
 
+MANY_EXPERTS = """
+import sys
+from pathlib import Path
+from p828.config import Config, WandbConfig
+from p828.train.log.tracker import QueuedTracker
+from p828.train.log.trackers import Trackers
+from p828.train.log.wandb import WandbTracker
+queued = QueuedTracker(WandbTracker(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mode="offline"))))
+queued.start()
+trackers = Trackers([queued])
+trackers.write("step", 1, {"load": [[*range(512)], [*range(1100)]]})
+trackers.finish(0)
+"""
+
+
+def wandb_history(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of W&B's, which are records of protobuf in a log of LevelDB's, in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = path.read_bytes(), 7, b""
+    rows: list[dict[str, Any]] = []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # too little for the head of a part: padding
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in {1, 4}:  # a whole record, or its last part
+            record, parts = Record.FromString(parts), b""
+            items = record.history.item
+            if items:
+                rows.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+    return rows
+
+
+def test_wandb_gets_the_load_of_every_expert(tmp_path: Path) -> None:
+    """A histogram of W&B's has at most 512 bars."""
+    child = script(MANY_EXPERTS, str(tmp_path))
+    assert child.returncode == 0, child.stderr
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    (row,) = wandb_history(file)
+    names = [name.removesuffix("/_type") for name, value in row.items() if value == "histogram"]
+    shown = {name: list(zip(row[f"{name}/bins"], row[f"{name}/values"], strict=False)) for name in names}
+    assert all(len(row[f"{name}/bins"]) == len(row[f"{name}/values"]) + 1 for name in names)
+    assert shown == {
+        "moe/load/layer_0": [(expert, expert) for expert in range(512)],
+        "moe/load/layer_1/experts_0_to_511": [(expert, expert) for expert in range(512)],
+        "moe/load/layer_1/experts_512_to_1023": [(expert, expert) for expert in range(512, 1024)],
+        "moe/load/layer_1/experts_1024_to_1099": [(expert, expert) for expert in range(1024, 1100)],
+    }
+
+
 STOPPED_WANDB = """
 import os, signal, sys
 from pathlib import Path
@@ -479,14 +571,17 @@ from p828.train.log.tracker import QueuedTracker
 from p828.train.log.trackers import Trackers
 from p828.train.log.wandb import CORE, WandbTracker
 queued = QueuedTracker(WandbTracker(Path(sys.argv[1]), Config(name="run", wandb=WandbConfig(mode="offline"))),
-                       most_rows=50, finish_within=1)
+                       most_rows=50, answer_within=0.5, finish_within=1)
 queued.start()
 (core,) = (child for child in psutil.Process().children() if child.name() == CORE)
 core.send_signal(signal.SIGSTOP)
 trackers = Trackers([queued])
-for step in range(5000):
+said, step = [], 0
+while not any("has taken no row" in text for text in said):  # its library keeps some rows for the process
+    step += 1
     trackers.write("step", step, {f"number_{index}": 1.0 for index in range(50)})
-print(queued.problems())
+    said += queued.problems()
+print(*said)
 trackers.finish(0)
 """
 
@@ -495,5 +590,6 @@ def test_wandb_whose_process_hangs_is_left_and_does_not_outlive_the_run(tmp_path
     child = script(STOPPED_WANDB, str(tmp_path))
     assert child.returncode == 0, child.stderr
     assert "Weights & Biases does not keep up" in child.stdout
+    assert "Weights & Biases has taken no row for " in child.stdout
     assert "Weights & Biases does not answer and is left as it is" in child.stderr
     assert "Traceback" not in child.stderr

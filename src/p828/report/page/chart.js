@@ -101,7 +101,7 @@ class Chart {
       series.push({
         label, show: !this.off.has(label), width: 1.5, spanGaps: true,
         stroke: runs.length === 1 ? colour("ink") : colour(`series-${run.number % SERIES_COLOURS}`),
-        dash: [5, 4], points: { show: true, size: 6 }, value: (plot, value) => short(value),
+        dash: [5, 4], points: { show: true, size: 6, fill: colour("ground") }, value: (plot, value) => short(value),
       });
     }
   }
@@ -133,7 +133,7 @@ class Chart {
         sync: { key: "view", filters: { pub: (type) => FOLLOWED.includes(type) } }, drag: { x: true, y: false, setScale: false },
         bind: { dblclick: () => () => view.zoom(null) },
       },
-      legend: { live: true },
+      legend: { live: true, markers: { width: 0, fill: swatch } },
       hooks: { draw: [(plot) => drawMarks(plot, runs, view.axis, this.thresholds())], setSelect: [(plot) => this.select(plot)], setSeries: [hideBand, (...change) => this.note(...change)] },
     };
     this.plot?.destroy();
@@ -153,6 +153,16 @@ class Chart {
     if (width < 4) return;
     this.view.zoom([plot.posToVal(left, "x"), plot.posToVal(left + width, "x")]);
   }
+}
+
+// A piece of the curve, for its name in the legend: the background of an element.
+function swatch(plot, number) {
+  const { stroke, dash, points } = plot.series[number];
+  const ink = stroke(plot, number);
+  const [drawn, left] = dash.length ? dash : [1, 0];
+  const line = `repeating-linear-gradient(to right, ${ink} 0 ${drawn}px, transparent ${drawn}px ${drawn + left}px) center / 100% 2px no-repeat`;
+  const point = `radial-gradient(circle, ${colour("ground")} 1.5px, ${ink} 2px 3px, transparent 3.5px)`;
+  return points.show(plot, number) ? `${point}, ${line}` : line;
 }
 
 // The least and greatest values behind a line of means, which is the chart's series number `meansAt`.

@@ -14,6 +14,7 @@ from p828.train.log.panels import SAMPLE, expert_loads, panels
 
 QUEUED_ROWS = 1000  # some 20 MB in a model of 24 layers
 START_WITHIN = 30.0  # seconds, all trackers together; one that takes longer gets the rows when it has started
+ANSWER_WITHIN = 30.0  # seconds for one call; of a tracker that takes longer the run is told
 FINISH_WITHIN = 60.0  # seconds to take what is left
 LOOK_EVERY = 0.1  # seconds
 
@@ -62,16 +63,23 @@ class QueuedTracker:
     """Hands a tracker its calls in a thread of its own, in their order.
 
     Where it does not keep up, rows are left out once `most_rows` wait; where it raises, it is left out from then on.
+    `problems` says so, and once that a call has taken more than `answer_within` seconds.
     """
 
-    def __init__(self, tracker: Tracker, most_rows: int = QUEUED_ROWS, finish_within: float = FINISH_WITHIN) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        most_rows: int = QUEUED_ROWS,
+        answer_within: float = ANSWER_WITHIN,
+        finish_within: float = FINISH_WITHIN,
+    ) -> None:
         self.tracker = tracker
-        self._most_rows, self._finish_within = most_rows, finish_within
+        self._most_rows, self._answer_within, self._finish_within = most_rows, answer_within, finish_within
         self._calls: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._problems: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._refused: ConfigError | None = None
         self._has_started, self._has_ended = threading.Event(), threading.Event()
-        self._is_late, self._has_failed = False, False
+        self._is_late, self._has_failed, self._has_hung = False, False, False
         self._busy_since: float | None = None
         self._end = math.inf
         self._left_out = 0  # rows
@@ -107,7 +115,8 @@ class QueuedTracker:
             self._calls.put((function, arguments))
 
     def problems(self) -> list[str]:
-        """What the run should report, once."""
+        """What the run should report, once. To be asked at every step: of a tracker that hangs, nothing else tells."""
+        self._report_hanging()
         found = []
         with suppress(queue.Empty):
             while True:
@@ -147,8 +156,20 @@ class QueuedTracker:
             self.tracker.write(step, panels(kind, values), expert_loads(values))
 
     def _is_stuck(self) -> bool:
+        return self._busy_seconds() > self._finish_within
+
+    def _busy_seconds(self) -> float:
+        """For how long the tracker has been at the call that it is at; 0 where it is at none."""
         since = self._busy_since
-        return since is not None and time.monotonic() - since > self._finish_within
+        return 0.0 if since is None else time.monotonic() - since
+
+    def _report_hanging(self) -> None:
+        seconds = self._busy_seconds()
+        if seconds <= self._answer_within or self._has_hung or self._has_failed or not self._has_started.is_set():
+            return
+        self._has_hung = True
+        rows = 1 + self._calls.qsize()  # with the one that it is at
+        self._report(f"has taken no row for {seconds:.0f} seconds, and {rows} wait; the run goes on without waiting")
 
     def _run(self) -> None:
         try:
@@ -167,9 +188,9 @@ class QueuedTracker:
                 self._report(f"does not start: {error}")
         except (Exception, SystemExit) as error:  # any of its own, of a library that the run does not depend on
             self._fail("does not start, and is left out", error)
+        self._busy_since = None
         self._has_started.set()
         while not self._has_failed:
-            self._busy_since = None
             call = self._calls.get()
             if call is None:
                 return
@@ -179,8 +200,11 @@ class QueuedTracker:
                 function(*arguments)
             except (Exception, SystemExit) as error:  # as above
                 self._fail("is left out from here on", error)
+            self._busy_since = None
 
     def _fail(self, what: str, error: BaseException) -> None:
+        if self._has_failed:
+            return  # it was left as it is, which has been reported
         text = " ".join(str(error).split()) or type(error).__name__
         self._has_failed = True
         self._report(f"{what}: {text}")

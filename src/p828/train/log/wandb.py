@@ -80,14 +80,10 @@ class WandbTracker:
             ) from None
 
     def write(self, step: int, numbers: Mapping[str, float], loads: Mapping[str, Sequence[int]]) -> None:
-        import wandb
-
-        by_expert = {
-            name: wandb.Histogram(np_histogram=(load_E, [*range(len(load_E) + 1)]))  # bar n has what expert n got
-            for name, load_E in loads.items()
-            if len(load_E) <= wandb.Histogram.MAX_LENGTH
-        }
-        self._log(step, {**numbers, **by_expert})
+        values = dict[str, Any](numbers)
+        for name, load_E in loads.items():
+            values |= _by_expert(name, load_E)
+        self._log(step, values)
 
     def samples(self, step: int, samples: Sequence[Sequence[str]]) -> None:
         import wandb
@@ -143,6 +139,23 @@ class WandbTracker:
         self._run.define_metric(STEP, hidden=True)
         self._run.define_metric("*", step_metric=STEP)
         self.where, self._row = self._run.url or f"offline, in {self.run_dir}/wandb", self._run.step
+
+
+def _by_expert(name: str, load_E: Sequence[int]) -> dict[str, Any]:
+    """A histogram over the experts' numbers, whose bar n has what expert n got, by its name in W&B.
+
+    A histogram of W&B's has a largest number of bars. More experts get several: `NAME/experts_0_to_511` and so on.
+    """
+    import wandb
+
+    most = wandb.Histogram.MAX_LENGTH
+    found = {}
+    for first in range(0, len(load_E), most):
+        load_of_part_E = load_E[first : first + most]
+        end = first + len(load_of_part_E)
+        part = name if len(load_E) <= most else f"{name}/experts_{first}_to_{end - 1}"
+        found[part] = wandb.Histogram(np_histogram=(load_of_part_E, [*range(first, end + 1)]))
+    return found
 
 
 def _line(error: Exception) -> str:
