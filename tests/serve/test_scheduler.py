@@ -204,7 +204,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
         submissions = [scheduler.submit(request(0))]
         await asyncio.to_thread(one.is_in_step.wait, 60)
         submissions += [scheduler.submit(request(number)) for number in range(1, 5)]  # one slot is free, three may wait
-        with pytest.raises(QueueFull, match="4 requests wait already; try again in 1 second$") as refusal:
+        with pytest.raises(QueueFull, match=r"4 requests wait already; try again in 1 second$") as refusal:
             scheduler.submit(request(9))
         assert refusal.value.retry_after_seconds == 1.0  # no rate is known yet
         submissions[2].cancel()
@@ -249,7 +249,7 @@ def test_who_is_refused_is_told_to_wait_for_a_second_at_least() -> None:
 
     async def ask(scheduler: Scheduler) -> None:
         submission = scheduler.submit(request(0))
-        with pytest.raises(QueueFull, match="try again in 1 second$") as refusal:
+        with pytest.raises(QueueFull, match=r"try again in 1 second$") as refusal:
             scheduler.submit_all([request(1), request(2)])
         assert refusal.value.retry_after_seconds == 1.0
         submission.cancel()
