@@ -56,7 +56,11 @@ def refused(response: httpx.Response) -> dict[str, Any]:
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "accepted with echo"),
         ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", "a whole number is accepted"),
         ({"prompt": "a", "max_tokens": 10**400}, "max_tokens", "…: at most"),
-        ({"prompt": "a", "temperature": -1}, "temperature", "temperature = -1.0: a finite number of at least 0 is accepted"),
+        (
+            {"prompt": "a", "temperature": -1},
+            "temperature",
+            "temperature = -1.0: a finite number of at least 0 is accepted",
+        ),
         ({"prompt": "a", "temperature": "1"}, "temperature", "temperature = '1': a number is accepted"),
         ({"prompt": "a", "temperature": True}, "temperature", "a number is accepted"),
         ({"prompt": "a", "top_p": 0}, "top_p", "a fraction above 0 and up to 1"),
