@@ -168,7 +168,7 @@ def tokens_case(place: Place, tokens: int, width: int) -> Pairs:
 
 
 TOKENS = [(1, 70), (5, 4096), (7, 9000)]
-LINEARS = [(1, 96, 50), (3, 1032, 33), (5, 96, 50), (33, 264, 70)]
+LINEARS = [(1, 96, 50), (2, 1032, 33), (3, 1032, 33), (5, 96, 50), (33, 264, 70)]
 ATTENTIONS: dict[str, tuple[list[int], int, int, int, int, bool, bool]] = {
     "one": ([700], 2, 4, 16, 1000, True, True),
     "first token": ([0, 0], 1, 3, 64, 8, False, True),

@@ -224,7 +224,7 @@ def test_generate_is_the_commands(
         (["a"], {"bogus": 1}, "unknown setting bogus. Accepted: temperature, top_k, "),
         (["a"], {"temprature": 1}, "unknown setting temprature; did you mean temperature? Accepted: "),
         (["a"], {"max_new_tokens": 2.5}, "max_new_tokens = 2.5: a whole number of at least 1 is accepted"),
-        (["a"], {"temperature": "1"}, "temperature = '1': a number of at least 0 is accepted"),
+        (["a"], {"temperature": "1"}, "temperature = '1': a finite number of at least 0 is accepted"),
         (["a"], {"stop": 3}, "stop = 3: text that is not empty is accepted"),
         (["a"], {"seed": 2**63}, f"seed = {2**63}: a whole number from {-(2**63)} to {2**63 - 1} is accepted"),
         ([3], {}, "the prompt 3: a text is accepted"),

@@ -6,6 +6,7 @@ from taught_text import TAUGHT
 
 from decoded import decoded
 from p828.data.tokenizer.tokenizer import Tokenizer
+from p828.errors import NotFinite
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import NewToken
 from p828.inference.generate import generate
@@ -77,3 +78,33 @@ def test_what_cannot_be_admitted() -> None:
     decoder.admit([1] * 7, GREEDY, seed=0)
     with pytest.raises(ValueError, match="no slot"):
         decoder.admit([1], GREEDY, seed=0)
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_with_its_sequence(dtype: torch.dtype, is_whole: bool) -> None:
+    """A token that makes no finite numbers, in prompts that are read wholly or in part; later ones get their slots."""
+    model = never_ending()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = float("nan")
+    prompts = [[1, 2, 3], [7] * 20]
+
+    def continuations(decoder: Decoder) -> list[list[int]]:
+        sequences = [decoder.admit(prompt, GREEDY, seed=0) for prompt in prompts]
+        while decoder.running:
+            decoder.step()
+        return [sequence.continuation for sequence in sequences]
+
+    decoder, fresh = (Decoder(model, VOCABULARY, EOS, dtype, 2, 64, prefill_tokens=32) for _ in range(2))
+    for before in ([], [[1]]):  # so that each slot is met
+        for prompt in [*before, [5] * 60]:
+            decoder.admit(prompt, GREEDY, seed=0)
+            decoder.step()
+        if is_whole:
+            with pytest.raises(NotFinite):
+                decoder.step()
+        for sequence in decoder.running:
+            decoder.cancel(sequence)
+    for _ in range(2):
+        prompts.reverse()
+        assert continuations(decoder) == continuations(fresh)

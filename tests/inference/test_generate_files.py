@@ -61,6 +61,9 @@ def test_a_line_for_each_prompt(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert first == expected[0]
     assert others == [{"id": number, **line} for number, line in enumerate(expected[1:], start=1)]
 
+    assert asked(run, "--prompt", TEXTS[0], "--output", str(tmp_path / "one.jsonl")) == 0
+    assert capsys.readouterr().out.endswith(f"\n1 completion in {tmp_path}/one.jsonl\n")
+
 
 def killed(tmp_path: Path, prompts: int, flags: list[str]) -> bool:
     """Start a command that writes killed.jsonl, and kill it once there is a line; whether it was still at work then."""

@@ -127,6 +127,12 @@ def test_what_is_typed_may_have_several_lines(tmp_path: Path, monkeypatch: pytes
     assert list(LineHistory().load_history_strings()) == ["a\nb"]
 
 
+def test_colours_that_are_typed_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a terminal sends what is pasted, if it does not mark that. prompt_toolkit takes them for moves of a mouse."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert typed("a \x1b[31mred\x1b[0m and a \x1b[1;34mblue\x1b[0m cat\r\x04") == ["a red and a blue cat"]
+
+
 def test_a_long_history_loses_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     history = tmp_path / "p828" / "generate_history.jsonl"

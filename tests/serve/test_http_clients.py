@@ -107,7 +107,7 @@ def test_all_answers_of_a_request_are_taken_or_none(held: Served) -> None:
     wait_until(lambda: held.service.scheduler.num_running == 1)
     refused = httpx.post(f"{held.url}/v1/completions", json={**ASKED, "n": 3})
     assert refused.status_code == 429
-    said = "0 requests wait already, and there is no room for 3 more; try again in 1 seconds"
+    said = "0 requests wait already, and there is no room for 3 more; try again in 1 second"
     assert refused.json()["error"]["message"] == said
     assert present(held) == 1
     assert aborted(held) == 0

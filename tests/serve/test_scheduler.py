@@ -26,6 +26,7 @@ from scheduled import (
 from p828.errors import ConfigError
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence, NewToken, Wants
+from p828.serve.http.refusal import refusal_of
 from p828.serve.scheduling.errors import QueueFull, TimedOut
 from p828.serve.scheduling.limits import Limits
 from p828.serve.scheduling.metrics import Metrics
@@ -203,7 +204,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
         submissions = [scheduler.submit(request(0))]
         await asyncio.to_thread(one.is_in_step.wait, 60)
         submissions += [scheduler.submit(request(number)) for number in range(1, 5)]  # one slot is free, three may wait
-        with pytest.raises(QueueFull, match="4 requests wait already; try again in 1 seconds") as refusal:
+        with pytest.raises(QueueFull, match=r"4 requests wait already; try again in 1 second$") as refusal:
             scheduler.submit(request(9))
         assert refusal.value.retry_after_seconds == 1.0  # no rate is known yet
         submissions[2].cancel()
@@ -214,6 +215,12 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
     with scheduling(one, max_waiting=3) as scheduler:
         likely = [likeliest((number,), 6) for number in range(6)]
         assert asyncio.run(ask(scheduler)) == [*likely[:2], [], *likely[3:]]
+
+
+def test_a_refusal_and_its_header_name_the_same_seconds() -> None:
+    error = QueueFull(waiting=1, asked=1, retry_after_seconds=1.2)
+    assert str(error) == "1 request waits already; try again in 2 seconds"
+    assert refusal_of(error).headers == {"retry-after": "2"}
 
 
 def test_several_requests_are_queued_together_or_not_at_all() -> None:
@@ -242,7 +249,7 @@ def test_who_is_refused_is_told_to_wait_for_a_second_at_least() -> None:
 
     async def ask(scheduler: Scheduler) -> None:
         submission = scheduler.submit(request(0))
-        with pytest.raises(QueueFull, match="try again in 1 seconds") as refusal:
+        with pytest.raises(QueueFull, match=r"try again in 1 second$") as refusal:
             scheduler.submit_all([request(1), request(2)])
         assert refusal.value.retry_after_seconds == 1.0
         submission.cancel()

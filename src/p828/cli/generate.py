@@ -113,7 +113,7 @@ def _continue(asking: Asking, prompts: Sequence[GivenPrompt], given: Arguments) 
             warn(f"{file.done:,} of {len(prompts):,} prompts are done from before")
         if file.done < len(prompts):
             complete(asking, encoded[file.done :], Written(prompts, file))
-    print(f"{len(prompts):,} completions in {path}", flush=True)
+    print(f"{len(prompts):,} completion{'' if len(prompts) == 1 else 's'} in {path}", flush=True)
 
 
 def _settings(asking: Asking, prompts: Sequence[GivenPrompt], given: Arguments) -> dict[str, Any]:

@@ -219,8 +219,8 @@ def check_length(ids: Sequence[int], context: int) -> None:
     """Raises ConfigError for a prompt that leaves no room in the context."""
     if len(ids) >= context:
         raise ConfigError(
-            f"the prompt has {len(ids)} tokens: at most {context - 1} are accepted, "
-            f"for the model's context (model.max_position_embeddings) is {context}"
+            f"the prompt has {len(ids):,} tokens: at most {context - 1:,} are accepted, "
+            f"for the model's context (model.max_position_embeddings) is {context:,}"
         )
 
 

@@ -43,7 +43,8 @@ class SamplingConfig:
     """The same seed and prompt give the same text."""
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, _is_number(self.temperature, 0, MOST_FLOAT), "a number of at least 0")
+        words = "a finite number of at least 0"
+        _check("temperature", self.temperature, _is_number(self.temperature, 0, MOST_FLOAT), words)
         _check("top_k", self.top_k, _is_whole(self.top_k, 0), "a whole number of at least 0 (0 is off)")
         is_fraction = _is_number(self.top_p, 0, 1) and self.top_p > 0
         _check("top_p", self.top_p, is_fraction, "a fraction above 0 and up to 1")
@@ -51,8 +52,9 @@ class SamplingConfig:
         penalty, words = self.repetition_penalty, f"a number from {PENALTIES[0]} to {PENALTIES[1]} (1 is off)"
         _check("repetition_penalty", penalty, _is_number(penalty, *PENALTIES), words)
         _check("max_new_tokens", self.max_new_tokens, _is_whole(self.max_new_tokens, 1), "a whole number of at least 1")
-        are_texts = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
-        _check("stop", self.stop, are_texts, "text that is not empty")
+        _check("stop", self.stop, isinstance(self.stop, tuple), "text that is not empty")
+        for text in self.stop:
+            _check("stop", text, isinstance(text, str) and text != "", "text that is not empty")
         _check("seed", self.seed, _is_whole(self.seed, *SEEDS), f"a whole number from {SEEDS[0]} to {SEEDS[1]}")
 
     @property

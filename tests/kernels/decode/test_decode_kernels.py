@@ -35,6 +35,20 @@ pytestmark = pytest.mark.skipif(
 CPU = Place(torch.device("cpu"), torch.float32)
 
 
+def test_the_cases_reach_every_kernel() -> None:
+    """Several tokens that share a program's rows of weights, and more than such a program takes."""
+    from p828.kernels.decode import experts_triton, linear_triton
+
+    for most, cases in (
+        (linear_triton.VECTOR_TOKENS, [tokens for tokens, _, _ in LINEARS]),
+        (experts_triton.PAIR_TOKENS, [case.tokens for case in EXPERTS]),
+        (ops.FEW_TOKENS, [len(positions) for positions, *_ in ATTENTIONS.values()]),
+    ):
+        assert 1 in cases
+        assert any(1 < tokens <= most for tokens in cases)
+        assert any(most < tokens for tokens in cases)
+
+
 @pytest.mark.parametrize("choices", [None, 1, 3])
 @pytest.mark.parametrize("tokens, hidden, width", LINEARS)
 def test_linear(tokens: int, hidden: int, width: int, choices: int | None) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.keys import Keys
 
 from p828.cli.generation.line_history import LineHistory
 from p828.errors import warn
@@ -15,7 +17,7 @@ def typed_lines(status: Callable[[], str]) -> Iterator[str]:
 
     Ctrl-C drops what is typed, and at an empty line says how to leave.
     """
-    session: PromptSession[str] = PromptSession(history=LineHistory(), enable_suspend=True)
+    session: PromptSession[str] = PromptSession(history=LineHistory(), enable_suspend=True, key_bindings=_keys())
     while True:
         try:
             line = session.prompt("> ", bottom_toolbar=status if status() else None, reserve_space_for_menu=0)
@@ -26,3 +28,10 @@ def typed_lines(status: Callable[[], str]) -> Iterator[str]:
         except EOFError:
             return
         yield line
+
+
+def _keys() -> KeyBindings:
+    """Those that prompt_toolkit lacks: it takes a colour for a move of a mouse, and fails to find where."""
+    keys = KeyBindings()
+    keys.add(Keys.Vt100MouseEvent)(lambda event: None)
+    return keys

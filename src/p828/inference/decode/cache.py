@@ -9,7 +9,8 @@ from p828.config import ModelConfig
 class SlotCache:
     """Room for `max_length` tokens in each of `slots` slots, and in one more for rows that stand for no sequence.
 
-    A token lies at its position. Whatever lies beyond a sequence's newest token is overwritten before it is read.
+    A token lies at its position. Whatever lies beyond a sequence's newest token is finite, and overwritten before it has
+    a weight.
     """
 
     def __init__(
@@ -40,6 +41,14 @@ class SlotCache:
         assert 0 <= slot < self.slots, slot
         assert slot not in self._free, slot
         self._free.append(slot)
+
+    def clear(self, slot: int) -> None:
+        """Zeros, where something may not be finite.
+
+        Beside a longer sequence, plain attention reads past the newest token with weight 0, which makes NaN of that.
+        """
+        for whole in (*self.keys, *self.values):
+            whole[slot] = 0
 
     def store(self, layer: int, slots_B1: Tensor, positions_BS: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> None:
         """Put tokens at their positions; slots and positions are int64."""

@@ -171,17 +171,20 @@ class Decoder:
 
     def _arrive(self, flight: Flight) -> list[NewToken]:
         found = []
-        for sequence, token, probability, experts_LK in flight.results():
-            if sequence.finish_reason is None:
-                if token < 0:
-                    raise NotFinite(
-                        "the model's logits are not finite numbers: its weights diverged; take an earlier checkpoint"
-                    )
-                self._on_their_way[sequence] -= 1
-                sequence.finish_reason = self._take(sequence, token)
-                found.append(NewToken(sequence, token, sequence.finish_reason, probability, experts_LK))
-                if sequence.finish_reason is not None:
-                    self._leave(sequence)
+        results = [result for result in flight.results() if result[0].finish_reason is None]
+        diverged = [sequence for sequence, token, _, _ in results if token < 0]
+        for sequence in diverged:
+            self._cache.clear(sequence.slot)
+        if diverged:
+            raise NotFinite(
+                "the model's logits are not finite numbers: its weights diverged; take an earlier checkpoint"
+            )
+        for sequence, token, probability, experts_LK in results:
+            self._on_their_way[sequence] -= 1
+            sequence.finish_reason = self._take(sequence, token)
+            found.append(NewToken(sequence, token, sequence.finish_reason, probability, experts_LK))
+            if sequence.finish_reason is not None:
+                self._leave(sequence)
         return found
 
     def _take(self, sequence: DecodedSequence, token: int) -> FinishReason | None:
@@ -195,8 +198,9 @@ class Decoder:
 
     def _leave(self, sequence: DecodedSequence) -> None:
         if sequence in self._unread:
-            if sequence is self._unread[0]:
+            if sequence is self._unread[0] and self._read_tokens:
                 self._read_tokens = 0
+                self._cache.clear(sequence.slot)  # no logits have told yet whether what it left is finite
             self._unread.remove(sequence)
         if sequence in self._decoding:
             self._decoding.remove(sequence)

@@ -6,7 +6,8 @@ their end.
 What the kernels of this folder keep to:
 
 - Before `wait_for_earlier_kernels` a program writes nothing, and reads only what no kernel of the step writes (weights,
-  the cache of earlier tokens), with the exceptions below. After it, all earlier kernels have ended.
+  the cache of earlier tokens), with the exceptions below. After it, all earlier kernels have ended: it waits for the
+  one in front, of which a program has waited for those before. A program with no work may leave without waiting.
 - Most kernels let the next one begin at once. So memory is read while the kernels in front wait for each other: the
   weights of several operations lie in registers or in the cache before it is their turn.
 - The products with the down matrices read the choice of experts before the wait. It is complete: the products with the
@@ -25,7 +26,7 @@ from p828.kernels.cuda_driver import prefer_shared_memory
 
 ALLOWED = True
 MOST_ROWS = 32  # with more a kernel that fills the processors is slower for sharing them with the next one
-FEW_ROWS = 3  # with more, kernels need more shared memory than SHARED_PERCENT
+FEW_ROWS = 3  # with more, the experts' tiles need more shared memory than SHARED_PERCENT
 NOT, AT_THE_END, EARLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # `PDL` of a kernel
 PROCESSORS = 132  # of an H100
 SHARED_PERCENT = 25  # of a processor's fast memory, for kernels of few rows

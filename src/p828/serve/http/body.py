@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from typing import Any
 
 from starlette.requests import Request
@@ -54,19 +55,22 @@ def _parsed(content: bytes) -> Any:
         raise Refused(400, f"the body is not UTF-8 text: byte {error.start} is wrong") from None
     except RecursionError:
         raise Refused(400, "the body is nested too deeply") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise Refused(400, f"the body is not JSON: {error}") from None
+    except ValueError:
+        most = sys.get_int_max_str_digits()
+        raise Refused(400, f"the body has a whole number of more than {most:,} digits") from None
     return values
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise Refused(400, f"the body is not JSON: {name} is no number of JSON")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise ValueError(f"{shown(name)} is given twice")
+            raise Refused(400, f"the body is not JSON: {shown(name)} is given twice")
         values[name] = value
     return values

@@ -1,5 +1,7 @@
 """Why a request got no answer, or not all of one. These are for a client, and none ends the server."""
 
+import math
+
 
 class Unanswered(Exception):
     """What all of them have in common: the message is for the client, in one line."""
@@ -9,8 +11,10 @@ class QueueFull(Unanswered):
     """There is no room for another request, or for several at a time. Raised by `Scheduler.submit_all`."""
 
     def __init__(self, waiting: int, asked: int, retry_after_seconds: float) -> None:
+        wait = "1 request waits" if waiting == 1 else f"{waiting} requests wait"
         room = f", and there is no room for {asked} more" if asked > 1 else ""
-        super().__init__(f"{waiting} requests wait already{room}; try again in {retry_after_seconds:.0f} seconds")
+        seconds = math.ceil(retry_after_seconds)
+        super().__init__(f"{wait} already{room}; try again in {seconds} second{'' if seconds == 1 else 's'}")
         self.retry_after_seconds = retry_after_seconds
         """At least 1: the time that those who wait now need to be admitted, by the rate measured last."""
 
