@@ -5,12 +5,13 @@
 # make test-serve         run all tests of the server, with 1,000 and 10,000 requests too; about 4 minutes
 # make test-health        break 35 things in small runs, and see what the rules of run health find; about 15 minutes
 # make faults             kill runs, damage checkpoints and feed every reader nonsense, many times; about 25 minutes
+# make test-long          run the long forms of the tests of commands and data; about 3 minutes
 # make test-oldest        run the tests with the oldest accepted dependencies, in .venv-oldest
 # make check              linter, format and types
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-distributed test-interchange test-serve test-health faults test-oldest check format clean
+.PHONY: quickstart test test-distributed test-interchange test-serve test-health test-long faults test-oldest check format clean
 
 quickstart: .venv/installed
 	@echo "p828 is in .venv/bin; 'source .venv/bin/activate' puts it on the path of a shell."
@@ -30,6 +31,9 @@ test-serve: .venv/installed-dev
 
 test-health: .venv/installed-dev
 	$(BIN)/pytest tests/health -m "long or not long" -s
+
+test-long: .venv/installed-dev
+	$(BIN)/pytest tests/cli tests/data -m long
 
 faults: .venv/installed-dev
 	$(BIN)/pytest tests/faults -m "long or not long"

@@ -114,7 +114,13 @@ def test_the_names_that_others_use_suggest_the_flag(flag: str, meant: str, capsy
     assert len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {"LANG": "C", "LC_ALL": "C"}])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        *(pytest.param({**more, "LC_ALL": "C"}, marks=pytest.mark.long) for more in ({}, {"LANG": "C"})),
+    ],
+)
 def test_an_output_without_accents(tmp_path: Path, environment: dict[str, str]) -> None:
     """Every command says what it has to say, escaped where need be."""
     place = tmp_path / "é🙂"

@@ -1,5 +1,6 @@
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,16 @@ def test_a_seed_draws_the_same_kills(tmp_path: Path) -> None:
     assert KillResumeCheck(config, tmp_path, 5, seed=unseeded.seed)._moments() == unseeded._moments()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.long) for other in (signal.SIGHUP, signal.SIGINT))],
+)
 def test_a_signal_ends_the_run_that_is_at_work_too(toml: str, number: signal.Signals) -> None:
     process = start("prove-resume", toml, "--train.steps", "60", cwd=Path.cwd())
     said = Path("runs/tiny-prove-resume/output.txt")
     while not (said.exists() and "step 1/60" in said.read_text()):
         assert process.poll() is None
+        time.sleep(0.01)  # between two looks at what it has written
     children = psutil.Process(process.pid).children(recursive=True)
     assert any("train" in child.cmdline() for child in children)
     process.send_signal(number)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from p828.cli.main import dispatch
-from runs import p828, write_toml
+from runs import in_process, p828, write_toml
 
 QUICK = ("--train.steps", "1", "--evaluation.every", "0")
 
@@ -182,7 +182,7 @@ def test_a_full_disk_while_saving(tmp_path: Path) -> None:
     """A limit on file size stands in for the full disk: the write fails the same way, half-way through a file."""
     resource = pytest.importorskip("resource")
     path = write_toml(tmp_path, train={"steps": 8}, checkpoint={"every": 4}, evaluation={"every": 0})
-    code, _, _ = p828("train", str(path), "--train.steps", "4", cwd=tmp_path)
+    code, _, _ = in_process("train", str(path), "--train.steps", "4", cwd=tmp_path)
     assert code == 0
     checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
     size = (checkpoints / "step_00000004" / "optimizer.safetensors").stat().st_size
@@ -195,6 +195,6 @@ def test_a_full_disk_while_saving(tmp_path: Path) -> None:
     assert "step_00000008" in said
     assert len(said.strip().splitlines()) <= 2
     assert [entry.name for entry in checkpoints.iterdir()] == ["step_00000004"]
-    code, _, said = p828("train", str(path), cwd=tmp_path)
+    code, _, said = in_process("train", str(path), cwd=tmp_path)
     assert code == 0, said
     assert (checkpoints / "step_00000008").exists()

@@ -152,9 +152,10 @@ def test_every_token_comes_once_an_epoch(
         assert seen == {0: expected, 1: expected, 2: expected}
 
 
+@pytest.mark.parametrize("points", [100, pytest.param(1000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["prepared", "streams", "mixture"])
-def test_a_thousand_random_points_go_on_as_before(
-    configs: dict[str, Config], tokenizer: Tokenizer, kind: str, monkeypatch: pytest.MonkeyPatch
+def test_random_points_go_on_as_before(
+    configs: dict[str, Config], tokenizer: Tokenizer, kind: str, points: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 4)  # a resume tokenizes no more than it needs
     opened = ranks(configs[kind], tokenizer, 1, None)
@@ -165,7 +166,7 @@ def test_a_thousand_random_points_go_on_as_before(
     draw = random.Random(kind)
     resumed = ranks(configs[kind], tokenizer, 1, None)
     per_step = BATCHES_PER_STEP * MICRO_BATCH
-    for _ in range(1000):
+    for _ in range(points):
         step = draw.randrange(75 - 3)
         resumed[0].load_state_dict(json.loads(json.dumps(states[step])))
         rows = [row for _ in range(50 // MICRO_BATCH) for row in next(resumed[0])]

@@ -16,7 +16,7 @@ from p828.config import Config, load
 from p828.config.values import flatten
 from p828.runs import checkpoint
 from p828.verify.kill_resume import KillResumeCheck, shortened
-from runs import p828, tiny_values, write_toml
+from runs import in_process, tiny_values, write_toml
 from shim import Shim
 
 
@@ -48,7 +48,7 @@ def test_kills(tmp_path: Path, shim: Shim, capsys: pytest.CaptureFixture[str], c
 def test_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int) -> None:
     """Every damaged checkpoint is named and quarantined, and the one before is used."""
     path = write_toml(tmp_path, checkpoint={"every": 6, "keep_last": 2})
-    assert p828("train", str(path), cwd=tmp_path)[0] == 0
+    assert in_process("train", str(path), cwd=tmp_path)[0] == 0
     whole, draw, kinds = tmp_path / "runs" / "tiny" / "checkpoints", random.Random(0), Counter[str]()
     before, newest = sorted(whole.iterdir())
     for number in range(count):

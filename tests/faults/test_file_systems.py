@@ -11,7 +11,7 @@ import torch
 
 from p828.runs import checkpoint, records
 from p828.train import checkpoint_writer
-from runs import p828, start, wait_for_step, write_toml
+from runs import in_process, p828, start, wait_for_step, write_toml
 from same_run import assert_same_run, comparable_records
 from shim import Shim
 
@@ -22,7 +22,7 @@ def saved_steps(run: Path) -> list[str]:
 
 def test_where_directories_cannot_be_renamed_files_are(tmp_path: Path, shim: Shim) -> None:
     path = str(write_toml(tmp_path, checkpoint={"every": 2, "keep_last": 2}))
-    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    assert in_process("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
     shim(directories=errno.EPERM)
     code, _, error = p828("train", path, "--name", "bucket", cwd=tmp_path)
     assert code == 0, error
@@ -136,7 +136,7 @@ def test_where_nothing_can_be_renamed_the_run_ends_before_it_begins(tmp_path: Pa
 @pytest.mark.parametrize("is_for_good", [False, True])
 def test_a_checkpoint_that_cannot_be_read_for_now_is_not_damaged(tmp_path: Path, shim: Shim, is_for_good: bool) -> None:
     path = str(write_toml(tmp_path, checkpoint={"every": 4, "keep_last": 3}, data={"read_retries": 2}))
-    assert p828("train", path, cwd=tmp_path)[0] == 0
+    assert in_process("train", path, cwd=tmp_path)[0] == 0
     run = tmp_path / "runs" / "tiny"
     before, names = comparable_records(run), saved_steps(run)
     shim(file="/checkpoints/step_", errno=errno.EIO, **({} if is_for_good else {"times": 2}))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from p828.runs import checkpoint, file_names, records
-from runs import p828, start, wait_for_step, write_toml
+from runs import in_process, p828, start, wait_for_step, write_toml
 from same_run import assert_same_run
 
 MEGABYTE = 2**20
@@ -42,7 +42,7 @@ def fill(disk: Path) -> Path:
 
 def test_a_run_goes_on_while_the_disk_is_full_and_keeps_its_last_checkpoint(small_disk: Path, tmp_path: Path) -> None:
     path = str(write_toml(tmp_path, train={"steps": 300}, evaluation={"every": 0}, checkpoint={"every": 10}))
-    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    assert in_process("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
     process = start("train", path, "--name", "full", "--runs-dir", str(small_disk), cwd=tmp_path)
     wait_for_step(process, 30)
     filling = fill(small_disk)
@@ -73,7 +73,7 @@ def test_a_run_that_cannot_be_saved_at_its_end_says_so(small_disk: Path, tmp_pat
 def test_records_that_cannot_be_written_end_the_run_saved(tmp_path: Path) -> None:
     """At a limit on the size of files, which those of a checkpoint keep below."""
     path = str(write_toml(tmp_path, train={"steps": 200}, evaluation={"every": 0}, checkpoint={"every": 1000}))
-    assert p828("train", path, "--train.steps", "2", cwd=tmp_path)[0] == 0
+    assert in_process("train", path, "--train.steps", "2", cwd=tmp_path)[0] == 0
     run, limit = tmp_path / "runs" / "tiny", 1_000_000
     long = json.dumps({"kind": "event", "step": 0, "text": "long"})
     size = limit - 5_000 - (run / "metrics.jsonl").stat().st_size

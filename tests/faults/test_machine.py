@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from p828.runs import checkpoint, file_names, records
-from runs import p828, start, wait_for_step, write_text, write_toml
+from runs import in_process, p828, start, wait_for_step, write_text, write_toml
 from same_run import assert_same_run
 from shim import Shim
 
@@ -25,7 +25,7 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_the_run_goes_on(
     tmp_path: Path, shim: Shim, number: int
 ) -> None:
     path = str(write_toml(tmp_path, evaluation={"every": 0}))
-    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    assert in_process("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
     shim(file=".step_00000008.tmp", errno=number)
     code, said, error = p828("train", path, "--name", "failing", cwd=tmp_path)
     assert code == 0, error
@@ -40,7 +40,7 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_the_run_goes_on(
 
 def test_training_goes_on_beside_a_slow_disk(tmp_path: Path, shim: Shim) -> None:
     path = str(write_toml(tmp_path, train={"steps": 200}, evaluation={"every": 0}, checkpoint={"every": 20}))
-    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    assert in_process("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
     shim(file=".tmp/optimizer.safetensors", delay=300_000)
     code, _, error = p828("train", path, "--name", "slow", cwd=tmp_path)
     assert code == 0, error
@@ -55,7 +55,7 @@ def test_training_goes_on_beside_a_slow_disk(tmp_path: Path, shim: Shim) -> None
 
 def test_data_that_cannot_be_read_for_a_while(tmp_path: Path, shim: Shim) -> None:
     path = str(write_toml(tmp_path, evaluation={"every": 0}))
-    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    assert in_process("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
     shim(file="/text/01", errno=errno.EIO, times=2)
     code, _, error = p828("train", path, "--name", "failing", cwd=tmp_path)
     assert code == 0, error
@@ -96,7 +96,7 @@ def test_data_is_not_waited_for_when_the_run_is_asked_to_end(tmp_path: Path) -> 
 
 def test_a_clock_that_jumps(tmp_path: Path, shim: Shim) -> None:
     path = str(write_toml(tmp_path, train={"steps": 60}))
-    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    assert in_process("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
     shim(jump=YEARS)
     seen = subprocess.run([sys.executable, "-c", SEEN], capture_output=True, text=True, check=True).stdout.split()
     assert len(set(seen)) > 1, "the clock does jump"

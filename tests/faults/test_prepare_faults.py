@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def test_asked_to_end_it_saves_and_goes_on(toml: str, number: int) -> None:
     )
     while not Path("prepared/progress.json").exists():
         assert process.poll() is None
+        time.sleep(0.01)  # between two looks at what it has written
     process.send_signal(number)
     out, said = process.communicate(timeout=60)
     assert f"{signal.Signals(number).name}: saving what is made" in out

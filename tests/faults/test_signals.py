@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from p828.runs import checkpoint, file_names, records
-from runs import p828, start, wait_for_step, write_text, write_toml
+from runs import in_process, p828, start, wait_for_step, write_text, write_toml
 from same_run import assert_same_run
 from shim import Shim
 
@@ -33,7 +33,7 @@ def test_a_launchers_sigterm_after_the_terminals_sigint_is_no_second_wish(tmp_pa
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_is_asked_to_end_is_saved_and_goes_on_exactly(tmp_path: Path, number: signal.Signals) -> None:
     path = str(write_toml(tmp_path, model={"dropout": 0.1}, train={"steps": 60}, checkpoint={"every": 1000}))
-    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    assert in_process("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
     process = start("train", path, "--name", "asked", cwd=tmp_path)
     wait_for_step(process, 9)
     process.send_signal(number)
@@ -46,7 +46,7 @@ def test_a_run_that_is_asked_to_end_is_saved_and_goes_on_exactly(tmp_path: Path,
     assert found, said
     newest = checkpoint.resolve(tmp_path / "runs" / "asked")
     assert file_names.step_of(newest) == int(found[1]) >= 9
-    code, out, said = p828("train", path, "--name", "asked", cwd=tmp_path)
+    code, out, said = in_process("train", path, "--name", "asked", cwd=tmp_path)
     assert code == 0, said
     assert f"resumed from step {found[1]}" in out
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "asked", step=60)
@@ -214,7 +214,7 @@ def test_ctrl_c_within_one_call_of_the_tokenizers_library_is_answered_at_once(tm
     path = str(write_toml(tmp_path, tokenizer=tokenizer, train={"steps": 2}, evaluation={"every": 0, "prompts": []}))
     arguments = ["evaluate", "runs/tiny", "--data.files", str(tmp_path / "long.txt")]
     if command == "evaluate":
-        assert p828("train", path, cwd=tmp_path)[0] == 0
+        assert in_process("train", path, cwd=tmp_path)[0] == 0
     else:
         files = ["--data.validation.kind", "files", "--data.validation.files", str(tmp_path / "long.txt")]
         arguments = ["train", path, *files]

@@ -12,7 +12,7 @@ import torch
 
 from p828.cli.main import dispatch
 from p828.runs import records
-from runs import p828, start, wait_for_step, write_text, write_toml
+from runs import in_process, start, wait_for_step, write_text, write_toml
 from same_run import assert_same_run, comparable_records, final_state
 
 
@@ -31,7 +31,7 @@ def test_two_resumes_equal_an_uninterrupted_run(tmp_path: Path) -> None:
 
 def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path) -> None:
     path = str(write_toml(tmp_path, model={"dropout": 0.1}, train={"steps": 60}, checkpoint={"every": 7}))
-    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    assert in_process("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
     draw = random.Random(828)
     moments = draw.randint(1, 6), draw.randint(10, 30), draw.randint(31, 55)  # before any checkpoint, too
     train_with_kills(path, moments, tmp_path)
@@ -45,7 +45,7 @@ def train_with_kills(path: str, moments: Sequence[int], tmp_path: Path) -> None:
         wait_for_step(process, kill_at)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    code, _, said = p828("train", path, "--name", "killed", cwd=tmp_path)
+    code, _, said = in_process("train", path, "--name", "killed", cwd=tmp_path)
     assert code == 0, said
 
 
@@ -118,12 +118,12 @@ def test_a_second_process_on_the_same_run_is_refused(tmp_path: Path) -> None:
     path = str(write_toml(tmp_path, train={"steps": 100_000}))
     first = start("train", path, cwd=tmp_path)
     wait_for_step(first, 1)
-    code, _, said = p828("train", path, cwd=tmp_path)
+    code, _, said = in_process("train", path, cwd=tmp_path)
     assert code == 2
     assert "another p828 train is at work on this run" in said
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    code, _, said = p828("train", path, "--train.steps", "1", cwd=tmp_path)
+    code, _, said = in_process("train", path, "--train.steps", "1", cwd=tmp_path)
     assert code == 0, said
 
 
@@ -170,8 +170,8 @@ def test_kill_9_while_training_on_a_mixture_changes_nothing(tmp_path: Path) -> N
     mixture = [{**prepared, **files}, {**streamed, **files}]
     data = {"mixture": mixture, "mixture_steps": [0, 15], "streams": 2, "packing": "best_fit", "shuffle_rows": 16}
     path = str(write_toml(tmp_path, data=data, train={"steps": 30}, checkpoint={"every": 7}))
-    assert p828("prepare", path, cwd=tmp_path)[0] == 0
-    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    assert in_process("prepare", path, cwd=tmp_path)[0] == 0
+    assert in_process("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
     train_with_kills(path, (9, 20), tmp_path)
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed", step=30)
     last = [line for line in records.read(tmp_path / "runs" / "whole" / "metrics.jsonl") if line["kind"] == "step"][-1]
@@ -195,7 +195,7 @@ def test_a_run_whose_data_vanishes_is_saved_and_goes_on(tmp_path: Path) -> None:
             checkpoint={"every": 900},
         )
     )
-    assert p828("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
+    assert in_process("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
     process = start("train", path, "--name", "stopped", cwd=tmp_path)
     wait_for_step(process, 3)
     (tmp_path / "more").rename(tmp_path / "away")
@@ -205,6 +205,6 @@ def test_a_run_whose_data_vanishes_is_saved_and_goes_on(tmp_path: Path) -> None:
         said
     )
     (tmp_path / "away").rename(tmp_path / "more")
-    code, _, said = p828("train", path, "--name", "stopped", cwd=tmp_path)
+    code, _, said = in_process("train", path, "--name", "stopped", cwd=tmp_path)
     assert code == 0, said
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "stopped", step=40)

@@ -9,12 +9,12 @@ from p828.config import RopeScaling
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """Angle per position of each rotated pair: float32 (head_dim / 2,), fastest first.
+    """Angle per position of each rotated pair: float32 (head_dim / 2,) on the CPU, fastest first.
 
     Pairs that turn more than `beta_fast` times over the original context keep their frequency, pairs that turn less
     than `beta_slow` times are slowed by `factor`, and a linear ramp over the pair's index joins the two.
     """
-    pair = torch.arange(head_dim // 2, dtype=torch.float32)
+    pair = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
     frequency = theta ** (-2 * pair / head_dim)
     if scaling.factor == 1:
         return frequency

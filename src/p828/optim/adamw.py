@@ -2,16 +2,19 @@
 
 In a bfloat16 run the matrices are updated by `p828.kernels.adamw`. It takes 12 bytes a parameter with bfloat16 moments:
 2 for the weight, 2 for the low bits of its master, 4 for the sum of its gradients and 4 for the moments. Norms, sinks
-and router, and every parameter of a float32 run, are updated by `torch.optim.AdamW`.
+and router, and every parameter of a float32 run, are updated by PyTorch's fused step, called as a function: the class
+`torch.optim.AdamW` imports PyTorch's compiler, which takes a second of every start.
 
 The host does not wait for the device: the factor that clips the gradients is a tensor, and so is whether the step is
 applied at all.
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from p828.config import OptimizerConfig
 from p828.errors import ConfigError
@@ -21,6 +24,17 @@ from p828.model.backend import uses_triton
 from p828.optim.clipping import clip_factor
 from p828.optim.groups import Group
 from p828.runs.tensors import Master
+
+
+class _Group(NamedTuple):
+    """Parameters of one weight decay and their state, as PyTorch's fused step takes them."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    weight_decay: float
 
 
 class AdamW:
@@ -51,24 +65,18 @@ class AdamW:
         self._updates = torch.zeros((), dtype=torch.int64, device=next(iter(sums.values())).device)
         others = [parameter for parameter in self._parameters.values() if parameter not in masters]
         self._first_number = first_number
-        self._others = self._torch_adamw(others, sums)
-
-    def _torch_adamw(self, parameters: list[Tensor], sums: Mapping[Tensor, Tensor]) -> torch.optim.AdamW:
-        config = self.config
-        groups = [
-            {"params": [p for p in parameters if p in self._decayed], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p not in self._decayed], "weight_decay": 0.0},
+        self._others = {parameter: _empty_state(parameter) for parameter in others}
+        self._groups = [
+            self._group([p for p in others if p in self._decayed], sums, config.weight_decay),
+            self._group([p for p in others if p not in self._decayed], sums, 0.0),
         ]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
-        for parameter in parameters:
-            parameter.grad = sums[parameter]
-            # Made here and not at the first update, so that a checkpoint from before it is complete, too.
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
-        return optimizer
+
+    def _group(self, parameters: list[Tensor], sums: Mapping[Tensor, Tensor], weight_decay: float) -> _Group:
+        exp_avgs, exp_avg_sqs, steps = (
+            [self._others[parameter][key] for parameter in parameters] for key in ("exp_avg", "exp_avg_sq", "step")
+        )
+        gradients = [sums[parameter] for parameter in parameters]
+        return _Group(parameters, gradients, exp_avgs, exp_avg_sqs, steps, weight_decay)
 
     @torch.no_grad()
     def update(
@@ -85,10 +93,12 @@ class AdamW:
         config = self.config
         clip = clip_factor(norm, config.max_grad_norm)
         found_inf = (~applied).float()
-        for group in self._others.param_groups:
-            group["lr"] = learning_rate
-        self._others.grad_scale, self._others.found_inf = 1 / clip, found_inf  # type: ignore[attr-defined]
-        self._others.step()
+        for group in self._groups:
+            adamw(
+                group.parameters, group.gradients, group.exp_avgs, group.exp_avg_sqs, [], group.steps, fused=True,
+                grad_scale=1 / clip, found_inf=found_inf, amsgrad=False, maximize=False, lr=learning_rate,
+                beta1=config.betas[0], beta2=config.betas[1], eps=config.eps, weight_decay=group.weight_decay,
+            )  # fmt: skip
 
         corrections = bias_corrections(config.betas, self._updates)
         update = Update(learning_rate, config.betas, config.eps, clip, found_inf, self._updates, corrections)
@@ -115,7 +125,7 @@ class AdamW:
 
     def _state(self, parameter: Tensor) -> Mapping[str, Tensor]:
         if parameter not in self._matrices:
-            return self._others.state[parameter]
+            return self._others[parameter]
         state = self._matrices[parameter]
         return {"step": self._updates.float(), "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
 
@@ -129,6 +139,12 @@ def pick_moment_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> 
     if wanted == "auto":
         return torch.bfloat16 if uses_triton(device, dtype) else torch.float32
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+def _empty_state(parameter: Tensor) -> dict[str, Tensor]:
+    """Zeros, made before the first update so that a checkpoint from before it is complete, too."""
+    moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), device=parameter.device), **moments}
 
 
 def _matrix_state(master: Master, gradient: Tensor, moment_dtype: torch.dtype) -> MatrixState:

@@ -12,7 +12,7 @@ from p828.cli.main import dispatch
 from p828.data.tokenizer import trial as tokenizer_trial
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
-from runs import p828, write_toml
+from runs import in_process, p828, write_toml
 from tokenizer_kinds import EOS, KINDS
 
 ADDRESS_SPACE = 4 * 2**30  # bytes
@@ -76,7 +76,7 @@ def test_a_trial_without_end_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_run_with_one_that_panics_ends_in_a_line(tmp_path: Path) -> None:
     odd = write_odd(tmp_path / "odd.json", "a panic when it is read")
     path = write_toml(tmp_path, tokenizer={"name": str(odd), "eos_token": EOS}, model={"vocab_size": 0})
-    code, _, err = p828("train", str(path), cwd=tmp_path)
+    code, _, err = in_process("train", str(path), cwd=tmp_path)
     assert code == 2
     assert len(err.strip().splitlines()) == 1
     assert str(odd) in err

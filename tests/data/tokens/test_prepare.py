@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from data_samples import text, write_jsonl
 
 import p828.data.tokens.prepare
 import p828.data.tokens.text_reader
+from p828.cli.main import dispatch
 from p828.config import Config, DataConfig, PrepareConfig, TokenizerConfig, ValidationConfig
 from p828.config.values import to_dict
 from p828.data.retry import NO_RETRY
@@ -121,32 +123,32 @@ sys.exit(dispatch(["prepare", *sys.argv[1:]]))
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 def test_killed_at_any_moment_it_ends_with_the_same_files(
-    config: Config, tmp_path: Path, packing: str, tokenizer: Tokenizer
+    config: Config, tmp_path: Path, packing: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(p828.data.tokens.text_reader, "BATCH_DOCUMENTS", 3)
     values = to_dict(config)
     values["data"]["packing"], values["prepare"]["drop_duplicates"] = packing, True
     tokenizer.save(tmp_path / "own.json")
     values["tokenizer"]["name"] = str(tmp_path / "own.json")
     (tmp_path / "c.toml").write_text(tomli_w.dumps(values))
 
-    def start(directory: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", RUN, str(tmp_path / "c.toml"), "--data.prepared", str(directory)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def arguments(directory: Path) -> list[str]:
+        return [str(tmp_path / "c.toml"), "--data.prepared", str(directory)]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    said = start(whole).communicate()
-    assert (whole / "manifest.json").exists(), said
+    assert dispatch(["prepare", *arguments(whole)]) == 0
     for moment in range(4):
-        process = start(killed)
+        command = [sys.executable, "-c", RUN, *arguments(killed)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         before = stamp(killed)
         while process.poll() is None and stamp(killed) in (None, before):
-            pass  # until a position later than the one before is saved
+            time.sleep(0.001)  # between two looks for a position later than the one before
         process.kill()
         process.communicate()
         if (killed / "manifest.json").exists():
             assert moment > 0, "the first process was not killed in time"
             break
-    start(killed).communicate()
+    assert dispatch(["prepare", *arguments(killed)]) == 0
     assert contents(killed) == contents(whole)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import Fault, Settings, Strength
-from injections.patching import after_update, before_update, gradients_of, replaced
+from injections.patching import after_update, before_update, gradients_of, replaced, update_copies
 
 from p828.engine.plain import PlainEngine
 from p828.optim.adamw import AdamW
@@ -21,8 +21,7 @@ def forgotten_parameters(part: Strength) -> Iterator[None]:
             optimizer = original(engine)
             assert isinstance(optimizer, AdamW)
             left_out = {parameter for name, parameter in engine.model.named_parameters() if str(part) in name}
-            for group in optimizer._others.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if parameter not in left_out]
+            update_copies(optimizer, left_out)
             return optimizer
 
         return make_optimizer

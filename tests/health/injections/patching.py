@@ -1,6 +1,6 @@
 """Replacing one function of the real code for a while."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from p828.engine.interface import StepResult
 from p828.engine.plain import PlainEngine
+from p828.optim.adamw import AdamW
 
 
 @contextmanager
@@ -65,6 +66,14 @@ def gradients_of(engine: PlainEngine, *parts: str) -> list[Tensor]:
 
 def weights_of(engine: PlainEngine, *parts: str) -> list[Tensor]:
     return [p for name, p in engine.model.named_parameters() if any(part in name for part in parts)]
+
+
+def update_copies(optimizer: AdamW, parameters: Collection[Tensor]) -> None:
+    """From now on the optimizer updates copies of these, and not what the model computes with."""
+    optimizer._groups = [
+        group._replace(parameters=[p.detach().clone() if p in parameters else p for p in group.parameters])
+        for group in optimizer._groups
+    ]
 
 
 EXPERTS = ("mlp.experts.",)

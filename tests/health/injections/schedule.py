@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import STRIKES_AT, Fault, Settings, Strength
-from injections.patching import replaced
+from injections.patching import replaced, update_copies
 
 import p828.train.build
 from p828.engine.plain import PlainEngine
@@ -43,11 +43,7 @@ def nothing_trained(form: Strength) -> Iterator[None]:
         def load(engine: PlainEngine, *arguments: Any) -> None:
             original(engine, *arguments)
             assert isinstance(engine.optimizer, AdamW)
-            for group in engine.optimizer._others.param_groups:
-                copies = [parameter.detach().clone() for parameter in group["params"]]
-                for copied, parameter in zip(copies, group["params"], strict=True):
-                    copied.grad = parameter.grad
-                group["params"] = copies
+            update_copies(engine.optimizer, {*engine.model.parameters()})
 
         return load
 
