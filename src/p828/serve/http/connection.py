@@ -1,7 +1,8 @@
-"""Connections whose client never asks, asks what is no HTTP, or never reads its answer."""
+"""Connections whose client never asks, asks what is no HTTP, or never reads its answer, and too many of them."""
 
 import asyncio
 import fcntl
+import resource
 import struct
 import termios
 
@@ -12,6 +13,7 @@ from p828.serve.http.refusal import Refused
 
 SECONDS_TO_ASK = 30.0  # from a connection's first byte, or its opening, to the end of a request's headers
 MOST_HEAD_BYTES = 2**14  # of a request's first line and headers
+MOST_CONNECTIONS = 4096
 SECONDS_TO_READ = 60.0  # in which a client has to take something of its answer
 
 
@@ -24,6 +26,16 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._asking = self.loop.call_later(SECONDS_TO_ASK, transport.abort)
+        if len(self.connections) > most_connections():
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Cut the connection that has asked nothing for longest; maybe this one."""
+        timers = [(one, one._asking) for one in self.connections if isinstance(one, Connection) and one._asking]
+        longest, timer = min(timers, key=lambda found: found[1].when())
+        timer.cancel()
+        longest._asking = None
+        longest.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -74,6 +86,12 @@ class Connection(H11Protocol):
     def _cancel(timer: asyncio.TimerHandle | None) -> None:
         if timer is not None:
             timer.cancel()
+
+
+def most_connections() -> int:
+    """Half of the files that the system lets this process open; a quarter may be accepted before others are cut."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_CONNECTIONS if files == resource.RLIM_INFINITY else min(files // 2, MOST_CONNECTIONS)
 
 
 def unsent_bytes(transport: asyncio.Transport) -> int:
