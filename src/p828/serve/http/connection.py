@@ -31,11 +31,14 @@ class Connection(H11Protocol):
 
     def _make_room(self) -> None:
         """Cut the connection that has asked nothing for longest; maybe this one."""
-        timers = [(one, one._asking) for one in self.connections if isinstance(one, Connection) and one._asking]
-        longest, timer = min(timers, key=lambda found: found[1].when())
-        timer.cancel()
-        longest._asking = None
-        longest.transport.abort()
+        found = [(one, one._ask_by()) for one in self.connections if isinstance(one, Connection)]
+        waiting = {one: time for one, time in found if time is not None}
+        min(waiting, key=waiting.__getitem__).transport.abort()
+
+    def _ask_by(self) -> float | None:
+        """When it is cut unless it asks, in the loop's time; None of one that is answered, or cut already."""
+        timer = self._asking or self.timeout_keep_alive_task  # the second between two requests
+        return None if timer is None or self.transport.is_closing() else timer.when()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
