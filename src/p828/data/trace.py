@@ -80,7 +80,8 @@ def named(rows: Sequence[TracedRow], most: int = 3) -> str:
     words = [f"{len(odd)} of {len(rows)} rows repeat an n-gram {MANY_REPEATS} times or more"] if odd else []
     words += list(ranked.values())[:most]
     left = len(ranked) - most
-    return "; ".join([*words, *([f"and {left} documents more"] if left > 0 else [])])
+    more = f"and {left} more document" + ("s" if left > 1 else "")
+    return "; ".join([*words, *([more] if left > 0 else [])])
 
 
 def _rows_of(
