@@ -35,7 +35,7 @@ from p828.model.transformer import Transformer
 
 REPLAYS, SHOWN = 40, 12
 OF_FEW = [
-    (dependent_launch_triton, "FEW_ROWS", 0),
+    (dependent_launch_triton, "SHARED_PERCENT", -1),  # the driver's choice
     (dependent_launch_triton, "SHARED_PERCENT", 10),
     (dependent_launch_triton, "SHARED_PERCENT", 50),
     (experts_triton, "PAIR_GATE_UP", {"elements": 8192, "warps": 4}),
@@ -55,7 +55,6 @@ OF_FEW = [
 ]
 OF_MANY = [
     (dependent_launch_triton, "PROCESSORS", 0),
-    (dependent_launch_triton, "FEW_ROWS", 256),
     (dependent_launch_triton, "MOST_ROWS", 256),
     (dependent_launch_triton, "AT_THE_END", dependent_launch_triton.NOT),
     (attention_triton, "TILES", {"keys": 64, "warps": 4}),
@@ -69,6 +68,7 @@ OF_MANY = [
     (experts_triton, "GROUP_GATE_UP", {"columns": 64, "stages": 4}),
     (experts_triton, "GROUP_DOWN", {"columns": 64, "stages": 4}),
     (linear_triton, "WIDE_OF_MANY", {"columns": 128, "stages": 3}),
+    (dependent_launch_triton, "SHARE_ROWS", 256),  # the last: what kernels are asked for once, they keep
 ]
 
 

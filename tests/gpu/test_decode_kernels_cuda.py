@@ -76,9 +76,9 @@ def test_experts(cuda: torch.device, case: ExpertsCase) -> None:
     assert_near(parts_TXH.unflatten(1, (expected_TJH.shape[1], -1)).sum(dim=2), expected_TJH, BFLOAT16)
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, 3, 9, 40])
 def test_a_captured_step_reads_its_tensors_again(cuda: torch.device, tokens: int) -> None:
-    """Routing and experts of one token and of several, replayed with other rows in the same memory.
+    """Routing and experts of few tokens and of many, replayed with other rows in the same memory.
 
     The kernels may begin before the one in front has ended (`dependent_launch_triton`): 50 replays with new rows would
     show one that reads too early.

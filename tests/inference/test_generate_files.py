@@ -87,8 +87,9 @@ def test_a_command_that_was_killed_goes_on(run: Path, tmp_path: Path, capsys: py
     assert dispatch(["generate", *flags, str(tmp_path / "whole.jsonl")]) == 0
     assert dispatch(["generate", *flags, str(tmp_path / "killed.jsonl"), "--temperature", "1"]) == 2
     assert "was begun with temperature = 0.8 and not 1.0" in capsys.readouterr().err
-    assert dispatch(["generate", *flags, str(tmp_path / "killed.jsonl")]) == 0
-    assert re.search(r"p828: \d+ of [\d,]+ prompts are done from before", capsys.readouterr().err)
+    assert dispatch(["generate", *flags, str(tmp_path / "killed.jsonl"), "--experts"]) == 0
+    said = r"p828: \d+ of [\d,]+ prompts are done from before, whose experts are not shown\n"
+    assert re.search(said, capsys.readouterr().err)
     whole = (tmp_path / "whole.jsonl").read_bytes()
     assert (tmp_path / "killed.jsonl").read_bytes() == whole
     assert whole.startswith(before[: before.rfind(b"\n") + 1])

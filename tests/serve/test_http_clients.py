@@ -114,6 +114,28 @@ def test_all_answers_of_a_request_are_taken_or_none(held: Served) -> None:
     first.close()
 
 
+def test_where_connections_are_too_many_those_that_ask_nothing_are_cut(
+    held: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "most_connections", lambda: 4)
+    monkeypatch.setattr(connection, "SECONDS_TO_ASK", 600.0)
+    first = asking(held, **ASKED)
+    wait_until(lambda: held.service.scheduler.num_running == 1)
+    answered = connected(held)
+    answered.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+    content = b""
+    while not content.endswith(b'{"status":"ok"}'):
+        content += answered.recv(1000)
+    idle = [connected(held) for _ in range(8)]
+    assert rest_of(answered) == b""
+    assert [rest_of(one) for one in idle[:5]] == [b""] * 5
+    assert httpx.get(f"{held.url}/health").status_code == 200
+    decoder_of(held).free()
+    assert first.recv(1000).startswith(b"HTTP/1.1 200")
+    for one in [first, answered, *idle]:
+        one.close()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_takes_too_long_is_ended(chat_run: Path, stream: bool) -> None:
     with serving(chat_run, decoder=HeldDecoder, max_running=1, max_seconds=0.3) as held:

@@ -110,7 +110,8 @@ def _continue(asking: Asking, prompts: Sequence[GivenPrompt], given: Arguments) 
     path = Path(given.output)
     with open_completions(path, _settings(asking, prompts, given), len(prompts)) as file, _kept(file, len(prompts)):
         if file.done:
-            warn(f"{file.done:,} of {len(prompts):,} prompts are done from before")
+            experts = ", whose experts are not shown" if given.experts else ""
+            warn(f"{file.done:,} of {len(prompts):,} prompts are done from before{experts}")
         if file.done < len(prompts):
             complete(asking, encoded[file.done :], Written(prompts, file))
     print(f"{len(prompts):,} completion{'' if len(prompts) == 1 else 's'} in {path}", flush=True)

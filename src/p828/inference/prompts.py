@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from p828.config.strict_json import strict_json
 from p828.data.text.conversation import messages_of
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError, did_you_mean, reason
@@ -111,8 +112,10 @@ def _lines(content: bytes, path: Path) -> Iterator[tuple[str, str]]:
 def _parsed(line: str, where: str) -> GivenPrompt:
     """A JSON line. Raises DataError."""
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        fields = strict_json(line)
+    except RecursionError:
+        raise DataError(f"{where}: no JSON: nested too deeply") from None
+    except ValueError as error:
         raise DataError(f"{where}: no JSON: {error}") from None
     if not isinstance(fields, dict):
         raise DataError(f"{where}: a JSON object with prompt or messages is accepted, not {line.strip()[:40]}")

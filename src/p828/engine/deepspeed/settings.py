@@ -10,6 +10,7 @@ from typing import Any
 
 from p828.config import Config
 from p828.config.files import PRESETS, merged
+from p828.config.strict_json import strict_json
 from p828.config.values import flatten
 from p828.errors import ConfigError, did_you_mean, reason
 from p828.files import MEBIBYTE, read_limited
@@ -119,7 +120,7 @@ def read_strictly(path: Path) -> dict[str, Any]:
     try:
         # "-sig": some editors write a byte order mark first, which RFC 8259 allows readers to ignore.
         text = read_limited(path, LARGEST_FILE).decode("utf-8-sig")
-        values = json.loads(text, object_pairs_hook=_without_duplicates, parse_float=_finite, parse_constant=_finite)
+        values = strict_json(text)
     except FileNotFoundError:
         near = did_you_mean(str(path), preset_files())
         raise ConfigError(f"no file {path}{near} Accepted: a .json file, {', '.join(preset_files())}") from None
@@ -130,21 +131,6 @@ def read_strictly(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {_shown(values)}; an object with DeepSpeed's keys is accepted")
     return values
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{_shown(key)} is given twice, as {_shown(found[key])} and as {_shown(value)}")
-        found[key] = value
-    return found
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError(f"{text} is not a finite number")
-    return float(text)
 
 
 def _own_settings(config: Config, dtype: str, world_size: int) -> dict[str, Any]:

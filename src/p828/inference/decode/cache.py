@@ -9,8 +9,8 @@ from p828.config import ModelConfig
 class SlotCache:
     """Room for `max_length` tokens in each of `slots` slots, and in one more for rows that stand for no sequence.
 
-    A token lies at its position. Whatever lies beyond a sequence's newest token is finite, and overwritten before it has
-    a weight.
+    A token lies at its position. Whatever lies beyond a sequence's newest token is finite, and overwritten before it
+    has a weight.
     """
 
     def __init__(

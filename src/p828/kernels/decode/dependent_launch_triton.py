@@ -26,7 +26,7 @@ from p828.kernels.cuda_driver import prefer_shared_memory
 
 ALLOWED = True
 MOST_ROWS = 32  # with more a kernel that fills the processors is slower for sharing them with the next one
-FEW_ROWS = 3  # with more, the experts' tiles need more shared memory than SHARED_PERCENT
+SHARE_ROWS = 3  # up to which kernels ask for SHARED_PERCENT; with more, the experts' tiles need more shared memory
 NOT, AT_THE_END, EARLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # `PDL` of a kernel
 PROCESSORS = 132  # of an H100
 SHARED_PERCENT = 25  # of a processor's fast memory, for kernels of few rows
@@ -74,7 +74,7 @@ def launch(
         *arguments, PDL=begins.value if is_dependent else NOT.value, launch_pdl=is_dependent, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
-    if is_dependent and rows <= FEW_ROWS:
+    if is_dependent and rows <= SHARE_ROWS:
         # With another share than the kernel in front it could not begin before that one has ended.
         prefer_shared_memory(compiled.function, SHARED_PERCENT)
 

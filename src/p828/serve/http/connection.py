@@ -1,7 +1,8 @@
-"""Connections whose client never asks, asks what is no HTTP, or never reads its answer."""
+"""Connections whose client never asks, asks what is no HTTP, or never reads its answer, and too many of them."""
 
 import asyncio
 import fcntl
+import resource
 import struct
 import termios
 
@@ -12,6 +13,7 @@ from p828.serve.http.refusal import Refused
 
 SECONDS_TO_ASK = 30.0  # from a connection's first byte, or its opening, to the end of a request's headers
 MOST_HEAD_BYTES = 2**14  # of a request's first line and headers
+MOST_CONNECTIONS = 4096
 SECONDS_TO_READ = 60.0  # in which a client has to take something of its answer
 
 
@@ -24,6 +26,19 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._asking = self.loop.call_later(SECONDS_TO_ASK, transport.abort)
+        if len(self.connections) > most_connections():
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Cut the connection that has asked nothing for longest; maybe this one."""
+        found = [(one, one._ask_by()) for one in self.connections if isinstance(one, Connection)]
+        waiting = {one: time for one, time in found if time is not None}
+        min(waiting, key=waiting.__getitem__).transport.abort()
+
+    def _ask_by(self) -> float | None:
+        """When it is cut unless it asks, in the loop's time; None of one that is answered, or cut already."""
+        timer = self._asking or self.timeout_keep_alive_task  # the second between two requests
+        return None if timer is None or self.transport.is_closing() else timer.when()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -74,6 +89,12 @@ class Connection(H11Protocol):
     def _cancel(timer: asyncio.TimerHandle | None) -> None:
         if timer is not None:
             timer.cancel()
+
+
+def most_connections() -> int:
+    """Half of the files that the system lets this process open; a quarter may be accepted before others are cut."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_CONNECTIONS if files == resource.RLIM_INFINITY else min(files // 2, MOST_CONNECTIONS)
 
 
 def unsent_bytes(transport: asyncio.Transport) -> int:

@@ -11,10 +11,9 @@ import uvicorn
 from starlette.applications import Starlette
 
 from p828.errors import ConfigError, reason
-from p828.serve.http.connection import MOST_HEAD_BYTES, SECONDS_TO_ASK, Connection
+from p828.serve.http.connection import MOST_HEAD_BYTES, SECONDS_TO_ASK, Connection, most_connections
 from p828.serve.scheduling.scheduler import Scheduler
 
-BACKLOG = 2048  # connections that the system holds until they are taken
 GRACE_SECONDS = 25.0  # in which what was accepted is answered at the end
 CLOSING_SECONDS = 2.0  # after the grace, for clients to read the last of their answers
 MOST_SECONDS = 30  # after which uvicorn cancels what still runs, with a traceback: a fault, as nobody is connected then
@@ -25,7 +24,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
-        listening = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        listening = socket.create_server(address[:2], family=family, backlog=most_connections() // 2)
     except UnicodeError:
         raise ConfigError(f"--host {host}: not the name of a host") from None
     except OSError as error:
@@ -54,6 +53,7 @@ class Server(uvicorn.Server):
                 app,
                 loop="asyncio",  # uvloop, where it is installed, takes the signals that `graceful_shutdown` waits for
                 http=Connection,
+                backlog=max(most_connections() // 2, 1),  # asyncio takes as many in one go
                 h11_max_incomplete_event_size=MOST_HEAD_BYTES,
                 ws="none",
                 lifespan="off",
