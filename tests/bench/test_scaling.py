@@ -27,10 +27,7 @@ def scaling(path: Path, *arguments: str) -> tuple[str, list[dict[str, object]]]:
     return done.stdout, json.loads(result.read_text())
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [pytest.param(0, marks=pytest.mark.long), 1, pytest.param(2, marks=pytest.mark.long), 3],
-)
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in range(3)), 3])
 def test_what_two_ranks_pass_to_collective_operations(tmp_path: Path, stage: int) -> None:
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
     path = write_toml(tmp_path, deepspeed={"config": str(tmp_path / "ds.json")})

@@ -147,13 +147,20 @@ def test_a_checkpoint_that_cannot_be_read_for_now_is_not_damaged(tmp_path: Path,
         assert said.splitlines()[-1].endswith("manifest.json cannot be read: Input/output error")
         assert saved_steps(run) == names
         assert comparable_records(run) == before
-        code, out, said = p828("evaluate", "runs/tiny", cwd=tmp_path)
-        assert code == 1
-        assert "attempt 2 of 5 in 1 s" in said
     else:
         assert code == 0, said
         assert "resumed from step 12" in out
         assert all(name.startswith("step_") for name in saved_steps(run))
+
+
+@pytest.mark.long
+def test_a_checkpoint_that_cannot_be_read_to_evaluate_it_is_tried_five_times(tmp_path: Path, shim: Shim) -> None:
+    assert in_process("train", str(write_toml(tmp_path)), cwd=tmp_path)[0] == 0
+    shim(file="/checkpoints/step_", errno=errno.EIO)
+    code, _, said = p828("evaluate", "runs/tiny", cwd=tmp_path)
+    assert code == 1
+    assert "attempt 2 of 5 in 1 s" in said
+    assert said.splitlines()[-1].endswith("manifest.json cannot be read: Input/output error")
 
 
 @pytest.mark.parametrize("name", ["state.json", "manifest.json", "model.safetensors"])

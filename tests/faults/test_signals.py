@@ -55,7 +55,7 @@ def test_a_run_that_is_asked_to_end_is_saved_and_goes_on_exactly(tmp_path: Path,
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     """Between the two a step cannot end: it takes seconds."""
     slow = {"hidden_size": 512, "moe_intermediate_size": 512, "num_hidden_layers": 8, "head_dim": 64}
-    train = {"micro_batch_size": 32, "gradient_accumulation": 8}
+    train = {"micro_batch_size": 32, "gradient_accumulation": 2}
     path = str(write_toml(tmp_path, model=slow, train=train, evaluation={"every": 0}))
     process = start("train", path, cwd=tmp_path)
     wait_for_step(process, 1)

@@ -18,6 +18,8 @@ from p828.runs import records
 from p828.train.log.board_id import board_id
 from runs import p828, start, wait_for_step, write_toml
 
+pytestmark = pytest.mark.xdist_group("wandb")  # a group begins early, and what takes long would be left for the end
+
 
 @pytest.mark.parametrize(
     "content", [b"", b"\0" * 12, b"a/b", b"a b", b"x" * 200, "fifo", "directory", "link to nothing"]

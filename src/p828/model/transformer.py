@@ -155,7 +155,8 @@ class Transformer(nn.Module):
     def reset_buffers(self, device: torch.device | str | None = None) -> None:
         """Rotary frequencies and the routers' balance bias as they begin, in float32."""
         config = self.config
-        self.frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling).to(device)
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.frequencies = frequencies.to(device or torch.get_default_device())
         for layer in self.layers:
             layer.mlp.gate.e_score_correction_bias = torch.zeros(config.n_routed_experts, device=device)
 
