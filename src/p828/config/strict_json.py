@@ -1,5 +1,6 @@
 """JSON strictly by RFC 8259, from files in which nothing is to be passed over."""
 
+import itertools
 import json
 import math
 from typing import Any
@@ -19,9 +20,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{json.dumps(key)[:80]} is given twice")
+            raise ValueError(f"{shown(key)} is given twice, as {shown(found[key])} and as {shown(value)}")
         found[key] = value
     return found
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value as JSON. The rest may be nested more deeply than Python's encoder can go."""
+    text = "".join(itertools.islice(json.JSONEncoder().iterencode(value), 61))
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def _whole(text: str) -> int:

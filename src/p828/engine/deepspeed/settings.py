@@ -1,7 +1,5 @@
 """DeepSpeed's settings: from the run's configuration, or from a DeepSpeed file that must agree with it."""
 
-import itertools
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from typing import Any
 
 from p828.config import Config
 from p828.config.files import PRESETS, merged
-from p828.config.strict_json import strict_json
+from p828.config.strict_json import shown, strict_json
 from p828.config.values import flatten
 from p828.errors import ConfigError, did_you_mean, reason
 from p828.files import MEBIBYTE, read_limited
@@ -129,7 +127,7 @@ def read_strictly(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {reason(error)}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {_shown(values)}; an object with DeepSpeed's keys is accepted")
+        raise ConfigError(f"{path}: holds {shown(values)}; an object with DeepSpeed's keys is accepted")
     return values
 
 
@@ -163,15 +161,15 @@ def _of_run(config: Config, dtype: str, world_size: int) -> dict[str, tuple[Any,
     flat, unset, found = flatten(config), flatten(Config()), dict[str, tuple[Any, str]]()
     for key, ours in OURS.items():
         value = list(flat[ours]) if isinstance(flat[ours], tuple) else flat[ours]
-        found[key] = value, f"{ours} = {_shown(value)}"
+        found[key] = value, f"{ours} = {shown(value)}"
     for key in (*OURS_IN_ZERO, *LEAST_STAGE):
         # A default may not have been given at all, so the file's value wins over it.
         ours = f"deepspeed.{key}"
-        because = f"{ours} = {_shown(flat[ours])}" if flat[ours] != unset[ours] else ""
+        because = f"{ours} = {shown(flat[ours])}" if flat[ours] != unset[ours] else ""
         found[f"zero_optimization.{key}{'.device' if key in LEAST_STAGE else ''}"] = flat[ours], because
     sizes = (config.train.micro_batch_size, config.train.gradient_accumulation, world_size)
     product = f"{' x '.join(map(str, sizes))} = {math.prod(sizes)}"
-    of_dtype = f"train.dtype = {_shown(config.train.dtype)}, here {_shown(dtype)}"
+    of_dtype = f"train.dtype = {shown(config.train.dtype)}, here {shown(dtype)}"
     return found | {
         "train_batch_size": (
             math.prod(sizes),
@@ -179,7 +177,7 @@ def _of_run(config: Config, dtype: str, world_size: int) -> dict[str, tuple[Any,
         ),
         "bf16.enabled": (dtype == "bfloat16", of_dtype),
         "fp16.enabled": (False, of_dtype),
-        "scheduler": (None, f"schedule.kind = {_shown(config.schedule.kind)}"),
+        "scheduler": (None, f"schedule.kind = {shown(config.schedule.kind)}"),
         # DeepSpeed's own defaults, for "auto".
         "zero_optimization.stage3_prefetch_bucket_size": (50_000_000, ""),
         "zero_optimization.stage3_param_persistence_threshold": (100_000, ""),
@@ -202,7 +200,7 @@ def _checked(
     for key, value in given.items():
         if key not in keys:
             near = did_you_mean(key, keys)
-            problems.append(f"unknown key {_shown(section + key)}{near} Accepted: {', '.join(keys)}")
+            problems.append(f"unknown key {shown(section + key)}{near} Accepted: {', '.join(keys)}")
             continue
         name, kind = section + key, keys[key]
         if isinstance(kind, dict):
@@ -210,11 +208,11 @@ def _checked(
             if isinstance(value, dict):
                 checked[key] = _checked(value, kind, of_run, problems, f"{name}.")
             else:
-                problems.append(f"{name} = {_shown(value)}: an object is accepted")
+                problems.append(f"{name} = {shown(value)}: an object is accepted")
             continue
         own, because = of_run.get(name, (None, ""))
         if problem := _problem(name, value, kind, of_run):
-            problems.append(f"{name} = {_shown(value)}{problem}")
+            problems.append(f"{name} = {shown(value)}{problem}")
         elif value == "auto" or because:
             checked[key] = own
         else:
@@ -228,7 +226,7 @@ def _problem(name: str, value: Any, kind: Any, of_run: Mapping[str, tuple[Any, s
     if value == "auto":
         return "" if name in of_run else ": the run says nothing of it; give a value or leave the key out"
     if because:
-        return "" if _same(value, own) else f' contradicts {because}: {_shown(own)} or "auto" is accepted'
+        return "" if _same(value, own) else f' contradicts {because}: {shown(own)} or "auto" is accepted'
     return "" if _fits(value, kind) else f": {_words(kind)} is accepted"
 
 
@@ -250,7 +248,7 @@ def _words(kind: Any) -> str:
     if isinstance(kind, range):
         return f"a whole number from {kind.start}"
     if isinstance(kind, tuple):
-        return " or ".join(map(_shown, kind))
+        return " or ".join(map(shown, kind))
     return {bool: "true or false", float: "a number", list: "a list"}[kind]
 
 
@@ -259,9 +257,3 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, list) and isinstance(second, list):
         return len(first) == len(second) and all(map(_same, first, second))
     return first == second and isinstance(first, bool) == isinstance(second, bool)
-
-
-def _shown(value: Any) -> str:
-    """The beginning of a value as JSON. The rest may be nested more deeply than Python's encoder can go."""
-    text = "".join(itertools.islice(json.JSONEncoder().iterencode(value), 61))
-    return text if len(text) <= 60 else text[:59] + "…"
