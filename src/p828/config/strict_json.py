@@ -1,4 +1,4 @@
-"""JSON strictly by RFC 8259, from files in which nothing is to be passed over."""
+"""JSON strictly by RFC 8259, from files and requests in which nothing is to be passed over."""
 
 import itertools
 import json

@@ -2,11 +2,11 @@
 
 import asyncio
 import json
-import sys
 from typing import Any
 
 from starlette.requests import Request
 
+from p828.config.strict_json import strict_json
 from p828.config.values import shown
 from p828.serve.http.refusal import Refused
 
@@ -45,9 +45,9 @@ async def _read(request: Request) -> bytes:
 
 
 def _parsed(content: bytes) -> Any:
-    """Raises Refused. Names that come twice in an object are refused, as one of them would be ignored."""
+    """Raises Refused."""
     try:
-        values = json.loads(content.decode("utf-8"), parse_constant=_no_number, object_pairs_hook=_object)
+        values = strict_json(content.decode("utf-8"))
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise Refused(400, "the body has half a surrogate pair (\\ud800 to \\udfff), which is no text") from None
@@ -55,22 +55,6 @@ def _parsed(content: bytes) -> Any:
         raise Refused(400, f"the body is not UTF-8 text: byte {error.start} is wrong") from None
     except RecursionError:
         raise Refused(400, "the body is nested too deeply") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise Refused(400, f"the body is not JSON: {error}") from None
-    except ValueError:
-        most = sys.get_int_max_str_digits()
-        raise Refused(400, f"the body has a whole number of more than {most:,} digits") from None
-    return values
-
-
-def _no_number(name: str) -> None:
-    raise Refused(400, f"the body is not JSON: {name} is no number of JSON")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in values:
-            raise Refused(400, f"the body is not JSON: {shown(name)} is given twice")
-        values[name] = value
     return values
