@@ -15,11 +15,7 @@ from p828.train.log.panels import GROUPS, SAMPLES, expert_loads, panels
 from p828.train.log.tracker import QueuedTracker
 from p828.train.log.trackers import Trackers
 from runs import p828, write_toml
-
-FINDING = {
-    "rule": "divergence", "severity": "critical", "since": 1, "evidence": "12 at step 1", "cause": "the rate",
-    "remedy": "a lower one", "reference": "a paper",
-}  # fmt: skip
+from tracker_records import FINDING
 
 
 def run(tmp_path: Path, *flags: str) -> str:

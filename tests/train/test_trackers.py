@@ -16,11 +16,7 @@ from p828.runs.records import Recorder
 from p828.train.log.panels import panels
 from p828.train.log.tracker import QueuedTracker
 from p828.train.log.trackers import Trackers
-
-FINDING = {
-    "rule": "divergence", "severity": "critical", "since": 1, "evidence": "12 at step 1", "cause": "the rate",
-    "remedy": "a lower one", "reference": "a paper",
-}  # fmt: skip
+from tracker_records import FINDING
 
 
 class StandIn:
@@ -33,7 +29,7 @@ class StandIn:
     def __init__(self, fails_at: int = 0, refused: Exception | None = None) -> None:
         self.fails_at, self.refused = fails_at, refused
         self.calls: list[tuple[str, Any]] = []
-        self.gate = threading.Event()
+        self.gate: threading.Event | threading.Barrier = threading.Event()
         self.gate.set()
         self.is_abandoned = False
 
@@ -245,8 +241,7 @@ def test_trackers_that_have_started_are_finished_where_another_one_is_refused() 
 def test_trackers_start_side_by_side() -> None:
     """Each starts once the other has begun to."""
     first, second = StandIn(), StandIn()
-    meeting = threading.Barrier(2)
-    first.gate.wait = second.gate.wait = meeting.wait  # type: ignore[assignment]
+    first.gate = second.gate = threading.Barrier(2)
     trackers = Trackers([QueuedTracker(first), QueuedTracker(second)])
     trackers.start(lambda text: None)
     assert trackers.problems() == []
