@@ -44,6 +44,7 @@ OF_FEW = [
     (experts_triton, "PAIR_DOWN", {"elements": 4096, "warps": 2}),
     (linear_triton, "VECTOR", {"elements": 2048, "warps": 1}),
     (linear_triton, "VECTOR", {"elements": 8192, "warps": 8}),
+    (linear_triton, "VECTOR_TOKENS", 4),
     (linear_triton, "VECTOR_OF_MANY", {"elements": 4096, "warps": 4}),
     (route_triton, "WARPS", 8),
     (tokens_triton, "BLOCK", 4096),
