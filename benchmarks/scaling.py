@@ -13,8 +13,10 @@ A row has: tokens a second, efficiency against one GPU of the plain engine, agai
 one GPU of the same system, memory, bytes that a rank passes to collective operations in a step, and of the step's time
 the communication and its part that nothing else covers. MFU is a share of the GPU's datasheet, the next column of a
 large matrix product measured on it, as `p828 bench train` gives MFU; both count matrix products and attention within
-documents. With `--check` a shape is also trained on text at each stage, on one GPU and on all of them, there with a
-rank killed on the way and the rest on half as many; the losses are compared.
+documents. `torchtitan's MFU` is of the datasheet, too, and counts as torchtitan and others do: attention of every token
+to its whole row, 6 N + 12 L H D S a token (PaLM, arXiv 2204.02311, appendix B). With `--check` a shape is also trained
+on text at each stage, on one GPU and on all of them, there with a rank killed on the way and the rest on half as many;
+the losses are compared.
 """
 
 import argparse
@@ -58,7 +60,7 @@ ROW_SECONDS = 240
 SYSTEMS = ["plain", "sharded-1", "sharded-2", "sharded-3"]
 COLUMNS = (
     "system", "GPUs", "ms a step", "tokens/s", "of plain", "of as many", "of its own", "MFU", "of a product",
-    "memory, GB", "passed, GB", "communication, ms", "exposed, ms",
+    "torchtitan's MFU", "memory, GB", "passed, GB", "communication, ms", "exposed, ms",
 )  # fmt: skip
 CHECKED_STEPS, KILLED_AFTER = 12, 6
 
@@ -235,13 +237,15 @@ def row(config: Config, results: list[dict[str, Any]]) -> str:
     """The row of the last result."""
     micro_batch = config.train.micro_batch_size * config.data.sequence_length
     flops = training_flops(config.model, micro_batch, attended_pairs(config)) / micro_batch
+    flops_of_rows = training_flops(config.model, 1, config.data.sequence_length)
     rates = {(result["system"], result["gpus"]): config.tokens_per_step / result["seconds"] for result in results}
     result = results[-1]
     system, gpus, rate = result["system"], result["gpus"], rates[result["system"], result["gpus"]]
     bases = [("plain", 1), ("plain", gpus), (system, 1)]
     efficiencies = [f"{rate / rates[base]:.1%}" if base in rates else "" for base in bases]
-    most = (result["peak_flops"], result["product_flops"])
-    shares = ["" if flops_of is None else f"{flops * rate / flops_of:.1%}" for flops_of in most]
+    peak, product = result["peak_flops"], result["product_flops"]
+    counts = [(flops, peak), (flops, product), (flops_of_rows, peak)]
+    shares = ["" if most is None else f"{a_token * rate / most:.1%}" for a_token, most in counts]
     busy = [f"{1e3 * seconds:.1f}" for seconds in result["occupation"] or ()] or ["", ""]
     cells = (
         system, str(gpus), f"{result['seconds'] * 1e3:.1f}", f"{rate * gpus:,.0f}", *efficiencies, *shares,
