@@ -9,7 +9,7 @@ from p828.errors import ConfigError
 
 
 def with_settled_engine(config: Config, given: Collection[str]) -> Config:
-    """With the engine whose settings were given to a launcher's processes; unchanged where the stage is left to `train`.
+    """With the engine whose settings a launcher's processes were given; unchanged where `train` is to find a stage.
 
     `given` are dotted keys. Raises ConfigError where the plain engine is named for several processes.
     """
