@@ -207,7 +207,7 @@ def _join(backend: str, timeout: timedelta) -> None:
     """Join the launcher's processes. Raises RunFailed where they cannot be reached, or do not come."""
     try:
         dist.init_process_group(backend, timeout=timeout)
-    except dist.DistError as error:
+    except RuntimeError as error:  # what NCCL and gloo raise, and PyTorch of its store
         rank, size, host, port = (os.environ[name] for name in ALL_SET)
         reason = str(error).partition("\n")[0]  # C++ frames follow
         raise RunFailed(f"rank {rank} of {size} cannot join the others by {host}, port {port}: {reason}") from None
