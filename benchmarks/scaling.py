@@ -4,15 +4,19 @@ usage: python benchmarks/scaling.py [--shape 800m] [--gpus 1 2 4] [--systems pla
            [--gradient-accumulation N] [--micro-batch-size N] [--device cuda] [--check 60m] [--json FILE]
 
 A system is `plain`, an engine and a ZeRO stage, as `sharded-3`, or torchtitan's FSDP2 at what corresponds to the stage,
-`torchtitan-2` or `torchtitan-3` (`pip install 'p828[peers]'`). `--gpus` is all GPUs unless given. A row that fails
-says why, and the others go on. `--json` is written anew after each row; `scaling_figure.py` draws such files.
+`torchtitan-2` or `torchtitan-3` (`pip install 'p828[peers]'`). `plain` runs on one GPU, and then on as many as the
+others, each by itself at the same time: GPUs of one kind differ by a few hundredths, and no step on all of them is
+faster than the slowest. `--gpus` is all GPUs unless given. A row that fails says why, and the others go on. `--json` is
+written anew after each row; `scaling_figure.py` draws such files.
 
-A row has: tokens a second, efficiency against one GPU of the plain engine and of the same system, memory, bytes that
-a rank passes to collective operations in a step, and of the step's time the communication and its part that nothing
-else covers. MFU is a share of the GPU's datasheet, the next column of a large matrix product measured on it, as
-`p828 bench train` gives MFU; both count matrix products and attention within documents. With `--check` a shape is also
-trained on text at each stage, on one GPU and on all of them, there with a rank killed on the way and the rest on half
-as many; the losses are compared.
+A row has: tokens a second, efficiency against one GPU of the plain engine, against plain on as many GPUs and against
+one GPU of the same system, memory, bytes that a rank passes to collective operations in a step, and of the step's time
+the communication and its part that nothing else covers. MFU is a share of the GPU's datasheet, the next column of a
+large matrix product measured on it, as `p828 bench train` gives MFU; both count matrix products and attention within
+documents. `torchtitan's MFU` is of the datasheet, too, and counts as torchtitan and others do: attention of every token
+to its whole row, 6 N + 12 L H D S a token (PaLM, arXiv 2204.02311, appendix B). With `--check` a shape is also trained
+on text at each stage, on one GPU and on all of them, there with a rank killed on the way and the rest on half as many;
+the losses are compared.
 """
 
 import argparse
@@ -55,8 +59,8 @@ WARM_UP = 3
 ROW_SECONDS = 240
 SYSTEMS = ["plain", "sharded-1", "sharded-2", "sharded-3"]
 COLUMNS = (
-    "system", "GPUs", "ms a step", "tokens/s", "of plain", "of its own", "MFU", "of a product", "memory, GB",
-    "passed, GB", "communication, ms", "exposed, ms",
+    "system", "GPUs", "ms a step", "tokens/s", "of plain", "of as many", "of its own", "MFU", "of a product",
+    "torchtitan's MFU", "memory, GB", "passed, GB", "communication, ms", "exposed, ms",
 )  # fmt: skip
 CHECKED_STEPS, KILLED_AFTER = 12, 6
 
@@ -83,7 +87,7 @@ def main() -> None:
         validate(with_engine(config, system))
     results: list[dict[str, Any]] = []
     for system in given.systems:
-        for count in gpus if system != "plain" else [1]:
+        for count in sorted({1, *gpus}) if system == "plain" else gpus:
             if not given.steps:
                 continue
             started = time.perf_counter()
@@ -122,7 +126,9 @@ def with_engine(config: Config, system: str) -> Config:
 
 def measure(config: Config, system: str, gpus: int, steps: int) -> dict[str, Any]:
     """Run a system on so many processes. Raises Failed."""
-    shape, config = config.name, dataclasses.replace(with_engine(config, system), name="scaling")
+    # Several processes of the plain engine are started as those of the sharded engine, too.
+    timed = with_engine(config, "sharded-1" if system == "plain" and gpus > 1 else system)
+    shape, config = config.name, dataclasses.replace(timed, name="scaling")
     with tempfile.TemporaryDirectory(prefix="p828-scaling-") as directory:
         job = Path(directory) / "job.json"
         job.write_text(json.dumps({"config": to_dict(config), "steps": steps, "system": system}))
@@ -201,8 +207,8 @@ def build(config: Config, system: str, ranks: ProcessGroup) -> Training:
         from peers.torchtitan_fsdp import FsdpTraining
 
         return FsdpTraining(config, pick_device(config.train.device), ranks.size, reshards=system.endswith("3"))
-    if config.engine == "plain":
-        return PlainEngine(config)
+    if system == "plain":
+        return PlainEngine(dataclasses.replace(config, engine="plain"))
     if config.engine == "sharded":
         return ShardedEngine(config, ranks)
     return DeepSpeedEngine(config, ranks, check_deepspeed(config, ranks))
@@ -231,12 +237,15 @@ def row(config: Config, results: list[dict[str, Any]]) -> str:
     """The row of the last result."""
     micro_batch = config.train.micro_batch_size * config.data.sequence_length
     flops = training_flops(config.model, micro_batch, attended_pairs(config)) / micro_batch
+    flops_of_rows = training_flops(config.model, 1, config.data.sequence_length)
     rates = {(result["system"], result["gpus"]): config.tokens_per_step / result["seconds"] for result in results}
     result = results[-1]
     system, gpus, rate = result["system"], result["gpus"], rates[result["system"], result["gpus"]]
-    efficiencies = [f"{rate / rates[one, 1]:.1%}" if (one, 1) in rates else "" for one in ("plain", system)]
-    most = (result["peak_flops"], result["product_flops"])
-    shares = ["" if flops_of is None else f"{flops * rate / flops_of:.1%}" for flops_of in most]
+    bases = [("plain", 1), ("plain", gpus), (system, 1)]
+    efficiencies = [f"{rate / rates[base]:.1%}" if base in rates else "" for base in bases]
+    peak, product = result["peak_flops"], result["product_flops"]
+    counts = [(flops, peak), (flops, product), (flops_of_rows, peak)]
+    shares = ["" if most is None else f"{a_token * rate / most:.1%}" for a_token, most in counts]
     busy = [f"{1e3 * seconds:.1f}" for seconds in result["occupation"] or ()] or ["", ""]
     cells = (
         system, str(gpus), f"{result['seconds'] * 1e3:.1f}", f"{rate * gpus:,.0f}", *efficiencies, *shares,

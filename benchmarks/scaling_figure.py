@@ -66,7 +66,7 @@ def by_system(rows: list[dict[str, Any]]) -> tuple[float | None, dict[str, list[
     found: dict[str, dict[int, Measured]] = {}
     for row in rows:
         if row["system"] == "plain":
-            plain = row["seconds"]
+            plain = row["seconds"] if row["gpus"] == 1 else plain
             continue
         communication = (row["occupation"] or [0.0])[0]
         measured = Measured(row["gpus"], row["seconds"], communication, sum(row["passed_bytes"].values()))

@@ -48,7 +48,7 @@ def test_nothing_is_predicted_without_communication() -> None:
 
 
 def test_rows_of_the_benchmark() -> None:
-    """Shares of the plain engine's rate; a row that comes again replaces the first; on a CPU nothing is profiled."""
+    """Shares of the plain engine's rate on one GPU; a later row replaces the first; on a CPU nothing is profiled."""
 
     def row(system: str, gpus: int, seconds: float, **other: object) -> dict[str, object]:
         return {"system": system, "gpus": gpus, "seconds": seconds, "occupation": None, "passed_bytes": {}, **other}
@@ -56,6 +56,7 @@ def test_rows_of_the_benchmark() -> None:
     passed = {"reduce_scatter_tensor": 5e9, "all_gather_into_tensor": 10e9}
     rows = [
         row("plain", 1, 0.25),
+        row("plain", 2, 0.26),
         row("sharded-1", 2, 9.0),
         row("sharded-1", 2, 0.5, occupation=[0.5, 0.1], passed_bytes=passed),
         row("sharded-1", 1, 0.25),
