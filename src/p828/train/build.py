@@ -32,6 +32,7 @@ from p828.data.tokens.format import open_manifest
 from p828.distributed.engine_of_processes import for_processes
 from p828.distributed.group import ProcessGroup, joined
 from p828.distributed.links import check_topology
+from p828.distributed.same_settings import check_same_settings
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
 from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
@@ -80,6 +81,7 @@ def train(config: Config) -> None:
         with waiting("waiting for the other ranks", say):
             ranks = stack.enter_context(joined(config))
         report = say if ranks.is_first else _nothing
+        check_same_settings(asked, ranks)
         with ranks.raise_together():
             config = with_steps(config, ranks.size)
             validate(config)
