@@ -14,6 +14,7 @@ from p828.cli.main import dispatch
 from p828.distributed.launcher import Process, launched
 from runs import write_toml
 
+RUNS_OF_OLD_VERSIONS = Path(__file__).parent.parent / "data_of_old_versions" / "runs"
 QUICK = ("--train.steps", "2", "--evaluation.every", "0")
 
 
@@ -27,6 +28,26 @@ def run(*arguments: str, cwd: Path, **environment: str) -> "subprocess.Completed
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["--version"]) == 0
     assert capsys.readouterr().out == f"p828 {version('p828')}\n"
+
+
+@pytest.mark.parametrize(
+    "outputs, code, says",
+    [
+        ("> /dev/full", 1, "p828: the output cannot be written: No space left on device\n"),
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+    ],
+)
+def test_an_output_that_is_full_or_closed(tmp_path: Path, outputs: str, code: int, says: str) -> None:
+    command = ["bash", "-c", f'"$0" -m p828 runs "$1" {outputs}', sys.executable, str(RUNS_OF_OLD_VERSIONS)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, says)
+
+
+def test_no_file_takes_the_place_of_a_closed_stream() -> None:
+    code = "import os; from p828.cli.output import open_closed_streams as f; f(); os._exit(os.open(os.devnull, 0))"
+    command = ["bash", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
+    assert subprocess.run(command, check=False).returncode > 2
 
 
 def test_help_of_train_needs_no_torch() -> None:

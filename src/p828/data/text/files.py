@@ -319,7 +319,9 @@ def _files_below(directory: str, where: str, report: Callable[[str], None]) -> l
 def _check_link(path: str, where: str) -> None:
     """Raises ConfigError for a link to what is not there: text that was meant to be read would be missing."""
     if os.path.islink(path) and not os.path.exists(path):
-        raise ConfigError(f"{where}: {shown_path(path)} is a link to {shown_path(os.readlink(path))}, which is not there")
+        raise ConfigError(
+            f"{where}: {shown_path(path)} is a link to {shown_path(os.readlink(path))}, which is not there"
+        )
 
 
 def _plain(text: str) -> str:
