@@ -11,6 +11,7 @@ import pytest
 
 from p828 import config
 from p828.cli.main import dispatch
+from p828.cli.train import _let_threads_sleep
 from p828.distributed.launcher import Process, launched
 from runs import write_toml
 
@@ -54,6 +55,7 @@ def test_help_of_train_needs_no_torch() -> None:
     code = """
 import sys
 from p828.cli.main import dispatch
+from p828.cli.train import _let_threads_sleep
 dispatch(["--help"])
 try:
     dispatch(["train", "quickstart", "--help"])
@@ -162,6 +164,20 @@ def test_an_output_without_accents(tmp_path: Path, environment: dict[str, str]) 
     wrong = run("generate", "runs/né", "--prompt", "é" * 200, cwd=tmp_path, **environment)
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
+
+
+def test_threads_that_wait_leave_the_processors_to_others(tmp_path: Path) -> None:
+    done = run("train", "quickstart", "--data.files", "gone.txt", cwd=tmp_path, OMP_DISPLAY_ENV="verbose")
+    assert "GOMP_SPINCOUNT = '1000'" in done.stderr  # libgomp says what it has read
+
+
+@pytest.mark.parametrize("name, value", [("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "ACTIVE")])
+def test_how_threads_wait_may_be_set(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    _let_threads_sleep()
+    assert dict(os.environ) == before
 
 
 def test_a_dry_run_says_what_is_hardly_meant(tmp_path: Path) -> None:
