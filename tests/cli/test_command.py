@@ -11,9 +11,11 @@ import pytest
 
 from p828 import config
 from p828.cli.main import dispatch
+from p828.cli.train import _let_threads_sleep
 from p828.distributed.launcher import Process, launched
 from runs import write_toml
 
+RUNS_OF_OLD_VERSIONS = Path(__file__).parent.parent / "data_of_old_versions" / "runs"
 QUICK = ("--train.steps", "2", "--evaluation.every", "0")
 
 
@@ -29,10 +31,31 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"p828 {version('p828')}\n"
 
 
+@pytest.mark.parametrize(
+    "outputs, code, says",
+    [
+        ("> /dev/full", 1, "p828: the output cannot be written: No space left on device\n"),
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+    ],
+)
+def test_an_output_that_is_full_or_closed(tmp_path: Path, outputs: str, code: int, says: str) -> None:
+    command = ["bash", "-c", f'"$0" -m p828 runs "$1" {outputs}', sys.executable, str(RUNS_OF_OLD_VERSIONS)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, says)
+
+
+def test_no_file_takes_the_place_of_a_closed_stream() -> None:
+    code = "import os; from p828.cli.output import open_closed_streams as f; f(); os._exit(os.open(os.devnull, 0))"
+    command = ["bash", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
+    assert subprocess.run(command, check=False).returncode > 2
+
+
 def test_help_of_train_needs_no_torch() -> None:
     code = """
 import sys
 from p828.cli.main import dispatch
+from p828.cli.train import _let_threads_sleep
 dispatch(["--help"])
 try:
     dispatch(["train", "quickstart", "--help"])
@@ -141,6 +164,20 @@ def test_an_output_without_accents(tmp_path: Path, environment: dict[str, str]) 
     wrong = run("generate", "runs/né", "--prompt", "é" * 200, cwd=tmp_path, **environment)
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
+
+
+def test_threads_that_wait_leave_the_processors_to_others(tmp_path: Path) -> None:
+    done = run("train", "quickstart", "--data.files", "gone.txt", cwd=tmp_path, OMP_DISPLAY_ENV="verbose")
+    assert "GOMP_SPINCOUNT = '1000'" in done.stderr  # libgomp says what it has read
+
+
+@pytest.mark.parametrize("name, value", [("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "ACTIVE")])
+def test_how_threads_wait_may_be_set(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    _let_threads_sleep()
+    assert dict(os.environ) == before
 
 
 def test_a_dry_run_says_what_is_hardly_meant(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from types import ModuleType
 from typing import NoReturn
 
-from p828.cli.output import escape_what_output_lacks
+from p828.cli.output import escape_what_output_lacks, open_closed_streams
 from p828.config.values import shown
 from p828.distributed.launcher import Process, launched, tell_launcher
-from p828.errors import INTERRUPTED, ConfigError, LocalRankError, P828Error, did_you_mean, warn
+from p828.errors import INTERRUPTED, ConfigError, LocalRankError, P828Error, did_you_mean, reason, warn
 
 COMMANDS = {
     "plan": "what a run takes before it starts: memory, time, links, and how best to train it",
@@ -39,6 +39,7 @@ def main() -> None:
     """
     # DeepSpeed's launcher puts it before everything else; the environment says the same.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    open_closed_streams()
     escape_what_output_lacks()
     nowhere = redirect_stdout(open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
     with nowhere if _place(arguments).rank else nullcontext():
@@ -77,6 +78,7 @@ def dispatch(arguments: list[str]) -> int:
             near = did_you_mean(command[:80], [*COMMANDS, "--help", "--version"])
             raise ConfigError(f"no command {shown(command)}{near} Commands: {', '.join(COMMANDS)}")
         _module(command).run(rest)
+        sys.stdout.flush()
     except P828Error as error:
         if error.exit_code and _place(arguments).is_launched:
             tell_launcher(_cut(f"p828: {error}"))
@@ -88,10 +90,29 @@ def dispatch(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         _show("interrupted", is_everywhere=True, process=_place(arguments))
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone; point stdout elsewhere so that its flush at exit does not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has gone
+        _drop_output()
+    except OSError as error:
+        if not _is_output_lost():
+            raise
+        _drop_output()
+        _show(f"the output cannot be written: {reason(error)}", is_everywhere=False, process=_place(arguments))
+        return 1
     return 0
+
+
+def _is_output_lost() -> bool:
+    """Whether standard output cannot be written, as on a full disk; else it has an empty line more."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """Point standard output elsewhere, so that its flush at exit does not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _module(command: str) -> ModuleType:

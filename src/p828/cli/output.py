@@ -1,8 +1,22 @@
 """What the commands print, in any encoding; text that a model wrote, without letting it steer the terminal."""
 
 import io
+import os
 import sys
 import unicodedata
+
+
+def open_closed_streams() -> None:
+    """Point standard streams that were closed (`>&-`) at nothing: the next file would get their number, and with it
+    what this process and those that it starts print.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def escape_what_output_lacks() -> None:

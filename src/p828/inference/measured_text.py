@@ -134,4 +134,4 @@ def in_words(config: Config, given: Collection[str]) -> str:
         return f"{rows} of the split {validation.split!r} of {validation.hub_name or data.hub_name}"
     source = {"python": "the standard library's source", "files": shown(list(data.files)), "hf": data.hub_name}
     what = "the mixture's sources" if data.mixture else data.prepared or source[data.source]
-    return f"{rows} of the share of {what} that is held out from training, {validation.fraction:g}"
+    return f"{rows} of the {100 * validation.fraction:g}% of {what} that are held out from training"

@@ -48,11 +48,19 @@ def test_a_directory_is_the_supported_files_below_it(tmp_path: Path) -> None:
     assert names(str(tmp_path)) == ["b.txt", "a.jsonl.gz", "c.md"]
     assert names(f"{tmp_path}/") == names(str(tmp_path))
     (tmp_path / "none/sub").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"none'?: no file ending in \.txt, .* there is no file"):
+    with pytest.raises(ConfigError, match=r"none'?: there is no file in it; files ending in \.txt, .* are accepted"):
         names(str(tmp_path / "none"))
     write_bytes(tmp_path / "none/sub/x.csv", b"")
-    with pytest.raises(ConfigError, match=r"no file ending in .* there is .*x\.csv"):
+    with pytest.raises(ConfigError, match=r"there is .*x\.csv in it; files ending in \.txt, .* are accepted"):
         names(str(tmp_path / "none"))
+
+
+def test_a_link_to_what_is_not_there_is_named(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "a.txt", b"a")
+    (tmp_path / "b.txt").symlink_to("gone.txt")
+    for given in (tmp_path, tmp_path / "*.txt", tmp_path / "b.txt"):
+        with pytest.raises(ConfigError, match=r"b\.txt is a link to gone\.txt, which is not there"):
+            names(str(given))
 
 
 @pytest.mark.parametrize("name", ["a[1].txt", "a[!b].txt", "what?.txt", "star*.txt", "[ab].txt"])

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import xxhash
 
+from p828.config.values import shown_path
 from p828.data.text.compression import COMPRESSIONS, DAMAGE, lines, pieces, unpacked
 from p828.data.text.conversation import conversation_of
 from p828.data.text.shard import BadRecord
@@ -251,7 +252,7 @@ def file_shards(
 
     `key` is the setting that holds the globs. `report` is given a line now and then while looking takes long. With a
     `template`, documents are conversations. Raises ConfigError naming a glob that matches no file, a directory without
-    one, and a file whose ending is not supported.
+    one, a link to what is not there, and a file whose ending is not supported.
     """
     found: dict[str, str] = {}  # by where a file really is: the name that it was found under
     names = [name for pattern in globs for name in _matches(pattern, key, report)]
@@ -285,6 +286,8 @@ def _matches(pattern: str, key: str, report: Callable[[str], None]) -> list[str]
             looked_at.to(len(matches))
     except (OSError, ValueError) as error:  # a name that is too long, or no glob
         raise ConfigError(f"{key}: {shown}: {str(error)[:LONGEST_SHOWN]}") from None
+    for name in matches:
+        _check_link(name, f"{key}: {shown}")
     files = [name for name in matches if os.path.isfile(name)]
     if not files:
         what = f", but {matches[0]}, which is no regular file" if matches else ""
@@ -293,7 +296,9 @@ def _matches(pattern: str, key: str, report: Callable[[str], None]) -> list[str]
 
 
 def _files_below(directory: str, where: str, report: Callable[[str], None]) -> list[str]:
-    """The supported files of a directory and those in it, without hidden ones. Raises ConfigError if there are none."""
+    """The supported files of a directory and those in it, without hidden ones. Raises ConfigError if there are none,
+    and as `_check_link`.
+    """
     found: list[str] = []
     others: list[str] = []
     looked_at = SlowCount(report, f"{_plain(where)}: looking for text: {{:,}} files so far")
@@ -302,11 +307,21 @@ def _files_below(directory: str, where: str, report: Callable[[str], None]) -> l
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
         for name in sorted(name for name in files if not name.startswith(".")):
             path = os.path.join(here, name)
+            if _is_accepted(name):
+                _check_link(path, where)
             (found if _is_accepted(name) and os.path.isfile(path) else others).append(path)
     if not found:
         there = ", ".join(others[:3])[:LONGEST_SHOWN] + (" and so on" if len(others) > 3 else "") or "no file"
-        raise ConfigError(f"{where}: no file ending in {_accepted()}; there is {there}")
+        raise ConfigError(f"{where}: there is {there} in it; files ending in {_accepted()}")
     return found
+
+
+def _check_link(path: str, where: str) -> None:
+    """Raises ConfigError for a link to what is not there: text that was meant to be read would be missing."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise ConfigError(
+            f"{where}: {shown_path(path)} is a link to {shown_path(os.readlink(path))}, which is not there"
+        )
 
 
 def _plain(text: str) -> str:
