@@ -55,7 +55,6 @@ def test_help_of_train_needs_no_torch() -> None:
     code = """
 import sys
 from p828.cli.main import dispatch
-from p828.cli.train import _let_threads_sleep
 dispatch(["--help"])
 try:
     dispatch(["train", "quickstart", "--help"])
