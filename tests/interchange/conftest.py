@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_cases import NATIVE
 from own_export import write_own_export
 
+from exported import save_model
 from p828.model.transformer import Transformer
 from tiny import tiny_model
 
@@ -26,3 +28,9 @@ def model() -> Transformer:
 @pytest.fixture(scope="session")
 def export(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_own_export(model, tmp_path_factory.mktemp("export") / "model")
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a random model of 44 thousand parameters, which glm4_moe is exactly."""
+    return save_model(tmp_path_factory.mktemp("saved") / "run", tiny_model(**NATIVE))
