@@ -17,7 +17,7 @@ from p828.system.device import pick_device, pick_dtype
 def for_processes(config: Config) -> Config:
     """With the sharded engine in place of the plain one, which trains on one device, if there are several processes.
 
-    A plain one that the user named was refused when the configuration was read (`api.settled`).
+    A plain one that the user named was refused when the configuration was read (`settled.settled`).
     """
     return replace(config, engine="sharded") if config.engine == "plain" and launched().size > 1 else config
 
