@@ -3,8 +3,7 @@
 #
 #   bash launch_distributed.sh CONFIG [--section.key VALUE ...]
 #
-# p828 chooses the engine and the ZeRO stage that fits, or takes what CONFIG and flags say. A --deepspeed flag without
-# --engine means DeepSpeed.
+# p828 chooses the engine and the ZeRO stage that fits, or takes what CONFIG and flags say.
 # GPUS sets how many of those that PyTorch sees. For several machines run it on each, with the same NNODES and
 # MASTER_ADDR (the first one's name) and a NODE_RANK of its own from 0 on; `srun bash launch_distributed.sh ...` with one
 # task a node takes all three from SLURM. PYTHON names the interpreter that has p828; without it, it is that of the .venv
@@ -32,8 +31,4 @@ if [ "$nodes" -gt 1 ]; then
 else
     where=(--standalone)
 fi
-case " $*" in
-    *" --engine"*) ;;
-    *" --deepspeed"*) set -- "$@" --engine deepspeed ;;
-esac
 exec "$python" -m p828.distributed.torchrun "${where[@]}" --nproc-per-node "$gpus" -m p828 train "$@"

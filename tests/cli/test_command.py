@@ -55,7 +55,6 @@ def test_help_of_train_needs_no_torch() -> None:
     code = """
 import sys
 from p828.cli.main import dispatch
-from p828.cli.train import _let_threads_sleep
 dispatch(["--help"])
 try:
     dispatch(["train", "quickstart", "--help"])
@@ -319,7 +318,7 @@ def test_the_launcher_finds_the_checkouts_own_environment_and_leaves_the_engine_
 
     expected = "-m p828.distributed.torchrun --standalone --nproc-per-node 1 -m p828 train 60m\n"
     assert called() == f"python {expected}"
-    assert called("--deepspeed_config", "zero2").endswith("60m --deepspeed_config zero2 --engine deepspeed\n")
+    assert called("--deepspeed_config", "zero2").endswith("60m --deepspeed_config zero2\n")
     assert called("--engine", "sharded").endswith("60m --engine sharded\n")
     assert called(PYTHON="other") == f"other {expected}"
     (checkout / ".venv" / "bin" / "python").unlink()

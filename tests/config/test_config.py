@@ -186,6 +186,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
         {"engine": "deepspeed", "optimizer.moment_dtype": "bfloat16"},
         ['optimizer.moment_dtype = "bfloat16": with engine = "deepspeed", "auto" or "float32" is accepted'],
     ),
+    *(({"sharded.stage": stage}, [f"sharded.stage = {stage}", "a whole number from 1 to 3"]) for stage in (0, 4)),
     ({"model": 5}, ["model = 5", "[model]"]),
     ({"model.rope_scaling": [1]}, ["model.rope_scaling = [1]", "[model.rope_scaling]"]),
     ({"model.scoring_func": "relu"}, ["model.scoring_func = 'relu'", "sigmoid", "softmax"]),

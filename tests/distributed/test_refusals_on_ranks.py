@@ -1,9 +1,10 @@
 """What is wrong is said once, whatever the number of ranks, and nothing is begun."""
 
+import sys
 from pathlib import Path
 
 import pytest
-from launch import ENDLESS, OUR_LAUNCHER, cases, launched, messages, the_message
+from launch import ENDLESS, OUR_LAUNCHER, cases, launched, messages, the_message, torchrun
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -61,4 +62,22 @@ def test_what_cannot_be_done_on_several_processes(
     assert code == 2
     (message,) = messages(err)
     assert expected in message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--sharded.stage 3", "sharded.stage: rank 1 was given 3, and rank 0 1"),
+        ("--engine deepspeed", "engine: rank 1 was given 'deepspeed', and rank 0 'plain'"),
+        ("--train.seed 5", "train.seed: rank 1 was given 5, and rank 0 0"),
+    ],
+)
+def test_other_settings_on_another_rank(config: Path, tmp_path: Path, flags: str, expected: str) -> None:
+    """As where a command is typed on each host."""
+    line = f'[ $RANK = 0 ] || set -- "$@" {flags}; exec {sys.executable} -m p828 "$@"'
+    launcher = torchrun(2, "--no-python", "sh", "-c", line, "sh")
+    with launched(config, tmp_path / "runs" / "wrong", None, 2, launcher=launcher) as launch:
+        assert the_message(launch) == f"p828: {expected}; all ranks need the same"
     assert not (tmp_path / "runs").exists()

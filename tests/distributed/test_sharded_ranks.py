@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from simulated_hosts import hosts_with_link, obstacle, run_on_nodes
 pytestmark = pytest.mark.xdist_group("ranks")
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
-# From hosts, ranks on each and micro-batches of a rank to cases; only with several hosts are there replicas.
-QUICK = {
+Launches = Mapping[tuple[int, int, int], Sequence[str]]
+"""From hosts, ranks on each and micro-batches of a rank to cases; only with several hosts are there replicas."""
+
+QUICK: Launches = {
     (1, 2, 2): ("1", "2-tied", "3-auxiliary-recomputed"),
     (1, 3, 1): ("1-tied", "3"),
     (2, 2, 2): ("3-host",),
@@ -29,10 +32,19 @@ ALL = {
     (2, 1, 2): ("-host", "-host-auxiliary"), (3, 1, 1): ("-host", "-host-recomputed"),
 }  # fmt: skip
 LONG = {launch: [f"{stage}{options}" for stage in (1, 2, 3) for options in kinds] for launch, kinds in ALL.items()}
-CASES = [
-    *(pytest.param(*launch, case) for launch, cases in QUICK.items() for case in cases),
-    *(pytest.param(*launch, case, marks=pytest.mark.long) for launch, cases in LONG.items() for case in cases),
-]
+# Of these the bytes alone are looked at, which are fewer than in float32.
+QUICK_BFLOAT16: Launches = {(1, 2, 2): ("2-bfloat16",)}
+LONG_BFLOAT16: Launches = {(1, 3, 2): ("1-bfloat16", "2-bfloat16-tied", "3-bfloat16", "3-bfloat16-tied")}
+
+
+def parameters(quick: Launches, long: Launches) -> list[Any]:
+    return [
+        *(pytest.param(*launch, case) for launch, cases in quick.items() for case in cases),
+        *(pytest.param(*launch, case, marks=pytest.mark.long) for launch, cases in long.items() for case in cases),
+    ]
+
+
+CASES = parameters(QUICK, LONG)
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +55,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def launched(hosts: int, ranks: int, accumulation: int) -> Path:
         launch = hosts, ranks, accumulation
         directory = tmp_path_factory.mktemp("sharded")
-        program = [str(WORKER), str(directory), str(accumulation), *QUICK.get(launch, LONG.get(launch, ()))]
+        kinds = QUICK, LONG, QUICK_BFLOAT16, LONG_BFLOAT16
+        cases = [case for launches in kinds for case in launches.get(launch, ())]
+        program = [str(WORKER), str(directory), str(accumulation), *cases]
         run_on_nodes([None] * hosts, ranks, program, 2 * WITHIN)
         return directory
 
@@ -117,7 +131,7 @@ def test_every_stage_and_the_plain_engine_go_on(
         assert step == [pytest.approx(loss, abs=TOLERANCE), pytest.approx(norm, rel=TOLERANCE, abs=0), loads]
 
 
-@pytest.mark.parametrize("hosts, ranks, accumulation, case", CASES)
+@pytest.mark.parametrize("hosts, ranks, accumulation, case", [*CASES, *parameters(QUICK_BFLOAT16, LONG_BFLOAT16)])
 def test_the_bytes_of_a_step(found: Any, hosts: int, ranks: int, accumulation: int, case: str) -> None:
     """What docs/distributed.md has in its table. At stage 3 a layer that is still in a buffer is not gathered again."""
     result = found(hosts, ranks, accumulation, case=case)
@@ -133,8 +147,12 @@ def test_the_bytes_of_a_step(found: Any, hosts: int, ranks: int, accumulation: i
 
 
 def passed_within(result: Any, accumulation: int, case: str) -> dict[str, int]:
-    """Bytes that a rank passes to collective operations with those that it shares a replica with, by operation."""
+    """Bytes that a rank passes to collective operations with those that it shares a replica with, by operation.
+
+    `unit_bytes` are those of float32. Weights, and the gradients that are exchanged, may be bfloat16.
+    """
     stage, layers, buffers = int(case[0]), 3, 2
+    narrower = 2 if "bfloat16" in case else 1
     layer, whole = result["unit_bytes"][1], sum(result["unit_bytes"])
     vocabulary = whole - layers * layer
     exchanged = 0 if stage == 1 else accumulation * layers * layer
@@ -142,7 +160,12 @@ def passed_within(result: Any, accumulation: int, case: str) -> dict[str, int]:
     if stage == 3:
         of_vocabulary = vocabulary if "tied" in case else accumulation * vocabulary
         gathered = of_vocabulary + (buffers + accumulation * 2 * (layers - buffers)) * layer
-    return {"all_to_all": exchanged, "reduce_scatter": whole if stage == 1 else vocabulary, "all_gather": gathered}
+    scattered = whole if stage == 1 else vocabulary
+    return {
+        "all_to_all": exchanged // narrower,
+        "reduce_scatter": scattered,
+        "all_gather": gathered // narrower,
+    }
 
 
 LINKED = [f"{stage}{kind}-wide" for stage in (1, 2, 3) for kind in ("", "-host")]

@@ -130,7 +130,7 @@ def out_of_memory() -> Exception:
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-@pytest.mark.parametrize("error", [out_of_memory, MemoryError, lambda: NotFinite("the model's logits")])
+@pytest.mark.parametrize("error", [out_of_memory, MemoryError])
 def test_an_error_that_passes_ends_those_who_ran(error: Callable[[], Exception]) -> None:
     one = HeldDecoder(slots=2)
     one.errors.append(error())
@@ -196,6 +196,28 @@ def test_a_model_that_diverged_answers_each_request_with_that() -> None:
             failure = asyncio.run(ask(scheduler))
             assert failure.can_go_on
             assert isinstance(failure.__cause__, NotFinite)
+
+
+def test_a_request_that_diverges_ends_alone() -> None:
+    """The others' answers are those that they get alone, and nobody meets its numbers in its slot."""
+    model, nan_token = tiny_model(), 5
+    with torch.no_grad():
+        model.model.embed_tokens.weight[nan_token] = float("nan")
+    sound = [one for one in range(20) if nan_token not in (one, *likeliest((one,), 6))]
+
+    async def ask(scheduler: Scheduler, numbers: list[int]) -> list[list[int] | BaseException]:
+        return await asyncio.gather(*[answer(scheduler.submit(request(n))) for n in numbers], return_exceptions=True)
+
+    one = Decoder(model, VOCABULARY, EOS, torch.float32, SLOTS)
+    with scheduling(one) as scheduler:
+        alone = [asyncio.run(ask(scheduler, [number]))[0] for number in sound]
+        mixed = [number for pair in zip(sound, [nan_token] * len(sound), strict=True) for number in pair]
+        got = asyncio.run(ask(scheduler, mixed))
+    assert got[::2] == alone == [likeliest((number,), 6) for number in sound]
+    for failed in got[1::2]:
+        assert isinstance(failed, DecoderFailed)
+        assert isinstance(failed.__cause__, NotFinite)
+        assert failed.can_go_on
 
 
 def test_an_error_that_leaves_a_decoder_broken_ends_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,9 @@
-"""Which engine and stage several processes get that were started without naming one."""
+"""Which ZeRO stage several processes get that were started without naming an engine."""
 
 from dataclasses import replace
 
-import pytest
-
 from p828.config import load
-from p828.train.engine_choice import fitting_stage, for_processes, planned_bytes
+from p828.train.engine_choice import fitting_stage, planned_bytes
 
 
 def test_the_lowest_stage_that_fits() -> None:
@@ -21,11 +19,11 @@ def test_the_lowest_stage_that_fits() -> None:
     assert words.endswith("; lower train.micro_batch_size, or set train.gradient_checkpointing")
 
 
-@pytest.mark.parametrize("engine, size, expected", [
-    ("plain", 1, "plain"), ("plain", 2, "sharded"), ("deepspeed", 2, "deepspeed"), ("sharded", 1, "sharded"),
-])  # fmt: skip
-def test_an_engine_that_was_named_stays(monkeypatch: pytest.MonkeyPatch, engine: str, size: int, expected: str) -> None:
-    environment = {"RANK": "0", "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert for_processes(replace(load("60m"), engine=engine)).engine == expected
+def test_a_replica_on_each_host_takes_the_memory_of_fewer_shards() -> None:
+    config = load("planned")
+    within = replace(config, sharded=replace(config.sharded, shard_within="host"))
+    for stage in (1, 2, 3):
+        assert planned_bytes(within, stage, 8, replicas=2) == planned_bytes(config, stage, 4)
+    taken = planned_bytes(config, 2, 8)
+    assert fitting_stage(config, 8, taken)[0] == 2
+    assert fitting_stage(within, 8, taken, replicas=2)[0] == 3

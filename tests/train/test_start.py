@@ -1,5 +1,6 @@
 """What a run records of its starts."""
 
+import importlib.metadata
 import shlex
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ def test_each_start_records_its_command_as_it_was_typed(tmp_path: Path) -> None:
     assert [start["step"] for start in found] == [0, 2]
     assert {start["directory"] for start in found} == {str(tmp_path)}
     assert {start["device"] for start in found} == {"cpu"}
-    assert found[0]["versions"]["torch"] == torch.__version__
+    assert found[0]["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from p828.config.schema import (
     DeepSpeedConfig,
     ModelConfig,
     ScheduleConfig,
-    ShardedConfig,
     TokenizerConfig,
 )
 from p828.config.values import flatten, shown
@@ -187,12 +186,6 @@ def check_engine(config: Config) -> None:
     check_deepspeed(config.deepspeed)
     if config.engine == "deepspeed":
         check_offload(config.deepspeed)
-    check_sharded(config.sharded)
-
-
-def check_sharded(sharded: ShardedConfig) -> None:
-    if sharded.stage > 3:
-        raise ConfigError(f"sharded.stage = {sharded.stage}: 1, 2 or 3 is accepted")
 
 
 def remarks(config: Config) -> list[str]:

@@ -315,7 +315,7 @@ class RollbackConfig:
 
 @dataclass(frozen=True)
 class ShardedConfig:
-    stage: int = changeable(1, at_least=1)
+    stage: int = changeable(1, at_least=1, at_most=3)
     """ZeRO: 1 partitions the optimizer's state over the ranks, 2 the gradients too, 3 the weights too."""
     shard_within: Literal["all", "host"] = changeable("all")
     """Shard over `all` ranks; or over those of each `host`, with a replica of the model on every host (HSDP)."""

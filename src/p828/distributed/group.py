@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from p828.config import Config
-from p828.distributed.launcher import launched, tell_launcher
+from p828.distributed.launcher import ALL_SET, check_launch, launched, tell_launcher
 from p828.distributed.watchdog import Watchdog, connect_watchdog
-from p828.errors import ConfigError, LocalRankError, P828Error, closed_after
+from p828.errors import ConfigError, LocalRankError, P828Error, RunFailed, closed_after
 
 T = TypeVar("T")
 E = TypeVar("E", bound=P828Error)
@@ -146,9 +146,10 @@ def _not_hiding(found: BaseException | None) -> Iterator[None]:
 def joined(config: Config) -> Iterator[ProcessGroup]:
     """Join the process group that the launcher started, and leave it however the block ends.
 
-    Raises ConfigError for several ranks with the plain engine, and LocalRankError where the machine has fewer GPUs than
-    ranks.
+    Raises ConfigError for several ranks with the plain engine and as `check_launch`, LocalRankError where the machine
+    has fewer GPUs than ranks, and RunFailed where the others cannot be reached.
     """
+    check_launch()
     rank, size, local_rank, is_launched, _ = launched()
     if config.engine == "plain":
         if size > 1:
@@ -183,7 +184,7 @@ def _initialised(device: torch.device, is_launched: bool, timeout: timedelta) ->
     """PyTorch's default process group: of the launcher's processes, or of this one alone."""
     backend, before = "nccl" if device.type == "cuda" else "gloo", dict(os.environ)
     if is_launched:
-        dist.init_process_group(backend, timeout=timeout)
+        _join(backend, timeout)
     else:
         os.environ.update(_OF_ONE_PROCESS)
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -200,6 +201,16 @@ def _initialised(device: torch.device, is_launched: bool, timeout: timedelta) ->
 
     with closed_after(leave):
         yield
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Join the launcher's processes. Raises RunFailed where they cannot be reached, or do not come."""
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except RuntimeError as error:  # what NCCL and gloo raise, and PyTorch of its store
+        rank, size, host, port = (os.environ[name] for name in ALL_SET)
+        reason = str(error).partition("\n")[0]  # C++ frames follow
+        raise RunFailed(f"rank {rank} of {size} cannot join the others by {host}, port {port}: {reason}") from None
 
 
 _OF_ONE_PROCESS = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads these

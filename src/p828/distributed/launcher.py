@@ -8,10 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from p828.errors import warn
+from p828.errors import ConfigError, warn
 
 # torchrun, DeepSpeed's launcher and a start by hand all set these; PyTorch cannot join the processes without them.
 ALL_SET = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ALONE = "unset RANK to train on one device"
+HIGHEST_PORT = 2**16 - 1
 
 
 class Process(NamedTuple):
@@ -41,6 +43,20 @@ def launched() -> Process:
     if rank >= size:
         return Process()
     return Process(rank, size, local_rank, is_launched=True, local_size=_local_size())
+
+
+def check_launch() -> None:
+    """Raises ConfigError where all of `ALL_SET` are set, but to what no launcher sets: `launched` takes no notice."""
+    if not all(name in os.environ for name in ALL_SET):
+        return
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal() or (name == "MASTER_PORT" and int(value) > HIGHEST_PORT):
+            accepted = f"a port up to {HIGHEST_PORT}" if name == "MASTER_PORT" else "a number"
+            raise ConfigError(f"{name} = {value} in the environment: {accepted} is accepted; {ALONE}")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= size:
+        raise ConfigError(f"RANK = {rank} in the environment: less than WORLD_SIZE = {size} is accepted; {ALONE}")
 
 
 def _local_size() -> int:

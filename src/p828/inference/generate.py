@@ -12,7 +12,7 @@ import torch
 from p828.config.values import shown
 from p828.data.tokenizer.tokenizer import CUT_CHARACTER, Tokenizer
 from p828.errors import ConfigError
-from p828.inference.decode.decoder import Decoder
+from p828.inference.decode.decoder import Decoder, not_finite
 from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, FinishReason, NewToken, Wants
 from p828.inference.evaluate import evaluation_mode, uncompiled
 from p828.inference.sampling import SamplingConfig
@@ -152,6 +152,8 @@ def pieces(
             for token in decoder.step():
                 if token.sequence not in running:  # it ended at a stop string, a token ago
                     continue
+                if token.finish_reason == "diverged":
+                    raise not_finite()
                 text, completion = running[token.sequence].take(token)
                 place = running[token.sequence].place
                 if completion is not None:

@@ -29,8 +29,10 @@ from p828.data.tokenizer.of_run import remarks
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokenizer.tokenizer_config import config_json, save_template
 from p828.data.tokens.format import open_manifest
+from p828.distributed.engine_of_processes import for_processes
 from p828.distributed.group import ProcessGroup, joined
 from p828.distributed.links import check_topology
+from p828.distributed.same_settings import check_same_settings
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
 from p828.engine.deepspeed.settings import DeepSpeedSettings
 from p828.engine.interface import Engine
@@ -50,7 +52,7 @@ from p828.runs.records import Recorder
 from p828.runs.train_state import TrainState
 from p828.system.device import check_room, make_deterministic, pick_device
 from p828.train.checkpointing import Checkpointing
-from p828.train.engine_choice import check_precision, for_processes, with_fitting_stage
+from p828.train.engine_choice import check_precision, with_fitting_stage
 from p828.train.evaluation import Evaluator, check_prompts
 from p828.train.fetch import Fetcher
 from p828.train.health import HealthWatch
@@ -79,6 +81,7 @@ def train(config: Config) -> None:
         with waiting("waiting for the other ranks", say):
             ranks = stack.enter_context(joined(config))
         report = say if ranks.is_first else _nothing
+        check_same_settings(asked, ranks)
         with ranks.raise_together():
             config = with_steps(config, ranks.size)
             validate(config)

@@ -6,7 +6,8 @@ from dataclasses import replace
 from p828.config import Config, validate, with_steps
 from p828.config.files import Loaded
 from p828.config.given import check_given
-from p828.distributed.launcher import launched, report_once
+from p828.distributed.engine_of_processes import for_processes, with_settled_engine
+from p828.distributed.launcher import report_once
 from p828.errors import ConfigError
 from p828.train.log.console import waiting
 
@@ -17,7 +18,7 @@ def settled(config: Config, given: Collection[str], loaded: Loaded, reads_prepar
     With `reads_prepared`, complete prepared data says what it was made from, where that is not given; so does the model
     that a run starts from. Raises ConfigError, also for a key that is given and changes nothing.
     """
-    _check_processes(config, {*given, *loaded.given})
+    config = with_settled_engine(config, {*given, *loaded.given})
     config = _with_length(config, given)
     if config.train.init_from:
         with waiting(f"reading the settings of {config.train.init_from}", lambda text: report_once([text])):
@@ -29,18 +30,8 @@ def settled(config: Config, given: Collection[str], loaded: Loaded, reads_prepar
 
         config = with_prepared_sources(config, {*given, *loaded.given})
     validate(config)
-    check_given(with_steps(config, 1), given, loaded.config, loaded.given)
+    check_given(with_steps(for_processes(config), 1), given, loaded.config, loaded.given)
     return config
-
-
-def _check_processes(config: Config, given: Collection[str]) -> None:
-    """Raises ConfigError where the plain engine is asked for by several processes; left out, another one is taken."""
-    size = launched().size
-    if config.engine == "plain" and "engine" in given and size > 1:
-        raise ConfigError(
-            f'engine = "plain" trains on one device, and {size} processes were started: give engine = "sharded", '
-            "or leave it out"
-        )
 
 
 def _with_length(config: Config, given: Collection[str]) -> Config:

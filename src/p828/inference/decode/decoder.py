@@ -22,6 +22,11 @@ from p828.model.backend import has_decode_kernels
 from p828.model.transformer import Transformer
 
 
+def not_finite() -> NotFinite:
+    """What to raise for a sequence that ended as `diverged`."""
+    return NotFinite("the model's logits are not finite numbers: its weights diverged; take an earlier checkpoint")
+
+
 class Decoder:
     """Sequences in slots, each continued as if it were alone. One thread uses it at a time.
 
@@ -112,10 +117,7 @@ class Decoder:
         self._steps.prepare()
 
     def step(self) -> list[NewToken]:
-        """Read a piece of one prompt, give every sequence that is read its next token, and tell of known ones.
-
-        Raises NotFinite for a model whose weights diverged.
-        """
+        """Read a piece of one prompt, give every sequence that is read its next token, and tell of known ones."""
         waiting = len(self._flights)
         if self._unread:
             self._read_piece()
@@ -172,13 +174,6 @@ class Decoder:
     def _arrive(self, flight: Flight) -> list[NewToken]:
         found = []
         results = [result for result in flight.results() if result[0].finish_reason is None]
-        diverged = [sequence for sequence, token, _, _ in results if token < 0]
-        for sequence in diverged:
-            self._cache.clear(sequence.slot)
-        if diverged:
-            raise NotFinite(
-                "the model's logits are not finite numbers: its weights diverged; take an earlier checkpoint"
-            )
         for sequence, token, probability, experts_LK in results:
             self._on_their_way[sequence] -= 1
             sequence.finish_reason = self._take(sequence, token)
@@ -189,6 +184,9 @@ class Decoder:
 
     def _take(self, sequence: DecodedSequence, token: int) -> FinishReason | None:
         """Add a token; why it is the last one, if it is."""
+        if token < 0:
+            self._cache.clear(sequence.slot)  # of what is not finite, for the next sequence in it
+            return "diverged"
         if token in sequence.end_ids:
             return "end"
         sequence.ids.append(token)

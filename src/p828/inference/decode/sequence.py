@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple
 
 from p828.inference.sampling import SamplingConfig
 
-FinishReason = Literal["end", "stop", "length", "context"]
+FinishReason = Literal["end", "stop", "length", "context", "diverged"]
+"""`diverged`: the logits after the last token are no finite numbers, since the model's weights diverged."""
 
 
 class Wants(NamedTuple):
@@ -40,7 +41,9 @@ class NewToken(NamedTuple):
     sequence: "DecodedSequence"
     token: int
     finish_reason: FinishReason | None
-    """Why this is the last one, if it is. With `end` the token is the one that ends, and no part of the text."""
+    """Why this is the last one, if it is. With `end` the token is the one that ends, and no part of the text; with
+    `diverged` it is -1.
+    """
     probability: TokenProbability | None
     experts_LK: tuple[tuple[int, ...], ...] | None
     """The routed experts of each layer in the step that chose this token, the best first; none for a first token."""

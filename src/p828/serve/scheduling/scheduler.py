@@ -14,8 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from p828.errors import NotFinite
-from p828.inference.decode.decoder import Decoder
+from p828.inference.decode.decoder import Decoder, not_finite
 from p828.inference.decode.sequence import DecodedSequence, FinishReason, NewToken
 from p828.serve.scheduling.errors import Closing, DecoderFailed, QueueFull, Unanswered
 from p828.serve.scheduling.limits import Limits
@@ -31,7 +30,9 @@ The decoder's thread waits so after each call that gave the interpreter up; `ben
 """
 STUCK_SECONDS = 1.5
 """How long after the grace `close` waits for a step that does not end."""
-OUTCOMES: dict[FinishReason, Outcome] = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
+OUTCOMES: dict[FinishReason, Outcome] = {
+    "end": "stop", "stop": "stop", "length": "length", "context": "length", "diverged": "error"
+}  # fmt: skip
 
 Delivery = tuple[Submission, list[NewToken], Unanswered | None]
 
@@ -205,26 +206,34 @@ class Scheduler:
                 self._entering = None
 
     def _deliver(self, tokens: list[NewToken]) -> None:
-        """Send each submission its tokens of a step."""
+        """Send each submission its tokens of a step, and an error if its sequence diverged, which is its own affair."""
         now = time.monotonic()
         arrived: dict[Submission, list[NewToken]] = {}
-        self._metrics.generation_tokens.inc(len(tokens))
+        diverged: list[Submission] = []
+        self._metrics.generation_tokens.inc(sum(token.finish_reason != "diverged" for token in tokens))
         with self._lock:
             for token in tokens:
                 submission = self._running.get(token.sequence)
                 if submission is None:  # it was given up during the step
                     continue
-                arrived.setdefault(submission, []).append(token)
-                submission.metrics.token(now, len(submission.request.prompt))
+                if token.finish_reason == "diverged":
+                    diverged.append(submission)
+                else:
+                    arrived.setdefault(submission, []).append(token)
+                    submission.metrics.token(now, len(submission.request.prompt))
                 if token.finish_reason is not None:
                     del self._running[token.sequence]
                     self._rate.count(now)
                     submission.metrics.end(OUTCOMES[token.finish_reason])
         self._post([(submission, its_tokens, None) for submission, its_tokens in arrived.items()])
+        for submission in diverged:
+            error = not_finite()
+            traceback.print_exception(error)
+            self._post([(submission, [], DecoderFailed(error, can_go_on=True))])
 
     def _fail(self, error: Exception) -> None:
         """Answer those who ran with an error of the decoder; where it is of no more use, those who wait too."""
-        passes = isinstance(error, NotFinite) or is_out_of_memory(error)
+        passes = is_out_of_memory(error)
         traceback.print_exception(error, limit=0 if passes else None)
         traceback.clear_frames(error.__traceback__)  # whose tensors may be the memory that the next step needs
         with self._lock:
