@@ -103,3 +103,8 @@ def test_the_sharded_engine_is_judged_by_its_own_plan() -> None:
     planned = peak(with_vocabulary(config), sharded_setup(config, 1, 8), config.train.micro_batch_size).total
     assert planned_bytes(config, 8) == planned
     assert planned_bytes(replace(config, engine="deepspeed"), 8) != planned
+
+
+def test_parameters_of_a_small_model_are_counted_in_thousands() -> None:
+    """853,640, of which a token passes 657,032; as millions, the active ones of a smaller model would be 0.0."""
+    assert "854 k parameters, 657 k active" in check_model(load("quickstart"), torch.device("cpu")).text

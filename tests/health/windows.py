@@ -16,6 +16,8 @@ from p828.runs.records import encoded
 
 Record = dict[str, Any]
 PARTS = ("embedding", "attention", "sinks", "router", "routed_experts", "shared_experts", "norms", "head")
+STEPS = 200
+TWO_RANKS = {"rank_memory_bytes": [10**9, 10**9]}
 NUMBERS = dict.fromkeys(PARTS, 10_000.0)
 FACTS = Facts(
     run="runs/made-up",
@@ -113,6 +115,9 @@ def event(name: str, step: int, text: str = "") -> Record:
     return {"kind": "event", "step": step, "event": name, "text": text}
 
 
+RESUME = event("resume", 100, "resumed from step 100")
+
+
 def healthy(steps: int = 200, of: Facts = FACTS) -> list[Record]:
     """Steps, with an evaluation and a probe every 50 of them."""
     records: list[Record] = [step_record(1, of), probe(1)]
@@ -129,6 +134,11 @@ def changed(records: Iterable[Record], since: int, change: Callable[[Record], Re
         {**record, **change(record)} if record["kind"] == "step" and record["step"] >= since else record
         for record in records
     ]
+
+
+def steps(change: Callable[[Record], Record], since: int = 1, of: Facts = FACTS) -> list[Record]:
+    """Those of a healthy run of `STEPS` steps, of which a thing is changed from step `since` on."""
+    return changed(healthy(STEPS, of), since, change)
 
 
 def only(part: str, value: float, name: str) -> Callable[[Record], Record]:

@@ -7,7 +7,6 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from p828.api import settled
 from p828.cli.flags import HELP, parse_given
 from p828.cli.run_name import run_of
 from p828.config import Config, load, load_given
@@ -15,6 +14,7 @@ from p828.config.files import implied, preset_names
 from p828.config.values import changed
 from p828.distributed.launcher import report_once
 from p828.errors import ConfigError
+from p828.train.settled import settled
 
 
 @dataclass(frozen=True)

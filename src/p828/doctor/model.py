@@ -3,6 +3,7 @@
 import torch
 
 from p828.config import Config, with_vocabulary
+from p828.data.fractions import short
 from p828.doctor.check import Check
 from p828.errors import ConfigError
 from p828.model.backend import allows_cuda_graph, check_widths, remarks, uses_triton
@@ -14,7 +15,7 @@ def check_model(config: Config, device: torch.device) -> Check:
     """The sizes that the device's kernels take, the dtype, and what has no kernel where the rest of the model has."""
     name, config = "model", with_vocabulary(config)
     parameters = count_parameters(config.model)
-    text = f"{parameters.total / 1e6:,.1f} M parameters, {parameters.active / 1e6:,.1f} M active for a token"
+    text = f"{short(parameters.total)} parameters, {short(parameters.active)} active for a token"
     try:
         dtype = pick_dtype(config.train.dtype, device)
         check_widths(config.model, device, dtype)

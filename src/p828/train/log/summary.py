@@ -52,7 +52,7 @@ def banner(
         for data, amount in zip(config.data.sources, amounts, strict=True)
     ]
     lines = [
-        ("model", f"{parameters.total / 1e6:.1f} M parameters, {parameters.active / 1e6:.1f} M active"),
+        ("model", f"{short(parameters.total)} parameters, {short(parameters.active)} active"),
         *_begun_from(config, origin),
         ("device", f"{device} in {str(engine.dtype).removeprefix('torch.')}"),
         *sources,
