@@ -50,8 +50,9 @@ def _let_threads_sleep() -> None:
     """Have a thread of PyTorch's on a CPU look 1,000 times whether the others are done, and then sleep.
 
     With libgomp's 300,000 times a thread that waits takes the processor from the thread it waits for, where other
-    programs are busy: training gets many times as slow. On idle cores 1,000 cost little. They are libgomp's own where it
-    knows of more threads than processors. It reads the variable when PyTorch is imported; what a user has set is kept.
+    programs are busy: training gets many times as slow. On idle cores 1,000 cost little. They are libgomp's own where
+    it knows of more threads than processors. It reads the variable when PyTorch is imported; what a user has set is
+    kept.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
