@@ -5,9 +5,10 @@ usage: python benchmarks/scaling.py [--shape 800m] [--gpus 1 2 4] [--systems pla
 
 A system is `plain`, an engine and a ZeRO stage, as `sharded-3`, or torchtitan's FSDP2 at what corresponds to the stage,
 `torchtitan-2` or `torchtitan-3` (`pip install 'p828[peers]'`). `plain` runs on one GPU, and then on as many as the
-others, each by itself at the same time: GPUs of one kind differ by a few hundredths, and no step on all of them is
-faster than the slowest. `--gpus` is all GPUs unless given. A row that fails says why, and the others go on. `--json` is
-written anew after each row; `scaling_figure.py` draws such files.
+others at the same time, each training by itself but for the number of targets, which ranks sum on the host before a
+step: GPUs of one kind differ, and no step on all of them is faster than the slowest. `--gpus` is all GPUs unless given.
+A row that fails says why, and the others go on. `--json` is written anew after each row; `scaling_figure.py` draws such
+files.
 
 A row has: tokens a second, efficiency against one GPU of the plain engine, against plain on as many GPUs and against
 one GPU of the same system, memory, bytes that a rank passes to collective operations in a step, and of the step's time

@@ -4,6 +4,7 @@ import textwrap
 from typing import Any
 
 from p828.bench.rows import Row, fastest
+from p828.data.fractions import short
 
 WIDTH = 80
 LABEL = 24
@@ -34,7 +35,7 @@ def show_row(row: Row, best_peer: Row | None) -> str:
     # p828's optimizer keeps the rest of every bfloat16 weight.
     masters = ", float32 masters" if (row.framework, row.weights) == ("p828", "bfloat16") else ""
     what = (
-        f"{row.framework} {row.version}; {row.parameters / 1e6:.1f} M parameters; "
+        f"{row.framework} {row.version}; {short(row.parameters)} parameters; "
         f"{row.weights} weights{masters}, {row.moments} moments"
     )
     rest.append(textwrap.fill(what, WIDTH, initial_indent="  ", subsequent_indent="    "))

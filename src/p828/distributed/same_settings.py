@@ -14,7 +14,7 @@ def check_same_settings(config: Config, ranks: ProcessGroup) -> None:
     for rank, other in enumerate(others, start=1):
         differing = [key for key in {**first, **other} if first.get(key, MISSING) != other.get(key, MISSING)]
         # A stage that is given sets the engine, too: the stage says more.
-        key = min(differing, key="engine".__eq__, default="")
+        key = min(differing, key=lambda key: key == "engine", default="")
         if key:
             own, of_first = (shown(found[key]) if key in found else "nothing" for found in (other, first))
             raise ranks.on_all_ranks(

@@ -5,6 +5,7 @@ import os
 import torch
 
 from p828.config import Config, with_vocabulary
+from p828.data.fractions import short
 from p828.distributed.links import nvidia_smi
 from p828.doctor.check import Check
 from p828.files import shown_bytes
@@ -38,7 +39,7 @@ def _without(config: Config | None) -> Check:
         return Check("gpu", "failure", 'none, and train.device = "cuda"', 'give train.device "auto" or "cpu"')
     if config is not None:
         parameters = count_parameters(with_vocabulary(config).model).total
-        text = f"none: {parameters / 1e6:,.1f} M parameters train on the CPU"
+        text = f"none: {short(parameters)} parameters train on the CPU"
         if parameters > LARGE_ON_A_CPU:
             return Check("gpu", "warning", f"{text}, which takes days", "use a machine with an NVIDIA GPU")
         return Check("gpu", "ok", text)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from p828.config import Config, with_vocabulary
+from p828.data.fractions import short
 from p828.doctor.check import Check
 from p828.files import shown_bytes
 from p828.model.costs import count_parameters
@@ -51,7 +52,7 @@ def _memory(config: Config | None, gpus: int) -> Check:
     if config is not None and free < wanted:
         parameters = count_parameters(with_vocabulary(config).model).total
         return Check(
-            name, "failure", f"{text}; {parameters / 1e6:,.0f} M parameters take over {shown_bytes(wanted)} there",
+            name, "failure", f"{text}; {short(parameters)} parameters take over {shown_bytes(wanted)} there",
             "take a smaller model, a machine with more memory, or deepspeed without offloading",
         )  # fmt: skip
     if free < LITTLE_MEMORY:

@@ -9,7 +9,6 @@ from p828.config.given import check_given
 from p828.distributed.engine_of_processes import for_processes, with_settled_engine
 from p828.distributed.launcher import report_once
 from p828.errors import ConfigError
-from p828.train.log.console import waiting
 
 
 def settled(config: Config, given: Collection[str], loaded: Loaded, reads_prepared: bool = True) -> Config:
@@ -21,6 +20,8 @@ def settled(config: Config, given: Collection[str], loaded: Loaded, reads_prepar
     config = with_settled_engine(config, {*given, *loaded.given})
     config = _with_length(config, given)
     if config.train.init_from:
+        from p828.train.log.console import waiting  # imports rich's progress bars
+
         with waiting(f"reading the settings of {config.train.init_from}", lambda text: report_once([text])):
             from p828.interchange.inherited_settings import with_origin  # imports PyTorch
 
