@@ -317,6 +317,8 @@ class RollbackConfig:
 class ShardedConfig:
     stage: int = changeable(1, at_least=1, at_most=3)
     """ZeRO: 1 partitions the optimizer's state over the ranks, 2 the gradients too, 3 the weights too."""
+    stage_chosen_for: int = changeable(0, at_least=0)
+    """Processes that p828 chose the stage for; 0 for a stage that was given. For others p828 chooses again."""
     shard_within: Literal["all", "host"] = changeable("all")
     """Shard over `all` ranks; or over those of each `host`, with a replica of the model on every host (HSDP)."""
     timeout_seconds: int = changeable(1800, at_least=1)
