@@ -73,6 +73,32 @@ with joined(config) as ranks:
     if ranks.is_first:
         print(json.dumps(found))
 """
+COPIES = """
+import dataclasses, json, sys
+import torch
+from torch.profiler import ProfilerActivity, profile
+from p828.bench.batches import random_batches
+from p828.config import ShardedConfig, load, with_vocabulary
+from p828.distributed.group import joined
+from p828.engine.sharded.engine import ShardedEngine
+
+config = dataclasses.replace(with_vocabulary(load(sys.argv[1])), engine="sharded", sharded=ShardedConfig(stage=3))
+with joined(config) as ranks:
+    engine = ShardedEngine(config, ranks)
+    batches = random_batches(config, engine.device)
+
+    def step():
+        for batch in batches[:config.train.gradient_accumulation]:
+            engine.forward_backward(batch, 1000)
+        engine.step(1e-3)
+
+    step()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+    if ranks.is_first:
+        events = profiler.profiler.kineto_results.events()
+        print(json.dumps({"nccl": torch.cuda.nccl.version(), "names": [event.name() for event in events]}))
+"""
 SAMPLER = """
 import dataclasses, json, sys
 import torch
@@ -244,6 +270,21 @@ def test_sharded_within_hosts_as_over_all(cuda: torch.device, toml: Path, of_a_h
         assert (over_all["shards"], over_all["replicas"]) == (2 * of_a_host, 1)
         assert (within["shards"], within["replicas"]) == (of_a_host, 2)
         assert within["losses"] == pytest.approx(over_all["losses"], abs=1e-2)
+
+
+def test_copy_engines_gather_and_exchange(cuda: torch.device, toml: Path) -> None:
+    """NCCL's kernels are left to sums: none gathers weights, and none exchanges gradients."""
+    script = toml.parent / "copies.py"
+    script.write_text(COPIES)
+    command = [sys.executable, *torchrun(2), str(script), str(toml)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=toml.parent)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    if tuple(found["nccl"]) < (2, 28):
+        pytest.skip("needs NCCL 2.28, whose copy engines gather and exchange")
+    of_nccl = {name for name in found["names"] if "nccl" in name.lower()}
+    assert of_nccl, "sums have kernels"
+    assert not [name for name in of_nccl if "AllGather" in name or "SendRecv" in name], of_nccl
 
 
 def test_the_stages_are_one_arithmetic(cuda: torch.device, toml: Path) -> None:

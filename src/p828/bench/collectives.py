@@ -58,13 +58,13 @@ def occupation(run: Callable[[], None]) -> Occupation:
         run()
         torch.cuda.synchronize()
     assert profiler.profiler is not None
-    kernels = [
-        (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
-        for event in profiler.profiler.kineto_results.events()
-        if event.device_type() == DeviceType.CUDA
-    ]
-    communicating = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
-    computing = [(start, end) for name, start, end in kernels if "nccl" not in name.lower()]
+    found = [event for event in profiler.profiler.kineto_results.events() if event.device_type() == DeviceType.CUDA]
+    streams = {event.device_resource_id() for event in found if "nccl" in event.name().lower()}
+    communicating, computing = [], []
+    for event in found:
+        interval = event.start_ns(), event.start_ns() + event.duration_ns()
+        # NCCL has streams of its own; what copy engines do for it is there, and not by NCCL's name.
+        (communicating if event.device_resource_id() in streams else computing).append(interval)
     communication, both = _length(communicating), _length(computing) + _length(communicating)
     overlap = both - _length([*communicating, *computing])
     return Occupation(communication / 1e9, (communication - overlap) / 1e9)

@@ -160,6 +160,7 @@ def joined(config: Config) -> Iterator[ProcessGroup]:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_OPERATIONS)
     if config.engine == "sharded":  # collective operations beside kernels of a layer: at once, on all ranks
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+        os.environ.setdefault("NCCL_CTA_POLICY", "2")  # zero: copies by copy engines, where memory is registered
     timeout = timedelta(seconds=config.timeout_seconds + AFTER_WATCHDOG)
     with _initialised(device, is_launched, timeout):
         ranks = ProcessGroup(rank, size, dist.new_group(backend="gloo", timeout=timeout), timeout=timeout)
