@@ -60,7 +60,8 @@ def occupation(run: Callable[[], None]) -> Occupation:
     assert profiler.profiler is not None
     found = [event for event in profiler.profiler.kineto_results.events() if event.device_type() == DeviceType.CUDA]
     streams = {event.device_resource_id() for event in found if "nccl" in event.name().lower()}
-    communicating, computing = [], []
+    communicating: list[tuple[int, int]] = []
+    computing: list[tuple[int, int]] = []
     for event in found:
         interval = event.start_ns(), event.start_ns() + event.duration_ns()
         # NCCL has streams of its own; what copy engines do for it is there, and not by NCCL's name.

@@ -24,7 +24,7 @@ from p828.engine.sharded.gradients import ShardedGradients, add_parts_
 from p828.engine.sharded.mesh import mesh_of
 from p828.engine.sharded.model import gathered_by_layer, gathered_for_any, give_parameters, meta_model
 from p828.engine.sharded.phases import PhasedPass
-from p828.engine.sharded.registered import RegisteredMemory
+from p828.engine.sharded.registered import RegisteredMemory, has_copy_engines
 from p828.engine.sharded.state import MOMENTS, ShardState, masters_of
 from p828.engine.sharded.units import units_of
 from p828.engine.sharded.weights import ShardedWeights, following
@@ -57,11 +57,12 @@ class ShardedEngine:
         self.is_sharded = self.stage == 3
         self.model = meta_model(config.model)
         self._groups = parameter_groups(self.model, config.optimizer, self.dtype)
-        self.mesh = mesh_of(config.sharded, ranks)
+        mesh = mesh_of(config.sharded, ranks)
+        self.mesh = mesh._replace(has_copy_engines=has_copy_engines(mesh, self.device, ranks))
         self.units = units_of(self.model, self.mesh.shards)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        self._registered = RegisteredMemory(self.mesh, self.device)
-        with self._registered.allocating():
+        self._memory = memory = RegisteredMemory(self.mesh, self.device)
+        with memory.allocating():
             self.weights = ShardedWeights(self.units, self.stage, self.mesh, like)
         self._small = self._make_parameters()
         low_bits = [
@@ -75,9 +76,8 @@ class ShardedEngine:
         self.reductions = 1 if is_once else self._accumulation
         """How often gradients are reduced in a step over all ranks or, where each has a replica, over hosts."""
         add_parts = torch.compile(add_parts_) if compiles(config.train, self.device) else add_parts_
-        with self._registered.allocating():
-            self.gradients = ShardedGradients(self.units, self._small, self.stage, self.mesh, like, add_parts)
-        self._registered.register()
+        self.gradients = ShardedGradients(self.units, self._small, self.stage, self.mesh, like, memory, add_parts)
+        memory.register()
         is_captured = is_capturable(config.model, config.train, self.device, self.dtype)
         self._pass = PhasedPass(
             self.model,

@@ -2,29 +2,57 @@
 
 Gathering weights and exchanging gradients is copying. NCCL's kernels would take multiprocessors for it from the layers
 that are computed meanwhile; copy engines take none. NCCL has them copy where both sides of an operation are in memory
-that it allocated and all ranks registered together, and where the communicator's policy is to use no thread blocks
-(NCCL's user guide, "Zero-CTA optimization"). Elsewhere it goes on with kernels.
+that it allocated and that all ranks registered together, and where NCCL_CTA_POLICY is 2, no thread blocks (NCCL's user
+guide, "Zero-CTA optimization").
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
+from p828.distributed.group import NO_BLOCKS, ProcessGroup
+from p828.distributed.launcher import launched
 from p828.engine.sharded.mesh import Mesh
+
+FIRST_NCCL = (2, 28)  # that has copy engines gather and exchange
+
+
+def has_copy_engines(mesh: Mesh, device: torch.device, ranks: ProcessGroup) -> bool:
+    """Whether a replica's ranks are GPUs of one host that reach each other's memory; all ranks must call it.
+
+    `NCCL_CTA_POLICY=0` in the environment has NCCL's kernels copy.
+    """
+    if device.type != "cuda" or mesh.shards == 1:
+        return False
+    own = (
+        torch.cuda.nccl.version()[:2] >= FIRST_NCCL
+        and os.environ.get("NCCL_CTA_POLICY") == NO_BLOCKS
+        and launched().local_size == mesh.shards
+        and _reaches_others(device, mesh.shards)
+    )
+    return all(theirs for (theirs,) in ranks.all_gather([own]))
+
+
+def _reaches_others(device: torch.device, count: int) -> bool:
+    """Whether this process sees the `count` GPUs of its host's ranks, and its own reaches their memory."""
+    others = [number for number in range(count) if number != device.index]
+    return torch.cuda.device_count() >= count and all(
+        torch.cuda.can_device_access_peer(device, other) for other in others
+    )
 
 
 class RegisteredMemory:
-    """What is allocated within `allocating`; keep it as long as its tensors. Elsewhere than on GPUs it does nothing."""
+    """What is allocated within `allocating`. It does nothing where the mesh has no copy engines."""
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
         self._pool: torch.cuda.MemPool | None = None
-        import os
-        if device.type == "cuda" and mesh.shards > 1 and not os.environ.get("P828_UNREGISTERED"):
+        if mesh.has_copy_engines:
             group = dist.group.WORLD if mesh.shard_group is None else mesh.shard_group
             assert group is not None
-            dist.barrier(group, device_ids=[device.index])  # which makes the communicator
+            dist.barrier(group, device_ids=[device.index])  # makes the communicator, which registering needs
             self._backend = group._get_backend(device)
             self._pool = torch.cuda.MemPool(self._backend.mem_allocator)
 
@@ -40,4 +68,4 @@ class RegisteredMemory:
     def register(self) -> None:
         """To be called by all ranks of a replica, once all has been allocated."""
         if self._pool is not None:
-            self._backend.register_mem_pool(self._pool, symm=True)
+            self._backend.register_mem_pool(self._pool, symm=True)  # type: ignore[attr-defined]
