@@ -24,7 +24,7 @@ from p828.engine.sharded.gradients import ShardedGradients, add_parts_
 from p828.engine.sharded.mesh import mesh_of
 from p828.engine.sharded.model import gathered_by_layer, gathered_for_any, give_parameters, meta_model
 from p828.engine.sharded.phases import PhasedPass
-from p828.engine.sharded.registered import RegisteredMemory, has_copy_engines
+from p828.engine.sharded.registered import RegisteredMemory
 from p828.engine.sharded.state import MOMENTS, ShardState, masters_of
 from p828.engine.sharded.units import units_of
 from p828.engine.sharded.weights import ShardedWeights, following
@@ -57,11 +57,10 @@ class ShardedEngine:
         self.is_sharded = self.stage == 3
         self.model = meta_model(config.model)
         self._groups = parameter_groups(self.model, config.optimizer, self.dtype)
-        mesh = mesh_of(config.sharded, ranks)
-        self.mesh = mesh._replace(has_copy_engines=has_copy_engines(mesh, self.device, ranks))
+        self.mesh = mesh_of(config.sharded, ranks)
         self.units = units_of(self.model, self.mesh.shards)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        self._memory = memory = RegisteredMemory(self.mesh, self.device)
+        self._memory = memory = RegisteredMemory(self.mesh, self.device, ranks)
         with memory.allocating():
             self.weights = ShardedWeights(self.units, self.stage, self.mesh, like)
         self._small = self._make_parameters()

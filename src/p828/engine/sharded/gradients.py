@@ -8,9 +8,6 @@ gets to its sums in float32, in the order of ranks. That is as exact as a reduct
 Embedding and head are summed as at stage 1 at any stage: their gradients are float32 from the start, which would be
 twice the bytes, and are dense only after several micro-batches.
 
-At stage 1, too, layers' sums are exchanged and added where copy engines do the copying (`copies.py`). Elsewhere they
-are reduced, which passes fewer bytes between hosts.
-
 Where hosts have replicas, all of this is among a replica's ranks. Once a step, as soon as a shard's sums are complete
 there, they are summed over replicas in float32, beside the rest of the backward pass.
 """
@@ -31,6 +28,15 @@ from p828.optim.clipping import gradient_norms
 from p828.optim.parts import ByPart, parts_of
 
 AddParts = Callable[[Tensor, Tensor], None]
+
+
+class _Buffer(NamedTuple):
+    """What layers take turns at."""
+
+    sent: Tensor
+    """A layer's whole gradient of one micro-batch, flat."""
+    received: Tensor
+    """Of the same length: every rank's gradient of this rank's shard, end to end."""
 
 
 class _Exchange(NamedTuple):
@@ -59,32 +65,21 @@ class ShardedGradients:
         `memory` is for what is exchanged. `add_parts` is `add_parts_` of this file, as it is or compiled.
         """
         self._mesh, self._add_parts = mesh, add_parts
-        self.sets_layers = stage > 1
-        """Whether a micro-batch sets layers' gradients, and never adds to them."""
-        are_exchanged = self.sets_layers or mesh.has_copy_engines
-        self._slots = [unit.layer % BUFFERS if are_exchanged and unit.layer is not None else None for unit in units]
-        """The buffer that receives a unit's exchange; None for one that is reduced."""
+        self._slots = [unit.layer % BUFFERS if stage > 1 and unit.layer is not None else None for unit in units]
+        """The buffer that a unit's gradient takes; None for one that is summed whole."""
         length = max(unit.length for unit in units if unit.layer is not None)
-        passed = like if self.sets_layers else like.float()
-        ends = {unit.name: torch.zeros(unit.length, device=like.device) for unit in units if unit.layer is None}
+        count = 0 if stage == 1 else BUFFERS
         with memory.allocating():
-            self._received = [passed.new_zeros(length) for _ in range(BUFFERS if are_exchanged else 0)]
-            """Every rank's gradient of this rank's shard, end to end."""
-            sent = [like.new_zeros(length) for _ in range(BUFFERS if self.sets_layers else 0)]
-            self._flats = [
-                ends[unit.name]
-                if unit.layer is None
-                else sent[unit.layer % BUFFERS][: unit.length]
-                if self.sets_layers
-                else torch.zeros(unit.length, device=like.device)
-                for unit in units
-            ]
-            """Where a micro-batch writes a unit's gradient: the unit's sums, or a buffer that layers take turns at."""
+            self._buffers = [_Buffer(like.new_zeros(length), like.new_zeros(length)) for _ in range(count)]
+        self._flats = [
+            torch.zeros(unit.length, device=like.device) if slot is None else self._buffers[slot].sent[: unit.length]
+            for unit, slot in zip(units, self._slots, strict=True)
+        ]
         self.shards = [
-            torch.zeros(unit.length // mesh.shards, device=like.device)
-            if self.sets_layers and unit.layer is not None
-            else flat.chunk(mesh.shards)[mesh.shard]
-            for unit, flat in zip(units, self._flats, strict=True)
+            flat.chunk(mesh.shards)[mesh.shard]
+            if slot is None
+            else torch.zeros(unit.length // mesh.shards, device=like.device)
+            for unit, flat, slot in zip(units, self._flats, self._slots, strict=True)
         ]
         """The sums of this rank's shard of each unit, float32, complete after `finish`."""
         self._has_sums = [False] * len(units)  # of this step, where buffers are used
@@ -112,10 +107,15 @@ class ShardedGradients:
         names, sums = zip(*pieces, *self.small.items(), strict=True)
         return list(sums), ByPart(names, parts_of([*self.places, *self.small]), self._small.device)
 
+    @property
+    def sets_layers(self) -> bool:
+        """Whether a micro-batch sets layers' gradients, and never adds to them."""
+        return bool(self._buffers)
+
     def make_room(self, number: int) -> None:
         """Have the device wait until the unit's gradient may be written."""
         slot = self._slots[number]
-        if slot is not None and self.sets_layers:
+        if slot is not None:
             self._collect(slot)
 
     def reduce(self, number: int, is_last: bool) -> None:
@@ -123,11 +123,10 @@ class ShardedGradients:
         slot, flat = self._slots[number], self._flats[number]
         if self._mesh.replicas > 1:  # shards that were scattered a phase ago may go on to other hosts
             self._finish_scatters()
-        if slot is not None and (self.sets_layers or is_last):
-            self._collect(slot)
-            exchange = start_exchange(self._received[slot][: len(flat)], flat, self._mesh)
+        if slot is not None:
+            exchange = start_exchange(self._received(number, slot), flat, self._mesh)
             self._exchanges[slot] = _Exchange(number, exchange, is_last)
-        elif slot is None and is_last:
+        elif is_last:
             self._scatters.append((number, start_scatter(flat, self._mesh)))
 
     def reduce_small(self) -> None:
@@ -168,6 +167,9 @@ class ShardedGradients:
             self._keep(start_sum_of_replicas(self.shards[number], self._mesh))
         self._scatters.clear()
 
+    def _received(self, number: int, slot: int) -> Tensor:
+        return self._buffers[slot].received[: len(self._flats[number])]
+
     def _collect(self, slot: int) -> None:
         """Wait for the exchange of a buffer, and add what came to the sums."""
         if slot not in self._exchanges:
@@ -175,7 +177,7 @@ class ShardedGradients:
         number, exchange, is_last = self._exchanges.pop(slot)
         if exchange is not None:
             exchange.wait()
-        parts_NS = self._received[slot][: len(self._flats[number])].view(self._mesh.shards, -1)
+        parts_NS = self._received(number, slot).view(self._mesh.shards, -1)
         if self._has_sums[number]:
             self._add_parts(self.shards[number], parts_NS)
         else:

@@ -28,8 +28,6 @@ class Mesh(NamedTuple):
     """The ranks of this replica; None for PyTorch's default group, of all ranks."""
     replica_group: dist.ProcessGroup | None = None
     """The ranks that have this shard; None where there is one replica."""
-    has_copy_engines: bool = False
-    """Whether copy engines gather and exchange within a replica (`registered.py`)."""
 
     @property
     def ranks(self) -> int:

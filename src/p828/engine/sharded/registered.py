@@ -20,36 +20,13 @@ from p828.engine.sharded.mesh import Mesh
 FIRST_NCCL = (2, 28)  # that has copy engines gather and exchange
 
 
-def has_copy_engines(mesh: Mesh, device: torch.device, ranks: ProcessGroup) -> bool:
-    """Whether a replica's ranks are GPUs of one host that reach each other's memory; all ranks must call it.
-
-    `NCCL_CTA_POLICY=0` in the environment has NCCL's kernels copy.
-    """
-    if device.type != "cuda" or mesh.shards == 1:
-        return False
-    own = (
-        torch.cuda.nccl.version()[:2] >= FIRST_NCCL
-        and os.environ.get("NCCL_CTA_POLICY") == NO_BLOCKS
-        and launched().local_size == mesh.shards
-        and _reaches_others(device, mesh.shards)
-    )
-    return all(theirs for (theirs,) in ranks.all_gather([own]))
-
-
-def _reaches_others(device: torch.device, count: int) -> bool:
-    """Whether this process sees the `count` GPUs of its host's ranks, and its own reaches their memory."""
-    others = [number for number in range(count) if number != device.index]
-    return torch.cuda.device_count() >= count and all(
-        torch.cuda.can_device_access_peer(device, other) for other in others
-    )
-
-
 class RegisteredMemory:
-    """What is allocated within `allocating`. It does nothing where the mesh has no copy engines."""
+    """What is allocated within `allocating`: as any other memory, unless a replica's ranks have copy engines to use."""
 
-    def __init__(self, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, mesh: Mesh, device: torch.device, ranks: ProcessGroup) -> None:
+        """All ranks must make one."""
         self._pool: torch.cuda.MemPool | None = None
-        if mesh.has_copy_engines:
+        if _has_copy_engines(mesh, device, ranks):
             group = dist.group.WORLD if mesh.shard_group is None else mesh.shard_group
             assert group is not None
             dist.barrier(group, device_ids=[device.index])  # makes the communicator, which registering needs
@@ -69,3 +46,24 @@ class RegisteredMemory:
         """To be called by all ranks of a replica, once all has been allocated."""
         if self._pool is not None:
             self._backend.register_mem_pool(self._pool, symm=True)  # type: ignore[attr-defined]
+
+
+def _has_copy_engines(mesh: Mesh, device: torch.device, ranks: ProcessGroup) -> bool:
+    """Whether a replica's ranks are GPUs of one host that reach each other's memory, and NCCL may let them copy."""
+    if device.type != "cuda" or mesh.shards == 1:
+        return False
+    own = (
+        torch.cuda.nccl.version()[:2] >= FIRST_NCCL
+        and os.environ.get("NCCL_CTA_POLICY") == NO_BLOCKS
+        and launched().local_size == mesh.shards
+        and _reaches_others(device, mesh.shards)
+    )
+    return all(theirs for (theirs,) in ranks.all_gather([own]))
+
+
+def _reaches_others(device: torch.device, count: int) -> bool:
+    """Whether this process sees the `count` GPUs of its host's ranks, and its own reaches their memory."""
+    others = [number for number in range(count) if number != device.index]
+    return torch.cuda.device_count() >= count and all(
+        torch.cuda.can_device_access_peer(device, other) for other in others
+    )
