@@ -304,10 +304,8 @@ def test_gathered_and_exchanged_by_kernels_or_by_copy_engines(cuda: torch.device
 @pytest.mark.parametrize("is_killed", [True, False])
 def test_a_lost_rank_ends_the_other(cuda: torch.device, toml: Path, is_killed: bool) -> None:
     """Also while the other one's copy engines wait for it: a rank that is killed, and one that hangs."""
-    name, stage = (
-        f"lost-{is_killed}",
-        ("--engine", "sharded", "--sharded.stage", "3", "--sharded.timeout-seconds", "12"),
-    )
+    name = f"lost-{is_killed}"
+    stage = ("--engine", "sharded", "--sharded.stage", "3", "--sharded.timeout-seconds", "40")
     process = start(
         "train", str(toml), "--name", name, *stage, "--train.steps", "100000", "--train.compile", "off",
         cwd=toml.parent, launcher=(*torchrun(2), "-m", "p828"),
