@@ -69,7 +69,7 @@ def test_a_step_on_a_cpu() -> None:
     step = OwnStep(config, "balanced")  # every expert has tokens
     step.run()
     found = break_down(step.run_traceably, 1.0, 1, torch.device("cpu"))
-    assert 0 < sum(found["parts"].values()) <= found["ms"] < 1000
+    assert 0 < sum(found["parts"].values()) <= found["ms"]
 
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         step.run()

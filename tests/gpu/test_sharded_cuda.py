@@ -1,16 +1,18 @@
 """The sharded engine on GPUs, its phases captured: on one beside the plain engine, and on two beside one."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from p828.runs import records
-from runs import p828, write_text, write_toml
+from runs import p828, start, wait_for_step, write_text, write_toml
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 STEPS = 8
@@ -72,6 +74,43 @@ with joined(config) as ranks:
             found.append({"shards": engine.mesh.shards, "replicas": engine.mesh.replicas, "losses": losses})
     if ranks.is_first:
         print(json.dumps(found))
+"""
+COPIES = """
+import json, sys
+import torch
+from torch.profiler import ProfilerActivity, profile
+from p828.config import ShardedConfig, load
+from p828.distributed.group import joined
+from p828.engine.sharded.collectives import start_exchange, start_gather
+from p828.engine.sharded.mesh import mesh_of
+from p828.engine.sharded.registered import RegisteredMemory
+import dataclasses
+
+config = dataclasses.replace(load(sys.argv[1]), engine="sharded")
+with joined(config) as ranks:
+    device, found = torch.device("cuda", torch.cuda.current_device()), []
+    mesh = mesh_of(ShardedConfig(), ranks)
+    for _ in range(2):  # engines may come one after another
+        memory = RegisteredMemory(mesh, device, ranks)
+        with memory.allocating():
+            flat, sent, received = (torch.zeros(mesh.shards * 64 * 1001, device=device) for _ in range(3))
+            shard = torch.zeros(64 * 1001, device=device)
+        memory.register()
+        for turn in range(3):
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                shard.copy_(torch.arange(len(shard), device=device) + 10 * mesh.shard + turn)
+                start_gather(flat, shard, mesh).wait()
+                sent.copy_(torch.arange(len(sent), device=device) + 10 * mesh.shard + turn)
+                start_exchange(received, sent, mesh).wait()
+                torch.cuda.synchronize()
+            for rank in range(mesh.shards):
+                own = torch.arange(len(shard), device=device) + 10 * rank + turn
+                assert torch.equal(flat.chunk(mesh.shards)[rank], own)
+                assert torch.equal(received.chunk(mesh.shards)[rank], own + len(shard) * mesh.shard)
+        found.append([event.name() for event in profiler.profiler.kineto_results.events()])
+        del memory, flat, sent, received, shard
+    if ranks.is_first:
+        print(json.dumps({"nccl": torch.cuda.nccl.version(), "names": found}))
 """
 SAMPLER = """
 import dataclasses, json, sys
@@ -244,6 +283,45 @@ def test_sharded_within_hosts_as_over_all(cuda: torch.device, toml: Path, of_a_h
         assert (over_all["shards"], over_all["replicas"]) == (2 * of_a_host, 1)
         assert (within["shards"], within["replicas"]) == (of_a_host, 2)
         assert within["losses"] == pytest.approx(over_all["losses"], abs=1e-2)
+
+
+@pytest.mark.parametrize("policy", ["0", "2"])
+def test_gathered_and_exchanged_by_kernels_or_by_copy_engines(cuda: torch.device, toml: Path, policy: str) -> None:
+    """The script compares what came."""
+    script = toml.parent / "copies.py"
+    script.write_text(COPIES)
+    command = [sys.executable, *torchrun(2), str(script), str(toml)]
+    environment = {**os.environ, "NCCL_CTA_POLICY": policy}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=toml.parent, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    has_copy_engines = policy == "2" and tuple(found["nccl"]) >= (2, 28)
+    for names in found["names"]:
+        assert any("PtoP" in name for name in names) == has_copy_engines
+        assert any("nccl" in name.lower() for name in names) != has_copy_engines
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_a_lost_rank_ends_the_other(cuda: torch.device, toml: Path, is_killed: bool) -> None:
+    """Also while the other one's copy engines wait for it: a rank that is killed, and one that hangs."""
+    name = f"lost-{is_killed}"
+    stage = ("--engine", "sharded", "--sharded.stage", "3", "--sharded.timeout-seconds", "40")
+    process = start(
+        "train", str(toml), "--name", name, *stage, "--train.steps", "100000", "--train.compile", "off",
+        cwd=toml.parent, launcher=(*torchrun(2), "-m", "p828"),
+    )  # fmt: skip
+    wait_for_step(process, 1)
+    first, second = sorted(psutil.Process(process.pid).children(), key=lambda worker: worker.environ()["RANK"])
+    if is_killed:
+        second.kill()
+    else:
+        second.suspend()
+    psutil.wait_procs([first], timeout=120)
+    assert not first.is_running()
+    second.kill()  # a launcher waits half a minute for one that hangs
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert ("rank 1 (" in said) if is_killed else ("p828: no progress for 40 s" in said), said[-4000:]
 
 
 def test_the_stages_are_one_arithmetic(cuda: torch.device, toml: Path) -> None:

@@ -58,16 +58,20 @@ def occupation(run: Callable[[], None]) -> Occupation:
         run()
         torch.cuda.synchronize()
     assert profiler.profiler is not None
-    kernels = [
-        (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
-        for event in profiler.profiler.kineto_results.events()
-        if event.device_type() == DeviceType.CUDA
-    ]
-    communicating = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
-    computing = [(start, end) for name, start, end in kernels if "nccl" not in name.lower()]
+    communicating: list[tuple[int, int]] = []
+    computing: list[tuple[int, int]] = []
+    for event in profiler.profiler.kineto_results.events():
+        if event.device_type() == DeviceType.CUDA:
+            interval = event.start_ns(), event.start_ns() + event.duration_ns()
+            (communicating if _is_of_nccl(event.name()) else computing).append(interval)
     communication, both = _length(communicating), _length(computing) + _length(communicating)
     overlap = both - _length([*communicating, *computing])
     return Occupation(communication / 1e9, (communication - overlap) / 1e9)
+
+
+def _is_of_nccl(name: str) -> bool:
+    """Whether a profiler names so a kernel of NCCL, or a copy from GPU to GPU, as NCCL has copy engines make them."""
+    return "nccl" in name.lower() or "PtoP" in name
 
 
 def _length(intervals: Iterable[tuple[int, int]]) -> int:

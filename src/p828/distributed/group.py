@@ -25,6 +25,7 @@ from p828.errors import ConfigError, P828Error, RunFailed, closed_after
 T = TypeVar("T")
 E = TypeVar("E", bound=P828Error)
 RECORDED_OPERATIONS = "1000"  # collective operations that PyTorch's flight recorder keeps
+NO_BLOCKS = "2"  # NCCL's name for copying without thread blocks, where it can (engine/sharded/registered.py)
 AFTER_WATCHDOG = 60  # seconds that PyTorch waits longer than the watchdog, whose report says more
 
 
@@ -161,6 +162,7 @@ def joined(config: Config) -> Iterator[ProcessGroup]:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_OPERATIONS)
     if config.engine == "sharded":  # collective operations beside kernels of a layer: at once, on all ranks
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+        os.environ.setdefault("NCCL_CTA_POLICY", NO_BLOCKS)
     timeout = timedelta(seconds=config.timeout_seconds + AFTER_WATCHDOG)
     with _initialised(device, is_launched, timeout):
         ranks = ProcessGroup(rank, size, dist.new_group(backend="gloo", timeout=timeout), timeout=timeout)

@@ -24,6 +24,7 @@ from p828.engine.sharded.gradients import ShardedGradients, add_parts_
 from p828.engine.sharded.mesh import mesh_of
 from p828.engine.sharded.model import gathered_by_layer, gathered_for_any, give_parameters, meta_model
 from p828.engine.sharded.phases import PhasedPass
+from p828.engine.sharded.registered import RegisteredMemory
 from p828.engine.sharded.state import MOMENTS, ShardState, masters_of
 from p828.engine.sharded.units import units_of
 from p828.engine.sharded.weights import ShardedWeights, following
@@ -59,7 +60,9 @@ class ShardedEngine:
         self.mesh = mesh_of(config.sharded, ranks)
         self.units = units_of(self.model, self.mesh.shards)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        self.weights = ShardedWeights(self.units, self.stage, self.mesh, like)
+        self._memory = memory = RegisteredMemory(self.mesh, self.device, ranks)
+        with memory.allocating():
+            self.weights = ShardedWeights(self.units, self.stage, self.mesh, like)
         self._small = self._make_parameters()
         low_bits = [
             torch.zeros_like(shard, dtype=torch.int16) if self.dtype == torch.bfloat16 else None
@@ -72,7 +75,8 @@ class ShardedEngine:
         self.reductions = 1 if is_once else self._accumulation
         """How often gradients are reduced in a step over all ranks or, where each has a replica, over hosts."""
         add_parts = torch.compile(add_parts_) if compiles(config.train, self.device) else add_parts_
-        self.gradients = ShardedGradients(self.units, self._small, self.stage, self.mesh, like, add_parts)
+        self.gradients = ShardedGradients(self.units, self._small, self.stage, self.mesh, like, memory, add_parts)
+        memory.register()
         is_captured = is_capturable(config.model, config.train, self.device, self.dtype)
         self._pass = PhasedPass(
             self.model,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from p828.engine.sharded.collectives import start_exchange, start_scatter, start_sum_of_ranks, start_sum_of_replicas
 from p828.engine.sharded.mesh import Mesh
+from p828.engine.sharded.registered import RegisteredMemory
 from p828.engine.sharded.units import Unit
 from p828.engine.sharded.weights import BUFFERS
 from p828.optim.clipping import gradient_norms
@@ -56,18 +57,20 @@ class ShardedGradients:
         stage: int,
         mesh: Mesh,
         like: Tensor,
+        memory: RegisteredMemory,
         add_parts: AddParts,
     ) -> None:
         """`small` are the parameters that are in no unit. `like` has the weights' dtype and device.
 
-        `add_parts` is `add_parts_` of this file, as it is or compiled.
+        `memory` is for what is exchanged. `add_parts` is `add_parts_` of this file, as it is or compiled.
         """
         self._mesh, self._add_parts = mesh, add_parts
         self._slots = [unit.layer % BUFFERS if stage > 1 and unit.layer is not None else None for unit in units]
         """The buffer that a unit's gradient takes; None for one that is summed whole."""
         length = max(unit.length for unit in units if unit.layer is not None)
         count = 0 if stage == 1 else BUFFERS
-        self._buffers = [_Buffer(like.new_zeros(length), like.new_zeros(length)) for _ in range(count)]
+        with memory.allocating():
+            self._buffers = [_Buffer(like.new_zeros(length), like.new_zeros(length)) for _ in range(count)]
         self._flats = [
             torch.zeros(unit.length, device=like.device) if slot is None else self._buffers[slot].sent[: unit.length]
             for unit, slot in zip(units, self._slots, strict=True)
