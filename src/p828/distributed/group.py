@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from p828.config import Config
-from p828.distributed.launcher import ALL_SET, check_launch, launched, tell_launcher
+from p828.distributed.launcher import ALL_SET, after_restart, check_launch, launched, tell_launcher
 from p828.distributed.own_gpu import check_own_gpus, gpu_of, take_gpu
 from p828.distributed.watchdog import Watchdog, connect_watchdog
 from p828.errors import ConfigError, P828Error, RunFailed, closed_after
@@ -216,7 +216,8 @@ def _join(backend: str, timeout: timedelta) -> None:
     except RuntimeError as error:  # what NCCL and gloo raise, and PyTorch of its store
         rank, size, host, port = (os.environ[name] for name in ALL_SET)
         reason = str(error).partition("\n")[0]  # C++ frames follow
-        raise RunFailed(f"rank {rank} of {size} cannot join the others by {host}, port {port}: {reason}") from None
+        where = f"rank {rank} of {size} cannot join the others by {host}, port {port}"
+        raise RunFailed(f"{where}: {reason}{after_restart()}") from None
 
 
 _OF_ONE_PROCESS = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads these
