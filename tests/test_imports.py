@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +106,20 @@ def test_heavy_packages_are_imported_where_they_are_needed(file: Path) -> None:
 def test_deepspeed_stays_in_the_engine(file: Path) -> None:
     modules = {module.split(".")[0] for module in imported(ast.walk(parse(file)))}
     assert "deepspeed" not in modules or name(file).startswith("engine/deepspeed/")
+
+
+def test_a_command_without_its_arguments_is_answered_without_pytorch() -> None:
+    """PyTorch takes seconds to import. Each command is called with nothing, in one process for all."""
+    program = "\n".join([
+        "import sys",
+        "from p828.cli.main import dispatch",
+        "for command in sys.argv[1:]:",
+        "    code = dispatch([command])",
+        "    print(command, code, 'torch' in sys.modules)",
+    ])  # fmt: skip
+    commands = ["train", "plan", "prove-resume", "prepare", "serve", "import", "export"]
+    done = subprocess.run([sys.executable, "-c", program, *commands], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{command} 2 False" for command in commands], done.stderr
 
 
 @pytest.mark.parametrize("file", CARRIED, ids=name)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from p828.config import Config, load_given, validate, with_vocabulary
 from p828.config.overrides import read_overrides
 from p828.config.values import changed, shown
-from p828.distributed.launcher import report_once
+from p828.distributed.launcher import launched, report_once
 from p828.errors import ConfigError, DataError, P828Error, RunFailed, RunPaused, RunStopped
 from p828.train.settled import settled
 
@@ -65,7 +65,7 @@ def load_config(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     loaded = load_given(os.fspath(name_or_path))
     found = read_overrides(overrides or {}, loaded.given)
     report_once([*loaded.old_names, *found.old_names])
-    return settled(changed(loaded.config, found.values), found.given, loaded)
+    return settled(changed(loaded.config, found.values), found.given, loaded, launched())
 
 
 def train_run(config: Config) -> "Run":

@@ -1,5 +1,6 @@
 """`p828 plan` as a user calls it."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -7,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from p828.cli.plan import _rate_of_run, run
+from p828.config import ShardedConfig, load
+from p828.config.values import to_dict
 from p828.data.tokens.format import open_manifest
 from p828.errors import ConfigError
 from runs import write_toml
@@ -85,6 +89,35 @@ def test_hosts_that_each_have_a_replica(capsys: pytest.CaptureFixture[str]) -> N
     assert "that share a replica" in shown(capsys, *flags)
 
 
+@pytest.mark.parametrize(
+    "flags, engine, stage",
+    [
+        (("--sharded.stage", "3"), "sharded", 3),
+        (("--deepspeed.stage", "2"), "deepspeed", 2),
+        (("--deepspeed.config", "zero2"), "deepspeed", 2),
+        (("--sharded.shard-within", "host", "--hosts", "2"), "sharded", 1),
+    ],
+)
+def test_settings_of_an_engine_choose_it_as_in_training(
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], engine: str, stage: int
+) -> None:
+    configured = json.loads(shown(capsys, "800m", "--gpus", "8", *flags, "--json"))["configured"]
+    assert (configured["engine"], configured["stage"]) == (engine, stage)
+
+
+@pytest.mark.parametrize("gpus, stage", [("1", None), ("4", 1), ("8", 3)])
+def test_a_stage_that_training_chose_is_planned_for_as_many_gpus_and_chosen_for_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], gpus: str, stage: int | None
+) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    chosen = dataclasses.replace(load("800m"), engine="sharded", sharded=ShardedConfig(stage=3, stage_chosen_for=8))
+    (directory / "config.toml").write_text(tomli_w.dumps(to_dict(chosen)))
+    plan = json.loads(shown(capsys, str(directory), "--gpus", gpus, "--json"))
+    assert plan["configured"]["stage"] == stage
+    assert plan["gradient_accumulation"] == chosen.train.gradient_accumulation, "each GPU's, as in training"
+
+
 def test_a_rate_outside_the_fit_is_not_in_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--optimizer.learning-rate" not in shown(capsys, "quickstart")
     assert "--optimizer.learning-rate" not in shown(capsys, "800m")
@@ -148,7 +181,8 @@ def test_a_run_s_measured_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (("800m", "--gpus", "8", "--hosts", "3"), "--hosts 3: a whole number that divides --gpus 8 is accepted"),
         (("800m", "--mfu", "47"), r"--mfu 47.0: a share between 0 and 1 is accepted"),
         (("800m", "--gpu-hour-price", "-1"), "--gpu-hour-price -1.0: a number of at least 0"),
-        (("800m", "--gpus", "2", "--engine", "plain"), "--engine plain trains on one GPU, not 2"),
+        (("800m", "--gpus", "2", "--engine", "plain"), 'engine = "plain" trains on one device, not on 2: give'),
+        (("800m", "--sharded.stage", "3"), 'sharded.stage = 3: accepted with engine = "sharded"'),
         (("800m", "--model.head_dim", "66"), "model.head_dim = 66: in bfloat16 on a GPU, a multiple of 8"),
         (("800m", "--train.device", "cpu"), 'train.device = "cpu": p828 plan is about GPUs'),
         (("800m", "--train.dtype", "float32"), 'train.dtype = "float32": p828 plan is about bfloat16'),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from p828 import config
-from p828.config import Config, from_dict, schema, with_steps
+from p828.config import Config, data_sections, from_dict, schema, with_steps
 from p828.config.facts import changeable, facts_by_key, facts_of, fixed
 from p828.config.values import flatten, to_dict
 from p828.errors import ConfigError
@@ -35,7 +35,8 @@ def test_defaults_validate() -> None:
 
 def test_every_setting_has_help() -> None:
     """The attribute docstrings are the command line's help; each follows its field."""
-    lines = Path(schema.__file__).read_text(encoding="utf-8").splitlines()
+    files = (schema.__file__, data_sections.__file__)
+    lines = [line for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()]
     for key in flatten(Config()):
         name = key.rsplit(".", 1)[-1]
         places = [i for i, line in enumerate(lines) if line.startswith(f"    {name}: ")]

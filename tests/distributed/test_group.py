@@ -69,3 +69,18 @@ def test_ranks_that_do_not_come_and_a_port_that_is_taken_are_named(
         expected = rf"rank 0 of 2 cannot join the others by 127\.0\.0\.1, port {port}: .*{reason}$"
         with pytest.raises(RunFailed, match=expected), joined(dataclasses.replace(values, engine="sharded")):
             pass
+
+
+@pytest.mark.parametrize("count, is_told", [("0", False), ("1", True)])
+def test_ranks_that_torchrun_started_again_are_told_how_to_have_a_new_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str, is_told: bool
+) -> None:
+    monkeypatch.setattr(group, "AFTER_WATCHDOG", 0)
+    config = dataclasses.replace(run_config(tmp_path, sharded={"timeout_seconds": 1}), engine="sharded")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    environment_by_hand(monkeypatch, **START, MASTER_PORT=port, TORCHELASTIC_RESTART_COUNT=count)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(RunFailed, match="rank 0 of 2 cannot join the others") as failure, joined(config):
+        pass
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(failure.value)) == is_told

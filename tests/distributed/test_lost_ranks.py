@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from launch import (
     ENDLESS,
+    OUR_LAUNCHER,
+    STEPS,
     Launch,
     Stage,
     cases,
@@ -18,6 +20,7 @@ from launch import (
     engine_of,
     launched,
     messages,
+    steps,
     the_message,
     torchrun,
 )
@@ -52,6 +55,21 @@ def test_a_dead_rank_is_named_and_ends_the_others(
         message = the_message(launch, A_MINUTE)
     assert f"rank {rank} (" in message
     assert f"process {worker.pid}) died" in message
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_ranks_that_are_started_again_go_on(config: Path, tmp_path: Path, rank: int) -> None:
+    """At the first restart, and from the newest checkpoint."""
+    run = tmp_path / "runs" / "again"
+    launcher = (*OUR_LAUNCHER[:3], "--max-restarts", "1", *OUR_LAUNCHER[3:])
+    with launched(config, run, "sharded-1", 2, launcher=launcher) as launch:
+        launch.wait_for_step(9)
+        launch.workers()[rank].kill()
+        code, out, err = launch.end()
+    assert code == 0, err
+    assert re.search(r"resumed from step \d+", out) is not None, out
+    assert not any("cannot join" in message for message in messages(err)), err
+    assert steps(run)[-1]["step"] == STEPS
 
 
 def freeze_one_of(launch: Launch, rank: int) -> str:

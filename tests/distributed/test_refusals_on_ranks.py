@@ -49,7 +49,7 @@ def test_missing_data(config: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        (("--engine", "plain"), 'engine = "plain" trains on one device, and 2 processes were started: '),
+        (("--engine", "plain"), 'engine = "plain" trains on one device, not on 2: '),
         (("--engine", "sharded", "--deepspeed.offload-optimizer", "cpu"), 'accepted with engine = "deepspeed"'),
         (("--optimizer.moment-dtype", "bfloat16"), 'optimizer.moment_dtype = "bfloat16": accepted in bfloat16 runs'),
     ],

@@ -12,7 +12,7 @@ from p828.cli.run_name import run_of
 from p828.config import Config, load, load_given
 from p828.config.files import implied, preset_names
 from p828.config.values import changed
-from p828.distributed.launcher import report_once
+from p828.distributed.launcher import Process, launched, report_once
 from p828.errors import ConfigError
 from p828.train.settled import settled
 
@@ -36,13 +36,15 @@ def read_configuration(
     others: tuple[str, ...] = (),
     reads_prepared: bool = False,
     run_command: str = "",
+    process_of: Callable[[A], Process] = lambda _: launched(),
 ) -> tuple[Config, A]:
     """The named configuration, changed by flags and validated, and all arguments, for the command's own flags.
 
     `describe` gives the help's text for the unchanged configuration. `others` are flags that the caller has taken out
     before. With `run_command`, the command's name, a run's name under runs/ is taken for its directory. With
-    `reads_prepared`, complete prepared data says what it was made from, where that is not given. Raises
-    ConfigError, also for a key that is given and changes nothing.
+    `reads_prepared`, complete prepared data says what it was made from, where that is not given. `process_of` gives,
+    from the arguments, the place among the processes that train. Raises ConfigError, also for a key that is given and
+    changes nothing.
     """
     prog = " ".join(usage.split()[:2])
     if any(argument in HELP for argument in arguments):
@@ -60,4 +62,4 @@ def read_configuration(
     sections = {f.name for f in dataclasses.fields(Config)}
     flags = {key: value for key, value in flags.items() if key.partition(".")[0] in sections}
     config = changed(loaded.config, {**implied(flags, loaded.given), **flags})
-    return settled(config, flags, loaded, reads_prepared), own
+    return settled(config, flags, loaded, process_of(own), reads_prepared), own

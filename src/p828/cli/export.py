@@ -9,14 +9,14 @@ from typing import Annotated, Literal
 import tyro
 
 from p828.cli.flags import parse
+from p828.cli.output import loading_pytorch
 from p828.config.rules import check_path
 from p828.errors import ConfigError, warn
 from p828.interchange.architectures.own import OWN
-from p828.interchange.export import export_model
-from p828.interchange.gguf import SUFFIX, export_gguf
 from p828.interchange.hub import check_push, push
 from p828.train.log.console import waiting
 
+SUFFIX = ".gguf"  # of a file for llama.cpp
 USAGE = "p828 export CHECKPOINT DIR|FILE.gguf [--dtype DTYPE] [--native-only] [--push REPO]"
 DESCRIPTION = (
     f"{USAGE}\n\nDIR gets the weights, config.json, the tokenizer, a model card and the training configuration: "
@@ -46,8 +46,7 @@ def run(arguments: list[str]) -> None:
     if given.push or any(argument.partition("=")[0] == "--push" for argument in arguments):
         check_push(given.push)
     target = Path(given.target)
-    with waiting(f"exporting to {target}", warn):
-        lines = _to_file(given, target) if given.target.lower().endswith(SUFFIX) else _to_directory(given, target)
+    lines = _to_file(given, target) if given.target.lower().endswith(SUFFIX) else _to_directory(given, target)
     print("\n".join(lines), flush=True)
     if given.push:
         with waiting(f"pushing to {given.push}", warn):
@@ -60,7 +59,10 @@ def _to_directory(given: Arguments, directory: Path) -> list[str]:
         raise ConfigError(
             f"--dtype float16: accepted for a file whose name ends in {SUFFIX}; float32 or bfloat16 is, too"
         )
-    found = export_model(given.checkpoint, directory, given.dtype, given.native_only)
+    with loading_pytorch():
+        from p828.interchange.export import export_model
+    with waiting(f"exporting to {directory}", warn):
+        found = export_model(given.checkpoint, directory, given.dtype, given.native_only)
     files = "1 file" if len(found.weights) == 1 else f"{len(found.weights)} files"
     text = json.dumps(str(found.directory), ensure_ascii=False)  # also a text of Python
     trust = ", trust_remote_code=True" if found.architecture is OWN else ""
@@ -75,7 +77,10 @@ def _to_directory(given: Arguments, directory: Path) -> list[str]:
 def _to_file(given: Arguments, file: Path) -> list[str]:
     if given.native_only:
         raise ConfigError(f"--native-only: accepted for a directory; a {SUFFIX} file never has code of its own")
-    found = export_gguf(given.checkpoint, file, given.dtype)
+    with loading_pytorch():
+        from p828.interchange.gguf import export_gguf
+    with waiting(f"exporting to {file}", warn):
+        found = export_gguf(given.checkpoint, file, given.dtype)
     return [
         f"checkpoint     {found.checkpoint} (step {found.step})",
         f"exported as    {found.architecture} of llama.cpp",

@@ -4,18 +4,20 @@ import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from p828.cli.flags import parse
+from p828.cli.output import loading_pytorch
 from p828.config.rules import check_name, check_path
 from p828.errors import warn
 from p828.interchange.hub_directory import READABLE
-from p828.interchange.origin import Origin, read_hub_origin
 from p828.model.costs import count_parameters
 from p828.train.log.console import waiting
-from p828.train.weights_only import write_run
+
+if TYPE_CHECKING:
+    from p828.interchange.origin import Origin
 
 USAGE = "p828 import DIR [--name NAME] [--runs-dir RUNS]"
 DESCRIPTION = (
@@ -42,6 +44,9 @@ def run(arguments: list[str]) -> None:
     directory = Path(given.directory)
     name = given.name or Path(os.path.abspath(directory)).name
     check_name(name)
+    with loading_pytorch():
+        from p828.interchange.origin import read_hub_origin
+        from p828.train.weights_only import write_run
     with waiting(f"reading {directory}", warn):
         origin = read_hub_origin(directory)
     with waiting("copying the weights", warn):
@@ -49,7 +54,7 @@ def run(arguments: list[str]) -> None:
     print("\n".join(_lines(origin, path)), flush=True)
 
 
-def _lines(origin: Origin, path: Path) -> list[str]:
+def _lines(origin: "Origin", path: Path) -> list[str]:
     parameters = count_parameters(origin.config.model)
     word = shlex.quote(str(path))
     chat = "" if origin.tokenizer.template is None else " --chat"

@@ -8,7 +8,7 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from types import ModuleType
 from typing import NoReturn
 
-from p828.cli.output import escape_what_output_lacks, open_closed_streams
+from p828.cli.output import escape_what_output_lacks, loading_pytorch, open_closed_streams
 from p828.config.values import shown
 from p828.distributed.launcher import Process, launched, tell_launcher
 from p828.errors import INTERRUPTED, ConfigError, LocalRankError, P828Error, did_you_mean, reason, warn
@@ -116,16 +116,8 @@ def _drop_output() -> None:
 
 
 def _module(command: str) -> ModuleType:
-    """The command's own; imported late, since most of them import PyTorch, which takes seconds."""
-    from p828.train.log.console import say, waiting
-
-    def report(text: str) -> None:
-        if command == "prepare":
-            say(text)
-        elif sys.stderr.isatty():  # standard output is for what the others find out
-            warn(text)
-
-    with waiting("loading PyTorch", report):
+    """The command's own; imported late, since many of them import PyTorch, which takes seconds."""
+    with loading_pytorch():
         return importlib.import_module(f"p828.cli.{command.replace('-', '_')}")
 
 

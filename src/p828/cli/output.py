@@ -4,6 +4,10 @@ import io
 import os
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from p828.errors import warn
 
 
 def open_closed_streams() -> None:
@@ -34,3 +38,12 @@ def printable(text: str) -> str:
 def show(text: str, end: str = "") -> None:
     """Print at once. Raises BrokenPipeError at a closed pipe."""
     print(printable(text), end=end, flush=True)
+
+
+@contextmanager
+def loading_pytorch() -> Iterator[None]:
+    """Say so at a terminal where the imports of the block take long; standard output is for what a command finds."""
+    from p828.train.log.console import waiting
+
+    with waiting("loading PyTorch", lambda text: warn(text) if sys.stderr.isatty() else None):
+        yield

@@ -9,6 +9,8 @@ from pathlib import Path
 from p828.cli.configuration import ConfigArguments, read_configuration
 from p828.config import Config, with_steps, with_vocabulary
 from p828.config.files import preset_names
+from p828.distributed.engine_of_processes import for_processes
+from p828.distributed.launcher import Process
 from p828.errors import ConfigError
 from p828.plan.advice import advise
 from p828.plan.plan import Machine, make_plan
@@ -43,11 +45,13 @@ class Arguments(ConfigArguments):
 
 
 def run(arguments: list[str]) -> None:
-    config, given = read_configuration(arguments, Arguments, USAGE, _describe, reads_prepared=True, run_command="plan")
+    config, given = read_configuration(
+        arguments, Arguments, USAGE, _describe, reads_prepared=True, run_command="plan", process_of=_trained_by
+    )
     machine = _machine(given)
+    if machine.gpus == 1:
+        config = for_processes(config, 1)
     config = with_vocabulary(with_steps(config, 1 if config.engine == "plain" else machine.gpus))
-    if config.engine == "plain" and machine.gpus > 1 and _asks_for_engine(arguments):
-        raise ConfigError(f'--engine plain trains on one GPU, not {machine.gpus}; "sharded" or "deepspeed" is accepted')
     plan = make_plan(config, machine)
     advice = advise(plan)
     if given.json:
@@ -55,6 +59,11 @@ def run(arguments: list[str]) -> None:
         print(json.dumps({**plan.to_json(), "advice": advised}, indent=1))
     else:
         print(show(plan, advice, min(shutil.get_terminal_size().columns, WIDEST)))
+
+
+def _trained_by(given: Arguments) -> Process:
+    """One of the processes that would train on these GPUs; on a single one it needs no launcher."""
+    return Process(size=max(given.gpus, 1), is_launched=given.gpus > 1)
 
 
 def _machine(given: Arguments) -> Machine:
@@ -94,10 +103,6 @@ def _rate_of_run(path: Path) -> float:
         if steps == LAST_STEPS:
             break
     return statistics.median(found) if found else 0.0
-
-
-def _asks_for_engine(arguments: list[str]) -> bool:
-    return any(argument.partition("=")[0] == "--engine" for argument in arguments)
 
 
 def _describe(default: Config) -> str:

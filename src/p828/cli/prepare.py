@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -17,7 +18,6 @@ from rich.text import Text
 from p828.cli.configuration import ConfigArguments, read_configuration
 from p828.config import Config, DataConfig
 from p828.config.files import preset_names
-from p828.data.build import training_documents
 from p828.data.fractions import short
 from p828.data.retry import Retry
 from p828.data.text.held_out import trained_on_too, unused_text_field
@@ -27,10 +27,12 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokenizer.tokenizer_config import template_of_trained
 from p828.data.tokens.directory import GOES_ON, failures_at_work, is_begun, open_output_dirs, resolve_tokenizer
 from p828.data.tokens.format import MANIFEST_FILE, Manifest
-from p828.data.tokens.prepare import Preparation, prepare
-from p828.data.tokens.read import Prepared
 from p828.errors import ConfigError, DataError, RunFailed, RunStopped, TransientReadError
+from p828.train.log.console import waiting
 from p828.train.signals import A_MOMENT, end_now
+
+if TYPE_CHECKING:
+    from p828.data.tokens.prepare import Preparation
 
 USAGE = "p828 prepare CONFIG --data.prepared DIRECTORY [--section.key VALUE ...]"
 
@@ -45,6 +47,8 @@ def run(arguments: list[str]) -> None:
     if not wanted:
         key = "data.mixture[0].prepared" if config.data.mixture else "data.prepared"
         raise ConfigError(f"{key} is empty: give the directory to write to. Usage: {USAGE}")
+    with waiting("loading PyTorch", _say):  # for the samples that data is packed into
+        from p828.data.build import training_documents
     for data in wanted:
         documents = open_in_order(data, Retry(report=_say))  # a source that is not there ends it here
         if config.tokenizer.name == "train" and not is_begun(Path(data.prepared)):
@@ -114,6 +118,8 @@ def _answer(number: signal.Signals, what: str) -> None:
 
 def _documents(config: Config) -> Iterator[str]:
     """Text to train a tokenizer on."""
+    from p828.data.build import training_documents
+
     print(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens", flush=True)
     is_begun = False
     try:
@@ -133,13 +139,15 @@ def _documents(config: Config) -> Iterator[str]:
 
 def _prepare(config: Config, tokenizer: Tokenizer) -> Manifest:
     """With a progress bar at a terminal, and a line now and then elsewhere."""
+    from p828.data.tokens.prepare import prepare
+
     output = rich.console.Console(force_terminal=sys.stdout.isatty())
     columns = TextColumn("{task.percentage:>3.0f}%"), BarColumn(bar_width=None), TextColumn("{task.fields[shown]}")
     directory, started = Path(config.data.prepared), time.monotonic()
     first = -1.0
     shown_last = (-1.0, started)  # fraction and time of the last line
 
-    def show_progress(preparation: Preparation) -> None:
+    def show_progress(preparation: "Preparation") -> None:
         nonlocal shown_last, first
         fraction, now = preparation.fraction_done(), time.monotonic()
         first = fraction if first < 0 else first  # what an interrupted command had done before
@@ -172,6 +180,8 @@ def _time(seconds: float | None) -> str:
 
 
 def describe(manifest: Manifest, data: DataConfig, tokenizer: Tokenizer) -> str:
+    from p828.data.tokens.read import Prepared
+
     training, validation = (sum(s.tokens for s in part) for part in (manifest.training, manifest.validation))
     counts = manifest.counts
     tokens = Prepared(Path(data.prepared), manifest, tokenizer.eos_id, tokenizer.vocab_size).tokens("training")

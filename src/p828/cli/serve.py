@@ -4,31 +4,23 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from p828.cli.flags import parse_given
+from p828.cli.output import loading_pytorch
 from p828.config.rules import check_path
 from p828.errors import ConfigError, closed_after, reason, warn
 from p828.files import read_limited
-from p828.inference.decode.decoder import Decoder
-from p828.inference.load import LoadedModel, load_model
-from p828.system.device import is_out_of_memory
+from p828.serve.http.host_check import local_hosts
+from p828.serve.scheduling.limits import Limits
 from p828.train.log.console import waiting
 from p828.train.signals import graceful_shutdown
 
-try:
+if TYPE_CHECKING:
+    from p828.inference.load import LoadedModel
     from p828.serve.api.service import Service
-    from p828.serve.http.app import build_app
-    from p828.serve.http.host_check import local_hosts
-    from p828.serve.http.server import GRACE_SECONDS, Server, listen, url
-    from p828.serve.scheduling.limits import Limits
-    from p828.serve.scheduling.metrics import Metrics
-    from p828.serve.scheduling.room import cache_bytes, check_cache
-    from p828.serve.scheduling.scheduler import Scheduler
-except ModuleNotFoundError as error:
-    raise ConfigError(f"{error.name}, which p828 serve needs, is not installed: pip install 'p828[serve]'") from error
 
 USAGE = "p828 serve CHECKPOINT [--port N] [--host ADDRESS] [--api-key-file FILE] [--slots N] [--context TOKENS]"
 DESCRIPTION = (
@@ -68,6 +60,28 @@ def run(arguments: list[str]) -> None:
     check_path("CHECKPOINT", given.checkpoint)
     _check(given, flags)
     key = api_key(given)
+    _load_libraries()
+    _serve(given, key)
+
+
+def _load_libraries() -> None:
+    """Raises ConfigError where one is not installed."""
+    try:
+        with loading_pytorch():
+            import p828.serve.api.service
+            import p828.serve.http.app
+            import p828.serve.http.server  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{error.name}, which p828 serve needs, is not installed: pip install 'p828[serve]'"
+        ) from error
+
+
+def _serve(given: Arguments, key: str) -> None:
+    from p828.inference.load import load_model
+    from p828.serve.http.app import build_app
+    from p828.serve.http.server import GRACE_SECONDS, Server, listen, url
+
     with listen(given.host, given.port) as listening:
         is_local = _is_local(listening.getsockname()[0])
         if not key and not is_local:
@@ -118,8 +132,15 @@ def _is_local(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
 
 
-def _service(loaded: LoadedModel, given: Arguments) -> Service:
+def _service(loaded: "LoadedModel", given: Arguments) -> "Service":
     """With a decoder whose memory is taken. Raises ConfigError where there is not enough, or the context is shorter."""
+    from p828.inference.decode.decoder import Decoder
+    from p828.serve.api.service import Service
+    from p828.serve.scheduling.metrics import Metrics
+    from p828.serve.scheduling.room import check_cache
+    from p828.serve.scheduling.scheduler import Scheduler
+    from p828.system.device import is_out_of_memory
+
     model, device = loaded.config.model, loaded.model.head_weight.device
     slots = given.slots or SLOTS[device.type]
     context = given.context or model.max_position_embeddings
@@ -147,7 +168,9 @@ def _service(loaded: LoadedModel, given: Arguments) -> Service:
     return Service(scheduler, tokenizer, metrics, limits, loaded.config.name, int(time.time()), model.n_routed_experts)
 
 
-def _lines(loaded: LoadedModel, service: Service, given: Arguments, address: str) -> list[str]:
+def _lines(loaded: "LoadedModel", service: "Service", given: Arguments, address: str) -> list[str]:
+    from p828.serve.scheduling.room import cache_bytes
+
     model, device, context = loaded.config.model, loaded.model.head_weight.device, service.scheduler.max_length
     slots = service.limits.max_running
     megabytes = cache_bytes(model, slots, context, loaded.dtype) / 1e6

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
+from p828.config.data_sections import DataConfig, SourceConfig
 from p828.config.facts import facts_by_key, facts_of
 from p828.config.files import kind_key
 from p828.config.rules import check_path
-from p828.config.schema import Config, DataConfig, SourceConfig
+from p828.config.schema import Config
 from p828.config.values import flatten, shown
 from p828.errors import ConfigError
 

@@ -5,16 +5,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from p828.config.data_sections import DataConfig, TokenizerConfig
 from p828.config.facts import LARGEST_INT, Facts, facts_by_key, facts_of
 from p828.config.resolve import with_steps
-from p828.config.schema import (
-    Config,
-    DataConfig,
-    DeepSpeedConfig,
-    ModelConfig,
-    ScheduleConfig,
-    TokenizerConfig,
-)
+from p828.config.schema import Config, DeepSpeedConfig, ModelConfig, ScheduleConfig
 from p828.config.values import flatten, shown
 from p828.errors import ConfigError
 

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 from p828.config import Config
-from p828.distributed.launcher import ALL_SET, check_launch, launched, tell_launcher
+from p828.distributed.launcher import ALL_SET, after_restart, check_launch, launched, tell_launcher
+from p828.distributed.own_gpu import check_own_gpus, gpu_of, take_gpu
 from p828.distributed.watchdog import Watchdog, connect_watchdog
-from p828.errors import ConfigError, LocalRankError, P828Error, RunFailed, closed_after
+from p828.errors import ConfigError, P828Error, RunFailed, closed_after
 
 T = TypeVar("T")
 E = TypeVar("E", bound=P828Error)
@@ -147,8 +148,8 @@ def _not_hiding(found: BaseException | None) -> Iterator[None]:
 def joined(config: Config) -> Iterator[ProcessGroup]:
     """Join the process group that the launcher started, and leave it however the block ends.
 
-    Raises ConfigError for several ranks with the plain engine and as `check_launch`, LocalRankError where the machine
-    has fewer GPUs than ranks, and RunFailed where the others cannot be reached.
+    Raises ConfigError for several ranks with the plain engine, as `check_launch` and as `check_own_gpus`;
+    LocalRankError where the process sees fewer GPUs than ranks; RunFailed where the others cannot be reached.
     """
     check_launch()
     rank, size, local_rank, is_launched, _ = launched()
@@ -157,7 +158,7 @@ def joined(config: Config) -> Iterator[ProcessGroup]:
             raise ConfigError(f'engine = "plain" trains on one device, and WORLD_SIZE = {size}: give --engine sharded')
         yield ProcessGroup()
         return
-    device = _own_device(config.train.device, local_rank)
+    device = take_gpu(config.train.device, local_rank)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_OPERATIONS)
     if config.engine == "sharded":  # collective operations beside kernels of a layer: at once, on all ranks
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
@@ -165,6 +166,9 @@ def joined(config: Config) -> Iterator[ProcessGroup]:
     timeout = timedelta(seconds=config.timeout_seconds + AFTER_WATCHDOG)
     with _initialised(device, is_launched, timeout):
         ranks = ProcessGroup(rank, size, dist.new_group(backend="gloo", timeout=timeout), timeout=timeout)
+        gpus = ranks.all_gather_object(gpu_of(device))
+        with ranks.raise_together():
+            check_own_gpus(gpus)
         if size > 1:
             ranks.watchdog = connect_watchdog(
                 rank, size, ranks.all_gather_object, config.timeout_seconds, config.run_dir
@@ -212,20 +216,8 @@ def _join(backend: str, timeout: timedelta) -> None:
     except RuntimeError as error:  # what NCCL and gloo raise, and PyTorch of its store
         rank, size, host, port = (os.environ[name] for name in ALL_SET)
         reason = str(error).partition("\n")[0]  # C++ frames follow
-        raise RunFailed(f"rank {rank} of {size} cannot join the others by {host}, port {port}: {reason}") from None
+        where = f"rank {rank} of {size} cannot join the others by {host}, port {port}"
+        raise RunFailed(f"{where}: {reason}{after_restart()}") from None
 
 
 _OF_ONE_PROCESS = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads these
-
-
-def _own_device(wanted: str, local_rank: int) -> torch.device:
-    """Make this rank's GPU the current one and return it. Raises LocalRankError if the machine has too few GPUs."""
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise LocalRankError(
-            f"LOCAL_RANK = {local_rank}: {socket.gethostname()} shows {torch.cuda.device_count()} GPUs to PyTorch, "
-            "and every process needs one of its own"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)

@@ -14,6 +14,7 @@ from p828.errors import ConfigError, warn
 ALL_SET = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ALONE = "unset RANK to train on one device"
 HIGHEST_PORT = 2**16 - 1
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # 1: rank 0 has a store for the ranks' addresses, not torchrun
 
 
 class Process(NamedTuple):
@@ -63,6 +64,20 @@ def _local_size() -> int:
     """As torchrun or DeepSpeed's launcher names it."""
     number = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "")
     return int(number) if number.isdecimal() else 0
+
+
+def after_restart() -> str:
+    """What to do where ranks that torchrun has started again cannot join each other; empty for a first start.
+
+    They may find the addresses of the processes before them in torchrun's store.
+    """
+    is_again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if not is_again or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return ""
+    return (
+        f"\ntorchrun's store may hold addresses of before the restart; with {OWN_STORE}=1, torchrun --standalone (or "
+        "--rdzv-backend c10d) makes a new one"
+    )
 
 
 def tell_launcher(text: str) -> None:

@@ -2,9 +2,13 @@
 
 torchrun itself kills the ranks half a minute after Ctrl-C or SIGTERM, saved or not, and ends with a traceback. Here the
 ranks get the signal and end by themselves. The exit code is that of the first rank that failed.
+
+With `--max-restarts` torchrun gives ranks that it starts again the store of those before them, where gloo and NCCL find
+the addresses of processes that are gone (PyTorch 2.13). Here they get a new one, unless --rdzv-backend is static.
 """
 
 import inspect
+import os
 import signal
 import sys
 from types import FrameType
@@ -12,6 +16,8 @@ from types import FrameType
 import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from p828.distributed.launcher import OWN_STORE
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -28,6 +34,8 @@ def main() -> None:
 
     for number in PASSED_ON:
         signal.signal(number, pass_on)
+    if run.parse_args(sys.argv[1:]).max_restarts:
+        os.environ.setdefault(OWN_STORE, "1")
     try:
         # torchrun would put handlers of its own in place of these. Unwrapped, it reports no error of a rank again.
         inspect.unwrap(run.main)(["--signals-to-handle", "SIGQUIT", *sys.argv[1:]])

@@ -25,7 +25,6 @@ from p828.interchange.gguf_vocabulary import Vocabulary, vocabulary
 from p828.interchange.weights import WeightsReader, WrittenTensor, written_tensors
 from p828.model.costs import projected_width
 
-SUFFIX = ".gguf"
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # of `gguf.GGMLQuantizationType`

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from p828.config import Config
+from p828.distributed.engine_of_processes import is_left_to_p828
 from p828.errors import ConfigError
 from p828.model.costs import Parameters, count_parameters, flops_per_token, parameters_by_part
 from p828.plan.amount import SourceAmount, source_amounts
@@ -142,14 +143,13 @@ class Plan:
 def make_plan(config: Config, machine: Machine) -> Plan:
     """`config` has the model's vocabulary. `train.steps` is settled for one rank or all, as `with_steps` has it.
 
-    Raises ConfigError for what is not planned: another arithmetic than bfloat16 on a GPU, or several GPUs for the plain
-    engine where the configuration insists on it.
+    Raises ConfigError for what is not planned: another arithmetic than bfloat16 on a GPU.
     """
     _check(config)
     remarks = list(_remarks(config))
     if not machine.rate:
         machine = machine._replace(rate=assumed_rate(config), rate_from="p828's on an H100")
-    is_chosen = config.engine == "plain" and machine.gpus > 1  # as training does, by the plan
+    is_chosen = machine.gpus > 1 and is_left_to_p828(config, machine.gpus)  # as training does, by the plan
     config, line = _on_all(config, machine.gpus)
     remarks += line
     if machine.hosts > 1:

@@ -29,8 +29,9 @@ from p828.data.tokenizer.of_run import remarks
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.data.tokenizer.tokenizer_config import config_json, save_template
 from p828.data.tokens.format import open_manifest
-from p828.distributed.engine_of_processes import for_processes
+from p828.distributed.engine_of_processes import for_processes, is_left_to_p828
 from p828.distributed.group import ProcessGroup, joined
+from p828.distributed.launcher import launched
 from p828.distributed.links import check_topology
 from p828.distributed.same_settings import check_same_settings
 from p828.engine.deepspeed.engine import DeepSpeedEngine, check_deepspeed
@@ -77,7 +78,7 @@ def train(config: Config) -> None:
     RunFailed when the run cannot go on, RunStopped when its own guard ends it, and RunPaused when it was asked to end.
     """
     with contextlib.ExitStack() as stack:
-        asked, config = config, for_processes(config)
+        asked, config = config, for_processes(config, launched().size)
         with waiting("waiting for the other ranks", say):
             ranks = stack.enter_context(joined(config))
         report = say if ranks.is_first else _nothing
@@ -85,8 +86,8 @@ def train(config: Config) -> None:
         with ranks.raise_together():
             config = with_steps(config, ranks.size)
             validate(config)
-        if config.engine != asked.engine:
-            config, line = with_fitting_stage(config, ranks)
+        if ranks.size > 1 and is_left_to_p828(asked, ranks.size):
+            config, line = with_fitting_stage(config, ranks, asked.sharded.stage_chosen_for)
             report(line)
         with ranks.raise_together():
             check_precision(config)

@@ -14,9 +14,10 @@ from p828.plan.setup import STAGES, sharded_setup
 from p828.system.device import pick_device, pick_dtype
 
 
-def with_fitting_stage(config: Config, ranks: ProcessGroup) -> tuple[Config, str]:
+def with_fitting_stage(config: Config, ranks: ProcessGroup, before: int) -> tuple[Config, str]:
     """With the stage that every rank's GPU has room for, and a line about it; on CPUs with stage 1.
 
+    `before` is how many processes p828 chose the run's stage for before; 0 if it did not.
     All ranks must call it, and choose the same. Raises ConfigError, on all ranks, as `mesh.shards_of`.
     """
     device, stage, estimate = pick_device(config.train.device), STAGES[0], ""
@@ -26,7 +27,8 @@ def with_fitting_stage(config: Config, ranks: ProcessGroup) -> tuple[Config, str
         stage, estimate = fitting_stage(config, ranks.size, free, replicas)
         if config.train.dtype == "float32":
             estimate += ", as in bfloat16: float32 takes more, and is not planned"
-    line = f'{ranks.size} processes: engine = "sharded", ZeRO stage {stage}{estimate}'
+    in_place = f" in place of {before}" if before else ""
+    line = f'{ranks.size} processes{in_place}: engine = "sharded", ZeRO stage {stage}{estimate}'
     return replace(config, sharded=replace(config.sharded, stage=stage)), line
 
 

@@ -319,7 +319,8 @@ def _git_commit() -> str | None:
 def resume(path: Path, checkpointing: Checkpointing) -> tuple[TrainState, list[str]]:
     """Put the run's parts where they were when the checkpoint was saved, and return its state.
 
-    Also a line for each change of the steps to come: other rows, or a jump of the learning rate. Raises ConfigError
+    Also a line for each change of the steps to come (other rows, or a jump of the learning rate) and for a stage that
+    stays on another number of ranks. Raises ConfigError
     if it was made with another tokenizer, DamagedCheckpoint if its content cannot be a run's, and TransientReadError.
     """
     config, loader, ranks, retry = checkpointing.config, checkpointing.loader, checkpointing.ranks, checkpointing.retry
@@ -335,8 +336,20 @@ def resume(path: Path, checkpointing: Checkpointing) -> tuple[TrainState, list[s
         checkpointing.usage.trained_seconds = seconds_of(saved)
     checkpointing.load_engine(path)
     before, ranks_before = config_of(saved), saved.state.get("ranks", 1)
-    rows = changed_rows(config, ranks.size, before, ranks_before)
-    return state, rows + changed_rate(config, state.step, before)
+    of_ranks = [
+        *kept_stage(config, ranks.size, before, ranks_before),
+        *changed_rows(config, ranks.size, before, ranks_before),
+    ]
+    return state, of_ranks + changed_rate(config, state.step, before)
+
+
+def kept_stage(config: Config, size: int, before: Config, ranks: int) -> list[str]:
+    """A line if another number of ranks keeps a stage that was given, or that an older p828 chose without noting it."""
+    stages = {(each.engine, each.sharded.stage) for each in (config, before)}
+    if stages != {("sharded", config.sharded.stage)} or config.sharded.stage_chosen_for or size in (1, ranks):
+        return []
+    text = f"ranks = {ranks}, now {size}: sharded.stage = {config.sharded.stage} is kept"
+    return [f"{text}; --sharded.stage-chosen-for {ranks} has p828 choose one that fits"]
 
 
 def changed_rows(config: Config, size: int, before: Config, ranks: int) -> list[str]:

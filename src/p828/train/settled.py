@@ -7,17 +7,19 @@ from p828.config import Config, validate, with_steps
 from p828.config.files import Loaded
 from p828.config.given import check_given
 from p828.distributed.engine_of_processes import for_processes, with_settled_engine
-from p828.distributed.launcher import report_once
+from p828.distributed.launcher import Process, report_once
 from p828.errors import ConfigError
 
 
-def settled(config: Config, given: Collection[str], loaded: Loaded, reads_prepared: bool = True) -> Config:
-    """`config`, which is `loaded` changed by the keys `given`, with what follows from them, validated.
+def settled(
+    config: Config, given: Collection[str], loaded: Loaded, process: Process, reads_prepared: bool = True
+) -> Config:
+    """`config`, which is `loaded` changed by the keys `given`, with what follows from them for `process`, validated.
 
     With `reads_prepared`, complete prepared data says what it was made from, where that is not given; so does the model
     that a run starts from. Raises ConfigError, also for a key that is given and changes nothing.
     """
-    config = with_settled_engine(config, {*given, *loaded.given})
+    config = with_settled_engine(config, {*given, *loaded.given}, process)
     config = _with_length(config, given)
     if config.train.init_from:
         from p828.train.log.console import waiting  # imports rich's progress bars
@@ -31,7 +33,7 @@ def settled(config: Config, given: Collection[str], loaded: Loaded, reads_prepar
 
         config = with_prepared_sources(config, {*given, *loaded.given})
     validate(config)
-    check_given(with_steps(for_processes(config), 1), given, loaded.config, loaded.given)
+    check_given(with_steps(for_processes(config, process.size), 1), given, loaded.config, loaded.given)
     return config
 
 

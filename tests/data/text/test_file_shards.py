@@ -4,12 +4,14 @@ import gzip
 import lzma
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
 import zlib
 from pathlib import Path
 
+import datasets
 import pytest
 import zstandard
 from data_samples import write_bytes, write_jsonl
@@ -53,6 +55,25 @@ def test_a_directory_is_the_supported_files_below_it(tmp_path: Path) -> None:
     write_bytes(tmp_path / "none/sub/x.csv", b"")
     with pytest.raises(ConfigError, match=r"there is .*x\.csv in it; files ending in \.txt, .* are accepted"):
         names(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+@pytest.mark.parametrize("named", ["file", "directory"])
+def test_the_command_for_a_table_makes_a_file_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, named: str
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    texts = ["one", "an é, a comma\nand a second line", '"quoted"']
+    table = tmp_path / "it's a table" / f"rows{ending}"
+    table.parent.mkdir()
+    data = datasets.Dataset.from_dict({"text": texts, "number": [1, 2, 3]})
+    data.to_csv(table) if ending == ".csv" else data.to_parquet(table)
+    with pytest.raises(ConfigError, match=r"files ending in \.txt, .* are accepted") as error:
+        names(str(table if named == "file" else table.parent))
+    command = str(error.value).partition("A line of JSON for each row of it: python ")[2]
+    subprocess.run([sys.executable, *shlex.split(command)], check=True, capture_output=True)
+    (shard,) = file_shards((str(table.parent / "*.jsonl"),), "text", "data.files")
+    assert list(shard.documents()) == texts
 
 
 def test_a_link_to_what_is_not_there_is_named(tmp_path: Path) -> None:

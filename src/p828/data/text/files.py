@@ -4,8 +4,9 @@ import errno
 import glob
 import json
 import os
+import shlex
 import sysconfig
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ LARGEST_DOCUMENT = 16 * 10**6  # bytes, unless the configuration says another nu
 IDENTIFIED_BY = 4096  # bytes, of a file's beginning and of its end
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONGEST_SHOWN = 200  # characters of what was given
+READERS = {".csv": "from_csv", ".parquet": "from_parquet"}  # of datasets.Dataset, by the ending of a table
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ def file_shards(
         found.setdefault(os.path.realpath(name), name)
     for name in found.values():
         if not _is_accepted(name):
-            raise ConfigError(f"{key}: {name}: files ending in {_accepted()}")
+            raise ConfigError(f"{key}: {name}: files ending in {_accepted()}{_recipe([name])}")
     shards = [FileShard(name, text_field, limit, skips, template) for name in found.values()]
     if template is not None and (other := next((shard for shard in shards if not shard.has_lines), None)):
         raise ConfigError(f"{key}: {other.name}: with data.messages_field, .jsonl files are accepted, a line for each")
@@ -312,7 +314,7 @@ def _files_below(directory: str, where: str, report: Callable[[str], None]) -> l
             (found if _is_accepted(name) and os.path.isfile(path) else others).append(path)
     if not found:
         there = ", ".join(others[:3])[:LONGEST_SHOWN] + (" and so on" if len(others) > 3 else "") or "no file"
-        raise ConfigError(f"{where}: there is {there} in it; files ending in {_accepted()}")
+        raise ConfigError(f"{where}: there is {there} in it; files ending in {_accepted()}{_recipe(others)}")
     return found
 
 
@@ -335,6 +337,17 @@ def _is_accepted(name: str) -> bool:
 
 def _accepted() -> str:
     return f"{', '.join(ENDINGS)} are accepted, also with {', '.join(COMPRESSIONS)}"
+
+
+def _recipe(names: Sequence[str]) -> str:
+    """A line with a command that makes lines of JSON of the first table among these files; empty without a table."""
+    tables = ((Path(name), READERS.get(Path(name).suffix.lower())) for name in names)
+    path, reader = next(((path, reader) for path, reader in tables if reader), (Path(), ""))
+    if not reader:
+        return ""
+    program = f"import datasets, sys; datasets.Dataset.{reader}(sys.argv[1]).to_json(sys.argv[2])"
+    command = shlex.join(["python", "-c", program, str(path), str(path.with_suffix(".jsonl"))])
+    return f"\nA line of JSON for each row of it: {command}"
 
 
 def _may_pass(error: Exception) -> bool:

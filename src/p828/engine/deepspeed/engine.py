@@ -21,6 +21,7 @@ from p828.config import Config, OptimizerConfig
 from p828.data.batch import Batch
 from p828.distributed.group import ProcessGroup
 from p828.engine.cuda_graph import is_capturable
+from p828.engine.deepspeed.local_rank import local_rank_of
 from p828.engine.deepspeed.partitions import Partition, flat_groups, gradient_pieces, partitions, sync_from_masters
 from p828.engine.deepspeed.reduce import GradientReducer
 from p828.engine.deepspeed.settings import DeepSpeedSettings, deepspeed_settings
@@ -84,7 +85,8 @@ class DeepSpeedEngine:
         self._micro_batches = 0  # of the step, so far
         self._updates = 0
         self._reduces_itself = self.stage < 2 and not settings.offload_optimizer
-        self.model, self._engine = self._initialize(settings)
+        with local_rank_of(self.device):
+            self.model, self._engine = self._initialize(settings)
         self._optimizer = self._engine.optimizer
         self.partitions = partitions(self._optimizer, self.stage, self.model, ranks.rank)
         self._begin()
