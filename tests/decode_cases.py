@@ -222,7 +222,13 @@ ROUTES = [
     RouteCase(1, 72, 256, 8, n_group=8, topk_group=4),
     RouteCase(3, 136, 256, 8, scoring_func="softmax", norm_topk_prob=False),
 ]
-EQUAL_SCORES = [RouteCase(2, 64, 7, 5), RouteCase(2, 64, 40, 30), RouteCase(2, 1032, 40, 30)]
+EQUAL_SCORES = [
+    RouteCase(2, 64, 7, 5),
+    RouteCase(2, 64, 40, 30),
+    # A program for each expert, of one warp and of two.
+    RouteCase(2, 1000, 40, 30),
+    RouteCase(2, 1032, 40, 30),
+]
 EXPERTS = [
     ExpertsCase(1, 96, 40, 5, 3),
     ExpertsCase(2, 264, 33, 4, 2, shared=2, hidden_act="swiglu_of_product"),
