@@ -214,7 +214,7 @@ ROUTES = [
     RouteCase(5, 520, 48, 6, n_group=6, topk_group=2),
     RouteCase(9, 40, 256, 8, norm_topk_prob=False),
     # A program for each expert.
-    RouteCase(1, 9000, 1, 1),
+    RouteCase(1, 9000, 2, 1),
     RouteCase(3, 2056, 7, 3, shared=0, scoring_func="softmax", parts=0),
     RouteCase(1, 1024, 48, 6, parts=4),
     RouteCase(2, 520, 48, 6, n_group=6, topk_group=2, parts=1),
