@@ -89,12 +89,12 @@ class RouteCase:
     n_group: int = 1
     topk_group: int = 1
     norm_topk_prob: bool = True
-    with_parts: bool = True
+    parts: int = 2
 
     def arguments(self, place: Place) -> tuple[Any, ...]:
         return (
             place.randn(self.tokens, self.hidden),
-            place.randn(self.tokens, 1, self.hidden) if self.with_parts else None,
+            place.randn(self.tokens, self.parts, self.hidden, dtype=torch.float32) if self.parts else None,
             place.randn(self.hidden, dtype=torch.float32),
             1e-5,
             place.randn(self.experts, self.hidden, scale=self.hidden**-0.5, dtype=torch.float32),
@@ -106,7 +106,36 @@ class RouteCase:
             self.topk_group,
             self.norm_topk_prob,
             2.5,
+            torch.zeros(self.tokens + 1, dtype=torch.int32, device=place.device),
         )
+
+
+def route_case(place: Place, case: RouteCase) -> Pairs:
+    arguments = case.arguments(place)
+    expected = twin(plain.route, *arguments)
+    for _ in range(2):  # twice: the counts are zero again
+        yield from zip(ops.route(*arguments), expected, strict=True)
+        assert not arguments[-1].any()
+
+
+def equal_scores_case(place: Place, case: RouteCase) -> Pairs:
+    """The ids, where the later half of the experts scores higher; within each half all scores are equal."""
+    x_TH, parts_TJH, gain_H, eps, router_EH, bias_E, *rest = case.arguments(place)
+    bias_E = (torch.arange(case.experts) >= case.experts // 2).to(bias_E)
+    arguments = (x_TH, parts_TJH, gain_H, eps, torch.zeros_like(router_EH), bias_E, *rest)
+    later, earlier = range(case.experts // 2, case.experts), range(case.experts // 2)
+    shared = range(case.experts, case.experts + case.shared)
+    expected = torch.tensor([[*[*later, *earlier][: case.per_token], *shared]] * case.tokens, dtype=torch.int32)
+    yield ops.route(*arguments)[2], expected
+    yield twin(plain.route, *arguments)[2], expected
+
+
+def no_scores_case(place: Place, case: RouteCase) -> Pairs:
+    """The ids of a token that is no number: different ones below E, since those from E on are the shared experts'."""
+    x_TH, *rest = case.arguments(place)
+    x_TH[-1] = torch.nan
+    shared = range(case.experts, case.experts + case.shared)
+    yield ops.route(x_TH, *rest)[2][-1], torch.tensor([*range(case.per_token), *shared], dtype=torch.int32)
 
 
 @dataclass(frozen=True)
@@ -180,9 +209,25 @@ ATTENTIONS: dict[str, tuple[list[int], int, int, int, int, bool, bool]] = {
 ROUTES = [
     RouteCase(1, 96, 5, 3),
     RouteCase(3, 1032, 8, 2, shared=2, scoring_func="softmax", norm_topk_prob=False),
-    RouteCase(2, 520, 48, 6, n_group=6, topk_group=2),
     RouteCase(16, 64, 12, 4, shared=0, n_group=3, topk_group=2, scoring_func="softmax"),
-    RouteCase(2, 64, 1, 1, with_parts=False),
+    RouteCase(2, 64, 1, 1, parts=0),
+    RouteCase(5, 520, 48, 6, n_group=6, topk_group=2),
+    RouteCase(9, 40, 256, 8, norm_topk_prob=False),
+    # A program for each expert.
+    RouteCase(1, 9000, 2, 1),
+    RouteCase(3, 2056, 7, 3, shared=0, scoring_func="softmax", parts=0),
+    RouteCase(1, 1024, 48, 6, parts=4),
+    RouteCase(2, 520, 48, 6, n_group=6, topk_group=2, parts=1),
+    RouteCase(4, 300, 64, 64, shared=2, scoring_func="softmax"),
+    RouteCase(1, 72, 256, 8, n_group=8, topk_group=4),
+    RouteCase(3, 136, 256, 8, scoring_func="softmax", norm_topk_prob=False),
+]
+EQUAL_SCORES = [
+    RouteCase(2, 64, 7, 5),
+    RouteCase(2, 64, 40, 30),
+    # A program for each expert, of one warp and of two.
+    RouteCase(2, 1000, 40, 30),
+    RouteCase(2, 1032, 40, 30),
 ]
 EXPERTS = [
     ExpertsCase(1, 96, 40, 5, 3),

@@ -54,7 +54,7 @@ def attention(
 def route(
     x_TH: Tensor, parts_TJH: Tensor | None, norm_weight_H: Tensor, eps: float, router_weight_EH: Tensor,
     bias_E: Tensor, per_token: int, shared: int, scoring_func: str, n_group: int, topk_group: int,
-    norm_topk_prob: bool, routed_scaling_factor: float,
+    norm_topk_prob: bool, routed_scaling_factor: float, arrivals_T: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     total_TH, normed_TH = add_norm(x_TH, parts_TJH, norm_weight_H, eps)
     wide = torch.promote_types(router_weight_EH.dtype, torch.float32)

@@ -4,14 +4,13 @@ A kernel rounds what it hands to a product on tensor cores (normed rows, rotated
 inner activations) and its result, 2^-9 each, and sums in float32: `BFLOAT16` covers that.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 import decode_twins as plain
 from decode_cases import (
     ATTENTIONS,
+    EQUAL_SCORES,
     EXPERTS,
     LINEARS,
     ROUTES,
@@ -20,7 +19,10 @@ from decode_cases import (
     Place,
     RouteCase,
     attention_case,
+    equal_scores_case,
     linear_case,
+    no_scores_case,
+    route_case,
     tokens_case,
     twin,
 )
@@ -42,17 +44,31 @@ def test_attention(cuda: torch.device, name: str) -> None:
         assert_near(actual, expected, BFLOAT16)
 
 
-@pytest.mark.parametrize("case", ROUTES, ids=str)
+MANY_EXPERTS = [
+    RouteCase(1, 2048, 256, 8, n_group=8, topk_group=4, parts=8),
+    RouteCase(4, 1024, 256, 8, parts=4),
+    RouteCase(8, 1024, 256, 8),
+]
+
+
+@pytest.mark.parametrize("case", [*ROUTES, *MANY_EXPERTS], ids=str)
 def test_route(cuda: torch.device, case: RouteCase) -> None:
     """In float32, where both forms see the same scores: a rounding apart, equal experts need not be chosen."""
-    arguments = case.arguments(Place(cuda, torch.float32))
-    for actual, expected in zip(ops.route(*arguments), twin(plain.route, *arguments), strict=True):
+    for actual, expected in route_case(Place(cuda, torch.float32), case):
         assert_near(actual, expected, FLOAT32)
 
 
-def test_route_in_bfloat16(cuda: torch.device) -> None:
+@pytest.mark.parametrize("case", EQUAL_SCORES, ids=str)
+def test_route_of_equal_scores_and_of_none(cuda: torch.device, case: RouteCase) -> None:
+    place = Place(cuda, torch.bfloat16)
+    for actual, expected in (*equal_scores_case(place, case), *no_scores_case(place, case)):
+        assert actual.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("tokens, experts", [(33, 4), (2, 48)])
+def test_route_in_bfloat16(cuda: torch.device, tokens: int, experts: int) -> None:
     """Every expert is chosen, so only the order may differ."""
-    arguments = RouteCase(33, 1024, 4, 4, shared=0).arguments(Place(cuda, torch.bfloat16))
+    arguments = RouteCase(tokens, 1024, experts, experts, shared=0).arguments(Place(cuda, torch.bfloat16))
     total_TH, normed_TH, experts_TK, weights_TK = ops.route(*arguments)
     expected = twin(plain.route, *arguments)
     assert_near(total_TH, expected[0], BFLOAT16)
@@ -76,16 +92,16 @@ def test_experts(cuda: torch.device, case: ExpertsCase) -> None:
     assert_near(parts_TXH.unflatten(1, (expected_TJH.shape[1], -1)).sum(dim=2), expected_TJH, BFLOAT16)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 9, 40])
-def test_a_captured_step_reads_its_tensors_again(cuda: torch.device, tokens: int) -> None:
+@pytest.mark.parametrize("tokens, experts", [(1, 8), (3, 8), (9, 8), (40, 8), (1, 64), (3, 64), (4, 256)])
+def test_a_captured_step_reads_its_tensors_again(cuda: torch.device, tokens: int, experts: int) -> None:
     """Routing and experts of few tokens and of many, replayed with other rows in the same memory.
 
     The kernels may begin before the one in front has ended (`dependent_launch_triton`): 50 replays with new rows would
     show one that reads too early.
     """
     place = Place(cuda, torch.bfloat16)
-    x_TH, parts_TJH, *rest = replace(RouteCase(tokens, 512, 8, 2), with_parts=True).arguments(place)
-    weights = ExpertsCase(1, 512, 256, 8, 2).arguments(place)[3:]
+    x_TH, parts_TJH, *rest = RouteCase(tokens, 512, experts, 2).arguments(place)
+    weights = ExpertsCase(1, 512, 256, experts, 2).arguments(place)[3:]
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
         total_TH, normed_TH, experts_TJ, weights_TJ = ops.route(x_TH, parts_TJH, *rest)

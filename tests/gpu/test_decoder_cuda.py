@@ -103,10 +103,15 @@ def test_a_prepared_decoder_captures_no_more(cuda: torch.device) -> None:
     assert ({*steps._steps}, {*steps._pieces}) == captured
 
 
-def test_kernels_that_overlap_give_the_same_bits(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As kernels that run one after another."""
-    from p828.kernels.decode import dependent_launch_triton  # imports Triton
+@pytest.mark.parametrize("is_split", [False, True])
+def test_kernels_that_overlap_give_the_same_bits(
+    cuda: torch.device, monkeypatch: pytest.MonkeyPatch, is_split: bool
+) -> None:
+    """As kernels that run one after another, with a program for each token's router or for each expert of it."""
+    from p828.kernels.decode import dependent_launch_triton, route_triton  # import Triton
 
+    if is_split:
+        monkeypatch.setattr(route_triton, "ELEMENTS", 0)
     model = model_on(cuda)
 
     def all_probabilities() -> list[list[float]]:

@@ -13,6 +13,7 @@ import torch
 import decode_twins as plain
 from decode_cases import (
     ATTENTIONS,
+    EQUAL_SCORES,
     EXPERTS,
     LINEARS,
     ROUTES,
@@ -21,7 +22,10 @@ from decode_cases import (
     Place,
     RouteCase,
     attention_case,
+    equal_scores_case,
     linear_case,
+    no_scores_case,
+    route_case,
     tokens_case,
     twin,
 )
@@ -64,16 +68,27 @@ def test_attention(name: str) -> None:
 
 @pytest.mark.parametrize("case", ROUTES, ids=str)
 def test_route(case: RouteCase) -> None:
-    arguments = case.arguments(CPU)
-    for actual, expected in zip(ops.route(*arguments), twin(plain.route, *arguments), strict=True):
+    for actual, expected in route_case(CPU, case):
         assert_near(actual, expected, FLOAT32)
 
 
-def test_route_prefers_the_first_of_equal_experts() -> None:
-    arguments = list(RouteCase(2, 64, 7, 3).arguments(CPU))
-    arguments[4], arguments[5] = torch.zeros(7, 64), torch.zeros(7)
-    for route in (ops.route, plain.route):
-        assert route(*arguments)[2].tolist() == [[0, 1, 2, 7]] * 2
+@pytest.mark.parametrize("cases", [ROUTES, EQUAL_SCORES])
+def test_some_cases_of_route_are_split(cases: list[RouteCase]) -> None:
+    from p828.kernels.decode import route_triton
+
+    assert {route_triton.is_split(case.tokens, case.hidden, case.experts) for case in cases} == {True, False}
+
+
+@pytest.mark.parametrize("case", EQUAL_SCORES, ids=str)
+def test_route_prefers_the_first_of_equal_experts(case: RouteCase) -> None:
+    for actual, expected in equal_scores_case(CPU, case):
+        assert actual.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("case", EQUAL_SCORES, ids=str)
+def test_route_chooses_experts_for_a_token_without_scores(case: RouteCase) -> None:
+    for actual, expected in no_scores_case(CPU, case):
+        assert actual.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("case", EXPERTS, ids=str)

@@ -19,10 +19,11 @@ CPU = Place(torch.device("cpu"), torch.float64)
 def test_route_is_the_router_behind_a_norm(case: RouteCase) -> None:
     x_TH, parts_TJH, gain_H, eps, weight_EH, bias_E, *rest = case.arguments(CPU)
     weight_EH, bias_E = weight_EH.double(), bias_E.double()
+    parts_TJH = None if parts_TJH is None else parts_TJH.double()
     config = ModelConfig(
         hidden_size=case.hidden, n_routed_experts=case.experts, num_experts_per_tok=case.per_token,
         scoring_func=case.scoring_func, n_group=case.n_group, topk_group=case.topk_group,
-        norm_topk_prob=case.norm_topk_prob, routed_scaling_factor=rest[-1],
+        norm_topk_prob=case.norm_topk_prob, routed_scaling_factor=rest[-2],
     )  # fmt: skip
     router = Router(config).double()
     router.weight.data.copy_(weight_EH)

@@ -70,6 +70,7 @@ def experts(place: Place) -> list[Comparison]:
     routed = ops.route(
         _to(place, x_TH), None, _to(place, gain_H, torch.float32), EPS, _to(place, router_EH, torch.float32),
         bias_E.to(place.device), PER_TOKEN, SHARED, "sigmoid", 1, 1, True, 1.0,
+        torch.zeros(len(x_TH), dtype=torch.int32, device=place.device),
     )  # fmt: skip
     _, normed_TH, experts_TJ, weights_TJ = routed
     parts_TXH = ops.experts(

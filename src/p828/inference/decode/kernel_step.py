@@ -25,7 +25,7 @@ def kernel_step(
 ) -> Step:
     """Read the newest tokens of some slots (int64); their keys and values join the cache. The host reads nothing.
 
-    `arrivals_TG`: as for `ops.attention`.
+    `arrivals_TG`: as for `ops.attention`; all kernels count in it, one after another.
     """
     config, eps = model.config, model.config.rms_norm_eps
     dtype = weights.embedding_VH.dtype
@@ -43,7 +43,7 @@ def kernel_step(
         x_TH, normed_TH, experts_TJ, weights_TJ = ops.route(
             x_TH, added_TXH, layer.post_norm_H, eps, layer.router_EH, layer.bias_E,
             config.num_experts_per_tok, config.n_shared_experts, config.scoring_func, config.n_group,
-            config.topk_group, config.norm_topk_prob, config.routed_scaling_factor,
+            config.topk_group, config.norm_topk_prob, config.routed_scaling_factor, arrivals_TG,
         )  # fmt: skip
         parts_TJH = ops.experts(
             normed_TH, experts_TJ, weights_TJ, layer.gate_up_EPH, layer.down_EHI, layer.shared_gate_up_SPH,

@@ -79,18 +79,18 @@ def attention(
 def route(
     x_TH: Tensor, parts_TJH: Tensor | None, norm_weight_H: Tensor, eps: float, router_weight_EH: Tensor,
     bias_E: Tensor, per_token: int, shared: int, scoring_func: str, n_group: int, topk_group: int,
-    norm_topk_prob: bool, routed_scaling_factor: float,
+    norm_topk_prob: bool, routed_scaling_factor: float, arrivals_T: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`add_norm`'s two results, and the experts of every token: ids (T, J) int32, weights (T, J) float32.
 
     The choice is that of `p828.model.router`, best first and of equal scores the lower id. The last `shared` columns
-    are the shared experts: ids E, E + 1, …, with weight 1.
+    are the shared experts: ids E, E + 1, …, with weight 1. `arrivals_T`: as for `attention`.
     """
     from p828.kernels.decode import route_triton
 
     return route_triton.route(
         x_TH, parts_TJH, norm_weight_H, eps, router_weight_EH, bias_E, per_token, shared, scoring_func, n_group,
-        topk_group, norm_topk_prob, routed_scaling_factor,
+        topk_group, norm_topk_prob, routed_scaling_factor, arrivals_T,
     )  # fmt: skip
 
 
