@@ -18,7 +18,7 @@ from tiny import tiny_model
 
 EOS, VOCABULARY, NEW = 96, 97, 12
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=NEW)
-PROMPTS = [[5, 9, 2, 40, 7], [], [31] * 40, [8], list(range(60))]
+PROMPTS = [[5, 9, 2, 40, 7], [], [31] * 40, [8], list(range(60)), [31] * 40]  # of two that are alike one is read
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"attention_sinks": False, "use_qk_norm": True},

@@ -120,7 +120,7 @@ def test_documents_that_are_too_short(run: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        (["--context", "40"], "--context 40: at most 16 is accepted, the model's 16 tokens times model.rope_scaling"),
+        (["--context", "40"], "--context 40: at most 16 is accepted, the trained context of 16 times model.rope"),
         (["--context", "40"], "= 1; --model.rope-scaling.factor 2.5 reaches it"),
         (["--context", "40", "--model.rope-scaling.factor", "2"], "at most 32 is accepted"),
         (["--context", "0"], "a whole number of at least 1"),

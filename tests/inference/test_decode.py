@@ -7,7 +7,7 @@ from taught_text import TAUGHT
 from decoded import decoded
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.inference.decode.decoder import Decoder
-from p828.inference.decode.sequence import NewToken
+from p828.inference.decode.sequence import DecodedSequence, NewToken, Wants
 from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
@@ -51,6 +51,45 @@ def test_a_caller_sees_each_token_and_cancels_a_continuation() -> None:
     assert (other.continuation, other.finish_reason) == (whole[1], "length")
     assert [token.token for token in seen if token.sequence is other] == whole[1]
     assert [token.finish_reason for token in seen if token.sequence is other] == [None] * 5 + ["length"]
+
+
+@pytest.mark.parametrize("runs_behind", [False, True])
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_a_prompt_that_several_have_is_read_once(is_cancelled: bool, runs_behind: bool) -> None:
+    """Each gets what it gets alone, also where the one in whose slot it was read in part is cancelled."""
+    model = never_ending()
+    rows: list[int] = []
+    model.layers[0].mlp.gate.register_forward_hook(lambda gate, inputs, routing: rows.append(len(inputs[0])))
+    prompt, wants = [3, 1, 4] * 7, Wants(likeliest=2, prompt=True)
+    asked: list[tuple[list[int], SamplingConfig, Wants]] = [
+        (prompt, SamplingConfig(max_new_tokens=6), wants),
+        ([7, 8], GREEDY, wants),
+        (prompt, SamplingConfig(max_new_tokens=6, repetition_penalty=2.0), wants),
+        (prompt, SamplingConfig(max_new_tokens=9, top_k=5), wants),
+        (prompt, GREEDY, Wants()),  # and so read for itself
+    ]
+
+    def continued(numbers: list[int]) -> tuple[list[DecodedSequence], int]:
+        """With the number of tokens that the first layer was given."""
+        decoder = Decoder(model, VOCABULARY, EOS, torch.float32, slots=5, prefill_tokens=8)
+        decoder._steps.runs_behind = runs_behind
+        rows.clear()
+        sequences = [decoder.admit(asked[n][0], asked[n][1], seed=n, wants=asked[n][2]) for n in numbers]
+        if is_cancelled and len(numbers) > 1:
+            decoder.step()
+            decoder.cancel(sequences[0])
+        while decoder.running:
+            decoder.step()
+        decoder.check_idle()
+        return sequences, sum(rows)
+
+    together, read = continued([0, 1, 2, 3, 4])
+    alone = [continued([number]) for number in range(5)]
+    half = 8 if is_cancelled else 0  # tokens that were read for nobody
+    assert read - half == sum(alone[number][1] for number in (0, 1, 4))
+    for sequence, ((expected,), _) in list(zip(together, alone, strict=True))[is_cancelled:]:
+        assert sequence.ids == expected.ids
+        assert sequence.prompt_probabilities == expected.prompt_probabilities
 
 
 def test_text_is_decoded_ids(taught: Transformer, byte_level: Tokenizer) -> None:

@@ -31,6 +31,7 @@ DESCRIPTION = (
 API_KEY_VARIABLE = "P828_API_KEY"
 LONGEST_KEY = 4096  # bytes
 SLOTS = {"cuda": 64, "cpu": 8}
+PIECES = {"cuda": 2048, "cpu": 256}  # tokens of a prompt that are read between two steps, while other answers wait
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,9 @@ def _service(loaded: "LoadedModel", given: Arguments) -> "Service":
     check_cache(model, slots, context, device, loaded.dtype)
     tokenizer = loaded.tokenizer
     try:
-        decoder = Decoder(loaded.model, tokenizer.vocab_size, tokenizer.eos_id, loaded.dtype, slots, context)
+        decoder = Decoder(
+            loaded.model, tokenizer.vocab_size, tokenizer.eos_id, loaded.dtype, slots, context, PIECES[device.type]
+        )
         if device.type == "cuda":
             with waiting("capturing each size of a step", warn):
                 decoder.prepare()

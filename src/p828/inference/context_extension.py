@@ -63,8 +63,9 @@ def extended_config(config: Config, loaded: LoadedModel, context: int, factor: f
     if context > trained * scaling.factor:
         needed = math.ceil(1000 * context / trained) / 1000
         raise ConfigError(
-            f"--context {context}: at most {int(trained * scaling.factor)} is accepted, the model's {trained:,} tokens "
-            f"times model.rope_scaling.factor = {scaling.factor:g}; --model.rope-scaling.factor {needed:g} reaches it"
+            f"--context {context}: at most {int(trained * scaling.factor)} is accepted, the trained context of "
+            f"{trained:,} times model.rope_scaling.factor = {scaling.factor:g}; "
+            f"--model.rope-scaling.factor {needed:g} reaches it"
         )
     return extended
 

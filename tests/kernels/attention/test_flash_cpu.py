@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from oracles import FLOAT32, assert_near, leaves
+from oracles import FLOAT32, FLOAT64, assert_near, leaves
 from p828.kernels.attention.flash_cpu import FlashAttentionCPU
 
 
@@ -26,6 +26,24 @@ def test_sink_gradient_has_an_analytic_value() -> None:
     e = math.exp(0.7)
     assert sink.grad is not None
     assert sink.grad.item() == pytest.approx(sum(-s * e / (s + e) ** 2 for s in range(1, 7)), rel=1e-5)
+
+
+def test_later_queries_alone_are_those_of_all() -> None:
+    """The last 4 of 9, with the mask that a causal one has there, and gradients of a loss that only they are in."""
+    q, k, v = torch.randn(3, 1, 2, 9, 8).unbind()
+    whole = leaves(q, k, v, dtype=torch.float64)
+    later = leaves(q[:, :, 5:], k, v, dtype=torch.float64)
+    is_hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)[None, None, 5:]
+    mask = torch.zeros(is_hidden.shape, dtype=torch.float64).masked_fill(is_hidden, -math.inf)
+    sinks = torch.randn(2, dtype=torch.float64)
+    expected = FlashAttentionCPU.apply(*whole, sinks, None)[:, :, 5:]
+    found = FlashAttentionCPU.apply(*later, sinks, mask)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    assert_near(found, expected, FLOAT64)
+    assert_near(later[0].grad, whole[0].grad[:, :, 5:], FLOAT64)
+    assert_near(later[1].grad, whole[1].grad, FLOAT64)
+    assert_near(later[2].grad, whole[2].grad, FLOAT64)
 
 
 @pytest.mark.parametrize("sink", [-1e4, -100.0])

@@ -50,6 +50,11 @@ class SlotCache:
         for whole in (*self.keys, *self.values):
             whole[slot] = 0
 
+    def copy(self, slot: int, others_T: Tensor, length: int) -> None:
+        """The first `length` tokens of a slot, also in other slots (int64)."""
+        for whole in (*self.keys, *self.values):
+            whole[others_T, :, :length] = whole[slot, :, :length]
+
     def store(self, layer: int, slots_B1: Tensor, positions_BS: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> None:
         """Put tokens at their positions; slots and positions are int64."""
         self.keys[layer][slots_B1, :, positions_BS] = k_BSGD

@@ -50,7 +50,7 @@ class CachedAttention:
     """Plain code for any device and dtype. Row b's tokens are stored in slot `slots[b]`, at `positions_BS` (int64).
 
     Each sees those at positions up to its own. `used` is one more than the last position. `backend` computes a prompt's
-    first piece, `reference` the rest.
+    pieces, `reference` a single token.
     """
 
     def __init__(
@@ -66,8 +66,7 @@ class CachedAttention:
         self.slots_B1 = torch.tensor(slots, device=device)[:, None]
         is_whole = positions_BS.shape == (1, used)  # a prompt's first piece: plain causal attention
         mask_BSC = None if is_whole else torch.arange(used, device=device) <= positions_BS[:, :, None]
-        # The fused kernels know no queries that begin after the keys.
-        self.mask = AttentionMask(backend if is_whole else "reference", mask_BSC)
+        self.mask = AttentionMask(backend if positions_BS.shape[1] > 1 else "reference", mask_BSC)
 
     def output(self, layer: int, attention: Attention, x_BSH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         q_BSND, k_BSGD, v_BSGD = projected(attention, x_BSH).split(

@@ -76,16 +76,12 @@ class CapturedSteps(PlainSteps):
         self._pool = torch.cuda.graph_pool_handle()
 
     @torch.no_grad()
-    def read(self, sequence: DecodedSequence, begin: int, end: int) -> Flight | None:
-        hidden_SH, logits_1V = self._read_first(sequence, end) if begin == 0 else self._read_later(sequence, begin, end)
-        if sequence.wants.prompt:
-            self._note_probabilities(sequence, hidden_SH, begin, end)
-        if end < sequence.prompt_length:
-            return None
-        slots_1 = self._on_device([sequence.slot])
-        self.rows.place(slots_1, self._on_device([end - 1]))
-        token_1 = self.rows.choose(logits_1V, slots_1, drawing_of([sequence]))
-        return self.flight([sequence], token_1, logits_1V, None)
+    def read(self, sequences: Sequence[DecodedSequence], begin: int, end: int) -> Flight | None:
+        first = sequences[0]
+        hidden_SH, logits_1V = self._read_first(first, end) if begin == 0 else self._read_later(first, begin, end)
+        if first.wants.prompt:
+            self._note_probabilities(first, hidden_SH, begin, end)
+        return self.first_tokens(sequences, logits_1V) if end == first.prompt_length else None
 
     @torch.no_grad()
     def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:

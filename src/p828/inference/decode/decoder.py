@@ -146,16 +146,19 @@ class Decoder:
             assert all(sequence.finish_reason is not None for sequence in flight.sequences), "a step is on its way"
 
     def _read_piece(self) -> None:
-        sequence = self._unread[0]
+        """Of the first unread prompt, once for all sequences that have it."""
+        first = self._unread[0]
+        alike = [one for one in self._unread if one.ids == first.ids and one.wants == first.wants]
         begin = self._read_tokens
-        end = min(begin + self._prefill_tokens, sequence.prompt_length)
-        flight = self._steps.read(sequence, begin, end)
+        end = min(begin + self._prefill_tokens, first.prompt_length)
+        flight = self._steps.read(alike, begin, end)
         self._read_tokens = end
         if flight is not None:
-            self._unread.popleft()
+            for sequence in alike:
+                self._unread.remove(sequence)
             self._read_tokens = 0
-            self._decoding.append(sequence)
-            self._start(flight, [sequence])
+            self._decoding += alike
+            self._start(flight, alike)
 
     def _start(self, flight: Flight, sequences: Sequence[DecodedSequence]) -> None:
         self._flights.append(flight)

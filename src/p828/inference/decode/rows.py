@@ -61,7 +61,7 @@ class Rows:
         return self.seen_SV
 
     def place(self, slots_T: Tensor, positions_T: Tensor) -> None:
-        """Say where the newest tokens of some slots will lie."""
+        """Say where the newest tokens of some slots will lie: a position each, or one for all."""
         self.position_S[slots_T] = positions_T
 
     def choose(self, logits_TV: Tensor, slots_T: Tensor, drawing: Drawing) -> Tensor:

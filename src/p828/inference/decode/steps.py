@@ -8,7 +8,7 @@ from torch import Tensor
 
 from p828.inference.decode.cache import SlotCache
 from p828.inference.decode.cached_layers import CachedAttention, cached_hidden
-from p828.inference.decode.rows import Rows, drawing_of
+from p828.inference.decode.rows import Rows, drawing_of, on_device
 from p828.inference.decode.sequence import MOST_LIKELIEST, DecodedSequence, TokenProbability
 from p828.model.backend import AttentionBackend, attention_backend
 from p828.model.transformer import Transformer
@@ -103,17 +103,28 @@ class PlainSteps:
         """Do what would be done when a size is first met: nothing here."""
 
     @torch.no_grad()
-    def read(self, sequence: DecodedSequence, begin: int, end: int) -> Flight | None:
-        """Read tokens `begin` to `end` of its prompt; the first token of its continuation if these are the last."""
-        hidden_SH = self.hidden_of_piece(sequence, begin, end)
-        if sequence.wants.prompt:
-            self._note_probabilities(sequence, hidden_SH, begin, end)
-        if end < sequence.prompt_length:
-            return None
-        slots_1 = torch.tensor([sequence.slot], device=self.device)
-        self.rows.place(slots_1, torch.tensor([end - 1], device=self.device))
-        logits_1V = self.logits(hidden_SH[-1:])
-        return self.flight([sequence], self.rows.choose(logits_1V, slots_1, drawing_of([sequence])), logits_1V, None)
+    def read(self, sequences: Sequence[DecodedSequence], begin: int, end: int) -> Flight | None:
+        """Read tokens `begin` to `end` of a prompt that all of them have, in the first one's slot.
+
+        If these are the last, the others get a copy, and each its first token.
+        """
+        first = sequences[0]
+        hidden_SH = self.hidden_of_piece(first, begin, end)
+        if first.wants.prompt:
+            self._note_probabilities(first, hidden_SH, begin, end)
+        return self.first_tokens(sequences, self.logits(hidden_SH[-1:])) if end == first.prompt_length else None
+
+    def first_tokens(self, sequences: Sequence[DecodedSequence], logits_1V: Tensor) -> Flight:
+        """The first token of each after their prompt, which is read in the first one's slot."""
+        first, *others = sequences
+        slots_T = on_device(torch.tensor([sequence.slot for sequence in sequences]), self.device)
+        if others:
+            self.cache.copy(first.slot, slots_T[1:], first.prompt_length)
+        for other in others:
+            other.prompt_probabilities = first.prompt_probabilities
+        self.rows.place(slots_T, on_device(torch.tensor([first.prompt_length - 1]), self.device))
+        logits_TV = logits_1V.expand(len(sequences), -1)
+        return self.flight(sequences, self.rows.choose(logits_TV, slots_T, drawing_of(sequences)), logits_TV, None)
 
     @torch.no_grad()
     def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:

@@ -22,34 +22,42 @@ aten = torch.ops.aten
 
 
 class FlashAttentionCPU(torch.autograd.Function):
-    """CPU: sequences of equal length, heads before tokens, an additive mask (B, 1, S, S) or plain causal."""
+    """CPU: sequences of equal length, heads before tokens, an additive mask (B, 1, S, C) or plain causal.
+
+    Fewer queries than keys, as a later piece of a prompt has, come with a mask.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, sinks_N: Tensor | None, mask_B1SS: Tensor | None
+        ctx: Any, q_BNSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, sinks_N: Tensor | None, mask_B1SC: Tensor | None
     ) -> Tensor:
         out_BNSD, lse_BNS = aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BNSD, k_BGSD, v_BGSD, 0.0, True, attn_mask=mask_B1SS
+            q_BNSD, k_BGCD, v_BGCD, 0.0, _is_causal(q_BNSD, k_BGCD), attn_mask=mask_B1SC
         )
         if sinks_N is not None:
             lse_BNS, shrink_BNS = _join(lse_BNS, sinks_N[:, None])
             shrunk_BNSD = out_BNSD * shrink_BNS[..., None]
             # PyTorch 2.11 gives a compiled function that returns an unchanged `to` of a tensor gradients of 0.
             out_BNSD = shrunk_BNSD if shrunk_BNSD.dtype == out_BNSD.dtype else shrunk_BNSD.to(out_BNSD.dtype)
-        ctx.save_for_backward(q_BNSD, k_BGSD, v_BGSD, sinks_N, out_BNSD, lse_BNS, mask_B1SS)
+        ctx.save_for_backward(q_BNSD, k_BGCD, v_BGCD, sinks_N, out_BNSD, lse_BNS, mask_B1SC)
         return out_BNSD
 
     @staticmethod
     def backward(ctx: Any, grad_BNSD: Tensor) -> tuple[Tensor | None, ...]:
-        q_BNSD, k_BGSD, v_BGSD, sinks_N, out_BNSD, lse_BNS, mask_B1SS = ctx.saved_tensors
-        dq_BNSD, dk_BGSD, dv_BGSD = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_BNSD, q_BNSD, k_BGSD, v_BGSD, out_BNSD, lse_BNS, 0.0, True, attn_mask=mask_B1SS
+        q_BNSD, k_BGCD, v_BGCD, sinks_N, out_BNSD, lse_BNS, mask_B1SC = ctx.saved_tensors
+        dq_BNSD, dk_BGCD, dv_BGCD = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_BNSD, q_BNSD, k_BGCD, v_BGCD, out_BNSD, lse_BNS, 0.0, _is_causal(q_BNSD, k_BGCD), attn_mask=mask_B1SC
         )
         dsinks_N = None
         if sinks_N is not None:
             dot_BNS = (grad_BNSD.float() * out_BNSD.float()).sum(-1)
             dsinks_N = -(torch.exp(sinks_N[:, None] - lse_BNS) * dot_BNS).sum((0, 2))
-        return dq_BNSD, dk_BGSD, dv_BGSD, dsinks_N, None
+        return dq_BNSD, dk_BGCD, dv_BGCD, dsinks_N, None
+
+
+def _is_causal(q_BNSD: Tensor, k_BGCD: Tensor) -> bool:
+    """Whether the kernel leaves later keys out by itself, beside the mask: it takes the first query to be key 0's."""
+    return q_BNSD.shape[2] == k_BGCD.shape[2]
 
 
 def _join(lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
