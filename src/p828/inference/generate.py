@@ -229,7 +229,7 @@ def check_length(ids: Sequence[int], context: int) -> None:
 def _slots_with_room(model: Transformer, dtype: torch.dtype, length: int) -> int:
     device, config = model.head_weight.device, model.config
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
-    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * decode_dtype(device, dtype).itemsize
     return int(CACHE_SHARE * free) // (a_token * length)
 
 

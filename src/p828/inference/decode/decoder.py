@@ -18,7 +18,7 @@ from p828.inference.decode.rows import Rows
 from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, FinishReason, NewToken, Wants, sequence_of
 from p828.inference.decode.steps import Flight, PlainSteps
 from p828.inference.sampling import SamplingConfig
-from p828.model.backend import has_decode_kernels
+from p828.model.backend import decode_dtype, has_decode_kernels
 from p828.model.transformer import Transformer
 
 
@@ -52,6 +52,8 @@ class Decoder:
         self.max_length = context if max_length is None else min(max_length, context)
         self._eos_id, self._prefill_tokens = eos_id, prefill_tokens
         device = model.head_weight.device
+        if model.weights_stay:  # else a step has no weights of its own
+            dtype = decode_dtype(device, dtype)
         self._steps: PlainSteps
         self._cache = SlotCache(model.config, slots, self.max_length, device, dtype)
         self._rows = Rows(slots, self.max_length, vocab_size, device)

@@ -3,15 +3,21 @@
 All in float32: T tokens, each the newest of its sequence.
 """
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from p828.kernels.decode.float16_cpu import Float16Matrix, float16_matrix
+
+IS_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # where oneDNN reads a matrix at half of memory's speed
 PIECES = 4  # of a matrix: MKL reads one for a single token in one thread, and several in one each
 FEW = 4  # tokens up to which a matrix is better on the left, and from which on it is better in oneDNN's order
+FEW_IN_PARTS = 6  # tokens up to which two products in float16 are better than one in float32
 MEDIUM = 2**16  # numbers of a matrix from which it is, and below which it is better on the right
-LARGE = 2**18  # and from which it is better in pieces, for one token
-HUGE = 2**22  # and from which it is better in oneDNN's order, for any number of tokens
+LARGE = 2**18  # and from which it is better in pieces, for one token, or in float16 if that holds it
+HUGE = 2**22  # and from which it is better in oneDNN's order, for any number of tokens, or with AVX2 in two parts
 
 
 class Matrix:
@@ -31,15 +37,21 @@ class Matrix:
         self.rest_HX = self.weight_HV[:, whole:]
         self._reordered: Tensor | None = None
 
+    @cached_property
+    def _in_parts(self) -> Float16Matrix | None:
+        return float16_matrix(self.weight_VH, 2)
+
     def __call__(self, x_TH: Tensor) -> Tensor:
         """x weightᵀ: (T, V)."""
         tokens = x_TH.shape[0]
         if not (self.is_large if tokens == 1 else self.is_medium):
             return x_TH.mm(self.weight_HV)
-        if self.is_huge or tokens > FEW:
+        if self.is_huge and IS_AVX2 and 1 < tokens <= FEW_IN_PARTS and self._in_parts is not None:
+            return self._in_parts(x_TH)
+        if (self.is_huge and not IS_AVX2) or tokens > FEW:
             return self._by_onednn(x_TH)
         if tokens > 1:
-            return self.weight_VH.mm(x_TH.t()).t()
+            return self.weight_VH.mm(x_TH.contiguous().t()).t()  # MKL takes five times as long to read x in columns
         out_1V = self.pieces_PXH.bmm(x_TH.t().expand(PIECES, -1, 1)).view(1, -1)
         return torch.cat((out_1V, x_TH.mm(self.rest_HX)), dim=1) if self.rest_HX.shape[1] else out_1V
 
@@ -58,6 +70,12 @@ class Matrix:
             self._reordered = torch.ops.mkldnn._reorder_linear_weight(self.weight_VH, 2)
         out_TV: Tensor = torch.ops.mkldnn._linear_pointwise(x_TH, self._reordered, None, "none", [], "")
         return out_TV
+
+
+def matrix_of(weight_VH: Tensor) -> Matrix | Float16Matrix:
+    """A weight (float32 or bfloat16) in the form that is read fastest and loses nothing that float32 would keep."""
+    in_float16 = float16_matrix(weight_VH, 1) if weight_VH.numel() >= LARGE else None
+    return Matrix(weight_VH.float()) if in_float16 is None else in_float16
 
 
 class Norm:
