@@ -14,6 +14,7 @@ from p828.errors import ConfigError, closed_after, reason, warn
 from p828.files import read_limited
 from p828.inference.decode.decoder import Decoder
 from p828.inference.load import LoadedModel, load_model
+from p828.model.backend import decode_dtype
 from p828.system.device import is_out_of_memory
 from p828.train.log.console import waiting
 from p828.train.signals import graceful_shutdown
@@ -128,13 +129,12 @@ def _service(loaded: LoadedModel, given: Arguments) -> Service:
             f"--context {context}: at most {model.max_position_embeddings} is accepted, the model's context "
             "(model.max_position_embeddings)"
         )
-    check_cache(model, slots, context, device, loaded.dtype)
+    check_cache(model, slots, context, device, decode_dtype(device, loaded.dtype))
     tokenizer = loaded.tokenizer
     try:
         decoder = Decoder(loaded.model, tokenizer.vocab_size, tokenizer.eos_id, loaded.dtype, slots, context)
-        if device.type == "cuda":
-            with waiting("capturing each size of a step", warn):
-                decoder.prepare()
+        with waiting("preparing each size of a step", warn):
+            decoder.prepare()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -150,7 +150,7 @@ def _service(loaded: LoadedModel, given: Arguments) -> Service:
 def _lines(loaded: LoadedModel, service: Service, given: Arguments, address: str) -> list[str]:
     model, device, context = loaded.config.model, loaded.model.head_weight.device, service.scheduler.max_length
     slots = service.limits.max_running
-    megabytes = cache_bytes(model, slots, context, loaded.dtype) / 1e6
+    megabytes = cache_bytes(model, slots, context, decode_dtype(device, loaded.dtype)) / 1e6
     return [
         f"model    {service.model_name}, {loaded.path} (step {loaded.step})",
         f"device   {device.type} in {str(loaded.dtype).removeprefix('torch.')}",

@@ -89,10 +89,10 @@ def has_decode_kernels(model: ModelConfig, device: torch.device, dtype: torch.dt
 
 
 def decode_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What a decoder computes in, of a model that is computed in `dtype` else.
+    """What a decoder computes in, of a model that everything else computes in `dtype`.
 
-    On a CPU that is float32, with weights as they are stored: one without matrix units for bfloat16 takes many times as
-    long in it. Without products of weights in half of float32's bytes, a decoder would copy them to float32.
+    On a CPU that is float32, with weights as the model stores them: one without matrix units for bfloat16 takes many
+    times as long in it. Without products of weights in half of float32's bytes it stays `dtype`.
     """
     return torch.float32 if device.type == "cpu" and has_float16_products() else dtype
 

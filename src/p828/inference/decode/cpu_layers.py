@@ -1,4 +1,4 @@
-"""A layer of a decoding step on a CPU in float32, for several sequences.
+"""A layer of a decoding step on a CPU in float32, for several sequences. Weights may be held in less.
 
 T counts the sequences of a step, J the experts of a layer with the shared ones, C tokens of the cache, M query heads of
 a key head, X the key heads of all sequences.

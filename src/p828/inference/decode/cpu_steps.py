@@ -16,7 +16,7 @@ from p828.inference.decode.rows import Rows, drawing_of
 from p828.inference.decode.sequence import DecodedSequence
 from p828.inference.decode.steps import Flight, PlainSteps
 from p828.inference.decode.weights import decode_weights
-from p828.kernels.decode.cpu import Norm, matrix_of
+from p828.kernels.decode.cpu import Matrix, Norm, matrix_of
 from p828.model.rope import rotary
 from p828.model.transformer import Transformer
 
@@ -28,7 +28,7 @@ class CpuSteps(PlainSteps):
         super().__init__(model, cache, rows, vocab_size, dtype)
         self.config: ModelConfig = model.config
         weights = decode_weights(model, vocab_size, model.head_weight.dtype)
-        self.embedding_VH, self.head = weights.embedding_VH, matrix_of(weights.head_VH)
+        self.embedding_VH, self.head = weights.embedding_VH, matrix_of(weights.head_VH, is_head=True)
         self.norm = Norm(weights.norm_H, self.config.rms_norm_eps)
         self.layers = [
             CpuLayer(layer, self.config, LayerCache(keys_SGCD, values_SGCD))
@@ -39,6 +39,11 @@ class CpuSteps(PlainSteps):
         self.cos_C1D = torch.cat((cos_C1X, cos_C1X), dim=-1)
         self.sin_C1D = torch.cat((-sin_C1X, sin_C1X), dim=-1)
         self.of_one = TokenStep(self.layers, self.norm, self.head, self.config, self.cos_C1D, self.sin_C1D)
+
+    def prepare(self) -> None:
+        """Pack the head, which a few sequences need in parts."""
+        if isinstance(self.head, Matrix):
+            _ = self.head.in_parts
 
     @torch.inference_mode()
     def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 LARGEST = 14  # exponent that a weight's largest number is brought to, below float16's 2^16
-SMALLEST = -100  # exponent of a largest number below which that factor would leave float32
+SMALLEST = -64  # exponent of a largest number below which the factor might make activations subnormal
 LOW_PART = 2.0**11  # by which the second part is larger than what it stands for: float16 holds 11 bits
-BLOCK = 2**15  # rows of a weight, at most, that are packed at a time: FBGEMM goes down their columns
+BLOCK = 2**15  # rows of a weight, at most, that FBGEMM packs at a time: it goes down their columns
 EPSILON = 2.0**-23  # float32's
 
 
@@ -49,7 +49,7 @@ class Float16Matrix:
 def float16_matrix(weight_VH: Tensor, most: int) -> Float16Matrix | None:
     """A weight in `most` parts at most; None where these do not hold it, or FBGEMM is not there.
 
-    They hold it if what they lose of each row, as a vector, is at most float32's epsilon of the row.
+    They hold it if what they lose of a number is at most float32's epsilon of its row's largest.
     """
     if not has_float16_products() or _parts(weight_VH[:1], _scale(weight_VH[:1]), most) is None:
         return None
@@ -64,7 +64,7 @@ def float16_matrix(weight_VH: Tensor, most: int) -> Float16Matrix | None:
 
 
 def _scale(weight_VH: Tensor) -> float:
-    """The power of two that brings the largest magnitude to 2^LARGEST and below twice that; 1 where none does."""
+    """The power of two that brings the largest magnitude to 2^LARGEST and below twice that; 1 if it is too small."""
     exponent = int(weight_VH.abs().max().float().frexp().exponent) - 1
     return 2.0 ** (LARGEST - exponent) if exponent >= SMALLEST else 1.0
 
@@ -73,14 +73,19 @@ def _parts(weight_VH: Tensor, scale: float, most: int) -> list[Tensor] | None:
     """Numbers of float16, in float32: high, and low if it is needed."""
     scaled_VH = weight_VH.float() * scale
     lost_VH, parts = scaled_VH, list[Tensor]()
-    allowed_V = torch.linalg.vector_norm(scaled_VH, dim=1) * EPSILON
+    allowed_V = _largest(scaled_VH) * EPSILON
     for part in range(most):
         shift = LOW_PART**part
         parts.append((lost_VH * shift).half().float())
         lost_VH = lost_VH - parts[-1] / shift
-        if (torch.linalg.vector_norm(lost_VH, dim=1) <= allowed_V).all():
+        if (_largest(lost_VH) <= allowed_V).all():
             return parts
     return None
+
+
+def _largest(weight_VH: Tensor) -> Tensor:
+    """Each row's largest magnitude; NaN if there is one."""
+    return torch.linalg.vector_norm(weight_VH, ord=torch.inf, dim=1)
 
 
 def _product(x_TH: Tensor, parts: list[Any]) -> Tensor:
