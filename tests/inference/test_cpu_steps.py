@@ -10,9 +10,12 @@ from p828.inference.decode import cpu_layers
 from p828.inference.decode.cpu_steps import CpuSteps
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence, Wants
+from p828.inference.decode.steps import PlainSteps
+from p828.inference.load import store_in
 from p828.inference.sampling import SamplingConfig
 from p828.kernels.decode import cpu
 from p828.kernels.decode.cpu import FEW, HUGE, LARGE, MEDIUM, PIECES, Matrix
+from p828.kernels.decode.float16_cpu import Float16Matrix, has_float16_products
 from tiny import tiny_model
 
 VOCABULARY = 97
@@ -127,3 +130,60 @@ def test_products_of_small_and_large_matrices(tokens: int, rows: int) -> None:
     sums = out_TV.double() + expected
     matrix.add_product_(out_TV, x_TH)
     torch.testing.assert_close(out_TV.double(), sums, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not has_float16_products(), reason="no FBGEMM here")
+@pytest.mark.parametrize("are_large", [False, True])
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
+def test_a_model_in_bfloat16(options: dict[str, Any], are_large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights as they are stored and float32 elsewhere, prompts included: as exact as a model in float32.
+
+    `are_large` as products in float16.
+    """
+    if are_large:
+        monkeypatch.setattr(cpu, "LARGE", 0)
+        monkeypatch.setattr(cpu, "MEDIUM", 0)
+        monkeypatch.setattr(cpu_layers, "TOGETHER", 0)
+    model = tiny_model(**options)
+    store_in(model, torch.bfloat16)
+    double = tiny_model(**options)
+    double.load_state_dict(model.state_dict())
+    double = double.double()
+    decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.bfloat16, slots=3, max_length=40)
+    steps = decoder._steps
+    assert isinstance(steps, CpuSteps)
+    assert isinstance(steps.head, Float16Matrix) == are_large
+    for prompts in ([[1, 2, 3], [5] * 17, [7, 8]], [[9, 10]]):
+        for sequence, tokens in decoded(decoder, prompts).items():
+            output = double(torch.tensor([sequence.ids]), dtype=torch.float64)
+            logs_SV = (output.hidden_BSH[0] @ double.head_weight.T).log_softmax(-1)
+            for place, (value, _) in enumerate(tokens, sequence.prompt_length):
+                assert value == pytest.approx(logs_SV[place - 1, sequence.ids[place]].item(), abs=5e-6)
+                assert logs_SV[place - 1].argmax() == sequence.ids[place]
+
+
+@pytest.mark.skipif(not has_float16_products(), reason="no FBGEMM here")
+def test_it_is_near_the_forward_pass_of_training() -> None:
+    """That rounds activations to 8 bits some twenty times on the way to a logit, each time by 2^-9 at most.
+
+    Of logits with a deviation of 0.6 a random walk of these is √20 · 2^-9 · 0.6 = 0.005; six times that is allowed.
+    """
+    model = tiny_model()
+    store_in(model, torch.bfloat16)
+    decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.bfloat16, slots=3, max_length=40)
+    for sequence, tokens in decoded(decoder, [[1, 2, 3], [5] * 17, [7, 8]]).items():
+        with torch.no_grad():
+            output = model(torch.tensor([sequence.ids]), dtype=torch.bfloat16)
+            logs_SV = model.logits(output.hidden_BSH[0]).log_softmax(-1)
+        for place, (value, _) in enumerate(tokens, sequence.prompt_length):
+            assert value == pytest.approx(logs_SV[place - 1, sequence.ids[place]].item(), abs=0.03)
+
+
+def test_without_fbgemm_bfloat16_runs_on_plain_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p828.model.backend.has_float16_products", lambda: False)
+    model = tiny_model()
+    store_in(model, torch.bfloat16)
+    decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.bfloat16, slots=3, max_length=40)
+    assert type(decoder._steps) is PlainSteps
+    assert decoder._cache.keys[0].dtype == torch.bfloat16
+    assert all(tokens for tokens in decoded(decoder, [[1, 2, 3]]).values())

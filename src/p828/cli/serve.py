@@ -136,6 +136,7 @@ def _is_local(address: str) -> bool:
 def _service(loaded: "LoadedModel", given: Arguments) -> "Service":
     """With a decoder whose memory is taken. Raises ConfigError where there is not enough, or the context is shorter."""
     from p828.inference.decode.decoder import Decoder
+    from p828.model.backend import decode_dtype
     from p828.serve.api.service import Service
     from p828.serve.scheduling.metrics import Metrics
     from p828.serve.scheduling.room import check_cache
@@ -150,15 +151,14 @@ def _service(loaded: "LoadedModel", given: Arguments) -> "Service":
             f"--context {context}: at most {model.max_position_embeddings} is accepted, the model's context "
             "(model.max_position_embeddings)"
         )
-    check_cache(model, slots, context, device, loaded.dtype)
+    check_cache(model, slots, context, device, decode_dtype(device, loaded.dtype))
     tokenizer = loaded.tokenizer
     try:
         decoder = Decoder(
             loaded.model, tokenizer.vocab_size, tokenizer.eos_id, loaded.dtype, slots, context, PIECES[device.type]
         )
-        if device.type == "cuda":
-            with waiting("capturing each size of a step", warn):
-                decoder.prepare()
+        with waiting("preparing each size of a step", warn):
+            decoder.prepare()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -172,11 +172,12 @@ def _service(loaded: "LoadedModel", given: Arguments) -> "Service":
 
 
 def _lines(loaded: "LoadedModel", service: "Service", given: Arguments, address: str) -> list[str]:
+    from p828.model.backend import decode_dtype
     from p828.serve.scheduling.room import cache_bytes
 
     model, device, context = loaded.config.model, loaded.model.head_weight.device, service.scheduler.max_length
     slots = service.limits.max_running
-    megabytes = cache_bytes(model, slots, context, loaded.dtype) / 1e6
+    megabytes = cache_bytes(model, slots, context, decode_dtype(device, loaded.dtype)) / 1e6
     return [
         f"model    {service.model_name}, {loaded.path} (step {loaded.step})",
         f"device   {device.type} in {str(loaded.dtype).removeprefix('torch.')}",

@@ -16,6 +16,7 @@ from p828.inference.decode.decoder import Decoder, not_finite
 from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, FinishReason, NewToken, Wants
 from p828.inference.evaluate import evaluation_mode, uncompiled
 from p828.inference.sampling import SamplingConfig
+from p828.model.backend import decode_dtype
 from p828.model.transformer import Transformer
 from p828.system.host_memory import free_host_bytes
 
@@ -229,7 +230,8 @@ def check_length(ids: Sequence[int], context: int) -> None:
 def _slots_with_room(model: Transformer, dtype: torch.dtype, length: int) -> int:
     device, config = model.head_weight.device, model.config
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
-    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    itemsize = decode_dtype(device, dtype).itemsize
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
     return int(CACHE_SHARE * free) // (a_token * length)
 
 

@@ -17,6 +17,7 @@ import torch
 
 from p828.config import ModelConfig
 from p828.errors import ConfigError
+from p828.kernels.decode.float16_cpu import has_float16_products
 
 AttentionBackend = Literal["reference", "flash_cpu", "flash_triton"]
 ExpertsBackend = Literal["triton", "grouped_mm", "loop"]
@@ -85,6 +86,15 @@ def has_decode_kernels(model: ModelConfig, device: torch.device, dtype: torch.dt
     attention = attention_backend(model, device, dtype)
     experts = experts_backend(model.hidden_act, device, dtype, drops=False)
     return attention == "flash_triton" and experts == "triton" and model.scoring_func in TRITON_SCORES
+
+
+def decode_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What a decoder computes in, of a model that everything else computes in `dtype`.
+
+    On a CPU that is float32, with weights as the model stores them: one without matrix units for bfloat16 takes many
+    times as long in it. Without products of weights in half of float32's bytes it stays `dtype`.
+    """
+    return torch.float32 if device.type == "cpu" and has_float16_products() else dtype
 
 
 def remarks(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -1,4 +1,4 @@
-"""A layer of a decoding step on a CPU in float32, for several sequences.
+"""A layer of a decoding step on a CPU in float32, for several sequences. Weights may be held in less.
 
 T counts the sequences of a step, J the experts of a layer with the shared ones, C tokens of the cache, M query heads of
 a key head, X the key heads of all sequences.
@@ -12,7 +12,8 @@ from torch import Tensor
 from p828.config import ModelConfig
 from p828.inference.decode.weights import LayerWeights
 from p828.kernels.decode import cpu
-from p828.kernels.decode.cpu import Matrix, Norm
+from p828.kernels.decode.cpu import Matrix, Norm, matrix_of
+from p828.kernels.decode.float16_cpu import Float16Matrix
 from p828.model.experts import activate
 from p828.model.router import Routing, routing_of
 
@@ -57,9 +58,9 @@ class LayerCache:
 
 
 class Expert(NamedTuple):
-    gate_up: Matrix
+    gate_up: Matrix | Float16Matrix
     """(2 P, H), the gate's rows first."""
-    down: Matrix
+    down: Matrix | Float16Matrix
 
 
 class SmallExperts:
@@ -67,8 +68,8 @@ class SmallExperts:
 
     def __init__(self, gate_up_JPH: Tensor, down_JHI: Tensor) -> None:
         self.count = len(gate_up_JPH)
-        self.gate_up = Matrix(gate_up_JPH.flatten(0, 1))
-        self.down = Matrix(down_JHI.transpose(0, 1).flatten(1))
+        self.gate_up = matrix_of(gate_up_JPH.flatten(0, 1))
+        self.down = matrix_of(down_JHI.transpose(0, 1).flatten(1))
 
     def add_(self, x_TH: Tensor, normed_TH: Tensor, routing: Routing, hidden_act: str) -> None:
         """Each token goes through all experts; weight 0 leaves one out."""
@@ -87,17 +88,17 @@ class CpuLayer:
         self.config, self.cache = config, cache
         eps = config.rms_norm_eps
         self.input_norm, self.post_norm = Norm(weights.input_norm_H, eps), Norm(weights.post_norm_H, eps)
-        self.qkv, self.o_proj = Matrix(weights.qkv_XH), Matrix(weights.o_proj_HX)
+        self.qkv, self.o_proj = matrix_of(weights.qkv_XH), matrix_of(weights.o_proj_HX)
         self.q_norm = None if weights.q_norm_D is None else Norm(weights.q_norm_D, eps)
         self.k_norm = None if weights.k_norm_D is None else Norm(weights.k_norm_D, eps)
         self.sinks_GM1 = None if weights.sinks_N is None else weights.sinks_N.view(cache.groups, -1, 1)
-        self.router, self.bias_E = Matrix(weights.router_EH), weights.bias_E
+        self.router, self.bias_E = matrix_of(weights.router_EH), weights.bias_E
         gate_up, down = [weights.gate_up_EPH], [weights.down_EHI]
         if weights.shared_gate_up_SPH is not None and weights.shared_down_SHI is not None:
             gate_up.append(weights.shared_gate_up_SPH)
             down.append(weights.shared_down_SHI)
         experts = [
-            Expert(Matrix(gate_up_PH), Matrix(down_HI))
+            Expert(matrix_of(gate_up_PH), matrix_of(down_HI))
             for gate_up_XPH, down_XHI in zip(gate_up, down, strict=True)
             for gate_up_PH, down_HI in zip(gate_up_XPH, down_XHI, strict=True)
         ]

@@ -6,6 +6,7 @@ T counts the sequences of a step, C tokens of the cache, X the key heads of all 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from p828.config import ModelConfig
 from p828.inference.decode.cache import SlotCache
@@ -15,19 +16,19 @@ from p828.inference.decode.rows import Rows, drawing_of
 from p828.inference.decode.sequence import DecodedSequence
 from p828.inference.decode.steps import Flight, PlainSteps
 from p828.inference.decode.weights import decode_weights
-from p828.kernels.decode.cpu import Matrix, Norm
+from p828.kernels.decode.cpu import Matrix, Norm, matrix_of
 from p828.model.rope import rotary
 from p828.model.transformer import Transformer
 
 
 class CpuSteps(PlainSteps):
-    """float32 on a CPU."""
+    """float32 on a CPU, with weights in float32 or bfloat16 as the model stores them."""
 
     def __init__(self, model: Transformer, cache: SlotCache, rows: Rows, vocab_size: int, dtype: torch.dtype) -> None:
         super().__init__(model, cache, rows, vocab_size, dtype)
         self.config: ModelConfig = model.config
-        weights = decode_weights(model, vocab_size, dtype)
-        self.embedding_VH, self.head = weights.embedding_VH, Matrix(weights.head_VH)
+        weights = decode_weights(model, vocab_size, model.head_weight.dtype)
+        self.embedding_VH, self.head = weights.embedding_VH, matrix_of(weights.head_VH, is_head=True)
         self.norm = Norm(weights.norm_H, self.config.rms_norm_eps)
         self.layers = [
             CpuLayer(layer, self.config, LayerCache(keys_SGCD, values_SGCD))
@@ -39,11 +40,16 @@ class CpuSteps(PlainSteps):
         self.sin_C1D = torch.cat((-sin_C1X, sin_C1X), dim=-1)
         self.of_one = TokenStep(self.layers, self.norm, self.head, self.config, self.cos_C1D, self.sin_C1D)
 
+    def prepare(self) -> None:
+        """Pack the head, which a few sequences need in parts."""
+        if isinstance(self.head, Matrix):
+            _ = self.head.in_parts
+
     @torch.inference_mode()
     def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:
         slots = [sequence.slot for sequence in sequences]
         slots_T, positions = torch.tensor(slots), [length - 1 for length in lengths]
-        x_TH = self.embedding_VH[self.rows.token_S[slots_T]]
+        x_TH = self.embedding_VH[self.rows.token_S[slots_T]].float()
         if len(slots) == 1:
             logits_TV, experts_LTK = self.of_one.logits(x_TH, slots[0], positions[0])
         else:
@@ -53,6 +59,9 @@ class CpuSteps(PlainSteps):
         token_T = self.rows.choose(logits_TV, slots_T, drawing_of(sequences))
         wants_experts = any(sequence.wants.experts for sequence in sequences)
         return self.flight(sequences, token_T, logits_TV, torch.stack(experts_LTK) if wants_experts else None)
+
+    def logits(self, hidden_TH: Tensor) -> Tensor:
+        return self.head(hidden_TH)
 
     def _places(self, slots: list[int], positions: list[int]) -> Places:
         groups, context = self.config.num_key_value_heads, self.cache.max_length

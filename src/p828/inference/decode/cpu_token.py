@@ -14,6 +14,8 @@ from p828.config import ModelConfig
 from p828.inference.decode.cpu_layers import CpuLayer
 from p828.kernels.decode import cpu
 from p828.kernels.decode.cpu import Matrix, Norm
+from p828.kernels.decode.float16_cpu import Float16Matrix
+from p828.model.costs import projected_width
 from p828.model.experts import activate
 from p828.model.router import routing_of
 
@@ -27,7 +29,7 @@ class TokenStep:
         self,
         layers: list[CpuLayer],
         norm: Norm,
-        head: Matrix,
+        head: Matrix | Float16Matrix,
         config: ModelConfig,
         cos_C1D: Tensor,
         sin_C1D: Tensor,
@@ -42,7 +44,7 @@ class TokenStep:
         self.k_GD = self.rotated_XD[self.heads :].numpy()
         self.nothing_hidden = torch.zeros(1, 1, 1)
         experts = config.num_experts_per_tok + len(layers[0].shared)
-        gate_up_JX = torch.empty(experts, len(layers[0].routed[0].gate_up.weight_VH))
+        gate_up_JX = torch.empty(experts, 2 * projected_width(config.hidden_act, config.moe_intermediate_size))
         self.gate_up_JX, (self.gate_JP, self.up_JP) = gate_up_JX.numpy(), gate_up_JX.chunk(2, dim=1)
 
     @np.errstate(over="ignore", invalid="ignore")  # of a model that has diverged, which its logits tell of
@@ -83,9 +85,9 @@ class TokenStep:
         return routing.experts_TK
 
 
-def product(matrix: Matrix, x_H: Floats) -> Floats:
+def product(matrix: Matrix | Float16Matrix, x_H: Floats) -> Floats:
     """weight x: (V,)."""
-    if matrix.is_large:
+    if isinstance(matrix, Float16Matrix) or matrix.is_large:
         return matrix(torch.from_numpy(x_H)[None]).numpy()[0]
     return matrix.numpy_VH.dot(x_H)
 

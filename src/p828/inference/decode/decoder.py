@@ -18,7 +18,7 @@ from p828.inference.decode.rows import Rows
 from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, FinishReason, NewToken, Wants, sequence_of
 from p828.inference.decode.steps import Flight, PlainSteps
 from p828.inference.sampling import SamplingConfig
-from p828.model.backend import has_decode_kernels
+from p828.model.backend import decode_dtype, has_decode_kernels
 from p828.model.transformer import Transformer
 
 
@@ -43,7 +43,9 @@ class Decoder:
         max_length: int | None = None,
         prefill_tokens: int = 2048,
     ) -> None:
-        """Tokens are below `vocab_size`, and computed in `dtype`. A prompt is read in pieces of `prefill_tokens`.
+        """Tokens are below `vocab_size`. A prompt is read in pieces of `prefill_tokens`.
+
+        `dtype` is what the model is computed in elsewhere; the decoder computes in its `decode_dtype`.
 
         `max_length` is the most tokens of a prompt and its continuation, at most the model's context, which it is by
         default. The model is in evaluation mode, and its weights stay as they are.
@@ -52,6 +54,8 @@ class Decoder:
         self.max_length = context if max_length is None else min(max_length, context)
         self._eos_id, self._prefill_tokens = eos_id, prefill_tokens
         device = model.head_weight.device
+        if model.weights_stay:  # else steps have no weights of their own, and cast those that come
+            dtype = decode_dtype(device, dtype)
         self._steps: PlainSteps
         self._cache = SlotCache(model.config, slots, self.max_length, device, dtype)
         self._rows = Rows(slots, self.max_length, vocab_size, device)

@@ -1,27 +1,35 @@
 """Products, norms and attention of a decoding step on a CPU, where the calls of a small model cost more than its sums.
 
-All in float32: T tokens, each the newest of its sequence.
+Activations and sums are float32. T tokens, each the newest of its sequence.
 """
+
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from p828.kernels.decode.float16_cpu import Float16Matrix, float16_matrix
+
+IS_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # where oneDNN reads a matrix at half of memory's speed
 PIECES = 4  # of a matrix: MKL reads one for a single token in one thread, and several in one each
 FEW = 4  # tokens up to which a matrix is better on the left, and from which on it is better in oneDNN's order
+FEW_IN_PARTS = 6  # tokens up to which two products in float16 are better than one in float32
 MEDIUM = 2**16  # numbers of a matrix from which it is, and below which it is better on the right
-LARGE = 2**18  # and from which it is better in pieces, for one token
-HUGE = 2**22  # and from which it is better in oneDNN's order, for any number of tokens
+LARGE = 2**18  # and from which it is better in pieces, for one token, or in float16 if that holds it
+HUGE = 2**22  # and from which it is better in oneDNN's order for any number of tokens, but with AVX2
 
 
 class Matrix:
-    """A weight (V, H), prepared for products with few tokens.
+    """A weight (V, H) in float32, prepared for products with few tokens.
 
     MKL reads a matrix far larger than its caches well below memory's speed if few tokens stand on its left, as they do
-    in `x weightᵀ`. oneDNN reads a copy of it in an order of its own choice, which is made when it is first needed.
+    in `x weightᵀ`. oneDNN reads a copy of it in an order of its own choice, FBGEMM one in two parts of half the bytes
+    each. A copy is made when it is first needed.
     """
 
-    def __init__(self, weight_VH: Tensor) -> None:
+    def __init__(self, weight_VH: Tensor, is_head: bool = False) -> None:
+        """`is_head`: a step of any sequences goes through all of it, and so it is worth packing in float16."""
         self.weight_VH, self.weight_HV = weight_VH, weight_VH.t()
         self.numpy_VH = weight_VH.numpy()
         numbers = weight_VH.numel()
@@ -29,17 +37,26 @@ class Matrix:
         whole = len(weight_VH) // PIECES * PIECES
         self.pieces_PXH = weight_VH[:whole].view(PIECES, -1, weight_VH.shape[1])
         self.rest_HX = self.weight_HV[:, whole:]
+        self.goes_in_parts = is_head and self.is_huge and IS_AVX2
         self._reordered: Tensor | None = None
+
+    @cached_property
+    def in_parts(self) -> Float16Matrix | None:
+        """For a few tokens; None where one product in float32 is better, or the only one."""
+        return float16_matrix(self.weight_VH, 2) if self.goes_in_parts else None
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         """x weightᵀ: (T, V)."""
         tokens = x_TH.shape[0]
         if not (self.is_large if tokens == 1 else self.is_medium):
             return x_TH.mm(self.weight_HV)
-        if self.is_huge or tokens > FEW:
+        if 1 < tokens <= FEW_IN_PARTS and self.in_parts is not None:
+            return self.in_parts(x_TH)
+        if (self.is_huge and not IS_AVX2) or tokens > FEW:
             return self._by_onednn(x_TH)
         if tokens > 1:
-            return self.weight_VH.mm(x_TH.t()).t()
+            # MKL takes up to five times as long if x lies in columns, as it does behind a product on the left.
+            return self.weight_VH.mm(x_TH.contiguous().t()).t()
         out_1V = self.pieces_PXH.bmm(x_TH.t().expand(PIECES, -1, 1)).view(1, -1)
         return torch.cat((out_1V, x_TH.mm(self.rest_HX)), dim=1) if self.rest_HX.shape[1] else out_1V
 
@@ -58,6 +75,12 @@ class Matrix:
             self._reordered = torch.ops.mkldnn._reorder_linear_weight(self.weight_VH, 2)
         out_TV: Tensor = torch.ops.mkldnn._linear_pointwise(x_TH, self._reordered, None, "none", [], "")
         return out_TV
+
+
+def matrix_of(weight_VH: Tensor, is_head: bool = False) -> Matrix | Float16Matrix:
+    """A weight (float32 or bfloat16) in half of float32's bytes if that is faster and loses no more than it would."""
+    in_float16 = float16_matrix(weight_VH, 1) if weight_VH.numel() >= LARGE else None
+    return Matrix(weight_VH.float(), is_head) if in_float16 is None else in_float16
 
 
 class Norm:

@@ -8,7 +8,7 @@ from p828.system.host_memory import free_host_bytes
 
 
 def cache_bytes(config: ModelConfig, slots: int, max_length: int, dtype: torch.dtype) -> int:
-    """Of keys and values; the decoder has one slot more, for rows that stand for no sequence."""
+    """Of keys and values in `dtype`; the decoder has one slot more, for rows that stand for no sequence."""
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     return (slots + 1) * max_length * token
 
