@@ -25,7 +25,7 @@ UPDATE_BYTES = 24  # of a parameter, read and written by the plain engine's norm
 MEMORY_SHARE = 0.8  # of the memory's rate, about
 LINK_SHARE = 0.42  # of the link's rate: 2.4 GB in 12.9 ms between two H100s; 0.34 to 0.51 between two and four H200s
 # Of a second in which the sharded engine's gathering and reducing run beside its computing, what the step is longer by:
-# they take memory from it, and multiprocessors if kernels copy. `800m`, stages 1 to 3 on two and four H200s: 0.28 to 0.59
+# they take memory from it, and multiprocessors where kernels copy. `800m` on two and four H200s: 0.28 to 0.59
 # by kernels; stages 2 and 3 on two by copy engines 0.41 and 0.27.
 SLOWED = 0.4
 BACKWARD = 2 / 3  # of a micro-batch's time
