@@ -38,8 +38,3 @@ def test_two_ranks_with_one_gpu_are_refused() -> None:
     expected = "ranks 1 and 3 have the same GPU of second, GPU-b: 3 processes were started there"
     with pytest.raises(ConfigError, match=expected):
         check_own_gpus(gpus)
-
-
-def test_a_rank_without_a_gpu_beside_one_that_has_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match="rank 1 sees no GPU, and rank 0 does"):
-        check_own_gpus([Gpu(FIRST, "a"), None])

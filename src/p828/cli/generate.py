@@ -20,6 +20,7 @@ from p828.inference.completions_file import CompletionsFile, open_completions
 from p828.inference.load import load_model
 from p828.inference.prompts import GivenPrompt, check_one_kind, read_prompts
 from p828.inference.sampling import SamplingConfig
+from p828.model.backend import decode_dtype
 from p828.train.log.console import waiting
 
 USAGE = (
@@ -120,9 +121,10 @@ def _continue(asking: Asking, prompts: Sequence[GivenPrompt], given: Arguments) 
 def _settings(asking: Asking, prompts: Sequence[GivenPrompt], given: Arguments) -> dict[str, Any]:
     """What decides the completions, as JSON: a file that was begun with other settings does not go on."""
     content = json.dumps([prompt.fields for prompt in prompts]).encode()
+    dtype = decode_dtype(asking.loaded.model.head_weight.device, asking.loaded.dtype)
     return {
         "checkpoint": str(asking.loaded.path),
-        "dtype": str(asking.loaded.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "prompts": hashlib.blake2b(content, digest_size=16).hexdigest(),
         "chat": asking.is_chat,
         "system": asking.system,

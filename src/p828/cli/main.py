@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 import threading
+import time
 from contextlib import nullcontext, redirect_stdout, suppress
 from types import ModuleType
 from typing import NoReturn
@@ -30,6 +31,7 @@ COMMANDS = {
     "doctor": "check the machine and a configuration before a run, or find what went wrong in one",
     "bench": "how fast this machine trains, beside other libraries",
 }
+SHOWN_WITHIN = 2.0  # seconds that the others leave rank 0 to say what is wrong: a launcher ends all when one has ended
 LONGEST_LINE = 1200  # characters of a message; what is longer holds a value that goes on and on
 
 
@@ -86,6 +88,8 @@ def dispatch(arguments: list[str]) -> int:
             warn(_cut(str(error)))
         else:
             _show(error, error.is_everywhere, _place(arguments))
+        if isinstance(error, ConfigError) and _place(arguments).local_rank:
+            time.sleep(SHOWN_WITHIN)
         return error.exit_code
     except KeyboardInterrupt:
         _show("interrupted", is_everywhere=True, process=_place(arguments))

@@ -177,10 +177,11 @@ def _lines(loaded: "LoadedModel", service: "Service", given: Arguments, address:
 
     model, device, context = loaded.config.model, loaded.model.head_weight.device, service.scheduler.max_length
     slots = service.limits.max_running
-    megabytes = cache_bytes(model, slots, context, decode_dtype(device, loaded.dtype)) / 1e6
+    dtype = decode_dtype(device, loaded.dtype)
+    megabytes = cache_bytes(model, slots, context, dtype) / 1e6
     return [
         f"model    {service.model_name}, {loaded.path} (step {loaded.step})",
-        f"device   {device.type} in {str(loaded.dtype).removeprefix('torch.')}",
+        f"device   {device.type} in {str(dtype).removeprefix('torch.')}",
         f"slots    {slots} of {context:,} tokens, {megabytes:,.0f} MB; {given.max_waiting:,} more requests may wait",
         f"page     {address}/",
         f"clients  {address}/v1 as base URL of OpenAI's API" + ("" if service.tokenizer.template else ", without chat"),

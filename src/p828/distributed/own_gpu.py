@@ -59,9 +59,7 @@ def gpu_of(device: torch.device) -> Gpu | None:
 
 
 def check_own_gpus(gpus: Sequence[Gpu | None]) -> None:
-    """`gpus` are all ranks', by rank. Raises ConfigError where two ranks have the same one, which NCCL refuses, or a
-    rank has none and another one has.
-    """
+    """`gpus` are all ranks', by rank. Raises ConfigError where two ranks have the same one, which NCCL refuses."""
     first_with: dict[Gpu, int] = {}
     for rank, gpu in enumerate(gpus):
         if gpu is None:
@@ -73,8 +71,3 @@ def check_own_gpus(gpus: Sequence[Gpu | None]) -> None:
                 f"ranks {first} and {rank} have the same GPU of {gpu.host[0]}, GPU-{gpu.uuid}: {on_host} processes "
                 "were started there, and each needs a GPU of its own, by CUDA_VISIBLE_DEVICES or by LOCAL_RANK"
             )
-    if first_with and None in gpus:
-        raise ConfigError(
-            f"rank {gpus.index(None)} sees no GPU, and rank {min(first_with.values())} does: give each process one, or "
-            "--train.device cpu to all"
-        )

@@ -320,8 +320,8 @@ def resume(path: Path, checkpointing: Checkpointing) -> tuple[TrainState, list[s
     """Put the run's parts where they were when the checkpoint was saved, and return its state.
 
     Also a line for each change of the steps to come (other rows, or a jump of the learning rate) and for a stage that
-    stays on another number of ranks. Raises ConfigError
-    if it was made with another tokenizer, DamagedCheckpoint if its content cannot be a run's, and TransientReadError.
+    stays on another number of ranks. Raises ConfigError if it was made with another tokenizer, DamagedCheckpoint if its
+    content cannot be a run's, and TransientReadError.
     """
     config, loader, ranks, retry = checkpointing.config, checkpointing.loader, checkpointing.ranks, checkpointing.retry
     with ranks.raise_together(), checkpoint.opened(path, retry=retry) as saved:

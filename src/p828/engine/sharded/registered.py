@@ -56,9 +56,16 @@ def _has_copy_engines(mesh: Mesh, device: torch.device, ranks: ProcessGroup) -> 
         torch.cuda.nccl.version()[:2] >= FIRST_NCCL
         and os.environ.get("NCCL_CTA_POLICY") == NO_BLOCKS
         and launched().local_size == mesh.shards
+        and not _has_expandable_segments()
         and _reaches_others(device, mesh.shards)
     )
     return all(theirs for (theirs,) in ranks.all_gather([own]))
+
+
+def _has_expandable_segments() -> bool:
+    """Whether the user has PyTorch's memory grow in place: with 2.11 a pool with NCCL's memory then raises."""
+    settings = (os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+    return any("expandable_segments:true" in setting.lower() for setting in settings)
 
 
 def _reaches_others(device: torch.device, count: int) -> bool:
