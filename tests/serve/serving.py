@@ -116,6 +116,7 @@ def serving(
                 decoding.free()
             server.stop()
             thread.join()
+    scheduler.close(60)  # a test may have the server leave the decoder's thread behind
     if scheduler.failure is None:
         scheduler.check_idle()
 
