@@ -16,6 +16,7 @@ from p828.inference.sampling import SamplingConfig
 from p828.kernels.decode import cpu
 from p828.kernels.decode.cpu import FEW, HUGE, LARGE, MEDIUM, PIECES, Matrix
 from p828.kernels.decode.float16_cpu import Float16Matrix, has_float16_products
+from p828.model.transformer import Transformer
 from tiny import tiny_model
 
 VOCABULARY = 97
@@ -49,6 +50,17 @@ def decoded(decoder: Decoder, prompts: list[list[int]]) -> dict[DecodedSequence,
     return found
 
 
+def assert_exact(decoder: Decoder, double: Transformer, prompts: list[list[int]]) -> None:
+    """Tokens and their log-probabilities are those of the same weights in float64."""
+    for sequence, tokens in decoded(decoder, prompts).items():
+        output = double(torch.tensor([sequence.ids]), dtype=torch.float64)
+        logs_SV = (output.hidden_BSH[0] @ double.head_weight.T).log_softmax(-1)
+        for place, (value, _) in enumerate(tokens, sequence.prompt_length):
+            # Two layers leave some 1e-6 of numbers near 1, and a token's log-probability is the sum of two.
+            assert value == pytest.approx(logs_SV[place - 1, sequence.ids[place]].item(), abs=5e-6)
+            assert logs_SV[place - 1].argmax() == sequence.ids[place]
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("factor, is_told", [(1e6, False), (1e16, True)])
 def test_a_model_that_has_diverged_is_told_of_once(factor: float, is_told: bool) -> None:
@@ -78,13 +90,7 @@ def test_against_the_whole_pass(options: dict[str, Any], are_large: bool, monkey
     assert isinstance(decoder._steps, CpuSteps)
     few = [[1, 2, 3], [5] * 17, [7, 8]]
     for prompts in (few, [*few, [11] * 5, [12, 13]], [[9, 10]]):
-        for sequence, tokens in decoded(decoder, prompts).items():
-            output = double(torch.tensor([sequence.ids]), dtype=torch.float64)
-            logs_SV = (output.hidden_BSH[0] @ double.head_weight.T).log_softmax(-1)
-            for place, (value, _) in enumerate(tokens, sequence.prompt_length):
-                # Two layers leave some 1e-6 of numbers near 1, and a token's log-probability is the sum of two.
-                assert value == pytest.approx(logs_SV[place - 1, sequence.ids[place]].item(), abs=5e-6)
-                assert logs_SV[place - 1].argmax() == sequence.ids[place]
+        assert_exact(decoder, double, prompts)
     decoder.check_idle()
 
 
@@ -154,12 +160,7 @@ def test_a_model_in_bfloat16(options: dict[str, Any], are_large: bool, monkeypat
     assert isinstance(steps, CpuSteps)
     assert isinstance(steps.head, Float16Matrix) == are_large
     for prompts in ([[1, 2, 3], [5] * 17, [7, 8]], [[9, 10]]):
-        for sequence, tokens in decoded(decoder, prompts).items():
-            output = double(torch.tensor([sequence.ids]), dtype=torch.float64)
-            logs_SV = (output.hidden_BSH[0] @ double.head_weight.T).log_softmax(-1)
-            for place, (value, _) in enumerate(tokens, sequence.prompt_length):
-                assert value == pytest.approx(logs_SV[place - 1, sequence.ids[place]].item(), abs=5e-6)
-                assert logs_SV[place - 1].argmax() == sequence.ids[place]
+        assert_exact(decoder, double, prompts)
 
 
 @pytest.mark.skipif(not has_float16_products(), reason="no FBGEMM here")
