@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from p828.config import RopeScaling
-from p828.inference.decode import cpu_layers
+from p828.inference.decode import cpu_layers, cpu_steps
 from p828.inference.decode.cpu_steps import CpuSteps
+from p828.inference.decode.cpu_token import routed
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence, Wants
 from p828.inference.decode.steps import PlainSteps
@@ -16,8 +18,10 @@ from p828.inference.sampling import SamplingConfig
 from p828.kernels.decode import cpu
 from p828.kernels.decode.cpu import FEW, HUGE, LARGE, MEDIUM, PIECES, Matrix
 from p828.kernels.decode.float16_cpu import Float16Matrix, has_float16_products
+from p828.kernels.decode.largest_cpu import MOST_TOKENS
+from p828.model.router import routing_of
 from p828.model.transformer import Transformer
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 
 VOCABULARY = 97
 MODELS: dict[str, dict[str, Any]] = {
@@ -136,6 +140,81 @@ def test_products_of_small_and_large_matrices(tokens: int, rows: int) -> None:
     sums = out_TV.double() + expected
     matrix.add_product_(out_TV, x_TH)
     torch.testing.assert_close(out_TV.double(), sums, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def huge_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "HUGE", 0)
+    monkeypatch.setattr(cpu, "IS_AVX2", True)
+
+
+@pytest.mark.skipif(not has_float16_products(), reason="no FBGEMM here")
+@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("sequences", [1, 3, MOST_TOKENS, MOST_TOKENS + 1])
+@pytest.mark.usefixtures("huge_heads")
+def test_greedy_tokens_from_a_packed_head(sequences: int, is_prepared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are those of whole logits. A head is packed beforehand, or once it is worth it.
+
+    Prompts are read one a step, so that few sequences have steps first.
+    """
+    monkeypatch.setattr(cpu_steps, "WORTH_PACKING", 3)
+    model = tiny_model()
+    decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.float32, slots=sequences, max_length=40)
+    assert isinstance(decoder._steps, CpuSteps)
+    head = decoder._steps.head
+    assert isinstance(head, Matrix)
+    prompts = [[3 * number + 1, 5] for number in range(sequences)]
+    expected = [sequence.ids for sequence in decoded(decoder, prompts)]
+    vars(head).pop("in_parts", None)  # two to six sequences need it for their logits
+    if is_prepared:
+        decoder.prepare()
+    assert head.is_packed == is_prepared
+    found = [decoder.admit(prompt, GREEDY, seed=0) for prompt in prompts]
+    while decoder.running:
+        decoder.step()
+    assert [sequence.ids for sequence in found] == expected
+    assert head.is_packed
+
+
+@pytest.mark.skipif(not has_float16_products(), reason="no FBGEMM here")
+@pytest.mark.usefixtures("huge_heads")
+def test_one_that_diverges_beside_others_with_a_packed_head() -> None:
+    """A prompt's token has an embedding that overflows."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[11] = float("inf")
+    decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.float32, slots=3, max_length=40)
+    decoder.prepare()
+    expected = [sequence.ids for sequence in decoded(decoder, [[1, 2, 3], [7, 8]])]
+    first, bad, last = (decoder.admit(prompt, GREEDY, seed=0) for prompt in ([1, 2, 3], [5], [7, 8]))
+    while not all(sequence.continuation for sequence in (first, bad, last)):
+        decoder.step()
+    bad.ids[-1] = 11  # as if it had been the likeliest
+    decoder._rows.token_S[bad.slot] = 11
+    while decoder.running:
+        decoder.step()
+    assert bad.finish_reason == "diverged"
+    assert [first.ids, last.ids] == expected
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
+def test_a_token_is_routed_as_in_training(options: dict[str, Any]) -> None:
+    config = tiny_config(**options)
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1.0, 30.0, 300.0):
+        logits_TE = scale * torch.randn(200, config.n_routed_experts, generator=generator)
+        bias_E = 0.1 * torch.randn(config.n_routed_experts, generator=generator)
+        expected = routing_of(config, logits_TE.double(), bias_E.double())
+        for token, logits_E in enumerate(logits_TE.numpy()):
+            with np.errstate(over="ignore"):
+                experts_K, weights_K = routed(config, logits_E, bias_E.numpy())
+            if scale == 1.0:  # beyond it scores of 0 and 1 are equal in float32
+                assert experts_K.tolist() == expected.experts_TK[token].tolist()
+            weights_E = expected.scores_TE[token, experts_K]
+            if config.norm_topk_prob:
+                weights_E = weights_E / weights_E.sum().clamp_min(1e-20)
+            np.testing.assert_allclose(weights_K, weights_E * config.routed_scaling_factor, rtol=1e-4, atol=1e-20)
+            assert weights_K.dtype == np.float32
 
 
 @pytest.mark.skipif(not has_float16_products(), reason="no FBGEMM here")

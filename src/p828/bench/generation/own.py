@@ -108,6 +108,8 @@ class OwnGenerator:
             # An end token that no row of the head stands for is never made.
             self._decoder = Decoder(self.model, vocabulary, vocabulary, self.torch_dtype, slots, length)
             self._slots, self._length = slots, length
+            if self.device.type == "cpu":  # on a GPU each number of sequences would be captured
+                self._decoder.prepare()
         return self._decoder
 
     def _settle(self) -> None:

@@ -93,6 +93,7 @@ class CpuLayer:
         self.k_norm = None if weights.k_norm_D is None else Norm(weights.k_norm_D, eps)
         self.sinks_GM1 = None if weights.sinks_N is None else weights.sinks_N.view(cache.groups, -1, 1)
         self.router, self.bias_E = matrix_of(weights.router_EH), weights.bias_E
+        self.numpy_bias_E = weights.bias_E.numpy()
         gate_up, down = [weights.gate_up_EPH], [weights.down_EHI]
         if weights.shared_gate_up_SPH is not None and weights.shared_down_SHI is not None:
             gate_up.append(weights.shared_gate_up_SPH)

@@ -11,14 +11,18 @@ from torch import Tensor
 from p828.config import ModelConfig
 from p828.inference.decode.cache import SlotCache
 from p828.inference.decode.cpu_layers import CpuLayer, LayerCache, Places
-from p828.inference.decode.cpu_token import TokenStep
+from p828.inference.decode.cpu_token import TokenStep, product
 from p828.inference.decode.rows import Rows, drawing_of
 from p828.inference.decode.sequence import DecodedSequence
-from p828.inference.decode.steps import Flight, PlainSteps
+from p828.inference.decode.steps import Flight, PlainSteps, wants_probabilities
 from p828.inference.decode.weights import decode_weights
+from p828.inference.sampling import likeliest_tokens
 from p828.kernels.decode.cpu import Matrix, Norm, matrix_of
+from p828.kernels.decode.largest_cpu import MOST_TOKENS
 from p828.model.rope import rotary
 from p828.model.transformer import Transformer
+
+WORTH_PACKING = 1024  # greedy steps that gain about as much time by a packed head as packing takes
 
 
 class CpuSteps(PlainSteps):
@@ -38,29 +42,52 @@ class CpuSteps(PlainSteps):
         cos_C1X, sin_C1X = (angle.squeeze(0) for angle in angles)
         self.cos_C1D = torch.cat((cos_C1X, cos_C1X), dim=-1)
         self.sin_C1D = torch.cat((-sin_C1X, sin_C1X), dim=-1)
-        self.of_one = TokenStep(self.layers, self.norm, self.head, self.config, self.cos_C1D, self.sin_C1D)
+        self.of_one = TokenStep(self.layers, self.norm, self.config, self.cos_C1D, self.sin_C1D)
+        self._greedy_steps = 0
 
     def prepare(self) -> None:
-        """Pack the head, which a few sequences need in parts."""
+        """Pack the head, of which a few sequences need parts."""
         if isinstance(self.head, Matrix):
-            _ = self.head.in_parts
+            _ = self.head.largest_row
 
     @torch.inference_mode()
     def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:
         slots = [sequence.slot for sequence in sequences]
-        slots_T, positions = torch.tensor(slots), [length - 1 for length in lengths]
-        x_TH = self.embedding_VH[self.rows.token_S[slots_T]].float()
-        if len(slots) == 1:
-            logits_TV, experts_LTK = self.of_one.logits(x_TH, slots[0], positions[0])
-        else:
-            places = self._places(slots, positions)
-            experts_LTK = [layer.add_(x_TH, places) for layer in self.layers]
-            logits_TV = self.head(self.norm(x_TH))
-        token_T = self.rows.choose(logits_TV, slots_T, drawing_of(sequences))
+        hidden_TH, experts_LTK = self._hidden(slots, [length - 1 for length in lengths])
         wants_experts = any(sequence.wants.experts for sequence in sequences)
-        return self.flight(sequences, token_T, logits_TV, torch.stack(experts_LTK) if wants_experts else None)
+        experts = torch.stack(experts_LTK) if wants_experts else None
+        drawing = drawing_of(sequences)
+        if drawing.draws or wants_probabilities(sequences):
+            logits_TV = self.logits(hidden_TH)
+            token_T = self.rows.choose(logits_TV, torch.tensor(slots), drawing)
+            return self.flight(sequences, token_T, logits_TV, experts)
+        token_T = self._likeliest(hidden_TH)
+        self.rows.add(token_T.numpy(), slots, list(lengths))
+        return self.flight(sequences, token_T, None, experts)
+
+    def _hidden(self, slots: list[int], positions: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """What the head multiplies, (T, H), and each layer's routed experts, (T, K)."""
+        newest_T = torch.from_numpy(self.rows.newest_of(slots))
+        x_TH = self.embedding_VH[newest_T].float()
+        if len(slots) == 1:
+            return self.of_one.hidden(x_TH, slots[0], positions[0])
+        places = self._places(slots, positions)
+        experts_LTK = [layer.add_(x_TH, places) for layer in self.layers]
+        return self.norm(x_TH), experts_LTK
+
+    def _likeliest(self, hidden_TH: Tensor) -> Tensor:
+        """Each row's likeliest token; −1 where a logit is no finite number."""
+        self._greedy_steps += 1
+        if isinstance(self.head, Matrix) and len(hidden_TH) <= MOST_TOKENS:
+            is_worth_it = self.head.is_packed or self._greedy_steps >= WORTH_PACKING
+            token_T = self.head.largest_row(hidden_TH) if is_worth_it and self.head.largest_row is not None else None
+            if token_T is not None:
+                return token_T
+        return likeliest_tokens(self.logits(hidden_TH))
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
+        if len(hidden_TH) == 1:
+            return torch.from_numpy(product(self.head, hidden_TH.numpy()[0]))[None]
         return self.head(hidden_TH)
 
     def _places(self, slots: list[int], positions: list[int]) -> Places:

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from p828.inference.decode.sequence import DecodedSequence
@@ -82,6 +84,15 @@ class Rows:
         self.token_S[slots_T] = token_T.clamp(min=0)
         self.position_S[slots_T] = position_T
         return token_T
+
+    def newest_of(self, slots: list[int]) -> NDArray[np.int64]:
+        """Their newest tokens. On a CPU."""
+        return self.token_S.numpy()[slots]
+
+    def add(self, token_T: NDArray[np.int64], slots: list[int], positions: list[int]) -> None:
+        """Make tokens (−1: none) their slots' newest, at these positions, as `choose` does. On a CPU."""
+        self.token_S.numpy()[slots] = np.maximum(token_T, 0)
+        self.position_S.numpy()[slots] = np.minimum(positions, self.max_length - 1)
 
 
 def drawing_of(sequences: Sequence[DecodedSequence]) -> Drawing:

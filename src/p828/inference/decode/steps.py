@@ -40,6 +40,10 @@ def probabilities(logits_TV: Tensor, token_T: Tensor) -> Probabilities:
     return Probabilities(value_T, likeliest.indices, likeliest.values)
 
 
+def wants_probabilities(sequences: Sequence[DecodedSequence]) -> bool:
+    return any(sequence.wants.probability or sequence.wants.likeliest for sequence in sequences)
+
+
 class Flight(NamedTuple):
     """A step on its way: a token of each sequence, and what some of them want beside it."""
 
@@ -153,11 +157,18 @@ class PlainSteps:
         return self.model.logits(hidden_TH)[:, : self.vocab_size]
 
     def flight(
-        self, sequences: Sequence[DecodedSequence], token_T: Tensor, logits_TV: Tensor, experts_LTK: Tensor | None
+        self,
+        sequences: Sequence[DecodedSequence],
+        token_T: Tensor,
+        logits_TV: Tensor | None,
+        experts_LTK: Tensor | None,
     ) -> Flight:
-        wants = [sequence.wants for sequence in sequences]
-        found = probabilities(logits_TV, token_T) if any(want.probability or want.likeliest for want in wants) else None
-        if not any(want.experts for want in wants):
+        """Logits may be left out where no sequence wants probabilities."""
+        found = None
+        if wants_probabilities(sequences):
+            assert logits_TV is not None
+            found = probabilities(logits_TV, token_T)
+        if not any(sequence.wants.experts for sequence in sequences):
             experts_LTK = None
         return Flight(sequences, *on_host(token_T, found, experts_LTK))
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p828.kernels.decode.float16_cpu import Float16Matrix, float16_matrix
+from p828.kernels.decode.largest_cpu import LargestRow
 
 IS_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # where oneDNN reads a matrix at half of memory's speed
 PIECES = 4  # of a matrix: MKL reads one for a single token in one thread, and several in one each
@@ -44,6 +45,15 @@ class Matrix:
     def in_parts(self) -> Float16Matrix | None:
         """For a few tokens; None where one product in float32 is better, or the only one."""
         return float16_matrix(self.weight_VH, 2) if self.goes_in_parts else None
+
+    @property
+    def is_packed(self) -> bool:
+        return "in_parts" in self.__dict__
+
+    @cached_property
+    def largest_row(self) -> LargestRow | None:
+        """For steps that ask for no more of the products; None where these are as fast."""
+        return None if self.in_parts is None else LargestRow(self.weight_VH, self.in_parts)
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         """x weightᵀ: (T, V)."""

@@ -34,6 +34,10 @@ class Float16Matrix:
     def parts(self) -> int:
         return max(map(len, self.blocks))
 
+    def first_part(self) -> "Float16Matrix":
+        """What the first part alone holds, in the same memory."""
+        return Float16Matrix([block[:1] for block in self.blocks], 1 / self.inverse)
+
     def __call__(self, x_TH: Tensor) -> Tensor:
         """x weightᵀ: (T, V)."""
         scaled_TH = x_TH * self.inverse
@@ -61,6 +65,15 @@ def float16_matrix(weight_VH: Tensor, most: int) -> Float16Matrix | None:
             return None
         blocks.append([torch.ops.quantized.linear_prepack_fp16(part, None) for part in parts])
     return Float16Matrix(blocks, scale)
+
+
+def lost_by_first_part(weight_VH: Tensor, parts: Float16Matrix) -> float:
+    """The largest norm of what the first part loses of a row of the weight that `parts` were made of."""
+    lost = 0.0
+    for block_XH in weight_VH.split(BLOCK):
+        first_XH = (block_XH.float() / parts.inverse).half().float() * parts.inverse
+        lost = max(lost, torch.linalg.vector_norm(block_XH - first_XH, dim=1).max().item())
+    return lost
 
 
 def _scale(weight_VH: Tensor) -> float:

@@ -1,0 +1,46 @@
+"""The largest of a head's logits on a CPU, found by half of the head's bytes.
+
+A head's first part in float16 gives each logit w·x to within ‖w − first‖ ‖x‖ (Cauchy and Schwarz) and the roundings of
+float32 sums. So only a few rows can have the largest one, most often a single row, and float32 decides among these.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from p828.kernels.decode.float16_cpu import EPSILON, Float16Matrix, lost_by_first_part
+
+MOST_TOKENS = 16  # up to which it is faster than one product in float32
+
+
+class LargestRow:
+    """Which row of a float32 weight (V, H) has the largest product with each token."""
+
+    def __init__(self, weight_VH: Tensor, parts: Float16Matrix) -> None:
+        """`parts` hold the weight."""
+        self.weight_VH, self.first = weight_VH, parts.first_part()
+        # A float32 sum of H products errs by H half epsilons of the sum of their magnitudes.
+        rounding = weight_VH.shape[1] * EPSILON / 2 * _longest(weight_VH)
+        self.error = lost_by_first_part(weight_VH, parts) + rounding
+        """At most that of a logit, over the norm of x."""
+
+    def __call__(self, x_TH: Tensor) -> Tensor | None:
+        """int64 (T,), of equal products the first row's; None if some product may be no finite number."""
+        near_TV = self.first(x_TH).numpy()
+        largest_T1 = near_TV.max(axis=1, keepdims=True)  # NaN if there is one
+        if not np.isfinite(largest_T1).all() or not np.isfinite(near_TV.min()):
+            return None
+        error_T1 = self.error * torch.linalg.vector_norm(x_TH, dim=1, keepdim=True).numpy()
+        may_be_TV = near_TV >= largest_T1 - 2 * error_T1
+        rows = (np.flatnonzero(may_be_V) for may_be_V in may_be_TV)
+        return torch.tensor([self._largest_of(row, x_H) for row, x_H in zip(rows, x_TH, strict=True)])
+
+    def _largest_of(self, rows: np.ndarray, x_H: Tensor) -> int:
+        if len(rows) == 1:
+            return int(rows[0])
+        candidates = torch.from_numpy(rows)
+        return int(rows[self.weight_VH[candidates].mv(x_H).argmax()])
+
+
+def _longest(weight_VH: Tensor) -> float:
+    return torch.linalg.vector_norm(weight_VH, dim=1).max().item()

@@ -1,0 +1,78 @@
+"""The row of the largest product, found by a first part in float16, against products in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from p828.kernels.decode import float16_cpu
+from p828.kernels.decode.float16_cpu import float16_matrix, has_float16_products
+from p828.kernels.decode.largest_cpu import LargestRow
+
+pytestmark = pytest.mark.skipif(not has_float16_products(), reason="no FBGEMM here")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def largest_row(weight_VH: Tensor) -> LargestRow:
+    parts = float16_matrix(weight_VH, 2)
+    assert parts is not None
+    return LargestRow(weight_VH, parts)
+
+
+@pytest.mark.parametrize("exponent", [0, -40, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
+def test_it_is_the_largest(tokens: int, exponent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of several blocks."""
+    monkeypatch.setattr(float16_cpu, "BLOCK", 256)
+    weight_VH, x_TH = random(1000, 64) * 2.0**exponent, random(tokens, 64, seed=1)
+    expected_T = (x_TH.double() @ weight_VH.double().T).argmax(1)
+    assert torch.equal(largest_row(weight_VH)(x_TH), expected_T)
+
+
+def test_rows_that_float16_cannot_tell_apart() -> None:
+    """All are one row, but for a factor that only the second part of a number has room for."""
+    factor_V = 1 + torch.randperm(300, generator=torch.Generator().manual_seed(2)) * 2.0**-20
+    weight_VH = random(1, 64) * factor_V[:, None]
+    largest = largest_row(weight_VH)
+    near_V = largest.first(weight_VH[:1])[0]
+    assert near_V.unique().numel() < 60, "otherwise the first part would do"
+    # Products with the row itself are positive and 2^-20 of the largest apart, and float32's sums of 64 terms may
+    # err by 32 · 2^-23 of it, 32 rows; both float32 and this choose among those.
+    x_TH = torch.cat((weight_VH[:1], -weight_VH[:1]))
+    chosen, chosen_of_least = largest(x_TH).tolist()
+    assert factor_V.argsort(descending=True).tolist().index(chosen) < 32
+    assert factor_V.argsort().tolist().index(chosen_of_least) < 32
+    products_TV = torch.stack([weight_VH.mv(x_H) for x_H in x_TH])
+    assert products_TV[0, chosen] == products_TV[0].max()
+    assert products_TV[1, chosen_of_least] == products_TV[1].max()
+
+
+def test_of_equal_rows_the_first_counts() -> None:
+    weight_VH = random(40, 64)
+    weight_VH[[7, 11, 30]] = 3 * random(1, 64, seed=1)
+    assert largest_row(weight_VH)(random(1, 64, seed=1)).tolist() == [7]
+
+
+def test_no_product_is_further_off_than_it_says() -> None:
+    """Of numbers that lose as much as they can, in the direction that their loss has."""
+    fractions_VH = (torch.arange(50 * 64).view(50, 64) % 1024 + 0.499) / 1024
+    weight_VH = (1 + fractions_VH) * 2.0 ** (torch.arange(50)[:, None] % 9)
+    largest = largest_row(weight_VH)
+    first_VH = largest.first(torch.eye(64)).T
+    distances = []
+    for x_TH in ((weight_VH - first_VH).contiguous(), random(50, 64)):
+        x_TH = x_TH / x_TH.norm(dim=1, keepdim=True)
+        distances.append((largest.first(x_TH).double() - x_TH.double() @ weight_VH.double().T).abs().max().item())
+    assert distances[1] < 0.95 * largest.error < distances[0] < largest.error
+    lost_V = (weight_VH - first_VH).double().norm(dim=1)
+    assert largest.error == pytest.approx(lost_V.max().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e38])
+def test_what_is_not_finite_is_left_to_others(number: float) -> None:
+    """A token that is not, and one whose products are not."""
+    x_TH = random(3, 64)
+    x_TH[1, 5] = number
+    assert largest_row(10 * random(100, 64))(x_TH) is None
