@@ -11,7 +11,7 @@ from test_model_cuda import DEEP, SMALL
 
 from p828.inference.decode import captured_steps
 from p828.inference.decode.decoder import Decoder
-from p828.inference.decode.sequence import DecodedSequence, TokenProbability, Wants
+from p828.inference.decode.sequence import KEPT, DecodedSequence, TokenProbability, Wants
 from p828.inference.sampling import SamplingConfig
 from p828.model.transformer import Transformer
 from tiny import tiny_model
@@ -74,6 +74,31 @@ def test_probabilities_are_those_of_the_training_forward(
         for place, (token, probability) in enumerate(zip(sequence.ids[1:], told, strict=True)):
             assert probability is not None
             assert probability.value == pytest.approx(logs_SV[place, token].item(), abs=2 * DEEP * scale)
+
+
+@pytest.mark.parametrize("piece", [2048, 16])
+def test_a_context_that_slides(cuda: torch.device, piece: int) -> None:
+    """Each token's probability is that of a forward pass over what is left of its context."""
+    model = model_on(cuda)
+    decoder = Decoder(model, VOCABULARY, EOS, torch.bfloat16, 3, prefill_tokens=piece)
+    config = SamplingConfig(temperature=1.0, max_new_tokens=220, slide=True)
+    never = VOCABULARY  # ends no text
+    decoder._eos_id = never
+    for sequence, ours in run(decoder, [[5, 9, 2, 40, 7], [31] * 40, list(range(60))], config, Wants(probability=True)):
+        assert (sequence.finish_reason, len(ours)) == ("length", 220)
+        dropped = 0
+        for place in range(sequence.prompt_length, len(sequence.ids)):
+            if place - dropped == 96:
+                dropped = place - 96 // 2 - KEPT
+            if place % 5 == 0 or place - dropped < 56:
+                ids = sequence.ids[:KEPT] + sequence.ids[KEPT + dropped : place]
+                with torch.no_grad():
+                    hidden_1SH = model(torch.tensor([ids], device=cuda), dtype=torch.bfloat16).hidden_BSH
+                    logits_V = model.logits(hidden_1SH[:, -1])[0, :VOCABULARY]
+                value, scale = logits_V.log_softmax(-1)[sequence.ids[place]].item(), logits_V.abs().max().item()
+                told = ours[place - sequence.prompt_length]
+                assert told.value == pytest.approx(value, abs=2 * DEEP * scale)
+        assert dropped > 96
 
 
 @pytest.mark.parametrize("config", [SamplingConfig(max_new_tokens=NEW), SamplingConfig(top_p=0.9, max_new_tokens=NEW)])

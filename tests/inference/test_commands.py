@@ -91,6 +91,16 @@ def test_a_full_context_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -
     assert "the model's context of 64 tokens is full" in capsys.readouterr().err
 
 
+def test_a_text_slides_on_in_a_full_context(run: Path, tmp_path: Path) -> None:
+    flags = ("--prompt", "0" * 63, "--max-new-tokens", "30", "--output")
+    assert generate(run, *flags, str(tmp_path / "ends")) == 0
+    assert generate(run, *flags, str(tmp_path / "slides"), "--slide") == 0
+    ends, slides = (json.loads((tmp_path / name).read_text()) for name in ("ends", "slides"))
+    assert (ends["finish_reason"], ends["tokens"]) == ("context", 1)
+    assert slides["finish_reason"] in ("end", "length")
+    assert slides["tokens"] > 1
+
+
 @pytest.mark.parametrize(
     "arguments, expected",
     [

@@ -131,6 +131,7 @@ def test_experts_of_one_prompt_and_of_several(run: Path, capsys: pytest.CaptureF
         (["--output", "x.jsonl", "--interactive"], "--output x.jsonl: accepted with --prompt or --prompts"),
         (["--prompt", "a", "--output", "/proc/none/x"], "--output /proc/none/x: cannot be written"),
         (["--prompt", "a", "--system", "b"], "--system b: accepted with --chat, or with messages in --prompts"),
+        (["--prompt", "a", "--slide", "--experts"], "--slide: accepted without --experts"),
         (["--prompts", "m.jsonl"], "--prompts m.jsonl (messages): "),
         (["--prompts", "m.jsonl", "--prompt", "a"], "m.jsonl, line 1 has messages, where a --prompt has prompt"),
         (["--prompts", "long.txt"], "long.txt, line 2: the prompt has "),

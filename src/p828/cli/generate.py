@@ -97,6 +97,8 @@ def _check(given: Arguments, prompts: Sequence[GivenPrompt], asks_messages: bool
         raise ConfigError("nothing to continue: give --prompt TEXT, --prompts FILE or --interactive")
     if given.system and not (given.chat or asks_messages):
         raise ConfigError(f"--system {shown_word(given.system)}: accepted with --chat, or with messages in --prompts")
+    if given.slide and given.experts:
+        raise ConfigError("--slide: accepted without --experts, since tokens that are read again have new experts")
     if given.output and not prompts:
         raise ConfigError(f"--output {shown_word(given.output)}: accepted with --prompt or --prompts")
     check_path("CHECKPOINT", given.checkpoint)

@@ -41,6 +41,8 @@ class SamplingConfig:
     """Text that ends the continuation, and is cut off; repeat for more than one."""
     seed: int = 0
     """The same seed and prompt give the same text."""
+    slide: bool = False
+    """Where the context is full, go on with its first tokens and its newer half; without it the text ends there."""
 
     def __post_init__(self) -> None:
         words = "a finite number of at least 0"
@@ -56,6 +58,7 @@ class SamplingConfig:
         for text in self.stop:
             _check("stop", text, isinstance(text, str) and text != "", "text that is not empty")
         _check("seed", self.seed, _is_whole(self.seed, *SEEDS), f"a whole number from {SEEDS[0]} to {SEEDS[1]}")
+        _check("slide", self.slide, isinstance(self.slide, bool), "true or false")
 
     @property
     def greedy(self) -> bool:

@@ -61,4 +61,4 @@ class Asking:
     def note(self, completion: Completion) -> None:
         """Say where the context ended a text."""
         if completion.finish_reason == "context":
-            warn(f"ended there: the model's context of {self.context} tokens is full")
+            warn(f"ended there: the model's context of {self.context} tokens is full (--slide goes on)")

@@ -79,9 +79,9 @@ class CapturedSteps(PlainSteps):
     def read(self, sequences: Sequence[DecodedSequence], begin: int, end: int) -> Flight | None:
         first = sequences[0]
         hidden_SH, logits_1V = self._read_first(first, end) if begin == 0 else self._read_later(first, begin, end)
-        if first.wants.prompt:
+        if first.wants.prompt and not first.dropped:
             self._note_probabilities(first, hidden_SH, begin, end)
-        return self.first_tokens(sequences, logits_1V) if end == first.prompt_length else None
+        return self.first_tokens(sequences, logits_1V) if end == first.read_length else None
 
     @torch.no_grad()
     def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:
@@ -134,14 +134,14 @@ class CapturedSteps(PlainSteps):
     def _read_first(self, sequence: DecodedSequence, end: int) -> tuple[Tensor, Tensor]:
         """A prompt's first piece: hidden states, and logits after its last token."""
         piece = self._piece(min(max(_power_of_two(end), SMALLEST_PIECE), self.longest_piece))
-        piece.tokens_1S[0, :end].copy_(self._on_device(sequence.ids[:end]))
+        piece.tokens_1S[0, :end].copy_(self._on_device(sequence.context[:end]))
         piece.slot_1.copy_(self._on_device([sequence.slot]))
         piece.last_1.copy_(self._on_device([end - 1]))
         piece.graph.replay()
         return piece.hidden_SH[:end], piece.logits_1V
 
     def _read_later(self, sequence: DecodedSequence, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        tokens_1S = self._on_device(sequence.ids[begin:end])[None]
+        tokens_1S = self._on_device(sequence.context[begin:end])[None]
         positions_1S = torch.arange(begin, end, device=self.device)[None]
         attended = FlashAttention(self.cache, self._on_device([sequence.slot]), positions_1S, begin, sequence.slot)
         hidden_SH = cached_hidden(self.model, tokens_1S, positions_1S, attended, self.dtype)[0][0]

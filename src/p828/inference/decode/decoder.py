@@ -15,7 +15,15 @@ from p828.inference.decode.cache import SlotCache
 from p828.inference.decode.captured_steps import CapturedSteps
 from p828.inference.decode.cpu_steps import CpuSteps
 from p828.inference.decode.rows import Rows
-from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, FinishReason, NewToken, Wants, sequence_of
+from p828.inference.decode.sequence import (
+    KEPT,
+    NOTHING_MORE,
+    DecodedSequence,
+    FinishReason,
+    NewToken,
+    Wants,
+    sequence_of,
+)
 from p828.inference.decode.steps import Flight, PlainSteps
 from p828.inference.sampling import SamplingConfig
 from p828.model.backend import decode_dtype, has_decode_kernels
@@ -70,9 +78,9 @@ class Decoder:
             steps = CpuSteps if is_float32_on_cpu else PlainSteps
             self._steps = steps(model, self._cache, self._rows, vocab_size, dtype)
         self._unread: deque[DecodedSequence] = deque()
-        """Sequences whose prompt is still to be read, the first of them maybe in part."""
+        """Sequences whose prompt, or context that slid, is still to be read, the first of them maybe in part."""
         self._read_tokens = 0
-        """Of the first one's prompt."""
+        """Of the first one's."""
         self._decoding: list[DecodedSequence] = []
         self._flights: deque[Flight] = deque()
         """Steps that were started, the oldest first."""
@@ -150,11 +158,12 @@ class Decoder:
             assert all(sequence.finish_reason is not None for sequence in flight.sequences), "a step is on its way"
 
     def _read_piece(self) -> None:
-        """Of the first unread prompt, once for all sequences that have it."""
+        """Of the first unread one, a prompt once for all sequences that have it."""
         first = self._unread[0]
-        alike = [one for one in self._unread if one.ids == first.ids and one.wants == first.wants]
+        alike = [one for one in self._unread if one.ids == first.ids and one.wants == first.wants and not one.dropped]
+        alike = alike if not first.dropped else [first]
         begin = self._read_tokens
-        end = min(begin + self._prefill_tokens, first.prompt_length)
+        end = min(begin + self._prefill_tokens, first.read_length)
         flight = self._steps.read(alike, begin, end)
         self._read_tokens = end
         if flight is not None:
@@ -171,12 +180,12 @@ class Decoder:
 
     def _is_complete(self, sequence: DecodedSequence) -> bool:
         """Whether its last token, by count, is on the way."""
-        most = min(sequence.prompt_length + sequence.config.max_new_tokens, self.max_length)
+        most = min(sequence.prompt_length + sequence.config.max_new_tokens - sequence.dropped, self.max_length)
         return self._tokens(sequence) >= most
 
     def _tokens(self, sequence: DecodedSequence) -> int:
-        """Those that are known, and those on the way."""
-        return len(sequence.ids) + self._on_their_way[sequence]
+        """Those of the context that are known, and those on the way."""
+        return sequence.context_length + self._on_their_way[sequence]
 
     def _arrive(self, flight: Flight) -> list[NewToken]:
         found = []
@@ -199,7 +208,19 @@ class Decoder:
         sequence.ids.append(token)
         if len(sequence.ids) == sequence.prompt_length + sequence.config.max_new_tokens:
             return "length"
-        return "context" if len(sequence.ids) == self.max_length else None
+        if sequence.context_length < self.max_length:
+            return None
+        if not sequence.config.slide or self.max_length <= KEPT + 1:
+            return "context"
+        self._slide(sequence)
+        return None
+
+    def _slide(self, sequence: DecodedSequence) -> None:
+        """Make room, and have what stays read again: at other positions, and without what is dropped, keys differ."""
+        sequence.slide()
+        self._rows.draw(sequence)
+        self._decoding.remove(sequence)
+        self._unread.append(sequence)
 
     def _leave(self, sequence: DecodedSequence) -> None:
         if sequence in self._unread:

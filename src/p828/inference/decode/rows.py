@@ -45,15 +45,21 @@ class Rows:
         slot, config = sequence.slot, sequence.config
         for ours, theirs in zip(self.settings_S, row_settings([config], torch.device("cpu")), strict=True):
             ours[slot] = on_device(theirs, self.device)[0]
-        if not config.greedy:
-            end = min(self.max_length, sequence.prompt_length + config.max_new_tokens)
-            self.uniform_SC[slot, :end] = on_device(uniform_numbers(sequence.seed, end), self.device)
+        self.draw(sequence)
         if config.repetition_penalty != 1:
             seen_SV = self.made_seen()
             seen_SV[slot] = False
             seen_SV[slot].index_fill_(
                 0, on_device(torch.tensor(sorted(set(prompt)), dtype=torch.int64), self.device), True
             )
+
+    def draw(self, sequence: DecodedSequence) -> None:
+        """The numbers that a sequence's tokens are drawn by, of which those that it dropped had the first ones."""
+        config, dropped = sequence.config, sequence.dropped
+        if not config.greedy:
+            end = min(self.max_length, sequence.prompt_length + config.max_new_tokens - dropped)
+            numbers = uniform_numbers(sequence.seed, dropped + end)[dropped:]
+            self.uniform_SC[sequence.slot, :end] = on_device(numbers, self.device)
 
     def made_seen(self) -> Tensor:
         """`seen_SV`, made if it is not there yet."""

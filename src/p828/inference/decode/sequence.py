@@ -23,6 +23,8 @@ class Wants(NamedTuple):
     """Which experts the step that made the token went through."""
 
 
+KEPT = 4
+"""First tokens that stay when a context slides: models attend to them for want of others (arXiv 2309.17453)."""
 NOTHING_MORE = Wants()
 MOST_LIKELIEST = 20
 
@@ -62,9 +64,27 @@ class DecodedSequence:
     end_ids: frozenset[int]
     wants: Wants
     slot: int
+    read_length: int
+    """How many tokens of its context are read together, before single steps continue them: at first the prompt's."""
+    dropped: int = 0
+    """Tokens behind the first `KEPT` that the context has no more, since it slid."""
     finish_reason: FinishReason | None = None
     prompt_probabilities: list[TokenProbability | None] = field(default_factory=list)
     """Of the prompt's tokens, if wanted, complete when the first token comes; None for the first of them."""
+
+    @property
+    def context(self) -> list[int]:
+        """The tokens that the next one follows, by their positions."""
+        return self.ids[:KEPT] + self.ids[KEPT + self.dropped :] if self.dropped else self.ids
+
+    @property
+    def context_length(self) -> int:
+        return len(self.ids) - self.dropped
+
+    def slide(self) -> None:
+        """Keep the context's first tokens and its newer half, to be read again."""
+        self.dropped += max(self.context_length // 2 - KEPT, 1)
+        self.read_length = self.context_length
 
     @property
     def continuation(self) -> list[int]:
@@ -82,4 +102,4 @@ def sequence_of(
 ) -> DecodedSequence:
     """An empty prompt is a document's beginning, which follows another document's end."""
     ids = list(prompt) or [eos_id]
-    return DecodedSequence(ids, len(ids), config, seed, frozenset((eos_id, *end_ids)), wants, slot)
+    return DecodedSequence(ids, len(ids), config, seed, frozenset((eos_id, *end_ids)), wants, slot, len(ids))

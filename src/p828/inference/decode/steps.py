@@ -108,25 +108,25 @@ class PlainSteps:
 
     @torch.no_grad()
     def read(self, sequences: Sequence[DecodedSequence], begin: int, end: int) -> Flight | None:
-        """Read tokens `begin` to `end` of a prompt that all of them have, in the first one's slot.
+        """Read tokens `begin` to `end` of a context that all of them have, in the first one's slot.
 
-        If these are the last, the others get a copy, and each its first token.
+        If these are the last, the others get a copy, and each its next token.
         """
         first = sequences[0]
         hidden_SH = self.hidden_of_piece(first, begin, end)
-        if first.wants.prompt:
+        if first.wants.prompt and not first.dropped:
             self._note_probabilities(first, hidden_SH, begin, end)
-        return self.first_tokens(sequences, self.logits(hidden_SH[-1:])) if end == first.prompt_length else None
+        return self.first_tokens(sequences, self.logits(hidden_SH[-1:])) if end == first.read_length else None
 
     def first_tokens(self, sequences: Sequence[DecodedSequence], logits_1V: Tensor) -> Flight:
-        """The first token of each after their prompt, which is read in the first one's slot."""
+        """The next token of each after what they have in common, which is read in the first one's slot."""
         first, *others = sequences
         slots_T = on_device(torch.tensor([sequence.slot for sequence in sequences]), self.device)
         if others:
-            self.cache.copy(first.slot, slots_T[1:], first.prompt_length)
+            self.cache.copy(first.slot, slots_T[1:], first.read_length)
         for other in others:
             other.prompt_probabilities = first.prompt_probabilities
-        self.rows.place(slots_T, on_device(torch.tensor([first.prompt_length - 1]), self.device))
+        self.rows.place(slots_T, on_device(torch.tensor([first.read_length - 1]), self.device))
         logits_TV = logits_1V.expand(len(sequences), -1)
         return self.flight(sequences, self.rows.choose(logits_TV, slots_T, drawing_of(sequences)), logits_TV, None)
 
@@ -147,7 +147,7 @@ class PlainSteps:
 
     def hidden_of_piece(self, sequence: DecodedSequence, begin: int, end: int) -> Tensor:
         """(end − begin, H), and the piece's keys and values in the cache."""
-        tokens_1S = torch.tensor([sequence.ids[begin:end]], device=self.device)
+        tokens_1S = torch.tensor([sequence.context[begin:end]], device=self.device)
         positions_1S = torch.arange(begin, end, device=self.device)[None]
         attended = CachedAttention(self.cache, self.backend, self.device, [sequence.slot], positions_1S, end)
         return cached_hidden(self.model, tokens_1S, positions_1S, attended, self.dtype)[0][0]
