@@ -16,9 +16,8 @@ from p828.inference.decode.steps import PlainSteps
 from p828.inference.load import store_in
 from p828.inference.sampling import SamplingConfig
 from p828.kernels.decode import cpu
-from p828.kernels.decode.cpu import FEW, HUGE, LARGE, MEDIUM, PIECES, Matrix
+from p828.kernels.decode.cpu import FEW, HUGE, LARGE, MEDIUM, MOST_COMPARED, PIECES, Matrix
 from p828.kernels.decode.float16_cpu import Float16Matrix, has_float16_products
-from p828.kernels.decode.largest_cpu import MOST_TOKENS
 from p828.model.router import routing_of
 from p828.model.transformer import Transformer
 from tiny import tiny_config, tiny_model
@@ -142,15 +141,15 @@ def test_products_of_small_and_large_matrices(tokens: int, rows: int) -> None:
     torch.testing.assert_close(out_TV.double(), sums, rtol=0, atol=1e-4)
 
 
-@pytest.fixture
-def huge_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[False, True], ids=["first part", "both parts"])
+def huge_heads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "HUGE", 0)
-    monkeypatch.setattr(cpu, "IS_AVX2", True)
+    monkeypatch.setattr(cpu, "IS_AVX2", request.param)
 
 
 @pytest.mark.skipif(not has_float16_products(), reason="no FBGEMM here")
 @pytest.mark.parametrize("is_prepared", [False, True])
-@pytest.mark.parametrize("sequences", [1, 3, MOST_TOKENS, MOST_TOKENS + 1])
+@pytest.mark.parametrize("sequences", [1, 3, MOST_COMPARED, MOST_COMPARED + 1])
 @pytest.mark.usefixtures("huge_heads")
 def test_greedy_tokens_from_a_packed_head(sequences: int, is_prepared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Are those of whole logits. A head is packed beforehand, or once it is worth it.
@@ -165,7 +164,7 @@ def test_greedy_tokens_from_a_packed_head(sequences: int, is_prepared: bool, mon
     assert isinstance(head, Matrix)
     prompts = [[3 * number + 1, 5] for number in range(sequences)]
     expected = [sequence.ids for sequence in decoded(decoder, prompts)]
-    vars(head).pop("in_parts", None)  # two to six sequences need it for their logits
+    vars(head).pop("in_parts", None)  # two to six sequences may need it for their logits
     if is_prepared:
         decoder.prepare()
     assert head.is_packed == is_prepared

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from p828.kernels.decode import float16_cpu
-from p828.kernels.decode.float16_cpu import float16_matrix, has_float16_products
+from p828.kernels.decode.cpu import HUGE, Matrix
+from p828.kernels.decode.float16_cpu import has_float16_products, only_first_part
 from p828.kernels.decode.largest_cpu import LargestRow
 
 pytestmark = pytest.mark.skipif(not has_float16_products(), reason="no FBGEMM here")
@@ -16,9 +17,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def largest_row(weight_VH: Tensor) -> LargestRow:
-    parts = float16_matrix(weight_VH, 2)
-    assert parts is not None
-    return LargestRow(weight_VH, parts)
+    return LargestRow(weight_VH, only_first_part(weight_VH))
 
 
 @pytest.mark.parametrize("exponent", [0, -40, 40])
@@ -76,3 +75,27 @@ def test_what_is_not_finite_is_left_to_others(number: float) -> None:
     x_TH = random(3, 64)
     x_TH[1, 5] = number
     assert largest_row(10 * random(100, 64))(x_TH) is None
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite(number: float) -> None:
+    weight_VH = random(100, 64)
+    weight_VH[60, 3] = number
+    assert largest_row(weight_VH)(random(2, 64, seed=1)) is None
+
+
+def test_it_is_for_heads_and_takes_the_parts_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_VH, x_TH = random(HUGE // 64, 64), random(3, 64, seed=1)
+    for has_parts in (False, True):
+        monkeypatch.setattr("p828.kernels.decode.cpu.IS_AVX2", has_parts)
+        head = Matrix(weight_VH, is_head=True)
+        assert not head.is_packed
+        largest = head.largest_row
+        assert largest is not None
+        assert head.is_packed
+        assert torch.equal(largest(x_TH), (x_TH @ weight_VH.T).argmax(1))
+        assert (head.in_parts is not None) == has_parts
+        if head.in_parts is not None:
+            assert largest.first.blocks[0][0] is head.in_parts.blocks[0][0]
+    assert Matrix(weight_VH).largest_row is None
+    assert Matrix(weight_VH[:-1], is_head=True).largest_row is None

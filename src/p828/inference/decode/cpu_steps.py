@@ -17,8 +17,7 @@ from p828.inference.decode.sequence import DecodedSequence
 from p828.inference.decode.steps import Flight, PlainSteps, wants_probabilities
 from p828.inference.decode.weights import decode_weights
 from p828.inference.sampling import likeliest_tokens
-from p828.kernels.decode.cpu import Matrix, Norm, matrix_of
-from p828.kernels.decode.largest_cpu import MOST_TOKENS
+from p828.kernels.decode.cpu import MOST_COMPARED, Matrix, Norm, matrix_of
 from p828.model.rope import rotary
 from p828.model.transformer import Transformer
 
@@ -78,7 +77,7 @@ class CpuSteps(PlainSteps):
     def _likeliest(self, hidden_TH: Tensor) -> Tensor:
         """Each row's likeliest token; −1 where a logit is no finite number."""
         self._greedy_steps += 1
-        if isinstance(self.head, Matrix) and len(hidden_TH) <= MOST_TOKENS:
+        if isinstance(self.head, Matrix) and len(hidden_TH) <= MOST_COMPARED:
             is_worth_it = self.head.is_packed or self._greedy_steps >= WORTH_PACKING
             token_T = self.head.largest_row(hidden_TH) if is_worth_it and self.head.largest_row is not None else None
             if token_T is not None:

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p828.kernels.decode.float16_cpu import Float16Matrix, float16_matrix
+from p828.kernels.decode.float16_cpu import Float16Matrix, float16_matrix, has_float16_products, only_first_part
 from p828.kernels.decode.largest_cpu import LargestRow
 
 IS_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # where oneDNN reads a matrix at half of memory's speed
 PIECES = 4  # of a matrix: MKL reads one for a single token in one thread, and several in one each
 FEW = 4  # tokens up to which a matrix is better on the left, and from which on it is better in oneDNN's order
 FEW_IN_PARTS = 6  # tokens up to which two products in float16 are better than one in float32
+MOST_COMPARED = 16 if IS_AVX2 else 8  # tokens up to which the largest products are better found in float16
 MEDIUM = 2**16  # numbers of a matrix from which it is, and below which it is better on the right
 LARGE = 2**18  # and from which it is better in pieces, for one token, or in float16 if that holds it
 HUGE = 2**22  # and from which it is better in oneDNN's order for any number of tokens, but with AVX2
@@ -38,7 +39,7 @@ class Matrix:
         whole = len(weight_VH) // PIECES * PIECES
         self.pieces_PXH = weight_VH[:whole].view(PIECES, -1, weight_VH.shape[1])
         self.rest_HX = self.weight_HV[:, whole:]
-        self.goes_in_parts = is_head and self.is_huge and IS_AVX2
+        self.is_head, self.goes_in_parts = is_head, is_head and self.is_huge and IS_AVX2
         self._reordered: Tensor | None = None
 
     @cached_property
@@ -48,12 +49,16 @@ class Matrix:
 
     @property
     def is_packed(self) -> bool:
-        return "in_parts" in self.__dict__
+        """Whether what `largest_row` packs is there."""
+        return "largest_row" in vars(self) or (self.goes_in_parts and "in_parts" in vars(self))
 
     @cached_property
     def largest_row(self) -> LargestRow | None:
-        """For steps that ask for no more of the products; None where these are as fast."""
-        return None if self.in_parts is None else LargestRow(self.weight_VH, self.in_parts)
+        """For steps of up to MOST_COMPARED tokens that ask for no more of the products; None where it gains nothing."""
+        if not (self.is_head and self.is_huge and has_float16_products()):
+            return None
+        first = only_first_part(self.weight_VH) if self.in_parts is None else self.in_parts.first_part()
+        return LargestRow(self.weight_VH, first)
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         """x weightᵀ: (T, V)."""

@@ -67,12 +67,28 @@ def float16_matrix(weight_VH: Tensor, most: int) -> Float16Matrix | None:
     return Float16Matrix(blocks, scale)
 
 
+def only_first_part(weight_VH: Tensor) -> Float16Matrix:
+    """The first part of a weight that it may not hold."""
+    scale = _scale(weight_VH)
+    return Float16Matrix(
+        [
+            [torch.ops.quantized.linear_prepack_fp16((block_XH * scale).half().float(), None)]
+            for block_XH in weight_VH.split(BLOCK)
+        ],
+        scale,
+    )
+
+
 def lost_by_first_part(weight_VH: Tensor, parts: Float16Matrix) -> float:
-    """The largest norm of what the first part loses of a row of the weight that `parts` were made of."""
+    """The largest norm of what the first part loses of a row of the weight that `parts` were made of.
+
+    No finite number if the weight has one that is none.
+    """
     lost = 0.0
     for block_XH in weight_VH.split(BLOCK):
         first_XH = (block_XH.float() / parts.inverse).half().float() * parts.inverse
-        lost = max(lost, torch.linalg.vector_norm(block_XH - first_XH, dim=1).max().item())
+        lost_V = torch.linalg.vector_norm(block_XH - first_XH, dim=1)
+        lost = max(lost_V.max().item(), lost)  # in this order NaN stays
     return lost
 
 

@@ -4,28 +4,30 @@ A head's first part in float16 gives each logit w·x to within ‖w − first‖
 float32 sums. So only a few rows can have the largest one, most often a single row, and float32 decides among these.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from p828.kernels.decode.float16_cpu import EPSILON, Float16Matrix, lost_by_first_part
 
-MOST_TOKENS = 16  # up to which it is faster than one product in float32
-
 
 class LargestRow:
     """Which row of a float32 weight (V, H) has the largest product with each token."""
 
-    def __init__(self, weight_VH: Tensor, parts: Float16Matrix) -> None:
-        """`parts` hold the weight."""
-        self.weight_VH, self.first = weight_VH, parts.first_part()
+    def __init__(self, weight_VH: Tensor, first: Float16Matrix) -> None:
+        """`first` is the weight's first part."""
+        self.weight_VH, self.first = weight_VH, first
         # A float32 sum of H products errs by H half epsilons of the sum of their magnitudes.
         rounding = weight_VH.shape[1] * EPSILON / 2 * _longest(weight_VH)
-        self.error = lost_by_first_part(weight_VH, parts) + rounding
-        """At most that of a logit, over the norm of x."""
+        self.error = lost_by_first_part(weight_VH, first) + rounding
+        """At most that of a logit, over the norm of x. No finite number for a weight with one that is none."""
 
     def __call__(self, x_TH: Tensor) -> Tensor | None:
         """int64 (T,), of equal products the first row's; None if some product may be no finite number."""
+        if not math.isfinite(self.error):
+            return None
         near_TV = self.first(x_TH).numpy()
         largest_T1 = near_TV.max(axis=1, keepdims=True)  # NaN if there is one
         if not np.isfinite(largest_T1).all() or not np.isfinite(near_TV.min()):
