@@ -45,6 +45,7 @@ def test_evaluate_and_generate_read_it(whole: Run, capsys: pytest.CaptureFixture
     assert texts[0] == texts[1] != "\n"
 
 
+@pytest.mark.long
 def test_a_step_that_changes_with_the_ranks_is_reported(
     config: Path, whole: Run, copied: Callable[[Path], Path]
 ) -> None:

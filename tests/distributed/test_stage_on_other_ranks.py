@@ -19,6 +19,7 @@ def go_on(config: Path, run: Path, ranks: int, steps: int, *flags: str) -> str:
     return out
 
 
+@pytest.mark.long
 def test_one_that_p828_chose_is_chosen_again(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "chosen"
     assert '2 processes: engine = "sharded", ZeRO stage 1' in go_on(config, run, 2, 3)

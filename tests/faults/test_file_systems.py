@@ -96,6 +96,7 @@ print(json.dumps(outcomes))
 """
 
 
+@pytest.mark.long
 def test_without_locks_a_file_keeps_others_out(tmp_path: Path, shim: Shim) -> None:
     path = str(write_toml(tmp_path, train={"steps": 100_000}, evaluation={"every": 0}))
     shim(flock=errno.ENOLCK)

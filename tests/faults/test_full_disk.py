@@ -60,6 +60,7 @@ def test_a_run_goes_on_while_the_disk_is_full_and_keeps_its_last_checkpoint(smal
     assert set(events) == {"started", "saved", "not_saved", "ended"}
 
 
+@pytest.mark.long
 def test_a_run_that_cannot_be_saved_at_its_end_says_so(small_disk: Path, tmp_path: Path) -> None:
     path = str(write_toml(tmp_path, train={"steps": 200}, evaluation={"every": 0}, checkpoint={"every": 1000}))
     process = start("train", path, "--name", "full", "--runs-dir", str(small_disk), cwd=tmp_path)

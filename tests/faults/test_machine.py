@@ -20,7 +20,9 @@ def events(run: Path, kind: str) -> list[dict[str, object]]:
     return [line for line in records.read(run / "metrics.jsonl") if line["kind"] == "event" and line["event"] == kind]
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT, errno.ESTALE])
+@pytest.mark.parametrize(
+    "number", [errno.EIO, *(pytest.param(other, marks=pytest.mark.long) for other in (errno.EDQUOT, errno.ESTALE))]
+)
 def test_a_checkpoint_that_cannot_be_written_is_reported_and_the_run_goes_on(
     tmp_path: Path, shim: Shim, number: int
 ) -> None:
@@ -94,6 +96,7 @@ def test_data_is_not_waited_for_when_the_run_is_asked_to_end(tmp_path: Path) -> 
     assert "stopped by SIGTERM after step" in said
 
 
+@pytest.mark.long
 def test_a_clock_that_jumps(tmp_path: Path, shim: Shim) -> None:
     path = str(write_toml(tmp_path, train={"steps": 60}))
     assert in_process("train", path, "--name", "whole", cwd=tmp_path)[0] == 0

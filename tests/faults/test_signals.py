@@ -30,7 +30,10 @@ def test_a_launchers_sigterm_after_the_terminals_sigint_is_no_second_wish(tmp_pa
     assert "which is saved" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.long) for other in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_a_run_that_is_asked_to_end_is_saved_and_goes_on_exactly(tmp_path: Path, number: signal.Signals) -> None:
     path = str(write_toml(tmp_path, model={"dropout": 0.1}, train={"steps": 60}, checkpoint={"every": 1000}))
     assert in_process("train", path, "--name", "whole", cwd=tmp_path)[0] == 0

@@ -29,6 +29,7 @@ def test_two_resumes_equal_an_uninterrupted_run(tmp_path: Path) -> None:
     assert ours.state["data"] == theirs.state["data"]
 
 
+@pytest.mark.long
 def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path) -> None:
     path = str(write_toml(tmp_path, model={"dropout": 0.1}, train={"steps": 60}, checkpoint={"every": 7}))
     assert in_process("train", path, "--name", "whole", cwd=tmp_path)[0] == 0
@@ -163,6 +164,7 @@ def test_a_directory_killed_while_it_was_made_is_taken_for_a_new_run(
     assert dispatch(["train", str(write_toml(tmp_path))]) == 0
 
 
+@pytest.mark.long
 def test_kill_9_while_training_on_a_mixture_changes_nothing(tmp_path: Path) -> None:
     prepared = {"name": "prepared", "prepared": str(tmp_path / "prepared"), "weights": [1.0, 0.2]}
     streamed = {"name": "text", "weights": [0.3, 0.8]}

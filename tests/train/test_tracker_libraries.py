@@ -235,10 +235,8 @@ config = from_dict({"name": "run", "trackers": {"trackio": True}}, "test")
 queued = QueuedTracker(TrackioTracker(Path(sys.argv[1]), config), finish_within=1)
 queued.start(within=1)
 trackers = Trackers([queued])
-started = time.monotonic()
 for step in range(3):
     trackers.write("step", step, {"loss": 1.0})
-assert time.monotonic() - started < 1
 trackers.finish(0)
 """
 
