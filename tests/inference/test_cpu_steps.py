@@ -65,13 +65,17 @@ def assert_exact(decoder: Decoder, double: Transformer, prompts: list[list[int]]
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("factor, is_told", [(1e6, False), (1e16, True)])
-def test_a_model_that_has_diverged_is_told_of_once(factor: float, is_told: bool) -> None:
-    """Products overflow in both; norms make finite numbers of the first one's."""
+@pytest.mark.parametrize(
+    "where, factor, is_told",
+    [("", 1e6, False), ("", 1e16, True), ("lm_head", 1e39, True), ("model.norm", 1e39, True), ("lm_head", 1e37, False)],
+)
+def test_a_model_that_has_diverged_is_told_of_once(where: str, factor: float, is_told: bool) -> None:
+    """Products overflow in all; norms make finite numbers of those before them."""
     model = tiny_model()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(factor)
+        for name, parameter in model.named_parameters():
+            if where in name:
+                parameter.mul_(factor)
     decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.float32, slots=1, max_length=40)
     (sequence,) = decoded(decoder, [[1, 2, 3]])
     assert (sequence.finish_reason == "diverged") == is_told
@@ -214,6 +218,10 @@ def test_a_token_is_routed_as_in_training(options: dict[str, Any]) -> None:
                 weights_E = weights_E / weights_E.sum().clamp_min(1e-20)
             np.testing.assert_allclose(weights_K, weights_E * config.routed_scaling_factor, rtol=1e-4, atol=1e-20)
             assert weights_K.dtype == np.float32
+        logits_E[2] = np.nan
+        with np.errstate(over="ignore", invalid="ignore"):
+            _, weights_K = routed(config, logits_E, bias_E.numpy())
+        assert np.isnan(weights_K).any(), "a token that has diverged stays so"
 
 
 @pytest.mark.skipif(not has_float16_products(), reason="no FBGEMM here")

@@ -1,16 +1,22 @@
 """A context that slides when it is full, against whole passes in float64 over what is left of it."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 
+from p828.config import RopeScaling
+from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import KEPT, Wants
+from p828.inference.generate import generate
 from p828.inference.sampling import SamplingConfig, choose_tokens, row_settings, uniform_numbers
 from p828.model.transformer import Transformer
 from tiny import tiny_model
 
 VOCABULARY, CONTEXT = 97, 24
-LENGTHS = [[1], [2, 20, 23], [5, 6, 7, 8, 9, 10]]
+LENGTHS = [[1], [2, 20, 40], [5, 6, 7, 8, 9, 24]]  # two of them are too long for a context
 
 
 def prompt_of(length: int) -> list[int]:
@@ -24,7 +30,7 @@ def oracle(double: Transformer, prompt: list[int], config: SamplingConfig, seed:
     seen = torch.zeros(1, VOCABULARY, dtype=torch.bool)
     seen[0, prompt] = True
     for _ in range(config.max_new_tokens):
-        if len(ids) - dropped == context:
+        if len(ids) - dropped >= context:
             dropped = len(ids) - context // 2 - KEPT
         kept = ids[:KEPT] + ids[KEPT + dropped :]
         hidden_1SH = double(torch.tensor([kept]), dtype=torch.float64).hidden_BSH
@@ -46,7 +52,10 @@ def oracle(double: Transformer, prompt: list[int], config: SamplingConfig, seed:
 @torch.no_grad()
 def test_every_token_follows_what_is_left(sampling: dict[str, float], lengths: list[int], prefill_tokens: int) -> None:
     """Of sequences that slide at different times, some of them five times, and of which numbers are drawn once."""
-    model, double = tiny_model(), tiny_model().double()
+    options: dict[str, Any] = (
+        {"rope_scaling": RopeScaling(factor=2, original_max_position_embeddings=16)} if len(lengths) == 3 else {}
+    )
+    model, double = tiny_model(**options), tiny_model(**options).double()
     decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.float32, len(lengths), CONTEXT, prefill_tokens)
     config = SamplingConfig(**sampling, max_new_tokens=50, slide=True)
     sequences = [decoder.admit(prompt_of(length), config, seed=length) for length in lengths]
@@ -94,3 +103,20 @@ def test_probabilities_are_told_once_and_one_can_be_cancelled_at_any_time() -> N
         assert None not in values
         assert len(whole.prompt_probabilities) == 7
         decoder.check_idle()
+
+
+def test_a_stop_string_behind_what_was_dropped(letters: Tokenizer) -> None:
+    """Is found, and cut off; what a text is depends neither on the others nor on their slides."""
+    model, long = tiny_model(), "abc" * 40
+    configs = (SamplingConfig(temperature=1.0, max_new_tokens=300, slide=True, seed=seed) for seed in range(100))
+    config, alone = next(
+        (config, text)
+        for config in configs
+        if len(text := generate(model, letters, ["ab"], config)[0].text) > 2 * model.config.max_position_embeddings
+    )
+    (other,) = generate(model, letters, [long], config)
+    assert [alone, other.text] == [one.text for one in generate(model, letters, ["ab", long], config)]
+    stop = alone[-5:]
+    (stopped,) = generate(model, letters, ["ab"], dataclasses.replace(config, stop=(stop,)))
+    assert stopped.text == alone[: alone.index(stop)]
+    assert stopped.finish_reason == "stop"

@@ -152,6 +152,23 @@ def test_what_is_typed_is_one_conversation(
     assert capsys.readouterr().out == "blue\nred\n"
 
 
+def test_a_conversation_that_outgrows_the_context_slides(
+    learned: p828.Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["generate", str(learned.path), "--chat", "--interactive", "--temperature", "0", "--max-new-tokens", "4"]
+    lines = learned.config.model.max_position_embeddings // 4
+    for more, refuses in (([], True), (["--slide"], False)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Ri?\n" * lines))
+        assert dispatch([*flags, *more]) == 0
+        out, err = capsys.readouterr()
+        assert ("the conversation so far is part of it" in err) == refuses
+        assert (len(out.splitlines()) < lines) == refuses
+    messages = [*colours(1)[0][:-1] * lines]
+    assert learned.answer(messages, temperature=0, slide=True, max_new_tokens=5)
+    with pytest.raises(ConfigError, match="the prompt has"):
+        learned.answer(messages, temperature=0)
+
+
 def test_records_of_a_run_on_conversations(learned: p828.Run) -> None:
     *_, before, last = (line for line in learned.records if line["kind"] == "step")
     assert 0 < last["targets"] < last["tokens"] - before["tokens"]

@@ -225,7 +225,7 @@ def silent_server() -> Iterator[str]:
 
 
 SILENT_TRACKIO = """
-import sys, time
+import sys
 from pathlib import Path
 from p828.config import from_dict
 from p828.train.log.tracker import QueuedTracker

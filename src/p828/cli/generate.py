@@ -130,7 +130,8 @@ def _settings(asking: Asking, prompts: Sequence[GivenPrompt], given: Arguments) 
         "prompts": hashlib.blake2b(content, digest_size=16).hexdigest(),
         "chat": asking.is_chat,
         "system": asking.system,
-        **{own.name: getattr(given, own.name) for own in fields(SamplingConfig)},
+        **{own.name: getattr(given, own.name) for own in fields(SamplingConfig) if own.name != "slide"},
+        **({"slide": True} if given.slide else {}),  # so that what was begun before there was such a flag goes on
         "stop": list(given.stop),
     }
 

@@ -73,8 +73,8 @@ def generate(
     certain. What a prompt gets does not depend on the others, but for the rounding of matrix products of another size;
     equal prompts get different samples. Global random states and the model's training mode stay as they are.
 
-    Raises ConfigError for a prompt that is no text, is no valid Unicode or fills the model's context, and for a model
-    whose weights diverged.
+    Raises ConfigError for a prompt that is no text, is no valid Unicode or fills a model's context that may not slide,
+    and for a model whose weights diverged.
     """
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     return continued(model, tokenizer, list(prompts), ids, config, on_text, dtype)
@@ -91,7 +91,7 @@ def continued(
     end_ids: Collection[int] = (),
 ) -> list[Completion]:
     """As `generate`, of prompts whose tokens are `ids`, which the model ends by EOS or one of `end_ids`."""
-    for prompt_ids in ids:
+    for prompt_ids in ids if not config.slide else ():
         check_length(prompt_ids, model.config.max_position_embeddings)
     if not ids:
         return []

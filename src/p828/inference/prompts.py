@@ -39,7 +39,7 @@ class GivenPrompt:
         """The text, or what the last message says."""
         return str(self.fields["messages"][-1]["content"] if self.has_messages else self.fields["prompt"])
 
-    def encoded(self, tokenizer: Tokenizer, context: int, is_chat: bool, system: str) -> tuple[str, list[int]]:
+    def encoded(self, tokenizer: Tokenizer, context: int | None, is_chat: bool, system: str) -> tuple[str, list[int]]:
         """The text to continue and its tokens: of messages, as the chat template writes them.
 
         With `is_chat` a text is a user's message. A `system` message comes before the others. Raises ConfigError, with
@@ -51,7 +51,8 @@ class GivenPrompt:
                 text, ids = question(tokenizer, self._conversation(system))
             else:
                 text, ids = self.fields["prompt"], encode(tokenizer, self.fields["prompt"])
-            check_length(ids, context)
+            if context is not None:
+                check_length(ids, context)
         except (ConfigError, DataError) as error:
             raise type(error)(f"{self.where}: {error}" if self.where else str(error)) from None
         return text, ids

@@ -114,13 +114,13 @@ def row_settings(configs: Sequence[SamplingConfig], device: torch.device) -> Row
     )
 
 
-def uniform_numbers(seed: int, count: int) -> Tensor:
-    """float32 (count,), from 0 to below 1: what the token at each position of a sequence is drawn by.
+def uniform_numbers(seed: int, count: int, start: int = 0) -> Tensor:
+    """float32 (count,), from 0 to below 1: what the token at each position of a sequence, from `start` on, is drawn by.
 
     They depend on seed and position alone, so that a sequence draws the same whatever is continued beside it.
     """
     numbers = torch.empty(count)
-    fill_uniform_(numbers, Key(seed, GOLDEN_GAMMA))
+    fill_uniform_(numbers, Key(seed, GOLDEN_GAMMA), start)
     return numbers
 
 

@@ -72,10 +72,13 @@ def fill_normal_(values: Tensor, std: float, key: Key, start: int = 0, block: in
 
 
 @torch.no_grad()
-def fill_uniform_(values: Tensor, key: Key) -> None:
-    """Overwrite `values` (float32, contiguous) by a key's sequence of numbers from 0 to below 1, in steps of 2^-24."""
+def fill_uniform_(values: Tensor, key: Key, start: int = 0) -> None:
+    """Overwrite `values` (float32, contiguous) by a key's sequence of numbers from 0 to below 1, in steps of 2^-24.
+
+    `start` is the place in the sequence of the first one.
+    """
     flat = values.detach().view(-1)
-    steps = torch.arange(1, len(flat) + 1, device=values.device).mul_(_signed(key.gamma))
+    steps = torch.arange(start + 1, start + len(flat) + 1, device=values.device).mul_(_signed(key.gamma))
     flat.copy_(_shifted(mix(steps + _signed(key.start)), 40)).mul_(2.0**-24)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from p828.kernels.decode import float16_cpu
+from p828.kernels.decode import float16_cpu, largest_cpu
 from p828.kernels.decode.cpu import HUGE, Matrix
 from p828.kernels.decode.float16_cpu import has_float16_products, only_first_part
 from p828.kernels.decode.largest_cpu import LargestRow
@@ -48,10 +48,28 @@ def test_rows_that_float16_cannot_tell_apart() -> None:
     assert products_TV[1, chosen_of_least] == products_TV[1].max()
 
 
-def test_of_equal_rows_the_first_counts() -> None:
-    weight_VH = random(40, 64)
-    weight_VH[[7, 11, 30]] = 3 * random(1, 64, seed=1)
-    assert largest_row(weight_VH)(random(1, 64, seed=1)).tolist() == [7]
+@pytest.mark.parametrize("rows, columns", [(37, 33), (40, 64), (500, 512)])
+def test_of_equal_rows_the_first_counts(rows: int, columns: int) -> None:
+    """Wherever they are: sums of a row must not depend on its place."""
+    generator = torch.Generator().manual_seed(3)
+    for number in range(60):
+        weight_VH, x_1H = random(rows, columns, seed=number), random(1, columns, seed=100 + number)
+        equal = torch.randperm(rows, generator=generator)[: 2 + number % 5]
+        weight_VH[equal] = 3 * x_1H
+        assert largest_row(weight_VH)(x_1H).tolist() == [equal.min().item()]
+
+
+def test_many_rows_that_may_be_it_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, where a token is zero."""
+    monkeypatch.setattr(largest_cpu, "MOST_ROWS", 100)
+    largest = largest_row(random(90, 64))
+    assert largest(torch.zeros(1, 64)).tolist() == [0]
+    assert largest(torch.zeros(2, 64)) is None
+    assert largest(random(2, 64, seed=1)) is not None
+
+
+def test_a_weight_of_zeros_and_a_huge_token() -> None:
+    assert largest_row(torch.zeros(90, 64))(torch.full((1, 64), 3e38)) is None
 
 
 def test_no_product_is_further_off_than_it_says() -> None:
@@ -90,11 +108,11 @@ def test_it_is_for_heads_and_takes_the_parts_that_are_there(monkeypatch: pytest.
         monkeypatch.setattr("p828.kernels.decode.cpu.IS_AVX2", has_parts)
         head = Matrix(weight_VH, is_head=True)
         assert not head.is_packed
+        assert (head.in_parts is not None) == has_parts
         largest = head.largest_row
         assert largest is not None
         assert head.is_packed
         assert torch.equal(largest(x_TH), (x_TH @ weight_VH.T).argmax(1))
-        assert (head.in_parts is not None) == has_parts
         if head.in_parts is not None:
             assert largest.first.blocks[0][0] is head.in_parts.blocks[0][0]
     assert Matrix(weight_VH).largest_row is None

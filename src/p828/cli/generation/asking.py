@@ -38,7 +38,8 @@ class Asking:
 
     def encoded(self, prompt: GivenPrompt) -> Prompt:
         """A prompt's tokens, with the seed that it gets as the next one. Raises ConfigError and DataError."""
-        text, ids = prompt.encoded(self.loaded.tokenizer, self.context, self.is_chat, self.system)
+        context = None if self.sampling.slide else self.context
+        text, ids = prompt.encoded(self.loaded.tokenizer, context, self.is_chat, self.system)
         self._asked[text] += 1
         return Prompt(ids, prompt_seed(self.sampling.seed, text, self._asked[text] - 1))
 
@@ -61,4 +62,5 @@ class Asking:
     def note(self, completion: Completion) -> None:
         """Say where the context ended a text."""
         if completion.finish_reason == "context":
-            warn(f"ended there: the model's context of {self.context} tokens is full (--slide goes on)")
+            hint = "" if self.sampling.slide or self.wants_experts else " (--slide goes on)"
+            warn(f"ended there: the model's context of {self.context} tokens is full{hint}")

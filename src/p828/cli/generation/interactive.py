@@ -74,7 +74,8 @@ class Conversation:
                     break
         show("", end="\n")
         self._end(last)
-        context = f"context {len(prompt.ids) + speed.tokens:,} of {self._asking.context:,}"
+        used = len(prompt.ids) + speed.tokens - (0 if last is None else last.token.sequence.dropped)
+        context = f"context {used:,} of {self._asking.context:,}"
         self.status = ", ".join(part for part in (context, speed.rate) if part)
         self.speed += speed
         if texts:

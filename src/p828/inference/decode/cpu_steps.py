@@ -5,6 +5,7 @@ T counts the sequences of a step, C tokens of the cache, X the key heads of all 
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class CpuSteps(PlainSteps):
     def prepare(self) -> None:
         """Pack the head, of which a few sequences need parts."""
         if isinstance(self.head, Matrix):
-            _ = self.head.largest_row
+            _ = self.head.in_parts, self.head.largest_row
 
     @torch.inference_mode()
     def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:
@@ -76,14 +77,15 @@ class CpuSteps(PlainSteps):
 
     def _likeliest(self, hidden_TH: Tensor) -> Tensor:
         """Each row's likeliest token; −1 where a logit is no finite number."""
-        self._greedy_steps += 1
         if isinstance(self.head, Matrix) and len(hidden_TH) <= MOST_COMPARED:
+            self._greedy_steps += 1
             is_worth_it = self.head.is_packed or self._greedy_steps >= WORTH_PACKING
             token_T = self.head.largest_row(hidden_TH) if is_worth_it and self.head.largest_row is not None else None
             if token_T is not None:
                 return token_T
         return likeliest_tokens(self.logits(hidden_TH))
 
+    @np.errstate(over="ignore", invalid="ignore")  # of a model that has diverged, which the logits tell of
     def logits(self, hidden_TH: Tensor) -> Tensor:
         if len(hidden_TH) == 1:
             return torch.from_numpy(product(self.head, hidden_TH.numpy()[0]))[None]

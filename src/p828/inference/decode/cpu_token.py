@@ -83,7 +83,10 @@ class TokenStep:
 
 
 def routed(config: ModelConfig, logits_E: Floats, bias_E: Floats) -> tuple[NDArray[np.int64], Floats]:
-    """A token's experts (K,), the best first, and their weights, as `p828.model.router.routing_of` has them."""
+    """A token's experts (K,), the best first, and their weights, as `p828.model.router.routing_of` has them.
+
+    Of experts with equal scores others may be chosen. One whose score is NaN comes first, as there.
+    """
     if config.scoring_func == "softmax":
         scores_E = np.exp(logits_E - logits_E.max())
         scores_E /= scores_E.sum()
@@ -93,8 +96,8 @@ def routed(config: ModelConfig, logits_E: Floats, bias_E: Floats) -> tuple[NDArr
     if config.n_group > 1:
         choice_GX = choice_E.reshape(config.n_group, -1)  # here G counts groups of X experts each
         best_two_G = np.partition(choice_GX, -2)[:, -2:].sum(axis=1)
-        choice_GX[np.argsort(-best_two_G)[config.topk_group :]] = -np.inf
-    experts_K = np.argsort(-choice_E)[: config.num_experts_per_tok]
+        choice_GX[np.argsort(best_two_G)[: -config.topk_group]] = -np.inf
+    experts_K = np.argsort(choice_E)[: -config.num_experts_per_tok - 1 : -1].copy()
     weights_K = scores_E[experts_K]
     if config.norm_topk_prob:
         weights_K = weights_K / max(weights_K.sum(), 1e-20)

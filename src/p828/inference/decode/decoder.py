@@ -106,16 +106,19 @@ class Decoder:
     ) -> DecodedSequence:
         """Give a prompt a slot; `step` does the work. It ends before EOS and before any of `end_ids`.
 
-        An empty prompt begins a document. Raises ValueError when no slot is free, the prompt is not shorter than
-        `max_length`, or a number in it is no token's.
+        An empty prompt begins a document. Raises ValueError when no slot is free, a number in the prompt is no token's,
+        or it is not shorter than `max_length` and the context may not slide.
         """
         if not self.free_slots:
             raise ValueError("no slot is free")
-        if len(prompt) >= self.max_length:
+        is_too_long = len(prompt) >= self.max_length
+        if is_too_long and not self._slides(config):
             raise ValueError(f"a prompt of {len(prompt)} tokens: at most {self.max_length - 1} fit")
         if prompt and not 0 <= min(prompt) <= max(prompt) < self._rows.vocab_size:
             raise ValueError(f"token ids from 0 to {self._rows.vocab_size - 1} are accepted")
         sequence = sequence_of(prompt, self._eos_id, config, seed, end_ids, wants, self._cache.take())
+        if is_too_long:
+            sequence.slide(self.max_length)
         self._unread.append(sequence)
         self._on_their_way[sequence] = 0
         self._rows.begin(sequence, prompt)  # last: if it finds no memory, the sequence can be cancelled
@@ -160,8 +163,9 @@ class Decoder:
     def _read_piece(self) -> None:
         """Of the first unread one, a prompt once for all sequences that have it."""
         first = self._unread[0]
-        alike = [one for one in self._unread if one.ids == first.ids and one.wants == first.wants and not one.dropped]
-        alike = alike if not first.dropped else [first]
+        alike = [first]
+        if not first.dropped:
+            alike = [one for one in self._unread if one.ids == first.ids and one.wants == first.wants]
         begin = self._read_tokens
         end = min(begin + self._prefill_tokens, first.read_length)
         flight = self._steps.read(alike, begin, end)
@@ -210,14 +214,17 @@ class Decoder:
             return "length"
         if sequence.context_length < self.max_length:
             return None
-        if not sequence.config.slide or self.max_length <= KEPT + 1:
+        if not self._slides(sequence.config):
             return "context"
         self._slide(sequence)
         return None
 
+    def _slides(self, config: SamplingConfig) -> bool:
+        return config.slide and self.max_length > KEPT + 1
+
     def _slide(self, sequence: DecodedSequence) -> None:
         """Make room, and have what stays read again: at other positions, and without what is dropped, keys differ."""
-        sequence.slide()
+        sequence.slide(self.max_length)
         self._rows.draw(sequence)
         self._decoding.remove(sequence)
         self._unread.append(sequence)

@@ -58,8 +58,7 @@ class Rows:
         config, dropped = sequence.config, sequence.dropped
         if not config.greedy:
             end = min(self.max_length, sequence.prompt_length + config.max_new_tokens - dropped)
-            numbers = uniform_numbers(sequence.seed, dropped + end)[dropped:]
-            self.uniform_SC[sequence.slot, :end] = on_device(numbers, self.device)
+            self.uniform_SC[sequence.slot, :end] = on_device(uniform_numbers(sequence.seed, end, dropped), self.device)
 
     def made_seen(self) -> Tensor:
         """`seen_SV`, made if it is not there yet."""

@@ -81,9 +81,9 @@ class DecodedSequence:
     def context_length(self) -> int:
         return len(self.ids) - self.dropped
 
-    def slide(self) -> None:
-        """Keep the context's first tokens and its newer half, to be read again."""
-        self.dropped += max(self.context_length // 2 - KEPT, 1)
+    def slide(self, most: int) -> None:
+        """Keep the first tokens and the newest, half of the `most` that there is room for, to be read again."""
+        self.dropped += self.context_length - min(KEPT + most // 2, most - 1)
         self.read_length = self.context_length
 
     @property

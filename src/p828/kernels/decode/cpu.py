@@ -57,8 +57,8 @@ class Matrix:
         """For steps of up to MOST_COMPARED tokens that ask for no more of the products; None where it gains nothing."""
         if not (self.is_head and self.is_huge and has_float16_products()):
             return None
-        first = only_first_part(self.weight_VH) if self.in_parts is None else self.in_parts.first_part()
-        return LargestRow(self.weight_VH, first)
+        parts = self.in_parts if "in_parts" in vars(self) else None  # of which the second one may never be needed
+        return LargestRow(self.weight_VH, only_first_part(self.weight_VH) if parts is None else parts.first_part())
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         """x weightᵀ: (T, V)."""

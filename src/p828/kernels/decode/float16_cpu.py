@@ -94,7 +94,8 @@ def lost_by_first_part(weight_VH: Tensor, parts: Float16Matrix) -> float:
 
 def _scale(weight_VH: Tensor) -> float:
     """The power of two that brings the largest magnitude to 2^LARGEST and below twice that; 1 if it is too small."""
-    exponent = int(weight_VH.abs().max().float().frexp().exponent) - 1
+    largest = torch.linalg.vector_norm(weight_VH, ord=torch.inf)  # which copies nothing
+    exponent = int(largest.float().frexp().exponent) - 1
     return 2.0 ** (LARGEST - exponent) if exponent >= SMALLEST else 1.0
 
 
