@@ -141,7 +141,7 @@ def test_values_of_the_state(changed: Changed) -> None:
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda s, t: s.pop("progress"), "progress = None: a table"),
+        (lambda s, t: s.pop("progress"), "progress = null: a table"),
         (lambda s, t: s["progress"].update(step=[3]), "progress.step = [3]: a whole number"),
         (lambda s, t: s["progress"].update(tokens="many"), "progress.tokens = 'many'"),
         (lambda s, t: s["progress"].update(step=2), "progress.step = 2: 3, as in the manifest"),

@@ -62,7 +62,9 @@ def _convert_list(kinds: tuple[Any, ...], values: Any, where: str, key: str) -> 
 
 
 def shown(value: Any, longest: int = LONGEST_SHOWN) -> str:
-    """A value as TOML spells it, more or less, of at most `longest` characters."""
+    """A value as TOML or JSON spell it, more or less, of at most `longest` characters."""
+    if value is None:
+        return "null"
     try:
         text = str(value).lower() if isinstance(value, bool) else repr(value)
     except (ValueError, RecursionError):  # a number of more digits than Python writes, a list in a list in a list …

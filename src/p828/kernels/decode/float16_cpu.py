@@ -68,7 +68,7 @@ def float16_matrix(weight_VH: Tensor, most: int) -> Float16Matrix | None:
 
 
 def only_first_part(weight_VH: Tensor) -> Float16Matrix:
-    """The first part of a weight that it may not hold."""
+    """The first part alone of a weight, which it need not hold."""
     scale = _scale(weight_VH)
     return Float16Matrix(
         [
