@@ -96,7 +96,9 @@ def test_what_is_not_finite_is_left_to_others(number: float) -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite(number: float) -> None:
+def test_a_weight_that_is_not_finite(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first of two blocks."""
+    monkeypatch.setattr(float16_cpu, "BLOCK", 70)
     weight_VH = random(100, 64)
     weight_VH[60, 3] = number
     assert largest_row(weight_VH)(random(2, 64, seed=1)) is None

@@ -84,12 +84,11 @@ def lost_by_first_part(weight_VH: Tensor, parts: Float16Matrix) -> float:
 
     No finite number if the weight has one that is none.
     """
-    lost = 0.0
+    lost = []
     for block_XH in weight_VH.split(BLOCK):
         first_XH = (block_XH.float() / parts.inverse).half().float() * parts.inverse
-        lost_V = torch.linalg.vector_norm(block_XH - first_XH, dim=1)
-        lost = max(lost_V.max().item(), lost)  # in this order NaN stays
-    return lost
+        lost.append(torch.linalg.vector_norm(block_XH - first_XH, dim=1).max())
+    return torch.stack(lost).max().item()
 
 
 def _scale(weight_VH: Tensor) -> float:
