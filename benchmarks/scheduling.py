@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from unittest.mock import patch
 
 from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, NewToken, Wants, sequence_of
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.serve.scheduling.limits import Limits
 from p828.serve.scheduling.metrics import Metrics
 from p828.serve.scheduling.scheduler import SWITCH_SECONDS, Scheduler

@@ -6,7 +6,7 @@ import torch
 
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.transformer import Transformer
 
 

@@ -27,7 +27,7 @@ from p828.data.batch import Batch
 from p828.data.text.open import open_in_order
 from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError, DataError
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.kernels.adamw import join_float32
 from p828.model import backend
 from p828.model.experts import Experts, SharedExperts

@@ -152,13 +152,13 @@ class Run:
     def generate(self, prompts: str | Sequence[str], **sampling: Any) -> list[str]:
         """The continuation of each prompt, without the prompt, as `p828 generate` gives it.
 
-        `sampling` has fields of `p828.inference.sampling.SamplingConfig`, as `temperature`, `max_new_tokens`, `stop`
-        and `seed`. A decoder is made for each call: many prompts are continued faster in one. Raises ConfigError for a
-        setting that is unknown, of another type or out of range, and for a prompt that is no text or fills the model's
-        context.
+        `sampling` has fields of `p828.inference.sampling_config.SamplingConfig`, as `temperature`, `max_new_tokens`,
+        `stop` and `seed`. A decoder is made for each call: many prompts are continued faster in one. Raises ConfigError
+        for a setting that is unknown, of another type or out of range, and for a prompt that is no text or fills the
+        model's context.
         """
         from p828.inference.generate import generate
-        from p828.inference.sampling import sampling_config
+        from p828.inference.sampling_config import sampling_config
 
         config = sampling_config(sampling)
         if not isinstance(prompts, str | Iterable):
@@ -173,7 +173,7 @@ class Run:
         `sampling` is as in `generate`. Raises ConfigError as it does, and for a run not trained on conversations.
         """
         from p828.inference.answer import answer_one
-        from p828.inference.sampling import sampling_config
+        from p828.inference.sampling_config import sampling_config
 
         return answer_one(self.loaded, messages, sampling_config(sampling))
 

@@ -32,7 +32,7 @@ from p828.engine.sharded.engine import ShardedEngine
 from p828.errors import RunFailed
 from p828.inference.decode.decoder import Decoder
 from p828.inference.evaluate import evaluate, evaluation_mode, uncompiled
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.kernels.adamw import join_float32
 from p828.model.transformer import Transformer
 from p828.runs import checkpoint

@@ -12,7 +12,7 @@ from test_model_cuda import DEEP, SMALL
 from p828.inference.decode import captured_steps
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import KEPT, DecodedSequence, TokenProbability, Wants
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.transformer import Transformer
 from tiny import tiny_model
 

@@ -121,7 +121,7 @@ from p828.engine.plain import PlainEngine
 from p828.engine.sharded.engine import ShardedEngine
 from p828.inference.decode.decoder import Decoder
 from p828.inference.evaluate import evaluation_mode, uncompiled
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 
 def continued(model, dtype, steps):
     with evaluation_mode(model), uncompiled(model):

@@ -24,7 +24,7 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.inference.generate import Piece
 from p828.inference.load import load_model
 from p828.inference.prompts import GivenPrompt
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.transformer import Transformer
 from p828.runs import records
 from p828.train.build import train

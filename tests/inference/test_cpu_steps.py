@@ -14,7 +14,7 @@ from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence, Wants
 from p828.inference.decode.steps import PlainSteps
 from p828.inference.load import store_in
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.kernels.decode import cpu
 from p828.kernels.decode.cpu import FEW, HUGE, LARGE, MEDIUM, MOST_COMPARED, PIECES, Matrix
 from p828.kernels.decode.float16_cpu import Float16Matrix, has_float16_products

@@ -9,7 +9,7 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence, NewToken, Wants
 from p828.inference.generate import generate
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.transformer import Transformer
 from tiny import tiny_model
 

@@ -11,7 +11,7 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.inference.decode.sequence import Wants
 from p828.inference.expert_use import ExpertLoads, ExpertUse, prompt_use
 from p828.inference.generate import Prompt, open_decoder, pieces
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.transformer import Transformer
 from tiny import tiny_model
 

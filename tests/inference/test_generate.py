@@ -12,7 +12,7 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, DataError
 from p828.inference.generate import Completion, Prompt, generate, open_decoder, pieces
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.transformer import Transformer
 from tiny import tiny_model
 

@@ -15,7 +15,7 @@ from p828.errors import RunFailed
 from p828.inference.completions_file import open_completions
 from p828.inference.generate import generate
 from p828.inference.load import load_model
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from runs import start
 from tiny import tiny_model
 

@@ -14,7 +14,7 @@ from p828.errors import ConfigError, DataError
 from p828.inference import load
 from p828.inference.generate import generate
 from p828.inference.load import load_model
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.train import checkpoint_writer
 from tiny import tiny_config, tiny_model
 

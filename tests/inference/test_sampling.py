@@ -7,13 +7,13 @@ from transformers.generation import logits_process
 
 from p828.errors import ConfigError
 from p828.inference.sampling import (
-    SamplingConfig,
     choose_tokens,
     filter_logits,
     likeliest_tokens,
     row_settings,
     uniform_numbers,
 )
+from p828.inference.sampling_config import SamplingConfig
 
 ROWS, VOCABULARY = 5, 40
 

@@ -11,7 +11,8 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import KEPT, Wants
 from p828.inference.generate import generate
-from p828.inference.sampling import SamplingConfig, choose_tokens, row_settings, uniform_numbers
+from p828.inference.sampling import choose_tokens, row_settings, uniform_numbers
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.transformer import Transformer
 from tiny import tiny_model
 

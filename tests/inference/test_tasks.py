@@ -16,7 +16,7 @@ import p828
 from p828.cli.main import dispatch
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError, NotFinite
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.inference.tasks import cloze
 from p828.inference.tasks.interval import fraction_interval, mean_interval
 from p828.inference.tasks.task_model import TaskModel, sampling_of

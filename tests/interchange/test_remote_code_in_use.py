@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, StaticCache
 
 from decoded import decoded
 from oracles import BFLOAT16, assert_near
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.transformer import Transformer
 from tiny import tiny_model
 

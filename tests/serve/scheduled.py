@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import NOTHING_MORE, NewToken, Wants
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.transformer import Transformer
 from p828.serve.scheduling.limits import Limits
 from p828.serve.scheduling.metrics import Metrics

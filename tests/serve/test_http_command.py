@@ -19,7 +19,7 @@ from p828.cli.main import dispatch
 from p828.cli.serve import Arguments, api_key
 from p828.inference.generate import generate
 from p828.inference.load import load_model
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.serve.http.server import listen
 from runs import start
 from tiny import tiny_model

@@ -10,7 +10,7 @@ from serving import CONTEXT, EOS, NAME, Served
 
 from p828.inference.answer import answer, prompt_of
 from p828.inference.generate import generate
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 
 GREEDY = {"temperature": 0.0}
 PROMPTS = ["the cat", "and the dog sat on", "", "mat 🙂 é"]

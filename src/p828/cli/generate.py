@@ -1,27 +1,10 @@
 """`p828 generate`: continue prompts with a trained model, or answer messages."""
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
-
 from p828.cli.flags import parse, shown_word
-from p828.cli.generation.asking import Asking
-from p828.cli.generation.completions import Printed, Written, complete
-from p828.cli.generation.interactive import converse
+from p828.cli.generation.arguments import Arguments
+from p828.cli.output import loading_pytorch
 from p828.config.rules import check_path
-from p828.errors import ConfigError, warn
-from p828.inference.completions_file import CompletionsFile, open_completions
-from p828.inference.load import load_model
-from p828.inference.prompts import GivenPrompt, check_one_kind, read_prompts
-from p828.inference.sampling import SamplingConfig
-from p828.model.backend import decode_dtype
-from p828.train.log.console import waiting
+from p828.errors import ConfigError
 
 USAGE = (
     "p828 generate CHECKPOINT --prompt TEXT [--prompt TEXT ...] [--prompts FILE] [--output FILE] [--chat] "
@@ -33,115 +16,25 @@ DESCRIPTION = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arguments(SamplingConfig):
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A run's directory, for its newest checkpoint, or one checkpoint's."""
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to continue; an empty one begins a document."""
-    prompts: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """Text file with a prompt a line, or .jsonl file with "prompt" or "messages" in each line."""
-    output: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """New JSON Lines file, with a line for each prompt. A command that was killed goes on where it was."""
-    chat: bool = False
-    """Answer each prompt as a user's message, and with --interactive what you type as one conversation."""
-    system: str = ""
-    """With --chat, a system message before the user's."""
-    interactive: bool = False
-    """Continue the lines that you type, until the end of input (Ctrl-D); Ctrl-C stops an answer."""
-    experts: bool = False
-    """Show which experts the tokens went through, the load of each expert, and Project 828's statistics."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes the GPU if there is one."""
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text that ends the continuation, and is cut off."""
-
-
 def run(arguments: list[str]) -> None:
     given = parse(Arguments, arguments, prog="p828 generate", description=DESCRIPTION)
     named = {argument.partition("=")[0] for argument in arguments}
     for flag, path in (("--prompts", given.prompts), ("--output", given.output)):
         if path or flag in named:
             check_path(flag, path)
-    prompts = _prompts(given)
-    asks_messages = bool(prompts) and prompts[0].has_messages
-    _check(given, prompts, asks_messages)
-    with waiting("loading the model", warn):
-        loaded = load_model(given.checkpoint, given.device)
-    is_chat, has_template = given.chat or asks_messages, loaded.tokenizer.template is not None
-    if is_chat and not has_template:
-        what = "--chat" if given.chat else f"--prompts {given.prompts} (messages)"
-        raise ConfigError(f"{what}: {loaded.path} has no chat template: it was not trained on conversations")
-    if not is_chat and has_template and loaded.config.data.has_conversations:
-        warn("trained on conversations: --chat asks it, and here its text is continued")
-    asking = Asking(loaded, given, is_chat, given.system, given.experts)
-    if prompts:
-        _continue(asking, prompts, given)
-    if given.interactive:
-        converse(asking)
+    _check(given)
+    with loading_pytorch():
+        from p828.cli.generation.session import generate
+    generate(given)
 
 
-def _prompts(given: Arguments) -> list[GivenPrompt]:
-    """Those of the command line, then those of the file. Raises ConfigError and DataError."""
-    prompts = [GivenPrompt({"prompt": prompt}) for prompt in given.prompt]
-    if given.prompts:
-        prompts += read_prompts(Path(given.prompts))
-    if prompts and not given.chat:
-        check_one_kind(prompts)
-    return prompts
-
-
-def _check(given: Arguments, prompts: Sequence[GivenPrompt], asks_messages: bool) -> None:
+def _check(given: Arguments) -> None:
     """Raises ConfigError for flags that do not go together."""
-    if not prompts and not given.interactive:
+    has_prompts = bool(given.prompt or given.prompts)
+    if not has_prompts and not given.interactive:
         raise ConfigError("nothing to continue: give --prompt TEXT, --prompts FILE or --interactive")
-    if given.system and not (given.chat or asks_messages):
-        raise ConfigError(f"--system {shown_word(given.system)}: accepted with --chat, or with messages in --prompts")
     if given.slide and given.experts:
         raise ConfigError("--slide: accepted without --experts, since tokens that are read again have new experts")
-    if given.output and not prompts:
+    if given.output and not has_prompts:
         raise ConfigError(f"--output {shown_word(given.output)}: accepted with --prompt or --prompts")
     check_path("CHECKPOINT", given.checkpoint)
-
-
-def _continue(asking: Asking, prompts: Sequence[GivenPrompt], given: Arguments) -> None:
-    with waiting("tokenizing the prompts", warn):
-        encoded = [asking.encoded(prompt) for prompt in prompts]
-    if not given.output:
-        complete(asking, encoded, Printed(prompts, asking.note))
-        return
-    path = Path(given.output)
-    with open_completions(path, _settings(asking, prompts, given), len(prompts)) as file, _kept(file, len(prompts)):
-        if file.done:
-            experts = ", whose experts are not shown" if given.experts else ""
-            warn(f"{file.done:,} of {len(prompts):,} prompts are done from before{experts}")
-        if file.done < len(prompts):
-            complete(asking, encoded[file.done :], Written(prompts, file))
-    print(f"{len(prompts):,} completion{'' if len(prompts) == 1 else 's'} in {path}", flush=True)
-
-
-def _settings(asking: Asking, prompts: Sequence[GivenPrompt], given: Arguments) -> dict[str, Any]:
-    """What decides the completions, as JSON: a file that was begun with other settings does not go on."""
-    content = json.dumps([prompt.fields for prompt in prompts]).encode()
-    dtype = decode_dtype(asking.loaded.model.head_weight.device, asking.loaded.dtype)
-    return {
-        "checkpoint": str(asking.loaded.path),
-        "dtype": str(dtype).removeprefix("torch."),
-        "prompts": hashlib.blake2b(content, digest_size=16).hexdigest(),
-        "chat": asking.is_chat,
-        "system": asking.system,
-        **{own.name: getattr(given, own.name) for own in fields(SamplingConfig) if own.name != "slide"},
-        **({"slide": True} if given.slide else {}),  # so that what was begun before there was such a flag goes on
-        "stop": list(given.stop),
-    }
-
-
-@contextmanager
-def _kept(file: CompletionsFile, total: int) -> Iterator[None]:
-    """Say what is kept, where the block does not end."""
-    try:
-        yield
-    except BaseException:
-        if file.done:
-            warn(f"{file.done:,} of {total:,} completions are kept in {file.directory}: the same command goes on")
-        raise

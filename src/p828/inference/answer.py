@@ -11,7 +11,7 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import ConfigError
 from p828.inference.generate import Completion, OnText, continued
 from p828.inference.load import LoadedModel
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.transformer import Transformer
 
 

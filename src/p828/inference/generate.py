@@ -15,7 +15,7 @@ from p828.errors import ConfigError
 from p828.inference.decode.decoder import Decoder, not_finite
 from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, FinishReason, NewToken, Wants
 from p828.inference.evaluate import evaluation_mode, uncompiled
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.backend import decode_dtype
 from p828.model.transformer import Transformer
 from p828.system.host_memory import free_host_bytes

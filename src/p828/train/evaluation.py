@@ -12,7 +12,7 @@ from p828.errors import ConfigError, NotFinite
 from p828.inference.answer import answer, asked, prompt_ids
 from p828.inference.evaluate import evaluate
 from p828.inference.generate import generate
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.runs.train_state import TrainState
 from p828.train.log.console import A_WAIT, SECONDS_PER_LINE
 from p828.train.log.log import Log

@@ -11,7 +11,7 @@ from p828.engine.interface import Engine
 from p828.errors import ConfigError, NotFinite, P828Error
 from p828.inference.generate import Prompt
 from p828.inference.loglikelihood import Request, Score
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.inference.tasks.lm_eval_tasks import TasksFailed
 from p828.inference.tasks.task_model import TaskModel
 from p828.inference.tasks.tasks import Results, Tasks

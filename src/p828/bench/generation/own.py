@@ -12,7 +12,7 @@ from p828.config import Config
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, Wants
 from p828.inference.load import store_in
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.backend import computable
 from p828.model.init import initialise
 from p828.model.transformer import Transformer

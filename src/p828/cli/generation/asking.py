@@ -12,7 +12,7 @@ from p828.inference.decode.sequence import Wants
 from p828.inference.generate import Completion, Piece, Prompt, open_decoder, pieces, prompt_seed
 from p828.inference.load import LoadedModel
 from p828.inference.prompts import GivenPrompt
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.train.log.console import waiting
 
 

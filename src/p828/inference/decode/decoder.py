@@ -25,7 +25,7 @@ from p828.inference.decode.sequence import (
     sequence_of,
 )
 from p828.inference.decode.steps import Flight, PlainSteps
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.backend import decode_dtype, has_decode_kernels
 from p828.model.transformer import Transformer
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 
 FinishReason = Literal["end", "stop", "length", "context", "diverged"]
 """`diverged`: the logits after the last token are no finite numbers, since the model's weights diverged."""

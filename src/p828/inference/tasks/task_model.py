@@ -11,7 +11,7 @@ from p828.errors import ConfigError
 from p828.inference.generate import Prompt, open_decoder, pieces, seeded
 from p828.inference.load import LoadedModel
 from p828.inference.loglikelihood import Request, Score, loglikelihoods
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.model.transformer import Transformer
 from p828.system.slow_count import SlowCount
 

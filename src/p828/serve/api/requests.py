@@ -11,7 +11,7 @@ from typing_extensions import Self
 from p828.config.values import shown
 from p828.errors import ConfigError
 from p828.inference.decode.sequence import MOST_LIKELIEST
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.serve.http.refusal import wrong_field
 
 MOST_CHOICES = 128  # of a request: prompts times n

@@ -12,7 +12,7 @@ from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.errors import DataError, did_you_mean
 from p828.inference.decode.sequence import Wants
 from p828.inference.generate import prompt_seed
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.serve.api.choice import Choice, Prompt
 from p828.serve.http.refusal import Refused, wrong_field
 from p828.serve.scheduling.limits import Limits

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from p828.inference.decode.sequence import DecodedSequence, NewToken, Wants
-from p828.inference.sampling import SamplingConfig
+from p828.inference.sampling_config import SamplingConfig
 from p828.serve.scheduling.errors import TimedOut, Unanswered
 from p828.serve.scheduling.metrics import Outcome, RequestMetrics
 
