@@ -117,7 +117,7 @@ def test_a_command_without_its_arguments_is_answered_without_pytorch() -> None:
         "    code = dispatch([command])",
         "    print(command, code, 'torch' in sys.modules)",
     ])  # fmt: skip
-    commands = ["train", "plan", "prove-resume", "prepare", "serve", "generate", "import", "export"]
+    commands = ["train", "plan", "prove-resume", "prepare", "serve", "generate", "evaluate", "import", "export"]
     done = subprocess.run([sys.executable, "-c", program, *commands], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"{command} 2 False" for command in commands], done.stderr
 

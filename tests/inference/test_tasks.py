@@ -19,6 +19,7 @@ from p828.errors import ConfigError, NotFinite
 from p828.inference.sampling_config import SamplingConfig
 from p828.inference.tasks import cloze
 from p828.inference.tasks.interval import fraction_interval, mean_interval
+from p828.inference.tasks.own_names import OWN_NAMES
 from p828.inference.tasks.task_model import TaskModel, sampling_of
 from p828.inference.tasks.tasks import open_all, shown_metrics
 from p828.model.transformer import Transformer
@@ -34,7 +35,7 @@ def model() -> Transformer:
     return tiny_model(vocab_size=288)
 
 
-@pytest.mark.parametrize("name", cloze.NAMES)
+@pytest.mark.parametrize("name", OWN_NAMES)
 def test_items_are_complete_and_without_a_pattern(name: str) -> None:
     items = cloze.read_items(name)
     assert len(items) == 100

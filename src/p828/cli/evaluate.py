@@ -1,7 +1,6 @@
 """`p828 evaluate`: loss, perplexity and bits per byte of a trained model on text, or its results at tasks."""
 
 import dataclasses
-import json
 import os
 import typing
 from collections.abc import Collection
@@ -12,27 +11,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from p828.cli.flags import HELP, parse_given
+from p828.cli.output import loading_pytorch
 from p828.config import Config, DataConfig, facts_by_key, facts_of
 from p828.config.rules import check_path, check_text
-from p828.errors import ConfigError, RunFailed, warn
-from p828.files import write_atomic
-from p828.inference.context_extension import (
-    extended_config,
-    losses_by_position,
-    position_table,
-    trained_context,
-    with_rope_scaling,
-)
-from p828.inference.evaluate import evaluate
-from p828.inference.load import LoadedModel, load_model
-from p828.inference.measured_text import batches_of, in_words, measured_config
-from p828.inference.tasks.cloze import NAMES as OWN_NAMES
-from p828.inference.tasks.task_model import TaskModel
-from p828.inference.tasks.tasks import Tasks, open_all, shown_metrics
-from p828.runs.records import encoded
-from p828.system.device import explain_out_of_memory
-from p828.train.log.console import waiting
-from p828.train.signals import interruptible
+from p828.errors import ConfigError
+from p828.inference.tasks.own_names import OWN_NAMES
 
 USAGE = (
     "p828 evaluate CHECKPOINT [--tasks NAME,NAME] [--context N] [--rows N] [--micro-batch-size N] [--device DEVICE] "
@@ -45,7 +28,6 @@ DESCRIPTION = (
     "cloze_python are p828's own, and all others are those of lm-eval (pip install 'p828[evaluate]'). "
     "--context shows the perplexity by position in the context, with and without YaRN: how far the model reads."
 )
-NO_BYTES = "not known: the tokens of the prepared data are decoded to other text; --data.files measures text itself"
 OF_THE_RUN = tyro.conf.arg(help_behavior_hint="(default: the run's)")
 OF_TASKS = ("tasks_path", "limit", "num_fewshot")
 OF_TEXT = ("rows", "data.", "context", "model.")
@@ -97,19 +79,9 @@ def run(arguments: list[str]) -> None:
     own, flags = parse_given(Arguments, arguments, prog="p828 evaluate", description=DESCRIPTION)
     names = [name for given in own.tasks for name in given.split(",") if name]
     _check(own, names, flags)
-    tasks = None
-    if names:
-        with waiting("finding the tasks, and reading their data", warn):
-            tasks = interruptible(lambda: open_all(names, own.tasks_path))
-    with waiting("loading the model", warn):
-        loaded = load_model(own.checkpoint, own.device)
-    if tasks is not None:
-        results, lines = _at_tasks(loaded, tasks, flags)
-    else:
-        results, lines = _by_position(loaded, flags) if "context" in flags else _on_text(loaded, flags)
-    print("\n".join([f"checkpoint     {loaded.path} (step {loaded.step})", *lines]), flush=True)
-    if own.json:
-        _write(Path(own.json), {"checkpoint": str(loaded.path), "step": loaded.step, **results})
+    with loading_pytorch():
+        from p828.cli.measuring import measure
+    measure(own.checkpoint, own.device, names, flags, own.json)
 
 
 def _check(own: Arguments, names: Collection[str], flags: Collection[str]) -> None:
@@ -139,59 +111,6 @@ def _check(own: Arguments, names: Collection[str], flags: Collection[str]) -> No
         raise ConfigError("--num-fewshot: accepted with tasks of lm-eval; p828's own have no examples")
     if own.json and (Path(own.json).is_dir() or not os.access(Path(own.json).parent, os.W_OK)):
         raise ConfigError(f"--json {own.json}: the name of a file in a directory that can be written is accepted")
-
-
-def _on_text(loaded: LoadedModel, flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Names and numbers, and the lines that show them."""
-    config = measured_config(loaded, flags)
-    with waiting("measuring", warn):
-        result = interruptible(lambda: evaluate(loaded.model, batches_of(config, loaded, flags, warn), loaded.dtype))
-    lines = [
-        f"loss           {result.loss:.5f} nats per token",
-        f"perplexity     {result.perplexity:.5g}",
-        f"bits per byte  {NO_BYTES if result.bits_per_byte is None else format(result.bits_per_byte, '.5f')}",
-        f"on             {result.tokens:,} tokens" + ("" if result.bytes is None else f", {result.bytes:,} bytes"),
-    ]
-    lines.append(f"text           {in_words(config, flags)}")
-    return dataclasses.asdict(result), lines
-
-
-def _by_position(loaded: LoadedModel, flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    context, trained = flags["context"], trained_context(loaded)
-    config = extended_config(measured_config(loaded, flags), loaded, context, flags.get(FACTOR))
-    scaling = config.model.rope_scaling
-    names = ["without YaRN", *([f"YaRN, factor {scaling.factor:g}"] if scaling.factor > 1 else [])]
-    scalings = [dataclasses.replace(scaling, factor=1.0), scaling][: len(names)]
-    models = [with_rope_scaling(loaded.model, scaling) for scaling in scalings]
-    with waiting("measuring", warn):
-        batches = batches_of(config, loaded, flags, warn)
-        with explain_out_of_memory(f"--context {context}", "Lower --micro-batch-size or --context"):
-            ranges = interruptible(lambda: losses_by_position(models, batches, context, loaded.dtype))
-    lines = [f"trained on     {trained:,} tokens of context", f"text           {in_words(config, flags)}", ""]
-    lines += position_table(names, ranges)
-    if not any(one.tokens for one in ranges if one.last >= trained) and context > trained:
-        lines += ["", "no position past the trained context has a target: give longer documents, as --data.files FILE"]
-    found = [
-        {**dataclasses.asdict(one), "losses": dict(zip(names, one.losses, strict=True))}
-        | {"perplexities": dict(zip(names, one.perplexities, strict=True))}
-        for one in ranges
-    ]
-    return {"trained_context": trained, "rope_scaling": dataclasses.asdict(scaling), "positions": found}, lines
-
-
-def _at_tasks(loaded: LoadedModel, tasks: Tasks, flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    model = TaskModel.of(loaded, flags.get("micro_batch_size", 0), warn)
-    with waiting("measuring", warn):
-        results = interruptible(lambda: tasks.measure(model, flags.get("limit"), flags.get("num_fewshot")))
-    width = max(len(name) for name in ["checkpoint   ", *results]) + 2
-    return {"tasks": results}, [f"{name:<{width}}{shown_metrics(metrics)}" for name, metrics in results.items()]
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    try:
-        write_atomic(path, json.dumps(encoded(values), indent=2, allow_nan=False) + "\n")
-    except OSError as error:
-        raise RunFailed(f"--json {path}: cannot be written: {error.strerror or error}") from None
 
 
 def _for_help() -> type[Any]:

@@ -15,7 +15,6 @@ from p828.errors import DataError, NotFinite
 from p828.inference.tasks.interval import fraction_interval
 from p828.inference.tasks.task_model import TaskModel
 
-NAMES = ("cloze_english", "cloze_python")
 ENDINGS = 4
 GUESSING = 1 / ENDINGS
 
@@ -42,7 +41,7 @@ class ClozeResult:
 
 
 def read_items(name: str) -> list[Item]:
-    """The items of one of `NAMES`, in their order. Raises DataError naming the line that is no item."""
+    """The items of one of `OWN_NAMES`, in their order. Raises DataError naming the line that is no item."""
     resource = files("p828.inference.tasks") / f"{name}.jsonl"
     lines = resource.read_text(encoding="utf-8").splitlines()
     return [_item(line, f"{name}.jsonl, line {number}") for number, line in enumerate(lines, start=1)]

@@ -19,7 +19,7 @@ import torch
 
 from p828.data.text.hub import check_reachable
 from p828.errors import ConfigError, P828Error, RunFailed, did_you_mean
-from p828.inference.tasks import cloze
+from p828.inference.tasks.own_names import OWN_NAMES
 from p828.inference.tasks.task_model import TaskModel
 
 INSTALL = "pip install 'p828[evaluate]'"
@@ -86,7 +86,7 @@ def open_tasks(names: Sequence[str], directory: str = "", is_quiet: bool = False
     more than text, and where a task's data cannot be read, as without a network.
     """
     if find_spec("lm_eval") is None:
-        own = f"p828's own tasks are {', '.join(cloze.NAMES)}{did_you_mean(names[0], cloze.NAMES)}"
+        own = f"p828's own tasks are {', '.join(OWN_NAMES)}{did_you_mean(names[0], OWN_NAMES)}"
         raise ConfigError(f"tasks: {names[0]!r}: {own} lm-eval, which has others, is not installed: {INSTALL}")
     if directory and not Path(directory).is_dir():
         raise ConfigError(f"tasks_path = {directory!r}: no such directory")
@@ -96,7 +96,7 @@ def open_tasks(names: Sequence[str], directory: str = "", is_quiet: bool = False
         manager = _manager(names, directory)
         for name in names:
             if name not in manager.task_index:
-                raise ConfigError(unknown_task(name, [*cloze.NAMES, *manager.all_tasks], directory))
+                raise ConfigError(unknown_task(name, [*OWN_NAMES, *manager.all_tasks], directory))
         _check_hub(manager, names)
         found = manager.load(list(names))
         _check_supported(found["tasks"])
@@ -106,9 +106,9 @@ def open_tasks(names: Sequence[str], directory: str = "", is_quiet: bool = False
 def _check_names(names: Sequence[str]) -> None:
     """Raises ConfigError for names that lm-eval does not have, before its index is built, which takes many seconds."""
     for name in names:
-        is_near_own = difflib.get_close_matches(name, cloze.NAMES, n=1, cutoff=NEAR_TO_OWN)
+        is_near_own = difflib.get_close_matches(name, OWN_NAMES, n=1, cutoff=NEAR_TO_OWN)
         if is_near_own or not TASK_NAME.fullmatch(name):
-            raise ConfigError(unknown_task(name, cloze.NAMES, directory=""))
+            raise ConfigError(unknown_task(name, OWN_NAMES, directory=""))
 
 
 def _manager(names: Sequence[str], directory: str) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from p828.errors import ConfigError
 from p828.inference.tasks import cloze
 from p828.inference.tasks.lm_eval_tasks import LmEvalTasks, open_tasks
+from p828.inference.tasks.own_names import OWN_NAMES
 from p828.inference.tasks.task_model import TaskModel
 
 Results = dict[str, dict[str, float]]
@@ -38,11 +39,11 @@ def open_all(names: Sequence[str], directory: str = "", is_quiet: bool = False) 
     twice = [name for index, name in enumerate(names) if name in names[:index]]
     if twice:
         raise ConfigError(f"tasks: {twice[0]} is given twice")
-    others = [name for name in names if name not in cloze.NAMES]
+    others = [name for name in names if name not in OWN_NAMES]
     if directory and not others:
         raise ConfigError(f"tasks_path = {directory!r}: accepted with a task of it; p828's own tasks need none")
     return Tasks(
-        tuple(name for name in names if name in cloze.NAMES),
+        tuple(name for name in names if name in OWN_NAMES),
         open_tasks(others, directory, is_quiet) if others else None,
     )
 
