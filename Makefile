@@ -5,7 +5,7 @@
 # make test-serve         run all tests of the server, with 1,000 and 10,000 requests too; about 4 minutes
 # make test-health        break 35 things in small runs, and see what the rules of run health find; about 15 minutes
 # make faults             kill runs, damage checkpoints and feed every reader nonsense, many times; about 25 minutes
-# make test-long          run the long forms of the tests of commands, data and training; about three minutes
+# make test-long          run the long forms of the tests of commands, data and training; about two minutes
 # make test-oldest        run the tests with the oldest accepted dependencies, in .venv-oldest
 # make check              linter, format and types
 PYTHON ?= python3

@@ -80,10 +80,9 @@ def test_probabilities_are_those_of_the_training_forward(
 def test_a_context_that_slides(cuda: torch.device, piece: int) -> None:
     """Each token's probability is that of a forward pass over what is left of its context."""
     model = model_on(cuda)
-    decoder = Decoder(model, VOCABULARY, EOS, torch.bfloat16, 3, prefill_tokens=piece)
-    config = SamplingConfig(temperature=1.0, max_new_tokens=220, slide=True)
     never = VOCABULARY  # ends no text
-    decoder._eos_id = never
+    decoder = Decoder(model, VOCABULARY, never, torch.bfloat16, 3, prefill_tokens=piece)
+    config = SamplingConfig(temperature=1.0, max_new_tokens=220, slide=True)
     for sequence, ours in run(decoder, [[5, 9, 2, 40, 7], [31] * 40, list(range(60))], config, Wants(probability=True)):
         assert (sequence.finish_reason, len(ours)) == ("length", 220)
         dropped = 0

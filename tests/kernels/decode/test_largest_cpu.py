@@ -37,15 +37,12 @@ def test_rows_that_float16_cannot_tell_apart() -> None:
     largest = largest_row(weight_VH)
     near_V = largest.first(weight_VH[:1])[0]
     assert near_V.unique().numel() < 60, "otherwise the first part would do"
-    # Products with the row itself are positive and 2^-20 of the largest apart, and float32's sums of 64 terms may
-    # err by 32 · 2^-23 of it, 32 rows; both float32 and this choose among those.
+    # Products with the row itself are 2^-20 of it apart. Its 64 terms are positive, so that each of two sums errs by 64
+    # roundings of 2^-24 at most, 4 rows.
     x_TH = torch.cat((weight_VH[:1], -weight_VH[:1]))
     chosen, chosen_of_least = largest(x_TH).tolist()
-    assert factor_V.argsort(descending=True).tolist().index(chosen) < 32
-    assert factor_V.argsort().tolist().index(chosen_of_least) < 32
-    products_TV = torch.stack([weight_VH.mv(x_H) for x_H in x_TH])
-    assert products_TV[0, chosen] == products_TV[0].max()
-    assert products_TV[1, chosen_of_least] == products_TV[1].max()
+    assert factor_V.argsort(descending=True).tolist().index(chosen) <= 8
+    assert factor_V.argsort().tolist().index(chosen_of_least) <= 8
 
 
 @pytest.mark.parametrize("rows, columns", [(37, 33), (40, 64), (500, 512)])

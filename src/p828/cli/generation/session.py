@@ -23,6 +23,7 @@ from p828.train.log.console import waiting
 
 
 def generate(given: Arguments) -> None:
+    """Raises ConfigError and DataError for what is given, and for a checkpoint that cannot be read."""
     prompts = _prompts(given)
     asks_messages = bool(prompts) and prompts[0].has_messages
     if given.system and not (given.chat or asks_messages):

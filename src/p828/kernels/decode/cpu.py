@@ -50,14 +50,14 @@ class Matrix:
     @property
     def is_packed(self) -> bool:
         """Whether what `largest_row` packs is there."""
-        return "largest_row" in vars(self) or (self.goes_in_parts and "in_parts" in vars(self))
+        return "largest_row" in vars(self) or vars(self).get("in_parts") is not None
 
     @cached_property
     def largest_row(self) -> LargestRow | None:
         """For steps of up to MOST_COMPARED tokens that ask for no more of the products; None where it gains nothing."""
         if not (self.is_head and self.is_huge and has_float16_products()):
             return None
-        parts = self.in_parts if "in_parts" in vars(self) else None  # of which the second one may never be needed
+        parts = vars(self).get("in_parts")  # not made for this, as the second of them may never be needed
         return LargestRow(self.weight_VH, only_first_part(self.weight_VH) if parts is None else parts.first_part())
 
     def __call__(self, x_TH: Tensor) -> Tensor:

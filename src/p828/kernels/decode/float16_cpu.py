@@ -59,7 +59,7 @@ def float16_matrix(weight_VH: Tensor, most: int) -> Float16Matrix | None:
         return None
     scale = _scale(weight_VH)
     blocks = []
-    for block_XH in weight_VH.tensor_split(-(-len(weight_VH) // BLOCK)):
+    for block_XH in _blocks(weight_VH):
         parts = _parts(block_XH, scale, most)
         if parts is None:
             return None
@@ -70,13 +70,8 @@ def float16_matrix(weight_VH: Tensor, most: int) -> Float16Matrix | None:
 def only_first_part(weight_VH: Tensor) -> Float16Matrix:
     """The first part alone of a weight, which it need not hold."""
     scale = _scale(weight_VH)
-    return Float16Matrix(
-        [
-            [torch.ops.quantized.linear_prepack_fp16((block_XH * scale).half().float(), None)]
-            for block_XH in weight_VH.split(BLOCK)
-        ],
-        scale,
-    )
+    firsts = (_rounded(block_XH.float() * scale) for block_XH in _blocks(weight_VH))
+    return Float16Matrix([[torch.ops.quantized.linear_prepack_fp16(first_XH, None)] for first_XH in firsts], scale)
 
 
 def lost_by_first_part(weight_VH: Tensor, parts: Float16Matrix) -> float:
@@ -85,10 +80,20 @@ def lost_by_first_part(weight_VH: Tensor, parts: Float16Matrix) -> float:
     No finite number if the weight has one that is none.
     """
     lost = []
-    for block_XH in weight_VH.split(BLOCK):
-        first_XH = (block_XH.float() / parts.inverse).half().float() * parts.inverse
+    for block_XH in _blocks(weight_VH):
+        first_XH = _rounded(block_XH.float() / parts.inverse) * parts.inverse
         lost.append(torch.linalg.vector_norm(block_XH - first_XH, dim=1).max())
     return torch.stack(lost).max().item()
+
+
+def _blocks(weight_VH: Tensor) -> tuple[Tensor, ...]:
+    """Of BLOCK rows at most."""
+    return weight_VH.tensor_split(-(-len(weight_VH) // BLOCK))
+
+
+def _rounded(numbers: Tensor) -> Tensor:
+    """To float16's, in float32."""
+    return numbers.half().float()
 
 
 def _scale(weight_VH: Tensor) -> float:
@@ -105,7 +110,7 @@ def _parts(weight_VH: Tensor, scale: float, most: int) -> list[Tensor] | None:
     allowed_V = _largest(scaled_VH) * EPSILON
     for part in range(most):
         shift = LOW_PART**part
-        parts.append((lost_VH * shift).half().float())
+        parts.append(_rounded(lost_VH * shift))
         lost_VH = lost_VH - parts[-1] / shift
         if (_largest(lost_VH) <= allowed_V).all():
             return parts
