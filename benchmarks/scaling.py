@@ -5,19 +5,18 @@ usage: python benchmarks/scaling.py [--shape 800m] [--gpus 1 2 4] [--systems pla
 
 A system is `plain`, an engine and a ZeRO stage, as `sharded-3`, or torchtitan's FSDP2 at what corresponds to the stage,
 `torchtitan-2` or `torchtitan-3` (`pip install 'p828[peers]'`). `plain` runs on one GPU, and then on as many as the
-others at the same time, each training by itself but for the number of targets, which ranks sum on the host before a
-step: GPUs of one kind differ, and no step on all of them is faster than the slowest. `--gpus` is all GPUs unless given.
-A row that fails says why, and the others go on. `--json` is written anew after each row; `scaling_figure.py` draws such
-files.
+others, at the same time and each by itself, since GPUs of one kind differ: that row's rate is the sum of theirs, and
+the file has `own_seconds` of each. `--gpus` is all GPUs unless given. A row that fails says why, and the others go on.
+`--json` is written anew after each row; `scaling_figure.py` draws such files.
 
-A row has: tokens a second, efficiency against one GPU of the plain engine, against plain on as many GPUs and against
-one GPU of the same system, memory, bytes that a rank passes to collective operations in a step, and of the step's time
-the communication and its part that nothing else covers. MFU is a share of the GPU's datasheet, the next column of a
-large matrix product measured on it, as `p828 bench train` gives MFU; both count matrix products and attention within
-documents. `torchtitan's MFU` is of the datasheet, too, and counts as torchtitan and others do: attention of every token
-to its whole row, 6 N + 12 L H D S a token (PaLM, arXiv 2204.02311, appendix B). With `--check` a shape is also trained
-on text at each stage, on one GPU and on all of them, there with a rank killed on the way and the rest on half as many;
-the losses are compared.
+A row has: tokens a second, efficiency against the first GPU of the plain engine, against the mean of the GPUs' own
+rates with it, and against one GPU of the same system, memory, bytes that a rank passes to collective operations in a step,
+and of the step's time the communication and its part that nothing else covers. MFU is a share of the GPU's datasheet,
+the next column of a large matrix product measured on it, as `p828 bench train` gives MFU; both count matrix products
+and attention within documents. `torchtitan's MFU` is of the datasheet, too, and counts as torchtitan and others do:
+attention of every token to its whole row, 6 N + 12 L H D S a token (PaLM, arXiv 2204.02311, appendix B). With `--check`
+a shape is also trained on text at each stage, on one GPU and on all of them, there with a rank killed on the way and
+the rest on half as many; the losses are compared.
 """
 
 import argparse
@@ -60,7 +59,7 @@ WARM_UP = 3
 ROW_SECONDS = 240
 SYSTEMS = ["plain", "sharded-1", "sharded-2", "sharded-3"]
 COLUMNS = (
-    "system", "GPUs", "ms a step", "tokens/s", "of plain", "of as many", "of its own", "MFU", "of a product",
+    "system", "GPUs", "ms a step", "tokens/s", "of plain", "of their own", "of one", "MFU", "of a product",
     "torchtitan's MFU", "memory, GB", "passed, GB", "communication, ms", "exposed, ms",
 )  # fmt: skip
 CHECKED_STEPS, KILLED_AFTER = 12, 6
@@ -127,34 +126,55 @@ def with_engine(config: Config, system: str) -> Config:
 
 def measure(config: Config, system: str, gpus: int, steps: int) -> dict[str, Any]:
     """Run a system on so many processes. Raises Failed."""
-    # Several processes of the plain engine are started as those of the sharded engine, too.
-    timed = with_engine(config, "sharded-1" if system == "plain" and gpus > 1 else system)
-    shape, config = config.name, dataclasses.replace(timed, name="scaling")
+    timed = dataclasses.replace(with_engine(config, system), name="scaling")
+    setting = {"shape": config.name, "gradient_accumulation": timed.train.gradient_accumulation}
     with tempfile.TemporaryDirectory(prefix="p828-scaling-") as directory:
         job = Path(directory) / "job.json"
-        job.write_text(json.dumps({"config": to_dict(config), "steps": steps, "system": system}))
-        command = [sys.executable, __file__, "--worker", str(job)]
-        if config.engine != "plain":
-            command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        run_within(ROW_SECONDS, command, environment)
-        setting = {"shape": shape, "gradient_accumulation": config.train.gradient_accumulation}
-        tokens = config.tokens_per_step  # of one GPU
-        found = json.loads(job.with_suffix(".result").read_text())
-        return {"system": system, "gpus": gpus, **setting, "tokens_per_step": tokens, **found}
+        job.write_text(json.dumps({"config": to_dict(timed), "steps": steps, "system": system}))
+        if system == "plain":
+            found = each_by_itself(job, gpus, timed.train.device)
+        else:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
+            run_within(ROW_SECONDS, [start(launcher, job, {})])
+            found = json.loads(job.with_suffix(".result").read_text())
+    tokens = timed.tokens_per_step  # of one GPU
+    return {"system": system, "gpus": gpus, **setting, "tokens_per_step": tokens, **found}
 
 
-def run_within(seconds: float, command: list[str], environment: dict[str, str]) -> None:
-    """Run a command to its end, or kill all its processes. Raises Failed."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+def each_by_itself(job: Path, gpus: int, device: str) -> dict[str, Any]:
+    """What several GPUs take that know nothing of each other; `seconds` is the harmonic mean of theirs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    jobs = [job.with_name(f"job{number}.json") for number in range(gpus)]
+    processes = []
+    for number, own in enumerate(jobs):
+        own.write_bytes(job.read_bytes())
+        processes.append(start([], own, {"CUDA_VISIBLE_DEVICES": visible[number]} if device == "cuda" else {}))
+    run_within(ROW_SECONDS, processes)
+    found = [json.loads(own.with_suffix(".result").read_text()) for own in jobs]
+    seconds = [one["seconds"] for one in found]
+    memory = max(one["memory_bytes"] for one in found)
+    return found[0] | {"seconds": statistics.harmonic_mean(seconds), "own_seconds": seconds, "memory_bytes": memory}
+
+
+def start(launcher: list[str], job: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, *launcher, __file__, "--worker", str(job)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def run_within(seconds: float, processes: list[subprocess.Popen[str]]) -> None:
+    """Wait for processes to end, or kill them and all that they started. Raises Failed."""
+    deadline = time.monotonic() + seconds
     try:
-        said, _ = process.communicate(timeout=seconds)
+        said = [process.communicate(timeout=max(deadline - time.monotonic(), 0))[0] for process in processes]
     except subprocess.TimeoutExpired:
-        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-            one.kill()
-        said = process.communicate()[0] + f"\nnot done in {seconds:.0f} s"
-    if process.returncode:
-        raise Failed(said[-6000:])
+        for process in processes:
+            if process.poll() is None:
+                for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    one.kill()
+        said = [*(process.communicate()[0] for process in processes), f"not done in {seconds:.0f} s"]
+    if any(process.returncode for process in processes):
+        raise Failed("\n".join(said)[-6000:])
 
 
 def work(job: dict[str, Any], result: Path) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
 ACCUMULATION, FLOAT32 = 2, 4
 
 
-def scaling(path: Path, *arguments: str) -> tuple[str, list[dict[str, object]]]:
+def scaling(path: Path, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
     result = path.with_suffix(".json")
     command = [sys.executable, str(SCRIPT), "--shape", str(path), "--device", "cpu", "--steps", "1", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -62,6 +64,8 @@ def test_what_the_sharded_engine_passes_to_collective_operations(tmp_path: Path)
     shown, results = scaling(path, "--systems", "plain", *systems, "--gpus", "2")
     assert [(one["system"], one["gpus"]) for one in results] == [("plain", 1), ("plain", 2), *((s, 2) for s in systems)]
     assert "| plain | 2 |" in shown
+    assert results[1]["seconds"] == pytest.approx(statistics.harmonic_mean(results[1]["own_seconds"]))
+    assert len(results[1]["own_seconds"]) == 2
     exchanged = {"all_to_all": ACCUMULATION * layers * layer, "reduce_scatter": vocabulary}
     gathered = ACCUMULATION * (vocabulary + 2 * (layers - buffers) * layer) + buffers * layer
     expected = {
@@ -71,13 +75,12 @@ def test_what_the_sharded_engine_passes_to_collective_operations(tmp_path: Path)
     }
     for result in results[2:]:
         passed = result["passed_bytes"]
-        assert isinstance(passed, dict)
         found = {
             name: sum(n for key, n in passed.items() if key.startswith(name))
             for name in ("all_to_all", "reduce_scatter", "all_gather")
         }
-        for name, amount in expected[str(result["system"])].items():
+        for name, amount in expected[result["system"]].items():
             assert found[name] == pytest.approx(amount, rel=0.02), (result["system"], name)
         # Norms, routers, loads and what fills up to equal shards are little.
         assert sum(passed.values()) == pytest.approx(sum(found.values()), rel=0.05)
-        assert {name for name, amount in found.items() if amount} == expected[str(result["system"])].keys()
+        assert {name for name, amount in found.items() if amount} == expected[result["system"]].keys()
