@@ -10,13 +10,13 @@ the file has `own_seconds` of each. `--gpus` is all GPUs unless given. A row tha
 `--json` is written anew after each row; `scaling_figure.py` draws such files.
 
 A row has: tokens a second, efficiency against the first GPU of the plain engine, against the mean of the GPUs' own
-rates with it, and against one GPU of the same system, memory, bytes that a rank passes to collective operations in a step,
-and of the step's time the communication and its part that nothing else covers. MFU is a share of the GPU's datasheet,
-the next column of a large matrix product measured on it, as `p828 bench train` gives MFU; both count matrix products
-and attention within documents. `torchtitan's MFU` is of the datasheet, too, and counts as torchtitan and others do:
-attention of every token to its whole row, 6 N + 12 L H D S a token (PaLM, arXiv 2204.02311, appendix B). With `--check`
-a shape is also trained on text at each stage, on one GPU and on all of them, there with a rank killed on the way and
-the rest on half as many; the losses are compared.
+rates with it, and against one GPU of the same system, memory, bytes that a rank passes to collective operations in a
+step, and of the step's time the communication and its part that nothing else covers. MFU is a share of the GPU's
+datasheet, the next column of a large matrix product measured on it, as `p828 bench train` gives MFU; both count matrix
+products and attention within documents. `torchtitan's MFU` is of the datasheet, too, and counts as torchtitan and
+others do: attention of every token to its whole row, 6 N + 12 L H D S a token (PaLM, arXiv 2204.02311, appendix B).
+With `--check` a shape is also trained on text at each stage, on one GPU and on all of them, there with a rank killed on
+the way and the rest on half as many; the losses are compared.
 """
 
 import argparse

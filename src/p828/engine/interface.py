@@ -1,9 +1,11 @@
 """What the loop asks of an engine, and the numbers that an engine returns for a step.
 
 An engine collects a step's findings in a `StepStats`, tensors on the device with a name each. `fetch` brings all of
-them to the host in one transfer, which is the step's one wait for the device. What is neither a load of the experts
-nor an attribute of `StepResult` goes into the step's record under its own name. So a new number is one more line: in
-`StepStats.of` if it is found once a step, in `microbatch.micro_batch_totals` if it is a sum over micro-batches.
+them to the host in one transfer, which is the step's one wait for the device. It begins before the update of the
+weights unless something of the update is told, so that the host prepares the next step meanwhile. What is neither a
+load of the experts nor an attribute of `StepResult` goes into the step's record under its own name. So a new number is
+one more line: in `StepStats.of` if it is found once a step, in `microbatch.micro_batch_totals` if it is a sum over
+micro-batches.
 """
 
 import math
@@ -66,9 +68,17 @@ class StepStats:
         """`tensors` has "loss" and "grad_norm", scalars; "loads_LE"; and any number of further scalars and tensors (L,)
         by the names that they get in the step's record. All are equal on every rank, of any dtype that float64 holds.
 
-        Their numbers are copied, on the device: the tensors may be set to zero for the next step before `fetch`.
+        Their numbers are on the way to the host as soon as the device has them, while it goes on with what it is given
+        afterwards. So the tensors may be set to zero for the next step before `fetch`.
         """
-        self._packed, self._shapes = pack(tensors), shapes_of(tensors)
+        packed, self._shapes = pack(tensors), shapes_of(tensors)
+        self._host = packed
+        self._arrival: torch.cuda.Event | None = None
+        if packed.is_cuda:
+            self._host = torch.empty_like(packed, device="cpu", pin_memory=True)
+            self._host.copy_(packed, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
 
     @classmethod
     def of(
@@ -82,8 +92,8 @@ class StepStats:
         """From the sums of `microbatch.micro_batch_totals` over the step and the gradients' global norm.
 
         `by_part` has `grad_norms`, (X,) of the model's parts, if they were found. `measured` is what
-        `UpdateNumbers.finish` gives, None in a step that is not measured. Every engine calls this one after its update.
-        At ZeRO stage 3 the weights of `model` are elsewhere; the balance bias is there.
+        `UpdateNumbers.finish` gives, None in a step that is not measured. Every engine calls this one after its update
+        of the balance biases; the weights of `model` may be those before theirs, and at ZeRO stage 3 are elsewhere.
         """
         further = dict(totals)
         entropy_L = further.pop("entropy_L")  # a mean over tokens, each of which counts in as many loads
@@ -98,9 +108,10 @@ class StepStats:
         `parts` names the X entries of what is told by part. `span` began with the step and ends here.
         """
         started = time.perf_counter()
-        packed = self._packed.cpu()
-        busy = None if span is None else span.end(time.perf_counter() - started, self._packed.is_cuda)
-        host = unpack(packed, self._shapes)
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        busy = None if span is None else span.end(time.perf_counter() - started, self._arrival is not None)
+        host = unpack(self._host, self._shapes)
         loads = [[int(load) for load in load_E] for load_E in host.pop("loads_LE").tolist()]
         loss, grad_norm = host.pop("loss").item(), host.pop("grad_norm").item()
         further: dict[str, Number] = {name: tensor.tolist() for name, tensor in host.items()}

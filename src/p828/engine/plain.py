@@ -77,7 +77,8 @@ class PlainEngine:
         """Clip the gradients, update weights and balance bias, and begin the next step.
 
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite. All of it
-        is started on the device before the host asks for a number. `is_measured`: also measure what the update does.
+        is started on the device before the host asks for a number, and the device still updates weights when the host
+        has it. `is_measured`: also measure what the update does.
         """
         self._span.begin()
         totals = self.gradients.totals
@@ -87,11 +88,12 @@ class PlainEngine:
             norms_P = gradient_norms(self.gradients.sums.values())
             norm = global_norm(norms_P)
             applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
+            update_biases(self.model, totals["loads_LE"], self.config.balance.update_rate, applied)
+            by_part = {"grad_norms": self._by_part.sum(norms_P.square()).sqrt()}
+            stats = StepStats.of(self.model, totals, norm, by_part)
             self.optimizer.update(learning_rate, norm, applied)
-        update_biases(self.model, totals["loads_LE"], self.config.balance.update_rate, applied)
-        by_part = {"grad_norms": self._by_part.sum(norms_P.square()).sqrt()}
-        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
-        stats = StepStats.of(self.model, totals, norm, by_part, measured)
+        if is_measured:
+            stats = StepStats.of(self.model, totals, norm, by_part, self._update_numbers.finish(totals["loads_LE"]))
         self.gradients.begin_step()
         return stats.fetch(self._parts, self._span)  # the step's one wait for the device
 

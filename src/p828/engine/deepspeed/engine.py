@@ -159,13 +159,16 @@ class DeepSpeedEngine:
         norm = squares_X.sum().sqrt()
         applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
         clip = clip_factor(norm, self.config.optimizer.max_grad_norm)
+        update_biases(self.model, totals["loads_LE"].long(), self.config.balance.update_rate, applied)
+        by_part = {"grad_norms": squares_X.sqrt()}
+        stats = StepStats.of(self.model, totals, norm, by_part)
         # What torch's AdamW divides gradients by, and whether it leaves everything as it is.
         self._adamw.grad_scale, self._adamw.found_inf = (1 / clip).float(), (~applied).float()  # type: ignore[attr-defined]
         self._update(reducer)
-        update_biases(self.model, totals["loads_LE"].long(), self.config.balance.update_rate, applied)
         reducer.gradients.begin_step()
-        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
-        return StepStats.of(self.model, totals, norm, {"grad_norms": squares_X.sqrt()}, measured)
+        if is_measured:
+            stats = StepStats.of(self.model, totals, norm, by_part, self._update_numbers.finish(totals["loads_LE"]))
+        return stats
 
     def _update(self, reducer: GradientReducer) -> None:
         """Let AdamW update the masters, and set the weights to them."""

@@ -171,8 +171,8 @@ class ShardedEngine:
         """Clip the gradients, update weights and balance bias, and begin the next step.
 
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite. All of it
-        is started on the device before the host asks for a number; the weights are still gathered when it has it.
-        `is_measured`: also measure what the update does.
+        is started on the device before the host asks for a number, and the device still updates and gathers weights
+        when the host has it. `is_measured`: also measure what the update does.
         """
         assert self._micro_batches == self._accumulation, "the last of them has to know that it is the last"
         self._span.begin()
@@ -183,12 +183,14 @@ class ShardedEngine:
             squares_X = totals.pop("squared_norms")
             norm = squares_X.sum().sqrt().float()
             applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
+            loads_LE, by_part = totals["loads_LE"], {"grad_norms": squares_X.sqrt()}
+            update_biases(self.model, loads_LE.long(), self.config.balance.update_rate, applied)
+            stats = StepStats.of(self.model, totals, norm, by_part)
             self.weights.forget()
             self.optimizer.update(learning_rate, norm, applied, self._gather_updated)
             self.weights.gather_first(self._reads)
-        update_biases(self.model, totals["loads_LE"].long(), self.config.balance.update_rate, applied)
-        measured = self._update_numbers.finish(totals["loads_LE"]) if is_measured else None
-        stats = StepStats.of(self.model, totals, norm, {"grad_norms": squares_X.sqrt()}, measured)
+        if is_measured:
+            stats = StepStats.of(self.model, totals, norm, by_part, self._update_numbers.finish(loads_LE))
         self.gradients.begin_step()
         self._pass.begin_step()
         self._micro_batches = 0
