@@ -23,7 +23,7 @@ Launches = Mapping[tuple[int, int, int], Sequence[str]]
 
 QUICK: Launches = {
     (1, 2, 2): ("1", "2-tied", "3-auxiliary-recomputed"),
-    (1, 3, 1): ("1-tied", "3"),
+    (1, 3, 1): ("3",),
     (2, 2, 2): ("3-host",),
 }
 OPTIONS = ("", "-tied", "-auxiliary", "-recomputed")

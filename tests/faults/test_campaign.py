@@ -25,9 +25,10 @@ def counts(short: int, campaign: int) -> Any:
     return pytest.mark.parametrize("count", [short, pytest.param(campaign, marks=pytest.mark.long)])
 
 
-@counts(3, 50)
-def test_kills(tmp_path: Path, shim: Shim, capsys: pytest.CaptureFixture[str], count: int) -> None:
+@pytest.mark.long
+def test_kills(tmp_path: Path, shim: Shim, capsys: pytest.CaptureFixture[str]) -> None:
     """At random moments, a third of them while a checkpoint is written, which takes its time on a slow disk."""
+    count = 50
     path = write_toml(tmp_path, model={"dropout": 0.1}, evaluation={"every": 0})
     shim(file=".tmp/", delay=40_000)
     config = shortened(dataclasses.replace(load(str(path)), name="killed"), tmp_path)
