@@ -31,7 +31,7 @@ def step_seconds(config: Config, steps: int) -> float:
     for _ in range(steps + 2):
         started = time.perf_counter()
         engine.forward_backward(batch, batch.num_targets)
-        engine.step(1e-4)  # waits for the device
+        engine.step(1e-4)  # waits for its numbers; the update before them is in this step's time
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[2:])
 

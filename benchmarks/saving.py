@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def step(config: Config, engine: PlainEngine, batches: Iterator[Batch]) -> float:
-    """Seconds for one; the result that it gives is on the host, so the device is done."""
+    """Seconds for one, in which the device still does the update of the one before, and not its own."""
     started = time.monotonic()
     own = [next(batches) for _ in range(config.train.gradient_accumulation)]
     targets = sum(batch.num_targets for batch in own)

@@ -1,11 +1,11 @@
 """What the loop asks of an engine, and the numbers that an engine returns for a step.
 
-An engine collects a step's findings in a `StepStats`, tensors on the device with a name each. `fetch` brings all of
-them to the host in one transfer, which is the step's one wait for the device. It begins before the update of the
-weights unless something of the update is told, so that the host prepares the next step meanwhile. What is neither a
-load of the experts nor an attribute of `StepResult` goes into the step's record under its own name. So a new number is
-one more line: in `StepStats.of` if it is found once a step, in `microbatch.micro_batch_totals` if it is a sum over
-micro-batches.
+An engine collects a step's findings in a `StepStats`, tensors on the device with a name each. They go to the host in
+one transfer, and `fetch` waits for that alone. It begins before the update of the weights, so that the host prepares
+the next step meanwhile; after it in a step that measures the update, and where DeepSpeed's hooks make the step. What is
+neither a load of the experts nor an attribute of `StepResult` goes into the step's record under its own name. So a new
+number is one more line: in `StepStats.of` if it is found once a step, in `microbatch.micro_batch_totals` if it is a sum
+over micro-batches, in `optim.update_numbers` if it is of the weights.
 """
 
 import math
@@ -93,7 +93,7 @@ class StepStats:
 
         `by_part` has `grad_norms`, (X,) of the model's parts, if they were found. `measured` is what
         `UpdateNumbers.finish` gives, None in a step that is not measured. Every engine calls this one after its update
-        of the balance biases; the weights of `model` may be those before theirs, and at ZeRO stage 3 are elsewhere.
+        of the balance biases. The weights of `model` may be those before the update, and at ZeRO stage 3 are elsewhere.
         """
         further = dict(totals)
         entropy_L = further.pop("entropy_L")  # a mean over tokens, each of which counts in as many loads
@@ -103,14 +103,16 @@ class StepStats:
         return cls({**further, "grad_norm": grad_norm, **(by_part or {}), **(measured or {})})
 
     def fetch(self, parts: Sequence[str] = (), span: DeviceSpan | None = None) -> StepResult:
-        """All of it on the host; waits for the device once.
+        """All of it on the host, as soon as it is there.
 
-        `parts` names the X entries of what is told by part. `span` began with the step and ends here.
+        `parts` names the X entries of what is told by part. `span` ends here.
         """
-        started = time.perf_counter()
+        started, left = time.perf_counter(), None
         if self._arrival is not None:
+            left = torch.cuda.Event()
+            left.record()
             self._arrival.synchronize()
-        busy = None if span is None else span.end(time.perf_counter() - started, self._arrival is not None)
+        busy = None if span is None else span.end(time.perf_counter() - started, left)
         host = unpack(self._host, self._shapes)
         loads = [[int(load) for load in load_E] for load_E in host.pop("loads_LE").tolist()]
         loss, grad_norm = host.pop("loss").item(), host.pop("grad_norm").item()

@@ -78,7 +78,7 @@ class PlainEngine:
 
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite. All of it
         is started on the device before the host asks for a number, and the device still updates weights when the host
-        has it. `is_measured`: also measure what the update does.
+        has it. `is_measured`: also measure what the update does, for which the host waits.
         """
         self._span.begin()
         totals = self.gradients.totals
@@ -88,14 +88,15 @@ class PlainEngine:
             norms_P = gradient_norms(self.gradients.sums.values())
             norm = global_norm(norms_P)
             applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
-            update_biases(self.model, totals["loads_LE"], self.config.balance.update_rate, applied)
-            by_part = {"grad_norms": self._by_part.sum(norms_P.square()).sqrt()}
-            stats = StepStats.of(self.model, totals, norm, by_part)
+        update_biases(self.model, totals["loads_LE"], self.config.balance.update_rate, applied)
+        by_part = {"grad_norms": self._by_part.sum(norms_P.square()).sqrt()}
+        stats = StepStats.of(self.model, totals, norm, by_part)  # on its way to the host beside the update
+        with record_function("Optimizer.step"):
             self.optimizer.update(learning_rate, norm, applied)
         if is_measured:
             stats = StepStats.of(self.model, totals, norm, by_part, self._update_numbers.finish(totals["loads_LE"]))
         self.gradients.begin_step()
-        return stats.fetch(self._parts, self._span)  # the step's one wait for the device
+        return stats.fetch(self._parts, self._span)  # all that the host waits for in a step
 
     def _held(self) -> Iterator[Held]:
         masters = self.masters.by_parameter

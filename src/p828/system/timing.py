@@ -3,10 +3,11 @@
 import itertools
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-LEAST_WAIT = 0.02  # of a step: what the host waits less for the GPU's end is the way of the last numbers
+LEAST_WAIT = 0.02  # of a step: what the host waits less for the GPU's numbers is their way
 
 
 def step_seconds(run: Callable[[], None], steps: int, device: torch.device) -> list[float]:
@@ -81,20 +82,34 @@ def memory_rate(device: torch.device) -> float:
     return max(source.nbytes / min(reading, multiplying), 2 * source.nbytes / copying)
 
 
+class Work(Protocol):
+    """What a GPU was given up to some moment, as `torch.cuda.Event`."""
+
+    def query(self) -> bool:
+        """Whether all of it is done."""
+
+
 class DeviceSpan:
-    """The seconds of a step in which its device was at work, as far as the host's clock tells them."""
+    """The seconds from a step's numbers to the next one's in which the device was at work, by the host's clock."""
 
     def __init__(self) -> None:
         self._begun: float | None = None
         self._paused: float | None = None
         self._apart = 0.0
         """Seconds between calls of the engine."""
+        self._ended = 0.0
+        self._left: Work | None = None
+        """What the last step left to its GPU when its numbers had come."""
 
     def begin(self) -> None:
-        """Called before every micro-batch and the update; the step's first call begins the span."""
+        """Called before every micro-batch and the update; the step's first call begins the span.
+
+        A GPU that is still at work on what the last step left has not rested since that one's end.
+        """
         now = time.perf_counter()
         if self._begun is None:
-            self._begun, self._apart = now, 0.0
+            is_at_work = self._left is not None and not self._left.query()
+            self._begun, self._apart = self._ended if is_at_work else now, 0.0
         elif self._paused is not None:
             self._apart += now - self._paused
         self._paused = None
@@ -103,20 +118,22 @@ class DeviceSpan:
         """Called after every micro-batch: a GPU works on, a CPU does what the loop does until the next one."""
         self._paused = time.perf_counter()
 
-    def end(self, waited: float, is_gpu: bool) -> float | None:
-        """How long the device was at work in the step, now that the host has waited `waited` seconds for its end.
+    def end(self, waited: float, left: Work | None) -> float | None:
+        """How long the device was at work, now that the host has waited `waited` seconds for the step's numbers.
 
-        A host that runs ahead of a GPU keeps it busy from the first work on. Where it hardly had to wait, the GPU had
-        caught up with it all along, as when kernels are launched one by one too slowly, and idled in between; then the
-        wait is all that is known of its work. A CPU is its own host, at work on the model in the engine's calls alone.
-        None without a call of `begin`.
+        `left` is all that the step has given to its GPU, None on a CPU. A host that runs ahead of a GPU keeps it busy
+        from the first work on. Where it hardly had to wait and nothing is left, the GPU had caught up with it all
+        along, as when kernels are launched one by one too slowly, and idled in between; then the wait is all that is
+        known of its work. A CPU is its own host, at work on the model in the engine's calls alone. None without a call
+        of `begin`.
         """
         if self._begun is None:
             return None
-        span, self._begun, self._paused = time.perf_counter() - self._begun, None, None
-        if not is_gpu:
+        self._ended, self._left = time.perf_counter(), left
+        span, self._begun, self._paused = self._ended - self._begun, None, None
+        if left is None:
             return span - self._apart
-        return span if waited > LEAST_WAIT * span else waited
+        return span if waited > LEAST_WAIT * span or not left.query() else waited
 
 
 def _record() -> torch.cuda.Event:

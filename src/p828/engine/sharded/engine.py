@@ -172,7 +172,7 @@ class ShardedEngine:
 
         Weights, bias and the optimizer's state stay as they are if the loss or the gradient is not finite. All of it
         is started on the device before the host asks for a number, and the device still updates and gathers weights
-        when the host has it. `is_measured`: also measure what the update does.
+        when the host has it. `is_measured`: also measure what the update does, for which the host waits.
         """
         assert self._micro_batches == self._accumulation, "the last of them has to know that it is the last"
         self._span.begin()
@@ -183,9 +183,10 @@ class ShardedEngine:
             squares_X = totals.pop("squared_norms")
             norm = squares_X.sum().sqrt().float()
             applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
-            loads_LE, by_part = totals["loads_LE"], {"grad_norms": squares_X.sqrt()}
-            update_biases(self.model, loads_LE.long(), self.config.balance.update_rate, applied)
-            stats = StepStats.of(self.model, totals, norm, by_part)
+        loads_LE, by_part = totals["loads_LE"], {"grad_norms": squares_X.sqrt()}
+        update_biases(self.model, loads_LE.long(), self.config.balance.update_rate, applied)
+        stats = StepStats.of(self.model, totals, norm, by_part)  # on its way to the host beside the update
+        with record_function("Optimizer.step"):
             self.weights.forget()
             self.optimizer.update(learning_rate, norm, applied, self._gather_updated)
             self.weights.gather_first(self._reads)
@@ -194,7 +195,7 @@ class ShardedEngine:
         self.gradients.begin_step()
         self._pass.begin_step()
         self._micro_batches = 0
-        return stats.fetch(self._parts, self._span)  # the step's one wait for the device
+        return stats.fetch(self._parts, self._span)  # all that the host waits for in a step
 
     def _held(self) -> Iterator[Held]:
         """What this rank updates; of what every rank updates, the first one of its replica has it."""

@@ -58,7 +58,7 @@ class Log:
         seconds: float,
         is_evaluated: bool,
     ) -> None:
-        """Record a step that took `seconds`, from waiting for its batches to the update.
+        """Record a step that took `seconds`, from waiting for its batches to its numbers.
 
         A number of the result that is not known here passes through to the record and to the trackers as it is.
         """
