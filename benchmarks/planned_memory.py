@@ -168,7 +168,7 @@ def measured(job: dict[str, Any], is_measured: bool, directory: Path) -> dict[st
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job["ranks"])]
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(directory / "inductor"), "TRITON_CACHE_DIR": str(directory / "triton")}
     try:
-        run_within(ROW_SECONDS, command, {**os.environ, "OMP_NUM_THREADS": "1", **caches})
+        run_within(ROW_SECONDS, [command], [{**os.environ, "OMP_NUM_THREADS": "1", **caches}])
     except Failed as error:
         return {"failed": str(error)}
     return {"measured": json.loads(path.with_suffix(".result").read_text())}

@@ -29,8 +29,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import psutil
 import tomli_w
@@ -59,7 +60,7 @@ WARM_UP = 3
 ROW_SECONDS = 240
 SYSTEMS = ["plain", "sharded-1", "sharded-2", "sharded-3"]
 COLUMNS = (
-    "system", "GPUs", "ms a step", "tokens/s", "of plain", "of their own", "of one", "MFU", "of a product",
+    "system", "GPUs", "ms a step", "tokens/s", "of plain", "of their own", "of itself on one", "MFU", "of a product",
     "torchtitan's MFU", "memory, GB", "passed, GB", "communication, ms", "exposed, ms",
 )  # fmt: skip
 CHECKED_STEPS, KILLED_AFTER = 12, 6
@@ -82,7 +83,10 @@ def main() -> None:
         work(json.loads(given.worker.read_text()), given.worker.with_suffix(".result"))
         return
     config = load_shape(given.shape, given.device, given.micro_batch_size, given.gradient_accumulation)
-    gpus = given.gpus or [torch.cuda.device_count() if given.device == "cuda" else 2]
+    there = torch.cuda.device_count() if given.device == "cuda" else max(given.gpus or [2])
+    gpus = given.gpus or [there]
+    if not 1 <= min(gpus) <= max(gpus) <= there:
+        parser.error(f"--gpus {' '.join(map(str, gpus))}: {there} are there")
     for system in given.systems:
         validate(with_engine(config, system))
     results: list[dict[str, Any]] = []
@@ -135,46 +139,74 @@ def measure(config: Config, system: str, gpus: int, steps: int) -> dict[str, Any
             found = each_by_itself(job, gpus, timed.train.device)
         else:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-            run_within(ROW_SECONDS, [start(launcher, job, {})])
+            run_within(ROW_SECONDS, [command_of(job, *launcher)], [single_threaded()])
             found = json.loads(job.with_suffix(".result").read_text())
     tokens = timed.tokens_per_step  # of one GPU
     return {"system": system, "gpus": gpus, **setting, "tokens_per_step": tokens, **found}
 
 
 def each_by_itself(job: Path, gpus: int, device: str) -> dict[str, Any]:
-    """What several GPUs take that know nothing of each other; `seconds` is the harmonic mean of theirs."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    """What several GPUs take that know nothing of each other, started together.
+
+    `seconds` is the harmonic mean of theirs, and a product's FLOP/s the mean.
+    """
     jobs = [job.with_name(f"job{number}.json") for number in range(gpus)]
-    processes = []
-    for number, own in enumerate(jobs):
+    environments = [single_threaded() for _ in jobs]
+    if device == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        for environment, gpu in zip(environments, visible, strict=False):
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+    for own in jobs:
         own.write_bytes(job.read_bytes())
-        processes.append(start([], own, {"CUDA_VISIBLE_DEVICES": visible[number]} if device == "cuda" else {}))
-    run_within(ROW_SECONDS, processes)
+    run_within(ROW_SECONDS, [command_of(own) for own in jobs], environments)
     found = [json.loads(own.with_suffix(".result").read_text()) for own in jobs]
-    seconds = [one["seconds"] for one in found]
-    memory = max(one["memory_bytes"] for one in found)
-    return found[0] | {"seconds": statistics.harmonic_mean(seconds), "own_seconds": seconds, "memory_bytes": memory}
+    seconds, products = ([one[key] for one in found] for key in ("seconds", "product_flops"))
+    return found[0] | {
+        "seconds": statistics.harmonic_mean(seconds),
+        "own_seconds": seconds,
+        "product_flops": None if None in products else statistics.mean(products),
+        "memory_bytes": max(one["memory_bytes"] for one in found),
+    }
 
 
-def start(launcher: list[str], job: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, *launcher, __file__, "--worker", str(job)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+def command_of(job: Path, *launcher: str) -> list[str]:
+    return [sys.executable, *launcher, __file__, "--worker", str(job)]
 
 
-def run_within(seconds: float, processes: list[subprocess.Popen[str]]) -> None:
-    """Wait for processes to end, or kill them and all that they started. Raises Failed."""
-    deadline = time.monotonic() + seconds
-    try:
-        said = [process.communicate(timeout=max(deadline - time.monotonic(), 0))[0] for process in processes]
-    except subprocess.TimeoutExpired:
-        for process in processes:
-            if process.poll() is None:
-                for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    one.kill()
-        said = [*(process.communicate()[0] for process in processes), f"not done in {seconds:.0f} s"]
-    if any(process.returncode for process in processes):
-        raise Failed("\n".join(said)[-6000:])
+def single_threaded() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run_within(seconds: float, commands: list[list[str]], environments: list[dict[str, str]]) -> None:
+    """Run commands to their ends at the same time, or kill those that run and what they started. Raises Failed."""
+    deadline, running = time.monotonic() + seconds, list[tuple[subprocess.Popen[bytes], IO[bytes]]]()
+    with ExitStack() as stack:
+        for command, environment in zip(commands, environments, strict=True):
+            said = stack.enter_context(tempfile.TemporaryFile())
+            process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
+            stack.callback(kill, process)
+            running.append((process, said))
+        for process, _ in running:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0))
+        failures = []
+        for number, (process, said) in enumerate(running):
+            code = process.poll()
+            if code != 0:
+                said.seek(0)
+                ended = f"not done in {seconds:.0f} s" if code is None else f"exit code {code}"
+                failures.append(f"process {number}, {ended}:\n{said.read().decode(errors='replace')[-3000:]}")
+    if failures:
+        raise Failed("\n".join(failures))
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its descendants, if it runs."""
+    if process.poll() is None:
+        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
 
 
 def work(job: dict[str, Any], result: Path) -> None:
@@ -229,7 +261,7 @@ def build(config: Config, system: str, ranks: ProcessGroup) -> Training:
 
         return FsdpTraining(config, pick_device(config.train.device), ranks.size, reshards=system.endswith("3"))
     if system == "plain":
-        return PlainEngine(dataclasses.replace(config, engine="plain"))
+        return PlainEngine(config)
     if config.engine == "sharded":
         return ShardedEngine(config, ranks)
     return DeepSpeedEngine(config, ranks, check_deepspeed(config, ranks))

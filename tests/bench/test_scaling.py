@@ -5,14 +5,20 @@ import os
 import statistics
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from p828.config import load
 from p828.model.costs import count_parameters, parameters_by_part
 from runs import write_toml
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from scaling import Failed, run_within
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
 ACCUMULATION, FLOAT32 = 2, 4
@@ -84,3 +90,36 @@ def test_what_the_sharded_engine_passes_to_collective_operations(tmp_path: Path)
         # Norms, routers, loads and what fills up to equal shards are little.
         assert sum(passed.values()) == pytest.approx(sum(found.values()), rel=0.05)
         assert {name for name, amount in found.items() if amount} == expected[result["system"]].keys()
+
+
+def test_processes_that_fail_or_hang_end_a_row_and_say_why(tmp_path: Path) -> None:
+    """One that prints more than a pipe holds hides none of them, and what a hanging one started ends with it."""
+    number = tmp_path / "number"
+    programs = [
+        f"import subprocess, sys; open({str(number)!r}, 'w').write(str(subprocess.Popen(['sleep', '600']).pid)); "
+        "print('begun', flush=True); sys.stdin.read()",
+        "print('the reason'); raise SystemExit(3)",
+        "print('x' * 100_000); raise SystemExit(4)",
+    ]
+    commands = [["sh", "-c", 'sleep 600 | "$@"', "sh", sys.executable, "-c", programs[0]]]
+    commands += [[sys.executable, "-c", program] for program in programs[1:]]
+    with pytest.raises(Failed) as failed:
+        run_within(10, commands, [dict(os.environ)] * 3)
+    said = str(failed.value)
+    for expected in (
+        "process 0, not done in 10 s:\nbegun",
+        "process 1, exit code 3:\nthe reason",
+        "process 2, exit code 4",
+    ):
+        assert expected in said
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(int(number.read_text())).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)  # between two looks at it
+
+
+def test_gpus_that_are_not_there(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--shape", "quickstart", "--gpus", "1", "1000"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 2
+    assert "error: --gpus 1 1000: " in done.stderr
+    assert " are there" in done.stderr
