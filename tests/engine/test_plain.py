@@ -1,13 +1,15 @@
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from p828.config import Config
 from p828.data.batch import Batch
-from p828.engine.interface import StepResult
+from p828.engine.interface import StepResult, StepStats
 from p828.engine.plain import PlainEngine
 from p828.errors import ConfigError
 from p828.kernels.adamw import join_float32
@@ -71,6 +73,29 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
     assert first.loss == pytest.approx(second.loss, rel=1e-6)
     assert first.loads == second.loads
     assert sum(first.loads[0]) == 6 * 32 * config.model.num_experts_per_tok
+
+
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_a_steps_numbers_are_on_their_way_before_its_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_measured: bool
+) -> None:
+    """What is told of the update comes after it."""
+    config = run_config(tmp_path)
+    engine, order = PlainEngine(config), list[str]()
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            order.append(name)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(StepStats, "of", noted("numbers", StepStats.of))
+    monkeypatch.setattr(engine.optimizer, "update", noted("update", engine.optimizer.update))
+    engine.forward_backward(batch_of(config, 0, 2), 64)
+    found = engine.step(1e-3, is_measured)
+    assert order == ["numbers", "update"] + ["numbers"] * is_measured
+    assert ("update_ratios" in found.further) == is_measured
 
 
 def test_loss_and_gradient_do_not_depend_on_how_targets_are_spread(tmp_path: Path) -> None:
