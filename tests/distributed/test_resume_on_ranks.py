@@ -46,7 +46,8 @@ OTHER_ENGINE += [(PLAIN, ("sharded-3", 2)), (("sharded-3", 2), PLAIN), (("sharde
 OTHER_ENGINE += [((3, 2), ("sharded-1", 2)), (("sharded-2", 2), (1, 2)), ((0, 2), ("sharded-3", 4))]
 
 
-@pytest.mark.parametrize("stage", cases(product(STAGES), short=[]))
+@pytest.mark.long
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_same_ranks_go_on_bit_for_bit(config: Path, whole: Run, killed: Run, copied: Copy, stage: Stage) -> None:
     run = copied(killed(stage, 2))
     assert RESUMED.search(train(config, run, stage, 2))

@@ -90,10 +90,11 @@ class PlainEngine:
             applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
         update_biases(self.model, totals["loads_LE"], self.config.balance.update_rate, applied)
         by_part = {"grad_norms": self._by_part.sum(norms_P.square()).sqrt()}
-        stats = StepStats.of(self.model, totals, norm, by_part)  # on its way to the host beside the update
+        # On their way to the host while weights are updated, unless something of the update is told, too.
+        stats = None if is_measured else StepStats.of(self.model, totals, norm, by_part)
         with record_function("Optimizer.step"):
             self.optimizer.update(learning_rate, norm, applied)
-        if is_measured:
+        if stats is None:
             stats = StepStats.of(self.model, totals, norm, by_part, self._update_numbers.finish(totals["loads_LE"]))
         self.gradients.begin_step()
         return stats.fetch(self._parts, self._span)  # all that the host waits for in a step

@@ -161,12 +161,13 @@ class DeepSpeedEngine:
         clip = clip_factor(norm, self.config.optimizer.max_grad_norm)
         update_biases(self.model, totals["loads_LE"].long(), self.config.balance.update_rate, applied)
         by_part = {"grad_norms": squares_X.sqrt()}
-        stats = StepStats.of(self.model, totals, norm, by_part)  # on its way to the host beside the update
+        # On their way to the host while weights are updated, unless something of the update is told, too.
+        stats = None if is_measured else StepStats.of(self.model, totals, norm, by_part)
         # What torch's AdamW divides gradients by, and whether it leaves everything as it is.
         self._adamw.grad_scale, self._adamw.found_inf = (1 / clip).float(), (~applied).float()  # type: ignore[attr-defined]
         self._update(reducer)
         reducer.gradients.begin_step()
-        if is_measured:
+        if stats is None:
             stats = StepStats.of(self.model, totals, norm, by_part, self._update_numbers.finish(totals["loads_LE"]))
         return stats
 

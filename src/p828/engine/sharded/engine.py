@@ -185,12 +185,13 @@ class ShardedEngine:
             applied = torch.isfinite(totals["loss"]) & torch.isfinite(norm)
         loads_LE, by_part = totals["loads_LE"], {"grad_norms": squares_X.sqrt()}
         update_biases(self.model, loads_LE.long(), self.config.balance.update_rate, applied)
-        stats = StepStats.of(self.model, totals, norm, by_part)  # on its way to the host beside the update
+        # On their way to the host while weights are updated, unless something of the update is told, too.
+        stats = None if is_measured else StepStats.of(self.model, totals, norm, by_part)
         with record_function("Optimizer.step"):
             self.weights.forget()
             self.optimizer.update(learning_rate, norm, applied, self._gather_updated)
             self.weights.gather_first(self._reads)
-        if is_measured:
+        if stats is None:
             stats = StepStats.of(self.model, totals, norm, by_part, self._update_numbers.finish(loads_LE))
         self.gradients.begin_step()
         self._pass.begin_step()
