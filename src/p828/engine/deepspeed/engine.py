@@ -126,10 +126,11 @@ class DeepSpeedEngine:
         self._scale.fill_(self.ranks.size / num_targets)  # DeepSpeed takes the mean over ranks
         batch = batch.to(self.device)
         self._engine.set_gradient_accumulation_boundary(is_last)
-        loss, *totals = self._engine(
-            batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.document_ids_BS, self._scale
-        )
-        self._engine.backward(loss, scale_wrt_gas=False)
+        with local_rank_of(self.device):  # stage 3 reads it in its first passes
+            loss, *totals = self._engine(
+                batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.document_ids_BS, self._scale
+            )
+            self._engine.backward(loss, scale_wrt_gas=False)
         add_totals_(self._totals, dict(zip(self._totals, totals, strict=True)))
 
     def step(self, learning_rate: float, is_measured: bool = False) -> StepResult:
@@ -244,7 +245,7 @@ class DeepSpeedEngine:
             return
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([self.model.head_weight]):
+        with local_rank_of(self.device), deepspeed.zero.GatheredParameters([self.model.head_weight]):
             yield self.model
 
     def state_dict(self) -> dict[str, dict[str, Saveable]]:
