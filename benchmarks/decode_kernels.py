@@ -41,7 +41,7 @@ OF_FEW = [
     (experts_triton, "PAIR_GATE_UP", {"elements": 8192, "warps": 4}),
     (experts_triton, "PAIR_GATE_UP", {"elements": 4096, "warps": 4}),
     (experts_triton, "PAIR_GATE_UP", {"elements": 2048, "warps": 1}),
-    (experts_triton, "PAIR_DOWN", {"elements": 4096, "warps": 2}),
+    (experts_triton, "TOKEN_DOWN", {"elements": 4096, "warps": 2}),
     (linear_triton, "VECTOR", {"elements": 2048, "warps": 1}),
     (linear_triton, "VECTOR", {"elements": 8192, "warps": 8}),
     (linear_triton, "VECTOR_TOKENS", 4),

@@ -89,7 +89,7 @@ def test_experts(cuda: torch.device, case: ExpertsCase) -> None:
     arguments = case.arguments(Place(cuda, torch.bfloat16))
     expected_TJH = twin(plain.experts, *arguments)
     parts_TXH = ops.experts(*arguments)
-    assert_near(parts_TXH.unflatten(1, (expected_TJH.shape[1], -1)).sum(dim=2), expected_TJH, BFLOAT16)
+    assert_near(parts_TXH.sum(dim=1), expected_TJH.sum(dim=1), BFLOAT16)
 
 
 @pytest.mark.parametrize("tokens, experts", [(1, 8), (3, 8), (9, 8), (40, 8), (1, 64), (3, 64), (4, 256)])

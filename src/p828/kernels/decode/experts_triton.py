@@ -1,8 +1,9 @@
 """The chosen experts of a few tokens: only their weights are read, each once if many tokens chose the same.
 
-Pairs of a token and an expert are numbered token · J + choice. Up to `PAIR_TOKENS` tokens a program takes some rows of
-one pair's expert in registers, as in `linear_triton`. For more, `group_pairs` lists each expert's pairs, and a program
-multiplies a tile of them by some of their expert's rows. Shared experts come behind the routed ones: ids E, E + 1, ….
+Pairs of a token and an expert are numbered token · J + choice. Up to `PAIR_TOKENS` tokens a program takes some rows in
+registers, as in `linear_triton`: of one pair's gate and up matrices, or of the down matrices of all of a token's
+experts. For more, `group_pairs` lists each expert's pairs, and a program multiplies a tile of them by some of their
+expert's rows. Shared experts come behind the routed ones: ids E, E + 1, ….
 """
 
 import torch
@@ -20,7 +21,8 @@ from p828.kernels.decode.dependent_launch_triton import (
 
 PAIR_TOKENS = 3
 PAIR_GATE_UP = {"elements": 4096, "warps": 2}  # weights that a program holds, gate and up together
-PAIR_DOWN = {"elements": 8192, "warps": 4}
+TOKEN_DOWN = {"elements": 8192, "warps": 4}  # at least; a row of all of a token's experts may be more
+MOST_WARPS = 16
 GROUP_GATE_UP = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
 GROUP_DOWN = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
 GROUP_TOKENS = 32  # at most, of a program
@@ -85,22 +87,37 @@ def gate_up_of_pair(
 
 
 @triton.jit
-def down_of_pair(
-    inner, experts, weights, routed, shared, parts, H, WIDTH, E,
-    J: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr,
+def down_of_token(
+    inner, experts, weights, routed, shared, part, H, WIDTH, E,
+    J: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """parts = weight · down inner for some rows of one pair. The choice is older than the kernel in front."""
+    """part = Σ weight · down inner over a token's experts, for some rows. The choice is older than the kernel in front.
+
+    A program an expert would leave J parts, all of which every program of the next kernel has to read.
+    """
     let_next_kernel_begin(PDL)
-    pair = tl.program_id(2) * J + tl.program_id(1)
-    expert, share = tl.load(experts + pair), tl.load(weights + pair)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    mask = (row[:, None] < H) & (column[None, :] < WIDTH)
-    down_rows = load_rows(expert_weights(routed, shared, expert, E, H * WIDTH), row, column, WIDTH, mask, ONCE)
+    token, choice = tl.program_id(1), tl.arange(0, CHOICES)
+    is_chosen, pair = choice < J, token * J + choice
+    expert = tl.load(experts + pair, mask=is_chosen, other=0)
+    share = tl.load(weights + pair, mask=is_chosen, other=0.0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]
+    column = tl.arange(0, COLUMNS)[None, None, :]
+    weight_at = routed + expert.to(tl.int64) * H * WIDTH
+    if shared is not None:
+        weight_at = tl.where(expert < E, weight_at, shared + (expert - E).to(tl.int64) * H * WIDTH)
+    policy: tl.constexpr = "evict_first" if ONCE else ""
+    down_rows = tl.load(
+        weight_at[:, None, None] + row * WIDTH + column,
+        mask=is_chosen[:, None, None] & (row < H) & (column < WIDTH), other=0.0, eviction_policy=policy,
+    )  # fmt: skip
     wait_for_earlier_kernels(PDL)
-    value = tl.load(inner + pair * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    product = tl.sum(down_rows.to(tl.float32) * value[None, :], 1) * share
-    tl.store(parts + pair * H + row, product.to(parts.dtype.element_ty), mask=row < H)
+    value = tl.load(
+        inner + pair[:, None, None] * WIDTH + column, mask=is_chosen[:, None, None] & (column < WIDTH), other=0.0
+    )
+    products = tl.sum(down_rows.to(tl.float32) * value.to(tl.float32), 2) * share[:, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tl.store(part + token * H + row, tl.sum(products, 0), mask=row < H)
 
 
 @triton.jit
@@ -197,18 +214,17 @@ def experts(
     x_TH: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, gate_up_EXH: Tensor, down_EHI: Tensor,
     shared_gate_up_SXH: Tensor | None, shared_down_SHI: Tensor | None, hidden_act: str,
 ) -> Tensor:  # fmt: skip
-    """The parts (T, J, H), float32."""
+    """The parts (T, J or 1, H), float32."""
     inner_TJI = torch.empty(*experts_TJ.shape, down_EHI.shape[2], dtype=x_TH.dtype, device=x_TH.device)
-    parts_TJH = torch.empty(*experts_TJ.shape, x_TH.shape[1], dtype=torch.float32, device=x_TH.device)
     of_product = hidden_act == "swiglu_of_product"
     if len(x_TH) <= PAIR_TOKENS:
         _gate_up_of_pairs(x_TH, experts_TJ, gate_up_EXH, shared_gate_up_SXH, inner_TJI, of_product)
-        _down_of_pairs(inner_TJI, experts_TJ, weights_TJ, down_EHI, shared_down_SHI, parts_TJH)
-    else:
-        total_experts = len(down_EHI) + (0 if shared_down_SHI is None else len(shared_down_SHI))
-        groups = _group_pairs(experts_TJ, total_experts)
-        _gate_up_of_groups(x_TH, *groups, gate_up_EXH, shared_gate_up_SXH, inner_TJI, of_product)
-        _down_of_groups(inner_TJI, *groups, weights_TJ, down_EHI, shared_down_SHI, parts_TJH)
+        return _down_of_tokens(inner_TJI, experts_TJ, weights_TJ, down_EHI, shared_down_SHI)
+    total_experts = len(down_EHI) + (0 if shared_down_SHI is None else len(shared_down_SHI))
+    groups = _group_pairs(experts_TJ, total_experts)
+    parts_TJH = torch.empty(*experts_TJ.shape, x_TH.shape[1], dtype=torch.float32, device=x_TH.device)
+    _gate_up_of_groups(x_TH, *groups, gate_up_EXH, shared_gate_up_SXH, inner_TJI, of_product)
+    _down_of_groups(inner_TJI, *groups, weights_TJ, down_EHI, shared_down_SHI, parts_TJH)
     return parts_TJH
 
 
@@ -227,18 +243,21 @@ def _gate_up_of_pairs(
     )  # fmt: skip
 
 
-def _down_of_pairs(
-    inner_TJI: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, routed_EHI: Tensor, shared_SHI: Tensor | None,
-    parts_TJH: Tensor,
-) -> None:  # fmt: skip
-    (tokens, choices, hidden), width = parts_TJH.shape, inner_TJI.shape[2]
-    columns = triton.next_power_of_2(width)
-    rows = rows_of_program(PAIR_DOWN["elements"], columns, hidden, choices * tokens)
+def _down_of_tokens(
+    inner_TJI: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, routed_EHI: Tensor, shared_SHI: Tensor | None
+) -> Tensor:
+    """The sums of all choices: (T, 1, H), float32."""
+    (tokens, choices, width), hidden = inner_TJI.shape, routed_EHI.shape[1]
+    part_T1H = torch.empty(tokens, 1, hidden, dtype=torch.float32, device=inner_TJI.device)
+    columns, padded = triton.next_power_of_2(width), triton.next_power_of_2(choices)
+    rows = rows_of_program(TOKEN_DOWN["elements"], padded * columns, hidden, tokens)
+    warps = TOKEN_DOWN["warps"] * triton.cdiv(rows * padded * columns, TOKEN_DOWN["elements"])
     launch(
-        down_of_pair, (triton.cdiv(hidden, rows), choices, tokens),
-        inner_TJI, experts_TJ, weights_TJ, routed_EHI, shared_SHI, parts_TJH, hidden, width, len(routed_EHI), choices,
-        rows, columns, tokens == 1, device=inner_TJI.device, rows=tokens, warps=PAIR_DOWN["warps"],
+        down_of_token, (triton.cdiv(hidden, rows), tokens),
+        inner_TJI, experts_TJ, weights_TJ, routed_EHI, shared_SHI, part_T1H, hidden, width, len(routed_EHI), choices,
+        padded, rows, columns, tokens == 1, device=inner_TJI.device, rows=tokens, warps=min(warps, MOST_WARPS),
     )  # fmt: skip
+    return part_T1H
 
 
 def _group_pairs(experts_TJ: Tensor, total_experts: int) -> tuple[Tensor, Tensor]:

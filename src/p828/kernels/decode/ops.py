@@ -98,7 +98,7 @@ def experts(
     x_TH: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, gate_up_EXH: Tensor, down_EHI: Tensor,
     shared_gate_up_SXH: Tensor | None, shared_down_SHI: Tensor | None, hidden_act: str,
 ) -> Tensor:  # fmt: skip
-    """weight · down(act(gate x, up x)) of every chosen expert: the parts (T, J, H), float32, not summed.
+    """weight · down(act(gate x, up x)) of every chosen expert: parts (T, J or 1, H), float32, of which the sum counts.
 
     `gate_up_EXH` (E, 2 P, H) has the gate's rows first, as `down_EHI` for the routed experts; the other two are the
     same for the shared ones, all of width I: a shared expert of width n I is n of them, its rows and columns cut. An id
