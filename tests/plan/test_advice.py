@@ -140,16 +140,18 @@ def test_bytes_over_the_links() -> None:
 
 
 def test_what_the_sharded_engine_s_links_add() -> None:
-    """Beside computing 0.4 of their time, and all of it beyond; at stage 1 beside one micro-batch of four."""
-    config, slow = preset("800m"), card("h100")._replace(link_rate=1e9 / LINK_SHARE)
-    one = step_time(config, Setup(), slow, LinkBytes(0, 0), 8, 1, LARGE_EXPERTS).computing
-    for stage, covering in {1: one, 2: 4 * one, 3: 4 * one}.items():
-        setup = Setup(stage, 2, is_sharded=True)
-        for seconds in (one / 2, 6 * one):
-            link = LinkBytes(seconds * 0.6e9, seconds * 0.4e9)
-            found = step_time(config, setup, slow, link, 8, 4, LARGE_EXPERTS).links
-            covered = min(seconds, covering)
-            assert found == pytest.approx(0.4 * covered + seconds - covered)
+    """Beside computing a share of their time, and all of it beyond; at stage 1 beside one micro-batch of four."""
+    config = preset("800m")
+    one = step_time(config, Setup(), card("h100"), LinkBytes(0, 0), 8, 1, LARGE_EXPERTS).computing
+    for rate, hosts, slowed in (100e9, 1, 0.1), (100e9, 2, 0.4), (10e9, 1, 0.4):  # NVLink, several hosts, PCIe
+        linked = card("h100")._replace(link_rate=rate / LINK_SHARE)
+        for stage, covering in {1: one, 2: 4 * one, 3: 4 * one}.items():
+            setup = Setup(stage, 2 * hosts, is_sharded=True, hosts=hosts)
+            for seconds in (one / 2, 6 * one):
+                link = LinkBytes(seconds * 0.6 * rate, seconds * 0.4 * rate)
+                found = step_time(config, setup, linked, link, 8, 4, LARGE_EXPERTS).links
+                covered = min(seconds, covering)
+                assert found == pytest.approx(slowed * covered + seconds - covered + 0.025 * 4 * one)
 
 
 SHARES = re.compile(r"\| sharded, stage (\d) \| ([\d.]+)% \| ([\d.]+)% \| ([\d.]+)% \| ([\d.]+)% \|")

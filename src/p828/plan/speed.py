@@ -25,9 +25,10 @@ UPDATE_BYTES = 24  # of a parameter, read and written by the plain engine's norm
 MEMORY_SHARE = 0.8  # of the memory's rate, about
 LINK_SHARE = 0.42  # of the link's rate: 2.4 GB in 12.9 ms between two H100s; 0.34 to 0.51 between two and four H200s
 # Of a second in which the sharded engine's gathering and reducing run beside its computing, what the step is longer by:
-# they take memory from it, and multiprocessors where kernels copy. `800m` on two and four H200s: 0.28 to 0.59
-# by kernels; stages 2 and 3 on two by copy engines 0.41 and 0.27.
-SLOWED = 0.4
+# they take memory from it, and multiprocessors where kernels copy, as between hosts and over PCIe. By kernels `800m` on
+# two and four H200s had 0.28 to 0.59. With copy engines, over NVLink, 0.1 and WAITING are within 1% of its steps there.
+SLOWED, SLOWED_BY_KERNELS = 0.1, 0.4
+WAITING = 0.025  # of a step's computing, for the slowest of several GPUs, and for what lies between its graphs
 BACKWARD = 2 / 3  # of a micro-batch's time
 
 
@@ -41,7 +42,7 @@ class StepTime(NamedTuple):
     updating: float
     """Of the weights, as far as memory bounds it."""
     links: float
-    """What nothing else covers of reducing and gathering."""
+    """What a step is longer by for reducing and gathering, and for waiting for other GPUs."""
 
     @property
     def seconds(self) -> float:
@@ -62,20 +63,21 @@ def step_time(
     computing = max(flops / (card.peak_flops * rate), least)
     host = config.model.num_hidden_layers * _host_seconds(config, setup)
     starting = max(host - computing, 0.0)
-    links = _links_seconds(setup, link, 1 / (card.link_rate * LINK_SHARE), max(computing, host), accumulation)
+    links = _links_seconds(setup, link, card, max(computing, host), accumulation)
     updated = count_parameters(config.model).total / (1 if setup.stage in (None, 0) else setup.shards)
     updating = UPDATE_BYTES * updated / (card.memory_rate * MEMORY_SHARE)
     return StepTime(accumulation * computing, accumulation * starting + BETWEEN_STEPS, updating, links)
 
 
-def _links_seconds(
-    setup: Setup, link: LinkBytes, per_byte: float, micro_batch_seconds: float, accumulation: int
-) -> float:
+def _links_seconds(setup: Setup, link: LinkBytes, card: Card, micro_batch_seconds: float, accumulation: int) -> float:
     """What the links add to a step."""
-    if setup.is_sharded:  # stage 1 reduces beside the last micro-batch, and gathers beside the update and the next one
+    per_byte = 1 / (card.link_rate * LINK_SHARE)
+    if setup.is_sharded and setup.ranks > 1:
+        # Stage 1 reduces beside the last micro-batch, and gathers beside the update and the next one.
         covering = micro_batch_seconds * (accumulation if setup.stage in (2, 3) else 1)
-        seconds = link.total * per_byte
-        return max(seconds - covering, 0.0) + SLOWED * min(seconds, covering)
+        seconds, slowed = link.total * per_byte, SLOWED if card.has_nvlink and setup.hosts == 1 else SLOWED_BY_KERNELS
+        waiting = WAITING * accumulation * micro_batch_seconds
+        return max(seconds - covering, 0.0) + slowed * min(seconds, covering) + waiting
     if setup.reduces_by_hooks:  # after each micro-batch, as stage 3 gathers, beside the computing
         return max(link.total * per_byte - accumulation * micro_batch_seconds, 0.0)
     # The last micro-batch's backward pass covers what it can of the reduction, and nothing the gathering.

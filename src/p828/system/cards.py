@@ -6,6 +6,7 @@ from typing import NamedTuple
 from p828.errors import ConfigError, did_you_mean
 
 GIB = 2**30
+PCIE_5 = 64e9  # bytes a second one way, of 16 lanes
 
 
 class Card(NamedTuple):
@@ -25,6 +26,10 @@ class Card(NamedTuple):
     """Bytes a second to another GPU of its host, one way: NVLink where the card has it, else PCIe."""
     watts: int
     """Power limit of the board; of GH200 that of the module, its CPU included."""
+
+    @property
+    def has_nvlink(self) -> bool:
+        return self.link_rate > PCIE_5
 
 
 # From NVIDIA's datasheets of A100, H100, H200, HGX B200, GH200 and L40S, and for the RTX cards from the tables of the
