@@ -4,7 +4,8 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from p828.config.values import LONGEST_SHOWN, shown
 from p828.errors import ConfigError, did_you_mean
@@ -14,6 +15,15 @@ MOST_TOKENS = 2**31  # of any vocabulary
 SEEDS = -(2**63), 2**63 - 1
 MOST_FLOAT = sys.float_info.max
 PENALTIES = 0.001, 1000.0  # with others logits could overflow, too; those in use are near 1
+
+
+class Drawing(NamedTuple):
+    """Which parts of sampling a step's rows need; the others are left out, which changes no token."""
+
+    draws: bool
+    """Some row draws, or has a penalty: otherwise all take their likeliest token."""
+    has_filters: bool
+    has_penalty: bool
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,13 @@ class SamplingConfig:
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @cached_property
+    def drawing(self) -> Drawing:
+        """Of a row by itself. Filters change no likeliest token, and so matter to rows that draw alone."""
+        has_penalty = self.repetition_penalty != 1
+        has_filters = not self.greedy and bool(self.top_k or self.top_p < 1 or self.min_p)
+        return Drawing(has_penalty or not self.greedy, has_filters or has_penalty, has_penalty)
 
 
 def sampling_config(values: Mapping[str, Any]) -> SamplingConfig:

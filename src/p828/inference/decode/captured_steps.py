@@ -13,10 +13,11 @@ from torch import Tensor
 from p828.inference.decode.cache import SlotCache
 from p828.inference.decode.cached_layers import FlashAttention, cached_hidden
 from p828.inference.decode.kernel_step import kernel_step
-from p828.inference.decode.rows import Drawing, Rows, drawing_of, on_device
+from p828.inference.decode.rows import Rows, drawing_of, on_device
 from p828.inference.decode.sequence import DecodedSequence
 from p828.inference.decode.steps import Flight, PlainSteps
 from p828.inference.decode.weights import decode_weights
+from p828.inference.sampling_config import Drawing
 from p828.kernels.decode import ops
 from p828.model.transformer import Transformer
 
@@ -95,7 +96,7 @@ class CapturedSteps(PlainSteps):
             self.rows.position_S[-1:].zero_()  # of the scratch slot, which would read ever more keys
             self._slots_of[size] = slots
         step.graph.replay()
-        wants = [sequence.wants for sequence in sequences]
+        wants = {sequence.wants for sequence in sequences}
         if not drawing.has_filters and not any(want.probability or want.likeliest or want.experts for want in wants):
             arrival = torch.cuda.Event()
             arrival.record()

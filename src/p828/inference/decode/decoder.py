@@ -84,8 +84,7 @@ class Decoder:
         self._decoding: list[DecodedSequence] = []
         self._flights: deque[Flight] = deque()
         """Steps that were started, the oldest first."""
-        self._on_their_way: dict[DecodedSequence, int] = {}
-        """Of each running sequence, tokens in these."""
+        self._running: list[DecodedSequence] = []
 
     @property
     def free_slots(self) -> int:
@@ -94,7 +93,7 @@ class Decoder:
     @property
     def running(self) -> list[DecodedSequence]:
         """Those that were admitted and have not ended."""
-        return list(self._on_their_way)
+        return list(self._running)
 
     def admit(
         self,
@@ -116,11 +115,11 @@ class Decoder:
             raise ValueError(f"a prompt of {len(prompt)} tokens: at most {self.max_length - 1} fit")
         if prompt and not 0 <= min(prompt) <= max(prompt) < self._rows.vocab_size:
             raise ValueError(f"token ids from 0 to {self._rows.vocab_size - 1} are accepted")
-        sequence = sequence_of(prompt, self._eos_id, config, seed, end_ids, wants, self._cache.take())
+        sequence = sequence_of(prompt, self._eos_id, config, seed, end_ids, wants, self._cache.take(), self.max_length)
         if is_too_long:
-            sequence.slide(self.max_length)
+            sequence.slide()
         self._unread.append(sequence)
-        self._on_their_way[sequence] = 0
+        self._running.append(sequence)
         self._rows.begin(sequence, prompt)  # last: if it finds no memory, the sequence can be cancelled
         return sequence
 
@@ -136,9 +135,14 @@ class Decoder:
         waiting = len(self._flights)
         if self._unread:
             self._read_piece()
-        rows = [sequence for sequence in self._decoding if not self._is_complete(sequence)]
+        rows, lengths = [], []
+        for sequence in self._decoding:
+            length = sequence.context_length + sequence.on_its_way
+            if length < sequence.last_length:
+                rows.append(sequence)
+                lengths.append(length)
         if rows:
-            self._start(self._steps.continue_(rows, [self._tokens(sequence) for sequence in rows]), rows)
+            self._start(self._steps.continue_(rows, lengths), rows)
         keep = len(self._flights) - waiting if self._steps.runs_behind and self._flights else 0
         tokens: list[NewToken] = []
         while len(self._flights) > keep:
@@ -153,7 +157,7 @@ class Decoder:
 
     def check_idle(self) -> None:
         """Assert what holds when nothing runs."""
-        assert not self._on_their_way, "sequences are left"
+        assert not self._running, "sequences are left"
         assert not self._unread, "prompts are left"
         assert not self._decoding, "continuations are left"
         assert self._cache.free == self._cache.slots, "slots are lost"
@@ -180,25 +184,18 @@ class Decoder:
     def _start(self, flight: Flight, sequences: Sequence[DecodedSequence]) -> None:
         self._flights.append(flight)
         for sequence in sequences:
-            self._on_their_way[sequence] += 1
-
-    def _is_complete(self, sequence: DecodedSequence) -> bool:
-        """Whether its last token, by count, is on the way."""
-        most = min(sequence.prompt_length + sequence.config.max_new_tokens - sequence.dropped, self.max_length)
-        return self._tokens(sequence) >= most
-
-    def _tokens(self, sequence: DecodedSequence) -> int:
-        """Those of the context that are known, and those on the way."""
-        return sequence.context_length + self._on_their_way[sequence]
+            sequence.on_its_way += 1
 
     def _arrive(self, flight: Flight) -> list[NewToken]:
         found = []
-        results = [result for result in flight.results() if result[0].finish_reason is None]
-        for sequence, token, probability, experts_LK in results:
-            self._on_their_way[sequence] -= 1
-            sequence.finish_reason = self._take(sequence, token)
-            found.append(NewToken(sequence, token, sequence.finish_reason, probability, experts_LK))
-            if sequence.finish_reason is not None:
+        for sequence, token, probability, experts_LK in flight.results():
+            if sequence.finish_reason is not None:  # it ended by an earlier token, or was cancelled
+                continue
+            sequence.on_its_way -= 1
+            reason = self._take(sequence, token)
+            found.append(NewToken(sequence, token, reason, probability, experts_LK))
+            if reason is not None:
+                sequence.finish_reason = reason
                 self._leave(sequence)
         return found
 
@@ -210,10 +207,10 @@ class Decoder:
         if token in sequence.end_ids:
             return "end"
         sequence.ids.append(token)
+        if sequence.context_length < sequence.last_length:
+            return None
         if len(sequence.ids) == sequence.prompt_length + sequence.config.max_new_tokens:
             return "length"
-        if sequence.context_length < self.max_length:
-            return None
         if not self._slides(sequence.config):
             return "context"
         self._slide(sequence)
@@ -224,7 +221,7 @@ class Decoder:
 
     def _slide(self, sequence: DecodedSequence) -> None:
         """Make room, and have what stays read again: at other positions, and without what is dropped, keys differ."""
-        sequence.slide(self.max_length)
+        sequence.slide()
         self._rows.draw(sequence)
         self._decoding.remove(sequence)
         self._unread.append(sequence)
@@ -237,5 +234,5 @@ class Decoder:
             self._unread.remove(sequence)
         if sequence in self._decoding:
             self._decoding.remove(sequence)
-        del self._on_their_way[sequence]
+        self._running.remove(sequence)
         self._cache.give_back(sequence.slot)

@@ -1,7 +1,6 @@
 """What a step needs to know of every slot's sequence, on the device."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,15 +9,7 @@ from torch import Tensor
 
 from p828.inference.decode.sequence import DecodedSequence
 from p828.inference.sampling import RowSettings, choose_tokens, likeliest_tokens, row_settings, uniform_numbers
-
-
-class Drawing(NamedTuple):
-    """Which parts of sampling the rows of a step need; the others are left out, which changes no token."""
-
-    draws: bool
-    """Some row draws, or has a penalty: otherwise all take their likeliest token."""
-    has_filters: bool
-    has_penalty: bool
+from p828.inference.sampling_config import Drawing
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
@@ -101,10 +92,6 @@ class Rows:
 
 
 def drawing_of(sequences: Sequence[DecodedSequence]) -> Drawing:
-    """Filters change no likeliest token, and so matter to rows that draw alone."""
-    configs = [sequence.config for sequence in sequences]
-    has_penalty = any(config.repetition_penalty != 1 for config in configs)
-    drawn = [config for config in configs if not config.greedy]
-    has_filters = any(config.top_k or config.top_p < 1 or config.min_p for config in drawn)
-    draws = has_penalty or bool(drawn)
-    return Drawing(draws, has_filters or has_penalty, has_penalty)
+    """What some of them needs."""
+    kinds = {sequence.config.drawing for sequence in sequences}
+    return Drawing(*map(any, zip(*kinds, strict=True)))

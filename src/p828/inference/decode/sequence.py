@@ -64,13 +64,22 @@ class DecodedSequence:
     end_ids: frozenset[int]
     wants: Wants
     slot: int
-    read_length: int
+    longest: int
+    """Most tokens of a context."""
+    read_length: int = 0
     """How many tokens of its context are read together, before single steps continue them: at first the prompt's."""
     dropped: int = 0
     """Tokens behind the first `KEPT` that the context has no more, since it slid."""
+    last_length: int = 0
+    """Tokens of its context after which no step continues it: it ends there, or slides."""
+    on_its_way: int = 0
+    """Tokens of steps that were started and have not arrived."""
     finish_reason: FinishReason | None = None
     prompt_probabilities: list[TokenProbability | None] = field(default_factory=list)
     """Of the prompt's tokens, if wanted, complete when the first token comes; None for the first of them."""
+
+    def __post_init__(self) -> None:
+        self._read_again()
 
     @property
     def context(self) -> list[int]:
@@ -81,10 +90,14 @@ class DecodedSequence:
     def context_length(self) -> int:
         return len(self.ids) - self.dropped
 
-    def slide(self, most: int) -> None:
-        """Keep the first tokens and the newest, half of the `most` that there is room for, to be read again."""
-        self.dropped += self.context_length - min(KEPT + most // 2, most - 1)
+    def slide(self) -> None:
+        """Keep the first tokens and the newest, half of those that there is room for, to be read again."""
+        self.dropped += self.context_length - min(KEPT + self.longest // 2, self.longest - 1)
+        self._read_again()
+
+    def _read_again(self) -> None:
         self.read_length = self.context_length
+        self.last_length = min(self.prompt_length + self.config.max_new_tokens - self.dropped, self.longest)
 
     @property
     def continuation(self) -> list[int]:
@@ -99,7 +112,8 @@ def sequence_of(
     end_ids: Collection[int],
     wants: Wants,
     slot: int,
+    longest: int,
 ) -> DecodedSequence:
     """An empty prompt is a document's beginning, which follows another document's end."""
     ids = list(prompt) or [eos_id]
-    return DecodedSequence(ids, len(ids), config, seed, frozenset((eos_id, *end_ids)), wants, slot, len(ids))
+    return DecodedSequence(ids, len(ids), config, seed, frozenset((eos_id, *end_ids)), wants, slot, longest)

@@ -1,6 +1,7 @@
 """What a decoder starts on the device: reading a piece of a prompt, and a step of several sequences."""
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -62,7 +63,11 @@ class Flight(NamedTuple):
         """Each sequence's token, with what it wants beside it. Waits for the device."""
         if self.arrival is not None:
             self.arrival.synchronize()
-        tokens = (self.token_T if self.places is None else self.token_T[self.places]).tolist()
+        # By NumPy, which finds a few numbers in a tenth of the time.
+        tokens = (self.token_T if self.places is None else self.token_T.numpy()[self.places]).tolist()
+        if self.probabilities is None and self.experts_LTK is None:
+            yield from zip(self.sequences, tokens, repeat(None), repeat(None))
+            return
         counts = [sequence.wants.likeliest for sequence in self.sequences]
         found = None if self.probabilities is None else self.probabilities.list(counts)
         experts = None if self.experts_LTK is None else self.experts_LTK.transpose(0, 1).tolist()
