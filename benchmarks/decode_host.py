@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from p828.bench.systems import load_shape
 from p828.inference.decode.decoder import Decoder
@@ -28,18 +29,19 @@ class NoSteps(PlainSteps):
     """Of the host's part of `CapturedSteps` what is not PyTorch's."""
 
     runs_behind = True
+    told_SC: Tensor
 
     def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:
         drawing_of(sequences)
         length = self.cache.max_length
         places = [sequence.slot * length + at for sequence, at in zip(sequences, lengths, strict=True)]
-        told_SC = torch.ones(1, dtype=torch.int32).expand(self.cache.slots * length)
-        return Flight(sequences, told_SC, None, None, None, places)
+        return Flight(sequences, self.told_SC, None, None, None, places)
 
 
 def microseconds(model: Transformer, sequences: int) -> float:
     decoder = Decoder(model, 256, -1, torch.float32, slots=sequences)
-    decoder._steps = NoSteps(model, decoder._cache, decoder._rows, 256, torch.float32)
+    decoder._steps = steps = NoSteps(model, decoder._cache, decoder._rows, 256, torch.float32)
+    steps.told_SC = torch.ones(sequences * decoder.max_length, dtype=torch.int32)
     for seed in range(sequences):
         decoder.admit([1, 2, 3], SamplingConfig(temperature=0, max_new_tokens=2**20), seed)
     while decoder._unread:

@@ -40,7 +40,7 @@ class SleepingDecoder:
     def admit(
         self, prompt: Sequence[int], config: SamplingConfig, seed: int, end_ids: Collection[int], wants: Wants
     ) -> DecodedSequence:
-        sequence = sequence_of(prompt, 0, config, seed, end_ids, wants, slot=0)
+        sequence = sequence_of(prompt, 0, config, seed, end_ids, wants, slot=0, longest=self.max_length)
         self.running.append(sequence)
         return sequence
 

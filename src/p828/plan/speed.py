@@ -26,7 +26,8 @@ MEMORY_SHARE = 0.8  # of the memory's rate, about
 LINK_SHARE = 0.42  # of the link's rate: 2.4 GB in 12.9 ms between two H100s; 0.34 to 0.51 between two and four H200s
 # Of a second in which the sharded engine's gathering and reducing run beside its computing, what the step is longer by:
 # they take memory from it, and multiprocessors where kernels copy, as between hosts and over PCIe. By kernels `800m` on
-# two and four H200s had 0.28 to 0.59. With copy engines, over NVLink, 0.1 and WAITING are within 1% of its steps there.
+# two and four H200s had 0.28 to 0.59. With copy engines, over NVLink, 0.1 and WAITING are within 1% of its steps there
+# at all stages, though kernels still reduce stage 1's sums.
 SLOWED, SLOWED_BY_KERNELS = 0.1, 0.4
 WAITING = 0.025  # of a step's computing, for the slowest of several GPUs, and for what lies between its graphs
 BACKWARD = 2 / 3  # of a micro-batch's time

@@ -29,6 +29,7 @@ class Card(NamedTuple):
 
     @property
     def has_nvlink(self) -> bool:
+        """Told by the rate, which no PCIe of these cards has."""
         return self.link_rate > PCIE_5
 
 

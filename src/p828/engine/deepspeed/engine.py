@@ -126,7 +126,7 @@ class DeepSpeedEngine:
         self._scale.fill_(self.ranks.size / num_targets)  # DeepSpeed takes the mean over ranks
         batch = batch.to(self.device)
         self._engine.set_gradient_accumulation_boundary(is_last)
-        with local_rank_of(self.device):  # stage 3 reads it in its first passes
+        with local_rank_of(self.device):  # stage 3 reads it in its first passes, here and in an evaluation
             loss, *totals = self._engine(
                 batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.document_ids_BS, self._scale
             )

@@ -46,10 +46,10 @@ class Rows:
 
     def draw(self, sequence: DecodedSequence) -> None:
         """The numbers that a sequence's tokens are drawn by, of which those that it dropped had the first ones."""
-        config, dropped = sequence.config, sequence.dropped
-        if not config.greedy:
-            end = min(self.max_length, sequence.prompt_length + config.max_new_tokens - dropped)
-            self.uniform_SC[sequence.slot, :end] = on_device(uniform_numbers(sequence.seed, end, dropped), self.device)
+        if not sequence.config.greedy:
+            end = sequence.last_length
+            numbers = uniform_numbers(sequence.seed, end, sequence.dropped)
+            self.uniform_SC[sequence.slot, :end] = on_device(numbers, self.device)
 
     def made_seen(self) -> Tensor:
         """`seen_SV`, made if it is not there yet."""

@@ -66,11 +66,11 @@ class DecodedSequence:
     slot: int
     longest: int
     """Most tokens of a context."""
-    read_length: int = 0
+    read_length: int = field(init=False)
     """How many tokens of its context are read together, before single steps continue them: at first the prompt's."""
     dropped: int = 0
     """Tokens behind the first `KEPT` that the context has no more, since it slid."""
-    last_length: int = 0
+    last_length: int = field(init=False)
     """Tokens of its context after which no step continues it: it ends there, or slides."""
     on_its_way: int = 0
     """Tokens of steps that were started and have not arrived."""
@@ -79,7 +79,7 @@ class DecodedSequence:
     """Of the prompt's tokens, if wanted, complete when the first token comes; None for the first of them."""
 
     def __post_init__(self) -> None:
-        self._read_again()
+        self._set_lengths()
 
     @property
     def context(self) -> list[int]:
@@ -93,9 +93,9 @@ class DecodedSequence:
     def slide(self) -> None:
         """Keep the first tokens and the newest, half of those that there is room for, to be read again."""
         self.dropped += self.context_length - min(KEPT + self.longest // 2, self.longest - 1)
-        self._read_again()
+        self._set_lengths()
 
-    def _read_again(self) -> None:
+    def _set_lengths(self) -> None:
         self.read_length = self.context_length
         self.last_length = min(self.prompt_length + self.config.max_new_tokens - self.dropped, self.longest)
 

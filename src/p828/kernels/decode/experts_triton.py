@@ -19,10 +19,10 @@ from p828.kernels.decode.dependent_launch_triton import (
     wait_for_earlier_kernels,
 )
 
-PAIR_TOKENS = 3
+PAIR_TOKENS = 3  # up to which programs are of a pair, and of a token for the down matrices
 PAIR_GATE_UP = {"elements": 4096, "warps": 2}  # weights that a program holds, gate and up together
-TOKEN_DOWN = {"elements": 8192, "warps": 4}  # at least; a row of all of a token's experts may be more
-MOST_WARPS = 16
+TOKEN_DOWN = {"elements": 8192, "warps": 4}  # more where one row of all of a token's experts is more
+MOST_WARPS = 16  # that a program has for such rows
 GROUP_GATE_UP = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
 GROUP_DOWN = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
 GROUP_TOKENS = 32  # at most, of a program
@@ -103,7 +103,7 @@ def down_of_token(
     share = tl.load(weights + pair, mask=is_chosen, other=0.0)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]
     column = tl.arange(0, COLUMNS)[None, None, :]
-    weight_at = routed + expert.to(tl.int64) * H * WIDTH
+    weight_at = routed + expert.to(tl.int64) * H * WIDTH  # as `expert_weights`, of several experts at once
     if shared is not None:
         weight_at = tl.where(expert < E, weight_at, shared + (expert - E).to(tl.int64) * H * WIDTH)
     policy: tl.constexpr = "evict_first" if ONCE else ""
