@@ -31,10 +31,10 @@ def kernel_step(
     dtype = weights.embedding_VH.dtype
     factor = attention_factor(config.rope_scaling.factor)
     x_TH = ops.embed(weights.embedding_VH, slots_T, rows.token_S)
-    parts_TJH: Tensor | None = None
+    parts_TXH: Tensor | None = None
     experts = []
     for layer, keys_SGCD, values_SGCD in zip(weights.layers, cache.keys, cache.values, strict=True):
-        qkv_TX, x_TH = ops.norm_linear(x_TH, parts_TJH, layer.input_norm_H, eps, layer.qkv_XH, dtype)
+        qkv_TX, x_TH = ops.norm_linear(x_TH, parts_TXH, layer.input_norm_H, eps, layer.qkv_XH, dtype)
         added_TXH = ops.attention(
             qkv_TX.unflatten(1, (-1, config.head_dim)), keys_SGCD, values_SGCD, slots_T, rows.position_S,
             model.frequencies, factor, layer.q_norm_D, layer.k_norm_D, layer.sinks_N, eps, arrivals_TG,
@@ -45,10 +45,10 @@ def kernel_step(
             config.num_experts_per_tok, config.n_shared_experts, config.scoring_func, config.n_group,
             config.topk_group, config.norm_topk_prob, config.routed_scaling_factor, arrivals_TG,
         )  # fmt: skip
-        parts_TJH = ops.experts(
+        parts_TXH = ops.experts(
             normed_TH, experts_TJ, weights_TJ, layer.gate_up_EPH, layer.down_EHI, layer.shared_gate_up_SPH,
             layer.shared_down_SHI, config.hidden_act,
         )  # fmt: skip
         experts.append(experts_TJ)
-    logits_TV, _ = ops.norm_linear(x_TH, parts_TJH, weights.norm_H, eps, weights.head_VH, torch.float32)
+    logits_TV, _ = ops.norm_linear(x_TH, parts_TXH, weights.norm_H, eps, weights.head_VH, torch.float32)
     return Step(logits_TV, experts)
