@@ -31,11 +31,13 @@ class NoSteps(PlainSteps):
     runs_behind = True
     told_SC: Tensor
 
-    def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:
+    def continue_(
+        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], most: int = 1
+    ) -> Sequence[Flight]:
         drawing_of(sequences)
         length = self.cache.max_length
         places = [sequence.slot * length + at for sequence, at in zip(sequences, lengths, strict=True)]
-        return Flight(sequences, self.told_SC, None, None, None, places)
+        return [Flight(sequences, self.told_SC, None, None, None, places)]
 
 
 def microseconds(model: Transformer, sequences: int) -> float:

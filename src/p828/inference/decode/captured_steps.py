@@ -25,7 +25,10 @@ Result = TypeVar("Result")
 DRAWN = Drawing(draws=True, has_filters=False, has_penalty=False)  # its kernel takes likeliest tokens, too
 FILTERED = Drawing(draws=True, has_filters=True, has_penalty=False)
 PENALISED = Drawing(draws=True, has_filters=True, has_penalty=True)
+DRAWINGS = DRAWN, FILTERED, PENALISED
 SMALLEST_PIECE = 64  # tokens that a graph of a piece has at least
+FEW_LAYERS = 4  # of a model whose step is over before the host has started the next
+STEPS_AT_ONCE = 4  # of such a model; more would only delay who comes, and go on behind the ends of texts
 
 
 class CapturedPiece(NamedTuple):
@@ -40,8 +43,17 @@ class CapturedPiece(NamedTuple):
     logits_1V: Tensor
 
 
+class StepKind(NamedTuple):
+    """What a graph of steps is captured for."""
+
+    rows: int
+    drawing: Drawing
+    steps: int = 1
+    """One after another."""
+
+
 class CapturedStep(NamedTuple):
-    """The graph of a step of a number of rows that draw in some way."""
+    """A graph of steps, and what the last one leaves."""
 
     graph: torch.cuda.CUDAGraph
     slots_T: Tensor
@@ -62,8 +74,9 @@ class CapturedSteps(PlainSteps):
         super().__init__(model, cache, rows, vocab_size, dtype)
         self.weights = decode_weights(model, vocab_size, dtype)
         self.longest_piece = piece
+        self.at_once = STEPS_AT_ONCE if len(model.layers) <= FEW_LAYERS else 1
         self._pieces: dict[int, CapturedPiece] = {}
-        self._steps: dict[tuple[int, Drawing], CapturedStep] = {}
+        self._steps: dict[StepKind, CapturedStep] = {}
         self._slots_of: dict[int, list[int]] = {}
         """What lies in each size's `slots_T`."""
         self._slots_T: dict[int, Tensor] = {}
@@ -85,10 +98,17 @@ class CapturedSteps(PlainSteps):
         return self.first_tokens(sequences, logits_1V) if end == first.read_length else None
 
     @torch.no_grad()
-    def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:
+    def continue_(
+        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], most: int = 1
+    ) -> Sequence[Flight]:
         size = min(_power_of_two(len(sequences)), self.cache.slots)
         drawing = drawing_of(sequences)
-        step = self._step(size, drawing if drawing.has_filters else DRAWN)
+        wants = {sequence.wants for sequence in sequences}
+        is_told = not drawing.has_filters and not any(
+            want.probability or want.likeliest or want.experts for want in wants
+        )
+        count = self.at_once if is_told and most >= self.at_once else 1
+        step = self._step(StepKind(size, drawing if drawing.has_filters else DRAWN, count))
         slots = [sequence.slot for sequence in sequences]
         if self._slots_of[size] != slots:
             filled = slots + [self.cache.scratch] * (size - len(slots))
@@ -96,32 +116,37 @@ class CapturedSteps(PlainSteps):
             self.rows.position_S[-1:].zero_()  # of the scratch slot, which would read ever more keys
             self._slots_of[size] = slots
         step.graph.replay()
-        wants = {sequence.wants for sequence in sequences}
-        if not drawing.has_filters and not any(want.probability or want.likeliest or want.experts for want in wants):
-            arrival = torch.cuda.Event()
-            arrival.record()
-            context = self.cache.max_length
-            places = [slot * context + length for slot, length in zip(slots, lengths, strict=True)]
-            return Flight(sequences, self._told_SC.view(-1), None, None, arrival, places)
+        if is_told:
+            return self._told(sequences, lengths, count)
         rows, experts_LTK = slice(len(sequences)), None
         if any(want.experts for want in wants):
             experts_LTK = torch.stack(step.experts_LTJ)[:, rows, : self.model.config.num_experts_per_tok]
-        return self.flight(sequences, step.token_T[rows], step.logits_TV[rows], experts_LTK)
+        return [self.flight(sequences, step.token_T[rows], step.logits_TV[rows], experts_LTK)]
+
+    def _told(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], count: int) -> Sequence[Flight]:
+        """Of steps that have just been started, whose tokens come into `told_SC`."""
+        arrival = torch.cuda.Event()
+        arrival.record()
+        told, context = self._told_SC.view(-1), self.cache.max_length
+        places = [sequence.slot * context + length for sequence, length in zip(sequences, lengths, strict=True)]
+        return [
+            Flight(sequences, told, None, None, arrival, [place + done for place in places]) for done in range(count)
+        ]
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Capture what may be met."""
         self.rows.made_seen()
         for size in _powers_of_two(1, self.cache.slots):
-            for drawing in (DRAWN, FILTERED, PENALISED):
-                self._step(size, drawing)
+            for kind in {StepKind(size, DRAWN, self.at_once), *(StepKind(size, each) for each in DRAWINGS)}:
+                self._step(kind)
         for size in _powers_of_two(min(SMALLEST_PIECE, self.longest_piece), self.longest_piece):
             self._piece(size)
 
-    def _step(self, size: int, drawing: Drawing) -> CapturedStep:
-        if (size, drawing) not in self._steps:
-            self._steps[size, drawing] = self._capture_step(size, drawing)
-        return self._steps[size, drawing]
+    def _step(self, kind: StepKind) -> CapturedStep:
+        if kind not in self._steps:
+            self._steps[kind] = self._capture_step(kind)
+        return self._steps[kind]
 
     def _piece(self, size: int) -> CapturedPiece:
         if size not in self._pieces:
@@ -162,24 +187,29 @@ class CapturedSteps(PlainSteps):
         graph, (hidden_SH, logits_1V) = self._captured(read)
         return CapturedPiece(graph, tokens_1S, slot_1, last_1, hidden_SH, logits_1V)
 
-    def _capture_step(self, size: int, drawing: Drawing) -> CapturedStep:
-        if size not in self._slots_T:
-            self._slots_T[size] = torch.empty(size, dtype=torch.int64, device=self.device)
-        slots_T = self._slots_T[size].fill_(self.cache.scratch)
-        self._slots_of[size] = []
+    def _capture_step(self, kind: StepKind) -> CapturedStep:
+        if kind.rows not in self._slots_T:
+            self._slots_T[kind.rows] = torch.empty(kind.rows, dtype=torch.int64, device=self.device)
+        slots_T = self._slots_T[kind.rows].fill_(self.cache.scratch)
+        self._slots_of[kind.rows] = []
 
         def step() -> tuple[Tensor, Tensor, list[Tensor]]:
             rows = self.rows
             logits_TV, experts_LTJ = kernel_step(self.weights, self.model, self.cache, rows, self._arrivals_TG, slots_T)
-            if drawing.has_filters:
-                return logits_TV, rows.choose(logits_TV, slots_T, drawing), experts_LTJ
+            if kind.drawing.has_filters:
+                return logits_TV, rows.choose(logits_TV, slots_T, kind.drawing), experts_LTJ
             token_T = ops.choose_tokens(
                 logits_TV, slots_T, rows.settings_S.temperature, rows.uniform_SC, rows.token_S, rows.position_S,
                 self._told_SC, self._arrivals_TG,
             )  # fmt: skip
             return logits_TV, token_T, experts_LTJ
 
-        graph, (logits_TV, token_T, experts_LTJ) = self._captured(step)
+        def steps() -> tuple[Tensor, Tensor, list[Tensor]]:
+            for _ in range(kind.steps - 1):
+                step()
+            return step()
+
+        graph, (logits_TV, token_T, experts_LTJ) = self._captured(steps)
         return CapturedStep(graph, slots_T, logits_TV, token_T, experts_LTJ)
 
     def _captured(self, run: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:

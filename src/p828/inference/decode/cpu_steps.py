@@ -51,7 +51,9 @@ class CpuSteps(PlainSteps):
             _ = self.head.in_parts, self.head.largest_row
 
     @torch.inference_mode()
-    def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:
+    def continue_(
+        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], most: int = 1
+    ) -> Sequence[Flight]:
         slots = [sequence.slot for sequence in sequences]
         hidden_TH, experts_LTK = self._hidden(slots, [length - 1 for length in lengths])
         wants_experts = any(sequence.wants.experts for sequence in sequences)
@@ -60,10 +62,10 @@ class CpuSteps(PlainSteps):
         if drawing.draws or wants_probabilities(sequences):
             logits_TV = self.logits(hidden_TH)
             token_T = self.rows.choose(logits_TV, torch.tensor(slots), drawing)
-            return self.flight(sequences, token_T, logits_TV, experts)
+            return [self.flight(sequences, token_T, logits_TV, experts)]
         token_T = self._likeliest(hidden_TH)
         self.rows.add(token_T.numpy(), slots, list(lengths))
-        return self.flight(sequences, token_T, None, experts)
+        return [self.flight(sequences, token_T, None, experts)]
 
     def _hidden(self, slots: list[int], positions: list[int]) -> tuple[Tensor, list[Tensor]]:
         """What the head multiplies, (T, H), and each layer's routed experts, (T, K)."""

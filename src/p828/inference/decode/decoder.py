@@ -131,7 +131,10 @@ class Decoder:
         self._steps.prepare()
 
     def step(self) -> list[NewToken]:
-        """Read a piece of one prompt, give every sequence that is read its next token, and tell of known ones."""
+        """Read a piece of one prompt, give every sequence that is read its next token, and tell of known ones.
+
+        Where a step is short and no prompt waits, every sequence gets a few tokens at once.
+        """
         waiting = len(self._flights)
         if self._unread:
             self._read_piece()
@@ -142,7 +145,9 @@ class Decoder:
                 rows.append(sequence)
                 lengths.append(length)
         if rows:
-            self._start(self._steps.continue_(rows, lengths), rows)
+            room = min(sequence.last_length - length for sequence, length in zip(rows, lengths, strict=True))
+            for flight in self._steps.continue_(rows, lengths, most=1 if self._unread else room):
+                self._start(flight, rows)
         keep = len(self._flights) - waiting if self._steps.runs_behind and self._flights else 0
         tokens: list[NewToken] = []
         while len(self._flights) > keep:

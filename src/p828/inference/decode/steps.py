@@ -53,7 +53,7 @@ class Flight(NamedTuple):
     probabilities: Probabilities | None
     experts_LTK: Tensor | None
     arrival: torch.cuda.Event | None
-    """When these tensors, on the host, are filled."""
+    """When these tensors, on the host, are filled; of steps that were started at once, when the last one's are."""
     places: Sequence[int] | None = None
     """Where in `token_T` the sequences' tokens lie; None: one after another."""
 
@@ -136,8 +136,13 @@ class PlainSteps:
         return self.flight(sequences, self.rows.choose(logits_TV, slots_T, drawing_of(sequences)), logits_TV, None)
 
     @torch.no_grad()
-    def continue_(self, sequences: Sequence[DecodedSequence], lengths: Sequence[int]) -> Flight:
-        """A step of sequences that are read, and have `lengths` tokens, those on their way among them."""
+    def continue_(
+        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], most: int = 1
+    ) -> Sequence[Flight]:
+        """A step of sequences that are read, and have `lengths` tokens, those on their way among them.
+
+        Where several steps are worth starting at once, up to `most` of them, one after another.
+        """
         slots = [sequence.slot for sequence in sequences]
         slots_T = torch.tensor(slots, device=self.device)
         positions_T = self.rows.position_S[slots_T]
@@ -146,9 +151,8 @@ class PlainSteps:
             self.model, self.rows.token_S[slots_T][:, None], positions_T[:, None], attended, self.dtype
         )
         logits_TV = self.logits(hidden_T1H[:, 0])
-        return self.flight(
-            sequences, self.rows.choose(logits_TV, slots_T, drawing_of(sequences)), logits_TV, experts_LTK
-        )
+        token_T = self.rows.choose(logits_TV, slots_T, drawing_of(sequences))
+        return [self.flight(sequences, token_T, logits_TV, experts_LTK)]
 
     def hidden_of_piece(self, sequence: DecodedSequence, begin: int, end: int) -> Tensor:
         """(end − begin, H), and the piece's keys and values in the cache."""

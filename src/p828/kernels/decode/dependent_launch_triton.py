@@ -12,7 +12,8 @@ What the kernels of this folder keep to:
   weights of several operations lie in registers or in the cache before it is their turn.
 - The products with the down matrices read the choice of experts before the wait. It is complete: the products with the
   gate and up matrices, in between, let the next kernel begin only after their own wait.
-- Slots and positions are older than the step: only its last kernel writes positions.
+- Slots and positions are older than the step: only its last kernel writes positions. So a step's first kernel begins
+  when the last one of the step in front has ended, also where a graph has both.
 """
 
 import math
@@ -62,17 +63,17 @@ def prefetch(at, size, part, parts, PDL: tl.constexpr):
 
 def launch(
     kernel: triton.JITFunction, grid: tuple[int, ...], *arguments: Any,
-    device: torch.device, rows: int, warps: int, stages: int = 1,
+    device: torch.device, rows: int, warps: int, stages: int = 1, is_first: bool = False,
 ) -> None:  # fmt: skip
-    """Start a kernel of a step of some rows; `PDL` is the kernels' own argument."""
+    """Start a kernel of a step of some rows; `PDL` is the kernels' own argument. `is_first`: of the step."""
     if device.type != "cuda":
         kernel[grid](*arguments, PDL=NOT.value)
         return
     is_dependent = ALLOWED and torch.cuda.get_device_capability(device) >= (9, 0)
     begins = EARLY if rows <= MOST_ROWS or math.prod(grid) < PROCESSORS else AT_THE_END
     compiled = kernel[grid](
-        *arguments, PDL=begins.value if is_dependent else NOT.value, launch_pdl=is_dependent, num_warps=warps,
-        num_stages=stages,
+        *arguments, PDL=begins.value if is_dependent else NOT.value, launch_pdl=is_dependent and not is_first,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if is_dependent and rows <= SHARE_ROWS:
         # With another share than the kernel in front it could not begin before that one has ended.

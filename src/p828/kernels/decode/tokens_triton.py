@@ -95,7 +95,7 @@ def embed(embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor) -> Tensor:
     launch(
         embed_tokens, (tokens,),
         embedding_VH, slots_T, token_S, x_TH, hidden, triton.next_power_of_2(hidden),
-        device=x_TH.device, rows=tokens, warps=4,
+        device=x_TH.device, rows=tokens, warps=4, is_first=True,
     )  # fmt: skip
     return x_TH
 
