@@ -20,6 +20,8 @@ from p828.system.device import pick_device, pick_dtype
 
 TEMPERATURE, TOP_P = 0.8, 0.95
 """Of the steps that draw."""
+SPARE_TOKENS = 16
+"""Of a sequence beyond those that are asked for: a step of the decoder may give several, and start more."""
 
 
 class OwnGenerator:
@@ -40,9 +42,7 @@ class OwnGenerator:
         with self.begun(prompts, steps, is_sampled) as (decoder, sequences):
             counts = [_cached(sequences)]
             started = time.perf_counter()
-            known = 0
-            while known < steps * len(sequences):
-                known += len(decoder.step())
+            known = _continue(decoder, steps * len(sequences))
             seconds = time.perf_counter() - started
             counts.append(_cached(sequences))
         return Timed(seconds * len(sequences) / known, sum(counts) / 2)
@@ -83,17 +83,16 @@ class OwnGenerator:
     def begun(
         self, prompts: Sequence[Sequence[int]], steps: int, is_sampled: bool, wants: Wants = NOTHING_MORE
     ) -> Iterator[tuple[Decoder, list[DecodedSequence]]]:
-        """All prompts read and some steps done; no sequence ends before `steps` more. Their slots become free."""
+        """All prompts read, and some tokens known; no sequence ends before `steps` more. Their slots become free."""
         length = max(map(len, prompts))
-        room = length + len(prompts) * -(-length // 2048) + WARM_STEPS + steps + 2
+        room = length + len(prompts) * -(-length // 2048) + WARM_STEPS + steps + SPARE_TOKENS
         decoder = self._decoder_for(len(prompts), room)
         temperature, top_p = (TEMPERATURE, TOP_P) if is_sampled else (0.0, 1.0)
         config = SamplingConfig(temperature, top_p=top_p, max_new_tokens=room)
         sequences = [decoder.admit(prompt, config, seed, wants=wants) for seed, prompt in enumerate(prompts)]
         while not all(sequence.continuation for sequence in sequences):
             decoder.step()
-        for _ in range(WARM_STEPS):
-            decoder.step()
+        _continue(decoder, WARM_STEPS * len(sequences))
         yield decoder, sequences
         assert all(sequence.finish_reason is None for sequence in sequences), "a sequence ended while it was timed"
         for sequence in sequences:
@@ -115,6 +114,14 @@ class OwnGenerator:
     def _settle(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def _continue(decoder: Decoder, tokens: int) -> int:
+    """Steps until so many tokens are known: how many they are then."""
+    known = 0
+    while known < tokens:
+        known += len(decoder.step())
+    return known
 
 
 def _cached(sequences: Sequence[DecodedSequence]) -> float:
