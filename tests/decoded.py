@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
+from p828.inference.decode.cpu_steps import CpuSteps
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence
+from p828.inference.decode.steps import Flight
 from p828.inference.sampling_config import SamplingConfig
 from p828.model.transformer import Transformer
 
@@ -27,3 +29,24 @@ def decoded(
         decoder.step()
     decoder.check_idle()
     return sequences
+
+
+class StepsAtOnce(CpuSteps):
+    """As on a GPU with a small model: three steps are started at once, and their tokens known with the next ones."""
+
+    runs_behind = True
+
+    def continue_(
+        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], most: int = 1
+    ) -> Sequence[Flight]:
+        flights: list[Flight] = []
+        for done in range(3 if most >= 3 else 1):
+            flights += super().continue_(sequences, [length + done for length in lengths])
+        return flights
+
+
+def starts_steps_at_once(decoder: Decoder) -> Decoder:
+    """The same, before it has read anything."""
+    rows = decoder._rows
+    decoder._steps = StepsAtOnce(decoder._steps.model, decoder._cache, rows, rows.vocab_size, torch.float32)
+    return decoder

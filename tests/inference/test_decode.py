@@ -4,7 +4,7 @@ import pytest
 import torch
 from taught_text import TAUGHT
 
-from decoded import decoded
+from decoded import decoded, starts_steps_at_once
 from p828.data.tokenizer.tokenizer import Tokenizer
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence, NewToken, Wants
@@ -51,6 +51,40 @@ def test_a_caller_sees_each_token_and_cancels_a_continuation() -> None:
     assert (other.continuation, other.finish_reason) == (whole[1], "length")
     assert [token.token for token in seen if token.sequence is other] == whole[1]
     assert [token.finish_reason for token in seen if token.sequence is other] == [None] * 5 + ["length"]
+
+
+@pytest.mark.parametrize("slides", [False, True])
+def test_steps_that_are_started_at_once_give_what_single_ones_give(slides: bool) -> None:
+    """Of sequences that end by a token, by their length and by the context, beside one that is cancelled."""
+    model = tiny_model()
+    prompts = [[number] * (1 + number % 5) for number in range(40, 56)]
+
+    def continued(decoder: Decoder) -> list[tuple[list[int], str | None]]:
+        waiting, sequences, told = list(enumerate(prompts)), list[DecodedSequence](), dict[DecodedSequence, list[int]]()
+        while waiting or decoder.running:
+            while waiting and decoder.free_slots:
+                seed, prompt = waiting.pop(0)
+                config = SamplingConfig(max_new_tokens=5 + 3 * seed, slide=slides)
+                sequences.append(decoder.admit(prompt, config, seed))
+                told[sequences[-1]] = []
+            for new in decoder.step():
+                told[new.sequence].append(new.token)
+            for fourth in sequences[3:4]:
+                if fourth.finish_reason is None and len(fourth.continuation) >= 2:
+                    decoder.cancel(fourth)
+        decoder.check_idle()
+        for sequence in sequences:
+            ended = [EOS] if sequence.finish_reason == "end" else []
+            assert told[sequence] == [*sequence.continuation, *ended]
+        return [(sequence.ids, sequence.finish_reason) for sequence in sequences]
+
+    def decoder() -> Decoder:
+        return Decoder(model, VOCABULARY, EOS, torch.float32, slots=3, max_length=24, prefill_tokens=4)
+
+    at_once, singly = continued(starts_steps_at_once(decoder())), continued(decoder())
+    assert {reason for _, reason in singly} == {"end", "length", "stop"} | ({"context"} if not slides else set())
+    del at_once[3], singly[3]
+    assert at_once == singly
 
 
 @pytest.mark.parametrize("runs_behind", [False, True])

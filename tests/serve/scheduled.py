@@ -27,11 +27,14 @@ def model() -> Transformer:
     return tiny_model()
 
 
-def decoder(slots: int = SLOTS, runs_behind: bool = False) -> Decoder:
-    """`runs_behind`: as on a GPU, a step's tokens are known with the next step."""
-    made = Decoder(model(), VOCABULARY, EOS, torch.float32, slots, prefill_tokens=16)
-    made._steps.runs_behind = runs_behind
-    return made
+def decoder(slots: int = SLOTS) -> Decoder:
+    return Decoder(model(), VOCABULARY, EOS, torch.float32, slots, prefill_tokens=16)
+
+
+def running_behind(decoder: Decoder) -> Decoder:
+    """As on a GPU: a step's tokens are known with the next step."""
+    decoder._steps.runs_behind = True
+    return decoder
 
 
 class HeldDecoder(Decoder):

@@ -4,11 +4,14 @@ import asyncio
 import gc
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import psutil
 import pytest
-from scheduled import answer, answers, decoder, in_one_loop, likeliest, request, scheduling
+from scheduled import answer, answers, decoder, in_one_loop, likeliest, request, running_behind, scheduling
 
+from decoded import starts_steps_at_once
+from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence
 from p828.serve.scheduling.errors import QueueFull
 from p828.serve.scheduling.scheduler import Scheduler
@@ -62,9 +65,9 @@ class Client:
             return "answered" if got == right else "left"
 
 
-@pytest.mark.parametrize("runs_behind", [False, True])
+@pytest.mark.parametrize("as_on_a_gpu", [None, running_behind, starts_steps_at_once])
 @pytest.mark.parametrize("requests", [128, pytest.param(1000, marks=pytest.mark.long)])
-def test_none_is_lost_or_mixed_up(requests: int, runs_behind: bool) -> None:
+def test_none_is_lost_or_mixed_up(requests: int, as_on_a_gpu: Callable[[Decoder], Decoder] | None) -> None:
     outcomes: Counter[str] = Counter()
 
     async def all_clients(scheduler: Scheduler) -> None:
@@ -72,7 +75,8 @@ def test_none_is_lost_or_mixed_up(requests: int, runs_behind: bool) -> None:
         clients = [Client(scheduler, number, outcomes) for number in range(AT_A_TIME)]
         await asyncio.gather(*[client.ask(share) for client, share in zip(clients, shares, strict=True)])
 
-    with scheduling(decoder(16, runs_behind), max_waiting=32) as scheduler:
+    one = decoder(16)
+    with scheduling(one if as_on_a_gpu is None else as_on_a_gpu(one), max_waiting=32) as scheduler:
         asyncio.run(all_clients(scheduler))
     assert outcomes["answered"] + outcomes["left"] == requests
     assert outcomes["answered"] > requests / 3
