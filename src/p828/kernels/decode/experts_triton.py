@@ -21,8 +21,10 @@ from p828.kernels.decode.dependent_launch_triton import (
 
 PAIR_TOKENS = 3  # up to which programs are of a pair, and of a token for the down matrices
 PAIR_GATE_UP = {"elements": 4096, "warps": 2}  # weights that a program holds, gate and up together
-TOKEN_DOWN = {"elements": 8192, "warps": 4}  # more where one row of all of a token's experts is more
-MOST_WARPS = 16  # that a program has for such rows
+DOWN_OF_ONE = {"rows": 2, "warps": 2}  # rows of each of a token's experts, that a program holds; of one token
+DOWN_OF_SEVERAL = {"rows": 2, "warps": 4}
+WARP_ELEMENTS = 8192  # of such rows at most; else a program has more warps
+MOST_WARPS = 16
 GROUP_GATE_UP = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
 GROUP_DOWN = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
 GROUP_TOKENS = 32  # at most, of a program
@@ -250,8 +252,9 @@ def _down_of_tokens(
     (tokens, choices, width), hidden = inner_TJI.shape, routed_EHI.shape[1]
     part_T1H = torch.empty(tokens, 1, hidden, dtype=torch.float32, device=inner_TJI.device)
     columns, padded = triton.next_power_of_2(width), triton.next_power_of_2(choices)
-    rows = rows_of_program(TOKEN_DOWN["elements"], padded * columns, hidden, tokens)
-    warps = TOKEN_DOWN["warps"] * triton.cdiv(rows * padded * columns, TOKEN_DOWN["elements"])
+    tile = DOWN_OF_ONE if tokens == 1 else DOWN_OF_SEVERAL
+    rows = rows_of_program(tile["rows"] * padded * columns, padded * columns, hidden, tokens)
+    warps = max(tile["warps"], triton.cdiv(rows * padded * columns, WARP_ELEMENTS))
     launch(
         down_of_token, (triton.cdiv(hidden, rows), tokens),
         inner_TJI, experts_TJ, weights_TJ, routed_EHI, shared_SHI, part_T1H, hidden, width, len(routed_EHI), choices,
