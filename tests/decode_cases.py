@@ -51,6 +51,26 @@ def linear_case(place: Place, tokens: int, hidden: int, width: int, choices: int
     yield from zip(ops.add_norm(*arguments), twin(plain.add_norm, *arguments), strict=True)
 
 
+def embed_linear_case(place: Place, tokens: int, hidden: int, width: int) -> Pairs:
+    """A product of the embeddings of what is newest in some slots."""
+    embedding_VH, weight_VH = place.randn(19, hidden), place.randn(width, hidden, scale=hidden**-0.5)
+    gain_H = place.randn(hidden, dtype=torch.float32)
+    slots_T, token_S = (values.to(place.device) for values in (torch.randperm(tokens), torch.randint(19, (tokens,))))
+    arguments = embedding_VH, slots_T, token_S, gain_H, 1e-5, weight_VH
+    yield from zip(ops.embed_linear(*arguments), twin(plain.embed_linear, *arguments), strict=True)
+
+
+def logits_case(place: Place, tokens: int, hidden: int, width: int) -> Pairs:
+    """After positions of which one is even and the next one odd: rows are read from the first and from the last."""
+    x_TH, head_VH = place.randn(tokens, hidden), place.randn(width, hidden, scale=hidden**-0.5)
+    parts_TJH, gain_H = (place.randn(*shape, hidden, dtype=torch.float32) for shape in ((tokens, 2), ()))
+    slots_T = torch.randperm(tokens).to(place.device)
+    for position in (6, 7):
+        position_S = torch.full((tokens,), position, device=place.device)
+        arguments = x_TH, parts_TJH, gain_H, 1e-5, head_VH, slots_T, position_S
+        yield ops.logits(*arguments), twin(plain.logits, *arguments)
+
+
 def attention_case(
     place: Place, positions: list[int], groups: int, sharing: int, head_dim: int, context: int, norms: bool, sinks: bool
 ) -> Pairs:

@@ -25,6 +25,20 @@ def norm_linear(
     return linear(normed_TH, weight_VH, out_dtype), total_TH
 
 
+def embed_linear(
+    embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor, norm_weight_H: Tensor, eps: float, weight_XH: Tensor
+) -> tuple[Tensor, Tensor]:
+    x_TH = embed(embedding_VH, slots_T, token_S)
+    return norm_linear(x_TH, None, norm_weight_H, eps, weight_XH, x_TH.dtype)
+
+
+def logits(
+    x_TH: Tensor, parts_TJH: Tensor | None, norm_weight_H: Tensor, eps: float, head_VH: Tensor, slots_T: Tensor,
+    position_S: Tensor,
+) -> Tensor:  # fmt: skip
+    return norm_linear(x_TH, parts_TJH, norm_weight_H, eps, head_VH, _wide(x_TH))[0]
+
+
 def attention(
     qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, position_S: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,

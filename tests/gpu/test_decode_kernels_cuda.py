@@ -4,6 +4,8 @@ A kernel rounds what it hands to a product on tensor cores (normed rows, rotated
 inner activations) and its result, 2^-9 each, and sums in float32: `BFLOAT16` covers that.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -16,11 +18,14 @@ from decode_cases import (
     ROUTES,
     TOKENS,
     ExpertsCase,
+    Pairs,
     Place,
     RouteCase,
     attention_case,
+    embed_linear_case,
     equal_scores_case,
     linear_case,
+    logits_case,
     no_scores_case,
     route_case,
     tokens_case,
@@ -34,6 +39,15 @@ from p828.kernels.decode import ops
 @pytest.mark.parametrize("tokens, hidden, width", [*LINEARS, (1, 1024, 1536), (70, 512, 1000)])
 def test_linear(cuda: torch.device, tokens: int, hidden: int, width: int, choices: int | None) -> None:
     for actual, expected in linear_case(Place(cuda, torch.bfloat16), tokens, hidden, width, choices):
+        assert_near(actual, expected, BFLOAT16)
+
+
+@pytest.mark.parametrize("case", [embed_linear_case, logits_case])
+@pytest.mark.parametrize("tokens, hidden, width", [*LINEARS, (1, 1024, 1536), (70, 512, 1000)])
+def test_a_steps_first_and_last_product(
+    cuda: torch.device, case: Callable[..., Pairs], tokens: int, hidden: int, width: int
+) -> None:
+    for actual, expected in case(Place(cuda, torch.bfloat16), tokens, hidden, width):
         assert_near(actual, expected, BFLOAT16)
 
 

@@ -127,6 +127,31 @@ def test_a_prepared_decoder_captures_no_more(cuda: torch.device) -> None:
     assert ({*steps._steps}, {*steps._pieces}) == captured
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_steps_of_one_graph_give_what_single_ones_give(cuda: torch.device, slots: int, temperature: float) -> None:
+    """With probabilities each step is started by itself. No text ends by a token, so that steps have the same rows."""
+    model = model_on(cuda)
+    config = SamplingConfig(temperature, max_new_tokens=80)
+
+    def tokens(wants: Wants) -> tuple[list[list[int]], set[int]]:
+        decoder = Decoder(model, VOCABULARY, VOCABULARY, torch.bfloat16, slots)
+        steps = decoder._steps
+        assert isinstance(steps, captured_steps.CapturedSteps)
+        prompts = enumerate([prompt for prompt in PROMPTS if prompt][:slots])
+        sequences = [decoder.admit(prompt, config, seed, wants=wants) for seed, prompt in prompts]
+        while decoder.running:
+            decoder.step()
+        decoder.check_idle()
+        return [sequence.ids for sequence in sequences], {kind.steps for kind in steps._steps}
+
+    expected, one = tokens(Wants(probability=True))
+    for _ in range(5):
+        actual, several = tokens(Wants())
+        assert (one, several) == ({1}, {1, captured_steps.STEPS_AT_ONCE})
+        assert actual == expected
+
+
 @pytest.mark.parametrize("is_split", [False, True])
 def test_kernels_that_overlap_give_the_same_bits(
     cuda: torch.device, monkeypatch: pytest.MonkeyPatch, is_split: bool

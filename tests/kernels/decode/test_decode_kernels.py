@@ -6,6 +6,7 @@ on purpose: rows and columns past the end of a tile are where kernels go wrong.
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,11 +20,14 @@ from decode_cases import (
     ROUTES,
     TOKENS,
     ExpertsCase,
+    Pairs,
     Place,
     RouteCase,
     attention_case,
+    embed_linear_case,
     equal_scores_case,
     linear_case,
+    logits_case,
     no_scores_case,
     route_case,
     tokens_case,
@@ -57,6 +61,13 @@ def test_the_cases_reach_every_kernel() -> None:
 @pytest.mark.parametrize("tokens, hidden, width", LINEARS)
 def test_linear(tokens: int, hidden: int, width: int, choices: int | None) -> None:
     for actual, expected in linear_case(CPU, tokens, hidden, width, choices):
+        assert_near(actual, expected, FLOAT32)
+
+
+@pytest.mark.parametrize("case", [embed_linear_case, logits_case])
+@pytest.mark.parametrize("tokens, hidden, width", LINEARS)
+def test_a_steps_first_and_last_product(case: Callable[..., Pairs], tokens: int, hidden: int, width: int) -> None:
+    for actual, expected in case(CPU, tokens, hidden, width):
         assert_near(actual, expected, FLOAT32)
 
 

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from p828.inference.decode.cache import SlotCache
@@ -28,13 +27,14 @@ def kernel_step(
     `arrivals_TG`: as for `ops.attention`; all kernels count in it, one after another.
     """
     config, eps = model.config, model.config.rms_norm_eps
-    dtype = weights.embedding_VH.dtype
     factor = attention_factor(config.rope_scaling.factor)
-    x_TH = ops.embed(weights.embedding_VH, slots_T, rows.token_S)
+    first = weights.layers[0]
+    qkv_TX, x_TH = ops.embed_linear(weights.embedding_VH, slots_T, rows.token_S, first.input_norm_H, eps, first.qkv_XH)
     parts_TXH: Tensor | None = None
     experts = []
     for layer, keys_SGCD, values_SGCD in zip(weights.layers, cache.keys, cache.values, strict=True):
-        qkv_TX, x_TH = ops.norm_linear(x_TH, parts_TXH, layer.input_norm_H, eps, layer.qkv_XH, dtype)
+        if parts_TXH is not None:
+            qkv_TX, x_TH = ops.norm_linear(x_TH, parts_TXH, layer.input_norm_H, eps, layer.qkv_XH, x_TH.dtype)
         added_TXH = ops.attention(
             qkv_TX.unflatten(1, (-1, config.head_dim)), keys_SGCD, values_SGCD, slots_T, rows.position_S,
             model.frequencies, factor, layer.q_norm_D, layer.k_norm_D, layer.sinks_N, eps, arrivals_TG,
@@ -50,5 +50,5 @@ def kernel_step(
             layer.shared_down_SHI, config.hidden_act,
         )  # fmt: skip
         experts.append(experts_TJ)
-    logits_TV, _ = ops.norm_linear(x_TH, parts_TXH, weights.norm_H, eps, weights.head_VH, torch.float32)
+    logits_TV = ops.logits(x_TH, parts_TXH, weights.norm_H, eps, weights.head_VH, slots_T, rows.position_S)
     return Step(logits_TV, experts)

@@ -45,6 +45,29 @@ def norm_linear(
     return linear_triton.norm_linear(x_TH, parts_TJH, norm_weight_H, eps, weight_VH, out_dtype)
 
 
+def embed_linear(
+    embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor, norm_weight_H: Tensor, eps: float, weight_XH: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`norm_linear` of the embeddings of the slots' newest tokens, in their dtype, and these (T, H)."""
+    from p828.kernels.decode import linear_triton
+
+    return linear_triton.embed_linear(embedding_VH, slots_T, token_S, norm_weight_H, eps, weight_XH)
+
+
+def logits(
+    x_TH: Tensor, parts_TJH: Tensor | None, norm_weight_H: Tensor, eps: float, head_VH: Tensor, slots_T: Tensor,
+    position_S: Tensor,
+) -> Tensor:  # fmt: skip
+    """The first result of `norm_linear` with the head's weight, (T, V) in float32.
+
+    The head of one token is read in turns from its first and its last row, by `position_S[slots_T[0]]`: so a small
+    model's step finds in the L2 cache what the last one read last.
+    """
+    from p828.kernels.decode import linear_triton
+
+    return linear_triton.logits(x_TH, parts_TJH, norm_weight_H, eps, head_VH, slots_T, position_S)
+
+
 def attention(
     qkv_TXD: Tensor, keys_SGCD: Tensor, values_SGCD: Tensor, slots_T: Tensor, position_S: Tensor,
     frequencies: Tensor, factor: float, q_norm_D: Tensor | None, k_norm_D: Tensor | None, sinks_N: Tensor | None,

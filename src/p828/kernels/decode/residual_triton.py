@@ -11,15 +11,15 @@ WARPS = 4
 
 
 @triton.jit
-def load_total(x, parts, token, H, column, J: tl.constexpr):
+def load_total(x_at, parts, token, H, column, J: tl.constexpr):
     """A row of x + Σ_j parts[:, j] in float32, rounded to x's dtype: what later kernels read is what is normalised."""
-    total = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)
+    total = tl.load(x_at + column, mask=column < H, other=0.0).to(tl.float32)
     if J > 0:
         added = tl.load(parts + token * J * H + column, mask=column < H, other=0.0).to(tl.float32)
         for j in tl.static_range(1, J):
             added += tl.load(parts + (token * J + j) * H + column, mask=column < H, other=0.0)
         total += added
-    return total.to(x.dtype.element_ty).to(tl.float32)
+    return total.to(x_at.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def add_norm_rows(
     weight = tl.load(norm_weight + column, mask=column < H, other=0.0)
     wait_for_earlier_kernels(PDL)
     token = tl.program_id(0)
-    value = load_total(x, parts, token, H, column, J)
+    value = load_total(x + token * H, parts, token, H, column, J)
     at = token * H + column
     if J > 0:
         tl.store(total + at, value.to(total.dtype.element_ty), mask=column < H)

@@ -114,7 +114,7 @@ def route_token(
     tile = tl.load(at, mask=inside & (row[:, None] < E), other=0.0)
     wait_for_earlier_kernels(PDL)
     token = tl.program_id(0)
-    value = load_total(x, parts, token, H, column, J)
+    value = load_total(x + token * H, parts, token, H, column, J)
     store_at = token * H + column
     tl.store(total + store_at, value.to(total.dtype.element_ty), mask=column < H)
     value = normalise(value, gain, eps, H, x.dtype.element_ty)
@@ -149,7 +149,7 @@ def route_expert(
     gain = tl.load(norm_weight + column, mask=column < H, other=0.0)
     correction = tl.load(bias + expert, mask=expert < E, other=0.0)
     wait_for_earlier_kernels(PDL)
-    value = load_total(x, parts, token, H, column, J)
+    value = load_total(x + token * H, parts, token, H, column, J)
     is_stored = (column < H) & (own == 0)
     tl.store(total + token * H + column, value.to(total.dtype.element_ty), mask=is_stored)
     value = normalise(value, gain, eps, H, x.dtype.element_ty)
