@@ -151,7 +151,7 @@ def pieces(
                 return
             step += 1
             for token in decoder.step():
-                if token.sequence not in running:  # it ended at a stop string, a token ago
+                if token.sequence not in running:  # it ended at a stop string, some tokens ago
                     continue
                 if token.finish_reason == "diverged":
                     raise not_finite()

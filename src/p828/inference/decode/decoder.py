@@ -1,8 +1,8 @@
 """Continue token ids in slots of one cache: each step gives every running sequence its next token.
 
 The host starts a step before it knows what the last one gave: a step takes its tokens from the device, and what it
-gives is fetched while the next one runs. A sequence that turns out to have ended was then continued by one token more,
-which nobody sees.
+gives is fetched while the next one runs. A sequence that turns out to have ended was then continued by one token more
+or, where short steps are started together, by some, which nobody sees.
 """
 
 from collections import deque
