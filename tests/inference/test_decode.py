@@ -87,6 +87,13 @@ def test_steps_that_are_started_at_once_give_what_single_ones_give(slides: bool)
     assert at_once == singly
 
 
+def test_a_first_token_waits_for_one_step_more_at_most() -> None:
+    decoder = starts_steps_at_once(Decoder(never_ending(), VOCABULARY, EOS, torch.float32, slots=1))
+    decoder.admit([1, 2], SamplingConfig(max_new_tokens=20), seed=0)
+    told = [len(decoder.step()) for _ in range(4)]
+    assert told == [0, 2, 3, 3]
+
+
 @pytest.mark.parametrize("runs_behind", [False, True])
 @pytest.mark.parametrize("is_cancelled", [False, True])
 def test_a_prompt_that_several_have_is_read_once(is_cancelled: bool, runs_behind: bool) -> None:

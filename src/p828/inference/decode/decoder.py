@@ -133,10 +133,10 @@ class Decoder:
     def step(self) -> list[NewToken]:
         """Read a piece of one prompt, give every sequence that is read its next token, and tell of known ones.
 
-        Where a step is short and no prompt waits, every sequence gets a few tokens at once.
+        Where a step is short and no prompt is read, every sequence gets a few tokens at once.
         """
-        waiting = len(self._flights)
-        if self._unread:
+        waiting, reads = len(self._flights), bool(self._unread)
+        if reads:
             self._read_piece()
         rows, lengths = [], []
         for sequence in self._decoding:
@@ -146,7 +146,7 @@ class Decoder:
                 lengths.append(length)
         if rows:
             room = min(sequence.last_length - length for sequence, length in zip(rows, lengths, strict=True))
-            for flight in self._steps.continue_(rows, lengths, most=1 if self._unread else room):
+            for flight in self._steps.continue_(rows, lengths, most=1 if reads else room):
                 self._start(flight, rows)
         keep = len(self._flights) - waiting if self._steps.runs_behind and self._flights else 0
         tokens: list[NewToken] = []
