@@ -41,16 +41,9 @@ OF_FEW = [
     (experts_triton, "PAIR_GATE_UP", {"elements": 8192, "warps": 4}),
     (experts_triton, "PAIR_GATE_UP", {"elements": 4096, "warps": 4}),
     (experts_triton, "PAIR_GATE_UP", {"elements": 2048, "warps": 1}),
-    (experts_triton, "DOWN_OF_ONE", {"rows": 1, "warps": 1}),
-    (experts_triton, "DOWN_OF_ONE", {"warps": 4}),
-    (experts_triton, "DOWN_OF_SEVERAL", {"rows": 1, "warps": 1}),
-    (experts_triton, "DOWN_OF_SEVERAL", {"rows": 4}),
     (linear_triton, "VECTOR", {"elements": 2048, "warps": 1}),
     (linear_triton, "VECTOR", {"elements": 8192, "warps": 8}),
     (linear_triton, "VECTOR_TOKENS", 4),
-    (linear_triton, "LARGE", {"elements": 16384, "warps": 8}),
-    (linear_triton, "LARGE_OF_TWO", {"elements": 8192, "warps": 8}),
-    (linear_triton, "LARGE", {"elements": 4096, "warps": 4}),
     (route_triton, "WARPS", 8),
     (route_triton, "ELEMENTS", 0),
     (route_triton, "SPLIT_TOKENS", 0),
@@ -61,6 +54,17 @@ OF_FEW = [
     (split_attention_triton, "ROWS", 64),
     (split_attention_triton, "WARPS", 2),
     (split_attention_triton, "WARPS", 8),
+]
+OF_ONE = [
+    (experts_triton, "DOWN_OF_ONE", {"rows": 1, "warps": 1}),
+    (experts_triton, "DOWN_OF_ONE", {"warps": 4}),
+    (linear_triton, "LARGE", {"elements": 16384, "warps": 8}),
+    (linear_triton, "LARGE", {"elements": 4096, "warps": 4}),
+]
+OF_SEVERAL = [
+    (experts_triton, "DOWN_OF_SEVERAL", {"rows": 1, "warps": 1}),
+    (experts_triton, "DOWN_OF_SEVERAL", {"rows": 4}),
+    (linear_triton, "LARGE_OF_TWO", {"elements": 8192, "warps": 8}),
 ]
 OF_MANY = [
     (dependent_launch_triton, "PROCESSORS", 0),
@@ -192,7 +196,8 @@ def main() -> None:
     for rows in arguments.rows:
         steps = Steps(model, rows, arguments.position)
         print(f"{arguments.shape}, {rows} rows: {steps.microseconds():.1f}, {steps.microseconds():.1f} µs", flush=True)
-        for module, name, value in OF_FEW if rows <= experts_triton.PAIR_TOKENS else OF_MANY:
+        of_few = OF_FEW + (OF_ONE if rows == 1 else OF_SEVERAL)
+        for module, name, value in of_few if rows <= experts_triton.PAIR_TOKENS else OF_MANY:
             print(f"  {name} {value}: {changed(module, name, value, steps.microseconds)}", flush=True)
         show_kernels(steps)
         show_layer(steps)

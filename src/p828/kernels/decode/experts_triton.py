@@ -23,7 +23,7 @@ PAIR_TOKENS = 3  # up to which programs are of a pair, and of a token for the do
 PAIR_GATE_UP = {"elements": 4096, "warps": 2}  # weights that a program holds, gate and up together
 DOWN_OF_ONE = {"rows": 2, "warps": 2}  # rows of each of a token's experts, that a program holds; of one token
 DOWN_OF_SEVERAL = {"rows": 2, "warps": 4}
-WARP_ELEMENTS = 8192  # of such rows at most; else a program has more warps
+WARP_ELEMENTS = 8192  # of such rows; for more a program has more warps, and beyond `MOST_WARPS` fewer rows
 MOST_WARPS = 16
 GROUP_GATE_UP = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
 GROUP_DOWN = {"rows": 64, "columns": 128, "warps": 4, "stages": 3}
@@ -253,8 +253,9 @@ def _down_of_tokens(
     part_T1H = torch.empty(tokens, 1, hidden, dtype=torch.float32, device=inner_TJI.device)
     columns, padded = triton.next_power_of_2(width), triton.next_power_of_2(choices)
     tile = DOWN_OF_ONE if tokens == 1 else DOWN_OF_SEVERAL
-    rows = rows_of_program(tile["rows"] * padded * columns, padded * columns, hidden, tokens)
-    warps = max(tile["warps"], triton.cdiv(rows * padded * columns, WARP_ELEMENTS))
+    row = padded * columns
+    rows = rows_of_program(min(tile["rows"] * row, MOST_WARPS * WARP_ELEMENTS), row, hidden, tokens)
+    warps = max(tile["warps"], triton.cdiv(rows * row, WARP_ELEMENTS))
     launch(
         down_of_token, (triton.cdiv(hidden, rows), tokens),
         inner_TJI, experts_TJ, weights_TJ, routed_EHI, shared_SHI, part_T1H, hidden, width, len(routed_EHI), choices,
