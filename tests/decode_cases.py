@@ -51,13 +51,13 @@ def linear_case(place: Place, tokens: int, hidden: int, width: int, choices: int
     yield from zip(ops.add_norm(*arguments), twin(plain.add_norm, *arguments), strict=True)
 
 
-def embed_linear_case(place: Place, tokens: int, hidden: int, width: int) -> Pairs:
+def embed_norm_linear_case(place: Place, tokens: int, hidden: int, width: int) -> Pairs:
     """A product of the embeddings of what is newest in some slots."""
     embedding_VH, weight_VH = place.randn(19, hidden), place.randn(width, hidden, scale=hidden**-0.5)
     gain_H = place.randn(hidden, dtype=torch.float32)
     slots_T, token_S = (values.to(place.device) for values in (torch.randperm(tokens), torch.randint(19, (tokens,))))
     arguments = embedding_VH, slots_T, token_S, gain_H, 1e-5, weight_VH
-    yield from zip(ops.embed_linear(*arguments), twin(plain.embed_linear, *arguments), strict=True)
+    yield from zip(ops.embed_norm_linear(*arguments), twin(plain.embed_norm_linear, *arguments), strict=True)
 
 
 def logits_case(place: Place, tokens: int, hidden: int, width: int) -> Pairs:

@@ -12,7 +12,7 @@ from p828.bench.generation.own import OwnGenerator
 from p828.bench.generation.rows import FirstTokenRow, RecomputeRow, StepRow, best_peer, make_row
 from p828.bench.generation.step_bytes import expected_experts, step_bytes
 from p828.bench.generation.table import WIDTH, header, show_failure, show_row
-from p828.bench.generation.workload import Item, Workload, random_prompts
+from p828.bench.generation.workload import Item, Workload, random_prompts, slot_length
 from p828.bench.systems import System
 from p828.config import Config, DataConfig, TrainConfig
 from p828.model.costs import count_parameters
@@ -114,8 +114,8 @@ def test_items_and_room() -> None:
     ]  # fmt: skip
     assert all(Item(**item.to_dict()) == item for item in work.items(recomputes=False))
     # While 64 prompts are read in two pieces each, the first sequence takes 127 steps.
-    assert work.slot_length(64) >= 3000 + 127 + 10
-    assert work.with_context(tiny_run()).model.max_position_embeddings > work.slot_length(64)
+    assert slot_length(3000, 64, 10) >= 3000 + 127 + 10
+    assert work.with_context(tiny_run()).model.max_position_embeddings > slot_length(3000, 64, 10)
     assert random_prompts(97, 2, 5) == random_prompts(97, 2, 5) != random_prompts(97, 2, 5, seed=1)
 
 

@@ -22,7 +22,7 @@ from decode_cases import (
     Place,
     RouteCase,
     attention_case,
-    embed_linear_case,
+    embed_norm_linear_case,
     equal_scores_case,
     linear_case,
     logits_case,
@@ -42,8 +42,8 @@ def test_linear(cuda: torch.device, tokens: int, hidden: int, width: int, choice
         assert_near(actual, expected, BFLOAT16)
 
 
-@pytest.mark.parametrize("case", [embed_linear_case, logits_case])
-@pytest.mark.parametrize("tokens, hidden, width", [*LINEARS, (1, 1024, 1536), (70, 512, 1000)])
+@pytest.mark.parametrize("case", [embed_norm_linear_case, logits_case])
+@pytest.mark.parametrize("tokens, hidden, width", [*LINEARS, (1, 1024, 1537), (70, 512, 1000)])
 def test_a_steps_first_and_last_product(
     cuda: torch.device, case: Callable[..., Pairs], tokens: int, hidden: int, width: int
 ) -> None:

@@ -48,8 +48,9 @@ def run(
             probabilities[sequence] = []
             found.append((sequence, probabilities[sequence]))
         for new in decoder.step():
-            assert new.probability is not None
-            probabilities[new.sequence].append(new.probability)
+            assert (new.probability is not None) == wants.probability
+            if new.probability is not None:
+                probabilities[new.sequence].append(new.probability)
     decoder.check_idle()
     return found
 
@@ -123,7 +124,8 @@ def test_a_prepared_decoder_captures_no_more(cuda: torch.device) -> None:
         SamplingConfig(temperature=0.0, repetition_penalty=1.3, max_new_tokens=NEW),
         SamplingConfig(repetition_penalty=1.3, min_p=0.1, max_new_tokens=NEW),
     ):
-        run(decoder, PROMPTS, config, Wants(probability=True))
+        for wants in (Wants(), Wants(probability=True)):
+            run(decoder, PROMPTS, config, wants)
     assert ({*steps._steps}, {*steps._pieces}) == captured
 
 

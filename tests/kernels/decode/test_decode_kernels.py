@@ -24,7 +24,7 @@ from decode_cases import (
     Place,
     RouteCase,
     attention_case,
-    embed_linear_case,
+    embed_norm_linear_case,
     equal_scores_case,
     linear_case,
     logits_case,
@@ -64,8 +64,8 @@ def test_linear(tokens: int, hidden: int, width: int, choices: int | None) -> No
         assert_near(actual, expected, FLOAT32)
 
 
-@pytest.mark.parametrize("case", [embed_linear_case, logits_case])
-@pytest.mark.parametrize("tokens, hidden, width", LINEARS)
+@pytest.mark.parametrize("case", [embed_norm_linear_case, logits_case])
+@pytest.mark.parametrize("tokens, hidden, width", [*LINEARS, (1, 24, 1537)])
 def test_a_steps_first_and_last_product(case: Callable[..., Pairs], tokens: int, hidden: int, width: int) -> None:
     for actual, expected in case(CPU, tokens, hidden, width):
         assert_near(actual, expected, FLOAT32)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from p828.bench.generation.generator import Timed
-from p828.bench.generation.workload import WARM_STEPS, random_prompts
+from p828.bench.generation.workload import WARM_STEPS, random_prompts, slot_length
 from p828.config import Config
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import NOTHING_MORE, DecodedSequence, Wants
@@ -20,8 +20,6 @@ from p828.system.device import pick_device, pick_dtype
 
 TEMPERATURE, TOP_P = 0.8, 0.95
 """Of the steps that draw."""
-SPARE_TOKENS = 16
-"""Of a sequence beyond those that are asked for: a step of the decoder may give several, and start more."""
 
 
 class OwnGenerator:
@@ -84,8 +82,7 @@ class OwnGenerator:
         self, prompts: Sequence[Sequence[int]], steps: int, is_sampled: bool, wants: Wants = NOTHING_MORE
     ) -> Iterator[tuple[Decoder, list[DecodedSequence]]]:
         """All prompts read, and some tokens known; no sequence ends before `steps` more. Their slots become free."""
-        length = max(map(len, prompts))
-        room = length + len(prompts) * -(-length // 2048) + WARM_STEPS + steps + SPARE_TOKENS
+        room = slot_length(max(map(len, prompts)), len(prompts), steps)
         decoder = self._decoder_for(len(prompts), room)
         temperature, top_p = (TEMPERATURE, TOP_P) if is_sampled else (0.0, 1.0)
         config = SamplingConfig(temperature, top_p=top_p, max_new_tokens=room)

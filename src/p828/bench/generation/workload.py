@@ -11,6 +11,8 @@ RUNS = 3
 """Times that each thing is measured, after one that does not count; their median does."""
 WARM_STEPS = 4
 """Steps of a whole batch before the clock runs: one of them may be captured."""
+SPARE_TOKENS = 16
+"""Of a sequence beyond those that are timed: p828's decoder may tell of several at once, and have started more."""
 FIRST_TOKEN_PROMPTS = (512, 2048)
 RECOMPUTED = 1024
 """Tokens of context at which a step with the cache stands beside reading everything again."""
@@ -52,19 +54,21 @@ class Workload:
         found += [Item(first_token=length) for length in FIRST_TOKEN_PROMPTS]
         return found + ([Item(recompute=RECOMPUTED)] if recomputes else [])
 
-    def slot_length(self, batch: int) -> int:
-        """Tokens of a sequence at most: the first one goes on while the other prompts of its batch are read."""
-        pieces = batch * -(-self.prompt_length // 2048)
-        return self.prompt_length + pieces + WARM_STEPS + self.new_tokens + 2
-
     def longest(self) -> int:
         """Tokens of context that all of it takes."""
-        return max(*map(self.slot_length, self.batches), *FIRST_TOKEN_PROMPTS, RECOMPUTED + self.new_tokens) + 64
+        slots = [slot_length(self.prompt_length, batch, self.new_tokens) for batch in self.batches]
+        return max(*slots, *FIRST_TOKEN_PROMPTS, RECOMPUTED + self.new_tokens) + 64
 
     def with_context(self, config: Config) -> Config:
         """The shape with a context that is long enough."""
         context = max(config.model.max_position_embeddings, self.longest())
         return replace(config, model=replace(config.model, max_position_embeddings=context))
+
+
+def slot_length(prompt_length: int, batch: int, steps: int) -> int:
+    """Tokens of a sequence at most: the first one goes on while the other prompts of its batch are read."""
+    pieces = batch * -(-prompt_length // 2048)
+    return prompt_length + pieces + WARM_STEPS + steps + SPARE_TOKENS
 
 
 def workload_from_dict(values: dict[str, Any]) -> Workload:

@@ -1,6 +1,6 @@
-"""Steps on a GPU: each a CUDA graph of the decoding kernels, and a prompt's first piece one of the training kernels.
+"""Steps on a GPU: CUDA graphs of the decoding kernels, and a prompt's first piece one of the training kernels.
 
-A graph is captured when its size is first met. Sizes are few: the sequences of a step are filled up by rows that stand
+A graph is captured when its kind is first met. Sizes are few: the sequences of a step are filled up by rows that stand
 for none, and the tokens of a piece by tokens that nobody reads.
 """
 
@@ -27,7 +27,7 @@ FILTERED = Drawing(draws=True, has_filters=True, has_penalty=False)
 PENALISED = Drawing(draws=True, has_filters=True, has_penalty=True)
 DRAWINGS = DRAWN, FILTERED, PENALISED
 SMALLEST_PIECE = 64  # tokens that a graph of a piece has at least
-FEW_LAYERS = 4  # of a model whose step is over before the host has started the next
+FEW_LAYERS = 4  # of a model that may be over with a step before the host has started the next
 STEPS_AT_ONCE = 4  # of such a model; more would only delay who comes, and go on behind the ends of texts
 
 
@@ -138,8 +138,9 @@ class CapturedSteps(PlainSteps):
         """Capture what may be met."""
         self.rows.made_seen()
         for size in _powers_of_two(1, self.cache.slots):
-            for kind in {StepKind(size, DRAWN, self.at_once), *(StepKind(size, each) for each in DRAWINGS)}:
-                self._step(kind)
+            self._step(StepKind(size, DRAWN, self.at_once))
+            for drawing in DRAWINGS:
+                self._step(StepKind(size, drawing))
         for size in _powers_of_two(min(SMALLEST_PIECE, self.longest_piece), self.longest_piece):
             self._piece(size)
 

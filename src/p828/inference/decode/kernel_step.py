@@ -29,7 +29,9 @@ def kernel_step(
     config, eps = model.config, model.config.rms_norm_eps
     factor = attention_factor(config.rope_scaling.factor)
     first = weights.layers[0]
-    qkv_TX, x_TH = ops.embed_linear(weights.embedding_VH, slots_T, rows.token_S, first.input_norm_H, eps, first.qkv_XH)
+    qkv_TX, x_TH = ops.embed_norm_linear(
+        weights.embedding_VH, slots_T, rows.token_S, first.input_norm_H, eps, first.qkv_XH
+    )
     parts_TXH: Tensor | None = None
     experts = []
     for layer, keys_SGCD, values_SGCD in zip(weights.layers, cache.keys, cache.values, strict=True):

@@ -124,7 +124,7 @@ def norm_linear(
     return linear(normed_TH, weight_VH, out_dtype), total_TH
 
 
-def embed_linear(
+def embed_norm_linear(
     embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor, norm_weight_H: Tensor, eps: float, weight_XH: Tensor
 ) -> tuple[Tensor, Tensor]:
     dtype = embedding_VH.dtype

@@ -45,13 +45,13 @@ def norm_linear(
     return linear_triton.norm_linear(x_TH, parts_TJH, norm_weight_H, eps, weight_VH, out_dtype)
 
 
-def embed_linear(
+def embed_norm_linear(
     embedding_VH: Tensor, slots_T: Tensor, token_S: Tensor, norm_weight_H: Tensor, eps: float, weight_XH: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`norm_linear` of the embeddings of the slots' newest tokens, in their dtype, and these (T, H)."""
     from p828.kernels.decode import linear_triton
 
-    return linear_triton.embed_linear(embedding_VH, slots_T, token_S, norm_weight_H, eps, weight_XH)
+    return linear_triton.embed_norm_linear(embedding_VH, slots_T, token_S, norm_weight_H, eps, weight_XH)
 
 
 def logits(
