@@ -32,7 +32,7 @@ class NoSteps(PlainSteps):
     told_SC: Tensor
 
     def continue_(
-        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], most: int = 1
+        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], may_be_several: bool
     ) -> Sequence[Flight]:
         drawing_of(sequences)
         length = self.cache.max_length

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from p828.inference.decode.captured_steps import has_room
 from p828.inference.decode.cpu_steps import CpuSteps
 from p828.inference.decode.decoder import Decoder
 from p828.inference.decode.sequence import DecodedSequence
@@ -37,11 +38,11 @@ class StepsAtOnce(CpuSteps):
     runs_behind = True
 
     def continue_(
-        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], most: int = 1
+        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], may_be_several: bool
     ) -> Sequence[Flight]:
         flights: list[Flight] = []
-        for done in range(3 if most >= 3 else 1):
-            flights += super().continue_(sequences, [length + done for length in lengths])
+        for done in range(3 if may_be_several and has_room(sequences, lengths, 3) else 1):
+            flights += super().continue_(sequences, [length + done for length in lengths], False)
         return flights
 
 

@@ -99,7 +99,7 @@ class CapturedSteps(PlainSteps):
 
     @torch.no_grad()
     def continue_(
-        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], most: int = 1
+        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], may_be_several: bool
     ) -> Sequence[Flight]:
         size = min(_power_of_two(len(sequences)), self.cache.slots)
         drawing = drawing_of(sequences)
@@ -107,7 +107,7 @@ class CapturedSteps(PlainSteps):
         is_told = not drawing.has_filters and not any(
             want.probability or want.likeliest or want.experts for want in wants
         )
-        count = self.at_once if is_told and most >= self.at_once else 1
+        count = self.at_once if is_told and may_be_several and has_room(sequences, lengths, self.at_once) else 1
         step = self._step(StepKind(size, drawing if drawing.has_filters else DRAWN, count))
         slots = [sequence.slot for sequence in sequences]
         if self._slots_of[size] != slots:
@@ -224,6 +224,11 @@ class CapturedSteps(PlainSteps):
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
         return graph, result
+
+
+def has_room(sequences: Sequence[DecodedSequence], lengths: Sequence[int], tokens: int) -> bool:
+    """Whether each of these lengths may become so much greater."""
+    return all(sequence.last_length - length >= tokens for sequence, length in zip(sequences, lengths, strict=True))
 
 
 def _power_of_two(count: int) -> int:

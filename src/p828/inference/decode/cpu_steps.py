@@ -52,7 +52,7 @@ class CpuSteps(PlainSteps):
 
     @torch.inference_mode()
     def continue_(
-        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], most: int = 1
+        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], may_be_several: bool
     ) -> Sequence[Flight]:
         slots = [sequence.slot for sequence in sequences]
         hidden_TH, experts_LTK = self._hidden(slots, [length - 1 for length in lengths])

@@ -145,8 +145,7 @@ class Decoder:
                 rows.append(sequence)
                 lengths.append(length)
         if rows:
-            room = min(sequence.last_length - length for sequence, length in zip(rows, lengths, strict=True))
-            for flight in self._steps.continue_(rows, lengths, most=1 if reads else room):
+            for flight in self._steps.continue_(rows, lengths, may_be_several=not reads):
                 self._start(flight, rows)
         keep = len(self._flights) - waiting if self._steps.runs_behind and self._flights else 0
         tokens: list[NewToken] = []

@@ -137,11 +137,11 @@ class PlainSteps:
 
     @torch.no_grad()
     def continue_(
-        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], most: int = 1
+        self, sequences: Sequence[DecodedSequence], lengths: Sequence[int], may_be_several: bool
     ) -> Sequence[Flight]:
         """A step of sequences that are read, and have `lengths` tokens, those on their way among them.
 
-        Where several steps are worth starting at once, up to `most` of them, one after another.
+        Or several steps, one after another, for which each sequence has room.
         """
         slots = [sequence.slot for sequence in sequences]
         slots_T = torch.tensor(slots, device=self.device)

@@ -31,13 +31,12 @@ WIDE = {"rows": 32, "columns": 256, "warps": 4, "stages": 3}
 WIDE_OF_MANY = {"rows": 64, "columns": 64, "warps": 4, "stages": 5}  # for more than `FEW_TOKENS`
 FEW_TOKENS = 16
 MATRIX_TOKENS = 64  # at most, of a program
-READ_ONCE = "evict_first"  # in a step; what else the L2 cache holds may stay
 
 
 @triton.jit
 def linear_vector(
     x, parts, norm_weight, weight, out, total, slots, token_of_slot, position_of_slot, eps, T, H, V,
-    J: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, POLICY: tl.constexpr, PDL: tl.constexpr,
+    J: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = norm(x + Σ parts) weightᵀ, and the sum itself as total.
 
@@ -54,7 +53,9 @@ def linear_vector(
     column = tl.arange(0, COLUMNS)
     mask = (first + row[:, None] < V) & (column[None, :] < H)
     tile_at = weight + first.to(tl.int64) * H + row[:, None] * H + column[None, :]
-    tile = tl.load(tile_at, mask=mask, other=0.0, eviction_policy=POLICY)
+    # But for rows that the next step finds in the L2 cache, nobody reads them again soon.
+    policy: tl.constexpr = "evict_first" if position_of_slot is None else ""
+    tile = tl.load(tile_at, mask=mask, other=0.0, eviction_policy=policy)
     if norm_weight is not None:
         gain = tl.load(norm_weight + column, mask=column < H, other=0.0)
     wait_for_earlier_kernels(PDL)
@@ -161,7 +162,6 @@ def _vector(
         linear_vector, (triton.cdiv(width, rows),),
         x, parts_TJH, norm_weight_H, weight_VH, out_TV, total_TH, slots_T, token_S, position_S, eps, tokens, hidden,
         width, 0 if parts_TJH is None else parts_TJH.shape[1], rows, columns,
-        READ_ONCE if position_S is None else "", device=x.device, rows=tokens, warps=tile["warps"],
-        is_first=token_S is not None,
+        device=x.device, rows=tokens, warps=tile["warps"], is_first=token_S is not None,
     )  # fmt: skip
     return out_TV, x if total_TH is None else total_TH
